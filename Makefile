@@ -1,0 +1,66 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both install first, into .venv, without root.
+#
+#   make install        .venv with everything locked in requirements.lock, Detectron2 and this project
+#   make demo           the whole chain on the built-in sample (FAST=1: two minutes instead of ten)
+#   make demo-photos    the same on real photographs and cut-outs (from Debian packages, into your cache)
+#   make check          format, lint, types, fast tests, tables that are not stale (two minutes)
+#   make test           every test, with an end-to-end run through both frameworks (twelve minutes)
+#   make bench          the programs behind every performance figure
+#   make lock           requirements.lock again, from pyproject.toml
+
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+INSTALLED := $(VENV)/.installed
+
+# Two cores' worth of threads a process by default; torch's own guess oversubscribes under pytest-xdist.
+export PYTHONDONTWRITEBYTECODE ?=
+export MPLBACKEND ?= Agg
+
+.PHONY: install demo demo-photos check test bench lock format clean
+
+install: $(INSTALLED)
+
+$(UV):
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+# The stamp is younger than everything that decides what is installed, so a second call does nothing.
+$(INSTALLED): requirements.lock pyproject.toml $(wildcard third_party/detectron2/*.*) | $(UV)
+	$(UV) pip install --python $(BIN)/python --quiet --require-hashes -r requirements.lock
+	@# A Detectron2 that somebody put into .venv (the official git version, say) is left alone.
+	$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("detectron2") is None)' \
+	  || $(UV) pip install --python $(BIN)/python --quiet --no-deps ./third_party/detectron2
+	$(UV) pip install --python $(BIN)/python --quiet --no-deps --editable .
+	@touch $@
+
+demo: install
+	$(BIN)/twist demo $(if $(FAST),--fast)
+
+demo-photos: install
+	$(BIN)/twist demo --source photos --output demo-photos $(if $(FAST),--fast)
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2 -m "not slow"
+
+test: install
+	$(BIN)/pytest -n 2
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: $(UV)
+	$(UV) pip compile --universal --generate-hashes --python-version 3.11 --all-extras --no-header --no-annotate \
+	  --no-emit-package detectron2 --no-emit-package twist-suite pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) *.egg-info build demo demo-photos

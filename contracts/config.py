@@ -1,0 +1,114 @@
+"""Typed configs: a TOML file and `section.key=value` overrides, read into a frozen pydantic model.
+
+Unknown keys are errors with the near match. TOML, because PyYAML reads `1e-3` as a string; the standard library
+reads it. Values in an override are TOML too (`lr=1e-3`, `scales=[0.4, 1.0]`, `sync_bn=true`); a bare word is a string.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from contracts.errors import UsageError, did_you_mean
+from contracts.hashing import sha256_json
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, unknown keys refused, defaults validated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def load_config(path: str | os.PathLike[str], model: type[ConfigT], overrides: Sequence[str] = ()) -> ConfigT:
+    """Read the TOML file at `path`, apply `overrides`, validate against `model`.
+
+    Raises:
+        UsageError: the file is missing or not TOML, a key is unknown, or a value does not fit. One sentence.
+    """
+    path = Path(path)
+    if path.suffix != ".toml":
+        raise UsageError(
+            f"{path} is not a .toml file: our configs are TOML (.yaml is Detectron2's, .py MMSegmentation's)."
+        )
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(
+            f"There is no config at {path}: check the path, or see configs/ for the ones we ship."
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}.") from None
+    for override in overrides:
+        _apply(values, override)
+    return validate(values, model, where=str(path))
+
+
+def validate(values: dict[str, Any], model: type[ConfigT], *, where: str) -> ConfigT:
+    """`model` built from `values`; pydantic's first error becomes one sentence that names the key and `where`."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(_sentence(error, model, where)) from None
+
+
+def config_hash(config: BaseModel) -> str:
+    """SHA-256 of the resolved config."""
+    return sha256_json(config.model_dump(mode="json"))
+
+
+def parse_override(override: str) -> tuple[list[str], Any]:
+    """`"section.key=value"` → (["section", "key"], value), the value read as TOML, a bare word as a string."""
+    name, separator, text = override.partition("=")
+    keys = [part.strip() for part in name.split(".")]
+    if not separator or not all(keys):
+        raise UsageError(f'"{override}" is not an override: write section.key=value, for example optim.lr=0.5.')
+    try:
+        return keys, tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        return keys, text.strip()
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    keys, value = parse_override(override)
+    table = values
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise UsageError(f'"{override}": {key} is a value, not a section.')
+    table[keys[-1]] = value
+
+
+def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    name = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key {name}.{did_you_mean(location[-1], _fields_at(model, location[:-1]))}"
+    if first["type"] == "missing":
+        return f"{where}: {name} is missing and has no default; add it to the file or pass {name}=value."
+    message = first["msg"].removeprefix("Value error, ").rstrip(".")
+    # A message of our own validators is already a sentence; pydantic's own needs the key and the value.
+    if first["type"] == "value_error":
+        return f"{where}: {name + ': ' if name else ''}{message}."
+    return f"{where}: {name} = {first.get('input')!r} does not fit: {message}."
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    """The field names of the sub-model at `location`, for the near match."""
+    for part in location:
+        field = model.model_fields.get(part)
+        annotation = getattr(field, "annotation", None)
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not models:
+            return []
+        model = models[0]
+    return list(model.model_fields)

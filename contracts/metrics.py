@@ -1,0 +1,91 @@
+"""The vocabulary of metrics: every name that a record may hold, its unit, its definition, and which way is better.
+
+The unit stands in the name, and so does the definition where the field uses one word for two things: VOC07's
+11-point AP50 is not COCO's AP50. `transfer/protocols.py` chooses from this list and `compare/` reads it; the list
+lies here, below both, because a record must be checked where it is written *and* where it is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from contracts.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: full name with unit, short label for a column head, definition in a sentence."""
+
+    name: str
+    label: str
+    unit: Literal["percent", "nats", "s", "images_per_s"]
+    definition: str
+    higher_is_better: bool = True
+
+
+def _percent(name: str, label: str, definition: str) -> Metric:
+    return Metric(f"{name}_percent", label, "percent", definition)
+
+
+_COCO = "COCO evaluation (101-point, IoU .50:.95, at most 100 detections an image)"
+_VOC07 = "VOC 2007 evaluation, 11-point interpolation, difficult objects ignored"
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        # Detection and instance segmentation, COCO definition.
+        _percent("coco_box_ap", "box AP", f"Box AP, {_COCO}"),
+        _percent("coco_box_ap50", "box AP50", "Box AP at IoU .50, COCO evaluation"),
+        _percent("coco_box_ap75", "box AP75", "Box AP at IoU .75, COCO evaluation"),
+        _percent("coco_mask_ap", "mask AP", f"Mask AP, {_COCO}"),
+        _percent("coco_mask_ap50", "mask AP50", "Mask AP at IoU .50, COCO evaluation"),
+        _percent("coco_mask_ap75", "mask AP75", "Mask AP at IoU .75, COCO evaluation"),
+        # Detection, VOC definition.
+        _percent("voc07_box_ap", "AP (VOC07)", f"Mean over IoU .50:.95 of box AP, {_VOC07}"),
+        _percent("voc07_box_ap50", "AP50 (VOC07)", f"Box AP at IoU .50, {_VOC07}"),
+        _percent("voc07_box_ap75", "AP75 (VOC07)", f"Box AP at IoU .75, {_VOC07}"),
+        # Cityscapes instances, the data set's own evaluation.
+        _percent("cityscapes_mask_ap", "mask AP (Cityscapes)", "Instance AP, cityscapesScripts evaluation"),
+        _percent("cityscapes_mask_ap50", "mask AP50 (Cityscapes)", "Instance AP at overlap .50, cityscapesScripts"),
+        # Semantic segmentation.
+        _percent("miou", "mIoU", "Mean over classes of intersection over union, all validation pixels together"),
+        _percent("macc", "mAcc", "Mean over classes of pixel accuracy"),
+        _percent("aacc", "aAcc", "Accuracy over all labelled pixels"),
+        # Classification.
+        _percent("top1", "top-1", "Share of validation images whose highest-scoring class is the label"),
+        _percent("top5", "top-5", "Share of validation images whose label is among the five highest scores"),
+        _percent("knn_top1", "k-NN top-1", "Top-1 of the weighted nearest-neighbour vote on frozen features"),
+        _percent("knn_top5", "k-NN top-5", "Top-5 of the weighted nearest-neighbour vote on frozen features"),
+        # Classification of other data sets from ImageNet backbones, as papers print them; only published rows have them.
+        _percent("food101_accuracy", "Food-101", "Accuracy on Food-101, top-1"),
+        _percent("cifar10_accuracy", "CIFAR-10", "Accuracy on CIFAR-10, top-1"),
+        _percent("cifar100_accuracy", "CIFAR-100", "Accuracy on CIFAR-100, top-1"),
+        _percent("birdsnap_accuracy", "Birdsnap", "Accuracy on Birdsnap, top-1"),
+        _percent("sun397_accuracy", "SUN397", "Accuracy on SUN397, top-1"),
+        _percent("cars_accuracy", "Cars", "Accuracy on Stanford Cars, top-1"),
+        _percent("aircraft_accuracy", "Aircraft", "Accuracy on FGVC Aircraft; the field prints the mean over classes"),
+        _percent("dtd_accuracy", "DTD", "Accuracy on the Describable Textures Dataset, top-1"),
+        _percent("pets_accuracy", "Pets", "Accuracy on Oxford-IIIT Pets; the field prints the mean over classes"),
+        _percent(
+            "caltech101_accuracy", "Caltech-101", "Accuracy on Caltech-101; the field prints the mean over classes"
+        ),
+        _percent("flowers102_accuracy", "Flowers", "Accuracy on 102 Flowers; the field prints the mean over classes"),
+        _percent("places205_accuracy", "Places205", "Accuracy on Places205, top-1"),
+        _percent("inat18_accuracy", "iNat18", "Accuracy on iNaturalist 2018, top-1"),
+        _percent("voc07_classification_map", "VOC07 mAP", "Mean AP of image classification on VOC 2007"),
+        _percent("voc07_svm_map", "VOC07 SVM mAP", "Mean AP of linear SVMs on frozen features, VOC 2007"),
+        # Clustering against labels.
+        _percent("nmi", "NMI", "Normalised mutual information of clusters and labels, arithmetic mean"),
+        _percent("ami", "AMI", "Mutual information of clusters and labels, adjusted for chance"),
+        _percent("ari", "ARI", "Rand index of clusters and labels, adjusted for chance"),
+        _percent("cluster_accuracy", "cluster acc", "Accuracy under the best one-to-one match of clusters and labels"),
+    )
+}
+
+
+def check_metrics(metrics: dict[str, float], *, where: str) -> None:
+    """Raise `UserError` when a name is not in the vocabulary."""
+    for name in metrics:
+        if name not in METRICS:
+            raise UserError(f'{where}: unknown metric "{name}".{did_you_mean(name, METRICS)}')

@@ -1,0 +1,174 @@
+"""The networks that an artefact can describe, built once for every stage.
+
+ResNets are torchvision's (width multipliers by subclass), ViTs are timm's; none has a classifier. This is the one
+place that knows them: the pretrainer trains them, the converters' proof runs them as the reference, the ImageNet
+protocols read their features. `B` images, `D` features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import resnet as tv
+
+from contracts.errors import UserError
+from contracts.weights import Backbone
+
+# Blocks a stage; ResNet-200 as in He et al. 2016 (identity mappings), with the same bottleneck.
+_RESNETS: dict[str, tuple[type[tv.BasicBlock | tv.Bottleneck], list[int]]] = {
+    "resnet18": (tv.BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (tv.BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (tv.Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (tv.Bottleneck, [3, 4, 23, 3]),
+    "resnet200": (tv.Bottleneck, [3, 24, 36, 3]),
+}
+_VITS = {"vit_small_patch16": "vit_small_patch16_224", "vit_base_patch16": "vit_base_patch16_224"}
+ARCHITECTURES = (*_RESNETS, *_VITS)
+
+
+class ResNet(tv.ResNet):
+    """torchvision's ResNet without its classifier, every width times `width`; `forward` gives (B, D)."""
+
+    def __init__(self, architecture: str, width: int = 1) -> None:
+        block, layers = _RESNETS[architecture]
+        self._width = width
+        super().__init__(block, layers)
+        if width > 1:
+            self.conv1 = nn.Conv2d(3, 64 * width, kernel_size=7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.bn1 = nn.BatchNorm2d(64 * width)
+        self.num_features = 512 * width * block.expansion
+        self.fc = nn.Identity()  # no parameters: the state dict is the artefact's
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):  # type: ignore[no-untyped-def]
+        if planes == 64:  # the first stage: its input is the stem's output
+            self.inplanes = 64 * self._width
+        return super()._make_layer(block, planes * self._width, blocks, stride, dilate)
+
+    def stages(self, images: Tensor) -> dict[str, Tensor]:
+        """Outputs of the four stages under Detectron2's names, res2 … res5."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        features = {}
+        for index, layer in enumerate((self.layer1, self.layer2, self.layer3, self.layer4)):
+            x = layer(x)
+            features[f"res{index + 2}"] = x
+        return features
+
+
+class SameConv2d(nn.Conv2d):
+    """A convolution that pads as TensorFlow's 'SAME': the odd pixel goes to the bottom and the right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, _same_padding(x, self.kernel_size[0], self.stride[0]))
+        return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class SameMaxPool2d(nn.Module):
+    """The stem's 3×3 max pool with stride 2, padded as TensorFlow's 'SAME'."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(F.pad(x, _same_padding(x, 3, 2), value=float("-inf")), kernel_size=3, stride=2)
+
+
+def build_backbone(architecture: str, *, width: int = 1, image_size: int = 224, drop_path: float = 0.0) -> nn.Module:
+    """A randomly initialised backbone; `forward(images (B, 3, H, W))` gives (B, `num_features`).
+
+    Raises:
+        UserError: the architecture is unknown.
+    """
+    if architecture in _RESNETS:
+        return ResNet(architecture, width)
+    if architecture in _VITS:
+        # Other crop sizes than `image_size` interpolate the position table on the fly (multi-crop's 96 pixels).
+        return timm.create_model(
+            _VITS[architecture], num_classes=0, img_size=image_size, dynamic_img_size=True, drop_path_rate=drop_path
+        )
+    raise UserError(f"Unknown architecture {architecture}: known are {', '.join(ARCHITECTURES)}.")
+
+
+def network_of(header: Backbone, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """The network an artefact describes, strides and padding included, in eval mode, with `tensors` when given.
+
+    Raises:
+        UserError: `tensors` are not exactly this architecture's (every missing, extra or misshapen name is counted).
+    """
+    network = build_backbone(header.architecture, width=header.width, image_size=header.image_size or 224)
+    if header.stride_in == "1x1":
+        _move_strides_to_1x1(network)
+    if header.padding == "same":
+        _pad_as_tensorflow(network)
+    if tensors is not None:
+        load_exactly(network, tensors, name=header.display_name)
+    return network.eval()
+
+
+def load_exactly(network: nn.Module, tensors: Mapping[str, Tensor], *, name: str) -> None:
+    """Load `tensors` into `network`; `UserError` unless names and shapes agree one to one."""
+    expected = network.state_dict()
+    missing = sorted(expected.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - expected.keys())
+    misshapen = sorted(k for k in expected.keys() & tensors.keys() if expected[k].shape != tensors[k].shape)
+    if missing or extra or misshapen:
+        first = (missing or extra or misshapen)[0]
+        raise UserError(
+            f"These weights are not {name}: {len(missing)} tensors missing, {len(extra)} extra, {len(misshapen)} of "
+            f"another shape (first: {first}). `twist inspect` says which architecture a file holds."
+        )
+    network.load_state_dict(dict(tensors), strict=True)
+
+
+def stage_features(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """What a proof compares: res2 … res5 of a ResNet, the tokens after every block of a ViT (before the last norm)."""
+    if isinstance(network, ResNet):
+        return network.stages(images)
+    tokens = network.forward_intermediates(  # type: ignore[operator]
+        images, norm=False, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True
+    )
+    return {f"block{i}": torch.cat([prefix, patches], dim=1) for i, (patches, prefix) in enumerate(tokens)}
+
+
+def normalise(images: Tensor, header: Backbone) -> Tensor:
+    """uint8 RGB images (B, 3, H, W) → float32 input of the network `header` describes."""
+    pixels = images.float() * (header.input_range / 255)
+    if header.channel_order == "BGR":
+        pixels = pixels.flip(1)
+    mean = torch.tensor(header.mean, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(header.std, device=images.device).view(1, 3, 1, 1)
+    return (pixels - mean) / std
+
+
+def _move_strides_to_1x1(network: nn.Module) -> None:
+    for block in network.modules():
+        if isinstance(block, tv.Bottleneck):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+
+
+def _pad_as_tensorflow(network: nn.Module) -> None:
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv2d) and child.padding != (0, 0):
+                same = SameConv2d(
+                    child.in_channels,
+                    child.out_channels,
+                    child.kernel_size[0],
+                    child.stride[0],
+                    bias=child.bias is not None,
+                )
+                same.load_state_dict(child.state_dict())
+                setattr(module, name, same)
+            elif isinstance(child, nn.MaxPool2d):
+                setattr(module, name, SameMaxPool2d())
+
+
+def _same_padding(x: Tensor, kernel: int, stride: int) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom) of TensorFlow's 'SAME': total = (⌈n/s⌉ − 1)·s + k − n, the smaller half first."""
+
+    def one(size: int) -> tuple[int, int]:
+        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        return total // 2, total - total // 2
+
+    return (*one(x.shape[-1]), *one(x.shape[-2]))

@@ -1,0 +1,71 @@
+"""Where a result comes from: git commit, software versions, hardware. Nothing here imports torch by itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "detectron2",
+    "onedl-mmsegmentation",
+    "onedl-mmengine",
+    "mmsegmentation",
+    "numpy",
+)
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with `+changes` when the tree differs from it; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def software() -> dict[str, str]:
+    """Versions of Python and of those of our packages that are installed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def hardware() -> dict[str, str | int | None]:
+    """Processor, cores this process may use, and the GPUs that an already imported torch sees."""
+    torch = sys.modules.get("torch")
+    gpus = 0 if torch is None or not torch.cuda.is_available() else torch.cuda.device_count()
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpus": gpus,
+        "gpu": torch.cuda.get_device_name(0) if torch is not None and gpus else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,148 @@
+"""The weights artefact, `backbone.safetensors`: a backbone and everything that a later stage must know about it.
+
+Tensors carry torchvision's names for ResNets and timm's for ViTs. The header (JSON in the safetensors metadata, key
+`twist`) says what the tensors mean: architecture, where the stride sits, channel order, normalisation, origin.
+Converters go source layout → artefact → target, so nobody downstream guesses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from contracts.atomic import atomic_path
+from contracts.config import Config
+from contracts.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT_VERSION: Final = 1
+METADATA_KEY = "twist"
+
+# ImageNet statistics on [0, 1] RGB, as torchvision prints them.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Architecture = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet200", "vit_small_patch16", "vit_base_patch16"
+]
+
+
+class Backbone(Config):
+    """What the tensors of an artefact mean.
+
+    `mean` and `std` are in the order of `channel_order` and in units of `input_range`: a network that was trained on
+    [0, 1] pixels without normalisation has mean 0 and std 1 and range 1; Detectron2's MSRA weights have BGR, range 255.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    architecture: Architecture
+    # Every width of a ResNet times this (TWIST's and SimCLR's "w2"; not torchvision's wide_resnet50_2).
+    width: Literal[1, 2, 4] = 1
+    # The 7×7 stem of the original ResNet; a ViT's patch embedding. Deep stems (ResNet-D, V1c) are not representable.
+    stem: Literal["conv7x7", "patch16"] = "conv7x7"
+    # Which convolution of a bottleneck has the stride: "3x3" is torchvision's, "1x1" is MSRA's (Caffe style).
+    stride_in: Literal["3x3", "1x1"] = "3x3"
+    # "same" pads as TensorFlow does (bottom and right first): DeepMind's BYOL.
+    padding: Literal["symmetric", "same"] = "symmetric"
+    # Side of the images whose position table a ViT holds.
+    image_size: int | None = None
+    channel_order: Literal["RGB", "BGR"] = "RGB"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    input_range: Literal[1, 255] = 1
+    method: str
+    epochs: int | None = Field(default=None, ge=0)
+    # The file the tensors came from, its layout and branch (`twist` for our own runs).
+    source_layout: str = "twist"
+    source_branch: str = "backbone"
+    source_sha256: str | None = None
+    config_hash: str | None = None
+    seed: int | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Backbone:
+        if self.is_vit != (self.stem == "patch16"):
+            raise ValueError(f"stem {self.stem} does not belong to {self.architecture}")
+        if self.is_vit and (self.width != 1 or self.image_size is None):
+            raise ValueError("a ViT has width 1 and states the image size of its position table")
+        return self
+
+    @property
+    def is_vit(self) -> bool:
+        return self.architecture.startswith("vit_")
+
+    @property
+    def display_name(self) -> str:
+        """`resnet50`, `resnet50w2`, `vit_small_patch16`."""
+        return self.architecture + (f"w{self.width}" if self.width > 1 else "")
+
+
+def write_backbone(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Backbone) -> Path:
+    """Write the artefact atomically, read it back, and return its path. Equal input gives equal bytes."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    # One key: the metadata is a hash map on the writing side, and several keys would come out in any order.
+    metadata = {METADATA_KEY: json.dumps(header.model_dump(mode="json"), sort_keys=True)}
+    with atomic_path(path) as temporary:
+        save_file(plain, temporary, metadata=metadata)
+        reread, _ = read_backbone(temporary)
+        if reread.keys() != plain.keys() or any(not _same(reread[name], plain[name]) for name in plain):
+            raise OSError(f"{path}: what was written does not read back equal; the disk may be full or failing.")
+    return path
+
+
+def read_header(path: str | os.PathLike[str]) -> Backbone:
+    """The header alone, without reading the tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except FileNotFoundError:
+        raise UserError(f"There is no weights file at {path}: check the path.") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is not a safetensors file ({error}): `twist inspect {path}` says what it is."
+        ) from None
+    if METADATA_KEY not in metadata:
+        raise UserError(
+            f"{path} has no TWIST header: run `twist convert {path} --to torchvision` to make an artefact of it."
+        )
+    values = json.loads(metadata[METADATA_KEY])
+    if values.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: artefact format {values.get('format_version')!r} is unknown, this version reads "
+            f"{FORMAT_VERSION}; update the suite."
+        )
+    try:
+        return Backbone.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: the header is not valid ({error.errors()[0]['msg']}).") from None
+
+
+def read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Backbone]:
+    """Tensors and header of an artefact; `UserError` when the file is absent, torn or not ours."""
+    from safetensors.torch import load_file
+
+    header = read_header(path)
+    return load_file(path), header
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    # Bytes, not values: NaN must read back as NaN, and -0.0 as -0.0.
+    import torch
+
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    flat_a, flat_b = a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
+    return torch.equal(flat_a, flat_b)

@@ -1,0 +1,290 @@
+"""The ground floor: configs, artefact, record, atomic writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from contracts import atomic
+from contracts.config import Config, config_hash, load_config, parse_override
+from contracts.errors import UsageError, UserError
+from contracts.images import UnreadableImage, find_classes, find_images, read_image
+from contracts.metrics import METRICS
+from contracts.networks import (
+    ARCHITECTURES,
+    SameConv2d,
+    build_backbone,
+    network_of,
+    normalise,
+    stage_features,
+)
+from contracts.record import RunRecord, WeightsProvenance, find_records, read_record, write_record
+from contracts.weights import Backbone, read_backbone, read_header, write_backbone
+
+
+class Inner(Config):
+    learning_rate: float = 0.1
+    scales: tuple[float, float] = (0.4, 1.0)
+
+
+class Outer(Config):
+    name: str
+    inner: Inner = Inner()
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+# Configs
+
+
+def test_overrides_are_toml_and_reach_into_sections(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.toml", 'name = "a"\n[inner]\nlearning_rate = 1e-3\n')
+    config = load_config(path, Outer, ["inner.scales=[0.1, 0.5]", "name=plain words"])
+    assert config == Outer(name="plain words", inner=Inner(learning_rate=1e-3, scales=(0.1, 0.5)))
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Outer(name="a").name = "b"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (
+            'name = "a"\n[inner]\nlearnin_rate = 1\n',
+            [],
+            'unknown key inner.learnin_rate. Did you mean "learning_rate"?',
+        ),
+        ("[inner]\n", [], "name is missing"),
+        ('name = "a"\n[inner]\nlearning_rate = "fast"\n', [], "inner.learning_rate = 'fast' does not fit"),
+        ("name = ", [], "not valid TOML"),
+        ('name = "a"\n', ["inner.learning_rate"], "not an override"),
+        ('name = "a"\n', ["name.x=1"], "name is a value, not a section"),
+    ],
+)
+def test_config_mistakes_are_one_sentence(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        load_config(write(tmp_path / "c.toml", text), Outer, overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_config_and_wrong_ending(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no config at"):
+        load_config(tmp_path / "absent.toml", Outer)
+    with pytest.raises(UsageError, match="TOML"):
+        load_config(write(tmp_path / "c.yaml", ""), Outer)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**53), 2**53))
+def test_numbers_survive_an_override(real: float, whole: int) -> None:
+    assert parse_override(f"a.b={real!r}") == (["a", "b"], real)
+    assert parse_override(f"a={whole}") == (["a"], whole)
+
+
+def test_config_hash_sees_values_not_spelling() -> None:
+    assert config_hash(Outer(name="a")) == config_hash(Outer(name="a", inner=Inner(learning_rate=0.1)))
+    assert config_hash(Outer(name="a")) != config_hash(Outer(name="b"))
+
+
+# Atomic writes
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None:
+    target = write(tmp_path / "x.json", "old")
+    with pytest.raises(RuntimeError), atomic.atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+    with pytest.raises(ValueError, match="JSON"):
+        atomic.write_json(target, {"a": float("nan")})
+    assert target.read_text() == "old"
+
+
+# The artefact
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> nn.Module:
+    torch.manual_seed(0)
+    return build_backbone("resnet18")
+
+
+HEADER = Backbone(architecture="resnet18", method="twist", epochs=3, seed=1)
+
+
+def test_artefact_round_trip_is_exact_and_reproducible(tmp_path: Path, resnet18: nn.Module) -> None:
+    tensors = resnet18.state_dict()
+    first = write_backbone(tmp_path / "a.safetensors", tensors, HEADER)
+    second = write_backbone(tmp_path / "b.safetensors", dict(reversed(tensors.items())), HEADER)
+    assert first.read_bytes() == second.read_bytes()
+    reread, header = read_backbone(first)
+    assert header == read_header(first) == HEADER
+    assert all(torch.equal(reread[name], tensors[name]) for name in tensors)
+
+
+def test_what_is_no_artefact_is_refused_in_a_sentence(tmp_path: Path, resnet18: nn.Module) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "plain.safetensors")
+    with pytest.raises(UserError, match="no TWIST header"):
+        read_header(tmp_path / "plain.safetensors")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        read_header(write(tmp_path / "page.safetensors", "<html>"))
+    with pytest.raises(UserError, match="no weights file"):
+        read_header(tmp_path / "absent.safetensors")
+    with pytest.raises(UserError, match="These weights are not resnet50"):
+        network_of(Backbone(architecture="resnet50", method="x"), resnet18.state_dict())
+    with pytest.raises(ValueError, match="does not belong"):
+        Backbone(architecture="vit_small_patch16", method="x", image_size=224)
+
+
+# Networks
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_networks_are_the_libraries_own(architecture: str) -> None:
+    """Names and shapes equal torchvision's and timm's (a manifest nobody else has to keep)."""
+    import timm
+    import torchvision
+
+    with torch.device("meta"):
+        ours = {k: v.shape for k, v in build_backbone(architecture).state_dict().items()}
+        if architecture.startswith("vit_"):
+            theirs = timm.create_model(f"{architecture}_224", num_classes=0).state_dict()
+        elif architecture == "resnet200":
+            assert len(ours) == 6 * (1 + 3 * (3 + 24 + 36 + 3) + 4)
+            return
+        else:
+            theirs = torchvision.models.get_model(architecture).state_dict()
+    assert ours == {k: v.shape for k, v in theirs.items() if not k.startswith("fc.")}
+
+
+def test_width_two_doubles_every_width() -> None:
+    with torch.device("meta"):
+        narrow, wide = build_backbone("resnet50").state_dict(), build_backbone("resnet50", width=2).state_dict()
+    for name, tensor in narrow.items():
+        expected = tuple(n if n in (1, 3, 7) else 2 * n for n in tensor.shape)
+        assert tuple(wide[name].shape) == expected or name == "conv1.weight", name
+    assert wide["conv1.weight"].shape == (128, 3, 7, 7)
+    # 94M parameters: the size that the TWIST README states for R50w2.
+    assert round(sum(v.numel() for k, v in wide.items() if "running" not in k) / 1e6) == 94
+
+
+def test_same_padding_is_tensorflows() -> None:
+    """Known answer: 4 pixels, kernel 3, stride 2 pads (0, 1), so the last window sees one zero on the right."""
+    conv = SameConv2d(1, 1, 3, 2, bias=False)
+    nn.init.ones_(conv.weight)
+    out = conv(torch.ones(1, 1, 4, 4))
+    assert out.tolist() == [[[[9.0, 6.0], [6.0, 4.0]]]]
+
+
+def test_variants_compute_something_else(resnet18: nn.Module) -> None:
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tensors = resnet18.state_dict()
+    plain = network_of(HEADER, tensors)
+    same = network_of(HEADER.model_copy(update={"padding": "same"}), tensors)
+    with torch.inference_mode():
+        x = normalise(images, HEADER)
+        a, b = stage_features(plain, x), stage_features(same, x)
+        assert list(a) == ["res2", "res3", "res4", "res5"]
+        assert torch.allclose(plain(x), a["res5"].mean((2, 3)), atol=1e-6)
+        assert all(a[k].shape == b[k].shape and not torch.allclose(a[k], b[k], atol=1e-2) for k in a)
+        msra = HEADER.model_copy(
+            update={"channel_order": "BGR", "mean": (0, 0, 0), "std": (1, 1, 1), "input_range": 255}
+        )
+        assert torch.equal(normalise(images, msra), images.flip(1).float())
+
+
+# Images
+
+
+def test_images_are_found_at_any_depth_and_bad_ones_named(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("a/b/1.jpg", "a/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (5, 4), (255, 0, 0)).save(tmp_path / name)
+    bad = write(tmp_path / "a" / "bad.jpg", "no image")
+    assert [p.name for p in find_images(tmp_path)] == ["2.png", "1.jpg", "bad.jpg"]
+    assert read_image(tmp_path / "a/2.png").shape == (3, 4, 5)
+    with pytest.raises(UnreadableImage, match=r"bad\.jpg"):
+        read_image(bad)
+    with pytest.raises(UserError, match="no image folder"):
+        find_images(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no images"):
+        find_images(tmp_path / "empty")
+    with pytest.raises(UserError, match="no class folders"):
+        find_classes(tmp_path / "empty")
+
+
+# Records
+
+
+def record(**changes: object) -> RunRecord:
+    values: dict[str, object] = {
+        "method": "twist",
+        "protocol": "knn",
+        "task": "classification",
+        "scale": "sample",
+        "seed": 0,
+        "metrics": {"knn_top1_percent": 50.0},
+        "weights": WeightsProvenance(name="w", sha256="ab" * 32),
+        "recipe": {"k": 20},
+        "software": {},
+        "hardware": {},
+        "wall_s": 1.0,
+        "git_commit": None,
+    }
+    return RunRecord.model_validate({**values, **changes})
+
+
+def test_record_round_trip_and_hash(tmp_path: Path) -> None:
+    path = write_record(record(), tmp_path)
+    assert path.parent.name == "knn"
+    assert read_record(path) == record(created=read_record(path).created)
+    assert list(find_records([tmp_path])) == [path]
+    assert record().recipe_hash != record(recipe={"k": 10}).recipe_hash
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metrics": {"knn_top1_percnt": 1.0}}, 'unknown metric "knn_top1_percnt". Did you mean "knn_top1_percent"?'),
+        ({"schema_version": 7}, "record schema 7 is unknown"),
+        ({"recipe": {"k": 1}}, "recipe_hash does not belong to the recipe"),
+        ({"scale": "huge"}, "scale"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_a_tampered_record_is_refused_by_name(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = write_record(record(), tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError) as error:
+        read_record(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_metric_names_carry_their_unit() -> None:
+    assert all(name == metric.name and name.endswith(f"_{metric.unit}") for name, metric in METRICS.items())
+
+
+def test_no_torch_at_import() -> None:
+    modules = ["config", "weights", "record", "metrics", "errors", "atomic", "hashing", "progress", "provenance"]
+    code = f"import sys; {'; '.join(f'import contracts.{m}' for m in modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

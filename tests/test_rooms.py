@@ -1,0 +1,77 @@
+"""The house plan, kept by a test: imports run downwards only, and some names and calls have one home."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {
+    "contracts": set(),
+    "pretrain": {"contracts"},
+    "converters": {"contracts"},
+    "compare": {"contracts"},
+    "transfer": {"contracts", "converters"},
+    "twist": {"contracts", "pretrain", "converters", "compare", "transfer"},
+}
+FRAMEWORKS = {"detectron2": "detectron2", "mmseg": "mmseg", "mmcv": "mmseg", "mmengine": "mmseg"}
+CATCH_ALL = {"utils.py", "misc.py", "helpers.py", "common.py"}
+
+
+def sources() -> list[Path]:
+    return sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", node
+
+
+def module_level(tree: ast.Module) -> Iterator[str]:
+    """Modules imported when the file is imported: not those inside functions or under TYPE_CHECKING."""
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from (name for name, _ in imports(ast.Module([node], [])))
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_downwards(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    tree = ast.parse(path.read_text())
+    for name, node in imports(tree):
+        other = name.split(".")[0]
+        if other in MAY_IMPORT and other != room:
+            assert other in MAY_IMPORT[room], f"{path}:{node.lineno} imports {name}: {room} may not know {other}"
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}:{node.lineno}: relative import"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_frameworks_stay_in_their_engine_and_writer(path: Path) -> None:
+    for name in module_level(ast.parse(path.read_text())):
+        family = FRAMEWORKS.get(name.split(".")[0])
+        if family is not None:
+            assert path.stem.startswith(family), f"{path} imports {name} at module level"
+
+
+def test_distributed_has_one_home() -> None:
+    for path in sources():
+        if path == ROOT / "pretrain" / "distributed.py":
+            continue
+        for name, node in imports(ast.parse(path.read_text())):
+            assert not (path.parts[-2] == "pretrain" and name.startswith("torch.distributed")), f"{path}:{node.lineno}"
+
+
+def test_no_catch_all_modules() -> None:
+    assert [path for path in sources() if path.name in CATCH_ALL] == []
+
+
+def test_ground_floor_needs_no_torch() -> None:
+    for name in ("config", "weights", "record", "metrics", "errors", "atomic", "hashing", "progress", "provenance"):
+        tree = ast.parse((ROOT / "contracts" / f"{name}.py").read_text())
+        assert not any(module.split(".")[0] == "torch" for module in module_level(tree)), name

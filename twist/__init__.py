@@ -1,0 +1,1 @@
+"""The command line. It knows every stage and does nothing itself; nobody imports it."""
