@@ -33,22 +33,27 @@ def load_config(path: str | os.PathLike[str], model: type[ConfigT], overrides: S
     Raises:
         UsageError: the file is missing or not TOML, a key is unknown, or a value does not fit. One sentence.
     """
+    values = read_toml(path)
+    for override in overrides:
+        _apply(values, override)
+    return validate(values, model, where=str(path))
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The values of the TOML file at `path`; `UsageError` when it is missing or not TOML."""
     path = Path(path)
     if path.suffix != ".toml":
         raise UsageError(
             f"{path} is not a .toml file: our configs are TOML (.yaml is Detectron2's, .py MMSegmentation's)."
         )
     try:
-        values = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise UsageError(
             f"There is no config at {path}: check the path, or see configs/ for the ones we ship."
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}.") from None
-    for override in overrides:
-        _apply(values, override)
-    return validate(values, model, where=str(path))
 
 
 def validate(values: dict[str, Any], model: type[ConfigT], *, where: str) -> ConfigT:
@@ -56,7 +61,16 @@ def validate(values: dict[str, Any], model: type[ConfigT], *, where: str) -> Con
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UsageError(_sentence(error, model, where)) from None
+        raise UsageError(_sentence(error.errors()[0], model, where)) from None
+
+
+def problems(values: dict[str, Any], model: type[BaseModel], *, where: str) -> list[str]:
+    """Everything that keeps `values` from being a `model`, a sentence each; empty when they are one."""
+    try:
+        model.model_validate(values)
+    except ValidationError as error:
+        return [_sentence(one, model, where) for one in error.errors()]
+    return []
 
 
 def config_hash(config: BaseModel) -> str:
@@ -86,8 +100,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     table[keys[-1]] = value
 
 
-def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str:
-    first = error.errors()[0]
+def _sentence(first: Any, model: type[BaseModel], where: str) -> str:
     location = [str(part) for part in first["loc"]]
     name = ".".join(location)
     if first["type"] == "extra_forbidden":

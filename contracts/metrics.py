@@ -57,20 +57,18 @@ METRICS: dict[str, Metric] = {
         _percent("top5", "top-5", "Share of validation images whose label is among the five highest scores"),
         _percent("knn_top1", "k-NN top-1", "Top-1 of the weighted nearest-neighbour vote on frozen features"),
         _percent("knn_top5", "k-NN top-5", "Top-5 of the weighted nearest-neighbour vote on frozen features"),
-        # Classification of other data sets from ImageNet backbones, as papers print them; only published rows have them.
+        # Other data sets classified from ImageNet backbones, as papers print them; only published rows have them.
         _percent("food101_accuracy", "Food-101", "Accuracy on Food-101, top-1"),
         _percent("cifar10_accuracy", "CIFAR-10", "Accuracy on CIFAR-10, top-1"),
         _percent("cifar100_accuracy", "CIFAR-100", "Accuracy on CIFAR-100, top-1"),
         _percent("birdsnap_accuracy", "Birdsnap", "Accuracy on Birdsnap, top-1"),
         _percent("sun397_accuracy", "SUN397", "Accuracy on SUN397, top-1"),
         _percent("cars_accuracy", "Cars", "Accuracy on Stanford Cars, top-1"),
-        _percent("aircraft_accuracy", "Aircraft", "Accuracy on FGVC Aircraft; the field prints the mean over classes"),
+        _percent("aircraft_accuracy", "Aircraft", "Accuracy on FGVC Aircraft; the field prints the class mean"),
         _percent("dtd_accuracy", "DTD", "Accuracy on the Describable Textures Dataset, top-1"),
-        _percent("pets_accuracy", "Pets", "Accuracy on Oxford-IIIT Pets; the field prints the mean over classes"),
-        _percent(
-            "caltech101_accuracy", "Caltech-101", "Accuracy on Caltech-101; the field prints the mean over classes"
-        ),
-        _percent("flowers102_accuracy", "Flowers", "Accuracy on 102 Flowers; the field prints the mean over classes"),
+        _percent("pets_accuracy", "Pets", "Accuracy on Oxford-IIIT Pets; the field prints the class mean"),
+        _percent("caltech101_accuracy", "Caltech-101", "Accuracy on Caltech-101; the field prints the class mean"),
+        _percent("flowers102_accuracy", "Flowers", "Accuracy on 102 Flowers; the field prints the class mean"),
         _percent("places205_accuracy", "Places205", "Accuracy on Places205, top-1"),
         _percent("inat18_accuracy", "iNat18", "Accuracy on iNaturalist 2018, top-1"),
         _percent("voc07_classification_map", "VOC07 mAP", "Mean AP of image classification on VOC 2007"),

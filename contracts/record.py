@@ -123,7 +123,8 @@ def find_records(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
     """The record files under `paths`: a file as it is, a folder searched as `<folder>/<protocol>/*.json`."""
     for path in map(Path, paths):
         if path.is_dir():
-            yield from sorted(path.glob("*/*.json"))
+            # A name that begins with a dot is a record that another process is writing (contracts.atomic).
+            yield from sorted(file for file in path.glob("*/*.json") if not file.name.startswith("."))
         elif path.exists():
             yield path
         else:

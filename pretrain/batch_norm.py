@@ -1,0 +1,119 @@
+"""Batch norm over the images of several ranks: the head's last norm over a bunch, every other one over all ranks.
+
+With one rank in the group it is torch's own. `N` rows a rank, `C` channels; all ranks have the same `N`. It exists
+because torch.nn.SyncBatchNorm runs on CUDA only; there, `synchronise` takes that one. One collective each way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain import distributed
+from pretrain.distributed import Group
+
+
+class _Normalise(torch.autograd.Function):
+    """x → (x − mean) / √(var + eps), with mean and biased variance over rows, positions and the ranks of the group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+        var, mean = torch.var_mean(x, dim=_all_but_channels(x), correction=0)  # (C,)
+        # Moments about each rank's own mean, combined afterwards: sums of squares would cancel for large means.
+        of_ranks = distributed.gathered(torch.stack([mean, var]), group)  # (W, 2, C)
+        mean = of_ranks[:, 0].mean(0)
+        var = of_ranks[:, 1].mean(0) + (of_ranks[:, 0] - mean).square().mean(0)
+        scale = (var + eps).rsqrt()
+        normalised = (x - _wide(mean, x)) * _wide(scale, x)
+        ctx.save_for_backward(normalised, scale)
+        ctx.group = group
+        ctx.mark_non_differentiable(mean, var)
+        return normalised, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        normalised, scale = ctx.saved_tensors
+        gradient = gradients[0]
+        over = _all_but_channels(gradient)
+        means = distributed.averaged(torch.stack([gradient.mean(over), (gradient * normalised).mean(over)]), ctx.group)
+        along = _wide(means[0], gradient) + normalised * _wide(means[1], gradient)
+        return (gradient - along) * _wide(scale, gradient), None, None
+
+
+class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """torch's batch norm (any number of dimensions) with training statistics over the ranks of `group` (None: all).
+
+    Names in the state dict, momentum and the unbiased running variance are torch's. Eval mode uses the running ones.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        group: Group = None,
+    ) -> None:
+        super().__init__(channels, eps=eps, momentum=momentum, affine=affine)
+        self.group = group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"batch norm takes (N, C, …), and got {tuple(input.shape)}.")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or distributed.group_size(self.group) == 1:
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            normalised, mean, var = _Normalise.apply(input.float() if _is_half(input) else input, self.eps, self.group)
+            if self.track_running_stats:
+                self._track(mean, var, count=input.numel() // input.shape[1] * distributed.group_size(self.group))
+            if self.weight is not None:
+                normalised = normalised * _wide(self.weight, input) + _wide(self.bias, input)
+        return normalised.to(input.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, *, count: int) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_((var * (count / max(count - 1, 1))).to(self.running_var.dtype), share)
+
+
+def synchronise(module: nn.Module, *, device: torch.device, group: Group = None) -> nn.Module:
+    """`module` with every batch norm in it (or itself) taken over the ranks of `group`; parameters and names stay.
+
+    With one rank nothing changes. On CUDA it is torch.nn.SyncBatchNorm, elsewhere ours.
+    """
+    if distributed.group_size(group) == 1:
+        return module
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        ours = SynchronisedBatchNorm(
+            module.num_features, eps=module.eps, momentum=module.momentum, affine=module.affine, group=group
+        )
+        ours.load_state_dict(module.state_dict())
+        return ours.train(module.training)
+    for name, child in module.named_children():
+        setattr(module, name, synchronise(child, device=device, group=group))
+    return module
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+def _wide(per_channel: Tensor, x: Tensor) -> Tensor:
+    """(C,) → (1, C, 1, …), to meet `x`."""
+    return per_channel.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.float16, torch.bfloat16)

@@ -1,0 +1,212 @@
+"""Everything a pretraining run can be told, frozen once it is read. Files: `configs/pretrain/*.toml`.
+
+Defaults are the published ResNet-50 recipe (TWIST repository, commit 796d36e); each config states the rest.
+Sizes a rank: `batch_size` images; the total batch is that times the number of ranks, and learning rates scale with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from contracts.config import Config
+from contracts.weights import Architecture
+
+Positive = Field(gt=0)
+Scale = tuple[float, float]
+
+
+# Global crops of the kinds without local ones: torchvision's default, and MoCo's (method.md, "Views").
+PUBLISHED_SCALES: dict[str, Scale] = {"barlow": (0.08, 1.0), "moco": (0.2, 1.0)}
+
+
+class DataConfig(Config):
+    """Where the images are and how they reach the device."""
+
+    # A folder (any depth, no classes needed), a text file with one path a line, or with `format = "datasets"`
+    # whatever Hugging Face `datasets.load_dataset` takes: "parquet", "webdataset", "imagefolder", a hub name.
+    root: str
+    format: Literal["folder", "list", "datasets"] = "folder"
+    # For `format = "datasets"`: keyword arguments of load_dataset (data_files, split, streaming, …) and the column.
+    dataset_options: dict[str, Any] = Field(default_factory=dict)
+    image_column: str = "image"
+    # `device` cuts uint8 crops in workers and does the photometric part for the whole batch on the training device;
+    # `cpu` does both in workers. The pictures are the same up to float rounding.
+    pipeline: Literal["device", "cpu"] = "device"
+    workers: int = Field(default=8, ge=0)
+    # The run stops when more than this share of the images cannot be read; fewer are replaced and counted.
+    bad_image_share: float = Field(default=0.001, ge=0, lt=1)
+
+
+class ViewsConfig(Config):
+    """Which views of an image are made. The photometric numbers of each kind are the method's: `pretrain/views.py`."""
+
+    kind: Literal["multicrop", "barlow", "moco"] = "multicrop"
+    global_size: int = Field(default=224, gt=0)
+    global_scale: Scale = (0.4, 1.0)
+    local_count: int = Field(default=12, ge=0)
+    local_size: int = Field(default=96, gt=0)
+    local_scale: Scale = (0.05, 0.4)
+    # Harder crops of the self-labelling stage.
+    self_label_global_scale: Scale = (0.14, 1.0)
+    self_label_local_scale: Scale = (0.05, 0.14)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_scale(cls, values: Any) -> Any:
+        # A kind without local crops has its own published scale; filled in here, so it stands in every written config.
+        if not isinstance(values, dict) or "global_scale" in values:
+            return values
+        scale = PUBLISHED_SCALES.get(str(values.get("kind")))
+        return values if scale is None else {**values, "global_scale": scale}
+
+    @model_validator(mode="after")
+    def _kinds(self) -> ViewsConfig:
+        if self.kind != "multicrop" and self.local_count:
+            raise ValueError(f'views of kind "{self.kind}" have no local crops: set views.local_count = 0')
+        for name in ("global_scale", "local_scale", "self_label_global_scale", "self_label_local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"views.{name} = [{low}, {high}]: shares of the image's area, 0 < low ≤ high ≤ 1")
+        return self
+
+
+class ModelConfig(Config):
+    """Backbone, head and teacher."""
+
+    backbone: Architecture = "resnet50"
+    width: Literal[1, 2, 4] = 1
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    hidden_dim: int = Field(default=4096, gt=0)
+    # K, the outputs of the head: 4096 with multi-crop, 32768 without, 1000 for unsupervised classification.
+    classes: int = Field(default=4096, gt=1)
+    activation: Literal["relu", "gelu"] = "relu"
+    # Images over which the last batch norm takes its statistics, in groups of consecutive ranks (0: all ranks).
+    bunch_size: int = Field(default=256, ge=0)
+    # Momentum teacher (ViT recipes).
+    teacher: bool = False
+    teacher_momentum: tuple[float, float] = (0.996, 1.0)
+    # Trade compute for memory in the backbone.
+    activation_checkpointing: bool = False
+
+
+class LossConfig(Config):
+    lam1: float = 0.0
+    lam2: float = 1.0
+    tau: float = Field(default=1.0, gt=0)
+    eps: float = Field(default=1e-5, gt=0)
+
+
+class SelfLabelConfig(Config):
+    """The second stage: the share of images that label themselves goes from `quantile_start` to `quantile_end`."""
+
+    quantile_start: float = Field(default=0.5, ge=0, lt=1)
+    quantile_end: float = Field(default=0.6, ge=0, lt=1)
+    # lr before scaling, and the warm-up at the stage's start.
+    lr: float = Field(default=0.05, gt=0)
+    warmup_epochs: int = Field(default=5, ge=0)
+
+
+class OptimConfig(Config):
+    name: Literal["lars", "adamw"] = "lars"
+    # Before scaling with (total batch) / 256.
+    lr: float = Field(default=0.5, gt=0)
+    weight_decay: float = Field(default=1.5e-6, ge=0)
+    # Cosine from weight_decay to this over the run; None keeps it constant.
+    weight_decay_end: float | None = None
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    # LARS trust coefficient.
+    eta: float = Field(default=0.001, gt=0)
+    # None takes the published rule: 10, or 5 when epochs ≤ 50, or 3 when epochs ≤ 20.
+    warmup_epochs: int | None = Field(default=None, ge=0)
+    # The cosine ends at this share of the base rate.
+    final_lr_ratio: float = Field(default=0.001, ge=0, le=1)
+    clip_norm: float | None = Field(default=None, gt=0)
+    # Only 1: see the message.
+    accumulate_steps: int = 1
+
+    @model_validator(mode="after")
+    def _no_accumulation(self) -> OptimConfig:
+        if self.accumulate_steps != 1:
+            raise ValueError(
+                "gradient accumulation is not possible with TWIST: diversity and the last batch norm are statistics of "
+                "the whole batch, and a sum over small batches is another objective. Lower the batch (the learning "
+                "rate follows), use more ranks, or model.activation_checkpointing = true"
+            )
+        return self
+
+
+class RunConfig(Config):
+    """How long, how exactly, what is kept."""
+
+    epochs: int = Field(gt=0)
+    # Epochs of the first stage; equal to `epochs` when there is no self-labelling stage.
+    mutual_information_epochs: int = Field(gt=0)
+    # Images a rank.
+    batch_size: int = Field(default=128, gt=0)
+    seed: int = 0
+    # `auto` takes the GPU when there is one.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # A full checkpoint of the published code: backbone, head and (when the recipe has one) teacher start from it.
+    warm_start: str | None = None
+    # bf16 and fp16 are for CUDA; on CPU everything is float32. The loss is float32 in any case.
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    channels_last: bool = True
+    compile: bool = False
+    # Bit-identical continuation needs it; costs some speed on GPU.
+    deterministic: bool = False
+    log_every_steps: int = Field(default=10, gt=0)
+    # Checkpoints at every epoch's end, and within epochs every so many steps (None: not).
+    checkpoint_every_epochs: int = Field(default=1, gt=0)
+    checkpoint_every_steps: int | None = Field(default=None, gt=0)
+    keep_checkpoints: int = Field(default=2, gt=0)
+    # Steps in a row with a non-finite loss or gradient after which the run stops with a replayable capture.
+    max_nonfinite_steps: int = Field(default=10, gt=0)
+    # Say so ("warn") or stop when predictions collapse.
+    on_collapse: Literal["warn", "stop"] = "warn"
+    # Every so many epochs, k-NN and NMI on a labelled folder with train/ and val/ (None: never).
+    online_eval_root: str | None = None
+    online_eval_every_epochs: int = Field(default=10, gt=0)
+
+    @model_validator(mode="after")
+    def _stages(self) -> RunConfig:
+        if self.mutual_information_epochs > self.epochs:
+            raise ValueError(
+                f"run.mutual_information_epochs = {self.mutual_information_epochs} "
+                f"is more than run.epochs = {self.epochs}"
+            )
+        return self
+
+
+class PretrainConfig(Config):
+    """A whole run. One section a table in the TOML file."""
+
+    data: DataConfig
+    run: RunConfig
+    views: ViewsConfig = ViewsConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    self_label: SelfLabelConfig = SelfLabelConfig()
+    optim: OptimConfig = OptimConfig()
+
+    @model_validator(mode="after")
+    def _warmups_end(self) -> PretrainConfig:
+        first, second = self.run.mutual_information_epochs, self.run.epochs - self.run.mutual_information_epochs
+        if (self.optim.warmup_epochs or 0) >= first:
+            raise ValueError(
+                f"optim.warmup_epochs = {self.optim.warmup_epochs} must be less than "
+                f"run.mutual_information_epochs = {first}"
+            )
+        if second and self.self_label.warmup_epochs >= second:
+            raise ValueError(
+                f"self_label.warmup_epochs = {self.self_label.warmup_epochs} must be less than the {second} epoch(s) "
+                "of the self-labelling stage (run.epochs − run.mutual_information_epochs)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _together(self) -> PretrainConfig:
+        if self.model.backbone.startswith("vit_") and (self.views.global_size % 16 or self.views.local_size % 16):
+            raise ValueError("a ViT with 16-pixel patches needs view sizes that are multiples of 16")
+        return self

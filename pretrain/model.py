@@ -1,0 +1,146 @@
+"""Backbone and head, as one module that maps the views of a batch to logits.
+
+Source: arXiv 2110.07402, section 3.2; published code (commit 796d36e). Views of one resolution go through the backbone
+as one batch; then the head sees all views together, and its last norm takes its statistics over all of them.
+
+Shapes: `B` images a rank, `V` views, `D` backbone features, `K` classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from contracts.networks import ResNet, build_backbone
+from pretrain import distributed
+from pretrain.batch_norm import synchronise
+from pretrain.config import ModelConfig, PretrainConfig
+
+
+class Head(nn.Module):
+    """Linear–BN–act–Linear–BN–act–Linear, then batch norm without affine parameters: (N, D) → (N, K) logits."""
+
+    def __init__(self, features: int, config: ModelConfig, *, truncated_normal: bool) -> None:
+        super().__init__()
+        activation = nn.ReLU if config.activation == "relu" else nn.GELU
+        self.hidden = nn.Sequential(
+            nn.Linear(features, config.hidden_dim),
+            nn.BatchNorm1d(config.hidden_dim),
+            activation(),
+            nn.Linear(config.hidden_dim, config.hidden_dim),
+            nn.BatchNorm1d(config.hidden_dim),
+            activation(),
+        )
+        self.output = nn.Linear(config.hidden_dim, config.classes)
+        # The paper's normalisation before the softmax; over a bunch of images (`build_model`).
+        self.norm: nn.Module = nn.BatchNorm1d(config.classes, affine=False)
+        if truncated_normal:
+            for layer in self.modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.trunc_normal_(layer.weight, std=0.02)
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        raw = self.output(self.hidden(features))
+        # Never in half precision: what follows is a softmax over thousands of classes.
+        with torch.autocast(raw.device.type, enabled=False):
+            return self.norm(raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw)
+
+
+class Twist(nn.Module):
+    """The network that is trained. `backbone` alone is what the later stages take."""
+
+    def __init__(self, backbone: nn.Module, head: Head) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, views: Sequence[Tensor]) -> Tensor:
+        """Logits (V, B, K) of view-major batches, one tensor a resolution, the global one (2·B, 3, G, G) first."""
+        images = views[0].shape[0] // 2
+        features = torch.cat([self.backbone(batch) for batch in views])  # (V·B, D)
+        logits = self.head(features)  # (V·B, K)
+        return logits.view(-1, images, logits.shape[-1])
+
+
+def build_model(config: PretrainConfig, *, device: torch.device) -> tuple[Twist, Twist | None]:
+    """Student and (when the recipe has one) teacher on `device`, a copy of the student, with batch norms synchronised.
+
+    Every rank must call it; the weights are the same on all of them, drawn from `run.seed`.
+
+    Raises:
+        UserError: the bunch does not divide over the ranks.
+    """
+    model_config = config.model
+    torch.manual_seed(config.run.seed)
+    backbone = build_backbone(
+        model_config.backbone,
+        width=model_config.width,
+        image_size=config.views.global_size,
+        drop_path=model_config.drop_path,
+    )
+    is_vit = model_config.backbone.startswith("vit_")
+    student = Twist(backbone, Head(backbone.num_features, model_config, truncated_normal=is_vit))  # type: ignore[arg-type]
+    ranks = distributed.ranks_per_bunch(
+        model_config.bunch_size, batch_size=config.run.batch_size, world_size=distributed.world_size()
+    )
+    teacher = copy.deepcopy(student) if model_config.teacher else None
+    bunch = distributed.consecutive_group(ranks) if ranks > 1 else None
+    for network in filter(None, (student, teacher)):
+        synchronise(network.backbone, device=device)
+        synchronise(network.head.hidden, device=device)
+        if ranks > 1:
+            network.head.norm = synchronise(network.head.norm, device=device, group=bunch)
+        network.to(device)
+        if config.run.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if teacher is not None:
+        teacher.requires_grad_(False)
+    if model_config.activation_checkpointing:
+        checkpoint_activations(student.backbone)
+    if config.run.compile:
+        # Two static shapes, global and local crops; names in the state dict stay.
+        for network in filter(None, (student, teacher)):
+            network.backbone.compile(dynamic=False)
+    return student, teacher
+
+
+@torch.no_grad()
+def update_teacher(teacher: Twist, student: Twist, *, momentum: float) -> None:
+    """teacher ← momentum · teacher + (1 − momentum) · student, parameters only: its batch norms see its own batches."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+def checkpoint_activations(backbone: nn.Module) -> None:
+    """Keep only the inputs of the backbone's blocks and compute the rest again in the backward pass."""
+    if not isinstance(backbone, ResNet):
+        backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+        return
+    for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
+        for block in stage:
+            contexts = functools.partial(_forward_and_again, block)
+            block.forward = functools.partial(  # type: ignore[method-assign]
+                checkpoint, block.forward, use_reentrant=False, context_fn=contexts
+            )
+
+
+def _forward_and_again(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    return contextlib.nullcontext(), _untracked(block)
+
+
+@contextlib.contextmanager
+def _untracked(block: nn.Module) -> Iterator[None]:
+    """Batch norms leave their running statistics alone: the second forward would count the same images twice."""
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

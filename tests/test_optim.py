@@ -1,0 +1,157 @@
+"""LARS against the published steps, its edge cases, its independence of memory layout, and the parameter groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden import golden
+from torch import nn
+
+from contracts.errors import UserError
+from contracts.networks import build_backbone
+from pretrain.config import OptimConfig
+from pretrain.optim import LARS, build_optimizer, parameter_groups, set_rates
+
+NAMES = ("conv.weight", "fc.weight", "bn.weight", "fc.bias")
+
+
+def test_six_steps_are_the_published_ones() -> None:
+    values = golden("lars")
+    weights = {name: nn.Parameter(values[f"init/{name}"]) for name in NAMES}
+    optimizer = LARS(
+        [
+            {"params": [weights["conv.weight"], weights["fc.weight"]], "weight_decay": 1.5e-6},
+            {"params": [weights["bn.weight"], weights["fc.bias"]], "weight_decay": 0.0, "lars_exclude": True},
+        ],
+        lr=0.0,
+        momentum=0.9,
+    )
+    for step, lr in enumerate(values["lrs"].tolist()):
+        for name, weight in weights.items():
+            weight.grad = values[f"grad{step}/{name}"]
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        for name, weight in weights.items():
+            assert (weight.detach() - values[f"step{step}/{name}"]).abs().max() < 1e-12, (step, name)
+
+
+@pytest.mark.parametrize("zero", ["weight", "gradient", "both"])
+def test_a_zero_norm_has_rate_one(zero: str) -> None:
+    weight = nn.Parameter(torch.zeros(3, 2) if zero != "gradient" else torch.ones(3, 2))
+    weight.grad = torch.zeros(3, 2) if zero != "weight" else torch.full((3, 2), 2.0)
+    before, gradient = weight.detach().clone(), weight.grad.clone()
+    LARS([weight], lr=0.1, weight_decay=0.5, eta=0.001).step()
+    assert torch.allclose(weight, before - 0.1 * (gradient + 0.5 * before), atol=1e-7)
+
+
+def test_memory_layout_does_not_matter() -> None:
+    torch.manual_seed(0)
+    shapes = [(8, 4, 3, 3), (8, 4, 1, 1), (8, 8, 3, 3)]
+    plain = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    last = [nn.Parameter(p.detach().clone(memory_format=torch.channels_last)) for p in plain]
+    one, other = LARS(plain, lr=0.5, weight_decay=1e-3), LARS(last, lr=0.5, weight_decay=1e-3)
+    for _ in range(3):
+        for p, q in zip(plain, last):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()  # contiguous: another layout than its parameter's
+        one.step()
+        other.step()
+    for p, q in zip(plain, last):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lars", "adamw"])
+def test_a_raised_flag_changes_nothing(name: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    optimizer = build_optimizer(OptimConfig(name=name), model)
+    set_rates(optimizer, lr=0.1, weight_decay=1e-4)
+    for flag, gradient in ((0.0, 1.0), (1.0, float("nan")), (1.0, float("inf"))):
+        before = [p.detach().clone() for p in model.parameters()], str(optimizer.state_dict()["state"])
+        for p in model.parameters():
+            p.grad = torch.full_like(p, gradient)
+        optimizer.found_inf, optimizer.grad_scale = torch.tensor(flag), None
+        optimizer.step()
+        same = all(torch.equal(p, q) for p, q in zip(before[0], model.parameters()))
+        assert same == (flag == 1)
+        if flag:
+            assert str(optimizer.state_dict()["state"]) == before[1]
+
+
+def test_nothing_is_read_on_the_host() -> None:
+    # `_local_scalar_dense` is what .item(), float() and `if tensor` become: the wait for the device.
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoHostReads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert "_local_scalar_dense" not in str(function)
+            return function(*args, **(kwargs or {}))
+
+    weights = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
+    optimizer = LARS(weights, lr=0.1, weight_decay=1e-4)
+    for weight in weights:
+        weight.grad = torch.randn(4, 4)
+    with NoHostReads():
+        optimizer.step()
+    with NoHostReads(), pytest.raises(AssertionError):
+        weights[0].sum().item()
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "vit_small_patch16"])
+def test_groups_hold_every_parameter_once(architecture: str) -> None:
+    model = build_backbone(architecture)
+    decayed, excluded = parameter_groups(model, weight_decay=1e-4)
+    ids = [id(p) for group in (decayed, excluded) for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+    named = {id(p): name for name, p in model.named_parameters()}
+    names = {named[id(p)] for p in excluded["params"]}
+    assert all(p.dim() > 1 for p in decayed["params"])
+    assert not any(named[id(p)].endswith(".bias") for p in decayed["params"])
+    assert {"pos_embed", "cls_token"} <= names or architecture == "resnet18"
+    assert (excluded["weight_decay"], excluded["lars_exclude"]) == (0.0, True)
+    assert (decayed["weight_decay"], decayed["lars_exclude"]) == (1e-4, False)
+
+
+def test_a_parameter_under_two_rules_is_refused() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 3))
+            self.pos_embed = self.weight
+
+    with pytest.raises(UserError, match=r"pos_embed, weight.*untie"):
+        parameter_groups(Tied(), weight_decay=0.1)
+    with pytest.raises(UserError, match="no trainable parameter"):
+        parameter_groups(nn.ReLU(), weight_decay=0.1)
+
+
+def test_rates_reach_the_right_groups() -> None:
+    optimizer = build_optimizer(OptimConfig(), nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
+    set_rates(optimizer, lr=0.25, weight_decay=0.03)
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.25, 0.03), (0.25, 0.0)]
+
+
+def test_state_goes_through_a_file(tmp_path) -> None:
+    def trained(steps: int, optimizer: LARS, weight: nn.Parameter, start: int = 0) -> None:
+        for step in range(start, start + steps):
+            weight.grad = torch.randn(3, 3, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+
+    whole = nn.Parameter(torch.eye(3))
+    trained(4, LARS([whole], lr=0.1, weight_decay=1e-3), whole)
+    first = nn.Parameter(torch.eye(3))
+    optimizer = LARS([first], lr=0.1, weight_decay=1e-3)
+    trained(2, optimizer, first)
+    torch.save({"w": first.detach(), "o": optimizer.state_dict()}, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    again = nn.Parameter(state["w"])
+    optimizer = LARS([again], lr=0.1, weight_decay=1e-3)
+    optimizer.load_state_dict(state["o"])
+    trained(2, optimizer, again, start=2)
+    assert torch.equal(again, whole)
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "eta"])
+def test_negative_settings_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        LARS([nn.Parameter(torch.ones(1))], **{"lr": 0.1, name: -1.0})

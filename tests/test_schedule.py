@@ -1,0 +1,91 @@
+"""Schedules against the published arrays, step by step."""
+
+from __future__ import annotations
+
+import pytest
+from golden import golden
+
+from contracts.config import validate
+from contracts.errors import UsageError
+from pretrain.config import PretrainConfig
+from pretrain.schedule import Schedule, cosine, scaled_lr, warmup_epochs
+
+
+def config(**sections) -> PretrainConfig:
+    return validate({"data": {"root": "x"}, **sections}, PretrainConfig, where="test")
+
+
+@pytest.mark.parametrize("case", ["full", "short", "selflabel"])
+def test_learning_rate_is_the_published_one(case: str) -> None:
+    values = golden("schedules")
+    epochs, first, warmup, self_label_warmup, steps_per_epoch, lr, self_label_lr = values[f"lr_{case}_args"].tolist()
+    schedule = Schedule(
+        config(
+            run={"epochs": int(epochs), "mutual_information_epochs": int(first)},
+            optim={"warmup_epochs": int(warmup)},
+            self_label={"warmup_epochs": int(self_label_warmup)},
+        ),
+        int(steps_per_epoch),
+        lr=lr,
+        self_label_lr=self_label_lr,
+    )
+    ours = [schedule.learning_rate(step) for step in range(schedule.steps)]
+    assert len(ours) == len(values[f"lr_{case}"])
+    assert ours == pytest.approx(values[f"lr_{case}"].tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("array", "start", "end"),
+    [
+        ("wd_0.06_0.12_ep300_it5", 0.06, 0.12),
+        ("momentum_0.996_1.0_ep300_it5", 0.996, 1.0),
+        ("quantile_0.5_0.6_ep50_it5", 0.5, 0.6),
+    ],
+)
+def test_cosines_are_the_published_ones(array: str, start: float, end: float) -> None:
+    expected = golden("schedules")[array].tolist()
+    ours = [cosine(step, start=start, end=end, steps=len(expected)) for step in range(len(expected))]
+    assert ours == pytest.approx(expected, abs=1e-12)
+
+
+def test_each_quantity_runs_over_its_own_stage() -> None:
+    settings = config(
+        run={"epochs": 30, "mutual_information_epochs": 20},
+        optim={"weight_decay": 0.06, "weight_decay_end": 0.12},
+        self_label={"warmup_epochs": 5},
+    )
+    schedule = Schedule(settings, 10, lr=1.0, self_label_lr=0.1)
+    assert schedule.weight_decay(0) == 0.06
+    assert schedule.weight_decay(150) == pytest.approx(0.09)
+    assert schedule.teacher_momentum(0) == 0.996
+    assert schedule.teacher_momentum(100) == pytest.approx(0.998)
+    assert schedule.teacher_momentum(250) == 1.0  # it stands still in the second stage
+    assert schedule.self_label_quantile(200) == 0.5
+    assert schedule.self_label_quantile(250) == pytest.approx(0.55)
+    assert Schedule(config(run={"epochs": 5, "mutual_information_epochs": 5}), 10, 1.0, 0.1).weight_decay(40) == 1.5e-6
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(850, 10), (51, 10), (50, 5), (21, 5), (20, 3), (4, 2), (1, 0)])
+def test_warmup_follows_the_published_rule(epochs: int, expected: int) -> None:
+    assert warmup_epochs(config(run={"epochs": epochs, "mutual_information_epochs": epochs})) == expected
+
+
+def test_rates_scale_with_the_total_batch() -> None:
+    assert scaled_lr(0.5, 2048) == 4.0  # 16 GPUs × 128 images, the published run
+
+
+@pytest.mark.parametrize(
+    ("sections", "word"),
+    [
+        ({"run": {"epochs": 5, "mutual_information_epochs": 5}, "optim": {"warmup_epochs": 5}}, "optim.warmup_epochs"),
+        ({"run": {"epochs": 8, "mutual_information_epochs": 5}}, "self_label.warmup_epochs"),
+        ({"run": {"epochs": 5, "mutual_information_epochs": 6}}, "mutual_information_epochs"),
+        (
+            {"run": {"epochs": 5, "mutual_information_epochs": 5}, "optim": {"accumulate_steps": 2}},
+            "statistics of the whole batch",
+        ),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(sections: dict, word: str) -> None:
+    with pytest.raises(UsageError, match=word):
+        config(**sections)
