@@ -1,0 +1,142 @@
+"""What the page draws: curves of pretraining and transfer runs, thinned, and top-1 over the share of labels."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from compare.table import Table
+from contracts.errors import UserError
+from contracts.record import RunRecord
+
+# A curve keeps this many points: more than a chart has pixels to show them.
+CURVE_POINTS = 240
+# Runs whose curves are drawn for one row and protocol.
+CURVE_RUNS = 3
+# Keys of a pretraining run's metrics.jsonl in the order of the page, each with what a reader wants to know.
+PRETRAIN_KEYS = {
+    "total": "the loss that is minimised",
+    "consistency": "how far apart the views' distributions are: to fall",
+    "sharpness": "entropy of an image's distribution: to fall",
+    "diversity": "entropy of the batch's mean distribution: to rise",
+    "mean_entropy": "of the batch's mean distribution, nats",
+    "row_entropy": "of an image's distribution, nats",
+    "agreement": "share of images whose two views agree on the class",
+    "classes_used": "of the head's K",
+    "knn_top1_percent": "k-NN top-1 during pretraining, percent",
+    "nmi_percent": "NMI during pretraining, percent",
+    "lr": "learning rate",
+}
+LABEL_SHARES = {"semi-1pct": 1, "semi-10pct": 10, "finetune-100pct": 100}
+
+
+def identity(record: RunRecord) -> tuple[str, str]:
+    return record.protocol, record.run_name
+
+
+def label_families(table: Table) -> list[dict[str, Any]]:
+    """Top-1 over the share of labels, one family a scale: the fine-tuning protocols at 1, 10 and 100 %."""
+    families: dict[tuple[str, str], dict[tuple[int, bool], list[list[float]]]] = defaultdict(lambda: defaultdict(list))
+    for (row, index), cell in sorted(table.cells.items()):
+        column = table.columns[index]
+        prefix = "sample-" if column.protocol.startswith("sample-") else ""
+        share = LABEL_SHARES.get(column.protocol.removeprefix("sample-"))
+        if share is None or column.metric != "top1_percent" or column.mixed:
+            continue
+        if cell.measured:
+            families[prefix, column.metric][row, False].append([share, cell.measured.mean, cell.measured.sd or 0.0])
+        elif cell.published:
+            families[prefix, column.metric][row, True].append([share, cell.published[0].value, 0.0])
+    made = []
+    for (prefix, _), lines in families.items():
+        several = {key: sorted(points) for key, points in lines.items() if len({point[0] for point in points}) > 1}
+        if several:
+            made.append(
+                {
+                    "title": "Top-1 over the share of labels, percent" + (" (sample)" if prefix else ""),
+                    "lines": [
+                        {"row": row, "published": printed, "points": points}
+                        for (row, printed), points in sorted(several.items())
+                    ],
+                }
+            )
+    return made
+
+
+def curve_groups(records: Sequence[tuple[Path, RunRecord]], rows: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
+    """The training losses of transfer runs by protocol, at most `CURVE_RUNS` of a row."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    tasks = {}
+    taken: dict[tuple[str, int], int] = defaultdict(int)
+    for path, record in sorted(records, key=lambda pair: (pair[1].protocol, pair[1].seed, pair[1].run_name)):
+        row = rows.get(identity(record))
+        if record.curves is None or row is None or taken[record.protocol, row] == CURVE_RUNS:
+            continue
+        lines = _read_lines(beside(path, record.curves))
+        key = next((name for name in ("total_loss", "loss", "total") if any(name in line for line in lines)), None)
+        if key is None:
+            continue
+        taken[record.protocol, row] += 1
+        tasks[record.protocol] = record.task
+        groups[record.protocol].append({"row": row, "seed": record.seed, "points": _points(lines, key)})
+    return [{"protocol": name, "task": tasks[name], "lines": lines} for name, lines in groups.items()]
+
+
+def pretrain_run(folder: Path) -> dict[str, Any]:
+    lines = _read_lines(folder / "metrics.jsonl")
+    evaluated = folder / "online_eval.jsonl"
+    if evaluated.exists():
+        # Told by epoch; the page's axis is the step, so each goes to its epoch's last one.
+        ends = {line["epoch"]: line["step"] for line in lines if "epoch" in line}
+        lines += [{**line, "step": ends[line["epoch"]]} for line in _objects(evaluated) if line.get("epoch") in ends]
+    series = {key: points for key in PRETRAIN_KEYS if (points := _points(lines, key))}
+    stages = [
+        [line["step"], str(line["stage"]).replace("_", " ")]
+        for before, line in pairwise(line for line in lines if "stage" in line)
+        if line["stage"] != before["stage"]
+    ]
+    return {"name": folder.name, "series": series, "stages": stages}
+
+
+def beside(record: Path, name: str) -> Path:
+    """The file that a record names, which must lie below the record's own folder: a record may come from anybody."""
+    folder = record.parent.resolve()
+    file = (folder / name).resolve()
+    if not file.is_relative_to(folder):
+        raise UserError(f"{record} names the file {name}, outside its own folder: a page takes nothing from there.")
+    return file
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a curve file that have a step."""
+    return [line for line in _objects(path) if isinstance(line.get("step"), int | float)]
+
+
+def _objects(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Cannot read the curves {path} ({type(error).__name__}): the page needs them.") from None
+    # A run that is still going may be in the middle of its last line.
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    try:
+        lines = [json.loads(line) for line in whole if line.strip()]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not one JSON object a line ({error}).") from None
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def _points(lines: Sequence[dict[str, Any]], key: str) -> list[list[float]]:
+    """(step, value) where `key` is a finite number, thinned to `CURVE_POINTS` with the last point kept."""
+    points = [
+        [line["step"], float(line[key])]
+        for line in lines
+        if isinstance(line.get(key), int | float) and not isinstance(line[key], bool) and math.isfinite(line[key])
+    ]
+    stride = math.ceil(len(points) / CURVE_POINTS) or 1
+    return points[::stride] + (points[-1:] if points and (len(points) - 1) % stride else [])

@@ -1,0 +1,375 @@
+"""Run records and published numbers → one table as plain data: rows are methods, columns protocol and metric.
+
+What may stand in one column is decided here and nowhere else: the same protocol, metric, recipe hash and scale.
+A published number has no recipe hash. It joins the measured column of its protocol only where that column is at full
+scale, is the protocol's only one, and was measured on the same architecture; else it has a column of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from compare.published import PublishedRow, display_name, select
+from compare.statistics import Difference, difference, mean, standard_deviation
+from contracts.errors import UsageError, UserError, did_you_mean
+from contracts.metrics import METRICS, Metric
+from contracts.record import RunRecord, Task
+
+TASKS: tuple[str, ...] = get_args(Task)
+PUBLISHED = "published"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One protocol and metric of one recipe at one scale; `recipe_hash` is None for published numbers alone."""
+
+    protocol: str
+    metric: str
+    task: str
+    recipe_hash: str | None
+    scale: str
+    # What sets this recipe apart from the protocol's other ones in a mixed table; empty where it is the only one.
+    mixed: str = ""
+
+    @property
+    def definition(self) -> Metric:
+        return METRICS[self.metric]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method with one kind of weights: what differs in architecture, length or origin is another row."""
+
+    method: str
+    label: str
+    architecture: str | None = None
+    epochs: int | None = None
+    variant: str = ""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The runs behind a cell, one value a record: mean and sample standard deviation in the metric's unit."""
+
+    values: tuple[float, ...]
+    records: tuple[RunRecord, ...]
+
+    @property
+    def mean(self) -> float:
+        return mean(self.values)
+
+    @property
+    def sd(self) -> float | None:
+        return standard_deviation(self.values)
+
+    @property
+    def n(self) -> int:
+        return len(self.records)
+
+    @property
+    def pretrainings(self) -> int:
+        """How many different weights the runs started from."""
+        return len({record.weights.sha256 for record in self.records})
+
+
+@dataclass(frozen=True)
+class Published:
+    """One printed value; `source` is an index into `Table.sources`."""
+
+    value: float
+    sd: float | None
+    trials: int | None
+    source: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where printed values stand, and whether that place itself was read or a copy of it."""
+
+    text: str
+    read: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is known of one row in one column; a cell without either kind of value is absent, never zero."""
+
+    measured: Measured | None = None
+    published: tuple[Published, ...] = ()
+    difference: Difference | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows × columns; `cells` holds only what exists. `baseline` is the row against which differences are taken."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    cells: dict[tuple[int, int], Cell]
+    sources: tuple[Source, ...] = ()
+    baseline: int | None = None
+
+    @property
+    def comparisons(self) -> int:
+        """How many tests the table holds: p-values are not corrected for it, so it is printed beside them."""
+        return sum(c.difference is not None and c.difference.p_value is not None for c in self.cells.values())
+
+
+def build_table(
+    records: Sequence[RunRecord],
+    *,
+    published: Sequence[PublishedRow] = (),
+    baseline: str | None = None,
+    allow_mixed: bool = False,
+    metrics: Sequence[str] = (),
+) -> Table:
+    """The table of `records` beside `published`, with differences to the rows of `baseline` (a method or row label).
+
+    Of the published rows those of the measured protocols, and the foreign ones beside them, are shown; all of them
+    when there are no records. `metrics` restricts the columns; empty shows every metric.
+
+    Raises:
+        UserError: two records of one run, or (without `allow_mixed`) a protocol with several recipes or scales.
+        UsageError: nothing in the table is called `baseline`, or several rows are; an unknown metric is asked for.
+    """
+    for name in metrics:
+        if name not in METRICS:
+            raise UsageError(f'There is no metric "{name}".{did_you_mean(name, METRICS)}')
+    wanted = set(metrics) or METRICS.keys()
+    _refuse_duplicates(records)
+    mixed = _mixtures(records)
+    if mixed and not allow_mixed:
+        raise UserError(_mixed_sentence(mixed))
+    shown = select(published, {record.protocol for record in records}) if records else list(published)
+
+    values: dict[tuple[_RowKey, Column], list[RunRecord]] = defaultdict(list)
+    variants = _variants(records)
+    for record in records:
+        key = _RowKey(record.method, _architecture(record), record.weights.epochs, variants[_weights_key(record)])
+        apart = mixed.get(record.protocol, {}).get((record.recipe_hash, record.scale), "")
+        for metric in record.metrics.keys() & wanted:
+            column = Column(record.protocol, metric, record.task, record.recipe_hash, record.scale, apart)
+            values[key, column].append(record)
+
+    sources: dict[Source, int] = {}
+    printed: dict[tuple[_RowKey, Column], list[Published]] = defaultdict(list)
+    joined = _joinable_columns({column for _, column in values}, records)
+    for row in shown:
+        key = _RowKey(row.method, row.architecture, row.epochs, row.variant)
+        source = sources.setdefault(Source(row.source, row.read), len(sources))
+        for metric, value in row.metrics.items():
+            if metric not in wanted:
+                continue
+            own = Column(row.protocol, metric, row.task, None, PUBLISHED)
+            column = joined.get((row.protocol, metric, row.architecture), own)
+            printed[key, column].append(Published(value, row.sd.get(metric), row.trials, source, row.note))
+
+    beside = {row.protocol: row.beside for row in shown if row.beside}
+    places = [*values, *printed]
+    columns = sorted({column for _, column in places}, key=lambda column: _column_order(column, beside))
+    keys = sorted({key for key, _ in places}, key=_row_order)
+    rows = _labelled(keys)
+    cells = _cells(keys, columns, values, printed)
+    chosen = None if baseline is None else _baseline(baseline, rows, cells)
+    if chosen is not None:
+        cells = _with_differences(cells, chosen)
+    return Table(tuple(columns), tuple(rows), cells, tuple(sources), chosen)
+
+
+@dataclass(frozen=True)
+class _RowKey:
+    method: str
+    architecture: str | None
+    epochs: int | None
+    variant: str
+
+
+def _refuse_duplicates(records: Iterable[RunRecord]) -> None:
+    seen = set()
+    for record in records:
+        key = (*_weights_key(record), record.weights.sha256, record.protocol, record.seed, record.recipe_hash)
+        if key in seen:
+            raise UserError(
+                f"Two records of one run ({record.method}, {record.protocol}, seed {record.seed}, recipe "
+                f"{record.recipe_hash[:8]}): a run counts once, so remove one of the two files."
+            )
+        seen.add(key)
+
+
+def _mixtures(records: Iterable[RunRecord]) -> dict[str, dict[tuple[str, str], str]]:
+    """Protocol → (recipe hash, scale) → what sets it apart, for the protocols that hold more than one."""
+    recipes: dict[str, dict[tuple[str, str], dict[str, Any]]] = defaultdict(dict)
+    for record in records:
+        recipes[record.protocol].setdefault((record.recipe_hash, record.scale), record.recipe)
+    return {protocol: _set_apart(groups) for protocol, groups in recipes.items() if len(groups) > 1}
+
+
+def _set_apart(groups: dict[tuple[str, str], dict[str, Any]]) -> dict[tuple[str, str], str]:
+    flat = {group: dict(_flatten(recipe)) for group, recipe in groups.items()}
+    names = sorted({name for values in flat.values() for name in values})
+    differing = [name for name in names if len({values.get(name, "absent") for values in flat.values()}) > 1]
+    scales = len({scale for _, scale in groups}) > 1
+    apart = {}
+    for group, values in flat.items():
+        parts = [f"scale {group[1]}"] if scales else []
+        parts += [f"{name} = {_short(values.get(name, 'absent'))}" for name in differing[:3]]
+        parts += [f"{len(differing) - 3} more"] if len(differing) > 3 else []
+        apart[group] = ", ".join(parts) or f"recipe {group[0][:8]}"
+    return apart
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for name, part in value.items():
+            yield from _flatten(part, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix, json.dumps(value, sort_keys=True)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 32 else text[:31] + "…"
+
+
+def _mixed_sentence(mixed: dict[str, dict[tuple[str, str], str]]) -> str:
+    protocol, groups = next(iter(sorted(mixed.items())))
+    others = f" (and {len(mixed) - 1} more protocols)" if len(mixed) > 1 else ""
+    described = " against ".join(f"[{text}]" for text in sorted(groups.values())[:3])
+    return (
+        f"The records of {protocol}{others} come from {len(groups)} recipes or scales, {described}: they may not share "
+        "a column; choose records of one, or pass --allow-mixed to see them in columns apart."
+    )
+
+
+def _architecture(record: RunRecord) -> str | None:
+    if record.weights.architecture is not None:
+        return record.weights.architecture
+    named = record.recipe.get("architecture")
+    return named if isinstance(named, str) else None
+
+
+def _weights_key(record: RunRecord) -> tuple[Any, ...]:
+    """What agrees in runs that repeat one another: pretraining seeds of one config do, different files do not."""
+    pretraining = None
+    # Every seed draws another random initialisation; they are repeats although their bytes differ.
+    if record.method != "random":
+        pretraining = record.weights.pretrain_config_hash or record.weights.sha256
+    return record.method, _architecture(record), record.weights.epochs, pretraining
+
+
+def _variants(records: Sequence[RunRecord]) -> dict[tuple[Any, ...], str]:
+    """A name for each kind of weights, empty where method, architecture and epochs already tell it apart."""
+    names: dict[tuple[Any, ...], str] = {}
+    for record in records:
+        names.setdefault(_weights_key(record), record.weights.name)
+    families: dict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
+    for key in names:
+        families[key[:-1]].append(key)
+    variants = {}
+    for keys in families.values():
+        distinct = len({names[key] for key in keys}) == len(keys)
+        for key in keys:
+            name = names[key] if distinct else f"{names[key]} {str(key[-1])[:8]}"
+            variants[key] = name if len(keys) > 1 else ""
+    return variants
+
+
+def _joinable_columns(
+    columns: Iterable[Column], records: Sequence[RunRecord]
+) -> dict[tuple[str, str, str | None], Column]:
+    """(protocol, metric, architecture) → the measured column that a published value of these may stand in."""
+    columns = list(columns)
+    architectures: dict[tuple[str, str], set[str | None]] = defaultdict(set)
+    for record in records:
+        architectures[record.protocol, record.recipe_hash].add(_architecture(record))
+    return {
+        (column.protocol, column.metric, architecture): column
+        for column in columns
+        if column.scale == "full" and not column.mixed and column.recipe_hash is not None
+        for architecture in architectures[column.protocol, column.recipe_hash]
+    }
+
+
+def _column_order(column: Column, beside: dict[str, str]) -> tuple[Any, ...]:
+    home = beside.get(column.protocol, column.protocol)
+    return (
+        TASKS.index(column.task),
+        home,
+        column.protocol != home,
+        column.protocol,
+        column.recipe_hash is None,
+        column.mixed,
+        column.scale,
+        column.recipe_hash or "",
+        list(METRICS).index(column.metric),
+    )
+
+
+def _row_order(key: _RowKey) -> tuple[Any, ...]:
+    # The two that everything is measured against stand first, the rest by name.
+    first = {"random": 0, "supervised": 1}.get(key.method, 2)
+    return first, display_name(key.method).lower(), key.architecture or "", key.epochs or 0, key.variant
+
+
+def short_architecture(architecture: str) -> str:
+    """`resnet50w2` → `R50w2`, `vit_small_patch16` → `ViT-S/16`: as papers write them."""
+    named = {"vit_small_patch16": "ViT-S/16", "vit_base_patch16": "ViT-B/16"}
+    return named.get(architecture, architecture.replace("resnet", "R"))
+
+
+def _labelled(keys: Sequence[_RowKey]) -> list[Row]:
+    several = len({key.architecture for key in keys if key.architecture}) > 1
+    rows = []
+    for key in keys:
+        architecture = short_architecture(key.architecture) if several and key.architecture else ""
+        epochs = f"{key.epochs} ep" if key.epochs else ""
+        label = " · ".join(part for part in (display_name(key.method), architecture, epochs, key.variant) if part)
+        # A record may come from anybody: no line break or terminal code gets into a table.
+        label = "".join(letter if letter.isprintable() else " " for letter in label)
+        rows.append(Row(key.method, label, key.architecture, key.epochs, key.variant))
+    return rows
+
+
+def _cells(
+    keys: Sequence[_RowKey],
+    columns: Sequence[Column],
+    values: dict[tuple[_RowKey, Column], list[RunRecord]],
+    printed: dict[tuple[_RowKey, Column], list[Published]],
+) -> dict[tuple[int, int], Cell]:
+    cells = {}
+    row_index, column_index = {k: i for i, k in enumerate(keys)}, {c: i for i, c in enumerate(columns)}
+    for key, column in {**values, **printed}:
+        runs = sorted(values.get((key, column), ()), key=lambda run: (run.seed, run.weights.sha256 or ""))
+        numbers = tuple(run.metrics[column.metric] for run in runs)
+        measured = Measured(numbers, tuple(runs)) if runs else None
+        cells[row_index[key], column_index[column]] = Cell(measured, tuple(printed.get((key, column), ())))
+    return cells
+
+
+def _baseline(name: str, rows: Sequence[Row], cells: dict[tuple[int, int], Cell]) -> int:
+    measured = {row for (row, _), cell in cells.items() if cell.measured}
+    by_label = [index for index in measured if rows[index].label == name]
+    found = by_label or [index for index in measured if rows[index].method == name]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        labels = ", ".join(f'"{rows[index].label}"' for index in sorted(found))
+        raise UsageError(f'--baseline "{name}" is several rows, {labels}: give one of these labels.')
+    known = {rows[index].method for index in measured}
+    raise UsageError(f'--baseline "{name}": no measured row is called that.{did_you_mean(name, known)}')
+
+
+def _with_differences(cells: dict[tuple[int, int], Cell], baseline: int) -> dict[tuple[int, int], Cell]:
+    compared = {}
+    for (row, column), cell in cells.items():
+        against = cells.get((baseline, column), Cell()).measured
+        if row != baseline and cell.measured is not None and against is not None:
+            gap = difference(cell.measured.values, against.values)
+            compared[row, column] = Cell(cell.measured, cell.published, gap)
+        else:
+            compared[row, column] = cell
+    return compared

@@ -1,0 +1,250 @@
+"""A table for readers: terminal, Markdown, LaTeX (booktabs).
+
+Measured cells read `mean ± sd (n)`; published ones stand in another style with a footnote to their source; absent is
+a dash. Wide tables are cut into blocks of whole protocols, so that they fit a page and a terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from compare.statistics import SIGNIFICANT
+from compare.table import Cell, Column, Measured, Table
+
+ABSENT = "–"
+# A page holds six columns, a terminal four.
+PAGE_COLUMNS = 6
+TERMINAL_COLUMNS = 4
+
+
+def measured_text(measured: Measured, *, plus_minus: str = " ± ") -> str:
+    """`58.1 ± 0.2 (5)`, or `58.1 (1)`: one run has no spread."""
+    spread = "" if measured.sd is None else f"{plus_minus}{measured.sd:.1f}"
+    return f"{measured.mean:.1f}{spread} ({measured.n})"
+
+
+def printed_text(value: float) -> str:
+    """One decimal as papers print, two where the source has two."""
+    return f"{value:.1f}" if round(value, 1) == value else f"{value:.2f}"
+
+
+def printed_values(cell: Cell) -> list[tuple[str, list[int]]]:
+    """A cell's published values as text, each with its sources: what several sources print alike stands once."""
+    grouped: dict[str, list[int]] = {}
+    for value in cell.published:
+        grouped.setdefault(printed_text(value.value), []).append(value.source)
+    return list(grouped.items())
+
+
+def footnote_mark(index: int) -> str:
+    """a, b, …, z, aa, ab, …"""
+    letters = ""
+    index += 1
+    while index:
+        index, rest = divmod(index - 1, 26)
+        letters = chr(ord("a") + rest) + letters
+    return letters
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some columns of a table and the rows that have anything in them."""
+
+    columns: tuple[int, ...]
+    rows: tuple[int, ...]
+
+
+def _blocks(table: Table, *, widest: int) -> Iterator[_Block]:
+    """Whole protocols of one task, as many as fit `widest` columns; a protocol with more has a block of its own."""
+    pending: list[int] = []
+    for _, group in groupby(range(len(table.columns)), key=lambda i: _protocol_key(table.columns[i])):
+        columns = list(group)
+        same_task = not pending or table.columns[pending[0]].task == table.columns[columns[0]].task
+        if pending and (len(pending) + len(columns) > widest or not same_task):
+            yield _block(table, pending)
+            pending = []
+        pending += columns
+    if pending:
+        yield _block(table, pending)
+
+
+def _protocol_key(column: Column) -> tuple[str, str | None, str]:
+    return column.protocol, column.recipe_hash, column.scale
+
+
+def _block(table: Table, columns: Sequence[int]) -> _Block:
+    rows = [row for row in range(len(table.rows)) if any((row, column) in table.cells for column in columns)]
+    return _Block(tuple(columns), tuple(rows))
+
+
+def _head(column: Column) -> str:
+    """`voc-frcnn-c4-24k · AP50 (VOC07)`, with what is mixed, or the scale where neither it nor the name is plain."""
+    head = f"{column.protocol} · {column.definition.label}"
+    if column.mixed:
+        return f"{head} [mixed: {column.mixed}]"
+    # The name of a sample twin says its scale already.
+    told = column.scale in ("full", "published") or column.protocol.startswith(column.scale)
+    return head if told else f"{head} [{column.scale}]"
+
+
+def _used_sources(table: Table, block: _Block) -> dict[int, str]:
+    """Source index → footnote mark, numbered in the order in which the block meets them."""
+    marks: dict[int, str] = {}
+    for row in block.rows:
+        for column in block.columns:
+            for value in table.cells.get((row, column), Cell()).published:
+                marks.setdefault(value.source, footnote_mark(len(marks)))
+    return marks
+
+
+def _difference_text(cell: Cell) -> str:
+    if cell.difference is None:
+        return ""
+    mark = {True: "*", False: "", None: "?"}[cell.difference.significant]
+    return f"{cell.difference.value:+.1f}{mark}"
+
+
+def _notes(table: Table, block: _Block) -> list[str]:
+    """The sentences under a block: what its cells, differences and marks mean."""
+    cells = [table.cells[place] for place in table.cells if place[0] in block.rows and place[1] in block.columns]
+    notes = []
+    if any(cell.measured for cell in cells):
+        notes.append("Measured: mean ± standard deviation (runs), percent.")
+    gaps = [cell.difference for cell in cells if cell.difference]
+    if gaps and table.baseline is not None:
+        text = f"In brackets the difference to {table.rows[table.baseline].label}"
+        tested = [gap for gap in gaps if gap.p_value is not None]
+        if tested:
+            text += (
+                f"; * p < {SIGNIFICANT} by Welch's t-test, two-sided, not corrected for the table's "
+                f"{table.comparisons} comparisons"
+            )
+        if len(tested) < len(gaps):
+            text += "; ? no test, n too small or no spread between runs"
+        notes.append(text + ".")
+    if any(table.columns[column].mixed for column in block.columns):
+        notes.append("Mixed: columns of one protocol with different recipes or scales; do not compare across them.")
+    return notes
+
+
+def _source_texts(table: Table, marks: dict[int, str]) -> list[tuple[str, str]]:
+    return [
+        (mark, table.sources[index].text + (", read in a copy" if table.sources[index].read == "secondary" else ""))
+        for index, mark in marks.items()
+    ]
+
+
+def _marks(sources: Sequence[int], marks: dict[int, str]) -> str:
+    return ",".join(marks[source] for source in sources)
+
+
+def plain(table: Table) -> str:
+    """Aligned columns under heads of two lines, protocol over metric."""
+    parts = []
+    for block in _blocks(table, widest=TERMINAL_COLUMNS):
+        marks = _used_sources(table, block)
+        heads = [["method", ""], *(_head(table.columns[c]).split(" · ", 1) for c in block.columns)]
+        body = [
+            [table.rows[row].label, *(_plain_cell(table.cells.get((row, c), Cell()), marks) for c in block.columns)]
+            for row in block.rows
+        ]
+        lines = [[head[0] for head in heads], [head[1] for head in heads], *body]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+        text = [
+            "  ".join(
+                [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]
+            ).rstrip()
+            for line in lines
+        ]
+        text.insert(2, "─" * (sum(widths) + 2 * (len(widths) - 1)))
+        text += ["", *_notes(table, block)]
+        text += [f"{mark}: {source}" for mark, source in _source_texts(table, marks)]
+        parts.append("\n".join(text).rstrip())
+    return "\n\n".join(parts) + "\n" if parts else "No records and no published rows.\n"
+
+
+def _plain_cell(cell: Cell, marks: dict[int, str]) -> str:
+    parts = [measured_text(cell.measured)] if cell.measured else []
+    parts += [f"[{_difference_text(cell)}]"] if cell.difference else []
+    parts += [f"“{text}”{_marks(sources, marks)}" for text, sources in printed_values(cell)]
+    return " ".join(parts) or ABSENT
+
+
+def markdown(table: Table) -> str:
+    """Pipe tables as GitHub reads them, notes and sources below each."""
+    parts = []
+    for block in _blocks(table, widest=PAGE_COLUMNS):
+        marks = _used_sources(table, block)
+        lines = [
+            "| method | " + " | ".join(_escape(_head(table.columns[c])) for c in block.columns) + " |",
+            "|---|" + "---:|" * len(block.columns),
+        ]
+        for row in block.rows:
+            cells = (_markdown_cell(table.cells.get((row, c), Cell()), marks) for c in block.columns)
+            lines.append(f"| {_escape(table.rows[row].label)} | " + " | ".join(cells) + " |")
+        notes = _notes(table, block)
+        notes += [f"<sup>{mark}</sup> {_escape(text)}." for mark, text in _source_texts(table, marks)]
+        if marks:
+            notes.insert(0, "*Italic: published, by others.*")
+        parts.append("\n".join(lines) + ("\n\n" + "<br>\n".join(notes) if notes else ""))
+    return "\n\n".join(parts) + "\n" if parts else "No records and no published rows.\n"
+
+
+def _markdown_cell(cell: Cell, marks: dict[int, str]) -> str:
+    parts = [measured_text(cell.measured)] if cell.measured else []
+    parts += [f"[{_difference_text(cell).replace('*', chr(92) + '*')}]"] if cell.difference else []
+    parts += [f"*{text}*<sup>{_marks(sources, marks)}</sup>" for text, sources in printed_values(cell)]
+    return " ".join(parts) or ABSENT
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+
+
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "·": r"\,$\cdot$\,", "–": "--", "×": r"$\times$",
+        "±": r"$\pm$", "<": "$<$", "[": "{[}", "]": "{]}", "…": r"\dots{}",
+    }
+)  # fmt: skip
+
+
+def latex(table: Table) -> str:
+    """booktabs; published values in italics with a superscript letter, explained under the rule."""
+    parts = []
+    for block in _blocks(table, widest=PAGE_COLUMNS):
+        marks = _used_sources(table, block)
+        columns = [table.columns[c] for c in block.columns]
+        groups = [(key, len(list(group))) for key, group in groupby(columns, key=_protocol_key)]
+        spans = " & ".join(rf"\multicolumn{{{width}}}{{c}}{{{key[0].translate(_LATEX)}}}" for key, width in groups)
+        heads = " & ".join(_head(column).split(" · ", 1)[1].translate(_LATEX) for column in columns)
+        lines = [
+            "% needs \\usepackage{booktabs}",
+            rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
+            r"\toprule",
+            rf" & {spans} \\",
+            rf"method & {heads} \\",
+            r"\midrule",
+        ]
+        for row in block.rows:
+            cells = (_latex_cell(table.cells.get((row, c), Cell()), marks) for c in block.columns)
+            lines.append(f"{table.rows[row].label.translate(_LATEX)} & " + " & ".join(cells) + r" \\")
+        lines += [r"\bottomrule", r"\end{tabular}"]
+        notes = [note.translate(_LATEX) for note in _notes(table, block)]
+        notes += [rf"$^{{{mark}}}$ {text.translate(_LATEX)}." for mark, text in _source_texts(table, marks)]
+        if marks:
+            notes.insert(0, "Italic: published, by others.")
+        parts.append("\n".join(lines + ([r"\par\smallskip\footnotesize", " ".join(notes)] if notes else [])))
+    return "\n\n".join(parts) + "\n" if parts else "% No records and no published rows.\n"
+
+
+def _latex_cell(cell: Cell, marks: dict[int, str]) -> str:
+    parts = [measured_text(cell.measured, plus_minus=r" $\pm$ ")] if cell.measured else []
+    if cell.difference:
+        # A minus sign, not a hyphen.
+        parts.append("{[$" + _difference_text(cell).replace("*", "^{*}").replace("?", r"^{?}") + "$]}")
+    parts += [rf"\textit{{{text}}}$^{{{_marks(sources, marks)}}}$" for text, sources in printed_values(cell)]
+    return " ".join(parts) or "--"

@@ -1,0 +1,64 @@
+"""The command line: it answers without torch, and a user's mistake is one sentence with an exit status."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from twist import doctor
+
+
+def twist(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "twist", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def test_help_names_every_stage_and_imports_no_torch() -> None:
+    code = "import sys; from twist.cli import app; app(['-h'], standalone_mode=False); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    for command in ("pretrain", "inspect", "convert", "transfer", "data", "suite", "compare", "doctor", "demo"):
+        assert f"\n  {command} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "sentence"),
+    [
+        (["nonsense"], 2, "No such command"),
+        (["pretrain"], 2, "Missing argument"),
+        (["pretrain", "absent.toml"], 2, "There is no config at absent.toml"),
+        (["convert"], 2, "Say what to convert and for whom"),
+        (["transfer"], 2, "Say which protocol and which weights"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(arguments: list[str], status: int, sentence: str) -> None:
+    done = twist(*arguments)
+    assert done.returncode == status
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = twist("--debug", "pretrain", "absent.toml")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.slow  # imports both frameworks
+def test_doctor_finds_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = doctor.examine()
+    assert not any(check.broken for check in whole), doctor.render(whole)
+    assert "Everything needed works." in doctor.render(whole)
+    real = doctor._import
+
+    def without_timm(name: str):  # type: ignore[no-untyped-def]
+        return (None, "ModuleNotFoundError: No module named 'timm'") if name == "timm" else real(name)
+
+    monkeypatch.setattr(doctor, "_import", without_timm)
+    broken = [check for check in doctor.examine() if check.broken]
+    assert [check.name for check in broken] == ["timm"]
+    assert "make install" in doctor.render(broken)

@@ -1,0 +1,137 @@
+"""The collection of published numbers: its schema, its sources, and that no two detectors share a protocol."""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+from importlib import resources
+from typing import Any
+
+import pytest
+
+from compare.published import _Collection, display_name, load_published, select
+from contracts.config import validate
+from contracts.errors import UsageError
+from contracts.metrics import METRICS
+from transfer.protocols import PROTOCOLS
+
+ROWS = load_published()
+RAW = tomllib.loads((resources.files("compare") / "published.toml").read_text(encoding="utf-8"))
+
+
+def value(method: str, protocol: str, metric: str, *, source: str = "", **where: Any) -> list[float]:
+    return [
+        row.metrics[metric]
+        for row in ROWS
+        if row.method == method
+        and row.protocol == protocol
+        and metric in row.metrics
+        and source in row.source
+        and all(getattr(row, name) == wanted for name, wanted in where.items())
+    ]
+
+
+def test_every_row_names_its_source_and_how_it_was_read() -> None:
+    assert len(ROWS) > 350
+    for row in ROWS:
+        assert len(row.source) > 8, row
+        assert row.read in ("primary", "secondary")
+        assert row.metrics
+        assert row.metrics.keys() <= METRICS.keys()
+        assert all(0 < number < 100 for number in row.metrics.values())
+
+
+def test_protocols_are_ours_or_foreign_by_name() -> None:
+    for row in ROWS:
+        assert row.is_foreign or row.protocol in PROTOCOLS, row.protocol
+        assert row.beside is None or row.beside in PROTOCOLS, row.beside
+
+
+def test_metrics_are_those_that_our_protocol_measures() -> None:
+    for row in ROWS:
+        if not row.is_foreign:
+            assert row.metrics.keys() <= set(PROTOCOLS[row.protocol].metrics), (row.protocol, row.metrics)
+            assert row.task == PROTOCOLS[row.protocol].task
+
+
+def test_three_detectors_stay_apart() -> None:
+    # MoCo v1 scores 38.5, 38.5 and 39.4 box AP under C4, FPN with the 2-fc head and FPN with InfoMin's head, all 1x.
+    assert set(value("moco-v1", "coco-mrcnn-c4-1x", "coco_box_ap_percent")) == {38.5}
+    assert set(value("moco-v1", "coco-mrcnn-fpn-1x", "coco_box_ap_percent")) == {38.5}
+    assert set(value("moco-v1", "coco-mrcnn-fpn-infomin-1x", "coco_box_ap_percent")) == {39.4}
+    # TWIST's COCO row prints no schedule, and its VOC row is FPN, not C4.
+    assert value("twist", "coco-mrcnn-fpn-infomin-1x", "coco_box_ap_percent") == []
+    assert value("twist", "voc-frcnn-c4-24k", "voc07_box_ap_percent") == []
+    assert value("twist", "voc-frcnn-fpn-24k", "voc07_box_ap_percent") == [58.1]
+
+
+@pytest.mark.parametrize(
+    ("method", "protocol", "metric", "where", "expected"),
+    [
+        ("twist", "linear", "top1_percent", {"epochs": 850}, [75.5]),
+        ("twist", "linear", "top1_percent", {"architecture": "resnet50w2"}, [77.7]),
+        ("twist", "semi-1pct", "top1_percent", {"architecture": "resnet50"}, [61.5, 61.2]),
+        ("moco-v2", "voc-frcnn-c4-24k", "voc07_box_ap75_percent", {"epochs": 800}, [64.0, 64.4]),
+        ("byol", "foreign:mmdet-fpn-1x", "coco_mask_ap50_percent", {}, [58.1]),
+        ("random", "coco-mrcnn-c4-2x", "coco_mask_ap75_percent", {"variant": ""}, [33.5]),
+        ("byol", "foreign:byol-transfer-finetune", "flowers102_accuracy_percent", {}, [97.0]),
+        ("detco", "cityscapes-mrcnn-fpn-24k", "cityscapes_mask_ap50_percent", {}, [63.2]),
+        ("densecl", "voc12aug-fcn-d8-20k", "miou_percent", {"architecture": "resnet101"}, [74.1]),
+        ("self-classifier", "foreign:cluster-own-head", "ami_percent", {"epochs": 400}, [52.3]),
+    ],
+)
+def test_golden_cells(method: str, protocol: str, metric: str, where: dict[str, Any], expected: list[float]) -> None:
+    assert value(method, protocol, metric, **where) == expected
+
+
+def test_numbers_known_from_memory_only_are_absent() -> None:
+    assert value("barlow-twins", "voc-frcnn-c4-24k", "voc07_box_ap_percent") == []
+    assert value("random", "voc12aug-fcn-d8-20k", "miou_percent") == []
+    assert value("densecl", "coco-mrcnn-fpn-infomin-1x", "coco_box_ap_percent") == []
+    assert [row for row in ROWS if row.protocol == "cityscapes-fcn-d8-40k"] == []
+
+
+def test_no_row_stands_twice() -> None:
+    keys = [
+        (row.method, row.architecture, row.epochs, row.variant, row.protocol, row.source, metric)
+        for row in ROWS
+        for metric in row.metrics
+    ]
+    assert len(keys) == len(set(keys))
+
+
+def test_select_takes_neighbours() -> None:
+    protocols = {row.protocol for row in select(ROWS, ["linear"])}
+    assert "linear" in protocols
+    assert "foreign:linear-authors" in protocols
+    assert not any("coco" in protocol for protocol in protocols)
+
+
+def test_display_names() -> None:
+    assert display_name("moco-v2") == "MoCo v2"
+    assert display_name("my-method") == "my-method"
+
+
+def broken(change: Any) -> dict[str, Any]:
+    values = copy.deepcopy(RAW)
+    change(values)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda v: v["tables"][0].pop("source"), "source is missing"),
+        (lambda v: v["tables"][0].update(source=""), "source"),
+        (lambda v: v["tables"][0].update(metrics=["top_one"]), 'unknown metric "top_one"'),
+        (lambda v: v["tables"][0]["rows"][0].update(values=[1.0, 2.0]), "one value a metric"),
+        (lambda v: v["tables"][0]["rows"][0].update(values=[0.755 * 1000]), "percent"),
+        (lambda v: v["tables"][0]["rows"][0].update(values=["-"]), "at least one"),
+        (lambda v: v["tables"][0]["rows"][0].update(method="nobody"), "no display name for nobody"),
+        (lambda v: v["tables"][0].update(read="remembered"), "remembered"),
+        (lambda v: v["tables"][0].update(beside="knn"), "only foreign"),
+    ],
+)
+def test_a_broken_collection_is_refused(change: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        validate(broken(change), _Collection, where="published.toml")

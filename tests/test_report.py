@@ -1,0 +1,333 @@
+"""The HTML page: self-contained, escaped, and alive in a real browser."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_records import make_record
+
+from compare.published import load_published
+from compare.report import write_report
+from compare.report_curves import CURVE_POINTS
+from compare.table import build_table
+from contracts import atomic
+from contracts.errors import UserError
+from contracts.record import RunRecord, find_records, read_record, write_record
+
+# One pixel, the smallest PNG there is.
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489"
+    "0000000d49444154789c6360606060000000050001a5f645400000000049454e44ae426082"
+)
+
+
+def make_results(root: Path) -> list[tuple[Path, RunRecord]]:
+    levels = {"random": 0.0, "moco-v2": 6.0, "twist": 7.0}
+    kinds = {
+        "sample-coco-mrcnn-fpn": ("instance-segmentation", {"coco_box_ap_percent": 20.0, "coco_mask_ap_percent": 18.0}),
+        "sample-voc-fcn-d8": ("segmentation", {"miou_percent": 40.0}),
+        "sample-semi-1pct": ("classification", {"top1_percent": 30.0}),
+        "sample-semi-10pct": ("classification", {"top1_percent": 50.0}),
+        "knn": ("classification", {"knn_top1_percent": 60.0}),
+    }
+    for protocol, (task, metrics) in kinds.items():
+        for method, gain in levels.items():
+            # TWIST has no segmentation record: the cell must be absent, not zero.
+            if (method, protocol) == ("twist", "sample-voc-fcn-d8"):
+                continue
+            for seed in range(3):
+                record = make_record(
+                    method,
+                    protocol,
+                    seed=seed,
+                    task=task,
+                    scale="full" if protocol == "knn" else "sample",
+                    metrics={name: value + gain + 0.3 * seed for name, value in metrics.items()},
+                    media=("media/boxes.png",) if "coco" in protocol else (),
+                    curves="curve.jsonl",
+                    notes=("<b>watch out</b>",),
+                )
+                folder = write_record(record, root).parent
+                (folder / "media").mkdir(exist_ok=True)
+                (folder / "media" / "boxes.png").write_bytes(PIXEL)
+                lines = [json.dumps({"step": step, "loss": 1 / (1 + step)}) for step in range(20)]
+                (folder / "curve.jsonl").write_text("\n".join(lines) + "\n")
+    return [(path, read_record(path)) for path in find_records([root])]
+
+
+def make_run(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1000):
+            stage = "self_label" if step > 700 else "mutual_information"
+            line = {
+                "step": step,
+                "epoch": step // 100,
+                "stage": stage,
+                "total": -step / 1000,
+                "agreement": step / 1000,
+                "lr": 0.1,
+            }
+            file.write(json.dumps(line) + "\n")
+        file.write('{"step": 1000, "tot')  # a run that is still writing
+    (folder / "online_eval.jsonl").write_text('{"epoch": 1, "knn_top1_percent": 33.0}\n')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("page")
+    found = make_results(root / "results")
+    table = build_table([record for _, record in found], published=load_published(), baseline="random")
+    (root / "views.png").write_bytes(PIXEL)
+    return write_report(
+        root / "report.html",
+        table,
+        found,
+        pretrain_runs=[make_run(root / "runs" / "sample")],
+        title="TWIST & <others>",
+        pictures=[("Views of <four> images", root / "views.png")],
+    )
+
+
+def embedded(page: Path) -> dict[str, Any]:
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert match is not None
+    values: dict[str, Any] = json.loads(match[1])
+    return values
+
+
+def test_the_page_asks_for_nothing_from_outside(page: Path) -> None:
+    text = page.read_text()
+    assert "default-src 'none'" in text
+    for name in ("src", "href"):
+        for target in re.findall(rf'\b{name}="([^"]*)"', text):
+            assert target.startswith(("data:", "#")), target
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+def test_what_records_and_arguments_say_is_escaped(page: Path) -> None:
+    text = page.read_text()
+    assert "<title>TWIST &amp; &lt;others&gt;</title>" in text
+    assert "Views of &lt;four&gt; images" in text
+    assert "<b>watch out" not in text
+    assert any(
+        "<b>watch out</b>" in run["notes"]
+        for c in embedded(page)["cells"]
+        if c["measured"]
+        for run in c["measured"]["runs"]
+    )
+
+
+def test_paths_are_relative_to_the_page(page: Path) -> None:
+    assert str(page.parent) not in page.read_text()
+    runs = [run for c in embedded(page)["cells"] if c["measured"] for run in c["measured"]["runs"]]
+    assert all((page.parent / run["path"]).is_file() for run in runs)
+
+
+def test_curves_are_thinned_and_keep_their_end(page: Path) -> None:
+    run = embedded(page)["pretrain"][0]
+    assert run["name"] == "sample"
+    assert len(run["series"]["total"]) <= CURVE_POINTS + 1
+    assert run["series"]["total"][-1] == [999, -0.999]
+    assert run["stages"] == [[701, "self label"]]
+    assert run["series"]["knn_top1_percent"] == [[199, 33.0]]
+
+
+def test_label_curve_has_both_shares(page: Path) -> None:
+    (family,) = embedded(page)["labels"]
+    assert [[point[0] for point in line["points"]] for line in family["lines"]] == [[1, 10]] * 3
+
+
+def test_a_table_without_records_is_a_page_too(tmp_path: Path) -> None:
+    table = build_table([], published=load_published())
+    text = write_report(tmp_path / "published.html", table, []).read_text()
+    assert re.search(r"\d+ published rows, each with its source", text)
+    assert "TWIST repository, commit 796d36e" in text
+
+
+def test_curves_or_pictures_that_are_absent_are_named(tmp_path: Path) -> None:
+    found = make_results(tmp_path / "results")
+    table = build_table([record for _, record in found])
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        write_report(tmp_path / "page.html", table, found, pretrain_runs=[tmp_path])
+    with pytest.raises(UserError, match=r"notes\.txt is no picture"):
+        write_report(tmp_path / "page.html", table, found, pictures=[("x", tmp_path / "notes.txt")])
+    (found[0][0].parent / "curve.jsonl").write_text("{broken\n")
+    with pytest.raises(UserError, match="not one JSON object a line"):
+        write_report(tmp_path / "page.html", table, found)
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("field", ["media", "curves"])
+def test_a_record_cannot_bring_in_a_file_from_elsewhere(tmp_path: Path, field: str) -> None:
+    (tmp_path / "secret.png").write_bytes(PIXEL)
+    named = "../../secret.png"
+    record = make_record(**{field: (named,) if field == "media" else named})
+    path = write_record(record, tmp_path / "results")
+    with pytest.raises(UserError, match="outside its own folder"):
+        write_report(tmp_path / "page.html", build_table([record]), [(path, record)])
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic, "write_text", full)
+    with pytest.raises(UserError, match=r"Cannot write the page .* \(No space left on device\)"):
+        write_report(tmp_path / "page.html", build_table([make_record()]), [])
+
+
+# ── In a real browser ──
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if binary is None:
+        pytest.skip("no chromium on the PATH: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=binary, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def opened(browser: Any, page: Path) -> Iterator[Any]:
+    sheet = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    sheet.troubles = []
+    sheet.on("pageerror", lambda error: sheet.troubles.append(str(error)))
+    sheet.on("console", lambda message: sheet.troubles.append(message.text) if message.type == "error" else None)
+    sheet.on(
+        "request", lambda request: request.url.startswith(("file:", "data:")) or sheet.troubles.append(request.url)
+    )
+    sheet.goto(page.as_uri())
+    sheet.wait_for_selector(".plot svg")
+    yield sheet
+    assert sheet.troubles == []
+    sheet.close()
+
+
+def names(sheet: Any) -> list[str]:
+    found: list[str] = sheet.eval_on_selector_all(
+        ".results tbody tr:not([hidden]) th", "heads => heads.map((head) => head.firstChild.textContent)"
+    )
+    return found
+
+
+@pytest.mark.slow
+def test_sorting_by_a_column(opened: Any) -> None:
+    head = opened.locator("th[data-column]", has_text="mIoU")
+    before = names(opened)
+    head.locator("button").click()
+    assert head.get_attribute("aria-sort") == "descending"
+    assert names(opened)[:2] == ["MoCo v2", "random init"]
+    head.locator("button").click()
+    # Absent stays last in either order.
+    assert names(opened)[:2] == ["random init", "MoCo v2"]
+    head.locator("button").click()
+    assert names(opened) == before
+
+
+@pytest.mark.slow
+def test_filtering_by_task(opened: Any) -> None:
+    opened.get_by_role("button", name="Segmentation", exact=True).click()
+    assert opened.locator(".results thead button:visible").all_inner_texts() == ["mIoU"]
+    assert names(opened) == ["random init", "MoCo v2"]
+    assert opened.locator("#labels").is_hidden()
+    assert opened.locator("#metrics .chart:visible").count() == 1
+    opened.get_by_role("button", name="All", exact=True).click()
+    assert "TWIST" in names(opened)
+
+
+@pytest.mark.slow
+def test_only_what_was_measured(opened: Any) -> None:
+    assert "DINO" in names(opened)
+    opened.get_by_label("only rows and columns that were measured here").check()
+    assert names(opened) == ["random init", "MoCo v2", "TWIST"]
+    assert opened.locator(".results thead th:visible", has_text="foreign:").count() == 0
+
+
+@pytest.mark.slow
+def test_provenance_by_keyboard(opened: Any) -> None:
+    panel = opened.locator("#provenance")
+    assert panel.is_hidden()
+    opened.locator('td[tabindex="0"]').focus()
+    assert "random init · sample-coco-mrcnn-fpn · box AP" in panel.locator("h3").first.inner_text()
+    opened.keyboard.press("ArrowDown")
+    assert "MoCo v2" in panel.locator("h3").first.inner_text()
+    text = panel.inner_text()
+    assert "Measured: 26.30 ± 0.30, 3 runs" in text
+    assert "+6.00 against random init: significant, p < 0.001" in text
+    assert "results/sample-coco-mrcnn-fpn/moco-v2-" in text
+    assert "<b>watch out</b>" in text
+    opened.keyboard.press("Enter")
+    opened.keyboard.press("Escape")
+    assert panel.is_hidden()
+
+
+@pytest.mark.slow
+def test_a_published_cell_names_its_source(opened: Any) -> None:
+    opened.locator(".printed", has_text="67.5").click()
+    text = opened.locator("#provenance").inner_text()
+    assert "DINO repository, README.md" in text
+    assert "the source itself" in text
+
+
+@pytest.mark.slow
+def test_theme_follows_the_system_and_the_button(opened: Any) -> None:
+    paper = "getComputedStyle(document.body).backgroundColor"
+    light = opened.evaluate(paper)
+    opened.emulate_media(color_scheme="dark")
+    dark = opened.evaluate(paper)
+    assert light != dark
+    opened.get_by_role("button", name="Light").click()
+    assert opened.evaluate(paper) == light
+
+
+@pytest.mark.slow
+def test_a_phone_scrolls_the_table_not_the_page(opened: Any) -> None:
+    opened.set_viewport_size({"width": 390, "height": 844})
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 390
+    assert opened.evaluate("document.querySelector('.scroll').scrollWidth") > 390
+    opened.locator("td[tabindex]").first.click()
+    box = opened.locator("#provenance").bounding_box()
+    assert box["x"] == 0
+    assert box["y"] + box["height"] == pytest.approx(844, abs=1)
+    # The cell that it speaks of stays in sight above it.
+    opened.wait_for_timeout(500)
+    cell = opened.locator("td[tabindex]").first.bounding_box()
+    assert 0 < cell["y"] < cell["y"] + cell["height"] < box["y"]
+
+
+@pytest.mark.slow
+def test_charts_and_pictures(opened: Any) -> None:
+    # Means of three methods, nine runs; the published diamond of the k-NN chart.
+    dots = opened.locator("#metrics .chart", has_text="sample-coco-mrcnn-fpn").first
+    assert dots.locator("circle").count() == 12
+    assert opened.locator("#metrics .chart", has_text="k-NN top-1").locator("path").count() > 0
+    opened.get_by_label("every metric and protocol").check()
+    assert opened.locator("#metrics .chart:visible", has_text="mask AP").count() == 1
+    assert opened.locator("#pretraining .chart svg").count() == 4
+    opened.locator(".pictures button").first.click()
+    assert opened.locator("dialog").is_visible()
+    opened.keyboard.press("Escape")
+    assert opened.locator("dialog").is_hidden()

@@ -1,0 +1,440 @@
+"""The suite: what it refuses, what it plans, and that it ends with every record whatever is killed in between."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from made_records import make_record
+
+from contracts.errors import UsageError, UserError
+from contracts.record import RunRecord, find_records, read_record, write_record
+from transfer import suite as suite_module
+from transfer import suite_launch
+from transfer.protocols import PROTOCOLS
+from transfer.suite import Job, load_suite, make_plan, plan_text, run_suite, transfer_command
+
+ROOT = Path(__file__).resolve().parent.parent
+SIMPLE = """
+protocols = ["sample-knn", "sample-linear"]
+seeds = [0, 1]
+[[weights]]
+name = "random"
+file = "random"
+"""
+
+
+class World:
+    """A folder with a suite file and data, and `twist transfer` replaced by a shell script that copies a record."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self.data = root, root / "data"
+        self.results, self.output, self.file = root / "results", root / "runs", root / "suite.toml"
+        self.data.mkdir()
+        self.file.write_text(SIMPLE)
+        # Job title → script run before the record is copied; `exit 1` there is a failed run.
+        self.scripts: dict[str, str] = {}
+        monkeypatch.setattr(suite_module, "transfer_command", self.command)
+        monkeypatch.setattr(suite_module, "POLL_S", 0.02)
+
+    def command(self, job: Job, weights: Path | str, *, output: Path, **_: Any) -> list[str]:
+        assert weights == "random" or Path(weights).is_file()
+        folder = job.folder(output)
+        made = self.record(job)
+        prepared = write_record(made, self.root / "prepared" / job.key)
+        (prepared.parent / "picture.png").write_bytes(b"png")
+        (prepared.parent / "curve.jsonl").write_text("{}\n")
+        target = shlex.quote(str(folder / "record" / job.protocol))
+        count = f"echo x >> {shlex.quote(str(self.root / 'starts' / job.key))}"
+        copy = f"mkdir -p {target} && cp {shlex.quote(str(prepared.parent))}/* {target}"
+        (self.root / "starts").mkdir(exist_ok=True)
+        script = self.scripts.get(job.title, "")
+        return ["/bin/sh", "-c", f"{count}\n{script}\necho gpus=$CUDA_VISIBLE_DEVICES\n{copy}"]
+
+    def record(self, job: Job) -> RunRecord:
+        metric = PROTOCOLS[job.protocol].main_metric
+        return make_record(
+            job.weights.method or job.weights.name,
+            job.protocol,
+            seed=job.seed,
+            metrics={metric: 50.0},
+            recipe={"overrides": list(job.overrides)},
+            media=("picture.png",),
+            curves="curve.jsonl",
+            wall_s=1800.0,
+        )
+
+    def run(self, **others: Any) -> list[RunRecord]:
+        return run_suite(
+            self.file, **{"results": self.results, "output": self.output, "data": self.data, "gpus": [], **others}
+        )
+
+    def starts(self) -> int:
+        """How many runs were started so far."""
+        return sum(len(path.read_text().split()) for path in (self.root / "starts").glob("*"))
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(tmp_path, monkeypatch)
+
+
+# ── Suite files ──
+
+
+def test_shipped_suites_are_valid_but_for_the_files_they_ask_for(tmp_path: Path) -> None:
+    suites = sorted((ROOT / "configs" / "suites").glob("*.toml"))
+    assert {"paper.toml", "quick.toml", "study.toml"} <= {path.name for path in suites}
+    for path in suites:
+        try:
+            load_suite(path, data=tmp_path)
+        except UsageError as error:
+            lines = str(error).splitlines()
+            assert all("there is no file" in line for line in lines), lines
+        assert path.read_text().startswith("# twist suite configs/suites/")
+
+
+def test_paper_suite_names_every_full_protocol() -> None:
+    text = (ROOT / "configs" / "suites" / "paper.toml").read_text()
+    assert all(f'"{name}"' in text for name, row in PROTOCOLS.items() if row.scale == "full")
+
+
+def test_all_errors_at_once_before_anything_starts(world: World) -> None:
+    world.file.write_text(
+        """
+        protocols = ["sample-knm", "sample-knn", "sample-knn"]
+        seeds = [0]
+        overrides.sample-linear = ["lr=1"]
+        overrides.sample-knn = ["no override"]
+        [[weights]]
+        name = "a"
+        file = "absent.pth"
+        [[weights]]
+        name = "a"
+        file = "random"
+        """
+    )
+    with pytest.raises(UsageError) as caught:
+        world.run(data=world.root / "nowhere")
+    said = str(caught.value)
+    for part in (
+        'there is no protocol "sample-knm". Did you mean "sample-knn"?',
+        "the protocol sample-knn is listed 2 times",
+        "the weights name a is listed 2 times",
+        "there is no file absent.pth for the weights a",
+        'overrides are given for "sample-linear"',
+        '"no override" is not an override',
+        f"no data folder at {world.root / 'nowhere'}",
+    ):
+        assert part in said
+    assert len(said.splitlines()) == 7
+    assert not world.output.exists()
+
+
+def test_schema_errors_come_together_too(world: World) -> None:
+    world.file.write_text('protocol = ["sample-knn"]\nseeds = ["one"]\nweights = []\n')
+    with pytest.raises(UsageError) as caught:
+        world.run()
+    said = str(caught.value)
+    assert 'unknown key protocol. Did you mean "protocols"?' in said
+    assert "seeds.0 = 'one'" in said
+    assert "protocols is missing" in said
+
+
+# ── Plan ──
+
+
+def test_plan_says_what_is_done_and_how_long_the_rest_takes(world: World) -> None:
+    world.scripts["sample-knn · random · seed 1"] = "exit 2"
+    with pytest.raises(UserError):
+        world.run()
+    suite = load_suite(world.file, data=world.data)
+    plan = make_plan(suite, results=world.results)
+    assert [job.title for job in plan.missing] == ["sample-knn · random · seed 1"]
+    text = plan_text(plan, suite, slots=1, on_gpus=False)
+    assert "1/2" in text
+    assert "2/2" in text
+    assert "4 runs: 3 done, 1 to run, one at a time on the CPU; about 0.5 h for 1 of them" in text
+
+
+def test_dry_run_starts_nothing(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert world.run(dry_run=True) == []
+    assert "4 runs: 0 done, 4 to run" in capsys.readouterr().out
+    assert not world.output.exists()
+
+
+def test_grids_seeds_and_overrides_make_jobs(world: World) -> None:
+    world.file.write_text(
+        """
+        protocols = ["sample-knn", "sample-linear"]
+        seeds = [0]
+        seeds_of.sample-linear = [3, 4]
+        overrides.sample-linear = ["epochs=5"]
+        grid.sample-linear = { lr = [0.1, 1], "head.kind" = ["mlp"] }
+        [[weights]]
+        name = "random"
+        file = "random"
+        overrides = ["architecture=resnet18"]
+        """
+    )
+    plan = make_plan(load_suite(world.file, data=world.data), results=world.results)
+    linear = [job for job in plan.jobs if job.protocol == "sample-linear"]
+    assert [(job.seed, job.overrides) for job in linear[:2]] == [
+        (3, ("epochs=5", "architecture=resnet18", "lr=0.1", 'head.kind="mlp"')),
+        (3, ("epochs=5", "architecture=resnet18", "lr=1", 'head.kind="mlp"')),
+    ]
+    assert len({job.key for job in plan.jobs}) == len(plan.jobs) == 5
+
+
+def test_the_command_is_one_that_a_user_could_type(world: World) -> None:
+    job = make_plan(load_suite(world.file, data=world.data), results=world.results).jobs[0]
+    command = transfer_command(job, "random", data=world.data, gpus=0, output=world.output)
+    assert command[:5] == [sys.executable, "-m", "twist", "transfer", "sample-knn"]
+    assert "--resume" in command
+    typed = " ".join(command)
+    for option in ("--weights random", f"--data {world.data}", "--seed 0", "--gpus 0", "--output", "--results"):
+        assert option in typed
+
+
+# ── Running ──
+
+
+def test_every_job_gets_its_record_and_none_is_run_again(world: World) -> None:
+    first = world.run()
+    assert [(record.protocol, record.seed) for record in first] == [
+        ("sample-knn", 0),
+        ("sample-knn", 1),
+        ("sample-linear", 0),
+        ("sample-linear", 1),
+    ]
+    assert len(list(find_records([world.results]))) == 4
+    assert world.run() == first
+    assert world.starts() == 4
+
+
+def test_what_is_done_is_known_without_the_run_folders(world: World) -> None:
+    world.run()
+    subprocess.run(["rm", "-r", str(world.output)], check=True)
+    assert len(world.run()) == 4
+    assert world.starts() == 4
+    # A record that is removed is made again.
+    next(find_records([world.results])).unlink()
+    world.run()
+    assert world.starts() == 5
+
+
+def test_pictures_and_curves_come_with_the_record(world: World) -> None:
+    world.run()
+    for path in find_records([world.results]):
+        record = read_record(path)
+        assert record.curves is not None
+        assert all((path.parent / name).is_file() for name in (*record.media, record.curves))
+
+
+def test_a_crash_is_tried_once_more(world: World) -> None:
+    flag = world.root / "flag"
+    world.scripts["sample-knn · random · seed 0"] = f"[ -e {flag} ] || {{ touch {flag}; echo Boom; exit 1; }}"
+    assert len(world.run()) == 4
+    assert world.starts() == 5
+
+
+def test_a_run_that_fails_twice_ends_alone(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.scripts["sample-knn · random · seed 0"] = "echo 'twist: CUDA out of memory, lower the batch.'; exit 1"
+    with pytest.raises(UserError) as caught:
+        world.run()
+    said = str(caught.value)
+    assert said.startswith("1 of 4 runs failed: sample-knn · random · seed 0 (twist: CUDA out of memory")
+    assert "log-2.txt" in said
+    assert "trying once more: twist: CUDA out of memory" in capsys.readouterr().err
+    assert len(list(find_records([world.results]))) == 3
+
+
+def test_wrong_usage_is_not_tried_twice(world: World) -> None:
+    world.scripts["sample-knn · random · seed 0"] = "exit 2"
+    with pytest.raises(UserError):
+        world.run()
+    assert world.starts() == 4
+
+
+def test_a_run_without_a_record_has_failed(world: World) -> None:
+    world.scripts["sample-knn · random · seed 0"] = "exit 0"
+    with pytest.raises(UserError, match="1 of 4 runs failed"):
+        world.run()
+
+
+def test_a_full_disk_is_one_sentence_and_stops_nothing_else(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(suite_module.shutil, "copyfile", full)
+        with pytest.raises(UserError, match=r"cannot write under .* \(No space left on device\): make room"):
+            world.run()
+    assert len(world.run()) == 4
+
+
+def test_runs_share_the_gpus(world: World) -> None:
+    world.run(gpus=[4, 6])
+    logs = sorted(path.read_text().strip() for path in world.output.rglob("log-1.txt"))
+    assert set(logs) == {"gpus=4", "gpus=6"}
+
+
+def test_too_few_gpus_for_one_run(world: World) -> None:
+    world.file.write_text("gpus_per_run = 4\n" + SIMPLE)
+    with pytest.raises(UsageError, match="wants 4 GPUs a run and 2 are"):
+        world.run(gpus=[0, 1])
+
+
+def test_a_run_that_outlived_its_suite_is_waited_for(world: World) -> None:
+    job = make_plan(load_suite(world.file, data=world.data), results=world.results).jobs[0]
+    folder = job.folder(world.output)
+    folder.mkdir(parents=True)
+    lock = os.open(folder / ".suite-lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def finish() -> None:
+        # What the orphan does while the new suite looks on: its record, then its death.
+        write_record(world.record(job).model_copy(update={"media": (), "curves": None}), folder / "record")
+        os.close(lock)
+
+    timer = threading.Timer(0.5, finish)
+    timer.start()
+    records = world.run()
+    timer.join()
+    assert len(records) == 4
+    assert world.starts() == 3
+
+
+def test_an_interrupted_suite_stops_its_runs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    pids = world.root / "pids"
+    world.scripts["sample-knn · random · seed 0"] = f"sleep 60 & echo $$ $! > {pids}; wait"
+
+    def interrupt(_: float) -> None:
+        while not pids.exists() or not pids.read_text().strip():
+            time_sleep(0.01)
+        raise KeyboardInterrupt
+
+    time_sleep = time.sleep
+    monkeypatch.setattr(suite_module.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        world.run()
+    for pid in pids.read_text().split():
+        for _ in range(200):
+            if not alive(int(pid)):
+                break
+            time_sleep(0.01)
+        assert not alive(int(pid))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_suite_that_is_killed_leaves_a_run_that_keeps_its_lock(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from transfer.suite_launch import LocalLauncher\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "LocalLauncher([]).start(['sleep', '60'], folder=folder, log=folder / 'log', slot=0)\n"
+        "print('started', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    launcher = suite_launch.LocalLauncher([])
+    assert launcher.start(["true"], folder=tmp_path, log=tmp_path / "log", slot=0) is None
+    os.kill(int(children[0]), signal.SIGKILL)
+    for _ in range(200):
+        handle = launcher.start(["true"], folder=tmp_path, log=tmp_path / "log", slot=0)
+        if handle is not None:
+            break
+        time.sleep(0.02)
+    assert handle is not None
+
+
+# ── Weights and SLURM ──
+
+
+@pytest.mark.slow
+def test_each_file_is_converted_once_with_what_the_suite_says(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from contracts.weights import Backbone, read_header
+
+    calls = []
+
+    def load(checkpoint: Path, *, layout: str | None = None, branch: str | None = None) -> Any:
+        calls.append((checkpoint.name, layout, branch))
+        return {"conv1.weight": torch.zeros(2)}, Backbone(architecture="resnet18", method="unknown")
+
+    read = type(sys)("converters.read")
+    read.load_artefact = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "converters.read", read)
+    checkpoint = world.root / "moco.pth"
+    checkpoint.write_bytes(b"weights")
+    entry = f'[[weights]]\nname = "moco"\nfile = "{checkpoint}"\nlayout = "moco"\nmethod = "moco-v2"\nepochs = 200\n'
+    world.file.write_text(SIMPLE + entry)
+    assert len(world.run()) == 8
+    assert calls == [("moco.pth", "moco", None)]
+    (artefact,) = (world.output / "weights").glob("*/moco.safetensors")
+    header = read_header(artefact)
+    assert (header.method, header.epochs, header.source_sha256 is not None) == ("moco-v2", 200, True)
+    # Other bytes in the file are other weights: their runs are not done.
+    checkpoint.write_bytes(b"other weights")
+    suite_module._digest.cache_clear()
+    assert len(make_plan(load_suite(world.file, data=world.data), results=world.results).missing) == 4
+
+
+def test_slurm_is_refused_where_there_is_none(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="no SLURM here"):
+        world.run(executor="slurm")
+
+
+def test_an_unknown_executor(world: World) -> None:
+    with pytest.raises(UsageError, match='Did you mean "slurm"'):
+        world.run(executor="slrum")
+
+
+@pytest.mark.slow
+def test_through_submitit(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitit = pytest.importorskip("submitit")
+
+    class OnThisMachine(submitit.LocalExecutor):  # type: ignore[misc,name-defined]
+        def update_parameters(self, **options: Any) -> None:
+            assert options == {"gpus_per_node": 1, "slurm_partition": "big"}
+
+    monkeypatch.setattr(suite_launch, "slurm_executor", lambda folder: OnThisMachine(folder=folder))
+    world.file.write_text(SIMPLE.replace("seeds = [0, 1]", "seeds = [0]\nslurm = { slurm_partition = 'big' }"))
+    assert len(world.run(executor="slurm")) == 2
+    # A job that is still queued or running when a second suite looks is not queued twice.
+    launcher = suite_launch.SlurmLauncher(folder=world.root, gpus=1, options={"slurm_partition": "big"}, at_once=1)
+    (folder,) = (path.parent for path in world.output.glob("sample-knn/*/slurm-job.txt"))
+    for done in (False, True):
+        monkeypatch.setattr(submitit, "SlurmJob", lambda done=done, **_: SimpleNamespace(done=lambda: done))
+        assert launcher.busy(folder) is not done
+    assert not launcher.busy(world.root)
+
+
+def test_a_preempted_slurm_job_queues_the_same_command(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    command = suite_launch.Command(["true"], tmp_path / "log")
+    again = command.checkpoint()
+    assert again.function is command
+    assert command() == 0

@@ -1,0 +1,259 @@
+"""Which numbers may stand in one column, and what is said of their differences."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_records import make_record, runs
+
+from compare.published import PublishedRow, load_published
+from compare.statistics import difference, p_text
+from compare.table import Cell, Table, build_table, short_architecture
+from contracts.errors import UsageError, UserError
+
+KNN = "knn_top1_percent"
+
+
+def published(method: str = "byol", protocol: str = "knn", **others: object) -> PublishedRow:
+    values = {
+        "method": method,
+        "architecture": "resnet50",
+        "epochs": None,
+        "variant": "",
+        "protocol": protocol,
+        "beside": None,
+        "task": "classification",
+        "metrics": {KNN: 66.6},
+        "sd": {},
+        "trials": None,
+        "source": "a paper, Table 1",
+        "read": "primary",
+        "note": "",
+    }
+    return PublishedRow.model_validate({**values, **others})
+
+
+def cell(table: Table, label: str, column: int = 0) -> Cell | None:
+    row = [row.label for row in table.rows].index(label)
+    return table.cells.get((row, column))
+
+
+def full(method: str, values: list[float], **others: object) -> list:  # type: ignore[type-arg]
+    return runs(method, values, protocol="knn", scale="full", **others)
+
+
+# ── Cells ──
+
+
+def test_mean_and_sample_standard_deviation() -> None:
+    table = build_table(runs("twist", [50.0, 51.0, 53.0]))
+    measured = table.cells[0, 0].measured
+    assert measured is not None
+    assert measured.mean == pytest.approx(154 / 3)
+    # Around the mean: 16/9 + 1/9 + 25/9 = 42/9, over n - 1 = 2.
+    assert measured.sd == pytest.approx((42 / 18) ** 0.5)
+    assert measured.n == 3
+
+
+def test_one_run_has_no_spread_and_absent_is_no_zero() -> None:
+    table = build_table([*runs("twist", [50.0]), *runs("byol", [40.0], "nmi_percent", protocol="sample-cluster")])
+    assert table.cells.keys() == {(0, 0), (1, 1)}
+    assert [entry.measured.sd for entry in table.cells.values() if entry.measured] == [None, None]
+
+
+def test_welch_equals_scipys() -> None:
+    a, b = [50.1, 51.3, 49.7, 50.9], [47.0, 48.8, 46.1]
+    expected = scipy.stats.ttest_ind(a, b, equal_var=False)
+    got = difference(a, b)
+    assert got.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+    assert f"{expected.df:.1f} degrees of freedom" in got.said
+    assert got.value == pytest.approx(sum(a) / 4 - sum(b) / 3)
+    # Student's pooled test is another number: a wrong variant must not pass.
+    assert got.p_value != pytest.approx(scipy.stats.ttest_ind(a, b).pvalue, rel=1e-3)
+
+
+@pytest.mark.parametrize("values", [([50.0], [40.0, 41.0]), ([50.0, 51.0], [40.0])])
+def test_too_few_runs_are_said_plainly(values: tuple[list[float], list[float]]) -> None:
+    got = difference(*values)
+    assert got.p_value is None
+    assert got.significant is None
+    assert "n too small" in got.said
+
+
+def test_no_spread_is_no_test() -> None:
+    got = difference([50.0, 50.0], [40.0, 40.0])
+    assert (got.value, got.p_value) == (10.0, None)
+    assert "varies" in got.said
+
+
+def test_p_values_are_printed_as_papers_do() -> None:
+    assert [p_text(p) for p in (0.00004, 0.0312, 0.42)] == ["p < 0.001", "p = 0.031", "p = 0.42"]
+
+
+def test_differences_to_a_baseline() -> None:
+    records = [*runs("random", [40.0, 40.5, 41.0]), *runs("twist", [50.0, 50.5, 51.0]), *runs("byol", [40.1, 40.6, 41])]
+    table = build_table(records, baseline="random")
+    twist, byol = cell(table, "TWIST"), cell(table, "BYOL")
+    assert twist.difference.value == pytest.approx(10)  # type: ignore[union-attr]
+    assert twist.difference.significant is True  # type: ignore[union-attr]
+    assert byol.difference.significant is False  # type: ignore[union-attr]
+    assert cell(table, "random init").difference is None  # type: ignore[union-attr]
+    assert table.comparisons == 2
+
+
+def test_a_baseline_that_is_nowhere() -> None:
+    with pytest.raises(UsageError, match='Did you mean "random"'):
+        build_table(runs("random", [40.0]), baseline="randon")
+
+
+# ── Columns ──
+
+
+def test_different_recipes_are_refused_with_what_differs() -> None:
+    records = [
+        make_record(recipe={"k": 20, "optim": {"lr": 0.1}}),
+        make_record("byol", recipe={"k": 20, "optim": {"lr": 0.2}}),
+    ]
+    with pytest.raises(UserError, match=r"optim.lr = 0.1\] against \[optim.lr = 0.2.*--allow-mixed"):
+        build_table(records)
+
+
+def test_different_scales_are_refused() -> None:
+    with pytest.raises(UserError, match="scale reduced"):
+        build_table([make_record(), make_record("byol", scale="reduced")])
+
+
+def test_mixed_recipes_stand_in_columns_apart_and_marked() -> None:
+    records = [make_record(recipe={"lr": 0.1}), make_record("byol", recipe={"lr": 0.2})]
+    table = build_table(records, allow_mixed=True)
+    assert [column.mixed for column in table.columns] == ["lr = 0.1", "lr = 0.2"]
+    assert cell(table, "TWIST", 1) is None
+    assert cell(table, "BYOL", 0) is None
+
+
+KEYS = st.tuples(st.sampled_from("abc"), st.integers(0, 3), st.integers(0, 2), st.sampled_from(["full", "sample"]))
+
+
+@given(st.lists(KEYS, unique_by=lambda key: key[:3], max_size=10), st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None)
+def test_a_column_never_holds_two_recipes_and_order_is_nothing(
+    keys: list[tuple[str, int, int, str]], shuffler: random.Random
+) -> None:
+    records = [
+        make_record(method, seed=seed, recipe={"lr": lr}, scale=scale, metrics={KNN: 50.0 + seed})
+        for method, seed, lr, scale in keys
+    ]
+    table = build_table(records, allow_mixed=True)
+    assert sum(c.measured.n for c in table.cells.values() if c.measured) == len(records)
+    for (_, index), entry in table.cells.items():
+        for record in entry.measured.records:  # type: ignore[union-attr]
+            assert (record.recipe_hash, record.scale) == (table.columns[index].recipe_hash, table.columns[index].scale)
+    shuffled = list(records)
+    shuffler.shuffle(shuffled)
+    assert build_table(shuffled, allow_mixed=True) == table
+
+
+def test_two_records_of_one_run_are_refused() -> None:
+    with pytest.raises(UserError, match=r"Two records of one run \(twist, sample-knn, seed 0"):
+        build_table([make_record(), make_record(wall_s=3.0)])
+
+
+def test_metrics_choose_the_columns() -> None:
+    record = make_record(metrics={KNN: 50.0, "knn_top5_percent": 80.0})
+    assert [c.metric for c in build_table([record], metrics=["knn_top5_percent"]).columns] == ["knn_top5_percent"]
+    with pytest.raises(UsageError, match='Did you mean "knn_top5_percent"'):
+        build_table([record], metrics=["knn_top5"])
+
+
+# ── Rows ──
+
+
+def test_weights_of_other_length_are_another_row() -> None:
+    records = [
+        make_record("moco-v2", weights={"sha256": "a" * 64, "epochs": 200}),
+        make_record("moco-v2", weights={"sha256": "b" * 64, "epochs": 800}),
+    ]
+    assert [row.label for row in build_table(records).rows] == ["MoCo v2 · 200 ep", "MoCo v2 · 800 ep"]
+
+
+def test_other_files_of_one_method_are_never_pooled() -> None:
+    records = [
+        make_record("twist", weights={"sha256": "a" * 64, "name": "mine"}),
+        make_record("twist", weights={"sha256": "b" * 64, "name": "theirs"}),
+    ]
+    table = build_table(records)
+    assert [row.label for row in table.rows] == ["TWIST · mine", "TWIST · theirs"]
+    with pytest.raises(UsageError, match='"TWIST · mine", "TWIST · theirs"'):
+        build_table(records, baseline="twist")
+    assert build_table(records, baseline="TWIST · mine").baseline == 0
+
+
+def test_pretraining_seeds_of_one_config_are_repeats() -> None:
+    records = [
+        make_record(weights={"sha256": letter * 64, "pretrain_config_hash": "c" * 64, "pretrain_seed": seed})
+        for seed, letter in enumerate("ab")
+    ]
+    measured = build_table(records).cells[0, 0].measured
+    assert (measured.n, measured.pretrainings) == (2, 2)  # type: ignore[union-attr]
+
+
+def test_random_initialisations_are_repeats() -> None:
+    records = [make_record("random", seed=seed, weights={"sha256": str(seed) * 64}) for seed in range(3)]
+    assert build_table(records).cells[0, 0].measured.n == 3  # type: ignore[union-attr]
+
+
+def test_architectures_are_named_where_they_differ() -> None:
+    records = [make_record(), make_record("byol", weights={"architecture": "resnet50w2"})]
+    assert [row.label for row in build_table(records).rows] == ["BYOL · R50w2", "TWIST · R50"]
+    assert short_architecture("vit_small_patch16") == "ViT-S/16"
+
+
+# ── Published numbers ──
+
+
+def test_a_published_value_joins_the_full_scale_column_of_its_protocol() -> None:
+    table = build_table(full("twist", [70.0]), published=[published()])
+    assert len(table.columns) == 1
+    assert cell(table, "BYOL").published[0].value == 66.6  # type: ignore[union-attr]
+    assert table.sources[0].text == "a paper, Table 1"
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        runs("twist", [70.0], protocol="knn", scale="reduced"),
+        full("twist", [70.0], weights={"architecture": "resnet18"}),
+        [*full("twist", [70.0]), *full("byol", [69.0], recipe={"k": 200})],
+    ],
+    ids=["another scale", "another architecture", "several recipes"],
+)
+def test_a_published_value_has_a_column_of_its_own_else(records: list) -> None:  # type: ignore[type-arg]
+    table = build_table(records, published=[published()], allow_mixed=True)
+    places = [column for (_, column), entry in table.cells.items() if entry.published]
+    assert len(places) == 1
+    assert table.columns[places[0]].recipe_hash is None
+    assert not any(entry.measured for (_, column), entry in table.cells.items() if column == places[0])
+
+
+def test_a_published_row_is_no_baseline_for_a_test() -> None:
+    with pytest.raises(UsageError, match="no measured row"):
+        build_table(full("twist", [70.0, 71.0]), published=[published()], baseline="byol")
+
+
+def test_published_rows_of_the_measured_protocols_alone() -> None:
+    rows = [published(), published(protocol="foreign:their-knn", beside="knn"), published(protocol="linear")]
+    table = build_table(full("twist", [70.0]), published=rows)
+    assert [column.protocol for column in table.columns] == ["knn", "foreign:their-knn"]
+    assert len(build_table([], published=rows).columns) == 3
+
+
+def test_the_whole_collection_makes_a_table() -> None:
+    rows = load_published()
+    table = build_table([], published=rows)
+    assert sum(len(c.published) for c in table.cells.values()) == sum(len(row.metrics) for row in rows)
+    keys = [(c.protocol, c.metric) for c in table.columns]
+    assert len(keys) == len(set(keys))

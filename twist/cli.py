@@ -1,0 +1,408 @@
+"""`twist`: one command a stage, each a few lines that read the arguments and call the room that does the work.
+
+Nothing heavy is imported before a command runs, so `twist --help` answers at once. Exit status: 0 done, 1 it failed or
+a proof did not hold, 2 wrong usage, 75 stopped by a signal and ready to be started again with --resume.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from contracts.errors import UsageError, UserError
+
+app = typer.Typer(
+    name="twist",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="TWIST pretraining, conversion of any self-supervised checkpoint, transfer runs and honest tables.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Make the sample; prepare and check data sets.")
+app.add_typer(data_app, name="data")
+
+
+class Target(StrEnum):
+    detectron2 = "detectron2"
+    mmseg = "mmseg"
+    torchvision = "torchvision"
+    timm = "timm"
+
+
+class TableFormat(StrEnum):
+    table = "table"
+    markdown = "markdown"
+    csv = "csv"
+    json = "json"
+    latex = "latex"
+    html = "html"
+
+
+class Source(StrEnum):
+    shapes = "shapes"
+    photos = "photos"
+
+
+class SampleSize(StrEnum):
+    tiny = "tiny"
+    small = "small"
+    medium = "medium"
+
+
+class Executor(StrEnum):
+    local = "local"
+    slurm = "slurm"
+
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", show_default=False)]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> None:
+    if debug:
+        os.environ["TWIST_DEBUG"] = "1"
+
+
+@app.command()
+def pretrain(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml")],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder; default runs/<config's name>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
+    slurm: Annotated[
+        list[str] | None, typer.Option(help="Submit to SLURM instead: --slurm partition=… --slurm nodes=…")
+    ] = None,
+    show_views: Annotated[int | None, typer.Option(help="Write a PNG with the views of N images, and stop.")] = None,
+    bench_data: Annotated[bool, typer.Option("--bench-data", help="Measure the input pipeline, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --bench-data: JSON.")] = False,
+) -> None:
+    """Pretrain a backbone with TWIST.
+
+    On many GPUs: torchrun … -m twist pretrain …
+    """
+    from contracts.config import load_config
+    from pretrain.config import PretrainConfig
+
+    settings = load_config(config, PretrainConfig, overrides or [])
+    folder = output or Path("runs") / config.stem
+    if show_views is not None:
+        from pretrain.contact_sheet import contact_sheet
+
+        print(contact_sheet(settings, show_views, folder / "views.png"))
+    elif bench_data:
+        from pretrain.bench_data import bench, render
+
+        result = bench(settings)
+        print(_json(result) if as_json else render(result))
+    elif slurm:
+        from pretrain.slurm import submit
+
+        print(submit(config, overrides or [], output=folder, options=slurm))
+    else:
+        from pretrain.train import pretrain as run
+
+        run(settings, output=folder, resume=resume)
+
+
+@app.command()
+def inspect(
+    checkpoint: Path,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what is in a checkpoint.
+
+    Method, architecture, layout, branches, problems. Nothing from the file is ever run.
+    """
+    from converters.inspect import inspect as look
+    from converters.inspect import render
+
+    found = look(checkpoint)
+    print(_json(found.to_json()) if as_json else render(found))
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path | None, typer.Argument(show_default=False)] = None,
+    to: Annotated[Target | None, typer.Option("--to", help="Whose layout to write.")] = None,
+    layout: Annotated[str | None, typer.Option("--from", help="Source layout, when it should not be detected.")] = None,
+    branch: Annotated[str | None, typer.Option(help="Branch of the source, for example momentum or teacher.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof.")] = False,
+    pkl: Annotated[bool, typer.Option("--pkl", help="Detectron2: also a .pkl of plain arrays.")] = False,
+    allow_nan: Annotated[bool, typer.Option("--allow-nan", help="Convert weights that hold NaN.")] = False,
+    check_config: Annotated[
+        Path | None, typer.Option(help="Check your own Detectron2 or MMSegmentation config against --weights.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="With --check-config: the weights it is to load.")] = None,
+) -> None:
+    """Convert any checkpoint, with settings and proof.
+
+    Writes weights and the settings they imply, once the target network computes the same features.
+    """
+    if check_config is not None:
+        from converters.check_config import check_config as check
+        from converters.check_config import render as render_mismatches
+
+        file = weights or checkpoint
+        if file is None:
+            raise UsageError("--check-config needs the weights too: add --weights FILE.")
+        mismatches = check(check_config, file)
+        print(render_mismatches(mismatches))
+        raise typer.Exit(1 if mismatches else 0)
+    if checkpoint is None or to is None:
+        raise UsageError("Say what to convert and for whom: twist convert CHECKPOINT --to detectron2.")
+    from converters.convert import convert as run
+    from converters.convert import render as render_conversion
+
+    done = run(
+        checkpoint,
+        target=to.value,
+        layout=layout,
+        branch=branch,
+        output=output,
+        verify=not no_verify,
+        pkl=pkl,
+        allow_nan=allow_nan,
+    )
+    print(render_conversion(done))
+
+
+@app.command()
+def transfer(
+    protocol: Annotated[str | None, typer.Argument(show_default=False)] = None,
+    overrides: Overrides = None,
+    weights: Annotated[str | None, typer.Option(help="A checkpoint, `random`, or `torchvision:FILE`.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with the data sets; default $DETECTRON2_DATASETS.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    gpus: Annotated[int | None, typer.Option(help="Default: all there are.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder; default runs/<protocol>/….")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder for the run record; default <run folder>/results.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Row of the table; default what the weights say.")] = None,
+    resume: Annotated[bool, typer.Option("--resume")] = False,
+    eval_only: Annotated[bool, typer.Option("--eval-only")] = False,
+    list_protocols: Annotated[bool, typer.Option("--list", help="Print the protocols.")] = False,
+) -> None:
+    """Run one transfer protocol and write one record."""
+    if list_protocols:
+        from transfer.protocols import list_protocols as table
+
+        print(table())
+        return
+    if protocol is None or weights is None:
+        raise UsageError(
+            "Say which protocol and which weights: twist transfer PROTOCOL --weights FILE (--list shows all)."
+        )
+    from transfer.run import transfer as run
+
+    run(
+        protocol,
+        weights=weights,
+        data=data,
+        seed=seed,
+        gpus=gpus,
+        output=output,
+        results=results,
+        resume=resume,
+        eval_only=eval_only,
+        overrides=overrides or [],
+        method=method,
+    )
+
+
+@data_app.command("sample")
+def data_sample(
+    root: Path,
+    source: Annotated[Source, typer.Option(help="`shapes` is drawn, `photos` is real.")] = Source.shapes,
+    size: Annotated[SampleSize, typer.Option()] = SampleSize.small,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Write a small world in the real layouts: images, COCO, VOC, Cityscapes, ImageNet-like."""
+    from transfer.data.sample import make_sample
+
+    sample = make_sample(root, source=source.value, size=size.value, seed=seed)
+    print(sample.summary())
+
+
+@data_app.command("prepare")
+def data_prepare(
+    dataset: str,
+    root: Path,
+    overrides: Overrides = None,
+) -> None:
+    """Build what derives from the originals (VOC trainaug, Cityscapes trainIds, subset lists). Never downloads."""
+    from contracts.config import parse_override
+    from transfer.data.prepare import prepare
+
+    options = {".".join(keys): value for keys, value in map(parse_override, overrides or [])}
+    for path in prepare(dataset, root, **options):
+        print(path)
+
+
+@data_app.command("check")
+def data_check(dataset: str, root: Path) -> None:
+    """Say everything that is missing or wrong in a data set, at once."""
+    from transfer.data.check import check, has_errors, render
+
+    findings = check(dataset, root)
+    print(render(findings))
+    raise typer.Exit(1 if has_errors(findings) else 0)
+
+
+@app.command()
+def suite(
+    file: Annotated[Path, typer.Argument(metavar="SUITE.toml")],
+    data: Annotated[Path, typer.Option(help="Folder with the data sets.")],
+    executor: Annotated[Executor, typer.Option()] = Executor.local,
+    output: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/suite"),
+    results: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("results"),
+    gpus: Annotated[str | None, typer.Option(help="Device numbers, as 0,1; default all there are.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and stop.")] = False,
+) -> None:
+    """Run weights × protocols × seeds, then the table.
+
+    Resumable; what is done is skipped.
+    """
+    from compare.render import render
+    from compare.table import build_table
+    from transfer.suite import run_suite
+
+    devices = None if gpus is None else _device_numbers(gpus)
+    records = run_suite(
+        file, executor=executor.value, dry_run=dry_run, gpus=devices, results=results, output=output, data=data
+    )
+    if records:
+        # A grid runs several recipes of one protocol on purpose; they come out in columns of their own, marked.
+        print(render(build_table(records, allow_mixed=True), "table"))
+
+
+@app.command()
+def compare(
+    records: Annotated[list[Path] | None, typer.Argument(show_default=False)] = None,
+    baseline: Annotated[str | None, typer.Option(help="Method to which differences are taken.")] = None,
+    table_format: Annotated[TableFormat, typer.Option("--format")] = TableFormat.table,
+    output: Annotated[Path | None, typer.Option(help="File to write instead of the terminal.")] = None,
+    allow_mixed: Annotated[bool, typer.Option("--allow-mixed", help="Show different recipes apart, marked.")] = False,
+    published: Annotated[bool, typer.Option("--published/--no-published", help="Published rows too.")] = True,
+    same_methods: Annotated[
+        bool, typer.Option("--same-methods", help="Published rows of the measured methods only.")
+    ] = False,
+    metric: Annotated[list[str] | None, typer.Option(help="Only this metric (may be repeated).")] = None,
+    pretrain_runs: Annotated[
+        list[Path] | None, typer.Option("--pretrain-run", help="HTML: run folders whose curves to draw.")
+    ] = None,
+    check: Annotated[Path | None, typer.Option(help="Fail when this file's tables are stale.")] = None,
+    update: Annotated[Path | None, typer.Option(help="Rewrite this file's tables.")] = None,
+) -> None:
+    """Records → a table that cannot lie, or an HTML page."""
+    from twist import comparing
+
+    if check is not None:
+        raise typer.Exit(comparing.check_markers(check))
+    if update is not None:
+        raise typer.Exit(comparing.update_markers(update))
+    comparing.compare(
+        records or [Path("results")],
+        baseline=baseline,
+        table_format=table_format.value,
+        output=output,
+        allow_mixed=allow_mixed,
+        published=published,
+        same_methods=same_methods,
+        metrics=metric or [],
+        pretrain_runs=pretrain_runs or [],
+    )
+
+
+@app.command()
+def doctor() -> None:
+    """Examine the environment, and say how to mend it."""
+    from twist.doctor import examine, render
+
+    checks = examine()
+    print(render(checks))
+    raise typer.Exit(1 if any(check.broken for check in checks) else 0)
+
+
+@app.command()
+def demo(
+    fast: Annotated[bool, typer.Option("--fast", help="Two minutes instead of ten.")] = False,
+    source: Annotated[Source, typer.Option(help="`shapes` is drawn, `photos` is real.")] = Source.shapes,
+    output: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("demo"),
+) -> None:
+    """Run the whole chain on the built-in sample.
+
+    Sample → pretrain → convert → detection, segmentation, k-NN → table and page.
+    """
+    from twist.demo import run_demo
+
+    run_demo(output, source=source.value, fast=fast)
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one sentence on stderr, a traceback only with --debug."""
+    try:
+        # Without click's standalone mode `Exit` comes back as the returned status, and usage errors reach us.
+        returned = app(standalone_mode=False)
+        status = returned if isinstance(returned, int) else 0
+    except typer.Exit as stop:
+        status = stop.exit_code
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        status = 130
+    except Exception as error:
+        status = _explain(error)
+    sys.exit(status)
+
+
+def _explain(error: Exception) -> int:
+    """Print `error` as a sentence and return the exit status."""
+    if os.environ.get("TWIST_DEBUG"):
+        raise error
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own usage errors
+        error.show()
+        return int(error.exit_code)
+    if isinstance(error, UserError):
+        print(f"twist: {error}", file=sys.stderr)
+        return error.exit_status
+    if hasattr(error, "exit_status"):  # a run that stopped on a signal, ready to be requeued
+        print(f"twist: {error}", file=sys.stderr)
+        return int(error.exit_status)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        print(f"twist: the disk is full{where}: free some space and start the same command again.", file=sys.stderr)
+        return 1
+    if isinstance(error, PermissionError):
+        print(f"twist: {error.filename} may not be written or read: check its permissions.", file=sys.stderr)
+        return 1
+    reason = str(error).splitlines()[0] if str(error) else "no message"
+    print(
+        f"twist: something we did not foresee ({type(error).__name__}: {reason}). "
+        "Run the command again as `twist --debug …` for the traceback, and please report it.",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _device_numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",") if number.strip()]
+    except ValueError:
+        raise UsageError(f"--gpus {text}: write device numbers with commas, as --gpus 0,1 (empty: the CPU).") from None
+
+
+def _json(value: Any) -> str:
+    import json
+
+    return json.dumps(value, indent=2, ensure_ascii=False)
