@@ -1,0 +1,38 @@
+"""A small ImageNet-like tree: striped images whose class is the stripes' direction, so that a probe can learn it.
+
+Light imports only: processes that tests start import this file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from contracts.errors import UserError
+
+
+def write_tree(root: Path, *, classes: int = 3, train: int = 6, val: int = 3, side: int = 40) -> Path:
+    """root/{train,val}/class_<k>/<split>_<k>_<i>.png; file names are unique over the tree, as ImageNet's are."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:side, 0:side]
+    for split, count in (("train", train), ("val", val)):
+        for label in range(classes):
+            folder = root / split / f"class_{label}"
+            folder.mkdir(parents=True)
+            angle = np.pi * label / classes
+            for index in range(count):
+                wave = np.sin(0.6 * (x * np.cos(angle) + y * np.sin(angle)) + rng.uniform(0, 6))
+                image = 128 + 90 * wave[..., None] * rng.uniform(0.5, 1, 3) + rng.normal(0, 10, (side, side, 3))
+                pixels = image.clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{split}_{label}_{index:03d}.png")
+    return root
+
+
+def second_says_no(rank: Any) -> None:
+    """Work of a rank that fails in the second process; here, because a new process imports the file it lies in."""
+    if rank.index == 1:
+        raise UserError("the second of two says no")
+    rank.wait()

@@ -1,0 +1,306 @@
+"""`twist data check`: a healthy tree is fine, and every known way of breaking one is found and named."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_sample import tiny_sample
+
+from contracts.errors import UsageError, UserError
+from transfer.data import check as module
+from transfer.data.check import check, has_errors, render
+from transfer.data.findings import Finding
+
+
+@pytest.fixture(scope="module")
+def healthy() -> Path:
+    return tiny_sample().root
+
+
+@pytest.fixture
+def tree(healthy: Path, tmp_path: Path) -> Path:
+    """A copy to break; hard links, so a test must replace a file and not write into it."""
+    root = tmp_path / "root"
+    shutil.copytree(healthy, root, copy_function=lambda a, b: Path(b).hardlink_to(a))
+    return root
+
+
+def replace(path: Path, content: bytes | str) -> None:
+    path.unlink()
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def errors(dataset: str, root: Path) -> list[Finding]:
+    return [finding for finding in check(dataset, root, progress=False) if finding.severity == "error"]
+
+
+def only_error(dataset: str, root: Path) -> Finding:
+    found = errors(dataset, root)
+    assert len(found) == 1, render(found)
+    assert found[0].remedy
+    return found[0]
+
+
+@pytest.mark.parametrize("dataset", ["sample", "coco", "voc", "cityscapes", "imagenet"])
+def test_a_healthy_tree_is_fine(healthy: Path, dataset: str) -> None:
+    found = check(dataset, healthy, progress=False)
+    assert {finding.severity for finding in found} == {"fine"}
+    assert len(found) >= 6
+    assert render(found).endswith("Everything is as it should be.")
+    assert not has_errors(found)
+
+
+def test_an_imagenet_folder_may_be_named_itself(healthy: Path) -> None:
+    assert not has_errors(check("imagenet", healthy / "imagenet", progress=False))
+
+
+def to_rgb(root: Path) -> None:
+    for path in (root / "VOC2012/SegmentationClass").glob("*.png"):
+        image = Image.open(path).convert("RGB")
+        path.unlink()
+        image.save(path)
+
+
+def label_ids_as_train_ids(root: Path) -> None:
+    for path in root.glob("cityscapes/gtFine/val/*/*_labelTrainIds.png"):
+        path.unlink()
+        shutil.copy(str(path).replace("labelTrainIds", "labelIds"), path)
+
+
+def swap_two_train_ids(root: Path) -> None:
+    """Values stay legal: only the comparison with the labelIds can see it."""
+    for path in root.glob("cityscapes/gtFine/val/*/*_labelTrainIds.png"):
+        values = np.asarray(Image.open(path))
+        path.unlink()
+        Image.fromarray(np.where(values == 0, 1, values).astype(np.uint8)).save(path)
+
+
+def smaller_maps(root: Path) -> None:
+    for path in (root / "VOC2012/SegmentationClassAug").glob("*.png"):
+        image = Image.open(path).resize((20, 20), Image.Resampling.NEAREST)
+        path.unlink()
+        image.save(path)
+
+
+def numbers_beyond_the_classes(root: Path) -> None:
+    path = min((root / "VOC2012/SegmentationClassAug").glob("*.png"))
+    values = np.asarray(Image.open(path)).copy()
+    values[:3] = 77
+    path.unlink()
+    Image.fromarray(values).save(path)
+
+
+def drop_images(root: Path) -> None:
+    for path in sorted((root / "VOC2007/JPEGImages").glob("*.jpg"))[:2]:
+        path.unlink()
+
+
+def leak_val(root: Path) -> None:
+    lists = root / "VOC2012/ImageSets/Segmentation"
+    names = (lists / "trainaug.txt").read_text().split()
+    stranger = (lists / "val.txt").read_text().split()[0]
+    shutil.copy(root / f"VOC2012/SegmentationClass/{stranger}.png", root / "VOC2012/SegmentationClassAug")
+    replace(lists / "trainaug.txt", "\n".join([*names[1:], stranger]) + "\n")
+
+
+def truncate_picture(root: Path) -> None:
+    path = min((root / "coco/val2017").glob("*.jpg"))
+    replace(path, path.read_bytes()[:400])
+
+
+def empty_picture(root: Path) -> None:
+    replace(min((root / "VOC2012/Annotations").glob("*.xml")), b"")
+
+
+def unknown_class(root: Path) -> None:
+    path = min((root / "VOC2012/Annotations").glob("*.xml"))
+    text = path.read_text()
+    name = text.partition("<name>")[2].partition("<")[0]
+    replace(path, text.replace(f"<name>{name}<", "<name>unicorn<"))
+
+
+def annotation_of_no_image(root: Path) -> None:
+    path = root / "coco/annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["image_id"] = 1
+    replace(path, json.dumps(content))
+
+
+def torn_json(root: Path) -> None:
+    path = root / "coco/annotations/instances_val2017.json"
+    replace(path, path.read_text()[:1000])
+
+
+def other_size(root: Path) -> None:
+    path = min((root / "coco/val2017").glob("*.jpg"))
+    image = Image.open(path).resize((50, 50))
+    path.unlink()
+    image.save(path)
+
+
+def missing_train_ids(root: Path) -> None:
+    for path in root.glob("cityscapes/gtFine/train/*/*_labelTrainIds.png"):
+        path.unlink()
+
+
+def archive_left(root: Path) -> None:
+    (root / "imagenet/train/n01440764.tar").write_bytes(b"")
+
+
+def flat_val(root: Path) -> None:
+    source = min((root / "imagenet/val").glob("*/*.jpg"))
+    shutil.copy(source, root / "imagenet/val/ILSVRC2012_val_00000001.JPEG")
+
+
+def stranger_in_subset(root: Path) -> None:
+    path = root / "imagenet/1percent.txt"
+    replace(path, path.read_text() + "n99999999_1.JPEG\n")
+
+
+def no_trainaug(root: Path) -> None:
+    (root / "VOC2012/ImageSets/Segmentation/trainaug.txt").unlink()
+
+
+def listed_twice(root: Path) -> None:
+    path = root / "VOC2012/ImageSets/Segmentation/val.txt"
+    names = path.read_text().split()
+    replace(path, "\n".join([*names[1:], names[1]]))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "break_it", "message", "count"),
+    [
+        ("voc", drop_images, "2 of 28 listed files are not there", 2),
+        ("voc", numbers_beyond_the_classes, "1 of 24 sampled maps hold numbers that are no label .77.", 1),
+        ("voc", smaller_maps, "24 of 24 sampled maps are of another size", 24),
+        ("voc", leak_val, "1 images of val are in it", 1),
+        ("voc", unknown_class, "'unicorn'", None),
+        ("voc", no_trainaug, "is missing: the 10,582 images", 1),
+        ("voc", listed_twice, "1 names are in it twice", 1),
+        ("coco", truncate_picture, "1 of 16 sampled pictures cannot be decoded", 1),
+        ("coco", annotation_of_no_image, "1 annotations belong to an image that is not listed", 1),
+        ("coco", torn_json, "no complete JSON", 1),
+        ("coco", other_size, "of another size than the annotations say", 1),
+        ("cityscapes", missing_train_ids, "24 of 24 .*labelTrainIds.png are missing", 24),
+        ("cityscapes", swap_two_train_ids, "16 of 16 sampled labelTrainIds are not the train ids", 16),
+        ("imagenet", archive_left, "1 class archives are not unpacked, n01440764.tar", 1),
+        ("imagenet", flat_val, "1 images lie in no class folder", 1),
+        ("imagenet", stranger_in_subset, "1 of its images are not in train, n99999999_1", 1),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else None,
+)
+def test_each_break_is_the_one_error(
+    tree: Path, dataset: str, break_it: Callable[[Path], None], message: str, count: int | None
+) -> None:
+    break_it(tree)
+    found = only_error(dataset, tree)
+    assert re.search(message, found.message), found.message
+    assert count is None or found.count == count
+    assert "error" in render([found])
+
+
+def test_palette_turned_to_colours(tree: Path) -> None:
+    to_rgb(tree)
+    found = errors("voc", tree)
+    assert [finding.count for finding in found] == [12, 16]  # train and val
+    assert all("palette was turned to RGB" in finding.message for finding in found)
+
+
+def test_label_ids_given_as_train_ids(tree: Path) -> None:
+    label_ids_as_train_ids(tree)
+    found = errors("cityscapes", tree)
+    assert any("hold numbers that are no label" in finding.message for finding in found)
+    assert any("look like labelIds given as trainIds" in finding.remedy for finding in found)
+
+
+def test_empty_and_unreadable_annotations_are_both_said(tree: Path) -> None:
+    empty_picture(tree)
+    messages = [finding.message for finding in errors("voc", tree)]
+    assert any("1 files are empty" in message for message in messages)
+    assert any("1 files are no VOC annotation" in message for message in messages)
+
+
+def test_everything_wrong_is_said_at_once(tree: Path) -> None:
+    to_rgb(tree)
+    torn_json(tree)
+    missing_train_ids(tree)
+    archive_left(tree)
+    shutil.rmtree(tree / "VOC2007/JPEGImages")
+    (tree / "unlabelled/000000.jpg").unlink()
+    found = check("sample", tree, progress=False)
+    text = render(found)
+    for word in (
+        "RGB",
+        "JSON",
+        "labelTrainIds",
+        "tar",
+        "VOC2007/JPEGImages: is missing",
+        "39 unlabelled images, 40 expected",
+    ):
+        assert word in text
+    assert [finding.severity for finding in found] == sorted(
+        (finding.severity for finding in found), key=["error", "warning", "fine"].index
+    )
+
+
+def test_a_half_extracted_real_tree_names_counts_and_origin(tree: Path) -> None:
+    """Without its sample.json the tree counts as the real data, of which nearly everything is missing."""
+    (tree / "sample.json").unlink()
+    for dataset, counts in {
+        "coco": ["24 train2017 images, 118287 expected", "16 val2017 images, 5000 expected", "10 categories, 80"],
+        "voc": ["12 names, 5011", "16 names, 4952", "40 names, 11540", "24 names, 10582", "16 names, 1449"],
+        "cityscapes": ["24 train images, 2975", "16 val images, 500"],
+        "imagenet": ["40 train images, 1281167", "10 train classes, 1000", "10 names, 12811", "10 names, 128116"],
+    }.items():
+        text = render(check(dataset, tree, progress=False))
+        for count in counts:
+            assert count in text
+        assert " comes from " in text
+
+
+def test_void_border_that_vanished_is_a_warning(tree: Path) -> None:
+    for path in (tree / "VOC2012/SegmentationClass").glob("*.png"):
+        image = Image.open(path)
+        values = np.asarray(image)
+        again = Image.fromarray(np.where(values == 255, 0, values).astype(np.uint8))
+        again.putpalette(image.getpalette() or [])
+        path.unlink()
+        again.save(path)
+    found = check("voc", tree, progress=False)
+    assert not has_errors(found)
+    assert sum("void border" in finding.message for finding in found if finding.severity == "warning") == 2
+
+
+def test_voc_may_lie_in_its_devkit_folder(tree: Path) -> None:
+    (tree / "VOCdevkit").mkdir()
+    for year in ("VOC2007", "VOC2012"):
+        (tree / year).rename(tree / "VOCdevkit" / year)
+    assert not has_errors(check("voc", tree, progress=False))
+
+
+def test_wrong_names_and_folders_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r'no data set "cocoo" to check\. Did you mean "coco"'):
+        check("cocoo", tmp_path)
+    with pytest.raises(UserError, match=r"There is no folder .*cityscapes-dataset.com"):
+        check("cityscapes", tmp_path / "absent")
+    with pytest.raises(UserError, match="make one with `twist data sample"):
+        check("sample", tmp_path)
+
+
+def test_missing_folders_are_findings_and_no_crash(tmp_path: Path) -> None:
+    for dataset in ("coco", "voc", "cityscapes", "imagenet"):
+        assert has_errors(check(dataset, tmp_path, progress=False))
+
+
+def test_the_published_counts_are_the_known_ones() -> None:
+    assert module.VOC_MAIN["VOC2007"]["train"] + module.VOC_MAIN["VOC2007"]["val"] == 5011
+    assert module.VOC_MAIN["VOC2012"]["train"] + module.VOC_MAIN["VOC2012"]["val"] == 11540
+    assert round(module.IMAGENET_IMAGES["train"] / 100) == pytest.approx(module.SUBSET_LINES["1percent.txt"], abs=2)
+    assert round(module.IMAGENET_IMAGES["train"] / 10) == pytest.approx(module.SUBSET_LINES["10percent.txt"], abs=2)

@@ -1,0 +1,183 @@
+"""Which images a protocol sees, in which order, and what it says about a tree that is not right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from imagenet_tree import write_tree
+
+from contracts.errors import UserError
+from transfer.imagenet.dataset import (
+    Batches,
+    draw_subset,
+    epoch_batches,
+    labelled_subset,
+    open_tree,
+    read_split,
+    read_subset,
+)
+from transfer.imagenet.recipes import ClassifierRecipe, load_recipe
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tree(tmp_path_factory.mktemp("tree"))
+
+
+def small_recipe(*overrides: str) -> ClassifierRecipe:
+    recipe = load_recipe(
+        "semi-10pct", architecture="resnet18", overrides=("size=32", "resize=36", "machine.workers=0", *overrides)
+    )
+    assert isinstance(recipe, ClassifierRecipe)
+    return recipe
+
+
+def test_tree_is_found_directly_and_below_imagenet(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "imagenet").symlink_to(tree)
+    for root in (tree, tmp_path):
+        train, val = open_tree(root)
+        assert (len(train), len(val), train.classes) == (18, 9, ("class_0", "class_1", "class_2"))
+        assert train.path(0).name == "train_0_000.png"
+        assert train.labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+
+
+def test_digest_is_of_the_images_not_of_the_folder(tree: Path, tmp_path: Path) -> None:
+    other = write_tree(tmp_path / "elsewhere")
+    assert read_split(tree / "train").digest() == read_split(other / "train").digest()
+    (other / "train" / "class_0" / "train_0_000.png").rename(other / "train" / "class_0" / "train_0_999.png")
+    assert read_split(tree / "train").digest() != read_split(other / "train").digest()
+
+
+def test_missing_tree_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match=r"no ImageNet-like tree at .*train/<class>/ and val/<class>/"):
+        open_tree(tmp_path)
+
+
+def test_empty_class_and_unequal_classes_are_named(tmp_path: Path) -> None:
+    root = write_tree(tmp_path)
+    (root / "train" / "zebra").mkdir()
+    with pytest.raises(UserError, match=r"train/zebra holds no images"):
+        open_tree(root)
+    (root / "train" / "class_0" / "train_0_000.png").rename(root / "train" / "zebra" / "a.png")
+    with pytest.raises(UserError, match="1 only in train/, 0 only in val/; zebra is only in train/"):
+        open_tree(root)
+
+
+def test_list_names_images_with_or_without_class_folder(tree: Path, tmp_path: Path) -> None:
+    train = read_split(tree / "train")
+    names = tmp_path / "1percent.txt"
+    names.write_text("train_2_001.png\nclass_0/train_0_004.png\n\n")
+    subset = read_subset(train, names)
+    assert [subset.path(i).name for i in range(2)] == ["train_2_001.png", "train_0_004.png"]
+    assert subset.labels.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ("train_0_000.png\nn01440764_1.JPEG\nn01440764_2.JPEG\n", r"names 2 files that are not in .*n01440764_1\.JPEG"),
+        ("train_0_000.png\ntrain_0_000.png\n", "names 1 files twice"),
+        ("\n", "is empty"),
+    ],
+)
+def test_wrong_list_is_refused(tree: Path, tmp_path: Path, lines: str, sentence: str) -> None:
+    (tmp_path / "1percent.txt").write_text(lines)
+    with pytest.raises(UserError, match=sentence):
+        read_subset(read_split(tree / "train"), tmp_path / "1percent.txt")
+
+
+def test_ambiguous_file_name_is_refused(tmp_path: Path) -> None:
+    root = write_tree(tmp_path)
+    for label in (0, 1):
+        folder = root / "train" / f"class_{label}"
+        (folder / f"train_{label}_000.png").rename(folder / "same.png")
+    (tmp_path / "1percent.txt").write_text("same.png\n")
+    with pytest.raises(UserError, match=r"several classes hold a file same\.png"):
+        read_subset(read_split(root / "train"), tmp_path / "1percent.txt")
+
+
+def test_missing_list_says_how_to_get_one_and_the_seed_needs_none(tree: Path) -> None:
+    train = read_split(tree / "train")
+    with pytest.raises(
+        UserError, match=r"There is no 10percent.txt in .*twist data prepare imagenet.*labels_from=seed"
+    ):
+        labelled_subset(train, small_recipe())
+    assert len(labelled_subset(train, small_recipe("labels_from=seed"))) == 3
+
+
+def test_drawn_subset_is_balanced_and_of_its_seed(tree: Path) -> None:
+    train = read_split(tree / "train")
+    half = draw_subset(train, 0.5, seed=0)
+    assert np.bincount(half.labels).tolist() == [3, 3, 3]
+    assert half.digest() == draw_subset(train, 0.5, seed=0).digest()
+    assert half.digest() != draw_subset(train, 0.5, seed=1).digest()
+
+
+def test_every_epoch_sees_each_image_once_on_any_number_of_ranks() -> None:
+    for world_size in (1, 2, 4):
+        ranks = [
+            epoch_batches(22, batch_size=8, seed=3, epoch=5, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        totals = [np.concatenate([batches[step] for batches in ranks]) for step in range(3)]
+        assert sorted(np.concatenate(totals[:2]).tolist() + sorted(set(totals[2].tolist()))) == list(range(22))
+        # The last total batch of 6 is filled up to equal parts where it does not divide.
+        assert [len(total) for total in totals] == [8, 8, 6 if world_size != 4 else 8]
+        one = epoch_batches(22, batch_size=8, seed=3, epoch=5)
+        assert [set(total.tolist()) for total in totals] == [set(batch.tolist()) for batch in one]
+    assert not np.array_equal(
+        epoch_batches(22, batch_size=22, seed=3, epoch=5)[0], epoch_batches(22, batch_size=22, seed=3, epoch=6)[0]
+    )
+
+
+def test_ordered_batches_hold_every_image_once_in_order(tree: Path) -> None:
+    val = read_split(tree / "val")
+    parts = [list(Batches(val, small_recipe(), batch_size=4, rank=rank, world_size=2).ordered()) for rank in range(2)]
+    labels = [torch.cat([labels for _, labels in part]) for part in parts]
+    assert labels[0].tolist() == val.labels[0::2].tolist()
+    assert labels[1].tolist() == val.labels[1::2].tolist()
+    assert parts[0][0][0].shape == (2, 3, 32, 32)
+    assert parts[0][0][0].dtype == torch.uint8
+
+
+def test_crops_are_a_pure_function_of_seed_epoch_and_image(tree: Path) -> None:
+    train = read_split(tree / "train")
+
+    def pixels(seed: int, epoch: int, batch_size: int) -> dict[int, torch.Tensor]:
+        batches = Batches(train, small_recipe(), batch_size=batch_size, augment=True, seed=seed)
+        order = np.concatenate(epoch_batches(len(train), batch_size=batch_size, seed=seed, epoch=epoch))
+        images = torch.cat([images for images, _ in batches.epoch(epoch)])
+        return dict(zip(order.tolist(), images, strict=True))
+
+    state = torch.get_rng_state()
+    first, again, other_batch = pixels(0, 1, 4), pixels(0, 1, 4), pixels(0, 1, 7)
+    assert torch.equal(torch.get_rng_state(), state), "the crops must not draw from the process's own generator"
+    assert all(torch.equal(first[i], again[i]) and torch.equal(first[i], other_batch[i]) for i in first)
+    changed = [not torch.equal(first[i], pixels(0, 2, 4)[i]) for i in range(4)]
+    assert all(changed)
+
+
+def test_unreadable_image_is_named(tmp_path: Path) -> None:
+    root = write_tree(tmp_path)
+    (root / "val" / "class_1" / "val_1_001.png").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"Cannot read the image .*val_1_001\.png"):
+        list(Batches(read_split(root / "val"), small_recipe(), batch_size=4).ordered())
+
+
+@pytest.mark.slow
+def test_workers_change_neither_pixels_nor_the_sentence(tmp_path: Path) -> None:
+    root = write_tree(tmp_path)
+    train = read_split(root / "train")
+    alone = Batches(train, small_recipe(), batch_size=4, augment=True)
+    helped = Batches(train, small_recipe("machine.workers=2"), batch_size=4, augment=True)
+    for epoch in (0, 1):
+        for ours, theirs in zip(alone.epoch(epoch), helped.epoch(epoch), strict=True):
+            assert torch.equal(ours[0], theirs[0])
+            assert torch.equal(ours[1], theirs[1])
+    (root / "train" / "class_1" / "train_1_001.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^Cannot read the image [^\n]*train_1_001\.png[^\n]*$"):
+        list(Batches(train, small_recipe("machine.workers=2"), batch_size=4).ordered())

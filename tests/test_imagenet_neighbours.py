@@ -1,0 +1,142 @@
+"""The k-NN vote: exact against one search over everything, within the memory it states, honest about ties and NaN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from contracts.errors import UsageError, UserError
+from transfer.imagenet.accuracy import label_ranks, top_percent
+from transfer.imagenet.neighbours import Blocks, nearest, plan_blocks, vote_ranks, votes
+
+
+def brute_force_scores(
+    queries: Tensor, bank: Tensor, labels: Tensor, *, k: int, temperature: float, classes: int
+) -> Tensor:
+    """The definition, one query and one neighbour at a time."""
+    scores = torch.zeros(len(queries), classes, dtype=torch.float64)
+    for row, query in enumerate(queries.double()):
+        similarity = [float(query @ other / (query.norm() * other.norm())) for other in bank.double()]
+        for index in sorted(range(len(bank)), key=lambda i: -similarity[i])[:k]:
+            scores[row, labels[index]] += torch.tensor(similarity[index] / temperature, dtype=torch.float64).exp()
+    return scores
+
+
+@pytest.fixture(scope="module")
+def clouds() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(7, 12, generator=generator)
+    bank_labels = torch.randint(0, 7, (90,), generator=generator)
+    labels = torch.randint(0, 7, (25,), generator=generator)
+    bank = centres[bank_labels] + 1.5 * torch.randn(90, 12, generator=generator)
+    queries = centres[labels] + 1.5 * torch.randn(25, 12, generator=generator)
+    return queries.double(), bank.double(), labels, bank_labels
+
+
+@pytest.mark.parametrize("blocks", [Blocks(90, 25), Blocks(20, 4), Blocks(7, 25), Blocks(90, 1), Blocks(1, 1)])
+def test_blocks_of_any_size_equal_brute_force(clouds: tuple[Tensor, Tensor, Tensor, Tensor], blocks: Blocks) -> None:
+    queries, bank, labels, bank_labels = clouds
+    similarity, index = nearest(
+        lambda a, b: queries[a:b],
+        lambda a, b: bank[a:b],
+        query_count=25,
+        bank_count=90,
+        neighbours=20,
+        blocks=blocks,
+        quiet=True,
+    )
+    expected = brute_force_scores(queries, bank, bank_labels, k=20, temperature=0.07, classes=7)
+    ours = votes(similarity, bank_labels[index], classes=7, temperature=0.07)
+    assert torch.allclose(ours / ours.sum(1, keepdim=True), expected / expected.sum(1, keepdim=True), atol=1e-12)
+    ranks = vote_ranks(similarity, index, bank_labels, labels, classes=7, temperature=0.07)
+    own = expected.gather(1, labels[:, None])
+    unseen = (own == 0).squeeze(1)
+    assert torch.equal(ranks, torch.where(unseen, 7, (expected > own).sum(1)))
+    assert 20.0 < top_percent(ranks)[0] < 95.0, "a task on which nothing can go wrong proves nothing"
+
+
+def test_similarity_is_cosine_not_dot_product() -> None:
+    bank = torch.tensor([[10.0, 10.0], [1.0, 0.0]])
+    _, index = nearest(
+        lambda a, b: torch.tensor([[1.0, 0.1]])[a:b],
+        lambda a, b: bank[a:b],
+        query_count=1,
+        bank_count=2,
+        neighbours=1,
+        blocks=Blocks(2, 1),
+        quiet=True,
+    )
+    assert index.item() == 1
+
+
+def test_votes_do_not_overflow_at_low_temperature() -> None:
+    scores = votes(torch.tensor([[1.0, 0.9, -1.0]]), torch.tensor([[0, 1, 1]]), classes=2, temperature=0.001)
+    assert torch.isfinite(scores).all()
+    assert scores[0, 0] == 1.0
+
+
+def test_label_without_a_vote_is_never_among_the_five() -> None:
+    ranks = vote_ranks(
+        torch.tensor([[0.9, 0.8]]),
+        torch.tensor([[0, 1]]),
+        torch.tensor([3, 4]),
+        torch.tensor([0]),
+        classes=6,
+        temperature=0.07,
+    )
+    assert top_percent(ranks) == (0.0, 0.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    queries=st.integers(1, 60_000),
+    bank=st.integers(20, 2_000_000),
+    dimension=st.sampled_from([384, 512, 2048, 8192]),
+    neighbours=st.sampled_from([1, 20, 200]),
+    max_memory_mb=st.integers(64, 8192),
+)
+def test_planned_blocks_stay_within_the_stated_memory(
+    queries: int, bank: int, dimension: int, neighbours: int, max_memory_mb: int
+) -> None:
+    try:
+        blocks = plan_blocks(
+            queries=queries, bank=bank, dimension=dimension, neighbours=neighbours, max_memory_mb=max_memory_mb
+        )
+    except UsageError:
+        # Only where even 256 bank rows (or k of them) and one query do not fit beside the running best.
+        least = 12 * queries * neighbours + 8 * dimension * (max(neighbours, 256) + 1)
+        assert least + 2**20 > max_memory_mb * 2**20
+        return
+    assert 1 <= blocks.bank <= bank
+    assert 1 <= blocks.queries <= queries
+    read_and_normalised = 2 * (blocks.bank + blocks.queries) * dimension * 4
+    similarities = blocks.bank * blocks.queries * 4
+    running_best = queries * neighbours * (4 + 8)
+    assert read_and_normalised + similarities + running_best <= max_memory_mb * 2**20
+
+
+def test_too_little_memory_says_how_much_is_needed() -> None:
+    with pytest.raises(UsageError, match=r"machine.max_memory_mb = 8 is too little .* give at least (\d+)") as caught:
+        plan_blocks(queries=50_000, bank=1_281_167, dimension=2048, neighbours=20, max_memory_mb=8)
+    enough = int(str(caught.value).rsplit(" ", 1)[1].rstrip("."))
+    plan_blocks(queries=50_000, bank=1_281_167, dimension=2048, neighbours=20, max_memory_mb=enough)
+
+
+def test_ties_go_to_the_lower_class_and_nan_is_refused() -> None:
+    scores = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+    assert label_ranks(scores, torch.tensor([0, 1])).tolist() == [0, 1]
+    with pytest.raises(UserError, match="not finite"):
+        label_ranks(torch.full((1, 3), float("nan")), torch.tensor([0]))
+
+
+def test_top_percent_agrees_with_topk_where_there_are_no_ties() -> None:
+    generator = torch.Generator().manual_seed(1)
+    scores = F.normalize(torch.randn(200, 30, generator=generator))
+    labels = torch.randint(0, 30, (200,), generator=generator)
+    hits = scores.topk(5).indices == labels[:, None]
+    expected = (100 * hits[:, 0].double().mean().item(), 100 * hits.any(1).double().mean().item())
+    assert top_percent(label_ranks(scores, labels)) == pytest.approx(expected)

@@ -1,0 +1,18 @@
+"""The tiny sample of shapes, made once a process and shared by the tests that only read it."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+from transfer.data.sample import Sample, make_sample
+
+
+@functools.cache
+def tiny_sample() -> Sample:
+    folder = Path(tempfile.mkdtemp(prefix="tiny-sample-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return make_sample(folder / "root", size="tiny", progress=False)

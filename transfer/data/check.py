@@ -1,0 +1,494 @@
+"""`twist data check`: everything that is missing or wrong in a data set, at once, with the remedy. It changes nothing.
+
+Lists, counts and file names are looked at completely; pictures and label maps by a sample of `SAMPLED` spread evenly
+over each set, which is enough for mistakes of conversion, since those hit every file. Expected counts are those of the
+published data sets; a sample tree is checked against its own sample.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from contracts.errors import UsageError, UserError, did_you_mean
+from contracts.progress import Progress
+from transfer.data.findings import SEVERITIES, Finding, Report, has_errors, render
+from transfer.data.looks import (
+    SAMPLED,
+    check_maps,
+    check_pictures,
+    expect,
+    expect_files,
+    file_names,
+    is_there,
+    origin,
+    read_list,
+    spread,
+)
+from transfer.data.sample import SAMPLE_JSON, read_sample_json
+
+__all__ = ["Finding", "check", "has_errors", "render"]
+
+VOID = 255
+
+# VOC's classes in palette order (VOC development kit), background first.
+VOC_CLASSES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+
+# Published counts. COCO: cocodataset.org, 2017 splits. VOC: the pages "Database Statistics" of 2007 and 2012; trainaug:
+# VOC 2012 segmentation train united with SBD without VOC val. Cityscapes: cityscapes-dataset.com, fine annotations.
+# ImageNet: ILSVRC 2012. 1 % and 10 %: lines of SimCLR's lists.
+COCO_IMAGES = {"train2017": 118_287, "val2017": 5_000}
+VOC_MAIN = {
+    "VOC2007": {"train": 2_501, "val": 2_510, "trainval": 5_011, "test": 4_952},
+    "VOC2012": {"train": 5_717, "val": 5_823, "trainval": 11_540},
+}
+VOC_SEGMENTATION = {"train": 1_464, "val": 1_449, "trainaug": 10_582}
+CITYSCAPES_IMAGES = {"train": 2_975, "val": 500}
+IMAGENET_IMAGES = {"train": 1_281_167, "val": 50_000}
+IMAGENET_CLASSES = 1_000
+SUBSET_LINES = {"1percent.txt": 12_811, "10percent.txt": 128_116}
+
+
+def check(dataset: str, root: str | os.PathLike[str], *, progress: bool = True) -> list[Finding]:
+    """Look at a data set below `root` and report everything: errors, warnings, and what is fine.
+
+    Args:
+        dataset: "coco", "voc" (2007, 2012 and trainaug), "cityscapes", "imagenet", or "sample" for all of a sample.
+        root: the folder that holds `coco/`, `VOC2007/`, …, or for ImageNet also its own folder.
+
+    Raises:
+        UsageError: no such data set. UserError: there is no folder `root`.
+    """
+    if dataset not in CHECKS:
+        raise UsageError(f'There is no data set "{dataset}" to check.{did_you_mean(dataset, CHECKS)}')
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"There is no folder {root}: check the path. {origin(dataset)}".rstrip())
+    with Progress(f"check {dataset}", total=None, unit="file", quiet=not progress) as bar:
+        report = Report(bar)
+        # A sample is checked against itself, also when its imagenet/ is named and not its root.
+        home = next((place for place in (root, root.parent) if (place / SAMPLE_JSON).exists()), None)
+        info = read_sample_json(home or root) if home or dataset == "sample" else None
+        CHECKS[dataset](root, info, report)
+    return sorted(report.findings, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+def check_coco(root: Path, info: dict[str, Any] | None, report: Report) -> None:
+    folder = root / "coco"
+    if not is_there(folder, "coco", report):
+        return
+    for split, published in COCO_IMAGES.items():
+        expected = published if info is None else info["counts"][f"coco/{split}"]
+        names = file_names(folder / split, (".jpg",), "coco", report)
+        file = folder / "annotations" / f"instances_{split}.json"
+        content = _read_coco(file, report)
+        if names is None or content is None:
+            continue
+        expect(folder / split, f"{split} images", len(names), expected, "coco", report)
+        listed = {image["file_name"]: image for image in content["images"]}
+        expect(file, f"{split} images listed", len(listed), expected, "coco", report)
+        missing = sorted(set(listed) - names)
+        if missing:
+            report.error(
+                folder / split,
+                f"{len(missing)} images that {file.name} lists are not there, {missing[0]} the first",
+                count=len(missing),
+                remedy=f"the archive was unpacked in part: unpack {split}.zip again",
+            )
+        numbers = {image["id"] for image in content["images"]}
+        categories = {category["id"] for category in content["categories"]}
+        annotations = content["annotations"]
+        wrong = {
+            "belong to an image that is not listed": sum(a["image_id"] not in numbers for a in annotations),
+            "have a category that is not listed": sum(a["category_id"] not in categories for a in annotations),
+            "have no outline": sum(not a.get("segmentation") for a in annotations),
+        }
+        for message, count in wrong.items():
+            if count:
+                report.error(file, f"{count} annotations {message}", count=count, remedy=origin("coco"))
+        expected_categories = 80 if info is None else len(info["classes"])
+        expect(file, "categories", len(categories), expected_categories, "coco", report)
+        report.fine(file, f"{len(annotations)} annotations", count=len(annotations))
+
+        def has_listed_size(path: Path, image: Image.Image, listed: dict[str, Any] = listed) -> str | None:
+            entry = listed.get(path.name)
+            same = entry is None or (entry["width"], entry["height"]) == image.size
+            return None if same else "are of another size than the annotations say"
+
+        paths = [folder / split / name for name in sorted(names & set(listed))]
+        check_pictures(folder / split, paths, has_listed_size, "coco", report)
+
+
+def check_voc(root: Path, info: dict[str, Any] | None, report: Report) -> None:
+    classes = VOC_CLASSES if info is None else ("background", *info["classes"])
+    for year in ("VOC2007", "VOC2012"):
+        folder = voc_folder(root, year)
+        if not is_there(folder, "voc", report):
+            continue
+        images = file_names(folder / "JPEGImages", (".jpg",), "voc", report)
+        boxes = file_names(folder / "Annotations", (".xml",), "voc", report)
+        if images is None or boxes is None:
+            continue
+        listed: dict[str, list[str]] = {}
+        for part, published in VOC_MAIN[year].items():
+            expected = published if info is None else _sample_voc_count(info, year, part)
+            names = read_list(folder / "ImageSets" / "Main" / f"{part}.txt", expected, "voc", report)
+            listed[part] = names
+        every = sorted({name for names in listed.values() for name in names})
+        expect_files(folder / "JPEGImages", images, every, ".jpg", "voc", report)
+        expect_files(folder / "Annotations", boxes, every, ".xml", "voc", report)
+        _check_voc_boxes(folder, [name for name in every if f"{name}.xml" in boxes], set(classes[1:]), report)
+        pictures = [folder / "JPEGImages" / f"{name}.jpg" for name in every if f"{name}.jpg" in images]
+        check_pictures(folder / "JPEGImages", pictures, None, "voc", report)
+    _check_voc_segmentation(voc_folder(root, "VOC2012"), info, len(classes), report)
+
+
+def _check_voc_segmentation(folder: Path, info: dict[str, Any] | None, classes: int, report: Report) -> None:
+    if not folder.is_dir():
+        return
+    lists: dict[str, list[str]] = {}
+    for part, published in VOC_SEGMENTATION.items():
+        path = folder / "ImageSets" / "Segmentation" / f"{part}.txt"
+        if part == "trainaug" and not path.exists():
+            report.error(
+                path,
+                "is missing: the 10,582 images that segmentation on VOC is trained with",
+                remedy=f"`twist data prepare voc ROOT sbd=FOLDER` makes it from SBD. {origin('sbd')}",
+            )
+            continue
+        expected: int | None = published
+        if info is not None:
+            kind = {"train": "VOC2012/train", "val": "VOC2012/val", "trainaug": "VOC2012/train"}[part]
+            expected = info["counts"][kind] if part != "train" else None
+        lists[part] = read_list(path, expected, "voc", report)
+    shared = sorted(set(lists.get("trainaug", ())) & set(lists.get("val", ())))
+    if shared:
+        report.error(
+            folder / "ImageSets/Segmentation/trainaug.txt",
+            f"{len(shared)} images of val are in it, {shared[0]} the first: every number measured with it is too high",
+            count=len(shared),
+            remedy="remove trainaug.txt and aug.txt, and make them again with `twist data prepare voc`",
+        )
+    for part, maps in (
+        ("train", "SegmentationClass"),
+        ("val", "SegmentationClass"),
+        ("trainaug", "SegmentationClassAug"),
+    ):
+        if not lists.get(part):
+            continue
+        names = file_names(folder / maps, (".png",), "sbd" if maps.endswith("Aug") else "voc", report)
+        if names is None:
+            continue
+        expect_files(folder / maps, names, lists[part], ".png", "sbd" if maps.endswith("Aug") else "voc", report)
+        paths = [folder / maps / f"{name}.png" for name in lists[part] if f"{name}.png" in names]
+        histogram = check_maps(
+            paths,
+            allowed={*range(classes), VOID},
+            picture_of=lambda path: folder / "JPEGImages" / f"{path.stem}.jpg",
+            remedy="take the original palette PNGs again (do not open and save them with a picture program)",
+            where=f"{folder / maps} ({part})",
+            report=report,
+        )
+        if paths and histogram is not None and maps == "SegmentationClass" and not histogram[VOID]:
+            report.warning(
+                f"{folder / maps} ({part})",
+                "no pixel of the void border (255) in what was sampled: VOC's own maps have one around every object",
+                remedy="take the original SegmentationClass again: border pixels may have become a class",
+            )
+
+
+def check_cityscapes(root: Path, info: dict[str, Any] | None, report: Report) -> None:
+    folder = root / "cityscapes"
+    if not is_there(folder, "cityscapes", report):
+        return
+    from cityscapesscripts.helpers.labels import labels
+
+    to_train_id = np.full(256, VOID, dtype=np.uint8)
+    for label in labels:
+        if label.id >= 0:
+            to_train_id[label.id] = label.trainId if label.trainId >= 0 else VOID
+    ids = {label.id for label in labels if label.id >= 0}
+    train_ids = {*range(19), VOID}
+    for split, published in CITYSCAPES_IMAGES.items():
+        expected = published if info is None else info["counts"][f"cityscapes/{split}"]
+        pictures, truth = folder / "leftImg8bit" / split, folder / "gtFine" / split
+        if not is_there(pictures, "cityscapes", report) or not is_there(truth, "cityscapes", report):
+            continue
+        suffix = "_leftImg8bit.png"
+        stems = sorted(
+            path.relative_to(pictures).as_posix().removesuffix(suffix) for path in pictures.glob(f"*/*{suffix}")
+        )
+        expect(pictures, f"{split} images", len(stems), expected, "cityscapes", report)
+        annotated = {path.relative_to(truth).as_posix() for path in truth.glob("*/*_gtFine_*")}
+        report.bar.advance(len(stems) + len(annotated))
+        for kind, remedy in (
+            ("polygons.json", origin("cityscapes")),
+            ("labelIds.png", origin("cityscapes")),
+            ("instanceIds.png", origin("cityscapes")),
+            ("labelTrainIds.png", f"`twist data prepare cityscapes {root}` makes them"),
+        ):
+            missing = [stem for stem in stems if f"{stem}_gtFine_{kind}" not in annotated]
+            if missing:
+                report.error(
+                    truth,
+                    f"{len(missing)} of {len(stems)} *_gtFine_{kind} are missing, {missing[0]} the first",
+                    count=len(missing),
+                    remedy=remedy,
+                )
+        check_pictures(pictures, [pictures / f"{stem}{suffix}" for stem in stems], None, "cityscapes", report)
+        for kind, allowed, remedy in (
+            ("labelIds", ids, origin("cityscapes")),
+            (
+                "labelTrainIds",
+                train_ids,
+                "these look like labelIds given as trainIds: remove the *_labelTrainIds.png and make them again with "
+                "`twist data prepare cityscapes`",
+            ),
+        ):
+            paths = [truth / f"{stem}_gtFine_{kind}.png" for stem in stems if f"{stem}_gtFine_{kind}.png" in annotated]
+
+            def picture_of(path: Path, kind: str = kind, pictures: Path = pictures) -> Path:
+                return pictures / path.parent.name / path.name.replace(f"_gtFine_{kind}", "_leftImg8bit")
+
+            where = f"{truth} ({kind})"
+            check_maps(paths, allowed=allowed, picture_of=picture_of, remedy=remedy, where=where, report=report)
+        _check_train_ids(truth, stems, annotated, to_train_id, report)
+
+
+def check_imagenet(root: Path, info: dict[str, Any] | None, report: Report) -> None:
+    folder = root / "imagenet" if (root / "imagenet").is_dir() else root
+    classes: dict[str, set[str]] = {}
+    files: set[str] = set()
+    for split, published in IMAGENET_IMAGES.items():
+        expected = published if info is None else info["counts"][f"imagenet/{split}"]
+        place = folder / split
+        if not is_there(place, "imagenet", report):
+            continue
+        names, counts, archives, loose = _class_folders(place, files if split == "train" else None, report)
+        classes[split] = names
+        if archives:
+            report.error(
+                place,
+                f"{len(archives)} class archives are not unpacked, {archives[0]} the first",
+                count=len(archives),
+                remedy="unpack each n….tar of ILSVRC2012_img_train.tar into a folder of its name, and remove it",
+            )
+        if loose:
+            report.error(
+                place,
+                f"{loose} images lie in no class folder",
+                count=loose,
+                remedy="sort them into class folders by the ground truth of the development kit (its valprep list)",
+            )
+        expect(place, f"{split} classes", len(names), IMAGENET_CLASSES if info is None else 10, "imagenet", report)
+        expect(place, f"{split} images", sum(counts.values()), expected, "imagenet", report)
+        empty = sorted(name for name, count in counts.items() if count == 0)
+        if empty:
+            report.error(
+                place,
+                f"{len(empty)} class folders are empty, {empty[0]} the first",
+                count=len(empty),
+                remedy=f"unpack them again. {origin('imagenet')}",
+            )
+        pictures = spread([place / name for name in sorted(names) if counts[name]], SAMPLED)
+        check_pictures(place, [_first_file(path) for path in pictures], None, "imagenet", report)
+    if len(classes) == 2 and classes["train"] != classes["val"]:
+        differing = sorted(classes["train"] ^ classes["val"])
+        report.error(
+            folder,
+            f"{len(differing)} classes are in one of train and val only, {differing[0]} the first",
+            count=len(differing),
+            remedy="labels are numbered by sorted folder names, so both must have the same: complete the other one",
+        )
+    for name, lines in SUBSET_LINES.items():
+        _check_subset(folder, name, lines if info is None else None, files, report)
+
+
+def check_sample(root: Path, info: dict[str, Any] | None, report: Report) -> None:
+    assert info is not None
+    names = file_names(root / "unlabelled", (".jpg",), "sample", report)
+    if names is not None:
+        expect(root / "unlabelled", "unlabelled images", len(names), info["counts"]["unlabelled"], "sample", report)
+        check_pictures(
+            root / "unlabelled", [root / "unlabelled" / name for name in sorted(names)], None, "sample", report
+        )
+    for part in (check_coco, check_voc, check_cityscapes, check_imagenet):
+        part(root, info, report)
+
+
+CHECKS: dict[str, Callable[[Path, dict[str, Any] | None, Report], None]] = {
+    "coco": check_coco,
+    "voc": check_voc,
+    "cityscapes": check_cityscapes,
+    "imagenet": check_imagenet,
+    "sample": check_sample,
+}
+
+
+def voc_folder(root: Path, year: str) -> Path:
+    """ROOT/VOC2012, or ROOT/VOCdevkit/VOC2012 where the archive was unpacked there."""
+    nested = root / "VOCdevkit" / year
+    return nested if nested.is_dir() and not (root / year).is_dir() else root / year
+
+
+def _read_coco(file: Path, report: Report) -> dict[str, Any] | None:
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        report.error(file, "is missing", remedy=origin("coco"))
+        return None
+    except (OSError, ValueError) as error:
+        report.error(file, f"is no complete JSON ({error})", remedy="unpack annotations_trainval2017.zip again")
+        return None
+    parts = ("images", "annotations", "categories")
+    absent = [part for part in parts if not isinstance(content, dict) or not isinstance(content.get(part), list)]
+    if absent:
+        report.error(file, f"has no list of {absent[0]}", remedy="take instances_*.json, not captions or keypoints")
+        return None
+    report.bar.advance()
+    return content
+
+
+def _check_voc_boxes(folder: Path, names: list[str], classes: set[str], report: Report) -> None:
+    where = folder / "Annotations"
+    unreadable: list[str] = []
+    unknown: Counter[str] = Counter()
+    outside = objects = 0
+    for name in names:
+        report.bar.advance()
+        try:
+            tree = ElementTree.parse(where / f"{name}.xml")
+            width, height = (int(tree.findtext(f"size/{side}") or "") for side in ("width", "height"))
+            for node in tree.iter("object"):
+                objects += 1
+                label = node.findtext("name") or ""
+                if label not in classes:
+                    unknown[label] += 1
+                sides = [float(node.findtext(f"bndbox/{side}") or "") for side in ("xmin", "ymin", "xmax", "ymax")]
+                outside += not (1 <= sides[0] < sides[2] <= width and 1 <= sides[1] < sides[3] <= height)
+        except (ElementTree.ParseError, OSError, ValueError):
+            unreadable.append(name)
+    if unreadable:
+        report.error(
+            where,
+            f"{len(unreadable)} files are no VOC annotation, {unreadable[0]}.xml the first",
+            count=len(unreadable),
+            remedy=origin("voc"),
+        )
+    if unknown:
+        name, count = unknown.most_common(1)[0]
+        report.error(
+            where,
+            f"{unknown.total()} objects have a class that VOC does not have, most often {name!r} ({count})",
+            count=unknown.total(),
+            remedy=origin("voc"),
+        )
+    if outside:
+        report.warning(
+            where,
+            f"{outside} of {objects} boxes are empty or reach outside their image (pixels are counted from 1)",
+            count=outside,
+            remedy="a few are in the originals; many mean that the boxes were converted to another convention",
+        )
+    report.fine(where, f"{objects} objects", count=objects)
+
+
+def _check_train_ids(
+    truth: Path, stems: list[str], annotated: set[str], to_train_id: NDArray[np.uint8], report: Report
+) -> None:
+    """trainIds must be what the official table makes of the labelIds beside them, pixel by pixel."""
+    kinds = ("labelIds", "labelTrainIds")
+    both = [stem for stem in stems if all(f"{stem}_gtFine_{kind}.png" in annotated for kind in kinds)]
+    differing = []
+    chosen = spread(both, SAMPLED // 4)
+    for stem in chosen:
+        report.bar.advance()
+        try:
+            maps = []
+            for kind in kinds:
+                with Image.open(truth / f"{stem}_gtFine_{kind}.png") as image:
+                    maps.append(np.asarray(image))
+        except (OSError, SyntaxError):
+            continue  # reported with the maps themselves
+        if any(values.ndim != 2 for values in maps) or maps[0].shape != maps[1].shape:
+            continue  # reported with the maps themselves
+        if (to_train_id[maps[0]] != maps[1]).any():
+            differing.append(stem)
+    if differing:
+        report.error(
+            truth,
+            f"{len(differing)} of {len(chosen)} sampled labelTrainIds are not the train ids of the labelIds beside "
+            f"them, {differing[0]} the first",
+            count=len(differing),
+            remedy="remove the *_labelTrainIds.png and make them again with `twist data prepare cityscapes`",
+        )
+
+
+def _class_folders(
+    place: Path, files: set[str] | None, report: Report
+) -> tuple[set[str], dict[str, int], list[str], int]:
+    """Class names, images of each, archives that were not unpacked, and images in no class; fills `files`."""
+    names: set[str] = set()
+    counts: dict[str, int] = {}
+    archives: list[str] = []
+    loose = 0
+    with os.scandir(place) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                names.add(entry.name)
+            elif entry.name.endswith(".tar"):
+                archives.append(entry.name)
+            else:
+                loose += _is_picture(entry.name)
+    for name in sorted(names):
+        found = [file for file in os.listdir(place / name) if _is_picture(file)]
+        counts[name] = len(found)
+        if files is not None:
+            files.update(found)
+        report.bar.advance(len(found))
+    return names, counts, sorted(archives), loose
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith((".jpeg", ".jpg", ".png"))
+
+
+def _first_file(folder: Path) -> Path:
+    return folder / min(name for name in os.listdir(folder) if _is_picture(name))
+
+
+def _check_subset(folder: Path, name: str, lines: int | None, files: set[str], report: Report) -> None:
+    path = next((place / name for place in (folder, folder / "imagenet_subsets") if (place / name).exists()), None)
+    if path is None:
+        report.warning(
+            folder / name,
+            "is missing: semi-supervised runs need it",
+            remedy=f"`twist data prepare imagenet ROOT lists=FOLDER` takes it. {origin('imagenet-subsets')}",
+        )
+        return
+    listed = read_list(path, lines, "imagenet-subsets", report)
+    missing = [entry for entry in listed if Path(entry).name not in files]
+    if missing and files:
+        report.error(
+            path,
+            f"{len(missing)} of its images are not in train, {missing[0]} the first",
+            count=len(missing),
+            remedy=f"complete train. {origin('imagenet')}",
+        )
+
+
+def _sample_voc_count(info: dict[str, Any], year: str, part: str) -> int:
+    parts = ("train", "val") if part == "trainval" else (part,)
+    return sum(info["counts"][f"{year}/{one}"] for one in parts)

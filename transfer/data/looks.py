@@ -1,0 +1,186 @@
+"""The single looks of a data check: folders, lists, pairs of files, pictures, label maps. Each adds to a `Report`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from transfer.data.findings import Report
+from transfer.data.origins import ORIGINS
+
+# Pictures and label maps that are opened in a set.
+SAMPLED = 200
+
+
+def origin(dataset: str) -> str:
+    if dataset == "sample":
+        return "Remove the sample and make it again with `twist data sample`."
+    return ORIGINS[dataset].sentence()
+
+
+def is_there(folder: Path, dataset: str, report: Report) -> bool:
+    if folder.is_dir():
+        return True
+    report.error(folder, "is missing", remedy=origin(dataset))
+    return False
+
+
+def file_names(folder: Path, endings: tuple[str, ...], dataset: str, report: Report) -> set[str] | None:
+    """File names in `folder` that end so; empty files are reported. None when there is no folder."""
+    if not is_there(folder, dataset, report):
+        return None
+    names, empty = set(), []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.lower().endswith(endings):
+                names.add(entry.name)
+                if entry.stat().st_size == 0:
+                    empty.append(entry.name)
+    report.bar.advance(len(names))
+    if empty:
+        report.error(
+            folder,
+            f"{len(empty)} files are empty, {min(empty)} the first",
+            count=len(empty),
+            remedy="the disk was full or the archive torn: unpack it again",
+        )
+    return names
+
+
+def expect(where: Path, what: str, found: int, expected: int | None, dataset: str, report: Report) -> None:
+    if expected is None or found == expected:
+        report.fine(where, f"{found} {what}", count=found)
+        return
+    report.error(
+        where,
+        f"{found} {what}, {expected} expected",
+        count=abs(expected - found),
+        remedy=("something was not unpacked. " if found < expected else "something else lies there too. ")
+        + origin(dataset),
+    )
+
+
+def read_list(path: Path, expected: int | None, dataset: str, report: Report) -> list[str]:
+    """Names of an image set, the first word of each line; reports what is missing, doubled or too many."""
+    try:
+        names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    except FileNotFoundError:
+        report.error(path, "is missing", remedy=origin(dataset))
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        report.error(path, f"cannot be read ({error})", remedy=origin(dataset))
+        return []
+    doubled = len(names) - len(set(names))
+    if doubled:
+        report.error(path, f"{doubled} names are in it twice", count=doubled, remedy=origin(dataset))
+    expect(path, "names", len(names), expected, dataset, report)
+    return names
+
+
+def expect_files(folder: Path, present: set[str], names: list[str], ending: str, dataset: str, report: Report) -> None:
+    missing = [name for name in names if f"{name}{ending}" not in present]
+    if missing:
+        remedy = "`twist data prepare voc ROOT sbd=FOLDER` makes them" if dataset == "sbd" else origin(dataset)
+        report.error(
+            folder,
+            f"{len(missing)} of {len(names)} listed files are not there, {missing[0]}{ending} the first",
+            count=len(missing),
+            remedy=remedy,
+        )
+
+
+def check_pictures(
+    folder: Path,
+    paths: Sequence[Path],
+    complaint: Callable[[Path, Image.Image], str | None] | None,
+    dataset: str,
+    report: Report,
+) -> None:
+    """Decode a sample of pictures whole; `complaint` may add what else is wrong with one."""
+    bad: dict[str, list[str]] = {}
+    reason = ""
+    chosen = spread(paths, SAMPLED)
+    for path in chosen:
+        report.bar.advance()
+        try:
+            with Image.open(path) as image:
+                image.load()
+                said = complaint(path, image) if complaint else None
+        except (OSError, SyntaxError) as error:
+            reason = reason or str(error)
+            said = f"cannot be decoded (first: {reason})"
+        if said:
+            bad.setdefault(said, []).append(path.name)
+    for said, names in bad.items():
+        report.error(
+            folder,
+            f"{len(names)} of {len(chosen)} sampled pictures {said}, {names[0]} the first",
+            count=len(names),
+            remedy=f"unpack them again. {origin(dataset)}",
+        )
+
+
+def check_maps(
+    paths: Sequence[Path],
+    *,
+    allowed: set[int],
+    picture_of: Callable[[Path], Path],
+    remedy: str,
+    where: str,
+    report: Report,
+) -> NDArray[np.int64] | None:
+    """Look at mode, values and size of a sample of label maps; the histogram of their values, None if all are unfit."""
+    histogram = np.zeros(256, dtype=np.int64)
+    coloured, resized, unreadable, strange = [], [], [], []
+    chosen = spread(paths, SAMPLED)
+    for path in chosen:
+        report.bar.advance()
+        try:
+            with Image.open(path) as image:
+                mode, values = image.mode, np.asarray(image)
+            with Image.open(picture_of(path)) as picture:
+                size = picture.size
+        except (OSError, SyntaxError):
+            unreadable.append(path.name)
+            continue
+        if mode not in ("P", "L"):
+            coloured.append(path.name)
+            continue
+        if values.shape[::-1] != size:
+            resized.append(path.name)
+        counts = np.bincount(values.ravel(), minlength=256)
+        histogram += counts
+        if set(np.flatnonzero(counts).tolist()) - allowed:
+            strange.append(path.name)
+    wrong = sorted(set(np.flatnonzero(histogram).tolist()) - allowed)
+    total = len(chosen)
+    for names, message, mend in (
+        (unreadable, "cannot be read, or have no picture", "unpack them again"),
+        (coloured, "are colour pictures and no maps of numbers: their palette was turned to RGB", remedy),
+        (resized, "are of another size than their picture", "take the original maps again"),
+        (strange, f"hold numbers that are no label ({', '.join(map(str, wrong[:8]))})", remedy),
+    ):
+        if names:
+            report.error(
+                where,
+                f"{len(names)} of {total} sampled maps {message}, {names[0]} the first",
+                count=len(names),
+                remedy=mend,
+            )
+    if chosen and not (unreadable or coloured or resized or strange):
+        present = ", ".join(map(str, np.flatnonzero(histogram).tolist()))
+        report.fine(where, f"labels {present} in {total} sampled maps", count=total)
+    return histogram if len(coloured) + len(unreadable) < total else None
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of the items, evenly over their order."""
+    if len(items) <= count:
+        return list(items)
+    return [items[index] for index in np.linspace(0, len(items) - 1, count).round().astype(int)]

@@ -1,0 +1,321 @@
+"""Labelled images on disk: ROOT/[imagenet/]{train,val}/<class>/…, the 1 % and 10 % subsets, and batches of both.
+
+Paths are kept as one array of bytes: a Python list of 1.28 million strings is copied page by page into every worker.
+Batches come in a stated order whatever the number of workers, and a random crop is a pure function of (seed, epoch,
+image), so a run continues exactly where it stopped. `B` images of one process, `S` the input's side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import InterpolationMode, v2
+
+from contracts.errors import UserError
+from contracts.images import EXTENSIONS, UnreadableImage, read_image
+from transfer.imagenet.recipes import ClassifierRecipe, Recipe
+
+# Names of SimCLR's lists (google-research/simclr, imagenet_subsets/) and the share of each class a drawn subset has.
+SUBSETS = {"1percent": ("1percent.txt", 0.01), "10percent": ("10percent.txt", 0.10)}
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images of one split. `paths` (N,) bytes relative to `folder`, sorted by class and name; `labels` (N,) int64."""
+
+    folder: Path
+    classes: tuple[str, ...]
+    paths: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> Path:
+        return self.folder / os.fsdecode(bytes(self.paths[index]))
+
+    def digest(self) -> str:
+        """SHA-256 of the relative paths and labels: which images, whatever the folder is called."""
+        state = hashlib.sha256(self.paths.astype("S").tobytes())
+        state.update(self.labels.tobytes())
+        return state.hexdigest()
+
+    def stamp(self) -> str:
+        """`digest` together with sizes and modification times: changes when a file's content may have."""
+        state = hashlib.sha256(self.digest().encode())
+        for index in range(len(self)):
+            status = self.path(index).stat()
+            state.update(f"{status.st_size} {status.st_mtime_ns};".encode())
+        return state.hexdigest()
+
+
+def open_tree(root: str | os.PathLike[str]) -> tuple[LabelledImages, LabelledImages]:
+    """Training and validation images below `root`, which holds train/ and val/ or a folder imagenet/ that does.
+
+    Raises:
+        UserError: a folder is missing, a class is empty, or the two splits do not have the same classes.
+    """
+    folder = tree_folder(root)
+    train, val = read_split(folder / "train"), read_split(folder / "val")
+    if train.classes != val.classes:
+        only_train = sorted(set(train.classes) - set(val.classes))
+        only_val = sorted(set(val.classes) - set(train.classes))
+        first = f"{only_train[0]} is only in train/" if only_train else f"{only_val[0]} is only in val/"
+        raise UserError(
+            f"{folder}: train/ and val/ do not have the same classes ({len(only_train)} only in train/, "
+            f"{len(only_val)} only in val/; {first}): validation images must lie in class folders too."
+        )
+    return train, val
+
+
+def tree_folder(root: str | os.PathLike[str]) -> Path:
+    """The folder that holds train/ and val/: `root`/imagenet or `root` itself."""
+    root = Path(root)
+    for folder in (root / "imagenet", root):
+        if (folder / "train").is_dir() and (folder / "val").is_dir():
+            return folder
+    raise UserError(
+        f"There is no ImageNet-like tree at {root}: it needs train/<class>/ and val/<class>/, directly or in "
+        f"imagenet/; `twist data check imagenet {root}` says what is missing."
+    )
+
+
+def read_split(folder: Path) -> LabelledImages:
+    """Every image of `folder`/<class>/ at any depth, sorted; `UserError` for a class without images."""
+    classes = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
+    if not classes:
+        raise UserError(f"{folder} holds no class folders: put each class's images into a folder of its name.")
+    paths: list[bytes] = []
+    counts: list[int] = []
+    for name in classes:
+        found = sorted(_images_below(folder / name, name))
+        if not found:
+            raise UserError(f"The class folder {folder / name} holds no images: remove it in both splits, or fill it.")
+        paths += found
+        counts.append(len(found))
+    return LabelledImages(folder, classes, np.array(paths), np.repeat(np.arange(len(classes)), counts))
+
+
+def labelled_subset(train: LabelledImages, recipe: ClassifierRecipe) -> LabelledImages:
+    """The training images that have labels under `recipe`.
+
+    Raises:
+        UserError: the list is missing, or names files that are not there.
+    """
+    if recipe.labels == "all":
+        return train
+    list_name, share = SUBSETS[recipe.labels]
+    if recipe.labels_from == "seed":
+        return draw_subset(train, share, seed=recipe.labels_seed)
+    tree = train.folder.parent
+    for folder in (tree, tree / "imagenet_subsets", tree.parent):
+        if (folder / list_name).is_file():
+            return read_subset(train, folder / list_name)
+    raise UserError(
+        f"There is no {list_name} in {tree}: `twist data prepare imagenet` writes it from SimCLR's published list, or "
+        "labels_from=seed draws a class-balanced subset (another protocol: its rows stand apart)."
+    )
+
+
+def read_subset(train: LabelledImages, list_file: Path) -> LabelledImages:
+    """The images that a list names, in its order: a file name a line, with or without its class folder before it."""
+    lines = [line.strip() for line in list_file.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{list_file} is empty: it must name one training image a line.")
+    by_name: dict[bytes, int] = {}
+    ambiguous: set[bytes] = set()
+    for index, path in enumerate(train.paths):
+        short = path.rsplit(b"/", 1)[-1]
+        if short in by_name:
+            ambiguous.add(short)
+        by_name[short] = by_name[path] = index
+    chosen: list[int] = []
+    absent: list[str] = []
+    for line in lines:
+        name = os.fsencode(line)
+        if name in ambiguous:
+            raise UserError(f"{list_file}: several classes hold a file {line}; write the lines as <class>/<file>.")
+        if name in by_name:
+            chosen.append(by_name[name])
+        else:
+            absent.append(line)
+    if absent:
+        raise UserError(
+            f"{list_file} names {len(absent)} files that are not in {train.folder} (first: {absent[0]}): the training "
+            "images are incomplete, or the list belongs to another data set."
+        )
+    if len(set(chosen)) != len(chosen):
+        raise UserError(
+            f"{list_file} names {len(chosen) - len(set(chosen))} files twice: each line must be another image."
+        )
+    return _select(train, np.array(chosen))
+
+
+def draw_subset(train: LabelledImages, share: float, *, seed: int) -> LabelledImages:
+    """A class-balanced draw: of each class the nearest whole number to `share`, at least one image."""
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    chosen = []
+    for label in range(len(train.classes)):
+        members = np.flatnonzero(train.labels == label)
+        count = max(1, round(share * len(members)))
+        chosen.append(np.sort(rng.permutation(members)[:count]))
+    return _select(train, np.concatenate(chosen))
+
+
+def epoch_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
+    """The order of `count` images in an epoch, (count,): a pure function of seed and epoch."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+
+
+def epoch_batches(
+    count: int, *, batch_size: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1
+) -> list[np.ndarray]:
+    """One process's image indices, batch by batch, of a shuffled epoch; the last total batch may be smaller.
+
+    Ranks take equal parts of each total batch; where it does not divide, its first images are seen twice.
+    """
+    order = epoch_order(count, seed=seed, epoch=epoch)
+    totals = [order[start : start + batch_size] for start in range(0, count, batch_size)]
+    return [np.resize(total, -(-len(total) // world_size) * world_size)[rank::world_size] for total in totals]
+
+
+class Batches:
+    """Decoded batches of one process's share of the images.
+
+    `ordered()` gives every image once in order, ranks interleaved, as at test time; `epoch(e)` gives a shuffled epoch
+    of total batches of `batch_size`. Both yield (images (B, 3, S, S) uint8 RGB, labels (B,)), in main memory.
+    """
+
+    def __init__(
+        self,
+        images: LabelledImages,
+        recipe: Recipe,
+        *,
+        batch_size: int,
+        augment: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        assert batch_size % world_size == 0
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self._schedule = _Schedule()
+        workers = recipe.machine.workers
+        self._loader = DataLoader(
+            _Decoded(images, recipe, augment=augment, seed=seed),
+            batch_sampler=self._schedule,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            # Its own: without, each pass would draw a number from the generator of the whole process.
+            generator=torch.Generator(),
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def ordered(self) -> Iterator[tuple[Tensor, Tensor]]:
+        positions = np.arange(self.rank, len(self.images), self.world_size)
+        local = self.batch_size // self.world_size
+        return self._run([positions[start : start + local] for start in range(0, len(positions), local)], epoch=0)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's part of a shuffled epoch, see `epoch_batches`."""
+        batches = epoch_batches(
+            len(self.images),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        return self._run(batches, epoch=epoch)
+
+    def _run(self, batches: Sequence[np.ndarray], *, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self._schedule.batches = [[(epoch, int(index)) for index in batch] for batch in batches]
+        try:
+            for images, labels, problem in self._loader:
+                if problem is not None:
+                    raise UnreadableImage(problem)
+                yield images, labels
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"A process that decodes images died ({str(error).splitlines()[0]}): it ran out of memory or was "
+                "killed; use fewer with machine.workers=2."
+            ) from None
+
+
+def _images_below(folder: Path, name: str) -> Iterator[bytes]:
+    for parent, _, files in os.walk(folder):
+        inside = os.path.relpath(parent, folder)
+        prefix = name if inside == "." else f"{name}/{inside}"
+        yield from (os.fsencode(f"{prefix}/{f}") for f in files if os.path.splitext(f)[1].lower() in EXTENSIONS)
+
+
+def _select(images: LabelledImages, indices: np.ndarray) -> LabelledImages:
+    return replace(images, paths=images.paths[indices], labels=images.labels[indices])
+
+
+class _Schedule(Sampler[list[tuple[int, int]]]):
+    """The batches of the next pass, set before it starts; items carry the epoch, so workers keep no state."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Decoded(Dataset[tuple[Tensor | str, int]]):
+    """(epoch, index) → uint8 image at the input's size and its label; a message in place of an unreadable image."""
+
+    def __init__(self, images: LabelledImages, recipe: Recipe, *, augment: bool, seed: int) -> None:
+        mode = InterpolationMode(recipe.interpolation)
+        self.images, self.augment, self.seed = images, augment, seed
+        if augment:
+            self.transform = v2.Compose(
+                [v2.RandomResizedCrop(recipe.size, interpolation=mode, antialias=True), v2.RandomHorizontalFlip()]
+            )
+        else:
+            self.transform = v2.Compose(
+                [v2.Resize(recipe.resize, interpolation=mode, antialias=True), v2.CenterCrop(recipe.size)]
+            )
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor | str, int]:
+        epoch, index = item
+        label = int(self.images.labels[index])
+        try:
+            image = read_image(self.images.path(index))
+        except UnreadableImage as error:
+            # As a value: an exception crosses the process border only with a page of traceback around it.
+            return str(error), label
+        if not self.augment:
+            return self.transform(image), label
+        with torch.random.fork_rng(devices=[]):
+            seeds = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
+            torch.manual_seed(int(seeds[0] >> np.uint64(1)))
+            return self.transform(image), label
+
+
+def _collate(items: Sequence[tuple[Tensor | str, int]]) -> tuple[Tensor, Tensor, str | None]:
+    problem = next((image for image, _ in items if isinstance(image, str)), None)
+    images = [image for image, _ in items if isinstance(image, Tensor)]
+    stacked = torch.stack(images) if images else torch.empty(0)
+    return stacked, torch.tensor([label for _, label in items]), problem

@@ -1,0 +1,83 @@
+"""The semi-supervised and fine-tuning protocols: backbone and linear classifier trained together at two rates.
+
+TWIST's evaluate.py `--weights finetune`: batch norm in training mode with each process's own statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from contracts.networks import network_of, normalise
+from contracts.weights import Backbone
+from transfer.imagenet.dataset import Batches, LabelledImages
+from transfer.imagenet.features import feature_dimension
+from transfer.imagenet.processes import Rank
+from transfer.imagenet.recipes import FinetuneRecipe
+from transfer.imagenet.training import Source, new_classifier, train_classifier
+
+
+def train_finetune(
+    rank: Rank,
+    header: Backbone,
+    tensors: dict[str, Tensor],
+    train: LabelledImages,
+    val: LabelledImages,
+    recipe: FinetuneRecipe,
+    seed: int,
+    output: Path,
+    identity: dict[str, Any],
+    resume: bool,
+) -> dict[str, Any]:
+    """`{"history": rows of train_classifier}`."""
+    backbone = network_of(header, tensors)
+    classifier = new_classifier(feature_dimension(backbone), len(train.classes), seed=seed)
+    model = nn.Sequential(backbone, classifier).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    cuda = rank.device.type == "cuda"
+    batches = Batches(
+        train,
+        recipe,
+        batch_size=recipe.batch_size,
+        augment=True,
+        seed=seed,
+        rank=rank.index,
+        world_size=rank.count,
+        pin_memory=cuda,
+    )
+    held_out = Batches(
+        val,
+        recipe,
+        batch_size=recipe.machine.feature_batch_size * rank.count,
+        rank=rank.index,
+        world_size=rank.count,
+        pin_memory=cuda,
+    )
+
+    def inputs(decoded: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        for pixels, labels in decoded:
+            images = normalise(pixels.to(rank.device, non_blocking=True), header)
+            yield images.contiguous(memory_format=torch.channels_last), labels.to(rank.device, non_blocking=True)
+
+    history = train_classifier(
+        model,
+        {
+            "classifier": (recipe.lr_classifier, classifier.parameters()),
+            "backbone": (recipe.lr_backbone, backbone.parameters()),
+        },
+        Source(
+            epoch=lambda number: inputs(batches.epoch(number)),
+            validation=lambda: inputs(held_out.ordered()),
+            steps_per_epoch=batches.steps_per_epoch,
+        ),
+        recipe,
+        rank=rank,
+        title="finetune",
+        output=output,
+        identity=identity,
+        resume=resume,
+    )
+    return {"history": history}

@@ -1,0 +1,88 @@
+"""One process a GPU, through torch's own launcher; one process without any launcher where there is one device.
+
+The work is a module-level function that gets its rank and returns a JSON-able value; rank 0's comes back. A user's
+mistake in any rank arrives here as the sentence it was raised with, not as a page of traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from contracts.errors import UsageError, UserError
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process: its number, how many there are, and its device."""
+
+    index: int
+    count: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all processes."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+Work = Callable[..., Any]
+
+
+def run_ranks(work: Work, arguments: tuple[Any, ...], *, processes: int, device: str) -> Any:
+    """`work(rank, *arguments)` in `processes` processes on `device` ("cuda" or "cpu"); rank 0's value.
+
+    Raises:
+        UsageError: more GPUs asked for than there are.
+        UserError: what a rank raised.
+    """
+    if device == "cuda" and processes > torch.cuda.device_count():
+        raise UsageError(f"--gpus {processes}: this machine shows {torch.cuda.device_count()} GPUs to torch.")
+    if processes == 1:
+        return work(Rank(0, 1, torch.device(device)), *arguments)
+    with tempfile.TemporaryDirectory(prefix="twist-ranks-") as folder:
+        try:
+            mp.spawn(_process, args=(processes, device, Path(folder), work, arguments), nprocs=processes)
+        except (mp.ProcessRaisedException, mp.ProcessExitedException):
+            sentences = sorted(Path(folder).glob("error-*.txt"))
+            if not sentences:
+                raise
+            raise UserError(sentences[0].read_text()) from None
+        return json.loads((Path(folder) / "value.json").read_text())
+
+
+def _process(index: int, count: int, device: str, folder: Path, work: Work, arguments: tuple[Any, ...]) -> None:
+    rank = Rank(index, count, torch.device(device, index) if device == "cuda" else torch.device(device))
+    if device == "cuda":
+        torch.cuda.set_device(index)
+    # A file as the meeting place: no port that another job on the machine may hold.
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/meet", rank=index, world_size=count
+    )
+    try:
+        value = work(rank, *arguments)
+    except UserError as error:
+        (folder / f"error-{index:03d}.txt").write_text(str(error))
+        raise
+    if rank.first:
+        (folder / "value.json").write_text(json.dumps(value))
+    dist.destroy_process_group()

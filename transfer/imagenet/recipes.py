@@ -1,0 +1,175 @@
+"""The ImageNet-style recipes, typed: `configs/imagenet/*.toml`, one file a recipe, every number with its source.
+
+A recipe holds what decides the number. What only decides how fast and in how much memory lies in its `[machine]`
+section and never enters the recipe hash, so a laptop's row and a server's row can meet in one table.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+import configs
+from contracts.config import Config, load_config
+from contracts.errors import UsageError, did_you_mean
+
+FOLDER = Path(configs.__path__[0]) / "imagenet"
+
+
+class Machine(Config):
+    """What may differ between machines without changing the number."""
+
+    # Processes that decode images; 0 decodes in the main process.
+    workers: int = Field(default=8, ge=0)
+    # Images a forward pass where no gradient is kept.
+    feature_batch_size: int = Field(default=256, gt=0)
+    # The k-NN search reads both sides in blocks so that it stays below this much memory (features on disk excluded).
+    max_memory_mb: int = Field(default=2048, gt=0)
+    # Keep extracted features under the run folder, keyed by weights, images and transform; a later run reuses them.
+    keep_features: bool = False
+    # Accuracy on the validation images every so many epochs; the last epoch is always evaluated.
+    evaluate_every_epochs: int = Field(default=1, gt=0)
+
+
+class Recipe(Config):
+    """What all recipes share: how an image becomes the network's input at test time."""
+
+    # Side of the network's input, and the shorter side before the central crop is taken.
+    size: int = Field(gt=0)
+    resize: int = Field(gt=0)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    # On CUDA; on CPU everything is float32.
+    precision: Literal["fp32", "bf16"] = "fp32"
+    machine: Machine = Machine()
+
+    @model_validator(mode="after")
+    def _sides(self) -> Recipe:
+        if self.resize < self.size:
+            raise ValueError(f"resize = {self.resize} is smaller than size = {self.size}: the central crop cannot fit")
+        return self
+
+    def recorded(self) -> dict[str, Any]:
+        """The part that decides the number, for the record's recipe hash."""
+        return self.model_dump(mode="json", exclude={"machine"})
+
+
+class ClassifierRecipe(Recipe):
+    """SGD with momentum on cross-entropy; every rate follows a cosine that steps once an epoch and ends at 0."""
+
+    epochs: int = Field(gt=0)
+    # Images over all processes together.
+    batch_size: int = Field(gt=0)
+    lr_classifier: float = Field(gt=0)
+    momentum: float = Field(ge=0, lt=1)
+    weight_decay: float = Field(ge=0)
+    # Which training images have labels: all, or the 1 % / 10 % subsets.
+    labels: Literal["all", "1percent", "10percent"] = "all"
+    # Where a subset comes from: SimCLR's list beside the images, or a class-balanced draw with `labels_seed`.
+    labels_from: Literal["list", "seed"] = "list"
+    labels_seed: int = Field(default=0, ge=0)
+    # Random resized crop and flip; without, every image is seen as at test time.
+    augment: bool = True
+
+
+class LinearRecipe(ClassifierRecipe):
+    """A linear classifier on the frozen backbone."""
+
+    kind: Literal["linear"]
+    # ViTs: class tokens of the last so many blocks, side by side, each after the last norm (DINO's probe).
+    last_blocks: int = Field(default=1, gt=0)
+
+
+class FinetuneRecipe(ClassifierRecipe):
+    """Backbone and linear classifier, trained together at two rates."""
+
+    kind: Literal["finetune"]
+    lr_backbone: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _augments(self) -> FinetuneRecipe:
+        if not self.augment:
+            raise ValueError("augment = false is for a frozen backbone, whose features can be taken once")
+        return self
+
+
+class NeighboursRecipe(Recipe):
+    """Weighted k-NN vote with cosine similarity s: each neighbour votes for its class with exp(s / temperature)."""
+
+    kind: Literal["knn"]
+    neighbours: int = Field(gt=0)
+    temperature: float = Field(gt=0)
+
+
+class ClusterRecipe(Recipe):
+    """Clusters of the validation images against their labels."""
+
+    kind: Literal["cluster"]
+    # "kmeans" on features, or "head": the arg-max of TWIST's own head, read from the checkpoint `head`.
+    by: Literal["kmeans", "head"] = "kmeans"
+    head: str | None = None
+    # Of the head's hidden layers, where the checkpoint doesn't say.
+    head_activation: Literal["relu", "gelu"] | None = None
+    # k-means: how many clusters (None: as many as classes), on which images they are found, restarts (the tightest
+    # counts; Lloyd's only, the mini-batch algorithm runs once), passes over the images.
+    clusters: int | None = Field(default=None, gt=1)
+    fit_on: Literal["train", "val"] = "train"
+    algorithm: Literal["lloyd", "minibatch"] = "lloyd"
+    restarts: int = Field(default=1, gt=0)
+    max_passes: int = Field(default=100, gt=0)
+    # Images a step of the mini-batch algorithm.
+    step_size: int = Field(default=16384, gt=0)
+    # Features are scaled to length 1 first, so Euclidean k-means works on cosine distance.
+    normalise: bool = True
+
+    @model_validator(mode="after")
+    def _head_or_kmeans(self) -> ClusterRecipe:
+        if (self.by == "head") != (self.head is not None):
+            raise ValueError('by = "head" and head = FILE (a TWIST checkpoint that holds its head) go together')
+        if self.algorithm == "minibatch" and self.restarts != 1:
+            raise ValueError('restarts belong to algorithm = "lloyd"')
+        return self
+
+    def recorded(self) -> dict[str, Any]:
+        """Without what belongs to the weights (the head), and without k-means' settings where a head is used."""
+        values = super().recorded()
+        for name in ("head", "head_activation"):
+            values.pop(name)
+        if self.by == "head":
+            for name in ("clusters", "fit_on", "algorithm", "restarts", "max_passes", "step_size", "normalise"):
+                values.pop(name)
+        return values
+
+
+AnyRecipe = LinearRecipe | FinetuneRecipe | NeighboursRecipe | ClusterRecipe
+_KINDS: dict[str, type[Recipe]] = {
+    "linear": LinearRecipe,
+    "finetune": FinetuneRecipe,
+    "knn": NeighboursRecipe,
+    "cluster": ClusterRecipe,
+}
+
+
+def recipe_names() -> list[str]:
+    """The recipes we ship, by file name."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_recipe(name: str, *, architecture: str, overrides: Sequence[str] = ()) -> AnyRecipe:
+    """Read `<name>-<architecture>.toml` where there is one, else `<name>.toml`, and apply `key=value` overrides.
+
+    Raises:
+        UsageError: no such recipe, an unknown key (with the near match), or a value that does not fit.
+    """
+    path = FOLDER / f"{name}-{architecture}.toml"
+    if not path.exists():
+        path = FOLDER / f"{name}.toml"
+    if not path.exists():
+        raise UsageError(f'There is no ImageNet recipe "{name}".{did_you_mean(name, recipe_names())}')
+    kind = tomllib.loads(path.read_text())["kind"]
+    recipe = load_config(path, _KINDS[kind], overrides)
+    assert isinstance(recipe, LinearRecipe | FinetuneRecipe | NeighboursRecipe | ClusterRecipe)
+    return recipe

@@ -1,0 +1,195 @@
+"""The one training loop of the ImageNet protocols: SGD on cross-entropy, cosine by epoch, a checkpoint an epoch.
+
+What is trained is a module from inputs to class scores: a linear layer over frozen features, or a backbone with a
+linear layer. `B` images of one process, `K` classes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fvcore.common.param_scheduler import CosineParamScheduler
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from contracts import atomic
+from contracts.errors import UserError
+from contracts.progress import Progress
+from transfer.imagenet.accuracy import label_ranks
+from transfer.imagenet.features import autocast
+from transfer.imagenet.processes import Rank
+from transfer.imagenet.recipes import ClassifierRecipe
+
+CHECKPOINT = "checkpoint.pth"
+CURVES = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where batches come from: inputs and labels of an epoch, and all validation inputs of this process in order."""
+
+    epoch: Callable[[int], Iterator[tuple[Tensor, Tensor]]]
+    validation: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    steps_per_epoch: int
+
+
+def new_classifier(dimension: int, classes: int, *, seed: int) -> nn.Linear:
+    """Weights from N(0, 0.01), bias zero (TWIST's evaluate.py), drawn from `seed` alone."""
+    classifier = nn.Linear(dimension, classes)
+    with torch.no_grad():
+        classifier.weight.normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
+        classifier.bias.zero_()
+    return classifier
+
+
+def train_classifier(
+    model: nn.Module,
+    rates: dict[str, tuple[float, Iterable[nn.Parameter]]],
+    source: Source,
+    recipe: ClassifierRecipe,
+    *,
+    rank: Rank,
+    title: str,
+    output: Path,
+    identity: dict[str, Any],
+    resume: bool,
+) -> list[dict[str, Any]]:
+    """Train `model` and return one row an epoch: loss, rates and, where evaluated, accuracies.
+
+    Args:
+        rates: parameter groups, name → (learning rate, parameters).
+        identity: what makes this run this run; a checkpoint with another one is refused.
+
+    Raises:
+        UserError: the checkpoint belongs to another run, there is one and `resume` was not given, the training
+            diverged, or the GPU's memory is too small.
+    """
+    model.to(rank.device)
+    groups = [{"params": list(parameters), "lr": rate} for rate, parameters in rates.values()]
+    optimizer = torch.optim.SGD(groups, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    cosine = CosineParamScheduler(1.0, 0.0)
+    history = _restore(output / CHECKPOINT, model, optimizer, identity=identity, resume=resume)
+    parallel: nn.Module = model
+    if rank.count > 1:
+        parallel = DistributedDataParallel(model, device_ids=[rank.index] if rank.device.type == "cuda" else None)
+    steps = source.steps_per_epoch
+    with Progress(
+        title, total=recipe.epochs * steps, start=len(history) * steps, quiet=not rank.first, unit="step"
+    ) as progress:
+        for epoch in range(len(history), recipe.epochs):
+            shares = {name: rate * cosine(epoch / recipe.epochs) for name, (rate, _) in rates.items()}
+            for group, rate in zip(optimizer.param_groups, shares.values(), strict=True):
+                group["lr"] = rate
+            row = _train_epoch(parallel, optimizer, source.epoch(epoch), recipe, rank, progress)
+            row = {"epoch": epoch, "step": (epoch + 1) * steps, **row, **{f"lr_{n}": r for n, r in shares.items()}}
+            if not math.isfinite(row["loss"]):
+                raise UserError(
+                    f"The loss is {row['loss']} in epoch {epoch}: the training diverged; lower "
+                    f"{' or '.join(f'lr_{name}' for name in rates)}."
+                )
+            last = epoch + 1 == recipe.epochs
+            if last or (epoch + 1) % recipe.machine.evaluate_every_epochs == 0:
+                row |= evaluate(model, source.validation(), recipe, rank)
+            history.append(row)
+            if rank.first:
+                _save(output, model, optimizer, history, identity)
+            rank.wait()
+    return history
+
+
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe: ClassifierRecipe, rank: Rank
+) -> dict[str, float]:
+    """Top-1 and top-5 over every validation image once, whatever the number of processes."""
+    if rank.count > 1:
+        # Batch norm's running statistics are each process's own after the last step; the first one's count.
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+    model.eval()
+    hits = torch.zeros(3, dtype=torch.float64, device=rank.device)
+    with torch.no_grad():
+        for inputs, labels in batches:
+            with autocast(recipe, rank.device):
+                scores = model(inputs)
+            ranks = label_ranks(scores.float(), labels)
+            hits += torch.stack([(ranks < 1).sum(), (ranks < 5).sum(), torch.tensor(len(ranks), device=rank.device)])
+    top1, top5, count = rank.sum(hits).tolist()
+    return {"top1_percent": 100.0 * top1 / count, "top5_percent": 100.0 * top5 / count}
+
+
+def _train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    recipe: ClassifierRecipe,
+    rank: Rank,
+    progress: Progress,
+) -> dict[str, float]:
+    model.train()
+    began = time.monotonic()
+    # Summed on the device: reading the loss at every step would make the GPU wait for the host.
+    total = torch.zeros(2, dtype=torch.float64, device=rank.device)
+    try:
+        for step, (inputs, labels) in enumerate(batches):
+            with autocast(recipe, rank.device):
+                scores = model(inputs)
+            loss = F.cross_entropy(scores.float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += torch.stack([loss.detach().double() * len(labels), loss.new_tensor(len(labels)).double()])
+            progress.advance(1, **({"loss": loss.item()} if step % 20 == 0 else {}))
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(
+            f"The GPU's memory is too small for batch_size = {recipe.batch_size} over {rank.count} processes: use more "
+            "GPUs, or lower batch_size and every lr_* by the same factor (the number then has another recipe)."
+        ) from None
+    loss_sum, count = rank.sum(total).tolist()
+    return {"loss": loss_sum / count, "images_per_s": count / (time.monotonic() - began)}
+
+
+def _save(
+    output: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: list[dict[str, Any]],
+    identity: dict[str, Any],
+) -> None:
+    state = {
+        "identity": identity,
+        "history": history,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    with atomic.atomic_path(output / CHECKPOINT) as temporary:
+        torch.save(state, temporary)
+    # The whole file from the history each time, so a resumed run has no epoch twice.
+    atomic.write_text(output / CURVES, "".join(json.dumps(row) + "\n" for row in history))
+
+
+def _restore(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, identity: dict[str, Any], resume: bool
+) -> list[dict[str, Any]]:
+    """The history in the checkpoint, loaded into model and optimizer; empty without one."""
+    if not path.exists():
+        return []
+    if not resume:
+        raise UserError(f"{path.parent} holds a run: go on with --resume, or choose another --output.")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    changed = sorted(name for name in identity if state["identity"].get(name) != identity[name])
+    if changed:
+        raise UserError(
+            f"{path.parent} holds a run with another {' and another '.join(changed)}: a resumed run must be the "
+            "same run; choose another --output."
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return list(state["history"])
