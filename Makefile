@@ -15,9 +15,11 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 INSTALLED := $(VENV)/.installed
 
-# Two cores' worth of threads a process by default; torch's own guess oversubscribes under pytest-xdist.
-export PYTHONDONTWRITEBYTECODE ?=
+# Without bytecode, importing torch and the frameworks costs seconds of every command.
+unexport PYTHONDONTWRITEBYTECODE
 export MPLBACKEND ?= Agg
+# Two pytest workers with one thread each: two threads each would fight for the cores.
+check test: export OMP_NUM_THREADS ?= 1
 
 .PHONY: install demo demo-photos check test bench lock format clean
 
@@ -29,10 +31,10 @@ $(UV):
 
 # The stamp is younger than everything that decides what is installed, so a second call does nothing.
 $(INSTALLED): requirements.lock pyproject.toml $(wildcard third_party/detectron2/*.*) | $(UV)
-	$(UV) pip install --python $(BIN)/python --quiet --require-hashes -r requirements.lock
+	$(UV) pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes -r requirements.lock
 	@# A Detectron2 that somebody put into .venv (the official git version, say) is left alone.
 	$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("detectron2") is None)' \
-	  || $(UV) pip install --python $(BIN)/python --quiet --no-deps ./third_party/detectron2
+	  || $(UV) pip install --python $(BIN)/python --quiet --compile-bytecode --no-deps ./third_party/detectron2
 	$(UV) pip install --python $(BIN)/python --quiet --no-deps --editable .
 	@touch $@
 

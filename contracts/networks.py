@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,6 +82,8 @@ def build_backbone(architecture: str, *, width: int = 1, image_size: int = 224, 
     if architecture in _RESNETS:
         return ResNet(architecture, width)
     if architecture in _VITS:
+        import timm  # two seconds that a ResNet need not pay
+
         # Other crop sizes than `image_size` interpolate the position table on the fly (multi-crop's 96 pixels).
         return timm.create_model(
             _VITS[architecture], num_classes=0, img_size=image_size, dynamic_img_size=True, drop_path_rate=drop_path

@@ -31,6 +31,10 @@ class DataConfig(Config):
     # For `format = "datasets"`: keyword arguments of load_dataset (data_files, split, streaming, …) and the column.
     dataset_options: dict[str, Any] = Field(default_factory=dict)
     image_column: str = "image"
+    # For `streaming = true` in the options: images of an epoch, where the set does not say; and how many encoded images
+    # (some 0.1 MB each) a rank holds to shuffle among. What a stream cannot promise: pretrain/image_stream.py.
+    stream_images: int | None = Field(default=None, gt=0)
+    stream_shuffle_buffer: int = Field(default=2000, gt=0)
     # `device` cuts uint8 crops in workers and does the photometric part for the whole batch on the training device;
     # `cpu` does both in workers. The pictures are the same up to float rounding.
     pipeline: Literal["device", "cpu"] = "device"

@@ -30,7 +30,7 @@ TIMEOUT = datetime.timedelta(minutes=30)
 
 
 @contextlib.contextmanager
-def session(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[torch.device]:
+def process_group(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[torch.device]:
     """The device of this rank, inside the process group that torchrun's (or SLURM's) environment describes, if any.
 
     NCCL on GPU with gloo beside it for what lives on the CPU, gloo alone on CPU. A group that exists already is used

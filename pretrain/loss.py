@@ -10,7 +10,7 @@ Shapes: `V` views (two global ones first), `B` images a rank, `K` classes. Natur
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +33,10 @@ def identity(x: Tensor) -> Tensor:
 def pair_mean(per_view: Tensor) -> Tensor:
     """The mean over all pairs of ½(xᵢ + xⱼ), from one number a view (V,).
 
-    A global view stands in V − 1 pairs, a local one in two; there are 2V − 3 pairs.
+    A global view stands in V − 1 pairs, a local one in two.
     """
     views = len(per_view)
-    return ((views - 1) * per_view[:2].sum() + 2 * per_view[2:].sum()) / (2 * (2 * views - 3))
+    return ((views - 1) * per_view[:2].sum() + 2 * per_view[2:].sum()) / (2 * _pairs(views))
 
 
 def twist_loss(
@@ -66,29 +66,66 @@ def twist_loss(
         ValueError: fewer than two views, or logits that are not (V, B, K).
     """
     logits = _at_least_float32(logits)
-    views, rows, classes = logits.shape
+    views, _, classes = logits.shape
     if views < 2:
         raise ValueError(f"twist_loss compares views of one image and got {views}: give at least two.")
 
-    p = logits.softmax(-1)  # (V, B, K)
-    log_p = (p + eps).log()
-    s, log_s = (p, log_p) if tau == 1 else _softmax_and_log(logits / tau, eps)
+    consistency, sharpness, mean = _LocalTerms.apply(logits, eps)
+    if tau != 1:
+        _, sharpness, mean = _LocalTerms.apply(logits / tau, eps)
 
-    # ½ [KL(pᵢ‖pⱼ) + KL(pⱼ‖pᵢ)] = ½ (pᵢ·log pᵢ + pⱼ·log pⱼ) − ½ (pᵢ·log pⱼ + pⱼ·log pᵢ), and the sum of the second
-    # half over all pairs needs the local views only through their sum.
-    own = (p * log_p).sum((1, 2))  # (V,)
-    cross = (p[0] * log_p[1]).sum() + (p[1] * log_p[0]).sum()
-    if views > 2:
-        cross = cross + ((p[0] + p[1]) * log_p[2:].sum(0)).sum() + ((log_p[0] + log_p[1]) * p[2:].sum(0)).sum()
-    consistency = (pair_mean(own) - cross / (2 * (2 * views - 3))) / rows
-
-    row_entropy = -(own if tau == 1 else (s * log_s).sum((1, 2))) / rows  # (V,)
-    sharpness = pair_mean(row_entropy)
-
-    packed = mean_over_ranks(torch.cat([consistency.view(1), sharpness.view(1), s.mean(1).flatten()]))
+    packed = mean_over_ranks(torch.cat([consistency.view(1), sharpness.view(1), mean.flatten()]))
     consistency, sharpness = packed[0], packed[1]
     diversity = pair_mean(_entropy(packed[2:].view(views, classes), eps))
     return LossTerms(consistency, sharpness, diversity, consistency + (1 + lam1) * sharpness - lam2 * diversity)
+
+
+class _LocalTerms(torch.autograd.Function):
+    """logits (V, B, K) → this rank's consistency, sharpness and each view's mean distribution (V, K).
+
+    With pᵥ the softmax of view v, lᵥ = log(pᵥ + ε), and Oᵥ(x) the sum of x over v's partners (a global view's are all
+    other views, a local one's the two global ones, nᵥ in number), and · a sum over rows and classes,
+
+        ½ Σ over pairs KL(pᵢ‖pⱼ) + KL(pⱼ‖pᵢ)  =  ½ Σᵥ pᵥ · (nᵥ lᵥ − Oᵥ(l)),
+
+    whose derivative by pᵥ is (nᵥ lᵥ − Oᵥ(l)) + (nᵥ pᵥ − Oᵥ(p)) / (pᵥ + ε). It is written out because autograd would
+    keep and walk through many arrays of (V, B, K); this keeps two, and works view by view.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        views, rows, _ = logits.shape
+        p = logits.softmax(-1)
+        log_p = p.add(eps).log_()
+        own = [_dot(p[v], log_p[v]) for v in range(views)]
+        # Of the local views the others need only the sums.
+        sum_p, sum_log_p = p[2:].sum(0), log_p[2:].sum(0)  # (B, K)
+        first, second = log_p[:2]
+        cross = _dot(p[0], second + sum_log_p) + _dot(p[1], first + sum_log_p) + _dot(sum_p, first + second)
+        entropy = -pair_mean(torch.stack(own)) / rows
+        # Not `save_for_backward`: the gradient will be written over p, view by view, and needs no memory of its own.
+        ctx.kept, ctx.eps = (p, log_p, sum_p, sum_log_p), eps
+        return -entropy - cross / (2 * _pairs(views) * rows), entropy, p.mean(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        of_consistency, of_sharpness, of_mean = gradients
+        kept, ctx.kept = ctx.kept, None
+        assert kept is not None, "the loss's graph has been used: compute the loss again for a second backward pass"
+        p, log_p, sum_p, sum_log_p = kept
+        views, rows, _ = p.shape
+        scale = 1 / (2 * _pairs(views) * rows)
+        unlike = -scale * of_consistency
+        sums_p = _over_partners(p[:2] * unlike, sum_p * unlike, views)
+        sums_log_p = _over_partners(log_p[:2] * unlike, sum_log_p * unlike, views)
+        for v in range(views):
+            partners = views - 1 if v < 2 else 2
+            alike = partners * scale * (of_consistency - of_sharpness)
+            by_p = torch.addcdiv(sums_log_p[v], torch.addcmul(sums_p[v], p[v], alike), p[v] + ctx.eps)
+            by_p.addcmul_(log_p[v], alike).add_(of_mean[v] / rows)
+            # Through the softmax: p ⊙ (g − Σ p g).
+            p[v].mul_(by_p.sub_(torch.linalg.vecdot(by_p, p[v])[:, None]))
+        return p, None
 
 
 def teacher_loss(
@@ -129,6 +166,20 @@ def teacher_loss(
     consistency, sharpness = packed[0], packed[1]
     diversity = _entropy(packed[2:].view(views, classes), eps).mean()
     return LossTerms(consistency, sharpness, diversity, consistency + (1 + lam1) * sharpness - lam2 * diversity)
+
+
+def _pairs(views: int) -> int:
+    return 2 * views - 3
+
+
+def _over_partners(globals_: Tensor, sum_of_locals: Tensor, views: int) -> list[Tensor]:
+    """For each view the sum over the views it is paired with: V tensors (B, K), most of them the same one."""
+    first, second = globals_
+    return [second + sum_of_locals, first + sum_of_locals] + [first + second] * (views - 2)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return a.flatten().dot(b.flatten())
 
 
 def _at_least_float32(logits: Tensor | Sequence[Tensor]) -> Tensor:

@@ -130,17 +130,18 @@ def checkpoint_activations(backbone: nn.Module) -> None:
 
 
 def _forward_and_again(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    return contextlib.nullcontext(), _untracked(block)
+    return contextlib.nullcontext(), _statistics_aside(block)
 
 
 @contextlib.contextmanager
-def _untracked(block: nn.Module) -> Iterator[None]:
-    """Batch norms leave their running statistics alone: the second forward would count the same images twice."""
+def _statistics_aside(block: nn.Module) -> Iterator[None]:
+    """The block's batch norms write their running statistics into copies: the second forward is of the same images."""
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [dict(norm._buffers) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm._buffers.update({name: None if b is None else b.clone() for name, b in norm._buffers.items()})
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, buffers in zip(norms, kept):
+            norm._buffers.update(buffers)

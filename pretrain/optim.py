@@ -109,8 +109,9 @@ class LARS(torch.optim.Optimizer):
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
                 continue
-            gradients = [_like(p.grad, p) for p in weights]
-            buffers = [self._buffer(p) for p in weights]
+            gradients = [_flat(_like(p.grad, p)) for p in weights]
+            buffers = [_flat(self._buffer(p)) for p in weights]
+            weights = [_flat(p) for p in weights]
             rates = group["lr"] if group["lars_exclude"] else _layer_rates(weights, gradients, group)
             if group["weight_decay"]:
                 torch._foreach_add_(gradients, weights, alpha=group["weight_decay"])
@@ -148,8 +149,16 @@ def _layer_rates(weights: list[Tensor], gradients: list[Tensor], group: dict[str
 
 
 def _like(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    """The gradient in its parameter's memory layout: the fused kernel walks both in storage order."""
+    """The gradient in its parameter's memory layout."""
     assert gradient is not None
     if gradient.stride() == parameter.stride():
         return gradient
     return torch.empty_like(parameter).copy_(gradient)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """A dense tensor of any layout as one row, in the order of its memory: nothing below cares for shapes, and the
+    fused kernel copies what is not contiguous."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    assert extent == x.numel(), "a parameter that is a part of another tensor"
+    return x.as_strided((x.numel(),), (1,))

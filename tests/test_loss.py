@@ -189,6 +189,15 @@ def test_half_is_raised_to_float32(dtype: torch.dtype) -> None:
     assert teacher_loss(logits, logits[:2]).total.dtype == torch.float32
 
 
+def test_a_second_backward_pass_is_refused() -> None:
+    # The gradient takes over the memory of what the first one needed.
+    logits = torch.randn(3, 4, 8, requires_grad=True)
+    total = twist_loss(logits).total
+    total.backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="compute the loss again"):
+        total.backward()
+
+
 def test_a_list_of_views_is_the_same() -> None:
     logits = torch.randn(4, 3, 8)
     assert torch.equal(torch.stack(twist_loss(list(logits))), torch.stack(twist_loss(logits)))

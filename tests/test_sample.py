@@ -124,7 +124,7 @@ def test_visible_masks_are_disjoint_and_follow_the_painting_order() -> None:
     assert not drawn[1].truncated
 
 
-def test_form_alone_tells_the_classes_apart() -> None:
+def test_colours_do_not_tell_the_classes_apart() -> None:
     """Colour statistics of the ten classes are drawn from one distribution: a nearest-mean classifier is at chance."""
     source = shapes.Shapes()
 

@@ -59,7 +59,7 @@ def _plan(output: Path, *, source: str, fast: bool) -> list[Step]:
     size = "tiny" if fast else "small"
     overrides = [
         f'data.root="{sample / "unlabelled"}"',
-        *(["run.epochs=2", "run.mutual_information_epochs=2"] if fast else []),
+        *(["run.epochs=2", "run.mutual_information_epochs=2", "run.batch_size=20"] if fast else []),
     ]
 
     def make_sample() -> None:

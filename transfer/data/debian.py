@@ -35,8 +35,8 @@ def fetch(packages: Sequence[str], folder: Path) -> Iterator[dict[str, Any]]:
     for program in ("apt-get", "dpkg-deb"):
         if shutil.which(program) is None:
             raise UserError(
-                f"The photos source unpacks Debian packages and needs {program}, which is not on this machine: use "
-                "--source shapes, or copy ~/.cache/twist-suite from a Debian or Ubuntu machine that has made it."
+                f"This data comes from Debian packages and needs {program}, which is not on this machine: copy "
+                "~/.cache/twist-suite from a Debian or Ubuntu machine that has made it, or use --source shapes."
             )
     downloads, root = folder / "packages", folder / "root"
     for needed in (folder / "lists" / "partial", folder / "cache" / "archives" / "partial", downloads, root):

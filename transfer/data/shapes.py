@@ -1,9 +1,10 @@
-"""The embedded source of the sample: solid-looking objects of ten classes, told apart by form and nothing else.
+"""The embedded source of the sample: solid-looking objects of ten classes, told apart by form and, mostly, by material.
 
-Colour, pattern, light, size, turn and surroundings are drawn from the same distributions for every class. An object is
-an outline (polygons, each class with its own varying proportions), a signed distance field of it, and from that an
-anti-aliased edge and a rounded relief that catches the light. The relief is what makes form show inside the object too,
-so that two crops of one picture share more than a texture.
+Colour, light, size, turn and surroundings are drawn from the same distributions for every class. Four objects in five
+wear their class's typical pattern (in any colours, at any angle), the fifth any pattern: as with animals and things,
+the material is a strong hint and the form is the truth. Without the hint a network needs more pictures than a few
+minutes on a CPU can show it. An object is an outline (polygons, each class with its own varying proportions), a signed
+distance field of it, and from that an anti-aliased edge and a rounded relief that catches the light.
 
 Legend: outlines live in a square of about [-1, 1]², y downwards; N points, S segments.
 """
@@ -19,7 +20,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from transfer.data.scene import DISTRACTOR, Cutout, Split
-from transfer.data.textures import Array, smooth_noise, surface
+from transfer.data.textures import (
+    Array,
+    Material,
+    bricks,
+    checks,
+    dots,
+    draw_material,
+    smooth_noise,
+    stripes,
+    surface,
+    waves,
+    wood,
+)
 
 Points = NDArray[np.floating[Any]]
 Outline = list[Points]
@@ -137,14 +150,32 @@ OUTLINES: dict[str, Callable[[np.random.Generator], Outline]] = {
 }
 
 
+# The material that a class wears most often: six patterns, fine or coarse.
+FINE, COARSE = 0.13, 0.3
+MATERIALS: dict[str, Material] = {
+    "butterfly": Material(dots, COARSE),
+    "crescent": Material(waves, COARSE),
+    "cross": Material(bricks, COARSE),
+    "fish": Material(dots, FINE),
+    "flower": Material(wood, COARSE),
+    "gear": Material(stripes, FINE),
+    "heart": Material(checks, COARSE),
+    "mushroom": Material(checks, FINE),
+    "ring": Material(stripes, COARSE),
+    "star": Material(bricks, FINE),
+}
+TYPICAL = 0.8
+
+
 class Shapes:
     """The `shapes` source: see the module's text. It holds no state; split makes no difference to it."""
 
     classes = tuple(OUTLINES)
 
     def background(self, rng: np.random.Generator, height: int, width: int, split: Split) -> Array:  # noqa: ARG002
-        # Muted: with vivid backgrounds, two crops of a picture are matched by those, and form is not learned.
-        return surface(rng, height, width, brightness=(0.4, 0.65), saturation=(0.0, 0.25), contrast=(0.1, 0.4))
+        # Muted: with vivid backgrounds, two crops of a picture are matched by those, and objects are not learned.
+        materials = draw_material(rng, contrast=(0.1, 0.4)), draw_material(rng, contrast=(0.1, 0.4))
+        return surface(rng, height, width, brightness=(0.4, 0.65), saturation=(0.0, 0.25), materials=materials)
 
     def cutout(
         self,
@@ -161,7 +192,9 @@ class Shapes:
         inside = _cropped(_posed(rng, field, canvas) * np.float32(canvas / (2 * REACH)))
         alpha = np.clip(inside + np.float32(0.5), 0, 1)
         bright = (0.7, 1.0) if rng.random() < 0.6 else (0.35, 0.8)
-        albedo = surface(rng, *inside.shape, brightness=bright, saturation=(0.3, 0.9), contrast=(0.1, 0.6))
+        worn = MATERIALS.get(name) if rng.random() < TYPICAL else None
+        material = worn or draw_material(rng, contrast=(0.6, 1.0))
+        albedo = surface(rng, *inside.shape, brightness=bright, saturation=(0.3, 0.9), materials=(material, material))
         return Cutout(np.clip(albedo * _relief(rng, inside, size, light)[..., None], 0, 1), alpha)
 
     def provenance(self) -> dict[str, Any]:

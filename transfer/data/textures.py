@@ -6,7 +6,8 @@ Legend: H×W pixels; a pattern is (H, W), a surface (H, W, 3). Everything is a p
 from __future__ import annotations
 
 import colorsys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,11 +63,29 @@ def wood(rng: np.random.Generator, u: Array, v: Array) -> Array:
     return 0.5 + 0.5 * np.sin(u * 0.5 + 5 * fractal_noise(rng, *u.shape, cells=4) + 0.1 * v)
 
 
-PATTERNS = (stripes, checks, dots, bricks, waves, wood)
+Pattern = Callable[[np.random.Generator, Array, Array], Array]
+PATTERNS: tuple[Pattern, ...] = (stripes, checks, dots, bricks, waves, wood)
 
 
-def pattern(rng: np.random.Generator, height: int, width: int, *, period: float, bend: Array) -> Array:
-    """One of `PATTERNS` at a random angle, about `period` pixels a repeat, its lines bent by noise, (H, W)."""
+class Material(NamedTuple):
+    """What a surface is made of: a pattern, its repeat as a share of the surface's longer side, and how it stands out.
+
+    Colours and the angle are not part of it: they are drawn anew for every surface.
+    """
+
+    pattern: Pattern
+    period: float
+    contrast: Range = (0.6, 1.0)
+
+
+def draw_material(rng: np.random.Generator, *, contrast: Range) -> Material:
+    """Any pattern at any period."""
+    period = float(np.exp(rng.uniform(np.log(0.07), np.log(0.3))))
+    return Material(PATTERNS[rng.integers(len(PATTERNS))], period, contrast)
+
+
+def pattern(rng: np.random.Generator, height: int, width: int, *, kind: Pattern, period: float, bend: Array) -> Array:
+    """A pattern at a random angle, about `period` pixels a repeat, its lines bent by noise, (H, W)."""
     angle, phase_u, phase_v, strength = rng.random(4).tolist()
     scale = 2 * np.pi / period
     along, across = np.float32(np.cos(2 * np.pi * angle) * scale), np.float32(np.sin(2 * np.pi * angle) * scale)
@@ -75,30 +94,30 @@ def pattern(rng: np.random.Generator, height: int, width: int, *, period: float,
     bent = (bend - np.float32(0.5)) * np.float32(4 * np.pi * strength)
     u = along * x + (across * y + np.float32(2 * np.pi * phase_u)) + bent
     v = (along * y + np.float32(2 * np.pi * phase_v)) - across * x + bent
-    return PATTERNS[rng.integers(len(PATTERNS))](rng, u, v)
+    return kind(rng, u, v)
 
 
 def surface(
-    rng: np.random.Generator, height: int, width: int, *, brightness: Range, saturation: Range, contrast: Range
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    *,
+    brightness: Range,
+    saturation: Range,
+    materials: tuple[Material, Material],
 ) -> Array:
-    """A patchwork of two patterned materials, each in two related colours of the given ranges, (H, W, 3).
-
-    `contrast` is how much of the second colour the pattern brings in.
-
-    Two materials, because a whole object in one texture could be told from any two crops by that texture alone:
-    here the texture differs within the object as much as between objects, and only the form stays.
-    """
+    """A patchwork of two materials, each in two related colours of the given ranges, (H, W, 3)."""
     size = max(height, width)
     bend = smooth_noise(rng, height, width, cells=3)
-    materials = []
-    for _ in range(2):
+    coloured = []
+    for kind, share, contrast in materials:
         first, second = _related_colours(rng, brightness, saturation)
-        period = size * float(np.exp(rng.uniform(np.log(0.07), np.log(0.3))))
-        weight = pattern(rng, height, width, period=max(period, 4.0), bend=bend)
-        materials.append(first + (weight * np.float32(rng.uniform(*contrast)))[..., None] * (second - first))
+        period = size * share * float(rng.uniform(0.85, 1.18))
+        weight = pattern(rng, height, width, kind=kind, period=max(period, 4.0), bend=bend)
+        coloured.append(first + (weight * np.float32(rng.uniform(*contrast)))[..., None] * (second - first))
     patch = _soft_step((fractal_noise(rng, height, width, cells=2.5) - np.float32(0.5)) * np.float32(24))
     grain = np.float32(0.86) + np.float32(0.28) * smooth_noise(rng, height, width, cells=size / 3)
-    mixed = materials[0] + patch[..., None] * (materials[1] - materials[0])
+    mixed = coloured[0] + patch[..., None] * (coloured[1] - coloured[0])
     mixed *= grain[..., None]
     return np.clip(mixed, 0, 1, out=mixed)
 

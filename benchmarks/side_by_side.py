@@ -1,0 +1,84 @@
+"""Measuring alternatives in turn, on the same machine, in one run, so that a slow minute hits all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from contracts import atomic, provenance
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one call: the median of `n` rounds and how far they spread."""
+
+    median_s: float
+    least_s: float
+    most_s: float
+    n: int
+
+
+def measure(
+    alternatives: Mapping[str, Callable[[], Any]], *, rounds: int = 7, calls: int = 1, warm_up: int = 2
+) -> dict[str, Times]:
+    """Time every alternative once a round, `calls` calls together; the device is waited for before and after."""
+    for function in alternatives.values():
+        for _ in range(warm_up):
+            function()
+    seconds: dict[str, list[float]] = {name: [] for name in alternatives}
+    for _ in range(rounds):
+        for name, function in alternatives.items():
+            _wait()
+            began = time.perf_counter()
+            for _ in range(calls):
+                function()
+            _wait()
+            seconds[name].append((time.perf_counter() - began) / calls)
+    return {name: Times(statistics.median(s), min(s), max(s), len(s)) for name, s in seconds.items()}
+
+
+def ratio(times: Mapping[str, Times], *, of: str, to: str) -> float:
+    """How many times as long `of` takes as `to`."""
+    return times[of].median_s / times[to].median_s
+
+
+def machine() -> dict[str, Any]:
+    """What a figure must not stand without."""
+    return {
+        "hardware": provenance.hardware(),
+        "software": provenance.software(),
+        "threads": torch.get_num_threads(),
+        "git_commit": provenance.git_commit(),
+    }
+
+
+def heading(title: str) -> str:
+    about = machine()
+    hardware, software = about["hardware"], about["software"]
+    device = hardware["gpu"] or f"{hardware['processor']}, {about['threads']} thread(s)"
+    return f"{title}\n{device}, torch {software['torch']}, Python {software['python']}"
+
+
+def table(times: Mapping[str, Times]) -> str:
+    return "\n".join(
+        f"  {name:<28}{1000 * t.median_s:10.2f} ms   {1000 * t.least_s:.2f}–{1000 * t.most_s:.2f} (n = {t.n})"
+        for name, t in times.items()
+    )
+
+
+def write(path: Path | None, figures: Mapping[str, Any]) -> None:
+    """Write `figures` with the machine they were measured on, as JSON, when a path is given."""
+    if path is not None:
+        plain = {k: {n: asdict(t) for n, t in v.items()} if k == "times" else v for k, v in figures.items()}
+        atomic.write_json(path, {"machine": machine(), **plain})
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

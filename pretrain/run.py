@@ -1,0 +1,187 @@
+"""What a run consists of: networks, optimiser, position; how they learn, are saved, restored and exported."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from contracts.errors import UserError
+from contracts.weights import Backbone, write_backbone
+from pretrain import checkpoint, distributed
+from pretrain.checkpoint import Position
+from pretrain.config import PretrainConfig
+from pretrain.data import Batch
+from pretrain.model import Twist, build_model
+from pretrain.nonfinite import NonFiniteGuard, write_capture
+from pretrain.optim import build_optimizer
+from pretrain.plan import Plan
+from pretrain.run_folder import recipe_hash
+from pretrain.views import Stage
+from pretrain.warm_start import warm_start
+
+
+def say(text: str) -> None:
+    """A line for the person who started the run, beside the progress display."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run consists of, and how it is moved, saved and restored."""
+
+    config: PretrainConfig
+    plan: Plan
+    output: Path
+    device: torch.device
+    student: Twist
+    teacher: Twist | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    guard: NonFiniteGuard
+    position: Position = Position()  # noqa: RUF009 (frozen)
+
+    @classmethod
+    def build(cls, config: PretrainConfig, plan: Plan, output: Path, *, device: torch.device) -> Run:
+        student, teacher = build_model(config, device=device)
+        if config.run.warm_start is not None:
+            warm_start(config.run.warm_start, student, teacher)
+        return cls(
+            config,
+            plan,
+            output,
+            device,
+            student,
+            teacher,
+            build_optimizer(config.optim, student),
+            torch.amp.GradScaler(device.type) if plan.precision == "fp16" else None,
+            NonFiniteGuard([student] if teacher is None else [student, teacher], device=device),
+        )
+
+    def learn(self, loss: Tensor) -> Tensor:
+        """Backward pass and update; a step with a non-finite loss or gradient changes nothing. Returns the norm."""
+        self.optimizer.zero_grad()
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        scaled.backward(self.guard.seed(loss))
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.student.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.optim.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm)
+        # GradScaler's protocol, used for every precision: the optimiser skips by a flag that stays on the device.
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, self.guard.settle(norm)  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if self.scaler is not None:
+            self.scaler.update()
+        return norm
+
+    def advance(self, epoch: int) -> None:
+        self.position = Position(self.position.steps + 1, epoch, self.position.samples + self.plan.total_batch)
+
+    def end_epoch(self, epoch: int) -> None:
+        self.position = Position(self.position.steps, epoch + 1, 0)
+
+    def is_due(self) -> bool:
+        every = self.config.run.checkpoint_every_steps
+        return every is not None and self.position.steps % every == 0
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.student.state_dict(),
+            "teacher": None if self.teacher is None else self.teacher.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "nonfinite": {"total": self.guard.total, "streak": self.guard.streak},
+        }
+
+    def save(self) -> None:
+        if distributed.rank() == 0:
+            checkpoint.save(
+                self.output / "checkpoints",
+                self.state(),
+                self.position,
+                images=self.plan.images,
+                world_size=self.plan.world_size,
+                keep=self.config.run.keep_checkpoints,
+            )
+
+    def restore(self) -> None:
+        """Go to where the newest valid checkpoint stands; stay at the start when there is none."""
+        found = distributed.on_main_rank(lambda: checkpoint.newest_valid(self.output / "checkpoints", say=say))
+        if found is None:
+            return
+        path, manifest = found
+        if manifest.images != self.plan.images:
+            raise UserError(
+                f"{path} was trained on {manifest.images} images, and data.root has {self.plan.images} now: give the "
+                "same images, or another --output."
+            )
+        state = checkpoint.load(path, device=self.device)
+        self.student.load_state_dict(state["model"])
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self.guard.total, self.guard.streak = state["nonfinite"]["total"], state["nonfinite"]["streak"]
+        self.guard.refresh()
+        self.position = manifest.position
+        if distributed.rank() == 0:
+            say(f"Resuming from {path}: {self.position.steps} steps done, epoch {self.position.epoch}.")
+
+    def stop_if_nonfinite(
+        self, batch: Batch, views: Sequence[Tensor], *, stage: Stage, quantile: float, seed: int
+    ) -> None:
+        """End the run with a capture when the last `run.max_nonfinite_steps` steps were all skipped."""
+        streak = int(self.guard.streak.item())
+        if streak < self.config.run.max_nonfinite_steps:
+            return
+        path = write_capture(
+            self.output / f"nonfinite_rank{distributed.rank()}.pt",
+            config=self.config.model_dump(mode="json"),
+            state=self.state(),
+            batch={
+                "views": list(views),
+                "indices": batch.indices,
+                "position": dataclasses.asdict(self.position),
+                "stage": stage,
+                "quantile": quantile,
+                "seed": seed,
+            },
+        )
+        raise UserError(
+            f"Loss or gradient was not finite in the last {streak} steps; weights are those before. The failing batch "
+            f"is in {path}: `python -m pretrain.nonfinite {path}` replays it. A lower optim.lr or run.precision=fp32 "
+            "helps most often."
+        )
+
+    def export(self) -> Path:
+        """Write the result: the student's backbone, and the teacher's beside it."""
+        path = self.output / "backbone.safetensors"
+        if distributed.rank() == 0:
+            self._write(path, self.student)
+            if self.teacher is not None:
+                self._write(self.output / "teacher_backbone.safetensors", self.teacher, branch="teacher")
+        distributed.barrier()
+        return path
+
+    def _write(self, path: Path, network: Twist, *, branch: str = "backbone") -> None:
+        is_vit = self.config.model.backbone.startswith("vit_")
+        header = Backbone(
+            architecture=self.config.model.backbone,
+            width=self.config.model.width,
+            stem="patch16" if is_vit else "conv7x7",
+            image_size=self.config.views.global_size if is_vit else None,
+            method="twist",
+            epochs=self.config.run.epochs,
+            source_branch=branch,
+            config_hash=recipe_hash(self.config),
+            seed=self.config.run.seed,
+        )
+        write_backbone(path, network.backbone.state_dict(), header)

@@ -1,0 +1,122 @@
+"""A run's folder: whose run it is, and who may write there now.
+
+config.json            the resolved config          plan.txt             what the run is going to do
+metrics.jsonl          one line a step              tensorboard/         the same as curves
+checkpoints/           to resume from               backbone.safetensors the result, for every later stage
+lock                   held by the running process
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from contracts import atomic
+from contracts.errors import UserError
+from contracts.hashing import sha256_json
+from pretrain import checkpoint
+from pretrain.config import PretrainConfig
+
+# What may change between two starts of one run: where the data lie, how fast they come, what is kept and said.
+NOT_IDENTITY: dict[str, set[str]] = {
+    "data": {"root", "workers"},
+    "run": {
+        "log_every_steps",
+        "checkpoint_every_epochs",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "max_nonfinite_steps",
+        "on_collapse",
+        "online_eval_root",
+        "online_eval_every_epochs",
+        "device",
+    },
+}
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; the lock goes with the process, however it dies.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        # POSIX locks belong to a process: data workers that outlive a killed trainer do not hold them (flock's do).
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UserError(
+            f"Another process is training in {folder}: stop it first, or give this run its own --output."
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def prepare(folder: Path, config: PretrainConfig, *, resume: bool, say: Callable[[str], None]) -> None:
+    """Make sure that `folder` is this run's, and write its config. The lock must be held.
+
+    Raises:
+        UserError: it holds another run, or a run and `resume` is not given.
+    """
+    existing = folder / "config.json"
+    theirs = _read_identity(existing) if existing.exists() else None
+    # A start that failed before its first step left nothing to protect: the mended config may take the folder.
+    begun = theirs is not None and ((folder / "metrics.jsonl").exists() or any(folder.glob("checkpoints/step_*.json")))
+    if theirs is not None and begun:
+        _refuse_other_run(folder, theirs, config)
+        if not resume:
+            raise UserError(
+                f"{folder} already holds this run: add --resume to go on with it, or give another --output to start "
+                "anew."
+            )
+    elif resume:
+        say(f"There is nothing to resume in {folder}: starting from scratch.")
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    checkpoint.clean(folder / "checkpoints")
+    atomic.write_json(existing, config.model_dump(mode="json"))
+
+
+def identity(values: dict[str, Any]) -> dict[str, Any]:
+    """The config's keys, flat, that make a run this run and no other."""
+    return {
+        f"{section}.{key}": value
+        for section, table in values.items()
+        for key, value in table.items()
+        if key not in NOT_IDENTITY.get(section, set())
+    }
+
+
+def recipe_hash(config: PretrainConfig) -> str:
+    """SHA-256 of what makes the recipe: the run's identity without its seed, so seeds of one recipe are repeats."""
+    values = identity(config.model_dump(mode="json"))
+    del values["run.seed"]
+    return sha256_json(values)
+
+
+def _read_identity(existing: Path) -> dict[str, Any]:
+    try:
+        return identity(json.loads(existing.read_text()))
+    except (ValueError, AttributeError):
+        raise UserError(f"{existing} is not a run's config: give another --output.") from None
+
+
+def _refuse_other_run(folder: Path, theirs: dict[str, Any], config: PretrainConfig) -> None:
+    ours = identity(config.model_dump(mode="json"))
+    differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if differing:
+        first = differing[0]
+        raise UserError(
+            f"{folder} holds another run: {first} is {theirs.get(first)!r} there and {ours.get(first)!r} here"
+            + (f", and {len(differing) - 1} more keys differ" if len(differing) > 1 else "")
+            + "; give another --output, or the config of that run."
+        )

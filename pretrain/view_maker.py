@@ -1,0 +1,210 @@
+"""What a data worker does: read a batch of images once each, cut their views, and in CPU mode finish them.
+
+A request carries everything that decides the pixels (epoch, stage, image numbers), so workers hold no state that
+changes and live through all epochs. An image that cannot be read is replaced by one found on a walk that depends on
+(seed, epoch, index) alone; it is named to the loader, which counts.
+
+Shapes: `B` images a rank, `V` views, `S` side; view-major: row v·B + b is view v of image b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from contracts.errors import UserError
+from contracts.images import UnreadableImage, decode
+from pretrain import photometric
+from pretrain.config import ViewsConfig
+from pretrain.image_source import ImageSource
+from pretrain.reduced_decode import decode_reduced, divisor, shrink_boxes, upright_size
+from pretrain.sampler import replacements
+from pretrain.views import STAGES, VIEW, Draw, Stage, ViewSampler, cut, plan_views, resolutions
+
+PipelineName = Literal["device", "cpu"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One batch to make: image numbers (B,), and for a stream the encoded images themselves."""
+
+    epoch: int
+    stage: Stage
+    indices: np.ndarray
+    encoded: tuple[bytes, ...] | None = None
+    labels: tuple[int, ...] | None = None
+
+
+@dataclass
+class Made:
+    """What comes back. `groups`: a tensor a resolution, uint8 crops (device mode) or finished float32 (CPU mode).
+
+    `records`: the views' parameters a resolution, (v·B,) of dtype VIEW. `failure`: the sentence of a `UserError`,
+    because an exception that crosses processes arrives with the worker's traceback in its message.
+    """
+
+    groups: list[Tensor] = field(default_factory=list)
+    records: list[np.ndarray] = field(default_factory=list)
+    indices: Tensor | None = None
+    labels: Tensor | None = None
+    unreadable: dict[int, str] = field(default_factory=dict)
+    failure: str | None = None
+
+    def pin_memory(self) -> Made:
+        """What the DataLoader's pinning thread calls."""
+        self.groups = [group.pin_memory() for group in self.groups]
+        return self
+
+
+class ViewMaker:
+    """The DataLoader's data set: `maker[request]` is the batch."""
+
+    def __init__(self, images: ImageSource | None, views: ViewsConfig, *, seed: int, pipeline: PipelineName) -> None:
+        self._images = images
+        self._seed = seed
+        self._pipeline = pipeline
+        self._samplers = {stage: ViewSampler(plan_views(views, stage)) for stage in STAGES}
+        self._groups = resolutions(plan_views(views))
+        self._sizes = np.array([size for count, size in self._groups for _ in range(count)])  # (V,)
+
+    def __getitem__(self, request: Request) -> Made:
+        try:
+            return self._make(request)
+        except UserError as error:
+            return Made(failure=str(error))
+
+    def _make(self, request: Request) -> Made:
+        batch = len(request.indices)
+        finished = self._pipeline == "cpu"
+        made = Made(
+            groups=[
+                _empty((count * batch, 3, size, size), torch.float32 if finished else torch.uint8)
+                for count, size in self._groups
+            ],
+            records=[np.empty(count * batch, dtype=VIEW) for count, _ in self._groups],
+        )
+        shown = np.empty(batch, dtype=np.int64)
+        labels = np.empty(batch, dtype=np.int64)
+        labelled = True
+        draw = self._samplers[request.stage].draw(self._seed, epoch=request.epoch, indices=request.indices)
+        bands = self._bands(draw) if finished else []
+        for place in range(batch):
+            image, views, shown[place], label = self._readable(request, draw, place, made.unreadable)
+            labelled &= label is not None
+            labels[place] = -1 if label is None else label
+            boxes = views["box"].tolist()
+            begin = 0
+            for group, (count, size) in enumerate(self._groups):
+                drawn = views[begin : begin + count]
+                rows = slice(place, None, batch)
+                made.records[group][rows] = drawn
+                crops = (cut(image, box, size) for box in boxes[begin : begin + count])
+                begin += count
+                out = made.groups[group][rows]  # (count, 3, S, S)
+                if finished:
+                    # One crop at a time: it is coloured while it is in the cache.
+                    photometric.apply_each(crops, drawn, bands[group][place], out)
+                else:
+                    for view, crop in zip(out, crops):
+                        view.copy_(crop)
+        made.indices = torch.from_numpy(shown)
+        made.labels = torch.from_numpy(labels) if labelled else None
+        return made
+
+    def _bands(self, draw: Draw) -> list[Tensor]:
+        """A tensor a resolution: the blur of each of B images' views, (B, count, strip, strip + taps − 1)."""
+        groups, begin = [], 0
+        for count, size in self._groups:
+            sigma = draw.records["sigma"][:, begin : begin + count]
+            groups.append(photometric.blur_bands(sigma.reshape(-1), size).unflatten(0, sigma.shape))
+            begin += count
+        return groups
+
+    def _readable(
+        self, request: Request, draw: Draw, place: int, unreadable: dict[int, str]
+    ) -> tuple[Tensor, np.ndarray, int, int | None]:
+        """Pixels, records (V,), number and label of the image at `place`, or of the first readable one in its stead.
+
+        The replacement is cut with the numbers of the image it stands for: shown twice, it is not the same twice.
+        """
+        for candidate in self._candidates(request, place):
+            try:
+                data, name, label, index = self._encoded(request, candidate)
+            except UnreadableImage as error:
+                unreadable[candidate] = str(error)
+                continue
+            try:
+                image, views = self._picture(data, name, draw, place)
+            except UnreadableImage as error:
+                unreadable[index] = str(error)
+                continue
+            return image, views, index, label
+        raise UserError(
+            f"{len(unreadable)} unreadable images were met while one batch was made, and no readable one in their "
+            f"place; the first: {next(iter(unreadable.values()))}. Check data.root."
+        )
+
+    def _candidates(self, request: Request, place: int) -> Iterator[int]:
+        """Where to look: image numbers, or for a stream places in the batch; the asked one first."""
+        asked = int(request.indices[place])
+        yield asked if request.encoded is None else place
+        pool = len(self._images) if self._images is not None else len(request.indices)
+        yield from replacements(pool, seed=self._seed, epoch=request.epoch, index=asked)
+
+    def _encoded(self, request: Request, candidate: int) -> tuple[bytes, str, int | None, int]:
+        """Bytes, name, label and image number of a candidate."""
+        if request.encoded is not None:
+            index = int(request.indices[candidate])
+            label = None if request.labels is None else request.labels[candidate]
+            return request.encoded[candidate], f"{index:016x} of the stream", label, index
+        assert self._images is not None
+        return self._images.encoded(candidate), self._images.name(candidate), self._images.label(candidate), candidate
+
+    def _picture(self, data: bytes, name: str, draw: Draw, place: int) -> tuple[Tensor, np.ndarray]:
+        """Decoded pixels (3, H, W) and the records (V,) whose boxes belong to them."""
+        size = upright_size(data)
+        if size is not None:
+            views = draw.place(place, height=size[0], width=size[1])
+            reduction = divisor(views["box"], self._sizes)
+            image = decode_reduced(data, reduction) if reduction > 1 else None
+            if image is not None:
+                views["box"] = shrink_boxes(views["box"], size, (image.shape[1], image.shape[2]))
+                return image, views
+        image = decode(data, name=name)
+        return image, draw.place(place, height=image.shape[1], width=image.shape[2])
+
+
+def finish_on_cpu(groups: list[Tensor], records: list[np.ndarray], *, batch: int) -> list[Tensor]:
+    """The photometric part of device mode when the device is the CPU: image by image, as CPU mode does it.
+
+    The same shapes in the same order, so both modes give the same bits, and one image's views stay in the cache.
+    """
+    finished = []
+    for crops, drawn in zip(groups, records):
+        out = torch.empty(crops.shape, dtype=torch.float32)
+        bands = photometric.blur_bands(drawn["sigma"], crops.shape[-1])
+        for place in range(batch):
+            rows = slice(place, None, batch)
+            photometric.apply_each(crops[rows], drawn[rows], bands[rows], out[rows])
+        finished.append(out)
+    return finished
+
+
+def _empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor; uint8 with channels last in memory, as crops come; in a worker in shared memory."""
+    count, channels, height, width = shape
+    bytes_ = count * channels * height * width * dtype.itemsize
+    # In a worker straight into the memory that the training process maps: what torch's own collation does, and what
+    # saves one copy of the batch.
+    shared = get_worker_info() is not None
+    storage = torch.UntypedStorage._new_shared(bytes_) if shared else torch.UntypedStorage(bytes_)
+    strides = (channels * height * width, 1, width * channels, channels)
+    if dtype != torch.uint8:
+        strides = (channels * height * width, height * width, width, 1)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, strides)

@@ -1,0 +1,184 @@
+"""Checkpoint files built to every layout of `converters.sources`, for the tests of the converters.
+
+The tensors are views of one number each, so a file of a ResNet-50 has the real names and shapes in a few hundred
+kilobytes; names of heads and other branches come from the layout's own patterns.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converters import manifest, rename
+from converters.read import matches
+from converters.sources import Branch, Layout
+from converters.tables import CAFFE2, HAIKU, TIMM_VIT
+
+
+def flat_tensors(architecture: str = "resnet18", *, seed: int = 1, **geometry: Any) -> dict[str, Tensor]:
+    """An artefact with every shape in place and one distinct number a tensor."""
+    shapes = manifest.shapes_of(manifest.Geometry(architecture, **geometry))
+    tensors = {}
+    for index, (name, shape) in enumerate(shapes.items()):
+        counter = name.endswith("num_batches_tracked")
+        value = torch.tensor(seed * 1000 + index, dtype=torch.int64 if counter else torch.float32)
+        tensors[name] = value.reshape((1,) * len(shape)).expand(shape) if shape else value
+    return tensors
+
+
+def random_tensors(architecture: str = "resnet18", *, seed: int = 0, width: int = 1) -> dict[str, Tensor]:
+    """An artefact with random weights and positive variances, as a network could have them."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in manifest.shapes_of(manifest.Geometry(architecture, width=width)).items():
+        if name.endswith("num_batches_tracked"):
+            tensors[name] = torch.tensor(7)
+        elif len(shape) == 4:
+            fan = shape[1] * shape[2] * shape[3]
+            tensors[name] = torch.randn(shape, generator=generator) * (2 / fan) ** 0.5
+        elif name.endswith(("running_var", "weight")):
+            tensors[name] = torch.rand(shape, generator=generator) + 0.5
+        else:
+            tensors[name] = torch.randn(shape, generator=generator) * 0.1
+    return tensors
+
+
+def architecture_for(layout: Layout) -> str:
+    return "vit_small_patch16" if layout.tables == (TIMM_VIT,) else "resnet18"
+
+
+def source_names(layout: Layout, branch: Branch, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` under the names of the layout's first table, with the branch's prefix."""
+    table = layout.tables[0]
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(table.absent)} if absent(
+        layout
+    ) else tensors  # fmt: skip
+    renamed = rename.apply(rename.outwards(table, kept), kept, back=True)
+    return {branch.prefix + name: tensor for name, tensor in renamed.items()}
+
+
+def absent(layout: Layout) -> bool:
+    """Whether files of this layout never hold what its table lists as absent."""
+    return layout.tables[0] in (HAIKU, CAFFE2)
+
+
+def concrete(pattern: str, number: int = 0) -> str:
+    """A name that a glob matches."""
+    return pattern.split("|")[0].replace("*", "x").replace("?", "q").replace("xx", "x") + (
+        f"_{number}" if number else ""
+    )
+
+
+def checkpoint_value(
+    layout: Layout, branch: Branch, tensors: dict[str, Tensor], *, module: bool = True
+) -> dict[str, Any]:
+    """The nested value of a training file of this layout, `tensors` in `branch` and decoys everywhere else."""
+    decoy = torch.tensor(-1.0).expand(3, 3)
+    wrap = "module." if module and layout.tables[0] not in (HAIKU, CAFFE2) else ""
+    value: dict[str, Any] = {entry: {} for entry in layout.top}
+    used: set[str] = set()
+    for other in [branch, *layout.branches]:
+        if other.name in used or (other is not branch and (other.entry, other.prefix) == (branch.entry, branch.prefix)):
+            continue
+        if other is not branch and other.prefix == "" and other.entry == branch.entry:
+            continue
+        used.add(other.name)
+        mine = tensors if other is branch else flat_tensors(architecture_for(layout), seed=9)
+        place = _place(value, other.entry)
+        place.update({wrap + name: tensor for name, tensor in source_names(layout, other, mine).items()})
+        for pattern in layout.heads[:1]:
+            place[wrap + other.prefix + concrete(pattern)] = decoy
+    place = _place(value, branch.entry)
+    for pattern in (*layout.evidence, *layout.drop):
+        name = concrete(pattern)
+        provided = pattern in layout.evidence and any(matches(key.removeprefix("module."), (pattern,)) for key in place)
+        if not provided and wrap + name not in place:
+            place[wrap + name] = decoy
+    if branch.entry:
+        value.update({"epoch": 100, "optimizer": {"state": {0: {"exp_avg": decoy}}, "param_groups": []}})
+    for entry in layout.top:
+        if value[entry] == {}:
+            value[entry] = "x" if entry in ("arch", "__author__", "meta") else {"state": {"weight": decoy}}
+    return value
+
+
+def write_checkpoint(path: Path, layout: Layout, branch: Branch, tensors: dict[str, Tensor]) -> Path:
+    """`checkpoint_value` as the file its authors would write."""
+    if layout.tables[0] is HAIKU:
+        write_haiku(path, tensors, flat_tensors(seed=9), online=branch.name == "online")
+    elif layout.tables[0] is CAFFE2:
+        value = checkpoint_value(layout, branch, tensors)
+        with path.open("wb") as file:
+            pickle.dump({name: tensor.contiguous().numpy() for name, tensor in value.items()}, file, protocol=2)
+    else:
+        torch.save(checkpoint_value(layout, branch, tensors), path)
+    return path
+
+
+def write_haiku(path: Path, mine: dict[str, Tensor], other: dict[str, Tensor], *, online: bool) -> None:
+    """DeepMind's BYOL pickle: a named tuple and haiku mappings, by reference to modules that no reader has."""
+    state_class, mapping_class = _byol_classes()
+    networks = []
+    for tensors in (mine, other) if online else (other, mine):
+        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
+        renamed = rename.apply(rename.outwards(HAIKU, kept), kept, back=True)
+        parameters: dict[str, Any] = {"classifier": {"b": torch.zeros(3).numpy()}, "projector/linear": {}}
+        statistics: dict[str, Any] = {}
+        for name, tensor in renamed.items():
+            module, leaf = name.rsplit("/", 1)
+            *scopes, last = module.split("/")
+            scope = "/~/".join(["res_net50", *scopes, last])
+            array = tensor.contiguous().numpy()
+            if leaf == "average":
+                statistics[scope] = {"average": array, "hidden": array, "counter": torch.zeros(()).numpy()}
+            else:
+                parameters.setdefault(scope, {})[leaf] = array
+        networks.append((mapping_class(parameters), mapping_class(statistics)))
+    (online_params, online_state), (target_params, target_state) = networks
+    state = state_class(online_params, target_params, online_state, target_state, [])
+    with path.open("wb") as file:
+        pickle.dump({"experiment_state": state, "step": 300_000, "rng": torch.zeros(2).numpy()}, file, protocol=3)
+
+
+def _byol_classes() -> tuple[Any, Any]:
+    """Classes that pickle under the real files' module names, which are gone again once this returns to the reader."""
+    import collections
+
+    state_class = collections.namedtuple(
+        "_ByolExperimentState", "online_params target_params online_state target_state opt_state"
+    )
+    state_class.__module__ = "byol.byol_experiment"
+
+    class FlatMapping(dict):  # type: ignore[type-arg]
+        def __reduce__(self) -> Any:
+            return FlatMapping, (dict(self),)
+
+    FlatMapping.__module__, FlatMapping.__qualname__ = "haiku._src.data_structures", "FlatMapping"
+    for name, item in (("byol.byol_experiment", state_class), ("haiku._src.data_structures", FlatMapping)):
+        module = types.ModuleType(name)
+        setattr(module, item.__name__, item)
+        parts = name.split(".")
+        for depth in range(1, len(parts)):
+            sys.modules.setdefault(".".join(parts[:depth]), types.ModuleType(".".join(parts[:depth])))
+        sys.modules[name] = module
+    return state_class, FlatMapping
+
+
+def forget_byol() -> None:
+    """Take the made-up modules away again, so that reading cannot use them."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("byol", "haiku")]:
+        del sys.modules[name]
+
+
+def _place(value: dict[str, Any], entry: tuple[str, ...]) -> dict[str, Any]:
+    for key in entry:
+        if not isinstance(value.get(key), dict):
+            value[key] = {}
+        value = value[key]
+    return value

@@ -1,0 +1,578 @@
+"""The loader: the same pixels whatever workers, ranks and resume; sources; images that cannot be read."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from photographs import jpeg, photograph, write_folder
+from PIL import Image
+
+from contracts.errors import UsageError, UserError
+from contracts.images import UnreadableImage
+from pretrain import pil_reference, sampler
+from pretrain.config import DataConfig, ViewsConfig
+from pretrain.data import Batch, ViewLoader, open_images
+from pretrain.image_source import ImageSource, Names
+from pretrain.image_stream import ImageStream, image_number
+from pretrain.photometric import denormalise
+from pretrain.reduced_decode import PROBE_FROM_BYTES, decode_reduced, divisor, shrink_boxes, upright_size
+from pretrain.view_maker import Request, ViewMaker
+from pretrain.views import ViewSampler, plan_views
+
+VIEWS = ViewsConfig(global_size=32, local_size=16, local_count=3)
+IMAGES = 24
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("images"), IMAGES, height=48, width=64, classes=3)
+
+
+@pytest.fixture(scope="module")
+def images(root: Path) -> ImageSource:
+    return open_images(DataConfig(root=str(root)))
+
+
+def loader(images: ImageSource, **changes: object) -> ViewLoader:
+    return ViewLoader(images, VIEWS, **{"batch_size": 4, "seed": 3, "bad_image_share": 0.5, **changes})  # type: ignore[arg-type]
+
+
+def pixels(batches: Iterator[Batch]) -> dict[int, bytes]:
+    """The bytes of all views of each image, by image number."""
+    found: dict[int, bytes] = {}
+    for batch in batches:
+        size = len(batch.indices)
+        for place, index in enumerate(batch.indices.tolist()):
+            found[index] = b"".join(group[place::size].numpy().tobytes() for group in batch.views)
+    return found
+
+
+def test_a_batch_is_view_major_normalised_and_labelled(images: ImageSource) -> None:
+    batch = next(loader(images).epoch(0))
+    assert [tuple(views.shape) for views in batch.views] == [(8, 3, 32, 32), (12, 3, 16, 16)]
+    assert all(views.dtype == torch.float32 for views in batch.views)
+    assert batch.indices.dtype == torch.int64
+    assert batch.bad_images == 0
+    assert batch.data_wait_s > 0
+    assert batch.labels is not None
+    assert batch.labels.tolist() == [images.label(index) for index in batch.indices.tolist()]
+
+
+def test_views_are_the_published_chains(images: ImageSource) -> None:
+    batch = next(loader(images).epoch(2))
+    views = plan_views(VIEWS)
+    draw = ViewSampler(views).draw(3, epoch=2, indices=batch.indices.numpy())
+    apart = []
+    for place, index in enumerate(batch.indices.tolist()):
+        data = images.encoded(index)
+        records = draw.place(place, height=48, width=64)
+        theirs = pil_reference.make_views(data, records, [view.size for view in views])
+        ours = [*batch.views[0][place::4], *batch.views[1][place::4]]
+        for mine, pillows, record in zip(ours, theirs, records):
+            if not record["solarise"]:
+                apart.append((denormalise(mine).float() - denormalise(pillows).float()).abs().mean().item())
+    assert len(apart) >= 16
+    assert max(apart) < 4
+    assert np.mean(apart) < 1.5
+
+
+def test_both_pipelines_give_the_same_bits_on_cpu(images: ImageSource) -> None:
+    assert pixels(loader(images).epoch(1)) == pixels(loader(images, pipeline="cpu").epoch(1))
+
+
+@given(
+    epoch=st.integers(0, 3),
+    world_size=st.sampled_from([1, 2, 4]),
+    batch_size=st.sampled_from([1, 2, 3, 6]),
+    pipeline=st.sampled_from(["device", "cpu"]),
+)
+@settings(max_examples=8, deadline=None)
+def test_pixels_do_not_depend_on_ranks_or_batch(
+    images: ImageSource, epoch: int, world_size: int, batch_size: int, pipeline: str
+) -> None:
+    expected = _one_rank(images, epoch)
+    seen: dict[int, bytes] = {}
+    for rank in range(world_size):
+        one = loader(images, batch_size=batch_size, world_size=world_size, rank=rank, pipeline=pipeline)
+        found = pixels(one.epoch(epoch))
+        assert not seen.keys() & found.keys()
+        seen |= found
+    assert len(seen) == IMAGES // (world_size * batch_size) * world_size * batch_size
+    assert all(expected[index] == value for index, value in seen.items())
+
+
+_EXPECTED: dict[int, dict[int, bytes]] = {}
+
+
+def _one_rank(images: ImageSource, epoch: int) -> dict[int, bytes]:
+    if epoch not in _EXPECTED:
+        _EXPECTED[epoch] = pixels(loader(images, batch_size=1).epoch(epoch))
+        assert len(_EXPECTED[epoch]) == IMAGES
+    return _EXPECTED[epoch]
+
+
+def test_epoch_stage_and_seed_change_the_pixels(images: ImageSource) -> None:
+    base = pixels(loader(images).epoch(0))
+    assert base == pixels(loader(images).epoch(0))
+    for other in (
+        loader(images).epoch(1),
+        loader(images).epoch(0, stage="self_label"),
+        loader(images, seed=4).epoch(0),
+    ):
+        found = pixels(other)
+        assert not any(found[index] == base[index] for index in base)
+
+
+def test_a_resume_continues_where_it_stopped(images: ImageSource) -> None:
+    whole = list(loader(images).epoch(5))
+    rest = list(loader(images).epoch(5, start_sample=8))
+    assert [b.indices.tolist() for b in rest] == [b.indices.tolist() for b in whole[2:]]
+    for a, b in zip(rest, whole[2:]):
+        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views))
+
+
+def test_a_resume_with_other_ranks_uses_each_image_once(images: ImageSource) -> None:
+    seen: Counter[int] = Counter()
+    # Two ranks do one step of 4 each, then four ranks of 2 do one, then one rank of 4 does the rest.
+    for world, batch, start, steps in ((2, 4, 0, 1), (4, 2, 8, 1), (1, 4, 16, None)):
+        for rank in range(world):
+            one = loader(images, world_size=world, rank=rank, batch_size=batch)
+            for number, got in enumerate(one.epoch(0, start_sample=start)):
+                if number == steps:
+                    break
+                seen.update(got.indices.tolist())
+    assert seen == Counter(range(IMAGES))
+
+
+@given(images_=st.integers(1, 300), seed=st.integers(0, 99), epoch=st.integers(0, 9), world=st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_batches_cut_the_permutation(images_: int, seed: int, epoch: int, world: int) -> None:
+    order = sampler.permutation(images_, seed=seed, epoch=epoch)
+    assert sorted(order.tolist()) == list(range(images_))
+    ranks = [
+        list(sampler.batches(images_, seed=seed, epoch=epoch, batch_size=3, rank=r, world_size=world))
+        for r in range(world)
+    ]
+    together = [np.concatenate(parts) for parts in zip(*ranks)]
+    assert len(together) == sampler.steps(images_, batch_size=3, world_size=world)
+    assert np.array_equal(np.concatenate([[], *together]), order[: len(together) * 3 * world])
+
+
+def test_epochs_and_seeds_have_other_orders() -> None:
+    orders = {sampler.permutation(50, seed=s, epoch=e).tobytes() for s in range(3) for e in range(3)}
+    assert len(orders) == 9
+
+
+def test_fewer_images_than_a_batch_is_the_users_error(images: ImageSource) -> None:
+    with pytest.raises(UserError, match=r"24 images, fewer than one total batch of 32 \(16 a rank on 2 ranks\).*12"):
+        loader(images, batch_size=16, world_size=2)
+
+
+# Workers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", ["device", "cpu"])
+def test_workers_change_nothing_and_live_through_epochs(images: ImageSource, pipeline: str) -> None:
+    many = loader(images, workers=2, pipeline=pipeline)
+    none = loader(images, pipeline=pipeline)
+    pids = []
+    for epoch, stage, start in ((0, "mutual_information", 0), (1, "mutual_information", 8), (1, "self_label", 0)):
+        a = list(many.epoch(epoch, stage=stage, start_sample=start))  # type: ignore[arg-type]
+        b = list(none.epoch(epoch, stage=stage, start_sample=start))  # type: ignore[arg-type]
+        assert len(a) == len(b) == (IMAGES - start) // 4
+        assert all(torch.equal(x.indices, y.indices) for x, y in zip(a, b))
+        assert all(torch.equal(u, v) for x, y in zip(a, b) for u, v in zip(x.views, y.views))
+        pids.append([worker.pid for worker in many._loader._iterator._workers])
+    assert pids[0] == pids[1] == pids[2]
+    many.close()
+
+
+@pytest.mark.slow
+def test_an_epoch_left_early_does_not_leak_into_the_next(images: ImageSource) -> None:
+    many = loader(images, workers=2, batch_size=2)
+    next(many.epoch(0))
+    assert pixels(many.epoch(1)) == pixels(loader(images, batch_size=2).epoch(1))
+    many.close()
+
+
+@pytest.mark.slow
+def test_a_dead_worker_is_one_sentence_with_a_remedy(images: ImageSource) -> None:
+    many = loader(images, workers=1, batch_size=1)
+    batches = many.epoch(0)
+    next(batches)
+    os.kill(many._loader._iterator._workers[0].pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"A data worker died.*lower data.workers"):
+        list(batches)
+
+
+@pytest.mark.slow
+def test_the_schedulers_signals_do_not_end_workers(images: ImageSource) -> None:
+    many = loader(images, workers=1, batch_size=1)
+    batches = many.epoch(0)
+    next(batches)
+    worker = many._loader._iterator._workers[0]
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(worker.pid, number)
+    assert len(list(batches)) == IMAGES - 1
+    assert worker.is_alive()
+    many.close()
+    worker.join(10)
+    assert not worker.is_alive()
+
+
+def test_what_a_worker_gets_can_be_sent_to_a_spawned_process(images: ImageSource) -> None:
+    maker = ViewMaker(images, VIEWS, seed=1, pipeline="device")
+    request = Request(0, "mutual_information", np.array([5, 7]))
+    sent = pickle.loads(pickle.dumps(maker))
+    assert all(torch.equal(a, b) for a, b in zip(maker[request].groups, sent[request].groups))
+
+
+# Images that cannot be read
+
+
+@pytest.fixture
+def damaged(root: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """A copy of the folder with an empty, a truncated and a textual image, and a link to nowhere."""
+    names = []
+    for number, path in enumerate(sorted(root.rglob("*.jpg"))):
+        data = path.read_bytes()
+        if number in (2, 9, 15):
+            names.append(path.name)
+            data = {2: b"", 9: data[: len(data) // 2], 15: b"no image at all"}[number]
+        (tmp_path / path.name).write_bytes(data)
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    return tmp_path, [*names, "dangling.jpg"]
+
+
+def test_bad_images_are_named_once_counted_and_replaced(
+    damaged: tuple[Path, list[str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, names = damaged
+    images = open_images(DataConfig(root=str(folder)))
+    one = loader(images, batch_size=5)
+    first = list(one.epoch(0))
+    second = list(one.epoch(1))
+    printed = capfd.readouterr().err
+    assert first[-1].bad_images == len(names) == second[-1].bad_images
+    for name in names:
+        assert printed.count(name) == 1, printed
+    shown = {images.name(i) for b in first + second for i in b.indices.tolist()}
+    assert not any(name in path for name in names for path in shown)
+    assert all(torch.isfinite(views).all() for b in first for views in b.views)
+
+
+@pytest.mark.parametrize("world_size", [1, 5])
+def test_the_replacement_is_the_same_on_any_ranks(damaged: tuple[Path, list[str]], world_size: int) -> None:
+    images = open_images(DataConfig(root=str(damaged[0])))
+    expected = [b.indices.tolist() for b in loader(images, batch_size=5).epoch(4)]
+    expected_views = [b.views[0] for b in loader(images, batch_size=5).epoch(4)]
+    ranks = [
+        list(loader(images, batch_size=5 // world_size, world_size=world_size, rank=r).epoch(4))
+        for r in range(world_size)
+    ]
+    for step, indices in enumerate(expected):
+        assert [index for rank in ranks for index in rank[step].indices.tolist()] == indices
+        for place in range(5):
+            rank, here = divmod(place, 5 // world_size)
+            views = ranks[rank][step].views[0][here :: 5 // world_size]
+            assert torch.equal(views, expected_views[step][place::5])
+
+
+def test_too_many_bad_images_stop_the_run(damaged: tuple[Path, list[str]]) -> None:
+    images = open_images(DataConfig(root=str(damaged[0])))
+    with pytest.raises(UserError, match=r"data.bad_image_share = 0.01 allows \(1 of 25 on a rank\)"):
+        list(loader(images, batch_size=5, bad_image_share=0.01).epoch(0))
+
+
+def test_a_folder_of_bad_images_alone_stops_at_once(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match="no readable one in their place"):
+        next(loader(open_images(DataConfig(root=str(tmp_path))), batch_size=2, bad_image_share=0.9).epoch(0))
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_damaged_file_is_decoded_or_unreadable_and_nothing_else(data: st.DataObject) -> None:
+    file = bytearray(jpeg(1, height=24, width=32))
+    for _ in range(data.draw(st.integers(1, 6))):
+        file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
+    cut_at = data.draw(st.integers(0, len(file)))
+    maker = ViewMaker(_OneFile(bytes(file[:cut_at])), VIEWS, seed=0, pipeline="device")
+    made = maker[Request(0, "mutual_information", np.array([0]))]
+    assert made.failure is None or "Cannot read the image file 0: " in made.failure
+
+
+class _OneFile:
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return 1
+
+    def name(self, index: int) -> str:
+        return f"file {index}"
+
+    def label(self, _: int) -> int | None:
+        return None
+
+    def encoded(self, _: int) -> bytes:
+        return self._data
+
+
+# Sources
+
+
+def test_a_folder_is_read_at_any_depth_in_order(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a/z.png", "a/deep/er/y.jpeg", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    images = open_images(DataConfig(root=str(tmp_path)))
+    assert [os.path.relpath(images.name(i), tmp_path) for i in range(len(images))] == [
+        "a/deep/er/y.jpeg",
+        "a/z.png",
+        "b.JPG",
+    ]
+    assert images.label(0) is None
+    with pytest.raises(IndexError):
+        images.name(3)
+
+
+def test_class_folders_give_labels(images: ImageSource) -> None:
+    assert [images.label(i) for i in range(IMAGES)] == [0] * 8 + [1] * 8 + [2] * 8
+
+
+def test_a_list_file_keeps_its_order_and_may_be_relative(root: Path, tmp_path: Path) -> None:
+    paths = sorted(root.rglob("*.jpg"), reverse=True)
+    lines = [str(paths[0]), os.path.relpath(paths[1], tmp_path), ""]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    images = open_images(DataConfig(root=str(tmp_path / "list.txt"), format="list"))
+    assert len(images) == 2
+    assert torch.equal(images.decode(1), open_images(DataConfig(root=str(root))).decode(IMAGES - 2))
+
+
+@pytest.mark.parametrize("kind", ["folder", "list"])
+def test_a_missing_or_empty_source_is_the_users_error(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(UserError, match=r"data\.root"):
+        open_images(DataConfig(root=str(tmp_path / "absent"), format=kind))  # type: ignore[arg-type]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match="no images"):
+        open_images(DataConfig(root=str(tmp_path / ("empty" if kind == "folder" else "empty.txt")), format=kind))  # type: ignore[arg-type]
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), max_size=20))
+def test_names_come_back(names: list[str]) -> None:
+    packed = Names(names)
+    assert [packed[i] for i in range(len(packed))] == names
+
+
+def test_names_that_are_no_utf8_come_back() -> None:
+    name = os.fsdecode(b"caf\xe9.jpg")
+    assert Names(["a", name, "b"])[1] == name
+
+
+def test_exif_orientation_greyscale_and_other_formats(tmp_path: Path) -> None:
+    upright = Image.fromarray(photograph(3, height=40, width=60))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    upright.rotate(90, expand=True).save(tmp_path / "1.jpg", exif=turned, quality=95)
+    upright.convert("L").save(tmp_path / "2.jpg")
+    upright.convert("RGBA").save(tmp_path / "3.png")
+    upright.save(tmp_path / "4.gif", save_all=True, append_images=[upright.rotate(180)])
+    upright.save(tmp_path / "5.webp")
+    Image.fromarray(np.full((40, 60), 60000, dtype=np.uint16)).save(tmp_path / "6.png")
+    images = open_images(DataConfig(root=str(tmp_path)))
+    for index in range(6):
+        decoded = images.decode(index)
+        assert (decoded.dtype, tuple(decoded.shape)) == (torch.uint8, (3, 40, 60)), images.name(index)
+    theirs = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+    for index in (0, 2, 4):
+        assert (images.decode(index).float() - theirs.float()).abs().mean() < 12, images.name(index)
+    assert (images.decode(5) == 60000 >> 8).all()
+
+
+# Large images
+
+
+def test_a_large_jpeg_is_decoded_smaller_when_all_crops_allow_it() -> None:
+    data = jpeg(2, height=900, width=1200)
+    assert len(data) >= PROBE_FROM_BYTES
+    views = ViewsConfig(global_size=48, local_size=24, local_count=2)
+    maker = ViewMaker(_OneFile(data), views, seed=0, pipeline="device")
+    made = maker[Request(0, "mutual_information", np.array([0]))]
+    records = ViewSampler(plan_views(views)).draw(0, epoch=0, indices=np.array([0])).place(0, height=900, width=1200)
+    sizes = np.array([view.size for view in plan_views(views)])
+    assert divisor(records["box"], sizes) >= 2
+    sides = [*made.groups[0], *made.groups[1]]
+    for crop, record, size in zip(sides, records, sizes):
+        theirs = torch.from_numpy(np.array(pil_reference.crop(pil_reference.decode(data), record["box"], int(size))))
+        apart = (crop.float() - theirs.permute(2, 0, 1).float()).abs()
+        # Two decoded pixels for each of the view's: the picture moves by less than a quarter of a pixel.
+        assert apart.mean() < 4
+    assert decode_reduced(data, 2).shape == (3, 450, 600)  # type: ignore[union-attr]
+
+
+def test_the_divisor_keeps_two_pixels_for_one() -> None:
+    boxes = np.array([[0, 0, 900, 900], [5, 5, 400, 500]])
+    assert divisor(boxes, np.array([224, 96])) == 2
+    assert divisor(boxes, np.array([224, 101])) == 1
+    assert divisor(boxes, np.array([50, 20])) == 8
+    shrunk = shrink_boxes(np.array([[3, 5, 900, 893]]), (903, 899), (452, 450))
+    assert shrunk.tolist() == [[2, 3, 450, 446]]
+    assert (shrunk[:, :2] + shrunk[:, 2:] <= [452, 450]).all()
+
+
+def test_only_large_colour_jpegs_are_looked_at_twice() -> None:
+    assert upright_size(jpeg(0, height=48, width=64)) is None
+    assert upright_size(b"\xff\xd8\xff" + bytes(PROBE_FROM_BYTES)) is None
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    noise = np.random.default_rng(0).integers(0, 256, (500, 700, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, "JPEG", quality=95, exif=exif)
+    assert upright_size(file.getvalue()) == (700, 500)
+    assert decode_reduced(file.getvalue(), 4).shape == (3, 175, 125)  # type: ignore[union-attr]
+
+
+def test_a_large_truncated_jpeg_is_unreadable_too() -> None:
+    data = jpeg(2, height=900, width=1200)
+    maker = ViewMaker(_OneFile(data[: len(data) // 2]), VIEWS, seed=0, pipeline="device")
+    assert "truncated" in str(maker[Request(0, "mutual_information", np.array([0]))].failure)
+
+
+# Hugging Face datasets
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("parquet")
+    files = [jpeg(number, height=40, width=52) for number in range(9)] + [b"broken"]
+    table = datasets.Dataset.from_dict(
+        {"picture": [{"bytes": data, "path": None} for data in files], "kind": [n % 2 for n in range(10)]},
+        features=datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])}),
+    )
+    table.to_parquet(folder / "train.parquet")
+    return folder, files
+
+
+def hub_config(folder: Path, **changes: object) -> DataConfig:
+    options = {"data_files": str(folder / "train.parquet"), "cache_dir": str(folder / "cache")}
+    return DataConfig(
+        root="parquet",
+        format="datasets",
+        dataset_options={**options, **changes},  # type: ignore[arg-type]
+        image_column="picture",
+    )
+
+
+@pytest.mark.slow
+def test_parquet_gives_the_same_views_as_files(parquet: tuple[Path, list[bytes]], tmp_path: Path) -> None:
+    folder, files = parquet
+    hub = open_images(hub_config(folder))
+    for number, data in enumerate(files):
+        (tmp_path / f"{number}.jpg").write_bytes(data)
+    plain = open_images(DataConfig(root=str(tmp_path)))
+    assert len(hub) == 10
+    assert [hub.label(i) for i in range(4)] == [0, 1, 0, 1]
+    with pytest.raises(UnreadableImage, match="row 9 of parquet"):
+        hub.decode(9)
+    assert pixels(loader(hub, batch_size=5).epoch(0)) == pixels(loader(plain, batch_size=5).epoch(0))
+    many = loader(hub, batch_size=5, workers=2)
+    assert pixels(many.epoch(1)) == pixels(loader(plain, batch_size=5).epoch(1))
+    many.close()
+
+
+@pytest.mark.slow
+def test_wrong_dataset_options_are_the_users_error(parquet: tuple[Path, list[bytes]]) -> None:
+    folder, _ = parquet
+    with pytest.raises(UsageError, match=r"no column image \(it has picture, kind\)"):
+        open_images(hub_config(folder).model_copy(update={"image_column": "image"}))
+    with pytest.raises(UserError, match=r"cannot open parquet.*data\.dataset_options"):
+        open_images(hub_config(folder, data_files=str(folder / "absent.parquet")))
+    with pytest.raises(UserError, match="cannot open parquet"):
+        open_images(hub_config(folder, nonsense=1))
+
+
+# Streams
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
+    """Four Parquet shards of six images each."""
+    datasets = pytest.importorskip("datasets")
+    # The library sleeps five seconds at each stream's end (apache/arrow#45214); the tests end many.
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1
+    folder = tmp_path_factory.mktemp("shards")
+    files = [jpeg(number, height=40, width=52) for number in range(24)]
+    for shard in range(4):
+        rows = [{"bytes": data, "path": None} for data in files[6 * shard : 6 * shard + 6]]
+        features = datasets.Features({"image": datasets.Image()})
+        datasets.Dataset.from_dict({"image": rows}, features=features).to_parquet(folder / f"{shard}.parquet")
+    return folder, files
+
+
+def stream(folder: Path, **changes: object) -> ImageStream:
+    settings = {"stream_images": 24, "stream_shuffle_buffer": 4, **changes}
+    options = {"data_files": str(folder / "*.parquet"), "streaming": True}
+    opened = open_images(DataConfig(root="parquet", format="datasets", dataset_options=options, **settings))  # type: ignore[arg-type]
+    assert isinstance(opened, ImageStream)
+    return opened
+
+
+@pytest.mark.slow
+def test_a_stream_shows_every_image_once_in_another_order_each_epoch(shards: tuple[Path, list[bytes]]) -> None:
+    folder, files = shards
+    numbers = {image_number(data) for data in files}
+    one = loader(stream(folder))
+    orders = [[index for batch in one.epoch(epoch) for index in batch.indices.tolist()] for epoch in (0, 1, 0)]
+    assert all(len(order) == 24 and set(order) == numbers for order in orders)
+    assert orders[0] == orders[2] != orders[1]
+
+
+@pytest.mark.slow
+def test_a_stream_resumes_and_does_not_depend_on_workers(shards: tuple[Path, list[bytes]]) -> None:
+    folder, _ = shards
+    whole = list(loader(stream(folder)).epoch(3))
+    many = loader(stream(folder), workers=2)
+    for batches, expected in ((loader(stream(folder)).epoch(3, start_sample=8), whole[2:]), (many.epoch(3), whole)):
+        found = list(batches)
+        assert [b.indices.tolist() for b in found] == [b.indices.tolist() for b in expected]
+        assert all(torch.equal(u, v) for a, b in zip(found, expected) for u, v in zip(a.views, b.views))
+    many.close()
+
+
+@pytest.mark.slow
+def test_ranks_of_a_stream_read_different_shards_and_start_anew_when_short(shards: tuple[Path, list[bytes]]) -> None:
+    folder, _ = shards
+    seen = []
+    for rank in range(2):
+        batches = list(loader(stream(folder), batch_size=3, world_size=2, rank=rank).epoch(0))
+        assert len(batches) == 4
+        seen.append({index for batch in batches for index in batch.indices.tolist()})
+    assert not seen[0] & seen[1]
+    assert len(seen[0] | seen[1]) == 24
+    longer = list(loader(stream(folder, stream_images=40)).epoch(0))
+    assert len(longer) == 10
+
+
+@pytest.mark.slow
+def test_a_stream_of_unknown_length_asks_for_it(shards: tuple[Path, list[bytes]]) -> None:
+    with pytest.raises(UserError, match=r"set data\.stream_images"):
+        stream(shards[0], stream_images=None)
+    held = stream(shards[0]).first(3)
+    assert len(held) == 3
+    assert held.decode(2).shape == (3, 40, 52)

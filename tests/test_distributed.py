@@ -1,0 +1,282 @@
+"""Several gloo ranks against one process on all their rows: batch norms, groups, the vote, a whole training step."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from gloo import run_on_ranks
+from torch import Tensor, nn
+
+from contracts.config import validate
+from contracts.errors import UserError
+from pretrain import distributed
+from pretrain.batch_norm import SynchronisedBatchNorm, synchronise
+from pretrain.config import PretrainConfig
+from pretrain.model import build_model
+from pretrain.optim import LARS, parameter_groups
+from pretrain.train import objective
+
+CPU = torch.device("cpu")
+ROWS = 4
+SCALING = Path(distributed.__file__).resolve().parent.parent / "benchmarks" / "scaling.py"
+
+
+# --- how many ranks share a bunch -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bunch", "batch", "ranks", "expected"),
+    [(256, 128, 16, 2), (256, 64, 16, 4), (0, 128, 16, 16), (128, 128, 1, 1), (256, 256, 8, 1), (240, 60, 32, 4)],
+)
+def test_ranks_of_a_bunch(bunch: int, batch: int, ranks: int, expected: int) -> None:
+    assert distributed.ranks_per_bunch(bunch, batch_size=batch, world_size=ranks) == expected
+
+
+@pytest.mark.parametrize(
+    ("bunch", "batch", "ranks", "remedy"),
+    [
+        (256, 128, 1, r"model.bunch_size=0 \(all ranks\), or raise run.batch_size to 256"),
+        (100, 64, 2, "multiple of 64, or to 0"),
+        (256, 64, 6, "use a multiple of 4 ranks"),
+    ],
+)
+def test_a_bunch_that_does_not_divide_is_refused(bunch: int, batch: int, ranks: int, remedy: str) -> None:
+    with pytest.raises(UserError, match=remedy) as error:
+        distributed.ranks_per_bunch(bunch, batch_size=batch, world_size=ranks)
+    assert all(str(number) in str(error.value) for number in (bunch, batch, ranks))
+
+
+# --- batch norm -------------------------------------------------------------------------------------------------------
+
+
+def rows(rank: int, shape: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    # A mean far from zero: sums of squares would lose digits here.
+    return 1000 + torch.randn(ROWS, *shape, generator=generator, dtype=torch.float64)
+
+
+def targets(rank: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(ROWS, *shape, generator=torch.Generator().manual_seed(100 + rank), dtype=torch.float64)
+
+
+def normalised_on_rank(rank: int, group_size: int, shape: tuple[int, ...], affine: bool) -> dict[str, Tensor]:
+    norm = SynchronisedBatchNorm(shape[0], affine=affine, group=distributed.consecutive_group(group_size)).double()
+    x = rows(rank, shape).requires_grad_()
+    before = count_collectives()
+    out = norm(x)
+    # Each rank's own loss: the sum over ranks is what one process would have.
+    (out * targets(rank, shape)).sum().backward()
+    calls = count_collectives() - before
+    norm.eval()
+    return {
+        "out": out.detach(),
+        "gradient": x.grad,
+        "mean": norm.running_mean,
+        "var": norm.running_var,
+        "weight": norm.weight.grad if affine else torch.zeros(shape[0]),
+        "eval": norm(x.detach()).detach(),
+        "calls": torch.tensor(calls),
+    }
+
+
+_CALLS = {"count": 0}
+
+
+def count_collectives() -> int:
+    """How many collectives this process has asked for since the first call."""
+    if "installed" not in _CALLS:
+        _CALLS["installed"] = 1
+        for name in ("all_reduce", "all_gather"):
+            setattr(dist, name, _counting(getattr(dist, name)))
+    return _CALLS["count"]
+
+
+def _counting(function):
+    def counted(*args, **kwargs):
+        _CALLS["count"] += 1
+        return function(*args, **kwargs)
+
+    return counted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world_size", "group_size", "shape", "affine"),
+    [(2, 2, (3,), False), (2, 2, (3, 2, 2), True), (4, 2, (3,), False), (3, 3, (5,), True)],
+)
+def test_batch_norm_over_ranks_is_one_process(world_size, group_size, shape, affine) -> None:
+    ranks = run_on_ranks(world_size, normalised_on_rank, group_size, shape, affine)
+    for start in range(0, world_size, group_size):
+        group = range(start, start + group_size)
+        x = torch.cat([rows(rank, shape) for rank in group]).requires_grad_()
+        reference = (nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d)(shape[0], affine=affine).double()
+        out = reference(x)
+        (out * torch.cat([targets(rank, shape) for rank in group])).sum().backward()
+        reference.eval()
+        ours = {key: torch.cat([ranks[rank][key] for rank in group]) for key in ("out", "gradient", "eval")}
+        assert (ours["out"] - out).abs().max() < 1e-9
+        assert (ours["gradient"] - x.grad).abs().max() < 1e-9
+        assert (ours["eval"] - reference(x)).abs().max() < 1e-9
+        for rank in group:
+            assert (ranks[rank]["mean"] - reference.running_mean).abs().max() < 1e-9
+            assert (ranks[rank]["var"] - reference.running_var).abs().max() < 1e-9
+            assert ranks[rank]["calls"] == 2  # one forwards, one backwards
+        if affine:
+            total = sum(ranks[rank]["weight"] for rank in group)
+            assert (total - reference.weight.grad).abs().max() < 1e-8
+
+
+def test_alone_it_is_torchs_own() -> None:
+    x = torch.randn(6, 3, 4, 4)
+    ours, torchs = SynchronisedBatchNorm(3), nn.BatchNorm2d(3)
+    assert torch.equal(ours(x), torchs(x))
+    assert torch.equal(ours.running_var, torchs.running_var)
+    assert ours.state_dict().keys() == torchs.state_dict().keys()
+    module = nn.Sequential(nn.BatchNorm2d(3))
+    assert synchronise(module, device=CPU) is module
+    with pytest.raises(ValueError, match=r"\(N, C"):
+        ours(torch.randn(3))
+
+
+# --- a whole step -----------------------------------------------------------------------------------------------------
+
+VIEWS = 4
+
+
+def step_config(world_size: int, *, bunch: int = 0, stage_epochs: int = 1) -> PretrainConfig:
+    return validate(
+        {
+            "data": {"root": "x"},
+            "views": {"global_size": 32, "local_count": VIEWS - 2, "local_size": 16},
+            "model": {"backbone": "resnet18", "hidden_dim": 16, "classes": 12, "bunch_size": bunch},
+            "run": {"epochs": 1, "mutual_information_epochs": stage_epochs, "batch_size": 8 // world_size},
+        },
+        PretrainConfig,
+        where="test",
+    )
+
+
+def views_of(images: slice) -> list[Tensor]:
+    """View-major batches of some of 8 fixed images."""
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randn(2, 8, 3, 32, 32, generator=generator, dtype=torch.float64)
+    small = torch.randn(VIEWS - 2, 8, 3, 16, 16, generator=generator, dtype=torch.float64)
+    return [large[:, images].flatten(0, 1), small[:, images].flatten(0, 1)]
+
+
+def learned(rank: int, world_size: int) -> dict[str, Tensor]:
+    """Two LARS steps of the whole network in float64; returns losses, weights and what was counted."""
+    config = step_config(world_size)
+    student, _ = build_model(config, device=CPU)
+    student.double()
+    model = distributed.data_parallel(student, CPU)
+    optimizer = LARS(parameter_groups(student, weight_decay=1e-4), lr=0.2, weight_decay=1e-4)
+    share = 8 // world_size
+    losses, calls = [], []
+    for _ in range(2):
+        optimizer.zero_grad()
+        before = count_collectives() if world_size > 1 else 0
+        loss = objective(
+            model,
+            None,
+            views_of(slice(rank * share, (rank + 1) * share)),
+            config=config,
+            stage="mutual_information",
+            quantile=0,
+        )
+        loss.total.backward()
+        calls.append((count_collectives() if world_size > 1 else 0) - before)
+        optimizer.step()
+        losses.append(loss.total.detach())
+    flat = torch.cat([p.detach().flatten() for p in student.parameters()])
+    statistics = torch.cat([b.flatten().double() for name, b in student.named_buffers() if "running" in name])
+    norms = sum(isinstance(m, SynchronisedBatchNorm) for m in student.modules())
+    return {
+        "losses": torch.stack(losses),
+        "weights": flat,
+        "statistics": statistics,
+        "calls": torch.tensor(calls),
+        "norms": torch.tensor(norms),
+    }
+
+
+@pytest.mark.slow
+def test_a_step_on_two_ranks_is_the_step_on_one() -> None:
+    alone = learned(0, 1)
+    ranks = run_on_ranks(2, learned, 2)
+    for rank in ranks:
+        assert (rank["losses"] - alone["losses"]).abs().max() < 1e-9
+        assert (rank["weights"] - alone["weights"]).abs().max() < 1e-8
+        assert (rank["statistics"] - alone["statistics"]).abs().max() < 1e-8
+        # Backbone norms run once a resolution, head norms once; each has one collective each way. The loss has one.
+        backbone, head = 20, 3
+        assert rank["norms"] == backbone + head
+        counted = runpy.run_path(str(SCALING), run_name="scaling")["traffic"](step_config(2))
+        assert sum(counted[kind].collectives for kind in ("batch norms", "bunch norm", "loss")) == rank["calls"][0]
+        assert rank["calls"].tolist() == [2 * (2 * backbone + head) + 1] * 2
+    assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def small_things(rank: int) -> dict[str, Tensor]:
+    vote = distributed.Vote()
+    answers = [vote.any(rank == 1 and step == 2) for step in range(5)]
+    vote.close()
+    try:
+        distributed.on_main_rank(refuse)
+        refused = False
+    except UserError as error:
+        refused = str(error) == "no"
+    group = distributed.consecutive_group(2)
+    return {
+        "answers": torch.tensor(answers),
+        "refused": torch.tensor(refused),
+        "value": torch.tensor(distributed.on_main_rank(lambda: 10 + rank)),
+        "group_mean": distributed.averaged(torch.tensor([float(rank)]), group),
+        "gathered": distributed.gathered(torch.tensor([rank])),
+        "objects": torch.tensor(distributed.gathered_object(rank * 2)),
+    }
+
+
+def refuse() -> None:
+    raise UserError("no")
+
+
+@pytest.mark.slow
+def test_votes_groups_and_errors_reach_all_ranks() -> None:
+    ranks = run_on_ranks(4, small_things)
+    for number, rank in enumerate(ranks):
+        assert rank["answers"].tolist() == [False, False, False, True, False]  # asked at step 2, answered at 3
+        assert bool(rank["refused"])
+        assert rank["value"] == 10
+        assert rank["group_mean"].item() == (0.5 if number < 2 else 2.5)
+        assert rank["gathered"].flatten().tolist() == [0, 1, 2, 3]
+        assert rank["objects"].tolist() == [0, 2, 4, 6]
+
+
+def test_without_a_process_group_everything_is_one_rank() -> None:
+    x = torch.randn(3, requires_grad=True)
+    assert distributed.mean_over_ranks(x) is x
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.gathered(x.detach()).shape == (1, 3)
+    assert distributed.gathered_object("a") == ["a"]
+    assert distributed.on_main_rank(lambda: 3) == 3
+    vote = distributed.Vote()
+    assert [vote.any(False), vote.any(True)] == [False, True]
+    vote.close()
+    model = nn.Linear(2, 2)
+    assert distributed.data_parallel(model, CPU) is model
+    with distributed.process_group("cpu") as device:
+        assert device == CPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_asking_for_an_absent_gpu_is_refused() -> None:
+    with pytest.raises(UserError, match=r"run\.device=cpu"), distributed.process_group("cuda"):
+        pass

@@ -1,0 +1,238 @@
+"""Backbone, head and teacher as one network: shapes, what each pass sees, and what its options may not change."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from contracts.config import validate
+from contracts.errors import UsageError, UserError
+from pretrain.config import PretrainConfig
+from pretrain.model import Twist, build_model, update_teacher
+from pretrain.warm_start import warm_start
+
+CPU = torch.device("cpu")
+
+
+def config(**model) -> PretrainConfig:
+    settings = {"backbone": "resnet18", "hidden_dim": 16, "classes": 12, "bunch_size": 0, **model}
+    return validate(
+        {
+            "data": {"root": "x"},
+            "views": {"global_size": 32, "local_count": 2, "local_size": 16},
+            "model": settings,
+            "run": {"epochs": 1, "mutual_information_epochs": 1, "batch_size": 4},
+        },
+        PretrainConfig,
+        where="test",
+    )
+
+
+def views(images: int = 4) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(2 * images, 3, 32, 32, generator=generator),
+        torch.randn(2 * images, 3, 16, 16, generator=generator),
+    ]
+
+
+def student_of(**model) -> Twist:
+    return build_model(config(**model), device=CPU)[0]
+
+
+def test_logits_are_view_major_and_normalised_over_all_views_together() -> None:
+    student = student_of()
+    logits = student(views())
+    assert logits.shape == (4, 4, 12)
+    flat = logits.flatten(0, 1)
+    assert flat.mean(0).abs().max() < 1e-5
+    assert (flat.var(0, correction=0) - 1).abs().max() < 1e-3
+    # One view alone is not normalised: its statistics are not those of all views.
+    assert logits[0].mean(0).abs().max() > 1e-3
+
+
+def test_views_keep_their_places() -> None:
+    student = student_of().eval()
+    large, small = views()
+    logits = student([large, small])
+    features = student.backbone(large[4:8])  # the second global view
+    assert torch.allclose(logits[1], student.head(features), atol=1e-5)
+    features = student.backbone(small[:4])  # the first local one
+    assert torch.allclose(logits[2], student.head(features), atol=1e-5)
+
+
+def test_the_last_norm_has_no_parameters_and_eval_uses_running_statistics() -> None:
+    student = student_of()
+    assert list(student.head.norm.parameters()) == []
+    student(views())
+    student.eval()
+    alone = student([views()[0][[0, 4]]])
+    together = student([views()[0]])
+    assert torch.allclose(alone[:, 0], together[:, 0], atol=1e-5)
+
+
+def test_half_precision_logits_are_float32() -> None:
+    student = student_of()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert student(views()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "vit_small_patch16"])
+def test_the_head_of_a_vit_starts_small(backbone: str) -> None:
+    student = student_of(backbone=backbone, hidden_dim=512)
+    layers = [layer for layer in student.head.modules() if isinstance(layer, nn.Linear)]
+    stds = [layer.weight.std().item() for layer in layers]
+    if backbone.startswith("vit"):
+        assert stds == pytest.approx([0.02] * 3, rel=0.1)
+        assert not any(layer.bias.any() for layer in layers)
+        assert student([torch.randn(8, 3, 32, 32), torch.randn(8, 3, 16, 16)]).shape == (4, 4, 12)
+    else:
+        assert stds[1] == pytest.approx(512**-0.5 / 3**0.5, rel=0.1)  # torch's own
+        assert all(layer.bias.any() for layer in layers)
+
+
+def test_the_seed_decides_the_weights() -> None:
+    one, other = student_of().state_dict(), student_of().state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_teacher_follows_parameters_and_not_buffers() -> None:
+    student, teacher = build_model(config(teacher=True), device=CPU)
+    assert teacher is not None
+    assert all(torch.equal(a, b) for a, b in zip(student.state_dict().values(), teacher.state_dict().values()))
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert teacher.training
+    before = [p.clone() for p in teacher.parameters()]
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(1)
+    student(views())  # moves the student's running statistics
+    update_teacher(teacher, student, momentum=0.9)
+    for old, new in zip(before, teacher.parameters()):
+        assert torch.allclose(new, old + 0.1, atol=1e-6)
+    assert teacher.backbone.bn1.num_batches_tracked == 0
+    assert torch.equal(teacher.backbone.bn1.running_mean, torch.zeros(64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["resnet18", "vit_small_patch16"])
+def test_activation_checkpointing_changes_nothing_but_memory(backbone: str) -> None:
+    results = []
+    for wanted in (False, True):
+        student = student_of(backbone=backbone, activation_checkpointing=wanted)
+        logits = student(views())
+        (logits.softmax(-1) * torch.arange(12)).sum().backward()
+        results.append((logits.detach(), [p.grad for p in student.parameters()], student.state_dict()))
+    (plain, gradients, state), (again, gradients_again, state_again) = results
+    assert torch.allclose(plain, again, atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, gradients_again))
+    assert state.keys() == state_again.keys()
+    for name in state:  # the second forward may not move the running statistics again
+        assert torch.equal(state[name], state_again[name]), name
+
+
+def test_compiling_is_asked_for_static_shapes_and_keeps_the_names(monkeypatch) -> None:
+    # What it computes is checked where it is meant to run (benchmarks/gpu.py): compiling takes minutes on a CPU.
+    asked = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: asked.append((type(self).__name__, options)))
+    settings = config(teacher=True)
+    compiled = settings.model_copy(update={"run": settings.run.model_copy(update={"compile": True})})
+    assert (
+        build_model(settings, device=CPU)[0].state_dict().keys()
+        == build_model(compiled, device=CPU)[0].state_dict().keys()
+    )
+    assert asked == [("ResNet", {"dynamic": False})] * 2
+
+
+# --- warm start -------------------------------------------------------------------------------------------------------
+
+THEIR_NAMES = {
+    "head.hidden.0": "projection_heads.projection_head.0",
+    "head.hidden.1": "projection_heads.projection_head.1",
+    "head.hidden.3": "projection_heads.projection_head.4",
+    "head.hidden.4": "projection_heads.projection_head.5",
+    "head.output": "projection_heads.last_linear",
+    "head.norm": "projection_heads.norm",
+}
+EARLY_NAMES = {"head.output": "projection_heads.cls_heads.0.0", "head.norm": "projection_heads.cls_heads.0.1"}
+
+
+def published(network: Twist, *, early: bool = False) -> dict[str, torch.Tensor]:
+    """The network's tensors under the names of the published code."""
+    theirs = {**THEIR_NAMES, **(EARLY_NAMES if early else {})}
+    named = {}
+    for name, tensor in network.state_dict().items():
+        prefix = next((p for p in theirs if name.startswith(p + ".")), None)
+        named[name if prefix is None else theirs[prefix] + name.removeprefix(prefix)] = tensor.clone()
+    return named
+
+
+def checkpoint_at(path: Path, student: Twist, teacher: Twist | None = None, **options) -> Path:
+    values = {
+        "model": published(student, **options),
+        "backbone": student.backbone.state_dict(),
+        "optimizer": {},
+        "epoch": 849,
+        "args": argparse.Namespace(lr=0.5),
+    }
+    if teacher is not None:
+        values |= {"teacher": published(teacher, **options), "teacher_backbone": teacher.backbone.state_dict()}
+    torch.save(values, path)
+    return path
+
+
+def perturbed(*networks: Twist | None) -> None:
+    for network in filter(None, networks):
+        network(views())
+        with torch.no_grad():
+            for p in network.parameters():
+                p.add_(torch.randn_like(p))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("early", [False, True])
+def test_a_published_checkpoint_fills_student_and_teacher(tmp_path: Path, early: bool) -> None:
+    source = build_model(config(teacher=True), device=CPU)
+    perturbed(*source)
+    path = checkpoint_at(tmp_path / "full.pth", *source, early=early)
+    target = build_model(config(teacher=True), device=CPU)
+    warm_start(path, *target)
+    for theirs, ours in zip(source, target):
+        assert theirs is not None
+        assert ours is not None
+        for (name, a), b in zip(theirs.state_dict().items(), ours.state_dict().values()):
+            assert torch.equal(a, b), name
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    student, _ = build_model(config(), device=CPU)
+    path = checkpoint_at(tmp_path / "full.pth", student)
+    wider, teacher = build_model(config(classes=24, teacher=True), device=CPU)
+    with pytest.raises(
+        UserError, match=r"4 of another shape \(first: head.norm.running_mean is \(12,\), not \(24,\)\)"
+    ):
+        warm_start(path, wider, None)
+    with pytest.raises(UserError, match=r"has no `teacher`.*model.teacher = false"):
+        warm_start(path, student, teacher)
+    with pytest.raises(UserError, match="There is no checkpoint"):
+        warm_start(tmp_path / "absent.pth", student, None)
+    torch.save({"model": {"module.unknown.weight": torch.ones(1)}}, path)
+    with pytest.raises(UserError, match=r"1 tensors unknown, \d+ missing.*module.unknown.weight"):
+        warm_start(path, student, None)
+    torch.save({"model": student.state_dict(), "other": Path("x")}, path)
+    with pytest.raises(UserError, match="cannot be read safely"):
+        warm_start(path, student, None)
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match="cannot be read safely"):
+        warm_start(path, student, None)
+
+
+def test_an_odd_view_size_for_a_vit_is_refused() -> None:
+    values = config(backbone="vit_small_patch16").model_dump()
+    values["views"]["local_size"] = 20
+    with pytest.raises(UsageError, match="multiples of 16"):
+        validate(values, PretrainConfig, where="test")

@@ -1,0 +1,123 @@
+"""What a run says: step vectors, rows, the collapse alarm, and a metrics file that survives kills."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.monitor import DEVICE_VALUES, CollapseAlarm, Monitor, StepNote, keep_rows_before, observe, summarise
+
+CLASSES = 8
+
+
+def test_a_step_is_described_by_its_global_views() -> None:
+    logits = torch.full((3, 4, CLASSES), -50.0)
+    for image, (first, second) in enumerate([(0, 0), (1, 1), (2, 3), (4, 4)]):
+        logits[0, image, first] = logits[1, image, second] = 50.0
+    logits[2] = 0  # a local view: not looked at
+    seen = observe(logits, {"total": torch.tensor(1.5), "nonfinite_steps": torch.tensor(2.0)})
+    (row,) = summarise(seen[None], classes=CLASSES)
+    assert row["total"] == 1.5
+    assert row["nonfinite_steps"] == 2
+    assert row["agreement"] == 0.75
+    assert row["classes_used"] == 5
+    assert row["row_entropy"] == pytest.approx(0, abs=1e-6)
+    shares = [2 / 8, 2 / 8, 1 / 8, 1 / 8, 2 / 8]
+    entropy = -sum(p * math.log(p) for p in shares)
+    assert row["mean_entropy"] == pytest.approx(entropy, abs=1e-5)
+    assert row["mean_entropy_share"] == pytest.approx(entropy / math.log(CLASSES), abs=1e-5)
+    assert row["consistency"] is None  # this stage has none
+
+
+def test_a_step_that_is_not_finite_is_null_and_json() -> None:
+    (row,) = summarise(observe(torch.full((2, 3, CLASSES), math.nan), {})[None], classes=CLASSES)
+    assert json.loads(json.dumps(row, allow_nan=False))["row_entropy"] is None
+
+
+def row_of(p: torch.Tensor, step: int) -> dict:
+    """The row of a batch whose two views predict `p` (B, K)."""
+    seen = observe(torch.stack([p, p]).log(), {})
+    return {"step": step, **summarise(seen[None], classes=p.shape[1])[0]}
+
+
+@pytest.mark.parametrize(("kind", "word"), [("constant", "constant"), ("uniform", "uniform")])
+def test_a_collapse_raises_the_alarm_once(kind: str, word: str) -> None:
+    p = torch.full((16, CLASSES), 1e-7)
+    p[:, 0] = 1
+    collapsed = torch.full((16, CLASSES), 1 / CLASSES) if kind == "uniform" else p / p.sum(1, keepdim=True)
+    alarm = CollapseAlarm(CLASSES, patience=5)
+    said = [alarm.look(row_of(collapsed, step)) for step in range(12)]
+    assert [i for i, sentence in enumerate(said) if sentence] == [4]
+    assert word in said[4]
+    assert "since step 0" in said[4]
+
+
+@pytest.mark.parametrize("classes", [16, 512, 4096])
+def test_a_fresh_or_a_trained_head_raises_none(classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    fresh = torch.randn(64, classes, generator=generator).softmax(-1)  # the last norm gives unit variance
+    trained = torch.eye(classes)[torch.randint(classes, (64,), generator=generator)].clamp(min=1e-9)
+    alarm = CollapseAlarm(classes, patience=3)
+    for step in range(6):
+        assert alarm.look(row_of(fresh, step)) is None
+        assert alarm.look(row_of(trained, step)) is None
+
+
+def test_skipped_steps_do_not_end_a_streak() -> None:
+    alarm = CollapseAlarm(CLASSES, patience=2)
+    uniform = torch.full((4, CLASSES), 1 / CLASSES)
+    nothing = {"step": 1, "row_entropy": None, "mean_entropy_share": None}
+    assert [alarm.look(r) is None for r in (row_of(uniform, 0), nothing, row_of(uniform, 2))] == [True, True, False]
+
+
+def test_rows_are_written_once_and_in_order(tmp_path: Path) -> None:
+    seen = observe(torch.randn(2, 4, CLASSES), {"total": torch.tensor(1.0)})
+    with Monitor(tmp_path, classes=CLASSES, steps=6, first_step=0) as monitor:
+        for step in range(4):
+            monitor.note(StepNote(step, 0, "mutual_information", 0.1, 4, 0.0, step), seen)
+            if step % 2:
+                monitor.flush()
+        assert monitor.flush() is None  # nothing left
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "torn')
+    with Monitor(tmp_path, classes=CLASSES, steps=6, first_step=3) as monitor:
+        for step in range(3, 6):
+            monitor.note(StepNote(step, 0, "self_label", 0.1, 4, 0.0, 0), seen)
+        monitor.flush()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(6))
+    assert rows[2]["bad_images"] == 2
+    assert "consistency" in rows[0]
+    assert "self_label_threshold" not in rows[0]
+    assert "consistency" not in rows[4]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_flushing_reads_the_device_twice_whatever_the_number_of_steps(tmp_path: Path, monkeypatch) -> None:
+    reads = []
+    original = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or original(self))
+    seen = observe(torch.randn(2, 4, CLASSES), {})
+    with Monitor(tmp_path, classes=CLASSES, steps=50, first_step=0) as monitor:
+        for step in range(50):
+            monitor.note(StepNote(step, 0, "mutual_information", 0.1, 4, 0.0, 0), seen)
+        assert reads == []
+        monitor.flush()
+    assert len(reads) == 2
+
+
+def test_every_value_has_a_place() -> None:
+    assert len(observe(torch.randn(2, 3, CLASSES), {})) == len(DEVICE_VALUES) + 2 * CLASSES
+
+
+def test_rows_from_the_resumed_step_on_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    keep_rows_before(path, step=3)
+    assert not path.exists()
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(5)))
+    keep_rows_before(path, step=3)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]

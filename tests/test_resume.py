@@ -1,0 +1,239 @@
+"""A run that is interrupted and resumed is the run that was not, bit by bit: losses, weights, optimiser, teacher."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from gloo import run_on_ranks
+from tiny_run import Crash, crash_after, differing, final_state, make_images, rows, run, tiny_config, tiny_networks
+
+from contracts.errors import UserError
+from contracts.weights import read_backbone
+from pretrain import run_folder
+from pretrain.data import ViewLoader
+from pretrain.train import Requeue, pretrain
+
+KINDS = {
+    "two-crop": {"views": {"kind": "barlow", "local_count": 0}},
+    "multi-crop": {
+        "model": {"teacher": True, "bunch_size": 0, "hidden_dim": 16, "classes": 12},
+        "optim": {"name": "adamw", "lr": 0.1, "clip_norm": 3.0},
+    },
+    "stage-switch": {"run": {"mutual_information_epochs": 1}},
+}
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """The uninterrupted run of a kind, in one process without workers."""
+
+    @functools.cache
+    def of(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        run(tiny_config(images, **KINDS[kind]), folder)
+        return folder
+
+    return of
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert rows(one) == rows(other)
+    assert [row["step"] for row in rows(one)] == list(range(STEPS))
+    assert differing(final_state(one), final_state(other)) == []
+    a, b = read_backbone(one / "backbone.safetensors"), read_backbone(other / "backbone.safetensors")
+    assert differing(a[0], b[0]) == []
+    assert a[1] == b[1]
+
+
+# Five steps an epoch: 3 is in the middle of the first, 5 its edge (and the switch of stages), 8 in the second.
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [3, 5], ids=["mid", "edge"])
+def test_resume_without_workers(kind: str, steps: int, images: Path, whole, tmp_path: Path) -> None:
+    config = tiny_config(images, **KINDS[kind])
+    with crash_after(steps), pytest.raises(Crash):
+        run(config, tmp_path)
+    assert not (tmp_path / "backbone.safetensors").exists()
+    run(config, tmp_path, resume=True)
+    assert_same_run(tmp_path, whole(kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [3, 5], ids=["mid", "edge"])
+def test_resume_with_two_workers(kind: str, steps: int, images: Path, whole, tmp_path: Path) -> None:
+    config = tiny_config(images, **{**KINDS[kind], "data": {"workers": 2}})
+    with crash_after(steps), pytest.raises(Crash):
+        run(config, tmp_path)
+    run(config, tmp_path, resume=True)
+    assert_same_run(tmp_path, whole(kind))
+
+
+@pytest.mark.slow
+def test_a_crash_at_every_step_changes_nothing(images: Path, whole, tmp_path: Path) -> None:
+    config = tiny_config(images, **KINDS["stage-switch"])
+    for start in range(20):
+        try:
+            with crash_after(1):
+                run(config, tmp_path, resume=start > 0)
+        except Crash:
+            continue
+        break
+    assert_same_run(tmp_path, whole("stage-switch"))
+
+
+def test_another_process_is_not_the_same_run(images: Path, whole, tmp_path: Path) -> None:
+    # The negative control of the comparison above: another seed must show everywhere.
+    run(tiny_config(images, **KINDS["two-crop"], run={"seed": 1}), tmp_path)
+    assert rows(tmp_path) != rows(whole("two-crop"))
+    assert len(differing(final_state(tmp_path), final_state(whole("two-crop")))) > 10
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+
+def train_in_child(config, folder: Path, resume: bool) -> None:
+    torch.set_num_threads(1)
+    with tiny_networks():
+        try:
+            pretrain(config, output=folder, resume=resume)
+        except Requeue as stopped:
+            os._exit(stopped.exit_status)
+
+
+def started(config, folder: Path, *, resume: bool = False):
+    multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "pretrain.train", "hypothesis"])
+    child = multiprocessing.get_context("forkserver").Process(target=train_in_child, args=(config, folder, resume))
+    child.start()
+    return child
+
+
+def wait_for_rows(folder: Path, count: int, child) -> None:
+    path = folder / "metrics.jsonl"
+    for _ in range(6000):
+        if path.exists() and path.read_text().count("\n") >= count:
+            return
+        assert child.is_alive(), f"the run ended with {child.exitcode} before it had {count} rows"
+        time.sleep(0.02)
+    raise AssertionError(f"no {count} rows in two minutes")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigkill_at_any_moment(workers: int, images: Path, tmp_path: Path) -> None:
+    # Long enough to be killed twice on the way, wherever that happens to be.
+    config = tiny_config(images, run={"epochs": 6, "mutual_information_epochs": 4}, data={"workers": workers})
+    for number, count in enumerate((4, 12)):
+        child = started(config, tmp_path / "killed", resume=number > 0)
+        wait_for_rows(tmp_path / "killed", count, child)
+        if number == 0:
+            with pytest.raises(UserError, match="Another process"), run_folder.locked(tmp_path / "killed"):
+                pass
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    run(config, tmp_path / "killed", resume=True)
+    run(config, tmp_path / "whole")
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert differing(final_state(tmp_path / "killed"), final_state(tmp_path / "whole")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_asks_for_requeue(number: int, images: Path, tmp_path: Path) -> None:
+    config = tiny_config(images, run={"epochs": 40, "mutual_information_epochs": 40, "checkpoint_every_steps": None})
+    child = started(config, tmp_path)
+    wait_for_rows(tmp_path, 7, child)
+    os.kill(child.pid, number)
+    child.join()
+    assert child.exitcode == 75
+    # Everything up to the signal is there: not only what the last epoch's end had saved.
+    found = sorted((tmp_path / "checkpoints").glob("step_*.pt"))[-1]
+    assert int(found.stem.split("_")[1]) == len(rows(tmp_path))
+
+
+def test_a_signal_in_the_loop_is_heeded_at_the_step(images: Path, whole, tmp_path: Path, monkeypatch) -> None:
+    from pretrain.run import Run
+
+    original = Run.learn
+
+    def learn(self, loss):
+        if self.position.steps == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, loss)
+
+    monkeypatch.setattr(Run, "learn", learn)
+    before = signal.getsignal(signal.SIGTERM)
+    config = tiny_config(images, **KINDS["two-crop"])
+    with pytest.raises(Requeue, match="after step 7") as stopped:
+        run(config, tmp_path)
+    assert stopped.value.exit_status == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.undo()
+    run(config, tmp_path, resume=True)
+    assert_same_run(tmp_path, whole("two-crop"))
+
+
+# --- on several ranks -------------------------------------------------------------------------------------------------
+
+
+def recorded(rank: int, config, folder: Path, resume: bool, signal_at: int | None) -> dict[str, object]:
+    """Train, keep the image numbers of every batch, and tell how it ended."""
+    from pretrain.run import Run
+
+    seen: list[tuple[int, list[int]]] = []
+    epochs, learn = ViewLoader.epoch, Run.learn
+
+    def epoch(self, number, **options):
+        for batch in epochs(self, number, **options):
+            seen.append((number, batch.indices.tolist()))
+            yield batch
+
+    def learn_and_signal(self, loss):
+        if signal_at is not None and rank == 1 and self.position.steps == signal_at:
+            os.kill(os.getpid(), signal.SIGUSR1)  # one rank only
+        return learn(self, loss)
+
+    ViewLoader.epoch, Run.learn = epoch, learn_and_signal  # type: ignore[method-assign]
+    try:
+        with tiny_networks():
+            pretrain(config, output=folder, resume=resume)
+        ended = "done"
+    except Requeue:
+        ended = "requeue"
+    finally:
+        ViewLoader.epoch, Run.learn = epochs, learn  # type: ignore[method-assign]
+    return {"seen": seen, "ended": ended}
+
+
+@pytest.mark.slow
+def test_other_ranks_go_on_and_use_each_image_once(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images", 36)
+    config = tiny_config(images, run={"batch_size": 3, "checkpoint_every_steps": None}, model={"bunch_size": 0})
+    folder = tmp_path / "run"
+    # Two ranks, six steps an epoch, one rank is told to stop during the third step; all agree on one a little later.
+    first = run_on_ranks(2, recorded, config, folder, False, 2)
+    assert [rank["ended"] for rank in first] == ["requeue", "requeue"]
+    done = len(rows(folder))
+    assert 3 <= done < 6
+    # One rank goes on, with twice the steps.
+    second = recorded(0, config, folder, True, None)
+    assert second["ended"] == "done"
+    # The ranks read one batch ahead at most; what counts is what was trained on.
+    used = [index for rank in first for _, batch in rank["seen"][:done] for index in batch]
+    used += [index for epoch, batch in second["seen"] if epoch == 0 for index in batch]
+    assert sorted(used) == list(range(36))
+    again = [index for epoch, batch in second["seen"] if epoch == 1 for index in batch]
+    assert sorted(again) == list(range(36))
+    assert [row["step"] for row in rows(folder)] == list(range(done + (36 - 6 * done) // 3 + 12))

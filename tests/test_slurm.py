@@ -1,0 +1,112 @@
+"""Submission through submitit: options, what is pickled, and a real job in submitit's local executor."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import submitit
+from tiny_run import make_images, rows
+
+from contracts.errors import UsageError
+from pretrain import slurm
+
+CONFIG = Path(slurm.__file__).resolve().parent.parent / "configs" / "pretrain" / "smoke.toml"
+
+
+def test_options_become_submitits_parameters() -> None:
+    values = slurm.parameters(["partition=gpu", "nodes=2", "gpus=4", "timeout_min=60"])
+    assert values["slurm_partition"] == "gpu"
+    assert (values["nodes"], values["gpus_per_node"], values["tasks_per_node"]) == (2, 4, 4)
+    assert values["timeout_min"] == 60
+    assert values["slurm_signal_delay_s"] == 180
+    assert slurm.parameters(["gpus=0"])["tasks_per_node"] == 1
+
+
+@pytest.mark.parametrize(("option", "word"), [("partiton=gpu", 'Did you mean "partition"'), ("gpu", "key=value")])
+def test_wrong_options_are_refused(option: str, word: str) -> None:
+    with pytest.raises(UsageError, match=word):
+        slurm.parameters([option])
+
+
+def test_a_wrong_config_is_refused_before_the_queue(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown key"):
+        slurm.submit(CONFIG, ["run.epoch=3"], output=tmp_path, options=["partition=gpu"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_without_slurm_is_told_so(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="no sbatch"):
+        slurm.submit(CONFIG, [], output=tmp_path / "run", options=["partition=gpu"])
+
+
+def test_a_requeued_job_resumes() -> None:
+    job = slurm.PretrainJob(CONFIG, ["run.epochs=3"], Path("run"), resume=False)
+    again = job.checkpoint()
+    assert isinstance(again, submitit.helpers.DelayedSubmission)
+    assert again.function.resume
+    assert (again.function.config, again.function.overrides, again.function.output) == (
+        CONFIG,
+        ("run.epochs=3",),
+        Path("run"),
+    )
+
+
+def test_a_stopped_run_is_handed_to_submitits_handler(tmp_path: Path, monkeypatch) -> None:
+    # What submitit's handler gets: called after the run has saved and left, with the signal it waits for.
+    from pretrain import train
+    from pretrain.signals import Requeue
+
+    called = []
+    number = submitit.JobEnvironment._usr_sig()
+    before = signal.signal(number, lambda received, _: called.append(received))
+
+    def stopped(*_, **__):
+        assert called == []
+        raise Requeue("saved")
+
+    class Environment:
+        num_tasks = 1
+        _usr_sig = staticmethod(lambda: number)
+
+        def __call__(self):
+            return self
+
+    monkeypatch.setattr(train, "pretrain", stopped)
+    monkeypatch.setattr(submitit, "JobEnvironment", Environment())
+    try:
+        with pytest.raises(Requeue):
+            slurm.PretrainJob(CONFIG, [], tmp_path, resume=True)()
+    finally:
+        signal.signal(number, before)
+    assert called == [number]
+
+
+@pytest.mark.slow
+def test_a_preempted_job_saves_is_requeued_and_resumes(tmp_path: Path) -> None:
+    # submitit's local executor in SLURM's place: a real process, its real signal, its real requeue.
+    images = make_images(tmp_path / "images", 16)
+    executor = submitit.LocalExecutor(folder=tmp_path / "slurm")
+    overrides = [f"data.root={images}", "run.device=cpu", "run.epochs=4", "run.mutual_information_epochs=4"]
+    job = slurm._submit(executor, CONFIG, overrides, tmp_path / "run")
+    wait_for_rows(tmp_path / "run", 2, job)
+    (task,) = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
+    os.kill(int(task), submitit.JobEnvironment._usr_sig())
+    assert job.result() == str(tmp_path / "run" / "backbone.safetensors")
+    assert "nothing to resume" in job.stderr()
+    assert "Resuming from" in job.stderr()
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(8))
+
+
+def wait_for_rows(folder: Path, count: int, job: submitit.Job) -> None:
+    path = folder / "metrics.jsonl"
+    for _ in range(6000):
+        if path.exists() and path.read_text().count("\n") >= count:
+            return
+        assert not job.done(), job.stderr()
+        time.sleep(0.02)
+    raise AssertionError(f"no {count} rows in two minutes")

@@ -1,0 +1,422 @@
+"""The training loop: what a run writes, what it refuses, and how it behaves when numbers go wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gloo import run_on_ranks
+from tiny_run import differing, final_state, make_images, rows, run, tiny_config, tiny_networks
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from contracts.config import load_config
+from contracts.errors import UserError
+from contracts.weights import read_backbone
+from pretrain import distributed, train
+from pretrain.config import PretrainConfig
+from pretrain.nonfinite import replay
+from pretrain.plan import resolve
+from pretrain.run import Run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+# --- what a run writes ------------------------------------------------------------------------------------------------
+
+KEYS = {
+    "step", "epoch", "stage", "total", "consistency", "sharpness", "diversity", "agreement", "mean_entropy",
+    "mean_entropy_share", "row_entropy", "classes_used", "gradient_norm", "lr", "images_per_s", "data_wait_share",
+    "nonfinite_steps", "bad_images",
+}  # fmt: skip
+
+
+def test_a_run_writes_what_it_promises(images: Path, tmp_path: Path, capsys) -> None:
+    config = tiny_config(images, model={"teacher": True}, run={"mutual_information_epochs": 1})
+    path = run(config, tmp_path)
+    said = capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "backbone.safetensors", "teacher_backbone.safetensors", "checkpoints", "config.json", "lock", "metrics.jsonl",
+        "plan.txt", "tensorboard",
+    }  # fmt: skip
+    assert (tmp_path / "plan.txt").read_text() in said
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(10))
+    assert lines[0].keys() == KEYS
+    assert lines[9].keys() == KEYS - {"consistency", "sharpness", "diversity"} | {"self_label_threshold"}
+    for line in lines:
+        assert 0 <= line["agreement"] <= 1
+        assert 0 < line["row_entropy"] <= math.log(12) + 1e-6
+        assert 0 < line["mean_entropy_share"] <= 1 + 1e-6
+        assert 1 <= line["classes_used"] <= 8
+        assert line["images_per_s"] > 0
+    first = lines[0]
+    assert first["total"] == pytest.approx(first["consistency"] + first["sharpness"] - first["diversity"], abs=1e-5)
+    tensors, header = read_backbone(path)
+    assert (header.architecture, header.method, header.epochs, header.seed) == ("resnet18", "twist", 2, 0)
+    state = final_state(tmp_path)
+    assert differing(tensors, {k.removeprefix("backbone."): v for k, v in state["model"].items() if k[0] == "b"}) == []
+    teacher, header = read_backbone(tmp_path / "teacher_backbone.safetensors")
+    assert header.source_branch == "teacher"
+    assert differing(tensors, teacher) != []
+
+
+def test_the_plan_states_the_resolved_numbers(images: Path) -> None:
+    config = tiny_config(
+        images,
+        model={"bunch_size": 256},
+        optim={"lr": 0.5},
+        self_label={"lr": 0.05, "warmup_epochs": 5},
+        run={"epochs": 850, "mutual_information_epochs": 800, "batch_size": 128},
+    )
+    plan = resolve(config, images=1_281_167, world_size=16, device=CPU)
+    assert (plan.total_batch, plan.steps_per_epoch, plan.ranks_per_bunch) == (2048, 625, 2)
+    text = plan.render()
+    for part in (
+        "1,281,167",
+        "128 images × 16 rank(s) = 2048",
+        "0.5 × 2048/256 = 4, then 0.05 × 2048/256 = 0.4",
+        "over 256 images (2 rank(s))",
+        "625 steps each, 531,250 in all",
+        "800 mutual information + 50 self-labelling",
+        "warm-up 10",
+    ):
+        assert part in text
+    assert plan.schedule.learning_rate(6250) == 4.0
+
+
+@pytest.mark.slow
+def test_it_learns(images: Path, tmp_path: Path) -> None:
+    config = tiny_config(images, run={"epochs": 12, "mutual_information_epochs": 12, "checkpoint_every_steps": None})
+    run(config, tmp_path)
+    totals = [row["total"] for row in rows(tmp_path)]
+    assert sum(totals[-10:]) / 10 < sum(totals[:10]) / 10 - 0.1
+
+
+# --- what it refuses --------------------------------------------------------------------------------------------------
+
+
+def test_too_few_images_for_a_batch(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"20 images.*batch of 32"):
+        run(tiny_config(images, run={"batch_size": 32}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bunch_that_does_not_divide(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model.bunch_size = 256 with run.batch_size = 4 on 1 rank"):
+        run(tiny_config(images, model={"bunch_size": 256}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_images_than_before(images: Path, tmp_path: Path) -> None:
+    run(tiny_config(images), tmp_path / "run")
+    fewer = make_images(tmp_path / "fewer", 16)
+    with pytest.raises(UserError, match=r"trained on 20 images, and data.root has 16"):
+        run(tiny_config(fewer), tmp_path / "run", resume=True)
+
+
+def test_too_many_bad_images(tmp_path: Path) -> None:
+    bad = make_images(tmp_path / "bad")
+    for name in ("003.jpg", "007.jpg", "011.jpg"):
+        (bad / name).write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"bad_image_share"):
+        run(tiny_config(bad), tmp_path / "run")
+
+
+def test_a_bad_image_is_counted(tmp_path: Path, capsys) -> None:
+    bad = make_images(tmp_path / "bad")
+    (bad / "003.jpg").write_bytes(b"no image")
+    run(tiny_config(bad), tmp_path / "run")
+    assert "003.jpg" in capsys.readouterr().err
+    assert rows(tmp_path / "run")[-1]["bad_images"] == 1
+
+
+# --- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+def poison(monkeypatch, steps: range, *, in_views: bool) -> None:
+    """Make the loss (or the input) of these steps non-finite."""
+    original = train.objective
+    done = [0]
+
+    def objective(model, teacher, views, **options):
+        bad = done[0] in steps
+        done[0] += 1
+        if bad and in_views:
+            views = [view.clone() for view in views]
+            views[0][0, 0, 0, 0] = math.inf
+        loss = original(model, teacher, views, **options)
+        return loss._replace(total=loss.total * math.nan) if bad and not in_views else loss
+
+    monkeypatch.setattr(train, "objective", objective)
+
+
+@pytest.mark.parametrize("in_views", [False, True], ids=["loss", "input"])
+@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+def test_a_nonfinite_step_changes_nothing(images: Path, tmp_path: Path, monkeypatch, in_views, optimizer) -> None:
+    snapshots = []
+    original = Run.advance
+
+    def advance(self, epoch):
+        snapshots.append(torch.cat([t.flatten().double() for t in tensors_of(self)]))
+        original(self, epoch)
+
+    monkeypatch.setattr(Run, "advance", advance)
+    poison(monkeypatch, range(3, 5), in_views=in_views)
+    config = tiny_config(images, model={"teacher": True, "teacher_momentum": [1.0, 1.0]}, optim={"name": optimizer})
+    run(config, tmp_path)
+    assert torch.equal(snapshots[2], snapshots[3])
+    assert torch.equal(snapshots[2], snapshots[4])
+    assert not torch.equal(snapshots[1], snapshots[2])
+    assert not torch.equal(snapshots[4], snapshots[5])
+    assert all(torch.isfinite(snapshot).all() for snapshot in snapshots)
+    counts = [row["nonfinite_steps"] for row in rows(tmp_path)]
+    assert counts == [0, 0, 0, 1, 2, 2, 2, 2, 2, 2]
+
+
+def tensors_of(run: Run) -> list[torch.Tensor]:
+    """Weights, running statistics, teacher and optimiser state (without the counters of batches seen)."""
+    state = run.state()
+    models = [t for part in ("model", "teacher") for n, t in state[part].items() if not n.endswith("tracked")]
+    moments = [t for s in state["optimizer"]["state"].values() for t in s.values() if isinstance(t, torch.Tensor)]
+    return [t.clone() for t in models + moments]
+
+
+def test_a_streak_ends_the_run_with_a_capture_that_replays(images: Path, tmp_path: Path, monkeypatch) -> None:
+    poison(monkeypatch, range(4, 100), in_views=True)
+    original = Run.stop_if_nonfinite
+
+    def with_bad_views(self, batch, views, **options):
+        views[0][0, 0, 0, 0] = math.inf  # as in the forward pass
+        original(self, batch, views, **options)
+
+    monkeypatch.setattr(Run, "stop_if_nonfinite", with_bad_views)
+    with pytest.raises(UserError, match=r"not finite in the last 3 steps.*python -m pretrain.nonfinite") as error:
+        run(tiny_config(images, run={"max_nonfinite_steps": 3}), tmp_path)
+    path = Path(re.search(r"is in (\S+):", str(error.value))[1])
+    assert path.exists()
+    assert not (tmp_path / "backbone.safetensors").exists()
+    monkeypatch.undo()
+    with tiny_networks():
+        found = replay(path)
+    assert not math.isfinite(found["gradient_norm"])
+    assert "backbone.0.weight" in found["nonfinite_gradients"]
+    assert all(torch.isfinite(t).all() for t in final_state(tmp_path)["model"].values())
+
+
+def poisoned_on_one_rank(rank: int, config, folder: Path) -> dict[str, object]:
+    original, done = train.objective, [0]
+
+    def objective(model, teacher, views, **options):
+        loss = original(model, teacher, views, **options)
+        done[0] += 1
+        return loss._replace(total=loss.total * math.nan) if rank == 1 and done[0] == 3 else loss
+
+    train.objective = objective
+    with tiny_networks():
+        train.pretrain(config, output=folder)
+    return {"counts": [row["nonfinite_steps"] for row in rows(folder)]}
+
+
+@pytest.mark.slow
+def test_one_rank_that_fails_makes_all_ranks_skip(images: Path, tmp_path: Path) -> None:
+    config = tiny_config(images, run={"batch_size": 2})
+    for rank in run_on_ranks(2, poisoned_on_one_rank, config, tmp_path):
+        assert rank["counts"] == [0, 0] + [1] * 8
+    assert all(torch.isfinite(t).all() for t in final_state(tmp_path)["model"].values())
+
+
+# --- collapse ---------------------------------------------------------------------------------------------------------
+
+
+class Constant(nn.Module):
+    """A backbone that says the same of every image; the last norm makes that uniform predictions."""
+
+    num_features = 8
+
+    def __init__(self, *_, **__) -> None:
+        super().__init__()
+        self.output = nn.Parameter(torch.ones(8))
+
+    def forward(self, images):
+        return self.output.expand(len(images), 8)
+
+
+@pytest.mark.parametrize("reaction", ["warn", "stop"])
+def test_a_constant_network_raises_the_alarm(images: Path, tmp_path: Path, monkeypatch, capsys, reaction) -> None:
+    from pretrain import model
+
+    monkeypatch.setattr(model, "build_backbone", Constant)
+    config = tiny_config(images, run={"epochs": 5, "mutual_information_epochs": 5, "on_collapse": reaction})
+    if reaction == "stop":
+        with pytest.raises(UserError, match=r"collapsed since step 0.*run.on_collapse"):
+            train.pretrain(config, output=tmp_path)
+        assert len(rows(tmp_path)) == 20
+    else:
+        train.pretrain(config, output=tmp_path)
+        assert capsys.readouterr().err.count("ALARM: Predictions have collapsed") == 1
+        assert len(rows(tmp_path)) == 25
+
+
+# --- waiting for the device -------------------------------------------------------------------------------------------
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would wait for a GPU: numbers read on the host, and shapes that depend on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(word in str(function) for word in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", ["mutual_information", "self_label"])
+@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+def test_no_step_waits_between_logging_steps(images: Path, tmp_path: Path, monkeypatch, stage, optimizer) -> None:
+    # The parts of a step that work on the device, in a run that logs every five steps.
+    first = 1 if stage == "self_label" else 2
+    config = tiny_config(
+        images,
+        model={"teacher": True},
+        optim={"name": optimizer, "clip_norm": 3.0},
+        run={"mutual_information_epochs": first, "log_every_steps": 5, "checkpoint_every_steps": None},
+    )
+    mode = HostReads()
+    for holder, name in ((train, "objective"), (Run, "learn"), (train, "update_teacher"), (train, "observe")):
+        original = getattr(holder, name)
+
+        def counted(*args, _original=original, **kwargs):
+            with mode:
+                return _original(*args, **kwargs)
+
+        monkeypatch.setattr(holder, name, counted)
+    run(config, tmp_path)
+    assert mode.found == []
+    with mode:
+        torch.ones(1).item()
+    assert len(mode.found) == 1  # the counter counts
+
+
+def counted_collectives(_: int, config, folder: Path) -> dict[str, object]:
+    """How often the objective of a training step called the loss's collective."""
+    import torch.distributed as dist
+
+    calls = []
+    original = dist.all_reduce
+    inside = [False]
+    mean = distributed.mean_over_ranks
+
+    def mean_over_ranks(x):
+        inside[0] = True
+        try:
+            return mean(x)
+        finally:
+            inside[0] = False
+
+    def all_reduce(*args, **kwargs):
+        if inside[0]:
+            calls.append(1)
+        return original(*args, **kwargs)
+
+    distributed.mean_over_ranks, dist.all_reduce = mean_over_ranks, all_reduce
+    with tiny_networks():
+        train.pretrain(config, output=folder)
+    return {"calls": len(calls)}
+
+
+@pytest.mark.slow
+def test_the_loss_has_one_collective_a_step(images: Path, tmp_path: Path) -> None:
+    config = tiny_config(images, run={"batch_size": 2})
+    assert run_on_ranks(2, counted_collectives, config, tmp_path) == [{"calls": 10}] * 2
+
+
+# --- online evaluation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_online_evaluation_is_written(images: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            make_images(tmp_path / "labelled" / split / name, 4)
+    config = tiny_config(images, run={"online_eval_root": str(tmp_path / "labelled"), "online_eval_every_epochs": 1})
+    run(config, tmp_path / "run")
+    found = [json.loads(line) for line in (tmp_path / "run" / "online_eval.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in found] == [0, 1]
+    assert all(0 <= row["knn_top1_percent"] <= 100 and 0 <= row["nmi_percent"] <= 100 for row in found)
+    plain = tmp_path / "plain"
+    run(tiny_config(images), plain)
+    assert rows(plain) == rows(tmp_path / "run")  # looking changes nothing
+
+
+def test_neighbours_vote_by_similarity() -> None:
+    from pretrain.online_eval import knn_votes
+
+    bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+    votes = knn_votes(torch.tensor([[2.0, 0.0], [0.0, 3.0]]), bank, torch.tensor([0, 0, 1]), classes=2)
+    assert votes.argmax(1).tolist() == [0, 1]
+
+
+# --- the shipped configs ----------------------------------------------------------------------------------------------
+
+CONFIGS = Path(train.__file__).resolve().parent.parent / "configs" / "pretrain"
+# File → GPUs, total batch, lr after scaling (README of bytedance/TWIST, commit 796d36e).
+PUBLISHED = {
+    "r50_multicrop_850ep": (16, 2048, 4.0),
+    "r50_plain_800ep": (8, 2048, 4.0),
+    "r50_clusters_800ep": (16, 2048, 4.0),
+    "r50w2_250ep": (32, 1920, 3.75),
+    "deit_s_300ep": (16, 1024, 1.2e-3),
+    "vit_b_300ep": (32, 1024, 3e-3),
+}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_config_is_valid_and_says_how_to_use_it(path: Path) -> None:
+    config = load_config(path, PretrainConfig)
+    heading = path.read_text().split("\n\n[")[0]
+    assert all(line.startswith("#") for line in heading.splitlines())
+    for part in (f"configs/pretrain/{path.name}", "Hardware:", "Expected:"):
+        assert part in heading
+    if path.stem in PUBLISHED:
+        ranks, total_batch, lr = PUBLISHED[path.stem]
+        plan = resolve(config, images=1_281_167, world_size=ranks, device=CPU)
+        assert (plan.total_batch, plan.schedule.lr) == (total_batch, pytest.approx(lr))
+        assert "Source:" in heading
+
+
+def test_there_is_a_config_for_every_published_row() -> None:
+    assert PUBLISHED.keys() <= {path.stem for path in CONFIGS.glob("*.toml")}
+
+
+# --- as a user starts it ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_ranks_ends_where_one_rank_would(images: Path, tmp_path: Path) -> None:
+    # The real thing: two processes that find each other through torchrun's environment, the shipped smoke config.
+    root = Path(train.__file__).resolve().parent.parent
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "twist",
+        "pretrain", str(root / "configs" / "pretrain" / "smoke.toml"), f"data.root={images}", "run.batch_size=4",
+        "run.device=cpu", "--output", str(tmp_path / "run"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "4 images × 2 rank(s) = 8" in done.stderr
+    assert (tmp_path / "run" / "backbone.safetensors").exists()
+    assert len(rows(tmp_path / "run")) == 4

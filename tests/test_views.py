@@ -1,0 +1,248 @@
+"""The draw of a view: the published numbers, the distribution of every parameter, purity, and the cut of a crop."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from photographs import photograph
+from PIL import Image
+from scipy import stats
+from torchvision.transforms import RandomResizedCrop
+
+from pretrain import pil_reference
+from pretrain.config import ViewsConfig
+from pretrain.views import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    KINDS,
+    NO_OPERATION,
+    SATURATION,
+    VIEW_STREAM,
+    Philox,
+    ViewSampler,
+    central_box,
+    crop_box,
+    cut,
+    plan_views,
+    resolutions,
+)
+
+DRAWS = 6000
+# The seed is fixed, so these tests never fail by chance; a wrong range or probability has a p-value of 0.
+LEAST_P = 1e-3
+
+
+@pytest.fixture(scope="module")
+def drawn() -> np.ndarray:
+    """(DRAWS, 14) records of the default plan for images of 500 × 375."""
+    sampler = ViewSampler(plan_views(ViewsConfig()))
+    draw = sampler.draw(7, epoch=3, indices=np.arange(DRAWS))
+    return np.stack([draw.place(row, height=375, width=500) for row in range(DRAWS)])
+
+
+def uniform(values: np.ndarray, low: float, high: float) -> bool:
+    return stats.kstest(values, "uniform", args=(low, high - low)).pvalue > LEAST_P
+
+
+def share(hits: np.ndarray, probability: float) -> bool:
+    if probability in (0, 1):
+        return bool((hits == bool(probability)).all())
+    return stats.binomtest(int(hits.sum()), hits.size, probability).pvalue > LEAST_P
+
+
+def test_numbers_of_each_kind_are_the_published_ones() -> None:
+    # method.md, "Views": jitter, p, grey, flip, sigma; blur and solarise by view.
+    for kind, jitter in (
+        ("multicrop", (0.4, 0.4, 0.2, 0.1)),
+        ("barlow", (0.4, 0.4, 0.2, 0.1)),
+        ("moco", (0.4, 0.4, 0.4, 0.1)),
+    ):
+        for pipeline in filter(None, KINDS[kind]):
+            assert pipeline.jitter == jitter
+            assert (pipeline.jitter_probability, pipeline.grey_probability, pipeline.flip_probability) == (
+                0.8,
+                0.2,
+                0.5,
+            )
+            assert pipeline.sigma == (0.1, 2.0)
+    blur = {kind: [p.blur_probability for p in pipelines if p] for kind, pipelines in KINDS.items()}
+    assert blur == {"multicrop": [1.0, 0.1, 0.5], "barlow": [1.0, 0.1], "moco": [0.5, 0.5]}
+    solarise = {kind: [p.solarise_probability for p in pipelines if p] for kind, pipelines in KINDS.items()}
+    assert solarise == {"multicrop": [0, 0.2, 0], "barlow": [0, 0.2], "moco": [0, 0]}
+
+
+def test_plan_has_two_global_views_then_the_local_ones_and_a_harder_second_stage() -> None:
+    views = plan_views(ViewsConfig())
+    assert [view.name for view in views[:4]] == ["global 1", "global 2", "local 1", "local 2"]
+    assert resolutions(views) == [(2, 224), (12, 96)]
+    assert [view.scale for view in views[1:3]] == [(0.4, 1.0), (0.05, 0.4)]
+    assert [view.scale for view in plan_views(ViewsConfig(), "self_label")[1:3]] == [(0.14, 1.0), (0.05, 0.14)]
+    assert resolutions(plan_views(ViewsConfig(kind="moco", local_count=0))) == [(2, 224)]
+
+
+def test_a_kind_without_local_crops_has_its_own_published_scale() -> None:
+    assert ViewsConfig(kind="barlow", local_count=0).global_scale == (0.08, 1.0)
+    assert ViewsConfig(kind="moco", local_count=0).global_scale == (0.2, 1.0)
+    assert ViewsConfig(kind="moco", local_count=0, global_scale=(0.3, 1.0)).global_scale == (0.3, 1.0)
+    assert ViewsConfig().global_scale == (0.4, 1.0)
+
+
+@pytest.mark.parametrize("stage", ["mutual_information", "self_label"])
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333)])
+def test_boxes_are_distributed_as_torchvision_draws_them(stage: str, height: int, width: int) -> None:
+    views = plan_views(ViewsConfig(), stage)  # type: ignore[arg-type]
+    draw = ViewSampler(views).draw(1, epoch=0, indices=np.arange(2000))
+    boxes = np.stack([draw.place(row, height=height, width=width)["box"] for row in range(2000)])
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    for view in (0, 5):
+        theirs = np.array(
+            [RandomResizedCrop.get_params(image, list(views[view].scale), [3 / 4, 4 / 3]) for _ in range(2000)]
+        )
+        ours = boxes[:, view]
+        for name, quantity in {
+            "area": lambda box: box[:, 2] * box[:, 3],
+            "aspect": lambda box: box[:, 3] / box[:, 2],
+            "top": lambda box: box[:, 0] + 0.5 * box[:, 2],
+            "left": lambda box: box[:, 1] + 0.5 * box[:, 3],
+        }.items():
+            assert stats.ks_2samp(quantity(ours), quantity(theirs)).pvalue > LEAST_P, (view, name)
+
+
+def test_the_box_test_notices_a_wrong_scale() -> None:
+    sampler = ViewSampler((replace(plan_views(ViewsConfig())[0], scale=(0.35, 1.0)),))
+    draw = sampler.draw(1, epoch=0, indices=np.arange(2000))
+    ours = np.stack([draw.place(row, height=375, width=500)["box"] for row in range(2000)])[:, 0]
+    torch.manual_seed(0)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(torch.empty(3, 375, 500), [0.4, 1.0], [3 / 4, 4 / 3]) for _ in range(2000)]
+    )
+    assert stats.ks_2samp(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3]).pvalue < LEAST_P
+
+
+def test_every_corner_is_reached_and_equally_likely() -> None:
+    corners = [crop_box([0.25], [1.0], [u, v], height=4, width=4)[:2] for u in (0, 0.34, 0.99) for v in (0, 0.34, 0.99)]
+    assert corners == list(itertools.product(range(3), repeat=2))
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 200), (200, 10), (10, 10), (30, 40), (1, 1)])
+def test_no_fitting_try_takes_torchvisions_central_crop(height: int, width: int) -> None:
+    # A scale above 1 never fits: torchvision then takes its central crop too.
+    theirs = RandomResizedCrop.get_params(torch.empty(3, height, width), [50.0, 60.0], [3 / 4, 4 / 3])
+    assert central_box(height, width) == theirs
+    assert crop_box([50.0] * 10, [1.0] * 10, [0.3, 0.3], height=height, width=width) == theirs
+
+
+def test_flips_greys_blurs_and_solarisations_have_their_probabilities(drawn: np.ndarray) -> None:
+    for view, plan in enumerate(plan_views(ViewsConfig())):
+        numbers = plan.pipeline
+        assert share(drawn["flip"][:, view], 0.5), view
+        assert share(drawn["grey"][:, view], 0.2), view
+        assert share(drawn["sigma"][:, view] > 0, numbers.blur_probability), view
+        assert share(drawn["solarise"][:, view], numbers.solarise_probability), view
+        assert share(drawn["order"][:, view, 0] != NO_OPERATION, 0.8), view
+
+
+def test_blur_widths_and_jitter_factors_are_uniform_in_their_ranges(drawn: np.ndarray) -> None:
+    sigma = drawn["sigma"][:, 0]
+    assert uniform(sigma, 0.1, 2.0)
+    for view in (0, 1, 9):
+        factors = drawn["factors"][:, view]
+        assert uniform(factors[:, BRIGHTNESS], 0.6, 1.4)
+        assert uniform(factors[:, CONTRAST], 0.6, 1.4)
+        assert uniform(factors[:, SATURATION], 0.8, 1.2)
+        assert uniform(factors[:, HUE], -0.1, 0.1)
+    moco = ViewSampler(plan_views(ViewsConfig(kind="moco", local_count=0)))
+    assert uniform(moco.draw(0, epoch=0, indices=np.arange(DRAWS)).records["factors"][:, 0, SATURATION], 0.6, 1.4)
+
+
+def test_all_24_orders_of_the_jitter_are_equally_likely(drawn: np.ndarray) -> None:
+    orders = drawn["order"][:, 4]
+    jittered = orders[orders[:, 0] != NO_OPERATION]
+    assert (np.sort(jittered, axis=1) == np.arange(4)).all()
+    names, counts = np.unique(jittered, axis=0, return_counts=True)
+    assert len(names) == math.factorial(4)
+    assert stats.chisquare(counts).pvalue > LEAST_P
+
+
+def test_parameters_do_not_depend_on_each_other(drawn: np.ndarray) -> None:
+    area = drawn["box"][..., 2] * drawn["box"][..., 3]
+    columns = np.stack(
+        [
+            *(drawn["factors"][:, 0, k] for k in range(4)),
+            drawn["sigma"][:, 0],
+            drawn["flip"][:, 0],
+            drawn["grey"][:, 0],
+            area[:, 0],
+            area[:, 1],  # another view
+            drawn["sigma"][:, 0][np.r_[1:DRAWS, 0]],  # another image
+        ]
+    )
+    correlation = np.corrcoef(columns) - np.eye(len(columns))
+    assert np.abs(correlation).max() < 5 / math.sqrt(DRAWS)
+
+
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    epoch=st.integers(0, 1000),
+    index=st.integers(0, 2**63 - 1),
+    others=st.lists(st.integers(0, 10**7), max_size=3),
+    size=st.tuples(st.integers(1, 900), st.integers(1, 900)),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_view_depends_on_seed_epoch_image_and_view_alone(
+    seed: int, epoch: int, index: int, others: list[int], size: tuple[int, int]
+) -> None:
+    height, width = size
+    full = ViewSampler(plan_views(ViewsConfig()))
+    alone = full.draw(seed, epoch=epoch, indices=np.array([index])).place(0, height=height, width=width)
+    full.draw(seed + 1, epoch=epoch, indices=np.array([1, 2]))
+    together = full.draw(seed, epoch=epoch, indices=np.array([*others, index])).place(
+        len(others), height=height, width=width
+    )
+    fewer = ViewSampler(plan_views(ViewsConfig(local_count=3))).draw(seed, epoch=epoch, indices=np.array([index]))
+    assert alone.tobytes() == together.tobytes()
+    assert alone[:5].tobytes() == fewer.place(0, height=height, width=width).tobytes()
+    top, left, box_height, box_width = alone["box"].T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (box_height > 0).all()
+    assert (box_width > 0).all()
+    assert (top + box_height <= height).all()
+    assert (left + box_width <= width).all()
+
+
+def test_seed_epoch_image_and_purpose_each_change_the_numbers() -> None:
+    philox = Philox()
+    base = philox.at(1, VIEW_STREAM, epoch=2, index=3).random(8)
+    assert (philox.at(1, VIEW_STREAM, epoch=2, index=3).random(8) == base).all()
+    for other in (
+        philox.at(2, VIEW_STREAM, epoch=2, index=3),
+        philox.at(1, VIEW_STREAM + 1, epoch=2, index=3),
+        philox.at(1, VIEW_STREAM, epoch=3, index=3),
+        philox.at(1, VIEW_STREAM, epoch=2, index=4),
+    ):
+        assert not (other.random(8) == base).any()
+
+
+def test_the_stream_is_numpys_philox() -> None:
+    fresh = np.random.Generator(np.random.Philox(key=[5, VIEW_STREAM], counter=[0, 11, 7, 0]))
+    assert (Philox().at(5, VIEW_STREAM, epoch=7, index=11).random(100) == fresh.random(100)).all()
+
+
+@pytest.mark.parametrize(("box", "size"), [((10, 20, 90, 120), 64), ((0, 0, 120, 160), 96), ((30, 40, 25, 31), 48)])
+def test_a_crop_is_pillows_to_two_levels(box: tuple[int, int, int, int], size: int) -> None:
+    pixels = photograph(0, height=120, width=160)
+    out = cut(torch.from_numpy(pixels).permute(2, 0, 1), box, size)
+    theirs = torch.from_numpy(np.array(pil_reference.crop(Image.fromarray(pixels), box, size))).permute(2, 0, 1)
+    difference = (out.int() - theirs.int()).abs()
+    assert difference.max() <= 2
+    assert difference.float().mean() < 0.05
