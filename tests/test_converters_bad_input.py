@@ -1,0 +1,418 @@
+"""What bad input gets: one sentence, exit status 1, nothing written, and no code of the file ever run."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import io
+import json
+import os
+import pickle
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_files import flat_tensors
+
+from contracts.errors import UserError
+from contracts.weights import Backbone, write_backbone
+from converters import standins
+from converters.containers import read_contents
+from converters.convert import convert
+from converters.inspect import inspect, render
+from converters.read import load_source
+
+RESNET = flat_tensors()
+PROOF_OF_RUN = Path("ran.txt")
+
+
+class Payload:
+    """Runs a command when a careless reader unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {PROOF_OF_RUN}",)
+
+
+class BuiltPayload:
+    """The same through BUILD: a state that a careless reader would apply."""
+
+    def __reduce__(self) -> Any:
+        return eval, ("__import__('pathlib').Path('ran.txt').touch()",)
+
+
+def changed(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The state dict with tensors replaced, added, or (None) taken away; dots are written as `__`."""
+    result = dict(RESNET)
+    for key, tensor in changes.items():
+        name = key.replace("__", ".")
+        result.pop(name, None)
+        if tensor is not None:
+            result[name] = tensor
+    return result
+
+
+def torch_bytes(value: Any, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}.")
+        with archive.open("archive/data/0", "w") as part:
+            for _ in range(300):
+                part.write(bytes(2**20))
+    return buffer.getvalue()
+
+
+def tar() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
+    return buffer.getvalue()
+
+
+def lying_array() -> bytes:
+    """An array whose shape claims more than its bytes hold."""
+    good = pickle.dumps({"conv1.weight": np.ones((4,), np.float32)}, protocol=2)
+    return good.replace(b"K\x04\x85", b"K\x40\x85")
+
+
+def script() -> bytes:
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), buffer)
+    return buffer.getvalue()
+
+
+def deep() -> bytes:
+    value: Any = {}
+    for _ in range(200):
+        value = {"a": value}
+    return torch_bytes({**RESNET, "nested": value})
+
+
+BAD: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", "is empty"),
+    "html": (lambda: b"\n<!DOCTYPE html><html>Sign in</html>", "is an HTML page"),
+    "xml": (lambda: b'<?xml version="1.0"?><Error>AccessDenied</Error>', "is an XML document"),
+    "git-lfs": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git-lfs pointer"),
+    "gzip": (lambda: b"\x1f\x8b\x08" + bytes(40), "compressed with gzip"),
+    "noise": (lambda: bytes(range(256)) * 4, "first bytes are of no format"),
+    "tar": (tar, "is a tar archive"),
+    "truncated zip": (lambda: torch_bytes(RESNET)[:-4000], "truncated or damaged"),
+    "truncated stream": (
+        lambda: torch_bytes(RESNET, _use_new_zipfile_serialization=False)[:-4000],
+        "truncated or damaged",
+    ),
+    "truncated pickle": (lambda: pickle.dumps({"a": np.ones(9)}, protocol=2)[:-20], "truncated or damaged"),
+    "truncated safetensors": (
+        lambda: struct.pack("<Q", 60) + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}',
+        "damaged",
+    ),
+    "zip of something": (lambda: zip_of({"readme.txt": b"hello"}), "without PyTorch's or numpy's parts"),
+    "zip bomb": (bomb, "do not compress like that"),
+    "TorchScript": (script, "TorchScript program"),
+    "nested too deeply": (deep, "too deeply"),
+    "reduce payload": (lambda: torch_bytes({"state_dict": RESNET, "x": Payload()}), "asks for posix.system"),
+    "reduce payload, stream": (
+        lambda: torch_bytes({"x": Payload()}, _use_new_zipfile_serialization=False),
+        "asks for posix.system",
+    ),
+    "eval payload": (lambda: torch_bytes({"x": BuiltPayload()}), "nothing was run"),
+    "pickle with a payload": (lambda: pickle.dumps({"model": Payload()}, protocol=2), "asks for posix.system"),
+    "pickle with another payload": (
+        lambda: pickle.dumps({"model": BuiltPayload()}, protocol=4),
+        "asks for builtins.eval",
+    ),
+    "pickle of settings": (lambda: pickle.dumps(argparse.Namespace(a=1), protocol=2), "nothing was run"),
+    "whole network": (lambda: torch_bytes(torch.nn.Linear(2, 2)), "asks for torch.nn.modules.linear.Linear"),
+    "array that lies": (lying_array, "is damaged"),
+    "npz with objects": (lambda: npz(a=np.array([{}], dtype=object)), "pickled objects"),
+    "a list": (lambda: torch_bytes([torch.ones(2)]), "holds a list"),
+    "no tensors": (lambda: torch_bytes({"epoch": 3}), "holds no tensors"),
+    "only an optimiser": (
+        lambda: torch_bytes({"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}),
+        "only an optimiser's state",
+    ),
+    "only an optimiser entry": (
+        lambda: torch_bytes({"optimizer": {"state": {0: {"m": torch.ones(3)}}}}),
+        "only an optimiser's",
+    ),
+    "deep stem": (
+        lambda: torch_bytes(
+            changed(conv1__weight=None) | {f"conv1.{i}.weight": torch.ones(64, 64, 3, 3) for i in (0, 3, 6)}
+        ),
+        "deep stem of ResNet-D / V1c",
+    ),
+    "V1c of OpenMMLab": (
+        lambda: torch_bytes({"state_dict": {"backbone.stem.0.weight": torch.ones(32, 3, 3, 3)}, "meta": {}}),
+        "deep stem of ResNet-D / V1c",
+    ),
+    "EfficientNet": (
+        lambda: torch_bytes({"_conv_stem.weight": torch.ones(3), "_blocks.0._depthwise_conv.weight": torch.ones(3)}),
+        "EfficientNet or MobileNet",
+    ),
+    "MobileNet": (lambda: torch_bytes({"features.1.conv.0.0.weight": torch.ones(3)}), "EfficientNet or MobileNet"),
+    "CMC": (
+        lambda: torch_bytes(
+            {"model": {"encoder1.conv1.weight": torch.ones(32, 1, 7, 7)}, "contrast": {"m": torch.ones(2)}}
+        ),
+        "half-width networks",
+    ),
+    "half width": (lambda: torch_bytes(changed(conv1__weight=torch.ones(32, 3, 7, 7))), "the stem has 32 channels"),
+    "one channel": (lambda: torch_bytes(changed(conv1__weight=torch.ones(64, 1, 7, 7))), "1-channel images"),
+    "CIFAR stem": (lambda: torch_bytes(changed(conv1__weight=torch.ones(64, 3, 3, 3))), "small images"),
+    "transposed stem": (
+        lambda: torch_bytes(changed(conv1__weight=torch.ones(7, 7, 3, 64))),
+        "another layout of its axes",
+    ),
+    "transposed": (lambda: torch_bytes(changed(layer2__0__conv1__weight=torch.ones(64, 128, 3, 3))), "another shape"),
+    "other shapes": (lambda: torch_bytes(wide()), "looks like a wide_resnet"),
+    "grouped": (lambda: torch_bytes(grouped()), "looks like a ResNeXt"),
+    "a block too few": (lambda: torch_bytes(block_less()), "is none of"),
+    "missing tensor": (lambda: torch_bytes(changed(layer3__1__bn2__bias=None)), "1 tensors are missing"),
+    "one missing counter": (lambda: torch_bytes(changed(bn1__num_batches_tracked=None)), "1 tensors are missing"),
+    "extra tensor": (lambda: torch_bytes(changed(layer3__1__bn9__bias=torch.ones(3))), "no single place"),
+    "extra block": (lambda: torch_bytes(changed(layer3__2__conv1__weight=torch.ones(256, 256, 3, 3))), "is none of"),
+    "unknown entry": (
+        lambda: torch_bytes({"state_dict": RESNET, "critic": {"w": torch.ones(3)}}),
+        "the entry critic holds",
+    ),
+    "mixed dtypes": (lambda: torch_bytes(changed(bn1__weight=torch.ones(64).half())), "mixes number formats"),
+    "float64": (lambda: torch_bytes({n: t.double() for n, t in RESNET.items()}), "holds weights as float64"),
+    "quantised": (lambda: torch_bytes({n: t.to(torch.int8) for n, t in RESNET.items()}), "holds weights as int8"),
+    "NaN": (lambda: torch_bytes(changed(bn1__weight=torch.full((64,), float("nan")))), "NaN or infinite"),
+    "infinite": (lambda: torch_bytes(changed(bn1__bias=torch.full((64,), float("inf")))), "NaN or infinite"),
+    "same name twice": (
+        lambda: torch_bytes({**RESNET, "module.conv1.weight": torch.ones(64, 3, 7, 7)}),
+        "the same name",
+    ),
+    "12-headed ViT": (lambda: torch_bytes(moco_v3()), "12 heads"),
+    "oblong ViT": (lambda: torch_bytes(vit(positions=1 + 14 * 15)), "not one for the class token and a square grid"),
+    "ViT without class token": (lambda: torch_bytes(vit(positions=196)), "not one for the class token"),
+    "ViT-S/8": (lambda: torch_bytes(vit(patch=8)), "patches of 8 pixels"),
+    "layer scale": (lambda: torch_bytes(vit() | {"blocks.0.ls1.gamma": torch.ones(384)}), "layer scale"),
+}
+
+
+def zip_of(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def npz(**arrays: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def wide() -> dict[str, torch.Tensor]:
+    return flat_tensors("resnet50") | {"layer1.0.conv1.weight": torch.ones(128, 64, 1, 1)}
+
+
+def grouped() -> dict[str, torch.Tensor]:
+    return flat_tensors("resnet50") | {"layer1.0.conv2.weight": torch.ones(128, 4, 3, 3)}
+
+
+def block_less() -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in RESNET.items() if not name.startswith("layer4.1.")}
+
+
+def vit(*, positions: int = 197, patch: int = 16) -> dict[str, torch.Tensor]:
+    tensors = flat_tensors("vit_small_patch16", image_size=224)
+    tensors["pos_embed"] = torch.ones(1, positions, 384)
+    tensors["patch_embed.proj.weight"] = torch.ones(384, 3, patch, patch)
+    return tensors
+
+
+def moco_v3() -> dict[str, Any]:
+    return {
+        "state_dict": {f"module.base_encoder.{n}": t for n, t in vit().items()} | {"module.predictor.0": torch.ones(2)}
+    }
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_sentence(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, says = BAD[name]
+    file = tmp_path / "bad.pth"
+    file.write_bytes(make())
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(UserError) as caught:
+        convert(file, target="torchvision", verify=False)
+    message = str(caught.value)
+    assert says in message
+    assert caught.value.exit_status == 1
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert not PROOF_OF_RUN.exists()
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no checkpoint"):
+        load_source(tmp_path / "none.pth")
+    with pytest.raises(UserError, match="is a folder"):
+        load_source(tmp_path)
+
+
+def test_nan_can_be_allowed(tmp_path: Path) -> None:
+    torch.save(changed(bn1__weight=torch.full((64,), float("nan"))), tmp_path / "nan.pth")
+    source = load_source(tmp_path / "nan.pth", allow_nan=True)
+    assert source.tensors["bn1.weight"].isnan().all()
+    done = convert(tmp_path / "nan.pth", target="torchvision", output=tmp_path / "out", allow_nan=True, verify=False)
+    assert done.weights.exists()
+
+
+def test_harmless_company_is_read(tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    class HistoryBuffer:
+        pass
+
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = "mmengine.logging.history_buffer", "HistoryBuffer"
+    value = {
+        "state_dict": {f"module.encoder_q.{name}": tensor for name, tensor in RESNET.items()},
+        "args": argparse.Namespace(arch="resnet18", lr=np.float64(0.03), path=Path("x")),
+        "config": OmegaConf.create({"a": {"b": [1, 2.5, "c", True, None]}}),
+        "best_acc1": torch.tensor(70.1),
+        "rng": np.random.RandomState(0).get_state()[1],
+        "random": {"values": collections.deque([1, 2], maxlen=4), "ordered": collections.OrderedDict(a=1)},
+        "scheduler": collections.defaultdict(dict, {"k": {"v": np.int64(3)}}),
+    }
+    torch.save(value, tmp_path / "a.pth")
+    torch.save(value, tmp_path / "b.pth", _use_new_zipfile_serialization=False)
+    for name in ("a.pth", "b.pth"):
+        contents = read_contents(tmp_path / name)
+        assert contents.value["random"]["values"] == [1, 2]
+        assert contents.value["args"].state["arch"] == "resnet18"
+        assert torch.equal(
+            contents.value["rng"], torch.from_numpy(value["rng"].astype(np.int64)).to(contents.value["rng"].dtype)
+        )
+        assert load_source(tmp_path / name).backbone.source_layout == "moco-v1"
+
+
+def test_history_buffer_without_mmengine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class is named in the file; whether its library is there makes no difference."""
+    import sys
+    import types
+
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    buffer = type("HistoryBuffer", (), {"__module__": module.__name__, "__qualname__": "HistoryBuffer"})
+    module.HistoryBuffer = buffer  # type: ignore[attr-defined]
+    history = buffer()
+    history._log_history = np.arange(4.0)
+    with monkeypatch.context() as patch:
+        for name in ("mmengine", "mmengine.logging"):
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+        patch.setitem(sys.modules, module.__name__, module)
+        torch.save(
+            {"state_dict": {f"backbone.{n}": t for n, t in RESNET.items()}, "meta": {}, "message_hub": history},
+            tmp_path / "x",
+        )
+    assert load_source(tmp_path / "x").backbone.source_layout == "mmselfsup"
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_numpy_pickles_of_every_protocol(protocol: int, tmp_path: Path) -> None:
+    arrays = {
+        "c": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "big": np.arange(3, dtype=">f4"),
+        "half": np.ones(3, np.float16),
+        "number": np.float64(2.5),
+        "empty": np.zeros((0, 3), np.float32),
+    }
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": arrays}, protocol=protocol))
+    read = read_contents(tmp_path / "x.pkl").value["model"]
+    assert read["number"] == 2.5
+    for name in ("c", "fortran", "big", "half", "empty"):
+        assert np.array_equal(read[name].numpy(), arrays[name].astype(arrays[name].dtype.newbyteorder("="))), name
+
+
+def test_object_arrays_are_nothing(tmp_path: Path) -> None:
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": np.array([{}, 3], dtype=object)}, protocol=2))
+    assert read_contents(tmp_path / "x.pkl").value == {"a": None}
+
+
+def test_stand_ins_never_lead_to_the_real_thing() -> None:
+    for name, stand_in in {**standins.NUMPY, **standins.TORCH_EXTRAS, **standins.HAIKU}.items():
+        assert stand_in.__module__ == "converters.standins", name
+
+
+def test_containers(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.contiguous() for name, tensor in RESNET.items()}
+    save_file(plain, tmp_path / "x.bin")
+    np.savez(tmp_path / "y.npz", **{name: tensor.numpy() for name, tensor in plain.items()})
+    (tmp_path / "y.npz").rename(tmp_path / "y.pth")  # magic bytes decide
+    for name, container in (("x.bin", "safetensors"), ("y.pth", "npz")):
+        contents = read_contents(tmp_path / name)
+        assert contents.container == container
+        assert torch.equal(load_source(tmp_path / name).tensors["conv1.weight"], plain["conv1.weight"])
+
+
+def test_inspect_names_what_is_there(tmp_path: Path) -> None:
+    heads = {
+        "module.encoder_q.fc.0.weight": torch.ones(2),
+        "module.encoder_q.fc.2.weight": torch.ones(2),
+        "module.queue": torch.ones(2),
+    }
+    states = {f"module.encoder_{branch}.{name}": tensor for branch in "qk" for name, tensor in RESNET.items()}
+    torch.save(
+        {"epoch": 200, "state_dict": states | heads, "optimizer": {"state": {0: {"m": torch.ones(2)}}}},
+        tmp_path / "m.pth",
+    )
+    found = inspect(tmp_path / "m.pth")
+    assert (found.layout, found.method, found.architecture, found.epochs) == ("moco", "moco-v2", "resnet18", 200)
+    assert found.branches == ("query", "key")
+    assert found.entries == {"state_dict": 243, "optimizer": 1}
+    assert found.problems == ()
+    assert {name.split(".")[0] for name in found.dropped} == {"encoder_k", "encoder_q", "queue"}
+    text = render(found)
+    assert "encoder_k (120)" in text
+    json.dumps(found.to_json())
+
+
+def test_inspect_says_what_is_wrong(tmp_path: Path) -> None:
+    torch.save({"features.1.conv.0.0.weight": torch.ones(3)}, tmp_path / "m.pth")
+    found = inspect(tmp_path / "m.pth")
+    assert found.layout is None
+    assert "MobileNet" in found.problems[0]
+    assert "problem" in render(found)
+    with pytest.raises(UserError, match="is empty"):
+        (tmp_path / "e.pth").touch()
+        inspect(tmp_path / "e.pth")
+
+
+def test_artefact_passes_through_and_is_checked(tmp_path: Path) -> None:
+    header = Backbone(architecture="resnet18", method="twist", seed=3, epochs=7)
+    write_backbone(tmp_path / "backbone.safetensors", RESNET, header)
+    source = load_source(tmp_path / "backbone.safetensors")
+    assert source.backbone == header
+    wrong = header.model_copy(update={"architecture": "resnet34"})
+    write_backbone(tmp_path / "wrong.safetensors", RESNET, wrong)
+    with pytest.raises(UserError, match="the header says resnet34"):
+        load_source(tmp_path / "wrong.safetensors")
+
+
+def test_a_header_that_does_not_belong_is_refused(tmp_path: Path) -> None:
+    header = Backbone(architecture="resnet34", method="twist").model_dump_json()
+    names = {f"backbone.{name}": tensor for name, tensor in RESNET.items()}
+    for text, says in (("{}", "is not valid"), ("no json", "is not valid"), (header, "the header says resnet34")):
+        torch.save({"state_dict": names, "twist": text}, tmp_path / "weights.pth")
+        with pytest.raises(UserError, match=says):
+            load_source(tmp_path / "weights.pth")

