@@ -115,7 +115,7 @@ def test_an_unknown_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.
 def test_without_apt_one_sentence_and_nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match="needs apt-get, which is not on this machine: use --source shapes"):
+    with pytest.raises(UserError, match="needs apt-get, which is not on this machine: copy"):
         make_sample(tmp_path / "root", source="photos", size="tiny", progress=False)
     assert not (tmp_path / "root").exists()
     assert list((tmp_path / "cache" / "twist-suite").iterdir()) == []

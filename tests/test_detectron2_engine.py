@@ -1,0 +1,464 @@
+"""Detectron2 for real: every full protocol on trees in the real layouts, evaluators against hand and pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_trees import HEIGHT, WIDTH, make_cityscapes, make_coco, make_voc_detection
+
+from contracts.errors import UsageError, UserError
+from contracts.networks import build_backbone
+from contracts.weights import Backbone
+from transfer.protocols import PROTOCOLS, find_protocol
+from transfer.request import Request, split_overrides
+from transfer.scaling import linear_rule
+
+pytestmark = pytest.mark.slow
+FULL = [row for row in PROTOCOLS.values() if row.engine == "detectron2" and row.scale == "full"]
+# Two steps on two images of at most 128 pixels, few proposals; losses, heads, norms and evaluators are the protocol's.
+QUICK = (
+    "iterations=2",
+    "SOLVER.IMS_PER_BATCH=2",
+    "INPUT.MIN_SIZE_TRAIN=[64]",
+    "INPUT.MAX_SIZE_TRAIN=128",
+    "INPUT.MIN_SIZE_TEST=64",
+    "INPUT.MAX_SIZE_TEST=128",
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN=50",
+    "MODEL.RPN.POST_NMS_TOPK_TEST=10",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE=8",
+    "TEST.PRECISE_BN.NUM_ITER=1",
+    "DATALOADER.NUM_WORKERS=0",
+)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("root")
+    make_coco(root)
+    make_voc_detection(root)
+    make_cityscapes(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """architecture → (weights.pth, overlay.yaml, header), as the converter writes them."""
+    from converters.detectron2_writer import overlay_text, write
+
+    folder = tmp_path_factory.mktemp("weights")
+    made: dict[str, tuple[Path, Path, Backbone]] = {}
+
+    def make(architecture: str) -> tuple[Path, Path, Backbone]:
+        if architecture not in made:
+            torch.manual_seed(3)
+            header = Backbone(architecture=architecture, method="twist")
+            file, overlay = folder / f"{architecture}.pth", folder / f"{architecture}.yaml"
+            write(file, build_backbone(architecture).state_dict(), header)
+            overlay.write_text(overlay_text(header))
+            made[architecture] = file, overlay, header
+        return made[architecture]
+
+    return make
+
+
+@pytest.fixture
+def request_of(tree, weights, tmp_path):
+    torch.set_num_threads(1)
+
+    def make(protocol: str, *overrides: str, architecture: str = "resnet18", method: str = "twist", **more) -> Request:
+        controls, rest = split_overrides(overrides)
+        file, overlay, header = weights(architecture)
+        output = tmp_path / "run"
+        output.mkdir(exist_ok=True)
+        return Request(
+            find_protocol(protocol),
+            tree,
+            output,
+            file,
+            overlay,
+            header,
+            method,
+            overrides=rest,
+            controls=controls,
+            **more,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("row", FULL, ids=lambda row: row.name)
+def test_every_full_protocol_trains_two_steps_and_is_evaluated(row, request_of) -> None:
+    from transfer import detectron2_engine as engine
+
+    # ResNet-50 once, on the head that is built of its own res5; ResNet-18 elsewhere, for time.
+    architecture = "resnet50" if row.name == "voc-frcnn-c4-24k" else "resnet18"
+    request = request_of(row.name, *QUICK, architecture=architecture)
+    result = engine.run(request, engine.resolve(request))
+    assert list(result.metrics) == list(row.metrics)
+    assert all(0 <= value <= 100 for value in result.metrics.values())
+    steps = [json.loads(line) for line in result.curves.read_text().splitlines()]
+    assert [line["step"] for line in steps] == [1, 2]
+    assert all(line["loss"] > 0 for line in steps)
+    assert ("loss_mask" in steps[0]) == (row.task == "instance-segmentation")
+    assert [path.name for path in result.media][-1] == "losses.png"
+    assert len(result.media) >= 3
+    assert all(path.stat().st_size < 200_000 for path in result.media)
+    assert (request.output / "config.yaml").is_file()
+    assert list((request.output / "tensorboard").iterdir())
+    assert not (Path.cwd() / "matches.json").exists()
+    json.dumps(result.recipe)
+
+
+def test_full_recipes_are_the_published_ones(request_of) -> None:
+    """What a reader of the papers would check, on the resolved configs and at the recipes' eight GPUs."""
+    from transfer import detectron2_engine as engine
+
+    def config(protocol: str):
+        return engine.resolve(request_of(protocol, "keep_batch=true", architecture="resnet50")).config
+
+    for row in FULL:
+        resolved = config(row.name)
+        assert resolved.MODEL.BACKBONE.FREEZE_AT == 0, row.name
+        assert resolved.MODEL.RESNETS.NORM in ("SyncBN", "naiveSyncBN"), row.name
+        assert resolved.TEST.PRECISE_BN.ENABLED, row.name
+        assert resolved.INPUT.FORMAT == "RGB", row.name
+        assert not resolved.MODEL.RESNETS.STRIDE_IN_1X1, row.name
+        assert not resolved.SOLVER.AMP.ENABLED, row.name
+    c4 = config("voc-frcnn-c4-24k")
+    assert c4.MODEL.ROI_HEADS.NAME == "Res5ROIHeadsExtraNorm"
+    assert (c4.SOLVER.MAX_ITER, tuple(c4.SOLVER.STEPS), c4.SOLVER.WARMUP_ITERS) == (24000, (18000, 22000), 100)
+    assert (c4.MODEL.RPN.PRE_NMS_TOPK_TEST, c4.MODEL.RPN.POST_NMS_TOPK_TEST) == (6000, 1000)
+    assert tuple(c4.INPUT.MIN_SIZE_TRAIN) == tuple(range(480, 801, 32))
+    assert c4.MODEL.ROI_HEADS.NUM_CLASSES == 20
+    twist = config("coco-mrcnn-fpn-infomin-1x")
+    assert (twist.MODEL.ROI_BOX_HEAD.NUM_CONV, twist.MODEL.ROI_BOX_HEAD.NUM_FC) == (4, 1)
+    assert {twist.MODEL.FPN.NORM, twist.MODEL.ROI_BOX_HEAD.NORM, twist.MODEL.ROI_MASK_HEAD.NORM} == {"SyncBN"}
+    moco = config("coco-mrcnn-fpn-1x")
+    assert (moco.MODEL.ROI_BOX_HEAD.NUM_CONV, moco.MODEL.ROI_BOX_HEAD.NUM_FC) == (0, 2)
+    assert (moco.MODEL.FPN.NORM, moco.MODEL.ROI_BOX_HEAD.NORM) == ("SyncBN", "")
+    for name, iterations, steps in (("1x", 90000, (60000, 80000)), ("2x", 180000, (120000, 160000))):
+        for family in ("c4", "fpn", "fpn-infomin"):
+            solver = config(f"coco-mrcnn-{family}-{name}").SOLVER
+            assert (solver.MAX_ITER, tuple(solver.STEPS)) == (iterations, steps)
+            assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY) == (16, 0.02, 1e-4)
+    city = config("cityscapes-mrcnn-fpn-24k")
+    assert (city.SOLVER.IMS_PER_BATCH, city.SOLVER.BASE_LR, city.MODEL.ROI_HEADS.NUM_CLASSES) == (8, 0.01, 8)
+
+
+def test_the_frameworks_own_linear_rule_is_ours(request_of) -> None:
+    from transfer import detectron2_engine as engine
+
+    published = engine._schedule(engine.resolve(request_of("coco-mrcnn-fpn-1x", "keep_batch=true")).config)
+    resolved = engine.resolve(request_of("coco-mrcnn-fpn-1x"))
+    assert engine._schedule(resolved.config) == linear_rule(published, processes=1, reference=8)
+    assert "linear rule" in resolved.plan
+    assert not resolved.reduced  # the same images are seen
+    assert engine.resolve(request_of("coco-mrcnn-fpn-1x", "iterations=100")).reduced
+
+
+def test_recipe_knows_the_protocol_and_not_the_weights(request_of) -> None:
+    from transfer import detectron2_engine as engine
+
+    first = engine.resolve(request_of("coco-mrcnn-fpn-1x", seed=0)).recipe
+    second = engine.resolve(request_of("coco-mrcnn-fpn-1x", "DATALOADER.NUM_WORKERS=1", seed=5, method="random")).recipe
+    assert first == second
+    assert first != engine.resolve(request_of("coco-mrcnn-fpn-1x", "SOLVER.BASE_LR=0.1")).recipe
+    assert first != engine.resolve(request_of("coco-mrcnn-fpn-1x", architecture="resnet50")).recipe
+    text = json.dumps(first)
+    assert "PIXEL_MEAN" not in text
+    assert "weights" not in text.lower().replace("bbox_reg_weights", "")
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("SOLVER.BASE_LRR=1", r'Detectron2 knows no key SOLVER\.BASE_LRR .* Did you mean "BASE_LR"'),
+        ("SOLVER=1", r"SOLVER is a section"),
+        ("SOLVER.BASE_LR=fast", r"SOLVER\.BASE_LR is .*Type mismatch"),
+        ("MODEL.BACKBONE.FREEZE_AT=2", "Frozen batch norm or frozen stages do not go with self-supervised"),
+        ("MODEL.RESNETS.NORM=FrozenBN", "Frozen batch norm or frozen stages do not go with self-supervised"),
+    ],
+)
+def test_impossible_overrides_are_one_sentence(request_of, override, sentence) -> None:
+    from transfer import detectron2_engine as engine
+
+    with pytest.raises(UsageError, match=sentence) as caught:
+        engine.resolve(request_of("coco-mrcnn-fpn-1x", override))
+    assert "\n" not in str(caught.value)
+
+
+def test_supervised_weights_may_be_frozen(request_of) -> None:
+    from transfer import detectron2_engine as engine
+
+    request = request_of("coco-mrcnn-fpn-1x", "MODEL.BACKBONE.FREEZE_AT=2", method="supervised")
+    assert engine.resolve(request).config.MODEL.BACKBONE.FREEZE_AT == 2
+
+
+def test_extra_norm_stands_behind_res5(request_of) -> None:
+    from detectron2.modeling import build_model
+
+    from transfer import detectron2_engine as engine
+
+    for architecture, blocks in (("resnet18", 2), ("resnet50", 3)):
+        model = build_model(engine.resolve(request_of("voc-frcnn-c4-24k", architecture=architecture)).config)
+        res5 = model.roi_heads.res5
+        assert [name for name, _ in res5.named_children()] == [*map(str, range(blocks)), "norm"]
+        assert isinstance(res5.norm, torch.nn.BatchNorm2d)
+        out = res5(torch.randn(2, 256 if blocks == 2 else 1024, 14, 14))
+        assert out.shape[-1] == 7
+
+
+def test_weights_that_do_not_arrive_are_found(request_of, weights) -> None:
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.modeling import build_model
+
+    from transfer import detectron2_engine as engine
+
+    file, _, _ = weights("resnet18")
+    for protocol in ("coco-mrcnn-fpn-1x", "voc-frcnn-c4-24k"):
+        model = build_model(engine.resolve(request_of(protocol)).config)
+        with pytest.raises(UserError, match="did not take the weights"):
+            engine.prove_loaded(model, file)
+        DetectionCheckpointer(model).load(f"{file}?matching_heuristics=True")
+        engine.prove_loaded(model, file)
+        # One tensor of the file changed, and one of the file missing.
+        loaded = torch.load(file, weights_only=True)
+        changed = file.with_name("changed.pth")
+        loaded["model"]["res5.1.conv2.weight"] += 1e-6
+        torch.save(loaded, changed)
+        with pytest.raises(UserError, match=r"1 tensors .* are not in the model, 0 of"):
+            engine.prove_loaded(model, changed)
+        del loaded["model"]["res5.1.conv2.weight"]
+        torch.save(loaded, changed)
+        with pytest.raises(UserError, match=r"0 tensors .* 1 of the backbone's"):
+            engine.prove_loaded(model, changed)
+
+
+def test_an_interrupted_run_continues_from_its_checkpoint(request_of, monkeypatch) -> None:
+    """Stopped after its second step of four; the continued run takes the last two and ends like any other."""
+    from transfer import detectron2_engine as engine
+
+    options = (*QUICK, "iterations=4", "SOLVER.CHECKPOINT_PERIOD=2")
+    request = request_of("voc-frcnn-fpn-24k", *options)
+    step = engine.Trainer.run_step
+
+    def stops(self) -> None:
+        if self.iter == 3:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(engine.Trainer, "run_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(request, engine.resolve(request))
+    monkeypatch.undo()
+    continued = request_of("voc-frcnn-fpn-24k", *options, resume=True)
+    result = engine.run(continued, engine.resolve(continued))
+    assert [json.loads(line)["step"] for line in result.curves.read_text().splitlines()] == [1, 2, 3, 4]
+    log = (request.output / "log.txt").read_text()
+    assert "Starting training from iteration 2" in log
+    # Evaluating the finished run again gives the same numbers.
+    again = request_of("voc-frcnn-fpn-24k", *options, eval_only=True)
+    assert engine.run(again, engine.resolve(again)).metrics == result.metrics
+
+
+def _worker_on_cpu(request: Request, dumped: str) -> None:
+    """The engine's worker where Detectron2 would hand `device_ids` to a model without GPU."""
+    from detectron2.engine import defaults
+    from torch.nn.parallel import DistributedDataParallel
+
+    from transfer import detectron2_engine as engine
+
+    torch.set_num_threads(1)
+    defaults.create_ddp_model = lambda model, **options: DistributedDataParallel(model, **options)
+    engine._worker(request, dumped)
+
+
+def test_two_processes_train_and_evaluate_together(request_of) -> None:
+    """Detectron2's launcher with two gloo ranks: MoCo's naiveSyncBN runs on CPUs, so the path can be tested here."""
+    from detectron2.engine import launch
+
+    from transfer import detectron2_engine as engine
+
+    request = request_of("voc-frcnn-c4-24k", *QUICK)
+    resolved = engine.resolve(request)
+    launch(_worker_on_cpu, 2, dist_url="auto", args=(request, resolved.config.dump()))
+    result = engine.collect(request, resolved)
+    assert list(result.metrics) == list(request.protocol.metrics)
+    assert [json.loads(line)["step"] for line in result.curves.read_text().splitlines()] == [1, 2]
+    assert (request.output / "log.rank1.txt").is_file()
+    with pytest.raises(UsageError, match="Several processes need GPUs"):
+        engine.resolve(request_of("voc-frcnn-fpn-24k", *QUICK, "nodes=2", "master=localhost:1"))
+
+
+def test_images_that_an_annotation_file_names_must_be_there(tmp_path) -> None:
+    from transfer.detectron2_data import count_images, register_data
+
+    make_coco(tmp_path)
+    register_data(tmp_path, ["coco_2017_val"], sample_classes=None)
+    assert count_images(["coco_2017_val"]) == {"coco_2017_val": 3}
+    next((tmp_path / "coco" / "val2017").iterdir()).unlink()
+    with pytest.raises(UserError, match="1 of the 3 images of coco_2017_val are not on disk"):
+        count_images(["coco_2017_val"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluators
+
+
+def instances(boxes, scores, classes, masks=None):
+    from detectron2.structures import Boxes, Instances
+
+    found = Instances((HEIGHT, WIDTH))
+    found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    found.scores = torch.tensor(scores, dtype=torch.float32)
+    found.pred_classes = torch.tensor(classes, dtype=torch.int64)
+    if masks is not None:
+        found.pred_masks = torch.tensor(masks, dtype=torch.bool)
+    return found
+
+
+def test_voc_evaluation_is_the_11_point_one(tmp_path) -> None:
+    """Two aeroplanes and one difficult; found: one right, one wrong, the difficult one. Worked out by hand.
+
+    Ranked by score: right (precision 1, recall 1/2), wrong (1/2, 1/2), difficult (neither). Eleven points: recall
+    0 … 0.5 have precision 1, the rest 0: AP50 = 6/11. The area under the curve, which VOC 2012 takes, would be 1/2.
+    The other 19 classes have no object and no detection: AP 0. The box is off by design at IoU .75.
+    """
+    from transfer.detectron2_data import register_data
+    from transfer.detectron2_engine import Trainer
+
+    folder = tmp_path / "VOC2007"
+    (folder / "Annotations").mkdir(parents=True)
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    (folder / "ImageSets" / "Main" / "test.txt").write_text("a\nb\n")
+    objects = {"a": [((10, 10, 50, 50), 0)], "b": [((5, 5, 45, 45), 0), ((60, 20, 90, 60), 1)]}
+    for name, entries in objects.items():
+        text = "".join(
+            f"<object><name>aeroplane</name><pose>x</pose><truncated>0</truncated><difficult>{difficult}</difficult><bndbox>"
+            f"<xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
+            for (x0, y0, x1, y1), difficult in entries
+        )
+        (folder / "Annotations" / f"{name}.xml").write_text(
+            f"<annotation><size><width>{WIDTH}</width><height>{HEIGHT}</height></size>{text}</annotation>"
+        )
+    register_data(tmp_path, ["voc_2007_test"], sample_classes=None)
+    evaluator = Trainer.build_evaluator(None, "voc_2007_test")
+    evaluator.reset()
+    # Right at IoU .5 and .6, wrong from .65 on: 40×40 against 40×26 has IoU .65.
+    evaluator.process([{"image_id": "a"}], [{"instances": instances([[10, 10, 50, 35]], [0.9], [0])}])
+    found = instances([[70, 0, 90, 10], [60, 20, 90, 60]], [0.8, 0.7], [0, 0])
+    evaluator.process([{"image_id": "b"}], [{"instances": found}])
+    results = evaluator.evaluate()["bbox"]
+    one_class = 100 * 6 / 11 / 20
+    assert results["AP50"] == pytest.approx(one_class)
+    assert results["AP75"] == 0
+    # IoU with VOC's inclusive pixels: 41·26 / (41·41) = .634, so .50, .55 and .60 of the ten thresholds count.
+    assert results["AP"] == pytest.approx(one_class * 3 / 10)
+
+
+def test_coco_evaluation_is_pycocotools(tmp_path) -> None:
+    """Detections with shifted boxes and masks through our evaluator, and the same through pycocotools alone."""
+    from detectron2.config import get_cfg
+    from pycocotools import mask as rle
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    from transfer.detectron2_data import register_data
+    from transfer.detectron2_engine import Trainer
+
+    make_coco(tmp_path, images=6)
+    register_data(tmp_path, ["coco_2017_val"], sample_classes=None)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(tmp_path / "coco" / "annotations" / "instances_val2017.json"))
+    contiguous = {category: i for i, category in enumerate(truth.getCatIds())}
+    config = get_cfg()
+    config.MODEL.MASK_ON = True
+    config.OUTPUT_DIR = str(tmp_path / "out")
+    evaluator = Trainer.build_evaluator(config, "coco_2017_val")
+    evaluator.reset()
+    rng = np.random.default_rng(0)
+    plain = []
+    for image in truth.getImgIds():
+        rows = [a for a in truth.loadAnns(truth.getAnnIds(image)) if not a["iscrowd"]]
+        boxes, scores, classes, masks = [], [], [], []
+        for row in rows:
+            x, y, w, h = row["bbox"]
+            x, y = x + int(rng.integers(-6, 7)), y + int(rng.integers(-6, 7))
+            mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
+            mask[max(y, 0) : y + h, max(x, 0) : x + w] = True
+            score = float(np.float32(rng.random()))
+            boxes.append([x, y, x + w, y + h])
+            scores.append(score)
+            classes.append(contiguous[row["category_id"]])
+            masks.append(mask)
+            encoded = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+            plain.append(
+                {"image_id": image, "category_id": row["category_id"], "bbox": [x, y, w, h], "score": score,
+                 "segmentation": encoded}
+            )  # fmt: skip
+        found = instances(boxes, scores, classes, np.stack(masks))
+        evaluator.process([{"image_id": image}], [{"instances": found}])
+    with contextlib.redirect_stdout(io.StringIO()):
+        results = evaluator.evaluate()
+        for kind in ("bbox", "segm"):
+            detections = [dict(row) for row in plain]
+            if kind == "bbox":
+                for row in detections:
+                    del row["segmentation"]
+            reference = COCOeval(truth, truth.loadRes(detections), kind)
+            reference.evaluate()
+            reference.accumulate()
+            reference.summarize()
+            for index, name in enumerate(("AP", "AP50", "AP75")):
+                assert results[kind][name] == pytest.approx(100 * reference.stats[index]), (kind, name)
+    assert 5 < results["bbox"]["AP"] < 95  # neither all right nor all wrong: the comparison can fail
+
+
+def test_cityscapes_evaluation_by_hand(tmp_path, monkeypatch) -> None:
+    """Every car found with its exact mask, and as many again that are wrong with a higher score.
+
+    With P true cars and as many false ones ranked above, precision at the i-th hit is i / (P + i); cityscapesScripts
+    integrates with its own step rule, so the bounds are what is asserted: perfect is 100, the ranking must cost.
+    """
+    from transfer.detectron2_data import register_data
+    from transfer.detectron2_engine import Trainer
+
+    monkeypatch.chdir(tmp_path)
+    make_cityscapes(tmp_path, size=(256, 128))
+    name = "cityscapes_fine_instance_seg_val"
+    register_data(tmp_path, [name], sample_classes=None)
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from PIL import Image
+
+    car = MetadataCatalog.get(name).thing_classes.index("car")
+    scores = {}
+    for wrong in (0, 1):
+        evaluator = Trainer.build_evaluator(None, name)
+        evaluator.reset()
+        for entry in DatasetCatalog.get(name):
+            ids = np.asarray(
+                Image.open(entry["sem_seg_file_name"].replace("labelIds", "instanceIds"))
+                if "sem_seg_file_name" in entry
+                else Image.open(
+                    entry["file_name"]
+                    .replace("leftImg8bit/", "gtFine/", 1)
+                    .replace("_leftImg8bit", "_gtFine_instanceIds")
+                )
+            )
+            masks = [ids == value for value in np.unique(ids) if value >= 1000]
+            masks += [np.roll(mask, ids.shape[1] // 2, axis=1) & (ids < 1000) for mask in masks] * wrong
+            values = [0.5] * (len(masks) // (1 + wrong)) + [0.9] * (len(masks) - len(masks) // (1 + wrong))
+            found = instances(np.zeros((len(masks), 4)), values, [car] * len(masks), np.stack(masks))
+            evaluator.process([entry], [{"instances": found}])
+        with contextlib.redirect_stdout(io.StringIO()):
+            scores[wrong] = evaluator.evaluate()["segm"]
+    assert scores[0]["AP"] == pytest.approx(100)
+    assert scores[0]["AP50"] == pytest.approx(100)
+    assert 0 < scores[1]["AP50"] < 75
+    assert list(tmp_path.glob("*.json")) == []  # cityscapesScripts' matches.json

@@ -1,0 +1,280 @@
+"""MMSegmentation for real: every full protocol on trees in the real layouts, its IoU against a hand-computed case."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_trees import make_cityscapes, make_voc_segmentation
+
+from contracts.errors import UsageError, UserError
+from contracts.networks import build_backbone
+from contracts.weights import Backbone
+from transfer.protocols import PROTOCOLS, find_protocol
+from transfer.request import Request, split_overrides
+from transfer.scaling import Schedule
+
+pytestmark = pytest.mark.slow
+FULL = [row for row in PROTOCOLS.values() if row.engine == "mmseg" and row.scale == "full"]
+# Two steps on two crops of 65 pixels; model, losses, pipelines and metric are the protocol's.
+QUICK = (
+    "iterations=2",
+    "train_dataloader.batch_size=2",
+    "train_dataloader.num_workers=0",
+    "val_dataloader.num_workers=0",
+    "train_dataloader.dataset.pipeline.2.scale=[128, 80]",
+    "train_dataloader.dataset.pipeline.3.crop_size=[65, 65]",
+    "model.data_preprocessor.size=[65, 65]",
+    "val_dataloader.dataset.pipeline.1.scale=[128, 80]",
+)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    return make_cityscapes(make_voc_segmentation(tmp_path_factory.mktemp("root")))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """architecture → (weights.pth, overlay.py, header), as the converter writes them."""
+    from converters.mmseg_writer import overlay_text, write
+
+    folder = tmp_path_factory.mktemp("weights")
+    made: dict[str, tuple[Path, Path, Backbone]] = {}
+
+    def make(architecture: str) -> tuple[Path, Path, Backbone]:
+        if architecture not in made:
+            torch.manual_seed(3)
+            header = Backbone(architecture=architecture, method="twist")
+            file, overlay = folder / f"{architecture}.pth", folder / f"{architecture}.py"
+            write(file, build_backbone(architecture).state_dict(), header)
+            overlay.write_text(overlay_text(header))
+            made[architecture] = file, overlay, header
+        return made[architecture]
+
+    return make
+
+
+@pytest.fixture
+def request_of(tree, weights, tmp_path):
+    torch.set_num_threads(1)
+
+    def make(protocol: str, *overrides: str, architecture: str = "resnet18", method: str = "twist", **more) -> Request:
+        controls, rest = split_overrides(overrides)
+        file, overlay, header = weights(architecture)
+        output = tmp_path / "run"
+        output.mkdir(exist_ok=True)
+        return Request(
+            find_protocol(protocol),
+            tree,
+            output,
+            file,
+            overlay,
+            header,
+            method,
+            overrides=rest,
+            controls=controls,
+            **more,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("row", FULL, ids=lambda row: row.name)
+def test_every_full_protocol_trains_two_steps_and_is_evaluated(row, request_of) -> None:
+    from transfer import mmseg_engine as engine
+
+    slide = ("model.test_cfg.crop_size=[65, 65]", "model.test_cfg.stride=[43, 43]") if "cityscapes" in row.name else ()
+    architecture = "resnet50" if row.name == "voc12aug-fcn-d8-20k" else "resnet18"
+    request = request_of(row.name, *QUICK, *slide, architecture=architecture)
+    result = engine.run(request, engine.resolve(request))
+    assert list(result.metrics) == list(row.metrics)
+    assert all(0 <= value <= 100 for value in result.metrics.values())
+    steps = [json.loads(line) for line in result.curves.read_text().splitlines()]
+    assert [line["step"] for line in steps] == [1, 2]
+    assert ("aux.loss_ce" in steps[0]) == ("d8" in row.name)
+    assert [path.name for path in result.media][-1] == "losses.png"
+    assert all(path.stat().st_size < 200_000 for path in result.media)
+    assert (request.output / "log.txt").is_file()
+    assert list(request.output.rglob("events.out.tfevents*"))
+    json.dumps(result.recipe)
+
+
+def test_full_recipes_are_the_published_ones(request_of) -> None:
+    """What a reader of the papers would check, on the resolved configs and at the recipes' own batch."""
+    from transfer import mmseg_engine as engine
+
+    def config(protocol: str):
+        return engine.resolve(request_of(protocol, "keep_batch=true", architecture="resnet50")).config
+
+    for row in FULL:
+        resolved = config(row.name)
+        backbone = resolved.model.backbone
+        assert backbone.type == "ResNet", "the deep stem of ResNetV1c takes no self-supervised stem"
+        assert resolved.model.pretrained is None
+        assert backbone.init_cfg.prefix == "backbone."
+        assert backbone.norm_cfg.type == "SyncBN"
+        assert not backbone.norm_eval
+        assert resolved.model.decode_head.num_classes == (21 if "voc" in row.name else 19)
+        head = resolved.model.decode_head
+        if "d8" in row.name:
+            assert (tuple(backbone.dilations), tuple(backbone.strides)) == ((1, 1, 2, 4), (1, 2, 1, 1))
+            assert backbone.contract_dilation
+            assert (head.channels, head.num_convs, head.concat_input, head.dropout_ratio) == (512, 2, True, 0.1)
+            assert (resolved.model.auxiliary_head.channels, resolved.model.auxiliary_head.loss_decode.loss_weight) == (
+                256,
+                0.4,
+            )
+            assert resolved.optim_wrapper.optimizer.weight_decay == 5e-4
+            assert resolved.param_scheduler[0].type == "PolyLR"
+        else:
+            assert (tuple(backbone.dilations), tuple(backbone.strides)) == ((1, 1, 1, 2), (1, 2, 2, 1))
+            assert (head.channels, head.num_convs, head.concat_input, head.dilation) == (256, 2, False, 6)
+            assert head.dropout_ratio == 0
+            assert resolved.model.auxiliary_head is None
+            assert resolved.optim_wrapper.optimizer.weight_decay == 1e-4
+            types = [step.type for step in resolved.train_dataloader.dataset.pipeline]
+            assert "PhotoMetricDistortion" not in types
+    facts = {
+        "voc12aug-fcn-d8-20k": Schedule(16, 0.01, 20000, 0),
+        "cityscapes-fcn-d8-40k": Schedule(8, 0.01, 40000, 0),
+        "voc12aug-fcn-d16-30k": Schedule(16, 0.003, 30000, 0, (21000, 27000)),
+        "cityscapes-fcn-d16-90k": Schedule(16, 0.01, 90000, 0, (63000, 81000)),
+    }
+    for name, schedule in facts.items():
+        assert engine._schedule(config(name), processes=1) == schedule, name
+    city = config("cityscapes-fcn-d8-40k").model
+    assert (city.test_cfg.mode, tuple(city.test_cfg.crop_size), tuple(city.test_cfg.stride)) == (
+        "slide",
+        (769, 769),
+        (513, 513),
+    )
+    assert city.decode_head.align_corners
+
+
+def test_linear_rule_on_one_process(request_of) -> None:
+    from transfer import mmseg_engine as engine
+
+    resolved = engine.resolve(request_of("voc12aug-fcn-d8-20k"))
+    assert engine._schedule(resolved.config, processes=1) == Schedule(4, 0.0025, 80000, 0)
+    policy = resolved.config.param_scheduler[0]
+    assert (policy.end, policy.eta_min) == (80000, pytest.approx(2.5e-5))
+    assert "linear rule" in resolved.plan
+    assert not resolved.reduced
+    step = engine.resolve(request_of("voc12aug-fcn-d16-30k")).config.param_scheduler[0]
+    assert list(step.milestones) == [42000, 54000]
+
+
+def test_heads_follow_the_backbone(request_of) -> None:
+    from transfer import mmseg_engine as engine
+
+    for architecture, channels in (("resnet18", (512, 256)), ("resnet50", (2048, 1024))):
+        model = engine.resolve(request_of("voc12aug-fcn-d8-20k", architecture=architecture)).config.model
+        assert (model.decode_head.in_channels, model.auxiliary_head.in_channels) == channels
+
+
+def test_recipe_knows_the_protocol_and_not_the_weights(request_of) -> None:
+    from transfer import mmseg_engine as engine
+
+    first = engine.resolve(request_of("voc12aug-fcn-d8-20k", seed=0)).recipe
+    second = engine.resolve(request_of("voc12aug-fcn-d8-20k", "train_dataloader.num_workers=1", seed=5)).recipe
+    assert first == second
+    assert first != engine.resolve(request_of("voc12aug-fcn-d8-20k", "optim_wrapper.optimizer.lr=0.1")).recipe
+    assert "mean" not in first["model"]
+    assert "init_cfg" not in first["model"]["backbone"]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optim_wrapper.optimizer.lrr=1", r'has no key optim_wrapper\.optimizer\.lrr .* Did you mean "lr"'),
+        ("model.decode_head=1", r"model\.decode_head is a section"),
+        ("optim_wrapper.optimizer.lr=fast", r"optimizer\.lr is .* a number"),
+        ("train_dataloader.dataset.pipeline.99.scale=1", r"has no key train_dataloader\.dataset\.pipeline\.99"),
+        ("model.backbone.norm_eval=true", "Frozen batch norm or frozen stages do not go with self-supervised"),
+        ("model.backbone.frozen_stages=1", "Frozen batch norm or frozen stages do not go with self-supervised"),
+    ],
+)
+def test_impossible_overrides_are_one_sentence(request_of, override, sentence) -> None:
+    from transfer import mmseg_engine as engine
+
+    with pytest.raises(UsageError, match=sentence) as caught:
+        engine.resolve(request_of("voc12aug-fcn-d8-20k", override))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_do_not_arrive_are_found(request_of, weights) -> None:
+    from mmengine.registry import init_default_scope
+    from mmseg.registry import MODELS
+    from mmseg.utils import register_all_modules
+
+    from transfer import mmseg_engine as engine
+
+    register_all_modules(init_default_scope=False)
+    init_default_scope("mmseg")
+    file, _, _ = weights("resnet18")
+    config = engine.resolve(request_of("voc12aug-fcn-d8-20k")).config
+    backbone = MODELS.build(config.model.backbone)
+    with pytest.raises(UserError, match="did not take the weights"):
+        engine.prove_loaded(backbone, file)
+    backbone.init_weights()
+    engine.prove_loaded(backbone, file)
+    # The trap of the field: the deep-stem network takes what fits of a plain stem's weights, and says little.
+    settings = {k: v for k, v in config.model.backbone.items() if k not in ("deep_stem", "avg_down")}
+    deep = MODELS.build({**settings, "type": "ResNetV1c"})
+    deep.init_weights()
+    with pytest.raises(UserError, match=r"left at random \(first: .*"):
+        engine.prove_loaded(deep, file)
+
+
+def test_an_interrupted_run_continues_from_its_checkpoint(request_of, monkeypatch) -> None:
+    """Stopped in its fourth step of four; the continued run takes the last two and ends like any other."""
+    from transfer import mmseg_engine as engine
+
+    options = (*QUICK, "iterations=4", "default_hooks.checkpoint.interval=2")
+    request = request_of("voc12aug-fcn-d16-30k", *options)
+    after = engine._Watch.after_train_iter
+
+    def stops(self, runner, **more) -> None:
+        if runner.iter == 3:
+            raise KeyboardInterrupt
+        after(self, runner, **more)
+
+    monkeypatch.setattr(engine._Watch, "after_train_iter", stops)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(request, engine.resolve(request))
+    monkeypatch.undo()
+    continued = request_of("voc12aug-fcn-d16-30k", *options, resume=True)
+    result = engine.run(continued, engine.resolve(continued))
+    assert [json.loads(line)["step"] for line in result.curves.read_text().splitlines()] == [1, 2, 3, 4]
+    assert "resumed epoch: 0, iter: 2" in (request.output / "log.txt").read_text()
+    # The finished run continued once more has nothing to train and is evaluated.
+    assert engine.run(continued, engine.resolve(continued)).metrics == result.metrics
+
+
+def test_iou_by_hand(request_of) -> None:
+    """Four pixels of class 0, four of 1, one ignored; one pixel of class 1 is called 0.
+
+    IoU of class 0: 4/5, of class 1: 3/4; the third class is in neither and counts for nothing. mIoU 77.5, mAcc
+    (1 + 3/4) / 2 = 87.5, aAcc 7/8 = 87.5.
+    """
+    from mmseg.registry import METRICS
+    from mmseg.utils import register_all_modules
+
+    from transfer import mmseg_engine as engine
+
+    register_all_modules(init_default_scope=False)
+    config = engine.resolve(request_of("voc12aug-fcn-d8-20k")).config
+    metric = METRICS.build({**config.val_evaluator, "_scope_": "mmseg"})
+    metric.dataset_meta = {"classes": ("a", "b", "c")}
+    truth = torch.tensor([[0, 0, 0], [0, 1, 1], [1, 1, 255]])
+    found = torch.tensor([[0, 0, 0], [0, 0, 1], [1, 1, 1]])
+    sample = {"pred_sem_seg": {"data": found[None]}, "gt_sem_seg": {"data": truth[None]}}
+    metric.process({}, [sample])
+    assert engine._metrics(metric.evaluate(size=1)) == {
+        "miou_percent": 77.5,
+        "macc_percent": 87.5,
+        "aacc_percent": 87.5,
+    }

@@ -1,0 +1,135 @@
+"""THE table: complete, consistent with configs and metric vocabulary, importable without torch; the linear rule."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from contracts.errors import UsageError
+from contracts.metrics import METRICS
+from transfer.protocols import PROTOCOLS, find_neighbours, find_protocol, list_protocols
+from transfer.scaling import Schedule, choose_rule, linear_rule, render_plan, stretch
+
+ROOT = Path(__file__).resolve().parent.parent
+FULL = [
+    "voc-frcnn-c4-24k",
+    "voc-frcnn-fpn-24k",
+    "coco-mrcnn-c4-1x",
+    "coco-mrcnn-c4-2x",
+    "coco-mrcnn-fpn-1x",
+    "coco-mrcnn-fpn-2x",
+    "coco-mrcnn-fpn-infomin-1x",
+    "coco-mrcnn-fpn-infomin-2x",
+    "cityscapes-mrcnn-fpn-24k",
+    "voc12aug-fcn-d8-20k",
+    "cityscapes-fcn-d8-40k",
+    "voc12aug-fcn-d16-30k",
+    "cityscapes-fcn-d16-90k",
+    "linear",
+    "semi-1pct",
+    "semi-10pct",
+    "finetune-100pct",
+    "knn",
+    "cluster",
+]
+SAMPLE = [
+    "sample-coco-mrcnn-fpn",
+    "sample-voc-frcnn-fpn",
+    "sample-voc-frcnn-c4",
+    "sample-voc-fcn-d8",
+    "sample-cityscapes-fcn-d8",
+    "sample-linear",
+    "sample-knn",
+    "sample-semi-1pct",
+    "sample-semi-10pct",
+    "sample-cluster",
+]
+
+
+def test_the_table_has_every_protocol_and_no_other() -> None:
+    assert [row.name for row in PROTOCOLS.values() if row.scale == "full"] == FULL
+    assert [row.name for row in PROTOCOLS.values() if row.scale == "sample"] == SAMPLE
+
+
+@pytest.mark.parametrize("row", PROTOCOLS.values(), ids=lambda row: row.name)
+def test_a_row_is_consistent(row) -> None:
+    assert set(row.metrics) <= METRICS.keys()
+    assert row.data
+    assert (row.gpus == 0) == (row.scale == "sample")
+    for neighbour in row.expected:
+        assert neighbour.values.keys() <= set(row.metrics), neighbour
+        assert neighbour.source
+        assert neighbour.tolerance > 0
+        assert all(0 < value < 100 for value in neighbour.values.values())
+    if row.engine != "imagenet":
+        text = (ROOT / "configs" / row.engine / row.config).read_text()
+        assert f"# twist transfer {row.name} " in text.splitlines()[0], "a config opens with its command"
+        assert "expected" in text or "no verified published" in text or "none is published" in text or "twin of" in text
+
+
+def test_lookups() -> None:
+    with pytest.raises(UsageError, match='Did you mean "voc-frcnn-c4-24k"'):
+        find_protocol("voc-frcnn-c4-24")
+    row = find_protocol("voc-frcnn-c4-24k")
+    assert [n.values[row.main_metric] for n in find_neighbours(row, "moco-v2", 800)] == [57.4]
+    assert find_neighbours(row, "moco-v2", 300) == []  # other epochs are no neighbours
+    assert [n.values[row.main_metric] for n in find_neighbours(row, "random", None)] == [33.8]
+
+
+def test_the_list_shows_every_row_with_data_hardware_and_published_neighbours() -> None:
+    text = list_protocols()
+    for name, row in PROTOCOLS.items():
+        block = text[text.index(f"{name}   [") :].split("\n\n")[0]
+        assert row.recipe in block
+        assert f"data       {row.data[0]}" in block
+        assert all(neighbour.source in block for neighbour in row.expected)
+    assert max(map(len, text.splitlines())) < 160
+
+
+def test_the_table_needs_no_torch() -> None:
+    code = "import sys, transfer.protocols, transfer.request, transfer.result; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_linear_rule_in_numbers() -> None:
+    coco = Schedule(16, 0.02, 90000, 1000, (60000, 80000))
+    assert linear_rule(coco, processes=1, reference=8) == Schedule(2, 0.0025, 720000, 8000, (480000, 640000))
+    assert linear_rule(coco, processes=16, reference=8) == Schedule(32, 0.04, 45000, 500, (30000, 40000))
+    assert linear_rule(coco, processes=8, reference=8) == coco
+    with pytest.raises(UsageError, match="do not divide"):
+        linear_rule(Schedule(15, 0.02, 10, 0), processes=1, reference=8)
+
+
+@given(st.integers(1, 16), st.integers(1, 4), st.integers(1, 64), st.integers(1000, 200000), st.floats(1e-4, 10))
+def test_linear_rule_keeps_images_seen_and_lr_an_image(processes, reference, images, iterations, lr) -> None:
+    schedule = Schedule(images * reference, lr, iterations, 100, (iterations // 2,))
+    scaled = linear_rule(schedule, processes=processes, reference=reference)
+    assert scaled.images_seen == pytest.approx(schedule.images_seen, rel=0.02)
+    assert scaled.learning_rate / scaled.images_per_step == pytest.approx(lr / schedule.images_per_step)
+    assert scaled.images_per_step == images * processes
+
+
+def test_stretch_keeps_the_form_and_drops_what_falls_together() -> None:
+    coco = Schedule(16, 0.02, 90000, 1000, (60000, 80000))
+    assert stretch(coco, 900) == Schedule(16, 0.02, 900, 10, (600, 800))
+    assert stretch(coco, 2).steps == (1,)
+    assert stretch(coco, 1).steps == ()
+
+
+def test_the_rule_is_named() -> None:
+    assert choose_rule(processes=8, reference=8, keep_batch=False) == "as published"
+    assert choose_rule(processes=2, reference=8, keep_batch=False) == "linear rule"
+    assert choose_rule(processes=2, reference=8, keep_batch=True) == "batch kept"
+    assert choose_rule(processes=1, reference=0, keep_batch=False) == "as published"
+    assert choose_rule(processes=2, reference=0, keep_batch=False) == "batch kept"
+    coco = Schedule(16, 0.02, 90000, 1000, (60000, 80000))
+    planned = linear_rule(coco, processes=2, reference=8)
+    text = render_plan(coco, planned, rule="linear rule", processes=2, gpus=2, reference=8)
+    assert "2 GPUs; the recipe is stated for 8 GPUs → linear rule" in text
+    assert "lr 0.005" in text
+    assert "batch norm takes its statistics over 4 images a step instead of 16" in text

@@ -1,0 +1,314 @@
+"""One run from checkpoint to record, and what surrounds the engines: data checks, folder, curves, pictures, failure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_trees import make_voc_detection, make_voc_segmentation
+
+from contracts.errors import UsageError, UserError
+from contracts.record import find_records, read_record
+from contracts.weights import Backbone, write_backbone
+from transfer import folder
+from transfer.curves import Curves
+from transfer.failures import guard, raise_failure
+from transfer.pictures import colour_of, draw_classes, draw_instances, plot_losses, save_pair
+from transfer.preflight import check_data, find_root, voc_folder
+from transfer.protocols import find_protocol
+from transfer.request import split_overrides
+from transfer.run import render_end, transfer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said before anything runs
+
+
+def test_controls_are_taken_out_of_the_overrides() -> None:
+    controls, rest = split_overrides(["architecture=resnet18", "SOLVER.BASE_LR=0.1", "keep_batch=true", "iterations=5"])
+    assert (controls.architecture, controls.keep_batch, controls.iterations) == ("resnet18", True, 5)
+    assert rest == ("SOLVER.BASE_LR=0.1",)
+    with pytest.raises(UsageError, match="master=HOST:PORT"):
+        split_overrides(["nodes=2"])
+    with pytest.raises(UsageError, match="architecture"):
+        split_overrides(["architecture=resnet19"])
+
+
+def test_root_comes_from_the_option_or_the_environment(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    with pytest.raises(UserError, match="No data root: pass --data"):
+        find_root(None)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    assert find_root(None) == tmp_path
+    with pytest.raises(UserError, match="There is no data root"):
+        find_root(tmp_path / "absent")
+
+
+def test_everything_missing_is_named_at_once(tmp_path) -> None:
+    with pytest.raises(UserError) as caught:
+        check_data(find_protocol("coco-mrcnn-fpn-1x"), tmp_path)
+    for part in ("instances_train2017.json", "instances_val2017.json", "coco/train2017", "twist data check coco"):
+        assert part in str(caught.value)
+    with pytest.raises(UserError, match=r"holds no sample\.json"):
+        check_data(find_protocol("sample-coco-mrcnn-fpn"), tmp_path)
+
+
+def test_a_sample_is_not_taken_for_real_data(tmp_path) -> None:
+    make_voc_segmentation(tmp_path)
+    (tmp_path / "sample.json").write_text(json.dumps({"classes": ["a"]}))
+    with pytest.raises(UserError, match="needs the real data"):
+        check_data(find_protocol("voc12aug-fcn-d8-20k"), tmp_path)
+
+
+def test_half_extracted_voc_is_named(tmp_path) -> None:
+    make_voc_detection(tmp_path)
+    protocol = find_protocol("voc-frcnn-c4-24k")
+    assert check_data(protocol, tmp_path) is None
+    next((tmp_path / "VOC2007" / "JPEGImages").glob("*.jpg")).unlink()
+    with pytest.raises(UserError, match=r"lacks 1 of the 3 files of VOC2007 .*unpacked in part"):
+        check_data(protocol, tmp_path)
+
+
+def test_voc_may_lie_in_vocdevkit(tmp_path) -> None:
+    make_voc_segmentation(tmp_path / "VOCdevkit")
+    assert voc_folder(tmp_path, 2012) == tmp_path / "VOCdevkit" / "VOC2012"
+    assert check_data(find_protocol("voc12aug-fcn-d8-20k"), tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda mask: mask.convert("RGB"), "is a RGB picture, not a map of class numbers"),
+        (lambda mask: mask.point(lambda _: 33), "holds the value 33, where 0–20 and 255"),
+    ],
+)
+def test_damaged_masks_are_named(tmp_path, damage, sentence) -> None:
+    make_voc_segmentation(tmp_path)
+    path = sorted((tmp_path / "VOC2012" / "SegmentationClassAug").iterdir())[1]
+    with Image.open(path) as mask:
+        damage(mask).save(path)
+    with pytest.raises(UserError, match=sentence):
+        check_data(find_protocol("voc12aug-fcn-d8-20k"), tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder, curves, failures, pictures
+
+
+def test_a_folder_belongs_to_one_run(tmp_path) -> None:
+    target = tmp_path / "run"
+    run = {"protocol": "knn", "seed": 0, "recipe": {"SOLVER": {"BASE_LR": 0.02}}}
+    assert folder.earlier_run(target, resume=False) is None
+    with folder.taken(target):
+        folder.note_run(target, run, state=folder.RUNNING)
+    with pytest.raises(UserError, match="pass --resume to continue it"):
+        folder.earlier_run(target, resume=False)
+    earlier = folder.earlier_run(target, resume=True)
+    assert earlier is not None
+    folder.check_same_run(target, {k: v for k, v in earlier.items() if k != "state"}, run)
+    with pytest.raises(UserError, match=r"recipe\.SOLVER\.BASE_LR was 0\.02 and is 0\.01"):
+        folder.check_same_run(target, run, {**run, "recipe": {"SOLVER": {"BASE_LR": 0.01}}})
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        folder.earlier_run(tmp_path / "foreign", resume=True)
+
+
+def test_a_folder_that_a_failed_start_made_is_gone(tmp_path) -> None:
+    with pytest.raises(UserError), folder.taken(tmp_path / "run"):
+        (tmp_path / "run" / "weights").mkdir()
+        raise UserError("no")
+    assert not (tmp_path / "run").exists()
+
+
+def test_curves_continue_without_repeating(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    curves = Curves(path)
+    for step in (10, 20, 30):
+        curves.add(step, {"loss": 1 / step, "bad": float("nan")})
+    curves.close()
+    with path.open("a") as file:
+        file.write('{"step": 40, "lo')  # what a kill leaves
+    curves = Curves(path, start=20)
+    curves.add(30, {"loss": 7.0})
+    curves.close()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [10, 20, 30]
+    assert rows[-1] == {"step": 30, "loss": 7.0}
+
+
+def test_running_out_of_memory_names_the_knob(tmp_path) -> None:
+    expected = pytest.raises(UserError, match=r"CUDA ran out of memory .*lower SOLVER\.IMS_PER_BATCH")
+    with expected, raise_failure(tmp_path), guard(tmp_path, knob="SOLVER.IMS_PER_BATCH"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _die(_rank: int) -> None:
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _complain(_rank: int, output: Path) -> None:
+    with guard(output, knob="x"):
+        raise UsageError("This key is wrong.")
+
+
+@pytest.mark.slow
+def test_what_happens_in_a_worker_reaches_the_user(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"Worker 0 died \(SIGKILL\)"), raise_failure(tmp_path):
+        torch.multiprocessing.start_processes(_die, nprocs=1)
+    with pytest.raises(UsageError, match=r"^This key is wrong\.$"), raise_failure(tmp_path):
+        torch.multiprocessing.start_processes(_complain, args=(tmp_path,), nprocs=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_are_small_and_coloured_by_class(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (480, 640, 3), dtype=np.uint8)  # noise: the worst case for a PNG
+    boxes = np.array([[10.0, 20.0, 200.0, 300.0]])
+    left = draw_instances(image, boxes, [1], ["a", "b"])
+    right = draw_instances(image, boxes, [1], ["a", "b"], scores=[0.9], masks=np.ones((1, 480, 640), dtype=bool))
+    assert left.size == right.size == (352, 264)
+    assert left.getpixel((100, 11)) == colour_of(1)  # the box's upper edge, at the picture's scale
+    path = save_pair(left, right, tmp_path / "pair.png")
+    assert path.stat().st_size < 200_000
+    classes = np.zeros((480, 640), dtype=np.uint8)
+    classes[:, :320], classes[:, 320:] = 3, 255
+    panel = np.asarray(draw_classes(np.full((480, 640, 3), 100, np.uint8), classes))
+    assert np.array_equal(panel[100, 300], [100, 100, 100])  # ignored: untouched
+    assert np.abs(panel[100, 50] - (0.45 * 100 + 0.55 * np.array(colour_of(3)))).max() <= 1
+
+
+def test_losses_are_plotted(tmp_path) -> None:
+    curves = Curves(tmp_path / "metrics.jsonl")
+    for step in range(1, 20):
+        curves.add(step, {"loss": 3 / step, "loss_mask": 1 / step, "lr": 0.1})
+    curves.close()
+    path = plot_losses(tmp_path / "metrics.jsonl", tmp_path / "losses.png", title="t")
+    with Image.open(path) as image:
+        assert image.size == (640, 360)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs (through MMSegmentation, the lighter framework)
+
+QUICK = [
+    "iterations=2",
+    "train_dataloader.batch_size=2",
+    "train_dataloader.num_workers=0",
+    "val_dataloader.num_workers=0",
+    "train_dataloader.dataset.pipeline.2.scale=[96, 64]",
+    "train_dataloader.dataset.pipeline.3.crop_size=[64, 64]",
+    "model.data_preprocessor.size=[64, 64]",
+    "val_dataloader.dataset.pipeline.1.scale=[96, 64]",
+    "model.decode_head.channels=16",
+]
+PROTOCOL = "voc12aug-fcn-d16-30k"
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    return make_voc_segmentation(tmp_path_factory.mktemp("voc"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """An artefact that is no random initialisation of ours, with pixels of its own."""
+    from contracts.networks import build_backbone
+
+    torch.manual_seed(7)
+    header = Backbone(architecture="resnet18", method="twist", epochs=3, seed=7, mean=(0.4, 0.4, 0.4), config_hash="ab")
+    path = tmp_path_factory.mktemp("weights") / "backbone.safetensors"
+    return write_backbone(path, build_backbone("resnet18").state_dict(), header)
+
+
+@pytest.mark.slow
+def test_two_weights_meet_under_one_recipe_and_records_are_whole(tree, trained, tmp_path, capsys) -> None:
+    torch.set_num_threads(1)
+    results = tmp_path / "results"
+    common = {"data": tree, "gpus": 0, "results": results}
+    ours = transfer(PROTOCOL, weights=str(trained), output=tmp_path / "twist", overrides=QUICK, **common)
+    random = transfer(
+        PROTOCOL, weights="random", output=tmp_path / "random", overrides=["architecture=resnet18", *QUICK], **common
+    )
+    assert ours.recipe_hash == random.recipe_hash  # mean, std and paths are no part of a recipe
+    assert (ours.method, random.method) == ("twist", "random")
+    assert ours.scale == "reduced"
+    assert (ours.weights.epochs, ours.weights.pretrain_seed, ours.weights.architecture) == (3, 7, "resnet18")
+    assert random.weights.sha256 is None
+    records = list(find_records([results]))
+    assert len(records) == 2
+    for path in records:
+        record = read_record(path)
+        assert set(record.metrics) == {"miou_percent", "macc_percent", "aacc_percent"}
+        assert len(record.media) == 4  # three validation images and the losses
+        assert all((path.parent / name).is_file() for name in record.media)
+        assert record.curves is not None
+        assert [json.loads(line)["step"] for line in (path.parent / record.curves).read_text().splitlines()] == [1, 2]
+    err = capsys.readouterr().err
+    assert "linear rule" in err
+    assert "not comparable with published numbers" in err
+
+    # A changed recipe is refused, the same one continues, and the folder is not taken by another run.
+    again = {"weights": str(trained), "output": tmp_path / "twist", **common}
+    with pytest.raises(UserError, match="pass --resume"):
+        transfer(PROTOCOL, overrides=QUICK, **again)
+    with pytest.raises(UserError, match=r"optimizer\.lr was .* and is 1\.0"):
+        transfer(PROTOCOL, overrides=[*QUICK, "optim_wrapper.optimizer.lr=1.0"], resume=True, **again)
+    with pytest.raises(UserError, match="seed was 0 and is 1"):
+        transfer(PROTOCOL, overrides=QUICK, resume=True, seed=1, **again)
+    once_more = transfer(PROTOCOL, overrides=QUICK, eval_only=True, **again)
+    assert once_more.metrics == ours.metrics
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_sentence_and_leaves_nothing(tree, tmp_path) -> None:
+    def attempt(protocol: str = PROTOCOL, *, weights: str = "random", overrides: tuple[str, ...] = (), **more) -> str:
+        with pytest.raises(UserError) as caught:
+            transfer(protocol, weights=weights, data=tree, output=tmp_path / "run", overrides=overrides, **more)
+        assert not (tmp_path / "run").exists()
+        text = str(caught.value)
+        assert "\n" not in text
+        return text
+
+    junk = tmp_path / "junk.pth"
+    junk.write_bytes(b"no checkpoint")
+    assert str(junk) in attempt(weights=str(junk))
+    assert "There is no weights file" in attempt(weights="absent.pth")
+    assert "has no key optim" in attempt(overrides=("optim.lr=1",))
+    assert "is no backbone of an FCN recipe" in attempt(overrides=("architecture=vit_small_patch16",))
+    assert "holds no run to evaluate" in attempt(eval_only=True)
+    assert "this machine shows" in attempt(gpus=99)
+    assert "architecture and width are for --weights random" in attempt(
+        weights=str(junk), overrides=("architecture=resnet18",)
+    )
+
+
+def test_the_end_compares_with_the_published_rows_of_the_same_method(make_record) -> None:
+    row = find_protocol("voc-frcnn-c4-24k")
+    text = render_end(make_record(method="moco-v2", value=57.1), row, epochs=800)
+    assert "published 57.4 ± 0.6, 800 ep: -0.30, within" in text
+    assert "OUTSIDE" in render_end(make_record(method="moco-v2", value=50.0), row, epochs=800)
+    assert "nothing published for detco" in render_end(make_record(method="detco", value=50.0), row, epochs=None)
+    text = render_end(make_record(method="moco-v2", value=57.1, scale="reduced"), row, epochs=800)
+    assert "published 57" not in text
+
+
+@pytest.fixture
+def make_record():
+    from contracts.record import RunRecord, WeightsProvenance
+
+    def make(*, method: str, value: float, scale: str = "full") -> RunRecord:
+        return RunRecord(
+            method=method, protocol="voc-frcnn-c4-24k", task="detection", scale=scale, seed=0,
+            metrics={"voc07_box_ap_percent": value}, weights=WeightsProvenance(name="x"), recipe={}, software={},
+            hardware={}, wall_s=1, git_commit=None,
+        )  # fmt: skip
+
+    return make

@@ -1,0 +1,318 @@
+"""One transfer run: a protocol, a checkpoint, a data root → one run record.
+
+    check the data → convert the weights, with proof → plan → train and evaluate in the framework → record
+
+Any checkpoint that `twist convert` reads will do. `random` (a seeded random initialisation) and `torchvision:FILE`
+(supervised) are the baselines; `random` is written as an artefact first, so everything after is one path for all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from contracts import atomic
+from contracts.errors import UserError
+from contracts.hashing import sha256_file
+from contracts.metrics import METRICS
+from contracts.provenance import git_commit, hardware, software
+from contracts.record import RunRecord, Scale, WeightsProvenance, write_record
+from contracts.weights import Backbone, write_backbone
+from transfer import folder
+from transfer.preflight import check_data, find_root
+from transfer.protocols import Neighbour, Protocol, find_neighbours, find_protocol
+from transfer.quiet import frameworks_quiet
+from transfer.request import Controls, Request, split_overrides
+from transfer.result import EngineResult
+
+RANDOM, SUPERVISED = "random", "supervised"
+TORCHVISION = "torchvision:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The weights as given: a file (None for random), the layout when it is told, and what the record calls them."""
+
+    path: Path | None
+    layout: str | None
+    name: str
+    sha256: str | None
+
+
+def transfer(
+    protocol: str,
+    *,
+    weights: str,
+    data: Path | None,
+    seed: int = 0,
+    gpus: int | None = None,
+    output: Path | None = None,
+    results: Path | None = None,
+    resume: bool = False,
+    eval_only: bool = False,
+    overrides: Sequence[str] = (),
+    method: str | None = None,
+) -> RunRecord:
+    """Run `protocol` on `weights` and write one record.
+
+    Args:
+        weights: `random`, `torchvision:FILE`, a checkpoint of any layout, or a run folder with `backbone.safetensors`.
+        data: the data root; None takes `DETECTRON2_DATASETS`.
+        gpus: GPUs of this node; None takes those of the recipe that are here, 0 one process on the CPU.
+        output: the run folder; None makes `runs/<protocol>/<method>-<weights>-seed<seed>`.
+        results: where records go, `<results>/<protocol>/<run>.json` with pictures and curves beside; None takes
+            `<output>/results`.
+        resume: continue what the folder holds. eval_only: evaluate its last checkpoint, without training.
+        overrides: `key=value` on the engine's own config, or on `transfer.request.Controls`.
+        method: what the record calls the method; None takes what the weights say.
+
+    Raises:
+        UsageError: an unknown protocol, an unknown or impossible override.
+        UserError: data, weights or run folder that are not what they should be; memory that ran out.
+    """
+    row = find_protocol(protocol)
+    controls, rest = split_overrides(overrides)
+    root = find_root(data)
+    sample = check_data(row, root)
+    gpus = _choose_gpus(gpus, row)
+    source = _find_weights(weights)
+    label = method or (SUPERVISED if source.layout else RANDOM if source.path is None else None)
+    output = (output or _default_output(row, source, label, seed)).resolve()
+    began = time.monotonic()
+
+    # On several machines the first one keeps the folder's account; the others work in it, or in one of their own.
+    leads = controls.node_rank == 0
+    earlier = folder.earlier_run(output, resume=resume or eval_only) if leads else None
+    if eval_only and leads and earlier is None:
+        raise UserError(f"{output} holds no run to evaluate: run the protocol first, or check --output.")
+    with folder.taken(output):
+        artefact = _artefact(source, controls, row, seed=seed, output=output)
+        run = {"protocol": row.name, "seed": seed, "weights": {"name": source.name, "sha256": source.sha256}}
+        if row.engine == "imagenet":
+            if controls.iterations or controls.nodes > 1:
+                raise UserError(
+                    f"{row.name} is counted in epochs on one machine: iterations and nodes are no keys of it."
+                )
+            run = {**run, "overrides": sorted(rest)}
+            if earlier is not None:
+                folder.check_same_run(output, _identity(earlier), run)
+            folder.note_run(output, run, state=folder.RUNNING)
+            result, backbone, scale = _run_imagenet(
+                row, source, artefact, root=root, seed=seed, output=output, overrides=rest, resume=resume, gpus=gpus
+            )
+        else:
+            file, overlay, backbone = _convert(row, source, artefact, output=output, node=controls.node_rank)
+            request = Request(
+                row, root, output, file, overlay, backbone, label or backbone.method, seed, gpus, rest, controls,
+                resume=resume, eval_only=eval_only,
+            )  # fmt: skip
+            engine = _engine(row)
+            with frameworks_quiet():
+                resolved = engine.resolve(request)
+            print(resolved.plan, file=sys.stderr)
+            run = {**run, "recipe": resolved.recipe}
+            if earlier is not None:
+                folder.check_same_run(output, _identity(earlier), run)
+            if leads:
+                folder.note_run(output, run, state=folder.RUNNING)
+            result = engine.run(request, resolved)
+            scale = "sample" if row.scale == "sample" else "reduced" if resolved.reduced else "full"
+
+    record = RunRecord(
+        method=label or backbone.method,
+        protocol=row.name,
+        task=row.task,
+        scale=scale,
+        seed=seed,
+        metrics=result.metrics,
+        weights=_provenance(source, backbone),
+        recipe=_recipe(result, backbone, sample),
+        software=software(),
+        hardware={**hardware(), "gpus_used": gpus, "nodes": controls.nodes},
+        wall_s=round(time.monotonic() - began, 1),
+        git_commit=git_commit(),
+        notes=(*result.notes, *(("continued from a checkpoint: wall_s counts this start alone",) if earlier else ())),
+    )
+    record = _publish(record, result, (results or output / "results").resolve())
+    if leads:
+        folder.note_run(output, run, state=folder.DONE)
+    print(render_end(record, row, epochs=backbone.epochs), file=sys.stderr)
+    return record
+
+
+def render_end(record: RunRecord, row: Protocol, *, epochs: int | None) -> str:
+    """Measured metrics, beside what was published for the same method under this protocol."""
+    neighbours = find_neighbours(row, record.method, epochs) if record.scale == "full" else []
+    lines = [f"{row.name} · {record.method} · {record.weights.name} · seed {record.seed} · {record.wall_s:.0f} s"]
+    for name in row.metrics:
+        if name in record.metrics:
+            lines.append(f"  {METRICS[name].label:22} {record.metrics[name]:6.2f} {METRICS[name].unit}")
+            lines += [f"    {text}" for neighbour in neighbours for text in _against(name, record, neighbour)]
+    if record.scale == "full" and not neighbours:
+        lines.append(f"  nothing published for {record.method} under this protocol is known here")
+    elif record.scale != "full":
+        lines.append(f"  {record.scale} scale: not comparable with published numbers")
+    return "\n".join(lines)
+
+
+def _against(name: str, record: RunRecord, neighbour: Neighbour) -> list[str]:
+    if name not in neighbour.values:
+        return []
+    difference = record.metrics[name] - neighbour.values[name]
+    verdict = "within" if abs(difference) <= neighbour.tolerance else "OUTSIDE"
+    epochs = f", {neighbour.epochs} ep" if neighbour.epochs else ""
+    return [
+        f"published {neighbour.values[name]:.1f} ± {neighbour.tolerance:g}{epochs}: {difference:+.2f}, {verdict} "
+        f"[{neighbour.source}]"
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _choose_gpus(gpus: int | None, row: Protocol) -> int:
+    import torch
+
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus is None:
+        return min(here, max(row.gpus, 1))
+    if gpus > here:
+        raise UserError(f"--gpus {gpus}, but this machine shows {here}: pass at most that, or 0 for the CPU.")
+    return gpus
+
+
+def _find_weights(weights: str) -> Source:
+    if weights == RANDOM:
+        return Source(None, None, RANDOM, None)
+    layout = "torchvision" if weights.startswith(TORCHVISION) else None
+    path = Path(weights.removeprefix(TORCHVISION)).expanduser()
+    if path.is_dir():
+        path = path / "backbone.safetensors"
+    if not path.is_file():
+        raise UserError(f"There is no weights file at {path}: check the path, or pass random or torchvision:FILE.")
+    return Source(path.resolve(), layout, path.parent.name if path.stem == "backbone" else path.stem, sha256_file(path))
+
+
+def _default_output(row: Protocol, source: Source, label: str | None, seed: int) -> Path:
+    weights = f"-{source.sha256[:8]}" if source.sha256 else ""
+    return Path("runs") / row.name / f"{label or source.name}{weights}-seed{seed}"
+
+
+def _artefact(source: Source, controls: Controls, row: Protocol, *, seed: int, output: Path) -> Path:
+    """The file that is converted: the one given, or a random initialisation written as an artefact."""
+    if source.path is not None:
+        if controls.architecture or controls.width:
+            raise UserError("architecture and width are for --weights random: a checkpoint says its own.")
+        return source.path
+    import torch
+
+    from contracts.networks import build_backbone
+
+    architecture = controls.architecture or ("resnet18" if row.scale == "sample" else "resnet50")
+    vit = architecture.startswith("vit_")
+    header = Backbone(
+        architecture=architecture,
+        width=controls.width or 1,
+        stem="patch16" if vit else "conv7x7",
+        image_size=224 if vit else None,
+        method=RANDOM,
+        seed=seed,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build_backbone(header.architecture, width=header.width)
+    return write_backbone(output / "weights" / "random.safetensors", network.state_dict(), header)
+
+
+def _convert(row: Protocol, source: Source, artefact: Path, *, output: Path, node: int) -> tuple[Path, Path, Backbone]:
+    """Weights and overlay for the protocol's framework, the proof held on the way."""
+    from converters.convert import convert
+
+    target = output / "weights" / (row.engine if node == 0 else f"{row.engine}-node{node}")
+    if target.exists():  # a continued run: the conversion is deterministic, so it is made anew rather than trusted
+        shutil.rmtree(target)
+    with frameworks_quiet():
+        done = convert(artefact, target=row.engine, layout=source.layout, output=target)  # type: ignore[arg-type]
+    assert done.overlay is not None, row.engine
+    return Path(done.weights), Path(done.overlay), done.backbone
+
+
+def _engine(row: Protocol) -> ModuleType:
+    with frameworks_quiet():
+        return importlib.import_module(f"transfer.{row.engine}_engine")
+
+
+def _run_imagenet(
+    row: Protocol,
+    source: Source,
+    artefact: Path,
+    *,
+    root: Path,
+    seed: int,
+    output: Path,
+    overrides: Sequence[str],
+    resume: bool,
+    gpus: int,
+) -> tuple[EngineResult, Backbone, Scale]:
+    from converters.read import load_artefact
+    from transfer.imagenet import engine
+
+    tensors, backbone = load_artefact(artefact, layout=source.layout)
+    result = engine.run(
+        row, tensors, backbone, data=root, seed=seed, output=output, overrides=overrides, resume=resume, gpus=gpus
+    )
+    if row.scale == "sample":
+        return result, backbone, "sample"
+    # The same recipe on another folder of classes is legal, and is no ImageNet number.
+    return result, backbone, "full" if result.recipe.get("images", {}).get("classes") == 1000 else "reduced"
+
+
+def _identity(run: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in run.items() if key != "state"}
+
+
+def _provenance(source: Source, backbone: Backbone) -> WeightsProvenance:
+    if source.path is None:
+        return WeightsProvenance(name=RANDOM)
+    return WeightsProvenance(
+        name=source.name,
+        sha256=source.sha256,
+        architecture=backbone.display_name,
+        epochs=backbone.epochs,
+        layout=backbone.source_layout,
+        pretrain_config_hash=backbone.config_hash,
+        pretrain_seed=backbone.seed,
+    )
+
+
+def _recipe(result: EngineResult, backbone: Backbone, sample: dict[str, Any] | None) -> dict[str, Any]:
+    """The engine's recipe with what makes two numbers comparable: the same network, and the same sample.
+
+    Mean, std, channel order and stride belong to the weights, not to the recipe: rows of other weights must meet.
+    """
+    recipe = {**result.recipe, "architecture": backbone.display_name}
+    if sample is not None:
+        recipe["sample"] = {key: sample.get(key) for key in ("source", "size", "seed", "format_version")}
+    return recipe
+
+
+def _publish(record: RunRecord, result: EngineResult, results: Path) -> RunRecord:
+    """Write the record with pictures and curves beside it, so that a folder of records can be moved and committed."""
+    beside = results / record.protocol / record.run_name
+    names = []
+    for path in [*result.media, *([result.curves] if result.curves else [])]:
+        with atomic.atomic_path(beside / path.name) as temporary:
+            shutil.copyfile(path, temporary)
+        names.append(os.path.relpath(beside / path.name, results / record.protocol))
+    curves = names.pop() if result.curves else None
+    record = record.model_copy(update={"media": tuple(names), "curves": curves})
+    write_record(record, results)
+    return record
