@@ -49,7 +49,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 -m "not slow"
-	$(BIN)/twist compare results --check README.md
+	$(BIN)/twist compare --check README.md
 
 test: install
 	$(BIN)/pytest -n 2

@@ -106,8 +106,10 @@ def transfer(
                 folder.check_same_run(output, _identity(earlier), run)
             folder.note_run(output, run, state=folder.RUNNING)
             result, backbone, scale = _run_imagenet(
-                row, source, artefact, root=root, seed=seed, output=output, overrides=rest, resume=resume, gpus=gpus
-            )
+                row, source, artefact, root=root, seed=seed, output=output, overrides=rest,
+                # A finished run that is resumed is only read: that is what evaluating it again means here.
+                resume=resume or eval_only, gpus=gpus,
+            )  # fmt: skip
         else:
             file, overlay, backbone = _convert(row, source, artefact, output=output, node=controls.node_rank)
             request = Request(
@@ -271,8 +273,8 @@ def _run_imagenet(
     )
     if row.scale == "sample":
         return result, backbone, "sample"
-    # The same recipe on another folder of classes is legal, and is no ImageNet number.
-    return result, backbone, "full" if result.recipe.get("images", {}).get("classes") == 1000 else "reduced"
+    # The same recipe on another folder of classes, or with fewer epochs, is legal, and is no ImageNet number.
+    return result, backbone, "full" if engine.at_full_scale(row, backbone, result.recipe) else "reduced"
 
 
 def _identity(run: dict[str, Any]) -> dict[str, Any]:
