@@ -25,8 +25,9 @@ from pretrain.model import build_model
 from pretrain.monitor import observe
 from pretrain.optim import set_rates
 from pretrain.plan import resolve
+from pretrain.precision import autocast, precision_on
 from pretrain.run import Run
-from pretrain.train import autocast, in_layout, objective
+from pretrain.train import in_layout, objective
 
 IMAGENET_IMAGES = 1_281_167  # the training set's size; only schedules depend on it
 
@@ -67,7 +68,7 @@ def our_step(
 
     def step() -> Tensor:
         set_rates(run.optimizer, lr=plan.schedule.lr, weight_decay=config.optim.weight_decay)
-        with autocast(config, device):
+        with autocast(device, config.run.precision):
             loss = objective(
                 run.student, None, in_layout(views, config), config=config, stage="mutual_information", quantile=0.0
             )
@@ -84,7 +85,7 @@ def bare(config: PretrainConfig, views: list[Tensor], device: torch.device, *, h
 
     def step() -> None:
         student.zero_grad()
-        with autocast(config, device):
+        with autocast(device, config.run.precision):
             features = [student.backbone(batch) for batch in batches]
             outputs = [student.head(torch.cat(features))] if head else features
         sum(output.float().mean() for output in outputs).backward()  # type: ignore[union-attr]
@@ -116,7 +117,7 @@ def figures(config: PretrainConfig, *, device: torch.device, rounds: int, calls:
         "share_of_bare_backbone": ratio(times, of="backbone", to="ours"),
         "batch_size": config.run.batch_size,
         "compile": config.run.compile,
-        "precision": config.run.precision if device.type == "cuda" else "fp32",
+        "precision": precision_on(device, config.run.precision),
     }
 
 

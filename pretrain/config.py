@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from contracts.config import Config
 from contracts.weights import Architecture
+from pretrain.precision import Precision
 
 Positive = Field(gt=0)
 Scale = tuple[float, float]
@@ -52,6 +53,10 @@ class ViewsConfig(Config):
     local_count: int = Field(default=12, ge=0)
     local_size: int = Field(default=96, gt=0)
     local_scale: Scale = (0.05, 0.4)
+    # None: the kind's own (`pretrain/views.py`). The published blur, σ of 0.1 to 2 pixels, is meant for views of 96
+    # pixels and more: at 40 it wipes out what a view shows. More greyscale keeps colour from being all that is learned.
+    blur_sigma: tuple[float, float] | None = None
+    grey_probability: float | None = Field(default=None, ge=0, le=1)
     # Harder crops of the self-labelling stage.
     self_label_global_scale: Scale = (0.14, 1.0)
     self_label_local_scale: Scale = (0.05, 0.14)
@@ -73,6 +78,8 @@ class ViewsConfig(Config):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise ValueError(f"views.{name} = [{low}, {high}]: shares of the image's area, 0 < low ≤ high ≤ 1")
+        if self.blur_sigma is not None and not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise ValueError(f"views.blur_sigma = {list(self.blur_sigma)}: pixels of the view, 0 < low ≤ high")
         return self
 
 
@@ -154,8 +161,8 @@ class RunConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # A full checkpoint of the published code: backbone, head and (when the recipe has one) teacher start from it.
     warm_start: str | None = None
-    # bf16 and fp16 are for CUDA; on CPU everything is float32. The loss is float32 in any case.
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    # What a device does not do well is done in float32 (`pretrain/precision.py`), and so is the loss, always.
+    precision: Precision = "bf16"
     channels_last: bool = True
     compile: bool = False
     # Bit-identical continuation needs it; costs some speed on GPU.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from pretrain import distributed
 from pretrain.config import PretrainConfig
+from pretrain.precision import Precision, precision_on
 from pretrain.schedule import Schedule, scaled_lr, warmup_epochs
 from pretrain.views import plan_views, resolutions
 
@@ -22,7 +22,7 @@ class Plan:
     world_size: int
     steps_per_epoch: int
     ranks_per_bunch: int
-    precision: Literal["bf16", "fp16", "fp32"]
+    precision: Precision
     schedule: Schedule
 
     @property
@@ -79,7 +79,7 @@ def resolve(config: PretrainConfig, *, images: int, world_size: int, device: tor
         world_size,
         steps_per_epoch,
         distributed.ranks_per_bunch(config.model.bunch_size, batch_size=config.run.batch_size, world_size=world_size),
-        config.run.precision if device.type == "cuda" else "fp32",
+        precision_on(device, config.run.precision),
         Schedule(
             config,
             steps_per_epoch,

@@ -15,7 +15,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,13 @@ from pretrain.monitor import Monitor, StepNote, observe
 from pretrain.online_eval import evaluate
 from pretrain.optim import set_rates
 from pretrain.plan import Plan, resolve
+from pretrain.precision import autocast
 from pretrain.run import Run, say
 from pretrain.self_label import self_label_loss
 from pretrain.signals import Requeue, StopFlag, stop_flag
 from pretrain.views import Stage
 
 __all__ = ["Requeue", "pretrain"]
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pretrain(config: PretrainConfig, *, output: Path, resume: bool = False) -> Path:
@@ -86,7 +85,7 @@ def _train(
                 torch.manual_seed(seed)  # drop path, the only thing random in the network
 
                 views = in_layout(batch.views, config)
-                with autocast(config, device):
+                with autocast(device, config.run.precision):
                     loss = objective(model, run.teacher, views, config=config, stage=stage, quantile=quantile)
                 gradient_norm = run.learn(loss.total)
                 if run.teacher is not None:
@@ -222,13 +221,6 @@ def in_layout(views: Sequence[Tensor], config: PretrainConfig) -> list[Tensor]:
     """The views in the memory layout the networks have."""
     layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
     return [view.contiguous(memory_format=layout) for view in views]
-
-
-def autocast(config: PretrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The precision of the forward pass: `run.precision` on CUDA, float32 elsewhere."""
-    if device.type != "cuda" or config.run.precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=AUTOCAST[config.run.precision])
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -86,7 +86,14 @@ class View:
 def plan_views(config: ViewsConfig, stage: Stage = "mutual_information") -> tuple[View, ...]:
     """The V views of an image, globals first; the self-labelling stage has its own, harder scales."""
     assert stage in STAGES, stage
-    first, second, local = KINDS[config.kind]
+    changes: dict[str, Any] = {}
+    if config.blur_sigma is not None:
+        changes["sigma"] = config.blur_sigma
+    if config.grey_probability is not None:
+        changes["grey_probability"] = config.grey_probability
+    first, second, local = (pipeline and replace(pipeline, **changes) for pipeline in KINDS[config.kind])
+    assert first
+    assert second
     harder = stage == "self_label"
     global_scale = config.self_label_global_scale if harder else config.global_scale
     local_scale = config.self_label_local_scale if harder else config.local_scale

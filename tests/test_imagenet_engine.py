@@ -83,8 +83,8 @@ def test_unknown_key_and_unknown_recipe_get_the_near_match() -> None:
         load_recipe("linear", architecture="resnet50", overrides=["lr_clasifier=0.1"])
     with pytest.raises(UsageError, match=r'no ImageNet recipe "liner"\. Did you mean "linear"\?'):
         load_recipe("liner", architecture="resnet50")
-    with pytest.raises(UsageError, match="resize = 32 is smaller than size = 64"):
-        load_recipe("sample-knn", architecture="resnet18", overrides=["resize=32"])
+    with pytest.raises(UsageError, match="resize = 24 is smaller than size = 32"):
+        load_recipe("sample-knn", architecture="resnet18", overrides=["resize=24"])
 
 
 def measure(

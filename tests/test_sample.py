@@ -129,7 +129,7 @@ def test_colours_do_not_tell_the_classes_apart() -> None:
     source = shapes.Shapes()
 
     def colours(number: int, class_index: int) -> np.ndarray:
-        cutout = source.cutout(np.random.default_rng([number, class_index]), class_index, 40, (0.0, -1.0), "train")
+        cutout = source.cutout(np.random.default_rng([number, class_index]), class_index, 40, (0.0, -1.0))
         pixels = cutout.rgb[cutout.alpha > 0.5]
         return np.concatenate([pixels.mean(0), pixels.std(0)])
 

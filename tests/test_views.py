@@ -95,6 +95,19 @@ def test_a_kind_without_local_crops_has_its_own_published_scale() -> None:
     assert ViewsConfig().global_scale == (0.4, 1.0)
 
 
+def test_blur_and_greyscale_can_be_changed_for_small_views_and_nothing_else_changes() -> None:
+    plain = plan_views(ViewsConfig(local_count=1))
+    changed = plan_views(ViewsConfig(local_count=1, blur_sigma=(0.1, 0.4), grey_probability=0.5))
+    for before, after in zip(plain, changed, strict=True):
+        assert after == replace(before, pipeline=replace(before.pipeline, sigma=(0.1, 0.4), grey_probability=0.5))
+    records = ViewSampler(changed).draw(0, epoch=0, indices=np.arange(500)).records
+    assert records["sigma"][:, 0].min() >= 0.1
+    assert 0.1 < records["sigma"].max() <= 0.4
+    assert abs(records["grey"].mean() - 0.5) < 0.05
+    with pytest.raises(ValueError, match="blur_sigma"):
+        ViewsConfig(blur_sigma=(2.0, 0.1))
+
+
 @pytest.mark.parametrize("stage", ["mutual_information", "self_label"])
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333)])
 def test_boxes_are_distributed_as_torchvision_draws_them(stage: str, height: int, width: int) -> None:

@@ -45,6 +45,7 @@ def tiny_config(root: Path, **sections: dict[str, Any]) -> PretrainConfig:
             "mutual_information_epochs": 2,
             "batch_size": 4,
             "device": "cpu",
+            "precision": "fp32",
             "deterministic": True,
             "log_every_steps": 1,
             "checkpoint_every_steps": 1,

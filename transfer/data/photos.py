@@ -2,7 +2,9 @@
 
 Cut-outs are Tux Paint's photographic stamps, backgrounds are GCompris' photographs of monuments and the sea and some
 wallpapers of Lomiri and MATE. Pictures stay in the user's cache: none is part of this project, and each package's
-`/usr/share/doc/<package>/copyright` says whose they are. The stamps and photographs of train and val are disjoint.
+`/usr/share/doc/<package>/copyright` says whose they are. Train and val show the same stamps, posed and lit anew, on
+disjoint photographs: to know an object again in another place can be learned from them. That a bird never seen is a
+bird cannot, from as few birds as there are.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFilter, UnidentifiedImageError
 
 from contracts import atomic
 from contracts.errors import UserError
@@ -36,7 +38,7 @@ PACKAGES = (
     "mate-backgrounds",
 )
 # Changes when what is prepared changes, so that an old cache is not taken for a new one.
-PREPARED_VERSION = 1
+PREPARED_VERSION = 2
 
 # Class → folders of stamps (below /usr/share/tuxpaint/stamps; subfolders too). Chosen by looking at every stamp: these
 # are the ten kinds of which there are enough photographs.
@@ -92,7 +94,9 @@ NOT_TAKEN = {
 }
 SMALLEST_STAMP = 45  # pixels on the longer side
 STAMP_SIDE, BACKGROUND_SIDE = 288, 640
-FEWEST_STAMPS = 6  # a class; 2 of them are then of val
+# Stamps that are taken of each class. The small sample's 600 labelled pictures then show each one ten times; with all
+# of them (up to forty a class) a picture's nearest neighbours could not be of its own stamp.
+SPECIMENS = 6
 
 # Photographs without any object of the ten classes, as (package's file, names or None for all).
 RCC_FOLDER = "usr/share/gcompris-qt/rcc"
@@ -181,13 +185,11 @@ class Photos:
         )
         if rng.random() < 0.5:
             window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(window, dtype=np.float32) / np.float32(255)
+        return _behind(rng, window)
 
-    def cutout(
-        self, rng: np.random.Generator, class_index: int, size: int, light: tuple[float, float], split: Split
-    ) -> Cutout:
+    def cutout(self, rng: np.random.Generator, class_index: int, size: int, light: tuple[float, float]) -> Cutout:
         kind = "distractor" if class_index == DISTRACTOR else self.classes[class_index]
-        names = self._provenance["stamps"][kind][split]
+        names = self._provenance["stamps"][kind]
         stamp = _picture(self.folder / "stamps" / kind / f"{names[rng.integers(len(names))]}.png")
         if rng.random() < 0.5:
             stamp = stamp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -208,10 +210,24 @@ class Photos:
         return {
             "packages": self._provenance["packages"],
             "licence": "each package's /usr/share/doc/<package>/copyright; the pictures are not ours to pass on",
-            "split": "train and val use disjoint stamps and disjoint backgrounds",
-            "stamps": {kind: {part: len(names) for part, names in parts.items()} for kind, parts in stamps.items()},
+            "split": "train and val use the same stamps on disjoint backgrounds",
+            "stamps": {kind: len(names) for kind, names in stamps.items()},
             "backgrounds": {part: len(names) for part, names in self._provenance["backgrounds"].items()},
         }
+
+
+def _behind(rng: np.random.Generator, photograph: Image.Image) -> Array:
+    """The photograph as a lens shows what lies behind its subject: out of focus, hazy, pale; (H, W, 3).
+
+    There are few photographs, and vivid ones are all that two crops of a picture need to be matched: objects would not
+    be learned (`shapes.py` draws muted grounds for the same reason).
+    """
+    blur = max(photograph.size) * float(rng.uniform(0.004, 0.025))
+    pixels = np.asarray(photograph.filter(ImageFilter.GaussianBlur(blur)), dtype=np.float32) / np.float32(255)
+    grey = pixels.mean(axis=2, keepdims=True)
+    pale = grey + np.float32(rng.uniform(0.1, 0.6)) * (pixels - grey)
+    haze = np.float32(rng.uniform(0.3, 0.7))
+    return haze + np.float32(rng.uniform(0.35, 0.75)) * (pale - haze)
 
 
 def _relit(rng: np.random.Generator, rgb: Array, light: tuple[float, float]) -> Array:
@@ -235,31 +251,33 @@ def _picture(path: Path) -> Image.Image:
         return image
 
 
-def _prepare_stamps(root: Path, target: Path, bar: Progress) -> dict[str, dict[str, list[str]]]:
-    """Write every taken stamp as an RGBA PNG below `target`/<kind>; kind → split → names."""
-    stamps: dict[str, dict[str, list[str]]] = {}
+def _prepare_stamps(root: Path, target: Path, bar: Progress) -> dict[str, list[str]]:
+    """Write `SPECIMENS` stamps a class, and every distractor, as RGBA PNGs below `target`/<kind>; kind → names."""
+    stamps: dict[str, list[str]] = {}
     for kind, folders in {**CLASSES, "distractor": DISTRACTORS}.items():
-        names = []
-        for path in sorted(path for folder in folders for path in (root / folder).rglob("*.png")):
-            relative = path.relative_to(root).as_posix()
-            drawing = any(mark in relative.lower() for mark in DRAWING_MARKS)
-            if drawing or path.stem in NOT_TAKEN:
+        names: list[str] = []
+        paths = (path.relative_to(root).as_posix() for folder in folders for path in (root / folder).rglob("*.png"))
+        for path in sorted(paths, key=_digest):
+            drawing = any(mark in path.lower() for mark in DRAWING_MARKS)
+            if drawing or Path(path).stem in NOT_TAKEN:
                 continue
-            stamp = _open(path).convert("RGBA")
+            stamp = _open(root / path).convert("RGBA")
             if max(stamp.size) < SMALLEST_STAMP:
                 continue
             stamp.thumbnail((STAMP_SIDE, STAMP_SIDE), Image.Resampling.LANCZOS)
-            name = relative.removesuffix(".png").replace("/", "-")
+            name = path.removesuffix(".png").replace("/", "-")
             (target / kind).mkdir(parents=True, exist_ok=True)
             stamp.save(target / kind / f"{name}.png", compress_level=1)
             names.append(name)
             bar.advance()
-        if len(names) < FEWEST_STAMPS:
+            if len(names) == SPECIMENS and kind in CLASSES:
+                break
+        if len(names) < SPECIMENS:
             raise UserError(
                 f"tuxpaint-stamps-default has only {len(names)} photographic stamps of {kind}: its version differs "
                 "from the one this sample was made for (2022.06.04); use --source shapes."
             )
-        stamps[kind] = _split(names)
+        stamps[kind] = sorted(names)
     return stamps
 
 
@@ -313,6 +331,11 @@ def _open(file: Any) -> Image.Image:
 
 def _split(names: list[str]) -> dict[str, list[str]]:
     """A fixed quarter (at least two) of the names for val, chosen by their digest so that order says nothing."""
-    ordered = sorted(names, key=lambda name: zlib.crc32(name.encode()))
+    ordered = sorted(names, key=_digest)
     count = max(2, round(len(names) * VAL_SHARE))
     return {"train": sorted(ordered[count:]), "val": sorted(ordered[:count])}
+
+
+def _digest(name: str) -> int:
+    """Sorts names in an order that is always the same and says nothing about them."""
+    return zlib.crc32(name.encode())

@@ -26,7 +26,7 @@ from contracts.progress import Progress
 from transfer.data.layouts import Item, Size, World, folders, open_source, sets, write_common_files, write_item
 from transfer.data.photos import prepare_photos
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SAMPLE_JSON = "sample.json"
 SIZES = {
     "tiny": Size(40, 64, 24, 16, 96, 4, 2),

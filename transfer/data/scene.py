@@ -42,9 +42,7 @@ class Source(Protocol):
         """A background, (H, W, 3)."""
         ...
 
-    def cutout(
-        self, rng: np.random.Generator, class_index: int, size: int, light: tuple[float, float], split: Split
-    ) -> Cutout:
+    def cutout(self, rng: np.random.Generator, class_index: int, size: int, light: tuple[float, float]) -> Cutout:
         """An object of class `class_index` (`DISTRACTOR`: of none), its longer side `size` pixels."""
         ...
 
@@ -142,7 +140,7 @@ def compose(
     alphas: list[Array] = []
     truncated: list[bool] = []
     for placement in placements:
-        cutout = source.cutout(rng, placement.class_index, placement.size, light, split)
+        cutout = source.cutout(rng, placement.class_index, placement.size, light)
         alpha = np.zeros((height, width), dtype=np.float32)
         _paste(canvas, alpha, cutout, placement, light, shadow_strength)
         alphas.append(alpha)

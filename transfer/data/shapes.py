@@ -177,14 +177,7 @@ class Shapes:
         materials = draw_material(rng, contrast=(0.1, 0.4)), draw_material(rng, contrast=(0.1, 0.4))
         return surface(rng, height, width, brightness=(0.4, 0.65), saturation=(0.0, 0.25), materials=materials)
 
-    def cutout(
-        self,
-        rng: np.random.Generator,
-        class_index: int,
-        size: int,
-        light: tuple[float, float],
-        split: Split,  # noqa: ARG002
-    ) -> Cutout:
+    def cutout(self, rng: np.random.Generator, class_index: int, size: int, light: tuple[float, float]) -> Cutout:
         name = "" if class_index == DISTRACTOR else self.classes[class_index]
         field = distance_field(name, int(rng.integers(VARIANTS)))
         canvas = round(size * REACH)
