@@ -1,0 +1,53 @@
+"""Records are copied into the repository without the pictures, and whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from made_records import make_record
+
+from benchmarks.publish import publish
+from contracts.errors import UserError
+from contracts.record import find_records, read_record, write_record
+
+
+def test_records_and_curves_come_along_and_pictures_stay(tmp_path: Path) -> None:
+    made = make_record("twist", "sample-knn", metrics={"knn_top1_percent": 50.0}, media=("prediction-1.png",))
+    path = write_record(made, tmp_path / "from")
+    path.with_suffix("").mkdir()
+    (path.with_suffix("") / "metrics.jsonl").write_text("{}\n")
+    (path.with_suffix("") / "prediction-1.png").write_bytes(b"somebody's photograph")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{number}\n" for number in range(1201)))
+    for _ in range(2):  # a second time replaces the first
+        assert publish(tmp_path / "from", tmp_path / "to", pretrain=tmp_path / "run") == 1
+    files = sorted(file.relative_to(tmp_path / "to").as_posix() for file in (tmp_path / "to").rglob("*.*"))
+    (copied,) = find_records([tmp_path / "to"])
+    assert files == sorted(
+        [
+            "pretrain/metrics.jsonl",
+            copied.relative_to(tmp_path / "to").as_posix(),
+            f"{copied.relative_to(tmp_path / 'to').with_suffix('').as_posix()}/metrics.jsonl",
+        ]
+    )
+    assert read_record(copied) == made.model_copy(update={"media": ()})
+
+
+def test_a_folder_without_records_or_one_that_would_be_replaced_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run record"):
+        publish(tmp_path, tmp_path / "to")
+    write_record(make_record("twist", "sample-knn", metrics={"knn_top1_percent": 50.0}), tmp_path / "all" / "from")
+    with pytest.raises(UserError, match="publish to another folder"):
+        publish(tmp_path / "all" / "from", tmp_path / "all")
+    assert list(find_records([tmp_path / "all" / "from"]))
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_last_row(tmp_path: Path) -> None:
+    write_record(make_record(), tmp_path / "from")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{number}\n" for number in range(1201)))
+    publish(tmp_path / "from", tmp_path / "to", pretrain=tmp_path / "run")
+    rows = (tmp_path / "to" / "pretrain" / "metrics.jsonl").read_text().split()
+    assert [rows[0], rows[1], rows[-1]] == ["0", "3", "1200"]
+    assert len(rows) == 401
