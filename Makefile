@@ -50,6 +50,7 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 -m "not slow"
 	$(BIN)/twist compare --check README.md
+	$(BIN)/python -m benchmarks.summary --check README.md
 
 test: install
 	$(BIN)/pytest -n 2

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from converters.convert import TargetName
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "pretrain" / "sample.toml"
+# Two epochs of two steps.
+FAST = ("run.epochs=2", "run.mutual_information_epochs=2", "run.batch_size=20", "optim.warmup_epochs=0")
 # What the demo compares, with the overrides that make it fit into two minutes.
 PROTOCOLS: dict[str, tuple[str, ...]] = {
     "sample-coco-mrcnn-fpn": ("iterations=20",),
@@ -62,7 +64,7 @@ def _plan(output: Path, *, source: str, fast: bool) -> list[Step]:
     size = "tiny" if fast else "small"
     overrides = [
         f'data.root="{sample / "unlabelled"}"',
-        *(["run.epochs=2", "run.mutual_information_epochs=2", "run.batch_size=20"] if fast else []),
+        *(FAST if fast else ()),
     ]
 
     def make_sample() -> None:

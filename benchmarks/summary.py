@@ -1,0 +1,172 @@
+"""The README's table of speed, from the JSON files that the benchmark programs wrote.
+
+    python -m benchmarks.summary                     # print it
+    python -m benchmarks.summary --update README.md  # put it between the markers
+    python -m benchmarks.summary --check README.md   # fail when the file's table is another
+
+A figure whose file is absent is "not measured". No number in the table is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from contracts import atomic
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
+BEGIN, END = "<!-- python -m benchmarks.summary -->", "<!-- end of summary -->"
+NOT_MEASURED = "not measured"
+
+Found = Mapping[str, Any]
+
+
+class Figure(NamedTuple):
+    """A row: what it is, what was aimed at, the program that measures it, and how its JSON says it."""
+
+    what: str
+    goal: str
+    program: str
+    read: Callable[[Found], str]
+
+
+def _spread(times: Found) -> str:
+    return f"{times['least_s']:.3g}–{times['most_s']:.3g} s, n = {times['n']}"
+
+
+def _speedup(slow: str, fast: str) -> Callable[[Found], str]:
+    def read(found: Found) -> str:
+        times = found["times"]
+        return f"{found['speedup']:.1f} × ({_spread(times[fast])} against {_spread(times[slow])})"
+
+    return read
+
+
+def _pipeline(mode: str, case: str) -> Callable[[Found], str]:
+    def read(found: Found) -> str:
+        rates = found[case]["images_per_s_core"]
+        return f"{rates[mode] / rates['pil']:.1f} × ({rates[mode]:.0f} against {rates['pil']:.0f} images/s a core)"
+
+    return read
+
+
+def _help(found: Found) -> str:
+    times = found["help_s"]
+    return f"{times['median']} s ({times['min']}–{times['max']} s, n = {times['n']})"
+
+
+def _demo(found: Found) -> str:
+    demo = found["fast_demo"]
+    return f"{demo['wall_s']:.0f} s, {demo['peak_mib'] / 1024:.1f} GiB (n = {demo['n']})"
+
+
+def _compare(found: Found) -> str:
+    walls = [time["wall_s"] for time in found["times"]["total"]]
+    return f"{statistics.median(walls):.1f} s ({min(walls):.1f}–{max(walls):.1f} s, n = {len(walls)})"
+
+
+def _convert(found: Found) -> str:
+    return f"{found['wall_over_bare']:.2f} × ({_spread(found['times']['convert, no proof'])})"
+
+
+def _convert_memory(found: Found) -> str:
+    return f"{found['peak_over_file']:.1f} × the file"
+
+
+def _proof(found: Found) -> str:
+    times = found["times"]["convert, with proof"]
+    return f"{times['median_s']:.1f} s ({_spread(times)})"
+
+
+def _knn(found: Found) -> str:
+    parts = [f"{limit}: {run['peak_mb']:.0f} MiB" for limit, run in found["runs"].items() if "MiB" in limit]
+    return f"{'; '.join(parts)} ({found['queries']} queries among {found['bank']:,})"
+
+
+def _gpu_step(case: str) -> Callable[[Found], str]:
+    def read(found: Found) -> str:
+        part = found["parts"][f"step_{case}"]
+        return f"{part['speedup']:.1f} × ({_spread(part['times']['ours'])})" if part["ok"] else NOT_MEASURED
+
+    return read
+
+
+FIGURES = (
+    Figure("loss, 14 views × 128 × 4096, forward and backward, over pair by pair", "≥ 8 ×", "loss",
+           _speedup("pair by pair", "closed form")),
+    Figure("LARS step, ResNet-50 and head, over tensor by tensor", "≥ 3 ×", "lars",
+           _speedup("tensor by tensor", "ours")),
+    Figure("14 views a core, `device` mode, over the PIL chain", "≥ 8 ×", "data", _pipeline("device", "14 views")),
+    Figure("14 views a core, `cpu` mode, over the PIL chain", "≥ 3 ×", "data", _pipeline("cpu", "14 views")),
+    Figure("`twist --help`", "< 0.3 s", "command_line", _help),
+    Figure("`twist demo --fast`", "2 min, 4 GB", "command_line", _demo),
+    Figure("`twist convert`, two targets, no proof, over reading and writing alone", "", "convert", _convert),
+    Figure("the same, memory", "", "convert", _convert_memory),
+    Figure("`twist convert`, two targets, with proof", "", "convert", _proof),
+    Figure("k-NN, peak memory by its limit", "within it", "knn", _knn),
+    Figure("`twist compare`, 10,000 records", "< 3 s", "compare", _compare),
+    Figure("step on one H100, two views, over the naive step", "≥ 2 ×", "gpu",
+           _gpu_step("two-views")),
+    Figure("step on one H100, 14 views, over the naive step", "≥ 2.5 ×", "gpu",
+           _gpu_step("multi-crop")),
+)  # fmt: skip
+
+
+def render(results: Path = RESULTS) -> str:
+    """The table as Markdown, and the machine it was measured on."""
+    rows, machines = [], set()
+    for figure in FIGURES:
+        path = results / f"{figure.program}.json"
+        found = json.loads(path.read_text()) if path.exists() else None
+        rows.append([figure.what, NOT_MEASURED if found is None else figure.read(found), figure.goal, figure.program])
+        if found is not None and (hardware := (found.get("machine") or found).get("hardware")) is not None:
+            software = (found.get("machine") or found)["software"]
+            machines.add(
+                f"{hardware['gpu'] or hardware['processor']}, {hardware['cores']} cores, torch {software['torch']}"
+            )
+    lines = ["| figure | measured (median) | goal | `python -m benchmarks.…` |", "|---|---|---|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", f"Measured on: {'; '.join(sorted(machines)) or 'nothing yet'}."])
+
+
+def updated(text: str, table: str) -> str:
+    """`text` with `table` between the markers.
+
+    Raises:
+        ValueError: `text` does not have the two markers exactly once.
+    """
+    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"the file needs {BEGIN} and {END}, once")
+    return pattern.sub(lambda _: f"{BEGIN}\n\n{table}\n\n{END}", text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--check", type=Path, metavar="FILE")
+    which.add_argument("--update", type=Path, metavar="FILE")
+    given = parser.parse_args()
+    if (path := given.check or given.update) is None:
+        print(render())
+        return 0
+    before = path.read_text()
+    after = updated(before, render())
+    if given.update:
+        atomic.write_text(path, after)
+    elif before != after:
+        print(
+            f"{path}: the table of speed is stale; run `python -m benchmarks.summary --update {path}`.", file=sys.stderr
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
