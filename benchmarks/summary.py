@@ -102,6 +102,8 @@ FIGURES = (
            _speedup("pair by pair", "closed form")),
     Figure("LARS step, ResNet-50 and head, over tensor by tensor", "≥ 3 ×", "lars",
            _speedup("tensor by tensor", "ours")),
+    Figure("ResNet-18 on a CPU, views of 32 pixels, bfloat16 over float32", "", "cpu_precision",
+           _speedup("float32", "bfloat16")),
     Figure("14 views a core, `device` mode, over the PIL chain", "≥ 8 ×", "data", _pipeline("device", "14 views")),
     Figure("14 views a core, `cpu` mode, over the PIL chain", "≥ 3 ×", "data", _pipeline("cpu", "14 views")),
     Figure("`twist --help`", "< 0.3 s", "command_line", _help),
