@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
-import pickle
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -235,8 +236,13 @@ def test_the_schedulers_signals_do_not_end_workers(images: ImageSource) -> None:
 def test_what_a_worker_gets_can_be_sent_to_a_spawned_process(images: ImageSource) -> None:
     maker = ViewMaker(images, VIEWS, seed=1, pipeline="device")
     request = Request(0, "mutual_information", np.array([5, 7]))
-    sent = pickle.loads(pickle.dumps(maker))
-    assert all(torch.equal(a, b) for a, b in zip(maker[request].groups, sent[request].groups))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        theirs = pool.submit(_groups, maker, request).result()
+    assert all(np.array_equal(a, b) for a, b in zip(_groups(maker, request), theirs, strict=True))
+
+
+def _groups(maker: ViewMaker, request: Request) -> list[np.ndarray]:
+    return [group.numpy() for group in maker[request].groups]
 
 
 # Images that cannot be read

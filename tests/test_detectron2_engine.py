@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from engine_requests import request_maker, weights_maker
 from tiny_trees import HEIGHT, WIDTH, make_cityscapes, make_coco, make_voc_detection
 
 from contracts.errors import UsageError, UserError
-from contracts.networks import build_backbone
-from contracts.weights import Backbone
-from transfer.protocols import PROTOCOLS, find_protocol
-from transfer.request import Request, split_overrides
+from transfer.protocols import PROTOCOLS
+from transfer.request import Request
 from transfer.scaling import linear_rule
 
 pytestmark = pytest.mark.slow
@@ -48,48 +47,15 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """architecture → (weights.pth, overlay.yaml, header), as the converter writes them."""
-    from converters.detectron2_writer import overlay_text, write
+    from converters import detectron2_writer
 
-    folder = tmp_path_factory.mktemp("weights")
-    made: dict[str, tuple[Path, Path, Backbone]] = {}
-
-    def make(architecture: str) -> tuple[Path, Path, Backbone]:
-        if architecture not in made:
-            torch.manual_seed(3)
-            header = Backbone(architecture=architecture, method="twist")
-            file, overlay = folder / f"{architecture}.pth", folder / f"{architecture}.yaml"
-            write(file, build_backbone(architecture).state_dict(), header)
-            overlay.write_text(overlay_text(header))
-            made[architecture] = file, overlay, header
-        return made[architecture]
-
-    return make
+    return weights_maker(tmp_path_factory.mktemp("weights"), detectron2_writer, suffix=".yaml")
 
 
 @pytest.fixture
 def request_of(tree, weights, tmp_path):
     torch.set_num_threads(1)
-
-    def make(protocol: str, *overrides: str, architecture: str = "resnet18", method: str = "twist", **more) -> Request:
-        controls, rest = split_overrides(overrides)
-        file, overlay, header = weights(architecture)
-        output = tmp_path / "run"
-        output.mkdir(exist_ok=True)
-        return Request(
-            find_protocol(protocol),
-            tree,
-            output,
-            file,
-            overlay,
-            header,
-            method,
-            overrides=rest,
-            controls=controls,
-            **more,
-        )
-
-    return make
+    return request_maker(tree, weights, tmp_path / "run")
 
 
 @pytest.mark.parametrize("row", FULL, ids=lambda row: row.name)
@@ -367,7 +333,7 @@ def test_coco_evaluation_is_pycocotools(tmp_path) -> None:
     from detectron2.config import get_cfg
     from pycocotools import mask as rle
     from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
+    from pycocotools.cocoeval import COCOeval as OfficialScores
 
     from transfer.detectron2_data import register_data
     from transfer.detectron2_engine import Trainer
@@ -411,7 +377,7 @@ def test_coco_evaluation_is_pycocotools(tmp_path) -> None:
             if kind == "bbox":
                 for row in detections:
                     del row["segmentation"]
-            reference = COCOeval(truth, truth.loadRes(detections), kind)
+            reference = OfficialScores(truth, truth.loadRes(detections), kind)
             reference.evaluate()
             reference.accumulate()
             reference.summarize()

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_requests import request_maker, weights_maker
 from tiny_trees import make_cityscapes, make_voc_segmentation
 
 from contracts.errors import UsageError, UserError
-from contracts.networks import build_backbone
-from contracts.weights import Backbone
-from transfer.protocols import PROTOCOLS, find_protocol
-from transfer.request import Request, split_overrides
+from transfer.protocols import PROTOCOLS
 from transfer.scaling import Schedule
 
 pytestmark = pytest.mark.slow
@@ -38,48 +36,15 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """architecture → (weights.pth, overlay.py, header), as the converter writes them."""
-    from converters.mmseg_writer import overlay_text, write
+    from converters import mmseg_writer
 
-    folder = tmp_path_factory.mktemp("weights")
-    made: dict[str, tuple[Path, Path, Backbone]] = {}
-
-    def make(architecture: str) -> tuple[Path, Path, Backbone]:
-        if architecture not in made:
-            torch.manual_seed(3)
-            header = Backbone(architecture=architecture, method="twist")
-            file, overlay = folder / f"{architecture}.pth", folder / f"{architecture}.py"
-            write(file, build_backbone(architecture).state_dict(), header)
-            overlay.write_text(overlay_text(header))
-            made[architecture] = file, overlay, header
-        return made[architecture]
-
-    return make
+    return weights_maker(tmp_path_factory.mktemp("weights"), mmseg_writer, suffix=".py")
 
 
 @pytest.fixture
 def request_of(tree, weights, tmp_path):
     torch.set_num_threads(1)
-
-    def make(protocol: str, *overrides: str, architecture: str = "resnet18", method: str = "twist", **more) -> Request:
-        controls, rest = split_overrides(overrides)
-        file, overlay, header = weights(architecture)
-        output = tmp_path / "run"
-        output.mkdir(exist_ok=True)
-        return Request(
-            find_protocol(protocol),
-            tree,
-            output,
-            file,
-            overlay,
-            header,
-            method,
-            overrides=rest,
-            controls=controls,
-            **more,
-        )
-
-    return make
+    return request_maker(tree, weights, tmp_path / "run")
 
 
 @pytest.mark.parametrize("row", FULL, ids=lambda row: row.name)

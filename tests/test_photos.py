@@ -86,18 +86,18 @@ def test_packages_are_fetched_privately_by_exact_name(tmp_path: Path, monkeypatc
         'case $1 in --field) echo 1.0;; --extract) mkdir -p "$3/usr" && cp "$2" "$3/usr/";; *) exit 2;; esac',
     )
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-    got = list(debian.fetch(("one-package", "another"), tmp_path / "work"))
+    got = list(debian.fetch(("one-package", "another"), tmp_path / "fetched"))
     assert [item["package"] for item in got] == ["one-package", "another"]
     assert {item["version"] for item in got} == {"1.0"}
     # sha256 of "data\n"
     assert got[0]["sha256"] == "6667b2d1aab6a00caa5aee5af8ad9f1465e567abf1c209d15727d57b3e8f6e5f"
-    assert sorted(path.name for path in (tmp_path / "work/root/usr").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "fetched/root/usr").iterdir()) == [
         "another_1.0_all.deb",
         "one-package_1.0_all.deb",
     ]
     for call in (tmp_path / "calls").read_text().splitlines():
-        assert f"Dir::State::Lists={tmp_path}/work/lists" in call
-        assert f"Dir::Cache={tmp_path}/work/cache" in call
+        assert f"Dir::State::Lists={tmp_path}/fetched/lists" in call
+        assert f"Dir::Cache={tmp_path}/fetched/cache" in call
         assert "install" not in call
 
 
@@ -110,7 +110,7 @@ def test_an_unknown_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.
     stand_in(programs, "dpkg-deb", "exit 0")
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     with pytest.raises(UserError, match=r"Unable to locate package x.*--source shapes"):
-        list(debian.fetch(("x",), tmp_path / "work"))
+        list(debian.fetch(("x",), tmp_path / "fetched"))
 
 
 def test_without_apt_one_sentence_and_nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
