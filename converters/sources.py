@@ -259,6 +259,13 @@ LAYOUTS: tuple[Layout, ...] = (
         drop=("*head.*", "*head_momentum.*", "criterion.*", "online_classifier.*"), note="lightly moco.py, mocov2.py",
     ),
     Layout(
+        "lightly-moco-query", "moco-v2",
+        (Branch("query", STATE, "query_backbone."), Branch("key", STATE, "backbone.")),
+        evidence=("query_backbone.*", "query_projection_head.*"), tables=(TV, SEQUENTIAL, TIMM_VIT),
+        drop=("*head.*", "criterion.*", "online_classifier.*"),
+        note="lightly mocov2.py @00283d72: `backbone` is the moving average",
+    ),
+    Layout(
         "lightly-swav", "swav", _one(STATE, "backbone."),
         evidence=("prototypes.*", "projection_head.*"), tables=(TV, SEQUENTIAL, TIMM_VIT),
         drop=("*head.*", "prototypes.*", "criterion.*", "online_classifier.*", "queue*", "start_queue*"),

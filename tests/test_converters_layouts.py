@@ -173,7 +173,18 @@ def test_haiku_axes_are_permuted() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["moco", "moco-v3", "slotcon", "dino", "twist", "lightly-dino", "lightly-moco", "openselfsup-byol", "solo-learn"],
+    [
+        "moco",
+        "moco-v3",
+        "slotcon",
+        "dino",
+        "twist",
+        "lightly-dino",
+        "lightly-moco",
+        "lightly-moco-query",
+        "openselfsup-byol",
+        "solo-learn",
+    ],
 )
 def test_branches_are_not_mixed_up(name: str, tmp_path: Path) -> None:
     layout = BY_NAME[name]
