@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAMS = ("command_line", "loss", "lars", "cpu_precision", "data", "convert", "knn", "compare", "scaling")
+PROGRAMS = ("command_line", "loss", "lars", "small_views", "data", "convert", "knn", "compare", "scaling")
 
 
 def main() -> None:

@@ -42,6 +42,9 @@ class ResNet(tv.ResNet):
             self.bn1 = nn.BatchNorm2d(64 * width)
         self.num_features = 512 * width * block.expansion
         self.fc = nn.Identity()  # no parameters: the state dict is the artefact's
+        for module in self.modules():
+            if type(module) is nn.Conv2d and module.kernel_size == (3, 3):
+                module.__class__ = Conv3x3  # same parameters, no second initialisation
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):  # type: ignore[no-untyped-def]
         if planes == 64:  # the first stage: its input is the stem's output
@@ -56,6 +59,21 @@ class ResNet(tv.ResNet):
             x = layer(x)
             features[f"res{index + 2}"] = x
         return features
+
+
+class Conv3x3(nn.Conv2d):
+    """A padded 3×3 convolution that is a matrix product where its output is one pixel, as with views of 32 pixels.
+
+    All taps but those over the map see padding only, and a CPU's convolution multiplies them all the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        one_pixel = max(height, width) <= self.stride[0] <= 2
+        if not one_pixel or x.device.type != "cpu" or self.padding != (1, 1) or self.dilation != (1, 1):
+            return super().forward(x)
+        seen = self.weight[:, :, 1 : 1 + height, 1 : 1 + width]
+        return F.linear(x.flatten(1), seen.flatten(1), self.bias)[:, :, None, None]  # (B, C, 1, 1)
 
 
 class SameConv2d(nn.Conv2d):

@@ -15,7 +15,7 @@ _NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def precision_on(device: torch.device, asked: Precision) -> Precision:
-    """CUDA does all three; a CPU bf16 where it has the instructions (`benchmarks/cpu_precision.py`), else float32."""
+    """CUDA does all three; a CPU bf16 where it has the instructions (`benchmarks/small_views.py`), else float32."""
     if device.type == "cuda":
         return asked
     capabilities = torch.cpu.get_capabilities()
