@@ -1,0 +1,275 @@
+"""MoCo v2 and BYOL on the budget of a TWIST config: lightly's own modules, losses and transforms, one small loop.
+
+    python -m benchmarks.study.peers moco-v2|byol CONFIG.toml [section.key=value …] --output FOLDER
+        [--optimizer adamw|sgd] [--lr LR]
+
+CONFIG is a `twist pretrain` config. From it come what a comparison must hold equal: images, epochs, batch, network,
+sizes and scales of the crops, blur, greyscale, precision, warm-up, seed. From lightly come views, heads, losses and the
+momentum update, put together as its benchmark for small data sets does (lightly @0068ac35,
+`docs/source/getting_started/benchmarks/imagenette_benchmark.py`); what differs from there is said where it stands.
+
+FOLDER/checkpoint.pth holds a `state_dict` with the names of that benchmark, which `twist convert` reads. A run that was
+stopped goes on from its last epoch when the same command is given again. `B` images, two views each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightly.data import LightlyDataset
+from lightly.loss import NegativeCosineSimilarity, NTXentLoss
+from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead, MoCoProjectionHead
+from lightly.models.utils import batch_shuffle, batch_unshuffle, deactivate_requires_grad, update_momentum
+from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform, MoCoV2Transform
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from contracts import atomic
+from contracts.config import config_hash, load_config
+from contracts.errors import UserError
+from contracts.networks import build_backbone
+from contracts.progress import Progress
+from pretrain.config import PretrainConfig
+from pretrain.precision import autocast
+from pretrain.schedule import warmup_epochs, warmup_then_cosine
+
+# Of the moving average; a smaller one than for ImageNet, because runs are short (lightly's benchmark).
+MOMENTUM = 0.99
+# Keys that MoCo compares with. The benchmark's 4096 would hold every image of a few thousand several times, as its own
+# negative; these are the last eight batches of 64.
+QUEUE = 1024
+TEMPERATURE = 0.2  # MoCo v2, arXiv 2003.04297
+# MoCo's batch norms see a GPU's share of a shuffled batch, so that a key cannot be told by its batch's statistics
+# (arXiv 1911.05722, section 3.3). One device plays this many GPUs.
+SHUFFLED_GROUPS = 2
+# lr is before scaling with batch / 256. SGD's are lightly's benchmark's.
+OPTIMIZERS = {"sgd": {"lr": 0.06, "weight_decay": 5e-4}, "adamw": {"lr": 0.004, "weight_decay": 1e-4}}
+
+
+# What the loss compares: (of the trained network, of its moving average), once for each view.
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+class MoCoV2(nn.Module):
+    """Query and key encoders with lightly's head and loss. Both views are queries, as in MoCo's own small demo."""
+
+    def __init__(self, architecture: str) -> None:
+        super().__init__()
+        self.backbone = build_backbone(architecture)
+        features: int = self.backbone.num_features  # type: ignore[assignment]
+        self.projection_head = MoCoProjectionHead(features, features, 128)
+        self.backbone_momentum = build_backbone(architecture)
+        self.projection_head_momentum = MoCoProjectionHead(features, features, 128)
+        _start_as_copy(self.backbone_momentum, self.backbone)
+        _start_as_copy(self.projection_head_momentum, self.projection_head)
+        self.criterion = NTXentLoss(temperature=TEMPERATURE, memory_bank_size=(QUEUE, 128))
+
+    def forward(self, first: Tensor, second: Tensor) -> Pairs:
+        update_momentum(self.backbone, self.backbone_momentum, MOMENTUM)
+        update_momentum(self.projection_head, self.projection_head_momentum, MOMENTUM)
+        return [(self._queries(q), self._keys(k)) for q, k in ((first, second), (second, first))]
+
+    def _queries(self, views: Tensor) -> Tensor:
+        return self.projection_head(_in_groups(self.backbone, views))  # (B, 128)
+
+    @torch.no_grad()
+    def _keys(self, views: Tensor) -> Tensor:
+        shuffled, order = batch_shuffle(views)
+        keys = self.projection_head_momentum(_in_groups(self.backbone_momentum, shuffled))
+        return batch_unshuffle(keys, order)  # (B, 128)
+
+
+class BYOL(nn.Module):
+    """Online and target networks with lightly's heads and loss, symmetric in the views."""
+
+    def __init__(self, architecture: str) -> None:
+        super().__init__()
+        self.backbone = build_backbone(architecture)
+        features: int = self.backbone.num_features  # type: ignore[assignment]
+        self.projection_head = BYOLProjectionHead(features, 4096, 256)
+        self.prediction_head = BYOLPredictionHead(256, 4096, 256)
+        self.backbone_momentum = build_backbone(architecture)
+        self.projection_head_momentum = BYOLProjectionHead(features, 4096, 256)
+        _start_as_copy(self.backbone_momentum, self.backbone)
+        _start_as_copy(self.projection_head_momentum, self.projection_head)
+        self.criterion = NegativeCosineSimilarity()
+
+    def forward(self, first: Tensor, second: Tensor) -> Pairs:
+        update_momentum(self.backbone, self.backbone_momentum, MOMENTUM)
+        update_momentum(self.projection_head, self.projection_head_momentum, MOMENTUM)
+        online = [self.prediction_head(self.projection_head(self.backbone(view))) for view in (first, second)]
+        with torch.no_grad():
+            target = [self.projection_head_momentum(self.backbone_momentum(view)) for view in (first, second)]
+        return [(online[0], target[1]), (online[1], target[0])]  # each (B, 256)
+
+
+METHODS: dict[str, type[MoCoV2 | BYOL]] = {"moco-v2": MoCoV2, "byol": BYOL}
+
+
+def _start_as_copy(target: nn.Module, source: nn.Module) -> None:
+    target.load_state_dict(source.state_dict())
+    deactivate_requires_grad(target)
+
+
+def _in_groups(network: nn.Module, views: Tensor) -> Tensor:
+    return torch.cat([network(group) for group in views.chunk(SHUFFLED_GROUPS)])
+
+
+def transform_of(method: str, config: PretrainConfig) -> MoCoV2Transform | BYOLTransform:
+    """lightly's views of the method, with the crops, blur and greyscale of `config` where that states them."""
+    views = config.views
+    if views.local_count or views.global_scale[1] != 1:
+        raise UserError("The peers take two views with crops up to the whole image: set views.local_count = 0.")
+    shared: dict[str, Any] = {"input_size": views.global_size, "min_scale": views.global_scale[0]}
+    if views.blur_sigma is not None:
+        shared["sigmas"] = views.blur_sigma
+    if views.grey_probability is not None:
+        shared["random_gray_scale"] = views.grey_probability
+    if method == "moco-v2":
+        return MoCoV2Transform(**shared)
+    return BYOLTransform(BYOLView1Transform(**shared), BYOLView2Transform(**shared))
+
+
+def train(
+    method: str, config: PretrainConfig, output: Path, *, optimizer: str = "sgd", lr: float | None = None
+) -> Path:
+    """Train, one epoch after the other, and return checkpoint.pth; goes on from what is there.
+
+    Raises:
+        UserError: there are too few images, or the folder holds another run.
+    """
+    run = {"method": method, "config": config_hash(config), "optimizer": optimizer, "lr": lr}
+    settings = OPTIMIZERS[optimizer]
+    device = torch.device("cuda" if torch.cuda.is_available() and config.run.device != "cpu" else "cpu")
+    _seed(config.run.seed)
+    model = METHODS[method](config.model.backbone).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    learner = _optimizer(optimizer, [p for p in model.parameters() if p.requires_grad], settings["weight_decay"])
+    images = LightlyDataset(config.data.root, transform=transform_of(method, config))
+    batch = config.run.batch_size
+    steps_per_epoch = len(images) // batch
+    if not steps_per_epoch:
+        raise UserError(f"{config.data.root} has {len(images)} images, fewer than a batch of {batch}.")
+    base = (settings["lr"] if lr is None else lr) * batch / 256
+    schedule = {"warmup_steps": warmup_epochs(config) * steps_per_epoch, "steps": config.run.epochs * steps_per_epoch}
+
+    path = output / "checkpoint.pth"
+    start, seconds = _restore(path, run, model, learner)
+    with Progress(method, total=schedule["steps"], unit="step", start=start * steps_per_epoch) as progress:
+        for epoch in range(start, config.run.epochs):
+            began = time.perf_counter()
+            for index, (first, second) in enumerate(_epoch(images, config, epoch)):
+                rate = warmup_then_cosine(epoch * steps_per_epoch + index, base=base, end=1e-3 * base, **schedule)
+                for group in learner.param_groups:
+                    group["lr"] = rate
+                with autocast(device, config.run.precision):
+                    pairs = model(_to(first, device), _to(second, device))
+                loss = torch.stack([model.criterion(a.float(), b.float()) for a, b in pairs]).mean()
+                learner.zero_grad()
+                loss.backward()
+                learner.step()
+                progress.advance(loss=loss.item(), lr=rate)
+            seconds += time.perf_counter() - began
+            _save(path, run, model, learner, epoch=epoch + 1, seconds=seconds)
+    return path
+
+
+def _epoch(images: LightlyDataset, config: PretrainConfig, epoch: int) -> Iterator[Iterable[Tensor]]:
+    # Order and views are the epoch's own, so a run that goes on sees what it would have seen.
+    _seed(config.run.seed * 1_000_003 + epoch)
+    loader = DataLoader(
+        images,
+        batch_size=config.run.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=config.data.workers,
+        worker_init_fn=_seed_worker,
+    )
+    for views, *_ in loader:
+        yield views
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _seed_worker(_: int) -> None:
+    _seed(torch.initial_seed() % 2**32)
+
+
+def _to(views: Tensor, device: torch.device) -> Tensor:
+    return views.to(device, memory_format=torch.channels_last)  # (B, 3, size, size)
+
+
+def _optimizer(name: str, parameters: list[nn.Parameter], weight_decay: float) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=weight_decay)
+    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=True)
+
+
+def _save(
+    path: Path, run: dict[str, Any], model: nn.Module, learner: torch.optim.Optimizer, *, epoch: int, seconds: float
+) -> None:
+    with atomic.atomic_path(path) as temporary:
+        torch.save(
+            {
+                "epoch": epoch,
+                "state_dict": model.state_dict(),
+                "optimizer": {"learner": learner.state_dict(), "queue": _queue(model)},
+                "run": run,
+                "seconds": seconds,
+            },
+            temporary,
+        )
+
+
+def _queue(model: nn.Module) -> dict[str, Tensor]:
+    """MoCo's keys and their position, which lightly leaves out of the state dict."""
+    named = model.state_dict()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in named}
+
+
+def _restore(path: Path, run: dict[str, Any], model: nn.Module, learner: torch.optim.Optimizer) -> tuple[int, float]:
+    """(epochs done, seconds they took)."""
+    if not path.exists():
+        return 0, 0.0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["run"] != run:
+        raise UserError(f"{path} is of another run ({state['run']}): give another --output, or remove it.")
+    model.load_state_dict(state["state_dict"])
+    for name, buffer in _queue(model).items():
+        buffer.copy_(state["optimizer"]["queue"][name])
+    learner.load_state_dict(state["optimizer"]["learner"])
+    return state["epoch"], state["seconds"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("method", choices=sorted(METHODS))
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="sgd")
+    parser.add_argument("--lr", type=float, help="before scaling with batch / 256")
+    given = parser.parse_intermixed_args()
+    try:
+        config = load_config(given.config, PretrainConfig, given.overrides)
+        path = train(given.method, config, given.output, optimizer=given.optimizer, lr=given.lr)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_status
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,98 @@
+"""The small study's peers: they take a TWIST config's budget, go on exactly, and `twist convert` reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import make_images, tiny_config
+
+from contracts.config import load_config
+from contracts.errors import UserError
+from converters.convert import convert
+from converters.read import load_source
+from pretrain.config import PretrainConfig
+
+pytestmark = pytest.mark.slow  # lightly brings Lightning along: seconds of imports
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def peers() -> Any:
+    torch.set_num_threads(1)
+    from benchmarks.study import peers
+
+    return peers
+
+
+def config(root: Path, **views: Any) -> PretrainConfig:
+    return tiny_config(
+        root, views={"kind": "barlow", "global_scale": [0.5, 1.0], "local_count": 0, "global_size": 32, **views}
+    )
+
+
+@pytest.mark.parametrize("method", ["moco-v2", "byol"])
+def test_a_peer_goes_on_and_is_converted(peers: Any, method: str, tmp_path: Path, monkeypatch) -> None:
+    run = config(make_images(tmp_path / "images", 12))
+    whole = peers.train(method, run, tmp_path / "whole", lr=0.1)
+
+    epochs = peers._epoch
+    monkeypatch.setattr(peers, "_epoch", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt) if a[2] else epochs(*a))
+    with pytest.raises(KeyboardInterrupt):
+        peers.train(method, run, tmp_path / "parts", lr=0.1)
+    monkeypatch.undo()
+    parts = peers.train(method, run, tmp_path / "parts", lr=0.1)
+    one, other = (torch.load(path, weights_only=True)["state_dict"] for path in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(UserError, match="another run"):
+        peers.train(method, run, tmp_path / "parts", lr=0.2)
+
+    source = load_source(whole)
+    assert (source.backbone.source_layout, source.backbone.method) == (f"lightly-{method.split('-')[0]}", method)
+    assert source.backbone.source_branch in ("query", "online")
+    assert torch.equal(source.tensors["layer4.1.conv2.weight"], one["backbone.layer4.1.conv2.weight"])
+    trained, averaged = one["backbone.conv1.weight"], one["backbone_momentum.conv1.weight"]
+    assert not torch.equal(trained, averaged), "the moving average is not what is trained"
+    assert convert(whole, target="torchvision", output=tmp_path / "out").proof
+
+
+def test_views_are_the_configs(peers: Any, tmp_path: Path) -> None:
+    from PIL import Image
+
+    run = config(tmp_path, global_size=24, grey_probability=1.0)
+    picture = Image.open(sorted(make_images(tmp_path / "images", 1).iterdir())[0])
+    for method in peers.METHODS:
+        views = peers.transform_of(method, run)(picture)
+        assert [tuple(view.shape) for view in views] == [(3, 24, 24)] * 2
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        pixels = [view * std[:, None, None] + mean[:, None, None] for view in views]
+        assert all((view.amax(0) - view.amin(0)).max() < 0.01 for view in pixels), "all grey, as the config says"
+    with pytest.raises(UserError, match="local_count = 0"):
+        peers.transform_of("byol", tiny_config(tmp_path))
+
+
+def test_moco_normalises_each_gpus_share_of_a_shuffled_batch_apart(peers: Any) -> None:
+    torch.manual_seed(0)
+    moco = peers.MoCoV2("resnet18").train()
+    seen: list[int] = []
+    moco.backbone_momentum.bn1.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    first, second = torch.randn(2, 8, 3, 32, 32)
+    queries, keys = zip(*moco(first, second))
+    assert seen == [4, 4, 4, 4]
+    assert all(key.grad_fn is None for key in keys)
+    assert all(query.grad_fn is not None for query in queries)
+
+
+def test_the_studys_recipe_is_the_demos_but_for_its_length() -> None:
+    demo, study = (
+        load_config(ROOT / path, PretrainConfig).model_dump()
+        for path in ("configs/pretrain/sample.toml", "benchmarks/study/config.toml")
+    )
+    for values in (demo, study):
+        values["data"].pop("root")
+        epochs = values["run"].pop("epochs"), values["run"].pop("mutual_information_epochs")
+        assert epochs[0] == epochs[1]
+    assert demo == study
