@@ -9,6 +9,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -16,13 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from compare.published import load_published
-from compare.table import PUBLISHED, Cell, Measured, Published, Table, build_table
+from compare.comparison import Choice, Comparison, Reader, compare
+from compare.table import PUBLISHED, Cell, Measured, Published, Table
 from compare.text import latex, markdown, plain
 from contracts import atomic
 from contracts.errors import UsageError, UserError, did_you_mean
-from contracts.record import find_records, read_record
+from contracts.record import read_records
 
+# Where `twist transfer`, `suite` and `compare` look for records when nobody says where.
+RESULTS = "results"
 _OPEN = re.compile(r"^<!-- twist compare\b(?P<arguments>.*?)-->\s*$")
 _CLOSE = re.compile(r"^<!-- end -->\s*$")
 
@@ -37,6 +40,26 @@ def render(table: Table, format: str) -> str:
     if format not in writers:
         raise UsageError(f'There is no format "{format}".{did_you_mean(format, [*writers, "html"])}')
     return writers[format](table)
+
+
+def render_all(comparisons: Sequence[Comparison], format: str, *, root: Path = Path()) -> str:
+    """The tables of `comparisons` one after the other, each headed by its study's folder, relative to `root`.
+
+    Raises:
+        UsageError: another format, or one that holds a single table when there are several.
+    """
+    if len(comparisons) == 1:
+        return render(comparisons[0].table, format)
+    heads = {"table": "━━ {} ━━", "markdown": "### `{}`", "latex": "% {}"}
+    folders = [os.path.relpath(one.folder, root) for one in comparisons if one.folder is not None]
+    if format not in heads:
+        raise UsageError(
+            f"The format {format} holds one table, and there are {len(comparisons)} studies ({', '.join(folders)}): "
+            "name one of these folders."
+        )
+    return "\n".join(
+        f"{heads[format].format(folder)}\n\n{render(one.table, format)}" for folder, one in zip(folders, comparisons)
+    )
 
 
 def as_json(table: Table) -> dict[str, Any]:
@@ -81,7 +104,8 @@ def as_json(table: Table) -> dict[str, Any]:
 # fmt: off
 _CSV_COLUMNS = [
     "method", "row", "architecture", "pretrain_epochs", "protocol", "metric", "scale", "recipe_hash", "mixed", "kind",
-    "value", "sd", "n", "baseline", "difference", "p_value", "verdict", "source", "read", "note",
+    "value", "sd", "n", "runs", "pretrainings", "baseline", "difference", "p_value", "verdict", "source", "read",
+    "note",
 ]
 # fmt: on
 
@@ -99,11 +123,12 @@ def _csv(table: Table) -> str:
         if cell.measured:
             gap = cell.difference
             compared = [baseline, gap.value, gap.p_value, gap.said] if gap else ["", "", "", ""]
-            numbers = ["measured", cell.measured.mean, cell.measured.sd, cell.measured.n]
+            runs = cell.measured
+            numbers = ["measured", runs.mean, runs.sd, runs.n, len(runs.records), runs.pretrainings]
             writer.writerow([*where, *recipe, *numbers, *compared, "", "", ""])
         for value in cell.published:
             source = table.sources[value.source]
-            numbers = ["published", value.value, value.sd, value.trials]
+            numbers = ["published", value.value, value.sd, value.trials, "", ""]
             # Its recipe is not known, whatever column it is shown in.
             writer.writerow([*where, PUBLISHED, "", "", *numbers, "", "", "", "", source.text, source.read, value.note])
     return buffer.getvalue()
@@ -129,11 +154,13 @@ def _measured_json(measured: Measured) -> dict[str, Any]:
         "sd": measured.sd,
         "n": measured.n,
         "pretrainings": measured.pretrainings,
+        "repeated": measured.repeated,
         "values": list(measured.values),
         "runs": [
             {
                 "run": record.run_name,
                 "seed": record.seed,
+                "value": value,
                 "weights": record.weights.name,
                 "weights_sha256": record.weights.sha256,
                 "git_commit": record.git_commit,
@@ -142,7 +169,7 @@ def _measured_json(measured: Measured) -> dict[str, Any]:
                 "hardware": record.hardware.get("gpu") or record.hardware.get("processor"),
                 "notes": list(record.notes),
             }
-            for record in measured.records
+            for record, value in zip(measured.records, measured.run_values, strict=True)
         ],
     }
 
@@ -154,7 +181,7 @@ def _published_json(value: Published) -> dict[str, Any]:
 # ── Tables in a README ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def markdown_from_arguments(arguments: Sequence[str], *, root: Path) -> str:
+def markdown_from_arguments(arguments: Sequence[str], *, root: Path, read: Reader = read_records) -> str:
     """The Markdown table of `twist compare ARGUMENTS`, record paths taken relative to `root`.
 
     Raises:
@@ -165,27 +192,24 @@ def markdown_from_arguments(arguments: Sequence[str], *, root: Path) -> str:
     parser.add_argument("records", nargs="*")
     parser.add_argument("--baseline")
     parser.add_argument("--published", action=argparse.BooleanOptionalAction, default=True)
-    # Published rows of the measured methods alone.
+    parser.add_argument("--published-only", action="store_true")
     parser.add_argument("--same-methods", action="store_true")
     parser.add_argument("--allow-mixed", action="store_true")
     parser.add_argument("--metric", action="append", default=[])
     chosen = parser.parse_args(list(arguments))
-    records = [read_record(path) for path in find_records(root / name for name in chosen.records)]
-    published = load_published() if chosen.published else []
-    if chosen.same_methods:
-        methods = {record.method for record in records}
-        published = [row for row in published if row.method in methods]
-    table = build_table(
-        records,
-        published=published,
+    choice = Choice(
         baseline=chosen.baseline,
         allow_mixed=chosen.allow_mixed,
-        metrics=chosen.metric,
+        published=chosen.published,
+        published_only=chosen.published_only,
+        same_methods=chosen.same_methods,
+        metrics=tuple(chosen.metric),
     )
-    return markdown(table)
+    names = chosen.records or ([] if chosen.published_only else [RESULTS])
+    return render_all(compare([root / name for name in names], choice, read=read), "markdown", root=root)
 
 
-def check_markers(readme: Path) -> list[str]:
+def check_markers(readme: Path, *, read: Reader = read_records) -> list[str]:
     """The opening markers of `readme` whose tables are stale: made again, they would read otherwise. Empty: current.
 
     A table lies between `<!-- twist compare ARGUMENTS -->` and `<!-- end -->`, each on a line of its own; the marker
@@ -194,12 +218,12 @@ def check_markers(readme: Path) -> list[str]:
     Raises:
         UserError: the file is absent or a marker has no end.
     """
-    return [block.marker for block in _marked(readme) if block.current != block.wanted]
+    return [block.marker for block in _marked(readme, read) if block.current != block.wanted]
 
 
-def update_markers(readme: Path) -> list[str]:
+def update_markers(readme: Path, *, read: Reader = read_records) -> list[str]:
     """Rewrite the stale tables of `readme` in place, atomically; the opening markers of those rewritten."""
-    blocks = _marked(readme)
+    blocks = _marked(readme, read)
     stale = [block for block in blocks if block.current != block.wanted]
     if stale:
         lines = readme.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -218,11 +242,14 @@ class _Marked:
     wanted: str
 
 
-def _marked(readme: Path) -> list[_Marked]:
+def _marked(readme: Path, read: Reader) -> list[_Marked]:
     try:
         lines = readme.read_text(encoding="utf-8").splitlines(keepends=True)
     except FileNotFoundError:
         raise UserError(f"There is no file at {readme}: --check and --update take a Markdown file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"Cannot read {readme} ({reason}): --check and --update take a Markdown file.") from None
     blocks = []
     opened: tuple[int, str, str] | None = None
     fenced = False
@@ -238,7 +265,7 @@ def _marked(readme: Path) -> list[_Marked]:
             opened = (number, line.strip(), match["arguments"])
         elif _CLOSE.match(line) and opened:
             start, marker, arguments = opened
-            wanted = "\n" + markdown_from_arguments(shlex.split(arguments), root=readme.parent) + "\n"
+            wanted = "\n" + markdown_from_arguments(shlex.split(arguments), root=readme.parent, read=read) + "\n"
             blocks.append(_Marked(marker, start + 1, number, "".join(lines[start + 1 : number]), wanted))
             opened = None
     if opened:

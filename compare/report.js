@@ -137,16 +137,20 @@ function describe(cell) {
   if (cell.measured) {
     const m = cell.measured;
     const spread = m.sd === null ? "" : ` ± ${m.sd.toFixed(2)}`;
-    const files = m.pretrainings > 1 ? `, from ${m.pretrainings} pretrainings` : "";
-    parts.push(element("h3", {}, `Measured: ${m.mean.toFixed(2)}${spread}, ${m.n} run${m.n > 1 ? "s" : ""}${files}`));
+    const count = m.runs.length;
+    const random = data.rows[cell.row].method === "random";
+    const origin = m.pretrainings > 1 ? `, from ${m.pretrainings} ${random ? "initialisations" : "pretrainings"}`
+      : count > 1 ? ", from one pretraining" : "";
+    parts.push(element("h3", {}, `Measured: ${m.mean.toFixed(2)}${spread}, ${count} run${count > 1 ? "s" : ""}${origin}`));
+    if (m.repeated) parts.push(element("p", {}, `Runs that repeat a result exactly count once: n = ${m.n}.`));
     if (cell.difference) {
       const d = cell.difference;
       parts.push(element("p", {}, `${d.value > 0 ? "+" : ""}${d.value.toFixed(2)} against ${data.rows[data.baseline].label}: ${d.said}.`));
     }
     const runs = element("table", { class: "runs" });
     runs.append(element("tr", {}, ...["seed", "value", "record"].map((name) => element("th", {}, name))));
-    m.runs.forEach((run, index) => runs.append(element("tr", {},
-      element("td", {}, String(run.seed)), element("td", {}, m.values[index].toFixed(2)), element("td", {}, run.path ?? run.run))));
+    m.runs.forEach((run) => runs.append(element("tr", {},
+      element("td", {}, String(run.seed)), element("td", {}, run.value.toFixed(2)), element("td", {}, run.path ?? run.run))));
     parts.push(runs);
     const first = m.runs[0];
     parts.push(facts([

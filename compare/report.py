@@ -109,7 +109,8 @@ def write_report(
         atomic.write_text(path, page)
     except OSError as error:
         raise UserError(
-            f"Cannot write the page {path} ({error.strerror}): make room, or give another --output."
+            f"Cannot write the page {path} ({error.strerror}): check the path and the room there, or give another "
+            "--output."
         ) from None
     return path
 

@@ -40,25 +40,27 @@ def identity(record: RunRecord) -> tuple[str, str]:
 
 
 def label_families(table: Table) -> list[dict[str, Any]]:
-    """Top-1 over the share of labels, one family a scale: the fine-tuning protocols at 1, 10 and 100 %."""
-    families: dict[tuple[str, str], dict[tuple[int, bool], list[list[float]]]] = defaultdict(lambda: defaultdict(list))
+    """Top-1 over the share of labels, one family a scale: the fine-tuning protocols at 1, 10 and 100 %.
+
+    Points of different scales are different experiments, which no line joins. Published values are of full scale.
+    """
+    families: dict[str, dict[tuple[int, bool], list[list[float]]]] = defaultdict(lambda: defaultdict(list))
     for (row, index), cell in sorted(table.cells.items()):
         column = table.columns[index]
-        prefix = "sample-" if column.protocol.startswith("sample-") else ""
         share = LABEL_SHARES.get(column.protocol.removeprefix("sample-"))
         if share is None or column.metric != "top1_percent" or column.mixed:
             continue
         if cell.measured:
-            families[prefix, column.metric][row, False].append([share, cell.measured.mean, cell.measured.sd or 0.0])
+            families[column.scale][row, False].append([share, cell.measured.mean, cell.measured.sd or 0.0])
         elif cell.published:
-            families[prefix, column.metric][row, True].append([share, cell.published[0].value, 0.0])
+            families["full"][row, True].append([share, cell.published[0].value, 0.0])
     made = []
-    for (prefix, _), lines in families.items():
+    for scale, lines in families.items():
         several = {key: sorted(points) for key, points in lines.items() if len({point[0] for point in points}) > 1}
         if several:
             made.append(
                 {
-                    "title": "Top-1 over the share of labels, percent" + (" (sample)" if prefix else ""),
+                    "title": "Top-1 over the share of labels, percent" + ("" if scale == "full" else f" ({scale})"),
                     "lines": [
                         {"row": row, "published": printed, "points": points}
                         for (row, printed), points in sorted(several.items())

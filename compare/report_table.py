@@ -7,7 +7,7 @@ from itertools import groupby
 
 from compare.statistics import SIGNIFICANT
 from compare.table import PUBLISHED, Cell, Column, Table
-from compare.text import footnote_mark, printed_values
+from compare.text import footnote_mark, printed_values, repeats_notes
 
 
 def results_table(table: Table) -> str:
@@ -86,8 +86,8 @@ def _table_cell(
         spread = f'<span class="sd">{sd} ({cell.measured.n})</span>'
         parts.append(f'<span class="measured">{cell.measured.mean:.1f}{spread}</span>')
     parts += [
-        f'<span class="printed">{text}<sup>{",".join(marks[source] for source in sources)}</sup></span>'
-        for text, sources in printed_values(cell)
+        f'<span class="printed">{text}<sup>{",".join(dict.fromkeys(marks[v.source] for v in values))}</sup></span>'
+        for text, values in printed_values(cell)
     ]
     if cell.difference:
         mark = {True: "*", False: "", None: "?"}[cell.difference.significant]
@@ -104,15 +104,17 @@ def legend(table: Table) -> str:
     cells = table.cells.values()
     items = []
     if any(cell.measured for cell in cells):
-        items.append("mean ± standard deviation (runs), percent")
+        items.append("mean ± standard deviation (n), percent")
+        items += [html.escape(note.rstrip(".")) for note in repeats_notes(table, table.cells)]
     if any(cell.published for cell in cells):
         items.append('<span class="printed">italic<sup>a</sup></span>&nbsp; published by others, source below')
     if table.baseline is not None:
         items.append(f"+0.0 difference to {html.escape(table.rows[table.baseline].label)}")
-        items.append(
-            f"* p &lt; {SIGNIFICANT}, Welch’s t-test, two-sided, not corrected for the table’s "
-            f"{count(table.comparisons, 'comparison')}"
-        )
+        if table.comparisons:
+            items.append(
+                f"* p &lt; {SIGNIFICANT}, Welch’s t-test, two-sided, not corrected for the table’s "
+                f"{count(table.comparisons, 'comparison')}"
+            )
         if any(cell.difference and cell.difference.significant is None for cell in cells):
             items.append("? no test: n too small, or no spread between runs")
     if len(table.cells) < len(table.rows) * len(table.columns):

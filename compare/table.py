@@ -16,8 +16,9 @@ from typing import Any, get_args
 from compare.published import PublishedRow, display_name, select
 from compare.statistics import Difference, difference, mean, standard_deviation
 from contracts.errors import UsageError, UserError, did_you_mean
+from contracts.hashing import sha256_json
 from contracts.metrics import METRICS, Metric
-from contracts.record import RunRecord, Task
+from contracts.record import RunRecord, Task, WeightsProvenance
 
 TASKS: tuple[str, ...] = get_args(Task)
 PUBLISHED = "published"
@@ -53,10 +54,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
-    """The runs behind a cell, one value a record: mean and sample standard deviation in the metric's unit."""
+    """The runs behind a cell, and what of them counts: mean and sample standard deviation in the metric's unit.
 
+    Runs of one pretraining are repeats of the transfer alone, and count each. Where there are several pretrainings (or
+    random initialisations) these are the repeats: each counts once, by the mean of its runs, which are not independent
+    of one another. Runs that repeat a result exactly, in every metric and from the same weights, are one result.
+    """
+
+    # What counts as repeats, and the metric of each record.
     values: tuple[float, ...]
+    run_values: tuple[float, ...]
     records: tuple[RunRecord, ...]
+    # How many pretrainings, or random initialisations, the runs started from.
+    pretrainings: int = 1
+    # Whether runs were left out of `values` because they repeat another exactly.
+    repeated: bool = False
 
     @property
     def mean(self) -> float:
@@ -68,12 +80,7 @@ class Measured:
 
     @property
     def n(self) -> int:
-        return len(self.records)
-
-    @property
-    def pretrainings(self) -> int:
-        """How many different weights the runs started from."""
-        return len({record.weights.sha256 for record in self.records})
+        return len(self.values)
 
 
 @dataclass(frozen=True)
@@ -192,11 +199,11 @@ class _RowKey:
 def _refuse_duplicates(records: Iterable[RunRecord]) -> None:
     seen = set()
     for record in records:
-        key = (*_weights_key(record), record.weights.sha256, record.protocol, record.seed, record.recipe_hash)
+        key = (_pretraining(record), record.protocol, record.seed, record.recipe_hash)
         if key in seen:
             raise UserError(
                 f"Two records of one run ({record.method}, {record.protocol}, seed {record.seed}, recipe "
-                f"{record.recipe_hash[:8]}): a run counts once, so remove one of the two files."
+                f"{record.recipe_hash[:8]}, the same pretraining): a run counts once, so remove one of the two files."
             )
         seen.add(key)
 
@@ -253,12 +260,35 @@ def _architecture(record: RunRecord) -> str | None:
 
 
 def _weights_key(record: RunRecord) -> tuple[Any, ...]:
-    """What agrees in runs that repeat one another: pretraining seeds of one config do, different files do not."""
-    pretraining = None
+    """What agrees in runs that repeat one another: pretraining seeds of one config on the same images do, different
+    files do not."""
     # Every seed draws another random initialisation; they are repeats although their bytes differ.
-    if record.method != "random":
-        pretraining = record.weights.pretrain_config_hash or record.weights.sha256
-    return record.method, _architecture(record), record.weights.epochs, pretraining
+    kind = None if record.method == "random" else _kind(record.weights)
+    return record.method, _architecture(record), record.weights.epochs, kind
+
+
+def _kind(weights: WeightsProvenance) -> str | None:
+    """How weights came to be, whatever the seed. An artefact's own bytes change when it is written anew, so its file
+    counts only where nothing else is known."""
+    origin = weights.pretrain_config_hash or weights.source_sha256 or weights.sha256
+    images = weights.pretrain_images_sha256
+    # "backbone" is the branch of whatever has only one, and of records from before it was told.
+    branch = None if weights.branch == "backbone" else weights.branch
+    return origin if images is None and branch is None else sha256_json([origin, images, branch])
+
+
+def _pretraining(record: RunRecord) -> tuple[Any, ...]:
+    """What agrees in runs that started from the same weights: one pretraining, or one random initialisation."""
+    weights = record.weights
+    if record.method == "random":
+        own: str | int | None = weights.sha256 or f"seed {record.seed}"
+    elif weights.pretrain_config_hash is None:
+        own = None
+    elif weights.pretrain_seed is not None:
+        own = weights.pretrain_seed
+    else:
+        own = weights.source_sha256 or weights.sha256
+    return (*_weights_key(record), own)
 
 
 def _variants(records: Sequence[RunRecord]) -> dict[tuple[Any, ...], str]:
@@ -344,10 +374,29 @@ def _cells(
     row_index, column_index = {k: i for i, k in enumerate(keys)}, {c: i for i, c in enumerate(columns)}
     for key, column in {**values, **printed}:
         runs = sorted(values.get((key, column), ()), key=lambda run: (run.seed, run.weights.sha256 or ""))
-        numbers = tuple(run.metrics[column.metric] for run in runs)
-        measured = Measured(numbers, tuple(runs)) if runs else None
+        measured = _measured(runs, column.metric) if runs else None
         cells[row_index[key], column_index[column]] = Cell(measured, tuple(printed.get((key, column), ())))
     return cells
+
+
+def _measured(runs: Sequence[RunRecord], metric: str) -> Measured:
+    by_pretraining: dict[tuple[Any, ...], list[RunRecord]] = defaultdict(list)
+    for run in runs:
+        by_pretraining[_pretraining(run)].append(run)
+    counted = [_without_repeats(group) for group in by_pretraining.values()]
+    values = [[run.metrics[metric] for run in group] for group in counted]
+    return Measured(
+        values=tuple(values[0] if len(values) == 1 else map(mean, values)),
+        run_values=tuple(run.metrics[metric] for run in runs),
+        records=tuple(runs),
+        pretrainings=len(counted),
+        repeated=sum(map(len, counted)) < len(runs),
+    )
+
+
+def _without_repeats(runs: list[RunRecord]) -> list[RunRecord]:
+    """The first run alone where the seed changes nothing (k-NN): all metrics agree, for one of them may by chance."""
+    return runs[:1] if all(run.metrics == runs[0].metrics for run in runs) else runs
 
 
 def _baseline(name: str, rows: Sequence[Row], cells: dict[tuple[int, int], Cell]) -> int:

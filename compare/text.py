@@ -1,17 +1,18 @@
 """A table for readers: terminal, Markdown, LaTeX (booktabs).
 
-Measured cells read `mean ± sd (n)`; published ones stand in another style with a footnote to their source; absent is
-a dash. Wide tables are cut into blocks of whole protocols, so that they fit a page and a terminal.
+Measured cells read `mean ± sd (n)`; published ones stand in another style with a footnote that tells their source and
+what the source says of them; absent is a dash. Wide tables are cut into blocks of whole protocols, so that they fit a
+page and a terminal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from compare.statistics import SIGNIFICANT
-from compare.table import Cell, Column, Measured, Table
+from compare.table import Cell, Column, Measured, Published, Table
 
 ABSENT = "–"
 # A page holds six columns, a terminal four.
@@ -30,12 +31,31 @@ def printed_text(value: float) -> str:
     return f"{value:.1f}" if round(value, 1) == value else f"{value:.2f}"
 
 
-def printed_values(cell: Cell) -> list[tuple[str, list[int]]]:
-    """A cell's published values as text, each with its sources: what several sources print alike stands once."""
-    grouped: dict[str, list[int]] = {}
+def printed_values(cell: Cell) -> list[tuple[str, list[Published]]]:
+    """A cell's published values as text: what several sources print alike stands once."""
+    grouped: dict[str, list[Published]] = {}
     for value in cell.published:
-        grouped.setdefault(printed_text(value.value), []).append(value.source)
+        grouped.setdefault(printed_text(value.value), []).append(value)
     return list(grouped.items())
+
+
+def repeats_notes(table: Table, cells: Iterable[tuple[int, int]]) -> list[str]:
+    """What `n` counts in `cells` (their places in the table), by row: how many pretrainings are behind each."""
+    said: dict[str, dict[int, None]] = {}
+    for place in sorted(cells):
+        measured = table.cells[place].measured
+        if measured is None:
+            continue
+        row = place[0]
+        if measured.pretrainings > 1 and table.rows[row].method == "random":
+            said.setdefault("Every run has a random initialisation of its own", {})[row] = None
+        elif measured.pretrainings > 1:
+            said.setdefault("n counts pretrainings, each by the mean of its runs", {})[row] = None
+        elif measured.n > 1:
+            said.setdefault("Several runs of one pretraining show the spread of the transfer alone", {})[row] = None
+        if measured.repeated:
+            said.setdefault("Runs that repeat a result exactly count once", {})[row] = None
+    return [f"{text}: {', '.join(table.rows[row].label for row in rows)}." for text, rows in said.items()]
 
 
 def footnote_mark(index: int) -> str:
@@ -89,14 +109,19 @@ def _head(column: Column) -> str:
     return head if told else f"{head} [{column.scale}]"
 
 
-def _used_sources(table: Table, block: _Block) -> dict[int, str]:
-    """Source index → footnote mark, numbered in the order in which the block meets them."""
-    marks: dict[int, str] = {}
+def _footnotes(table: Table, block: _Block) -> dict[Published, str]:
+    """Footnote → mark, numbered in the order in which the block meets them."""
+    marks: dict[Published, str] = {}
     for row in block.rows:
         for column in block.columns:
             for value in table.cells.get((row, column), Cell()).published:
-                marks.setdefault(value.source, footnote_mark(len(marks)))
+                marks.setdefault(_footnote(value), footnote_mark(len(marks)))
     return marks
+
+
+def _footnote(value: Published) -> Published:
+    """What is said of a published value, which others share: everything but the value."""
+    return replace(value, value=0.0)
 
 
 def _difference_text(cell: Cell) -> str:
@@ -108,10 +133,11 @@ def _difference_text(cell: Cell) -> str:
 
 def _notes(table: Table, block: _Block) -> list[str]:
     """The sentences under a block: what its cells, differences and marks mean."""
-    cells = [table.cells[place] for place in table.cells if place[0] in block.rows and place[1] in block.columns]
+    places = [place for place in table.cells if place[0] in block.rows and place[1] in block.columns]
+    cells = [table.cells[place] for place in places]
     notes = []
     if any(cell.measured for cell in cells):
-        notes.append("Measured: mean ± standard deviation (runs), percent.")
+        notes += ["Measured: mean ± standard deviation (n), percent.", *repeats_notes(table, places)]
     gaps = [cell.difference for cell in cells if cell.difference]
     if gaps and table.baseline is not None:
         text = f"In brackets the difference to {table.rows[table.baseline].label}"
@@ -129,22 +155,30 @@ def _notes(table: Table, block: _Block) -> list[str]:
     return notes
 
 
-def _source_texts(table: Table, marks: dict[int, str]) -> list[tuple[str, str]]:
-    return [
-        (mark, table.sources[index].text + (", read in a copy" if table.sources[index].read == "secondary" else ""))
-        for index, mark in marks.items()
-    ]
+def _footnote_texts(table: Table, marks: dict[Published, str]) -> list[tuple[str, str]]:
+    return [(mark, _footnote_text(table, footnote)) for footnote, mark in marks.items()]
 
 
-def _marks(sources: Sequence[int], marks: dict[int, str]) -> str:
-    return ",".join(marks[source] for source in sources)
+def _footnote_text(table: Table, footnote: Published) -> str:
+    """`DetCo repository, …, Table 7; mean of 5 runs, standard deviation 0.2. What the source says of it`."""
+    source = table.sources[footnote.source]
+    text = source.text + (", read in a copy" if source.read == "secondary" else "")
+    spread = [f"mean of {footnote.trials} runs"] if footnote.trials else []
+    spread += [f"standard deviation {footnote.sd:g}"] if footnote.sd is not None else []
+    text += f"; {', '.join(spread)}" if spread else ""
+    return f"{text}. {footnote.note.rstrip('.')}" if footnote.note else text
+
+
+def _marks(values: Sequence[Published], marks: dict[Published, str]) -> str:
+    # Once each: a source may print one value twice, of two kinds of weights that our rows do not tell apart.
+    return ",".join(dict.fromkeys(marks[_footnote(value)] for value in values))
 
 
 def plain(table: Table) -> str:
     """Aligned columns under heads of two lines, protocol over metric."""
     parts = []
     for block in _blocks(table, widest=TERMINAL_COLUMNS):
-        marks = _used_sources(table, block)
+        marks = _footnotes(table, block)
         heads = [["method", ""], *(_head(table.columns[c]).split(" · ", 1) for c in block.columns)]
         body = [
             [table.rows[row].label, *(_plain_cell(table.cells.get((row, c), Cell()), marks) for c in block.columns)]
@@ -160,15 +194,15 @@ def plain(table: Table) -> str:
         ]
         text.insert(2, "─" * (sum(widths) + 2 * (len(widths) - 1)))
         text += ["", *_notes(table, block)]
-        text += [f"{mark}: {source}" for mark, source in _source_texts(table, marks)]
+        text += [f"{mark}: {said}" for mark, said in _footnote_texts(table, marks)]
         parts.append("\n".join(text).rstrip())
     return "\n\n".join(parts) + "\n" if parts else "No records and no published rows.\n"
 
 
-def _plain_cell(cell: Cell, marks: dict[int, str]) -> str:
+def _plain_cell(cell: Cell, marks: dict[Published, str]) -> str:
     parts = [measured_text(cell.measured)] if cell.measured else []
     parts += [f"[{_difference_text(cell)}]"] if cell.difference else []
-    parts += [f"“{text}”{_marks(sources, marks)}" for text, sources in printed_values(cell)]
+    parts += [f"“{text}”{_marks(values, marks)}" for text, values in printed_values(cell)]
     return " ".join(parts) or ABSENT
 
 
@@ -176,7 +210,7 @@ def markdown(table: Table) -> str:
     """Pipe tables as GitHub reads them, notes and sources below each."""
     parts = []
     for block in _blocks(table, widest=PAGE_COLUMNS):
-        marks = _used_sources(table, block)
+        marks = _footnotes(table, block)
         lines = [
             "| method | " + " | ".join(_escape(_head(table.columns[c])) for c in block.columns) + " |",
             "|---|" + "---:|" * len(block.columns),
@@ -185,17 +219,17 @@ def markdown(table: Table) -> str:
             cells = (_markdown_cell(table.cells.get((row, c), Cell()), marks) for c in block.columns)
             lines.append(f"| {_escape(table.rows[row].label)} | " + " | ".join(cells) + " |")
         notes = _notes(table, block)
-        notes += [f"<sup>{mark}</sup> {_escape(text)}." for mark, text in _source_texts(table, marks)]
+        notes += [f"<sup>{mark}</sup> {_escape(text)}." for mark, text in _footnote_texts(table, marks)]
         if marks:
             notes.insert(0, "*Italic: published, by others.*")
         parts.append("\n".join(lines) + ("\n\n" + "<br>\n".join(notes) if notes else ""))
     return "\n\n".join(parts) + "\n" if parts else "No records and no published rows.\n"
 
 
-def _markdown_cell(cell: Cell, marks: dict[int, str]) -> str:
+def _markdown_cell(cell: Cell, marks: dict[Published, str]) -> str:
     parts = [measured_text(cell.measured)] if cell.measured else []
     parts += [f"[{_difference_text(cell).replace('*', chr(92) + '*')}]"] if cell.difference else []
-    parts += [f"*{text}*<sup>{_marks(sources, marks)}</sup>" for text, sources in printed_values(cell)]
+    parts += [f"*{text}*<sup>{_marks(values, marks)}</sup>" for text, values in printed_values(cell)]
     return " ".join(parts) or ABSENT
 
 
@@ -216,7 +250,7 @@ def latex(table: Table) -> str:
     """booktabs; published values in italics with a superscript letter, explained under the rule."""
     parts = []
     for block in _blocks(table, widest=PAGE_COLUMNS):
-        marks = _used_sources(table, block)
+        marks = _footnotes(table, block)
         columns = [table.columns[c] for c in block.columns]
         groups = [(key, len(list(group))) for key, group in groupby(columns, key=_protocol_key)]
         spans = " & ".join(rf"\multicolumn{{{width}}}{{c}}{{{key[0].translate(_LATEX)}}}" for key, width in groups)
@@ -234,17 +268,17 @@ def latex(table: Table) -> str:
             lines.append(f"{table.rows[row].label.translate(_LATEX)} & " + " & ".join(cells) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}"]
         notes = [note.translate(_LATEX) for note in _notes(table, block)]
-        notes += [rf"$^{{{mark}}}$ {text.translate(_LATEX)}." for mark, text in _source_texts(table, marks)]
+        notes += [rf"$^{{{mark}}}$ {text.translate(_LATEX)}." for mark, text in _footnote_texts(table, marks)]
         if marks:
             notes.insert(0, "Italic: published, by others.")
         parts.append("\n".join(lines + ([r"\par\smallskip\footnotesize", " ".join(notes)] if notes else [])))
     return "\n\n".join(parts) + "\n" if parts else "% No records and no published rows.\n"
 
 
-def _latex_cell(cell: Cell, marks: dict[int, str]) -> str:
+def _latex_cell(cell: Cell, marks: dict[Published, str]) -> str:
     parts = [measured_text(cell.measured, plus_minus=r" $\pm$ ")] if cell.measured else []
     if cell.difference:
         # A minus sign, not a hyphen.
         parts.append("{[$" + _difference_text(cell).replace("*", "^{*}").replace("?", r"^{?}") + "$]}")
-    parts += [rf"\textit{{{text}}}$^{{{_marks(sources, marks)}}}$" for text, sources in printed_values(cell)]
+    parts += [rf"\textit{{{text}}}$^{{{_marks(values, marks)}}}$" for text, values in printed_values(cell)]
     return " ".join(parts) or "--"

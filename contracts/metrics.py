@@ -7,6 +7,7 @@ lies here, below both, because a record must be checked where it is written *and
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,17 +16,25 @@ from contracts.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: full name with unit, short label for a column head, definition in a sentence."""
+    """One metric: full name with unit, short label for a column head, definition in a sentence.
+
+    `lowest` is the least value it can take; what is adjusted for chance falls below zero where chance does better.
+    """
 
     name: str
     label: str
     unit: Literal["percent", "nats", "s", "images_per_s"]
     definition: str
     higher_is_better: bool = True
+    lowest: float = 0.0
+
+    @property
+    def highest(self) -> float:
+        return 100.0 if self.unit == "percent" else math.inf
 
 
-def _percent(name: str, label: str, definition: str) -> Metric:
-    return Metric(f"{name}_percent", label, "percent", definition)
+def _percent(name: str, label: str, definition: str, *, lowest: float = 0.0) -> Metric:
+    return Metric(f"{name}_percent", label, "percent", definition, lowest=lowest)
 
 
 _COCO = "COCO evaluation (101-point, IoU .50:.95, at most 100 detections an image)"
@@ -75,8 +84,8 @@ METRICS: dict[str, Metric] = {
         _percent("voc07_svm_map", "VOC07 SVM mAP", "Mean AP of linear SVMs on frozen features, VOC 2007"),
         # Clustering against labels.
         _percent("nmi", "NMI", "Normalised mutual information of clusters and labels, arithmetic mean"),
-        _percent("ami", "AMI", "Mutual information of clusters and labels, adjusted for chance"),
-        _percent("ari", "ARI", "Rand index of clusters and labels, adjusted for chance"),
+        _percent("ami", "AMI", "Mutual information of clusters and labels, adjusted for chance", lowest=-100.0),
+        _percent("ari", "ARI", "Rand index of clusters and labels, adjusted for chance", lowest=-100.0),
         _percent("cluster_accuracy", "cluster acc", "Accuracy under the best one-to-one match of clusters and labels"),
     )
 }
@@ -87,3 +96,15 @@ def check_metrics(metrics: dict[str, float], *, where: str) -> None:
     for name in metrics:
         if name not in METRICS:
             raise UserError(f'{where}: unknown metric "{name}".{did_you_mean(name, METRICS)}')
+
+
+def check_values(metrics: dict[str, float]) -> None:
+    """Raise `UserError` when there is no value, or one that its metric cannot take (NaN, a mIoU of 150 %)."""
+    if not metrics:
+        raise UserError("metrics is empty: a record holds at least one value; run it again")
+    for name, value in metrics.items():
+        metric = METRICS[name]
+        if not math.isfinite(value):
+            raise UserError(f"{name} is {value}: a record holds finite numbers only")
+        if not metric.lowest <= value <= metric.highest:
+            raise UserError(f"{name} is {value:g}, which {metric.label} cannot be; run it again")

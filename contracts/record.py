@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,23 +18,34 @@ from contracts import atomic
 from contracts.config import Config
 from contracts.errors import UserError
 from contracts.hashing import sha256_json
-from contracts.metrics import check_metrics
+from contracts.metrics import check_metrics, check_values
 
 SCHEMA_VERSION: Final = 1
+# Fields that a record has and other results do not. JSON with none of them (a benchmark's figures, a table) is no
+# record; with any one of them it is, and what it lacks is an error: no damage that leaves JSON takes all seven away.
+MARKS: Final = ("schema_version", "method", "protocol", "metrics", "weights", "recipe", "recipe_hash")
 Scale = Literal["full", "reduced", "sample"]
 Task = Literal["detection", "instance-segmentation", "segmentation", "classification", "clustering"]
 
 
 class WeightsProvenance(Config):
-    """Which weights a run started from; everything but `name` is None for random initialisation."""
+    """Which weights a run started from; everything but `name` is None for random initialisation.
+
+    `sha256` is of the file that the run was given, which is written anew by each conversion; what stays is
+    `source_sha256` (the file that was first read) with its `branch`, and for our own runs the pretraining's config,
+    seed and images. Records of earlier versions lack some of these.
+    """
 
     name: str
     sha256: str | None = None
     architecture: str | None = None
     epochs: int | None = None
     layout: str | None = None
+    branch: str | None = None
+    source_sha256: str | None = None
     pretrain_config_hash: str | None = None
     pretrain_seed: int | None = None
+    pretrain_images_sha256: str | None = None
 
 
 class RunRecord(Config):
@@ -77,9 +87,7 @@ class RunRecord(Config):
     @model_validator(mode="after")
     def _known_metrics(self) -> RunRecord:
         check_metrics(self.metrics, where=f"record of {self.protocol}")
-        for name, value in self.metrics.items():
-            if not math.isfinite(value):
-                raise ValueError(f"{name} is {value}: a record holds finite numbers only")
+        check_values(self.metrics)
         return self
 
     @property
@@ -105,7 +113,11 @@ def read_record(path: str | os.PathLike[str]) -> RunRecord:
         raise UserError(f"There is no record at {path}: run `twist transfer` first, or check the path.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON ({error}): it is no run record.") from None
-    version = values.get("schema_version") if isinstance(values, dict) else None
+    except OSError as error:
+        raise UserError(f"Cannot read the record {path} ({error.strerror}): check its permissions.") from None
+    if not _is_marked(values):
+        raise UserError(f"{path} is no run record: it has none of a record's fields ({', '.join(MARKS)}).")
+    version = values.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{path}: record schema {version!r} is unknown, this version reads {SCHEMA_VERSION}; update the suite."
@@ -120,12 +132,70 @@ def read_record(path: str | os.PathLike[str]) -> RunRecord:
 
 
 def find_records(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
-    """The record files under `paths`: a file as it is, a folder searched as `<folder>/<protocol>/*.json`."""
+    """The record files under `paths`: a file as it is, a folder searched as `<folder>/<protocol>/*.json`.
+
+    A folder of one protocol (`results/sample-knn`) is searched as `<folder>/*.json`. JSON without any of a record's
+    fields is passed over; a file that is not JSON, or that has some of them, is yielded and is for `read_record` to
+    refuse.
+    """
     for path in map(Path, paths):
         if path.is_dir():
-            # A name that begins with a dot is a record that another process is writing (contracts.atomic).
-            yield from sorted(file for file in path.glob("*/*.json") if not file.name.startswith("."))
+            yield from filter(_may_be_record, sorted([*path.glob("*.json"), *path.glob("*/*.json")]))
         elif path.exists():
             yield path
         else:
             raise UserError(f"There is no record or folder of records at {path}.")
+
+
+def read_records(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[Path, RunRecord]]:
+    """Every record under `paths` with its file.
+
+    Raises:
+        UserError: a path is absent or holds no record, or a record is not valid.
+    """
+    read = []
+    for path in map(Path, paths):
+        files = list(find_records([path]))
+        if not files:
+            raise UserError(_none_under(path))
+        read += [(file, read_record(file)) for file in files]
+    return read
+
+
+def find_collections(folder: Path) -> list[Path]:
+    """`folder` where it holds records itself, else the folders in it that do: studies kept side by side."""
+    if any(find_records([folder])):
+        return [folder]
+    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [path for path in inner if any(find_records([path]))]
+
+
+def _none_under(path: Path) -> str:
+    if studies := find_collections(path):
+        listed = " and ".join(map(str, studies))
+        return f"There are no run records in {path} itself, but in {listed}: name the folders that you mean."
+    return (
+        f"There are no run records under {path}: `twist transfer` and `twist suite` write them; `twist compare "
+        "--published-only` shows the published numbers alone."
+    )
+
+
+def _is_marked(values: Any) -> bool:
+    return isinstance(values, dict) and any(name in values for name in MARKS)
+
+
+def _may_be_record(file: Path) -> bool:
+    # A name that begins with a dot is a record that another process is writing (contracts.atomic); run.json is a run
+    # folder's account of itself (transfer/folder.py), which shares fields with a record.
+    if file.name.startswith(".") or file.name == "run.json":
+        return False
+    try:
+        data = file.read_bytes()
+        # Nearly every file is a record: what says so is not parsed twice.
+        if b'"schema_version"' in data:
+            return True
+        values = json.loads(data)
+    except (OSError, ValueError):
+        return True  # reading it says what is wrong
+    # `{}` says nothing about what it was.
+    return _is_marked(values) or values == {}

@@ -65,6 +65,9 @@ class Backbone(Config):
     source_sha256: str | None = None
     config_hash: str | None = None
     seed: int | None = None
+    # Of our own runs: which images they saw (`pretrain.image_source.fingerprint`); the config hash leaves out where
+    # the data lie.
+    images_sha256: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Backbone:

@@ -6,8 +6,10 @@ reference count, so its memory page is copied into every worker, and a million n
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +19,9 @@ from torch import Tensor
 from contracts.errors import UsageError, UserError
 from contracts.images import EXTENSIONS, UnreadableImage, decode
 from pretrain.config import DataConfig
+
+# Sizes asked for at a time: on a network file system each is a round trip.
+STAT_THREADS, STAT_PART = 16, 4096
 
 
 class ImageSource(Protocol):
@@ -49,6 +54,18 @@ def open_images(config: DataConfig) -> ImageSource:
 def is_stream(config: DataConfig) -> bool:
     """Whether `config` asks for a stream, which has no numbers: `pretrain.image_stream.ImageStream`."""
     return config.format == "datasets" and bool(config.dataset_options.get("streaming"))
+
+
+def fingerprint(config: DataConfig) -> str | None:
+    """SHA-256 over the relative names and sizes of the image files, sorted: the same images, wherever they lie.
+
+    None for `datasets`: a stream has no names, and the library's own fingerprints tell machines apart, not images.
+
+    Raises:
+        OSError, UserError: the images can no longer be read.
+    """
+    images = open_images(config) if config.format != "datasets" else None
+    return images.fingerprint() if isinstance(images, _Files) else None
 
 
 class Names:
@@ -86,6 +103,18 @@ class _Files:
 
     def label(self, index: int) -> int | None:
         return None if self._labels is None else int(self._labels[index])
+
+    def fingerprint(self) -> str:
+        parts = [range(start, min(start + STAT_PART, len(self))) for start in range(0, len(self), STAT_PART)]
+        with ThreadPoolExecutor(STAT_THREADS) as pool:
+            lines = sorted(line for part in pool.map(self._names_and_sizes, parts) for line in part)
+        return hashlib.sha256(b"".join(lines)).hexdigest()
+
+    def _names_and_sizes(self, part: range) -> list[bytes]:
+        return [
+            b"%d %s\n" % (os.path.getsize(self.name(i)), self._names[i].encode("utf-8", "surrogateescape"))
+            for i in part
+        ]
 
     def encoded(self, index: int) -> bytes:
         name = self.name(index)

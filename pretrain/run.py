@@ -17,6 +17,7 @@ from pretrain import checkpoint, distributed
 from pretrain.checkpoint import Position
 from pretrain.config import PretrainConfig
 from pretrain.data import Batch
+from pretrain.image_source import fingerprint
 from pretrain.model import Twist, build_model
 from pretrain.nonfinite import NonFiniteGuard, write_capture
 from pretrain.optim import build_optimizer
@@ -165,13 +166,23 @@ class Run:
         """Write the result: the student's backbone, and the teacher's beside it."""
         path = self.output / "backbone.safetensors"
         if distributed.rank() == 0:
-            self._write(path, self.student)
+            images = self._images()
+            self._write(path, self.student, images=images)
             if self.teacher is not None:
-                self._write(self.output / "teacher_backbone.safetensors", self.teacher, branch="teacher")
+                teacher = self.output / "teacher_backbone.safetensors"
+                self._write(teacher, self.teacher, images=images, branch="teacher")
         distributed.barrier()
         return path
 
-    def _write(self, path: Path, network: Twist, *, branch: str = "backbone") -> None:
+    def _images(self) -> str | None:
+        """The fingerprint of the images, for which a run that has come to its end is not lost."""
+        try:
+            return fingerprint(self.config.data)
+        except (OSError, UserError) as error:
+            say(f"The result does not say which images it has seen: they can no longer be read ({error}).")
+            return None
+
+    def _write(self, path: Path, network: Twist, *, images: str | None, branch: str = "backbone") -> None:
         is_vit = self.config.model.backbone.startswith("vit_")
         header = Backbone(
             architecture=self.config.model.backbone,
@@ -183,5 +194,6 @@ class Run:
             source_branch=branch,
             config_hash=recipe_hash(self.config),
             seed=self.config.run.seed,
+            images_sha256=images,
         )
         write_backbone(path, network.backbone.state_dict(), header)

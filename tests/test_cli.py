@@ -42,6 +42,20 @@ def test_wrong_usage_is_one_sentence(arguments: list[str], status: int, sentence
     assert "Traceback" not in done.stderr
 
 
+def test_data_sets_may_be_named_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    suite = tmp_path / "suite.toml"
+    suite.write_text('protocols = ["sample-knn"]\n[[weights]]\nname = "random"\nfile = "random"\n')
+    commands = (["data", "check", "coco"], ["data", "prepare", "voc", "sbd=x/y"], ["suite", suite, "--dry-run"])
+    for command in commands:
+        assert "set DETECTRON2_DATASETS" in twist(*command).stderr
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    check, prepare, plan = (twist(*command) for command in commands)
+    assert f"{tmp_path / 'coco'}" in check.stdout
+    assert "x/y" in prepare.stderr or "Pascal VOC comes from" in prepare.stderr, "past the root"
+    assert "3 runs: 0 done, 3 to run" in plan.stdout
+
+
 def test_debug_shows_the_traceback() -> None:
     done = twist("--debug", "pretrain", "absent.toml")
     assert done.returncode == 1

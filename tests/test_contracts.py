@@ -26,7 +26,16 @@ from contracts.networks import (
     normalise,
     stage_features,
 )
-from contracts.record import RunRecord, WeightsProvenance, find_records, read_record, write_record
+from contracts.record import (
+    MARKS,
+    RunRecord,
+    WeightsProvenance,
+    find_collections,
+    find_records,
+    read_record,
+    read_records,
+    write_record,
+)
 from contracts.weights import Backbone, read_backbone, read_header, write_backbone
 
 
@@ -269,6 +278,9 @@ def test_record_round_trip_and_hash(tmp_path: Path) -> None:
         ({"recipe": {"k": 1}}, "recipe_hash does not belong to the recipe"),
         ({"scale": "huge"}, "scale"),
         ({"surprise": 1}, "surprise"),
+        ({"metrics": {}}, "metrics is empty"),
+        ({"metrics": {"miou_percent": 150.0}}, "miou_percent is 150, which mIoU cannot be"),
+        ({"metrics": {"knn_top1_percent": -1.0}}, "knn_top1_percent is -1, which k-NN top-1 cannot be"),
     ],
 )
 def test_a_tampered_record_is_refused_by_name(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -278,6 +290,58 @@ def test_a_tampered_record_is_refused_by_name(tmp_path: Path, change: dict[str, 
         read_record(path)
     assert message in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_chance_may_do_better_than_clusters() -> None:
+    assert record(metrics={"ari_percent": -0.4, "ami_percent": -2.0}).metrics["ari_percent"] == -0.4
+
+
+def test_figures_beside_records_are_passed_over_and_damaged_records_never(tmp_path: Path) -> None:
+    path = write_record(record(), tmp_path)
+    values = json.loads(path.read_text())
+    for name, beside in (("speed.json", {"speedup": 4.0, "hardware": {}}), ("list.json", [1, 2])):
+        write(path.parent / name, json.dumps(beside))
+    # A run folder's own account has a record's fields, and a record that is being written begins with a dot.
+    write(path.parent / "run.json", json.dumps({"protocol": "knn", "recipe": {}, "state": "done"}))
+    write(path.parent / ".record.json.x1.json", "{")
+    assert [file for file, _ in read_records([tmp_path])] == [path]
+    for damage in ("{}", path.read_text()[:99], json.dumps({k: v for k, v in values.items() if k != "schema_version"})):
+        path.write_text(damage)
+        with pytest.raises(UserError, match=str(path)):
+            read_records([tmp_path])
+    for mark in MARKS:
+        path.write_text(json.dumps({mark: values[mark]}))
+        with pytest.raises(UserError, match=str(path)):
+            read_records([tmp_path])
+
+
+def test_a_file_that_is_no_record_is_said_to_be_none_when_it_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run record: it has none of a record's fields"):
+        read_records([write(tmp_path / "speed.json", '{"speedup": 4.0}')])
+
+
+def test_records_are_found_in_a_protocols_folder_and_below_its_parent(tmp_path: Path) -> None:
+    path = write_record(record(), tmp_path / "study")
+    for asked in (path, path.parent, path.parent.parent):
+        assert [file for file, _ in read_records([asked])] == [path]
+    assert find_collections(tmp_path) == find_collections(tmp_path / "study") == [tmp_path / "study"]
+    with pytest.raises(UserError, match=f"no run records in {tmp_path} itself, but in {tmp_path / 'study'}"):
+        read_records([tmp_path])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no run records under .*empty: .*--published-only"):
+        read_records([tmp_path / "study", tmp_path / "empty"])
+
+
+def test_files_of_earlier_versions_stay_readable(tmp_path: Path) -> None:
+    path = write_record(record(), tmp_path)
+    values = json.loads(path.read_text())
+    for name in ("branch", "source_sha256", "pretrain_images_sha256"):
+        del values["weights"][name]
+    path.write_text(json.dumps(values))
+    assert read_record(path).weights.pretrain_images_sha256 is None
+    header = HEADER.model_dump(mode="json")
+    del header["images_sha256"]
+    assert Backbone.model_validate(header) == HEADER
 
 
 def test_metric_names_carry_their_unit() -> None:

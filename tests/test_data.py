@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ from contracts.images import UnreadableImage
 from pretrain import pil_reference, sampler
 from pretrain.config import DataConfig, ViewsConfig
 from pretrain.data import Batch, ViewLoader, open_images
-from pretrain.image_source import ImageSource, Names
+from pretrain.image_source import ImageSource, Names, fingerprint
 from pretrain.image_stream import ImageStream, image_number
 from pretrain.photometric import denormalise
 from pretrain.reduced_decode import PROBE_FROM_BYTES, decode_reduced, divisor, shrink_boxes, upright_size
@@ -354,6 +355,25 @@ def test_a_folder_is_read_at_any_depth_in_order(tmp_path: Path) -> None:
     assert images.label(0) is None
     with pytest.raises(IndexError):
         images.name(3)
+
+
+def test_a_fingerprint_is_of_names_and_sizes_wherever_they_lie(tmp_path: Path) -> None:
+    for root, order in (("here", "ab"), ("there", "ba")):
+        for name in order:
+            (tmp_path / root / name).mkdir(parents=True)
+            (tmp_path / root / name / "1.jpg").write_bytes(name.encode() * 9)
+            (tmp_path / root / f"{name}.txt").write_text("no image")
+    here, there = (fingerprint(DataConfig(root=str(tmp_path / root))) for root in ("here", "there"))
+    # Known answer: size, space, name, a line each, sorted.
+    assert here == there == hashlib.sha256(b"9 a/1.jpg\n9 b/1.jpg\n").hexdigest()
+    (tmp_path / "list.txt").write_text("here/b/1.jpg\nhere/a/1.jpg\n")
+    listed = fingerprint(DataConfig(root=str(tmp_path / "list.txt"), format="list"))
+    assert listed == hashlib.sha256(b"9 here/a/1.jpg\n9 here/b/1.jpg\n").hexdigest()
+    (tmp_path / "there" / "b" / "1.jpg").write_bytes(b"longer than it")
+    assert fingerprint(DataConfig(root=str(tmp_path / "there"))) != here
+    (tmp_path / "there" / "b" / "1.jpg").rename(tmp_path / "there" / "b" / "2.jpg")
+    assert fingerprint(DataConfig(root=str(tmp_path / "there"))) != here
+    assert fingerprint(DataConfig(root="anything", format="datasets", dataset_options={"streaming": True})) is None
 
 
 def test_class_folders_give_labels(images: ImageSource) -> None:

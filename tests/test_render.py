@@ -100,6 +100,59 @@ def test_mixed_columns_are_marked_everywhere() -> None:
     assert {row["mixed"] for row in csv.DictReader(io.StringIO(render(table, "csv")))} == {"lr = 0.1", "lr = 0.2"}
 
 
+ONE = "Several runs of one pretraining show the spread of the transfer alone: TWIST."
+REPEATED = "Runs that repeat a result exactly count once: BYOL."
+OWN = "Every run has a random initialisation of its own: random init."
+
+
+@pytest.fixture
+def repeats() -> Table:
+    byol = runs("byol", [45.0, 45.0, 45.0])
+    moco = [
+        make_record(
+            "moco-v2", weights={"pretrain_config_hash": "c" * 64, "pretrain_seed": seed}, metrics=byol[0].metrics
+        )
+        for seed in range(2)
+    ]
+    records = [*runs("random", [40.0, 40.5, 41.0]), *runs("twist", [50.0, 50.5, 51.0]), *byol, *moco]
+    return build_table(records, baseline="random")
+
+
+def test_every_text_says_how_many_pretrainings_are_behind_n(repeats: Table) -> None:
+    for name in ("table", "markdown", "latex"):
+        text = render(repeats, name)
+        assert all(note in text for note in (ONE, REPEATED, OWN)), name
+        assert "n counts pretrainings, each by the mean of its runs: MoCo v2." in text
+        assert "45.0 (1)" in text
+    (byol,) = [line for line in render(repeats, "table").splitlines() if line.startswith("BYOL")]
+    assert byol.endswith(" 45.0 (1) [+4.5?]")
+    # One run of one pretraining has no spread to speak of.
+    assert "pretraining" not in render(build_table(runs("twist", [50.0])), "table")
+
+
+def test_data_formats_count_runs_and_pretrainings_apart(repeats: Table) -> None:
+    rows = {row["method"]: row for row in csv.DictReader(io.StringIO(render(repeats, "csv")))}
+    counted = {method: (row["n"], row["runs"], row["pretrainings"]) for method, row in rows.items()}
+    assert counted == {
+        "random": ("3", "3", "3"), "twist": ("3", "3", "1"), "byol": ("1", "3", "1"), "moco-v2": ("2", "2", "2")
+    }  # fmt: skip
+    values = json.loads(render(repeats, "json"))
+    byol = next(c for c in values["cells"] if values["rows"][c["row"]]["method"] == "byol")["measured"]
+    assert (byol["values"], byol["repeated"], [run["value"] for run in byol["runs"]]) == ([45.0], True, [45.0] * 3)
+
+
+def test_what_a_source_says_of_its_numbers_is_in_every_footnote() -> None:
+    rows = [row for row in load_published() if row.source.startswith("MoCo repository, commit 132aea9, detection")]
+    table = build_table([], published=rows)
+    caveat = "detection/README.md; mean of 5 runs, standard deviation 0.{}. The standard deviations are the README's"
+    for name in ("table", "markdown", "latex"):
+        text = render(table, name)
+        assert caveat.format(2) in text, name
+        assert caveat.format(4) in text, name
+    # AP and AP50 have one footnote, AP75 the other.
+    assert "“57.4”a  “82.5”a  “64.0”b" in re.sub(r" +", "  ", render(table, "table")).replace("MoCo  v2", "MoCo v2")
+
+
 def test_nothing_to_show() -> None:
     for name in ("table", "markdown", "latex"):
         assert "No records" in render(build_table([]), name)
@@ -169,6 +222,8 @@ def test_a_text_without_markers_is_current(tmp_path: Path) -> None:
         ),
         ("<!-- twist compare results --colour -->\n<!-- end -->\n", UsageError, "unrecognized arguments: --colour"),
         ("<!-- twist compare elsewhere -->\n<!-- end -->\n", UserError, "no record or folder of records at"),
+        ("<!-- twist compare results --published-only -->\n<!-- end -->\n", UsageError, "reads no records"),
+        ("<!-- twist compare --published-only --no-published -->\n<!-- end -->\n", UsageError, "nothing to show"),
     ],
 )
 def test_a_marker_that_cannot_be_followed(readme: Path, text: str, error: type[Exception], said: str) -> None:
@@ -177,6 +232,11 @@ def test_a_marker_that_cannot_be_followed(readme: Path, text: str, error: type[E
         check_markers(readme)
     with pytest.raises(UserError, match="no file"):
         check_markers(readme.parent / "absent.md")
+    with pytest.raises(UserError, match=r"Cannot read .*results \(Is a directory\)"):
+        check_markers(readme.parent / "results")
+    readme.write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"Cannot read .* \(it is not UTF-8\)"):
+        check_markers(readme)
 
 
 def test_published_rows_can_be_left_out_or_kept_to_the_measured_methods(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_records import make_record
+from made_records import make_record, runs
 
 from compare.published import load_published
 from compare.report import write_report
-from compare.report_curves import CURVE_POINTS
+from compare.report_curves import CURVE_POINTS, label_families
+from compare.report_table import legend
 from compare.table import build_table
 from contracts import atomic
 from contracts.errors import UserError
@@ -129,8 +130,8 @@ def test_what_records_and_arguments_say_is_escaped(page: Path) -> None:
 
 def test_paths_are_relative_to_the_page(page: Path) -> None:
     assert str(page.parent) not in page.read_text()
-    runs = [run for c in embedded(page)["cells"] if c["measured"] for run in c["measured"]["runs"]]
-    assert all((page.parent / run["path"]).is_file() for run in runs)
+    listed = [run for c in embedded(page)["cells"] if c["measured"] for run in c["measured"]["runs"]]
+    assert all((page.parent / run["path"]).is_file() for run in listed)
 
 
 def test_curves_are_thinned_and_keep_their_end(page: Path) -> None:
@@ -145,6 +146,33 @@ def test_curves_are_thinned_and_keep_their_end(page: Path) -> None:
 def test_label_curve_has_both_shares(page: Path) -> None:
     (family,) = embedded(page)["labels"]
     assert [[point[0] for point in line["points"]] for line in family["lines"]] == [[1, 10]] * 3
+
+
+@pytest.mark.parametrize("scale", ["reduced", "sample"])
+def test_label_curve_joins_no_two_scales(scale: str) -> None:
+    top1 = {"top1_percent": 50.0}
+    records = [make_record(protocol="semi-1pct", scale=scale, metrics=top1)]
+    records += [make_record(protocol=name, scale="full", metrics=top1) for name in ("semi-10pct", "finetune-100pct")]
+    (family,) = label_families(build_table(records))
+    assert [[point[0] for point in line["points"]] for line in family["lines"]] == [[10, 100]]
+    both = [make_record(protocol=name, scale=scale, metrics=top1) for name in ("semi-1pct", "semi-10pct")]
+    (family,) = label_families(build_table(both))
+    assert family["title"].endswith(f"({scale})")
+
+
+def test_published_shares_stand_beside_full_scale_runs() -> None:
+    records = [make_record(protocol=f"semi-{n}pct", scale="full", metrics={"top1_percent": 50.0}) for n in (1, 10)]
+    (family,) = label_families(build_table(records, published=load_published()))
+    assert {line["published"] for line in family["lines"]} == {True, False}
+
+
+def test_the_legend_counts_pretrainings_and_speaks_of_tests_only_where_there_are_some() -> None:
+    lone = legend(build_table([*runs("random", [40.0]), *runs("twist", [50.0])], baseline="random"))
+    assert "not corrected" not in lone
+    assert "? no test" in lone
+    three = legend(build_table([*runs("random", [40.0, 41, 42]), *runs("twist", [50.0, 51, 52])], baseline="random"))
+    assert "not corrected for the table’s 1 comparison<" in three
+    assert "Several runs of one pretraining show the spread of the transfer alone: TWIST<" in three
 
 
 def test_a_table_without_records_is_a_page_too(tmp_path: Path) -> None:
@@ -275,7 +303,7 @@ def test_provenance_by_keyboard(opened: Any) -> None:
     opened.keyboard.press("ArrowDown")
     assert "MoCo v2" in panel.locator("h3").first.inner_text()
     text = panel.inner_text()
-    assert "Measured: 26.30 ± 0.30, 3 runs" in text
+    assert "Measured: 26.30 ± 0.30, 3 runs, from one pretraining" in text
     assert "+6.00 against random init: significant, p < 0.001" in text
     assert "results/sample-coco-mrcnn-fpn/moco-v2-" in text
     assert "<b>watch out</b>" in text

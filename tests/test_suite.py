@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import os
@@ -23,7 +24,16 @@ from contracts.record import RunRecord, find_records, read_record, write_record
 from transfer import suite as suite_module
 from transfer import suite_launch
 from transfer.protocols import PROTOCOLS
-from transfer.suite import Job, load_suite, make_plan, plan_text, run_suite, transfer_command
+from transfer.suite import (
+    Job,
+    RunsFailed,
+    load_suite,
+    make_plan,
+    makespan_s,
+    plan_text,
+    run_suite,
+    transfer_command,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SIMPLE = """
@@ -123,10 +133,19 @@ def test_all_errors_at_once_before_anything_starts(world: World) -> None:
         [[weights]]
         name = "a"
         file = "random"
+        [[weights]]
+        name = "b"
+        file = "random"
+        layout = "mocco"
+        [[weights]]
+        name = "c"
+        file = "random"
+        layout = "twist"
+        branch = "techer"
         """
     )
     with pytest.raises(UsageError) as caught:
-        world.run(data=world.root / "nowhere")
+        world.run(data=world.root / "nowhere", dry_run=True)
     said = str(caught.value)
     for part in (
         'there is no protocol "sample-knm". Did you mean "sample-knn"?',
@@ -135,10 +154,12 @@ def test_all_errors_at_once_before_anything_starts(world: World) -> None:
         "there is no file absent.pth for the weights a",
         'overrides are given for "sample-linear"',
         '"no override" is not an override',
+        'there is no layout "mocco" (weights b). Did you mean "moco"?',
+        'the layout twist has no branch "techer" (weights c). Did you mean "teacher"?',
         f"no data folder at {world.root / 'nowhere'}",
     ):
         assert part in said
-    assert len(said.splitlines()) == 7
+    assert len(said.splitlines()) == 9
     assert not world.output.exists()
 
 
@@ -165,7 +186,47 @@ def test_plan_says_what_is_done_and_how_long_the_rest_takes(world: World) -> Non
     text = plan_text(plan, suite, slots=1, on_gpus=False)
     assert "1/2" in text
     assert "2/2" in text
-    assert "4 runs: 3 done, 1 to run, one at a time on the CPU; about 0.5 h for 1 of them" in text
+    assert (
+        "4 runs: 3 done, 1 to run, one at a time on the CPU; about 0.5 h for 1 of them (1 from past records)." in text
+    )
+
+
+@pytest.mark.parametrize(
+    ("lengths", "slots", "expected"),
+    [
+        ([60], 8, 60),  # fewer jobs than slots: the longest, not an eighth of it
+        ([60, 20], 8, 60),
+        ([50, 40, 10], 2, 50),
+        ([60, 60, 60], 2, 120),  # three equal jobs in two slots are two rounds, not one and a half
+    ],
+)
+def test_time_is_that_of_the_fullest_slot(lengths: list[float], slots: int, expected: float) -> None:
+    assert makespan_s(lengths, slots) == expected
+
+
+def test_plan_says_where_its_hours_come_from(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, hours in (("sample-knn", None), ("sample-linear", 2.0)):
+        monkeypatch.setitem(PROTOCOLS, name, dataclasses.replace(PROTOCOLS[name], hours=hours))
+    suite = load_suite(world.file, data=world.data)
+    text = plan_text(make_plan(suite, results=world.results), suite, slots=8, on_gpus=True)
+    assert (
+        "about 2.0 h for 2 of them (2 from the protocols' measured hours); no time is known yet for sample-knn" in text
+    )
+    write_record(make_record("twist", "sample-knn", wall_s=3 * 3600.0), world.results)
+    text = plan_text(make_plan(suite, results=world.results), suite, slots=8, on_gpus=True)
+    assert "about 3.0 h for 4 of them (2 from past records, 2 from the protocols' measured hours)." in text
+
+
+def test_figures_among_the_results_are_no_records(world: World) -> None:
+    (world.results / "benchmarks").mkdir(parents=True)
+    (world.results / "benchmarks" / "lars.json").write_text('{"speedup": 4.0}')
+    assert len(world.run()) == 4
+
+
+def test_a_metric_of_another_protocol_stops_the_suite(world: World) -> None:
+    path = write_record(make_record("twist", "sample-knn", metrics={"top1_percent": 50.0}), world.results)
+    with pytest.raises(UserError, match=f"{path}: sample-knn does not measure top1_percent"):
+        world.run()
 
 
 def test_dry_run_starts_nothing(world: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,9 +312,12 @@ def test_a_crash_is_tried_once_more(world: World) -> None:
 
 def test_a_run_that_fails_twice_ends_alone(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     world.scripts["sample-knn · random · seed 0"] = "echo 'twist: CUDA out of memory, lower the batch.'; exit 1"
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(RunsFailed) as caught:
         world.run()
     said = str(caught.value)
+    assert [record.run_name for record in caught.value.records] == [
+        read_record(path).run_name for path in find_records([world.results])
+    ]
     assert said.startswith("1 of 4 runs failed: sample-knn · random · seed 0 (twist: CUDA out of memory")
     assert "log-2.txt" in said
     assert "trying once more: twist: CUDA out of memory" in capsys.readouterr().err

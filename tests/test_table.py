@@ -162,6 +162,31 @@ def test_two_records_of_one_run_are_refused() -> None:
         build_table([make_record(), make_record(wall_s=3.0)])
 
 
+OURS = {"pretrain_config_hash": "c" * 64, "pretrain_seed": 0}
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        OURS,
+        {**OURS, "pretrain_images_sha256": "d" * 64, "branch": "backbone"},
+        {"source_sha256": "e" * 64, "branch": "momentum"},
+    ],
+    ids=["our run", "our run, with its images", "another's checkpoint"],
+)
+def test_an_artefact_that_was_written_anew_is_the_same_run(provenance: dict[str, object]) -> None:
+    records = [make_record(weights={**provenance, "sha256": letter * 64}) for letter in "ab"]
+    with pytest.raises(UserError, match=r"Two records of one run .* the same pretraining"):
+        build_table(records)
+
+
+def test_a_checkpoint_and_its_artefact_are_the_same_weights() -> None:
+    direct = make_record(weights={"sha256": "e" * 64})
+    converted = make_record(weights={"sha256": "f" * 64, "source_sha256": "e" * 64})
+    with pytest.raises(UserError, match="Two records of one run"):
+        build_table([direct, converted])
+
+
 def test_metrics_choose_the_columns() -> None:
     record = make_record(metrics={KNN: 50.0, "knn_top5_percent": 80.0})
     assert [c.metric for c in build_table([record], metrics=["knn_top5_percent"]).columns] == ["knn_top5_percent"]
@@ -201,9 +226,67 @@ def test_pretraining_seeds_of_one_config_are_repeats() -> None:
     assert (measured.n, measured.pretrainings) == (2, 2)  # type: ignore[union-attr]
 
 
-def test_random_initialisations_are_repeats() -> None:
-    records = [make_record("random", seed=seed, weights={"sha256": str(seed) * 64}) for seed in range(3)]
-    assert build_table(records).cells[0, 0].measured.n == 3  # type: ignore[union-attr]
+@pytest.mark.parametrize("other", [{"pretrain_images_sha256": "2" * 64}, {"branch": "teacher"}])
+def test_other_images_or_another_branch_are_never_pooled(other: dict[str, str]) -> None:
+    first = {**OURS, "pretrain_images_sha256": "1" * 64, "branch": "backbone", "name": "a"}
+    records = [make_record(weights=first), make_record(weights={**first, **other, "name": "b"})]
+    assert [row.label for row in build_table(records).rows] == ["TWIST · a", "TWIST · b"]
+    same_name = [make_record(weights={**first, **change, "name": "a"}) for change in ({}, other)]
+    assert len({row.label for row in build_table(same_name).rows}) == 2
+
+
+@pytest.mark.parametrize("weights", [{}, {"sha256": "r" * 64}], ids=["drawn by the run", "from a file"])
+def test_random_initialisations_are_repeats(weights: dict[str, str]) -> None:
+    files = [{name: f"{value}{seed}" for name, value in weights.items()} for seed in range(3)]
+    records = [make_record("random", seed=seed, weights=file) for seed, file in enumerate(files)]
+    measured = build_table(records).cells[0, 0].measured
+    # Equal values of several initialisations are three results, not one repeated.
+    assert (measured.n, measured.pretrainings, measured.repeated) == (3, 3, False)  # type: ignore[union-attr]
+
+
+# ── What n counts ──
+
+
+def test_a_result_that_no_seed_changes_counts_once_and_is_never_starred() -> None:
+    table = build_table([*runs("random", [40.0, 40.5, 41.0]), *runs("twist", [67.3] * 3)], baseline="random")
+    twist = cell(table, "TWIST")
+    assert twist is not None
+    assert twist.measured is not None
+    assert (twist.measured.n, twist.measured.sd, len(twist.measured.records)) == (1, None, 3)
+    assert twist.difference is not None
+    assert twist.difference.value == pytest.approx(26.8)
+    assert twist.difference.significant is None
+
+
+def test_one_metric_that_agrees_by_chance_is_no_repeat() -> None:
+    records = [make_record(seed=seed, metrics={KNN: 50.0, "knn_top5_percent": 80.0 + seed}) for seed in range(3)]
+    measured = build_table(records, metrics=[KNN]).cells[0, 0].measured
+    assert (measured.n, measured.sd, measured.repeated) == (3, 0.0, False)  # type: ignore[union-attr]
+
+
+def test_of_several_pretrainings_each_counts_once() -> None:
+    levels = {0: [50.0, 52.0, 54.0], 1: [60.0, 61.0, 62.0]}
+    records = [
+        make_record(weights={**OURS, "pretrain_seed": pretraining}, seed=seed, metrics={KNN: value})
+        for pretraining, values in levels.items()
+        for seed, value in enumerate(values)
+    ]
+    measured = build_table(records).cells[0, 0].measured
+    assert measured is not None
+    # Six runs are no six independent results: the spread is that of the two pretrainings' means, 52 and 61.
+    assert (measured.values, measured.n, measured.pretrainings) == ((52.0, 61.0), 2, 2)
+    assert measured.sd == pytest.approx((2 * 4.5**2) ** 0.5)
+    assert sorted(measured.run_values) == [50, 52, 54, 60, 61, 62]
+
+
+def test_repeats_of_several_pretrainings_are_one_result_each() -> None:
+    records = [
+        make_record(weights={**OURS, "pretrain_seed": pretraining}, seed=seed, metrics={KNN: 60.0 + pretraining})
+        for pretraining in range(3)
+        for seed in range(3)
+    ]
+    measured = build_table(records).cells[0, 0].measured
+    assert (measured.values, measured.repeated) == ((60.0, 61.0, 62.0), True)  # type: ignore[union-attr]
 
 
 def test_architectures_are_named_where_they_differ() -> None:

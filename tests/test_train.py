@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from contracts.errors import UserError
 from contracts.weights import read_backbone
 from pretrain import distributed, train
 from pretrain.config import PretrainConfig
+from pretrain.image_source import fingerprint
 from pretrain.nonfinite import replay
 from pretrain.plan import resolve
 from pretrain.run import Run
@@ -65,11 +67,18 @@ def test_a_run_writes_what_it_promises(images: Path, tmp_path: Path, capsys) -> 
     assert first["total"] == pytest.approx(first["consistency"] + first["sharpness"] - first["diversity"], abs=1e-5)
     tensors, header = read_backbone(path)
     assert (header.architecture, header.method, header.epochs, header.seed) == ("resnet18", "twist", 2, 0)
+    assert header.images_sha256 == fingerprint(config.data)
     state = final_state(tmp_path)
     assert differing(tensors, {k.removeprefix("backbone."): v for k, v in state["model"].items() if k[0] == "b"}) == []
     teacher, header = read_backbone(tmp_path / "teacher_backbone.safetensors")
     assert header.source_branch == "teacher"
     assert differing(tensors, teacher) != []
+
+
+def test_a_finished_run_is_not_lost_with_its_images(tmp_path: Path, capsys) -> None:
+    finished = SimpleNamespace(config=tiny_config(tmp_path / "unmounted"))
+    assert Run._images(finished) is None
+    assert "does not say which images it has seen" in capsys.readouterr().err
 
 
 def test_the_plan_states_the_resolved_numbers(images: Path) -> None:

@@ -32,7 +32,8 @@ def find_root(data: Path | None) -> Path:
         data = Path(named)
     if data is None:
         raise UserError(
-            "No data root: pass --data ROOT (or set DETECTRON2_DATASETS); `twist data sample ROOT` makes one."
+            "No data root: name it (`--data ROOT` for a run) or set DETECTRON2_DATASETS; `twist data sample ROOT` "
+            "makes one."
         )
     if not data.is_dir():
         raise UserError(

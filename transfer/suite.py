@@ -7,6 +7,7 @@ whose run folders were cleared away, goes on where it was. Every run is a proces
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import json
 import shutil
@@ -25,13 +26,23 @@ from contracts.config import Config, parse_override, problems, read_toml, valida
 from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.hashing import sha256_file, sha256_json
 from contracts.record import RunRecord, find_records, read_record, write_record
+from converters import sources
 from transfer.protocols import PROTOCOLS
+from transfer.records import check_protocol
 from transfer.suite_display import SuiteDisplay
 from transfer.suite_launch import Handle, Launcher, LocalLauncher, SlurmLauncher
 
 RANDOM = "random"
 ATTEMPTS = 2
 POLL_S = 0.5
+
+
+class RunsFailed(UserError):
+    """Some runs of a suite failed twice; `records` are those of all others."""
+
+    def __init__(self, message: str, records: list[RunRecord]) -> None:
+        super().__init__(message)
+        self.records = records
 
 
 class WeightsEntry(Config):
@@ -122,7 +133,8 @@ def run_suite(
 
     Raises:
         UsageError: the file is wrong in any way; every problem at once, before anything starts.
-        UserError: some runs failed twice (the others are done and recorded), or SLURM is not here.
+        RunsFailed: some runs failed twice; the others are done and recorded.
+        UserError: the disk is full, or SLURM is not here.
     """
     suite = load_suite(path, data=data)
     plan = make_plan(suite, results=results)
@@ -154,14 +166,17 @@ def run_suite(
             f"The suite stopped: it cannot write under {output} or {results} ({error.strerror}): make room there and "
             "start it again; what is done is kept."
         ) from None
+    records = {**plan.done, **made}
+    ordered = [records[job.key] for job in plan.jobs if job.key in records]
     if failed:
         listed = "; ".join(f"{job.title} ({_last_line(log)}; log: {log})" for job, log in failed[:5])
         more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
-        raise UserError(
+        raise RunsFailed(
             f"{len(failed)} of {len(plan.jobs)} runs failed: {listed}{more}. Mend the cause and start the same suite "
-            "again; what is done is kept."
+            "again; what is done is kept.",
+            ordered,
         )
-    return [made.get(job.key) or plan.done[job.key] for job in plan.jobs]
+    return ordered
 
 
 def load_suite(path: Path, *, data: Path) -> SuiteConfig:
@@ -185,7 +200,7 @@ def load_suite(path: Path, *, data: Path) -> SuiteConfig:
 def make_plan(suite: SuiteConfig, *, results: Path) -> Plan:
     """The jobs of `suite` beside the records under `results`."""
     jobs = tuple(_jobs(suite))
-    records = [read_record(file) for file in find_records([results])] if results.is_dir() else []
+    records = [_read(file) for file in find_records([results])] if results.is_dir() else []
     by_note = {note: record for record in records for note in record.notes}
     done = {job.key: by_note[job.note] for job in jobs if job.note in by_note}
     times = defaultdict(list)
@@ -209,12 +224,24 @@ def plan_text(plan: Plan, suite: SuiteConfig, *, slots: int, on_gpus: bool) -> s
         )
         lines.append(f"{entry.name:{width}}  " + "  ".join(cells))
     known = [seconds for job in plan.missing if (seconds := plan.expected_s(job)) is not None]
+    recorded = sum(job.protocol in plan.wall_s for job in plan.missing)
     unknown = sorted({job.protocol for job in plan.missing if plan.expected_s(job) is None})
     where = f"{slots} at a time, {suite.gpus_per_run} GPU each" if on_gpus else "one at a time on the CPU"
-    time_text = f"about {sum(known) / slots / 3600:.1f} h for {len(known)} of them, from past records" if known else ""
+    told = [f"{recorded} from past records"] if recorded else []
+    told += [f"{len(known) - recorded} from the protocols' measured hours"] if len(known) > recorded else []
+    time_text = f"about {makespan_s(known, slots) / 3600:.1f} h for {len(known)} of them ({', '.join(told)})"
+    time_text = time_text if known else ""
     unknown_text = f"no time is known yet for {', '.join(unknown)}" if unknown else ""
     sentence = f"{len(plan.jobs)} runs: {len(plan.done)} done, {len(plan.missing)} to run, {where}"
     return "\n".join([*lines, "", "; ".join(part for part in (sentence, time_text, unknown_text) if part) + "."])
+
+
+def makespan_s(lengths: Sequence[float], slots: int) -> float:
+    """When the last of these jobs ends: each begins in the slot that is free first, the longest before the others."""
+    ends = [0.0] * slots
+    for length in sorted(lengths, reverse=True):
+        heapq.heapreplace(ends, ends[0] + length)
+    return max(ends)
 
 
 def transfer_command(job: Job, weights: Path | str, *, data: Path, gpus: int, output: Path) -> list[str]:
@@ -250,6 +277,7 @@ def _disagreements(suite: SuiteConfig) -> Iterator[str]:
     for entry in suite.weights:
         if entry.file != RANDOM and not Path(entry.file).is_file():
             yield f"there is no file {entry.file} for the weights {entry.name}; check the path or fetch the file."
+        yield from _layout_disagreements(entry)
     every = [
         *(o for e in suite.weights for o in e.overrides),
         *(o for values in suite.overrides.values() for o in values),
@@ -259,6 +287,22 @@ def _disagreements(suite: SuiteConfig) -> Iterator[str]:
             parse_override(override)
         except UsageError as error:
             yield str(error)
+
+
+def _layout_disagreements(entry: WeightsEntry) -> Iterator[str]:
+    if entry.layout is None:
+        return
+    layout = sources.BY_NAME.get(entry.layout)
+    if layout is None:
+        near = did_you_mean(entry.layout, sources.BY_NAME)
+        yield f'there is no layout "{entry.layout}" (weights {entry.name}).{near}'
+        return
+    branches = [branch.name for branch in layout.branches]
+    if entry.branch is not None and entry.branch not in branches:
+        yield (
+            f'the layout {entry.layout} has no branch "{entry.branch}" (weights {entry.name}).'
+            f"{did_you_mean(entry.branch, branches)}"
+        )
 
 
 # ── Jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -436,7 +480,7 @@ def _collected(job: Job, *, results: Path, output: Path) -> RunRecord | None:
         return None
     if len(files) > 1:
         raise UserError(f"{source} holds {len(files)} records and a run has one: remove the folder and start again.")
-    record = read_record(files[0])
+    record = _read(files[0])
     kept = {
         "media": tuple(_keep(files[0], name, record, results) for name in record.media),
         "curves": None if record.curves is None else _keep(files[0], record.curves, record, results),
@@ -445,6 +489,12 @@ def _collected(job: Job, *, results: Path, output: Path) -> RunRecord | None:
     collected = record.model_copy(update=kept)
     write_record(collected, results)
     return collected
+
+
+def _read(file: Path) -> RunRecord:
+    record = read_record(file)
+    check_protocol(file, record)
+    return record
 
 
 def _keep(file: Path, name: str, record: RunRecord, results: Path) -> str:

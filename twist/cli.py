@@ -62,6 +62,7 @@ class Executor(StrEnum):
     slurm = "slurm"
 
 
+DataRoot = Annotated[Path | None, typer.Argument(show_default=False, help="Default: $DETECTRON2_DATASETS.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", show_default=False)]
 
 
@@ -238,24 +239,27 @@ def data_sample(
 @data_app.command("prepare")
 def data_prepare(
     dataset: str,
-    root: Path,
+    root: DataRoot = None,
     overrides: Overrides = None,
 ) -> None:
     """Build what derives from the originals (VOC trainaug, Cityscapes trainIds, subset lists). Never downloads."""
     from contracts.config import parse_override
     from transfer.data.prepare import prepare
 
+    if root is not None and "=" in str(root) and not root.exists():  # the root was left out: this is the first option
+        root, overrides = None, [str(root), *(overrides or [])]
     options = {".".join(keys): value for keys, value in map(parse_override, overrides or [])}
     for path in prepare(dataset, root, **options):
         print(path)
 
 
 @data_app.command("check")
-def data_check(dataset: str, root: Path) -> None:
+def data_check(dataset: str, root: DataRoot = None) -> None:
     """Say everything that is missing or wrong in a data set, at once."""
     from transfer.data.check import check, has_errors, render
+    from transfer.preflight import find_root
 
-    findings = check(dataset, root)
+    findings = check(dataset, find_root(None) if root is None else root)
     print(render(findings))
     raise typer.Exit(1 if has_errors(findings) else 0)
 
@@ -263,7 +267,7 @@ def data_check(dataset: str, root: Path) -> None:
 @app.command()
 def suite(
     file: Annotated[Path, typer.Argument(metavar="SUITE.toml")],
-    data: Annotated[Path, typer.Option(help="Folder with the data sets.")],
+    data: Annotated[Path | None, typer.Option(help="Folder with the data sets; default $DETECTRON2_DATASETS.")] = None,
     executor: Annotated[Executor, typer.Option()] = Executor.local,
     output: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/suite"),
     results: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("results"),
@@ -274,17 +278,23 @@ def suite(
 
     Resumable; what is done is skipped.
     """
-    from compare.render import render
-    from compare.table import build_table
-    from transfer.suite import run_suite
+    from transfer.preflight import find_root
+    from transfer.suite import RunsFailed, run_suite
+    from twist.comparing import suite_table
 
     devices = None if gpus is None else _device_numbers(gpus)
-    records = run_suite(
-        file, executor=executor.value, dry_run=dry_run, gpus=devices, results=results, output=output, data=data
-    )
+    data = find_root(None) if data is None else data
+    failure = None
+    try:
+        records = run_suite(
+            file, executor=executor.value, dry_run=dry_run, gpus=devices, results=results, output=output, data=data
+        )
+    except RunsFailed as error:
+        failure, records = error, error.records
     if records:
-        # A grid runs several recipes of one protocol on purpose; they come out in columns of their own, marked.
-        print(render(build_table(records, allow_mixed=True), "table"))
+        print(suite_table(records))
+    if failure is not None:
+        raise failure
 
 
 @app.command()
@@ -302,26 +312,33 @@ def compare(
     pretrain_runs: Annotated[
         list[Path] | None, typer.Option("--pretrain-run", help="HTML: run folders whose curves to draw.")
     ] = None,
+    published_only: Annotated[
+        bool, typer.Option("--published-only", help="The published numbers alone, without records.")
+    ] = False,
     check: Annotated[Path | None, typer.Option(help="Fail when this file's tables are stale.")] = None,
     update: Annotated[Path | None, typer.Option(help="Rewrite this file's tables.")] = None,
 ) -> None:
-    """Records → a table that cannot lie, or an HTML page."""
+    """Records → a table that cannot lie, or an HTML page.
+
+    RECORDS are files, folders of a protocol's records, or folders of these; default results.
+    """
+    from compare.comparison import Choice
     from twist import comparing
 
     if check is not None:
         raise typer.Exit(comparing.check_markers(check))
     if update is not None:
         raise typer.Exit(comparing.update_markers(update))
-    comparing.compare(
-        records or [Path("results")],
+    choice = Choice(
         baseline=baseline,
-        table_format=table_format.value,
-        output=output,
         allow_mixed=allow_mixed,
         published=published,
+        published_only=published_only,
         same_methods=same_methods,
-        metrics=metric or [],
-        pretrain_runs=pretrain_runs or [],
+        metrics=tuple(metric or ()),
+    )
+    comparing.compare(
+        records or [], choice, table_format=table_format.value, output=output, pretrain_runs=pretrain_runs or []
     )
 
 

@@ -1,0 +1,178 @@
+"""`twist compare` and the end of `twist suite`, as a user of a clone meets them."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+from made_records import make_record, runs
+
+import transfer.suite
+from compare.comparison import Choice
+from contracts import atomic
+from contracts.errors import UsageError, UserError
+from contracts.record import RunRecord, find_records, write_record
+from transfer.protocols import PROTOCOLS
+from transfer.records import read_known_records
+from twist import comparing
+from twist.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def twist(*arguments: str | Path) -> None:
+    app([str(argument) for argument in arguments], standalone_mode=False)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    for record in [*runs("random", [40.0, 40.5, 41.0]), *runs("twist", [50.0, 50.5, 51.0])]:
+        write_record(record, tmp_path / "results")
+    return tmp_path / "results"
+
+
+# ── The committed tree ──
+
+
+def test_without_arguments_each_committed_study_has_its_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    twist("compare")
+    plain = capsys.readouterr().out
+    twist("compare", "--format", "markdown")
+    marked = capsys.readouterr().out
+    studies = [path for path in (ROOT / "results").iterdir() if path.is_dir() and any(find_records([path]))]
+    assert len(studies) > 1
+    for study in studies:
+        assert f"━━ results/{study.name} ━━" in plain
+        assert f"### `results/{study.name}`" in marked
+    assert "benchmarks" not in plain + marked
+    assert "No records" not in plain + marked
+
+
+def test_every_committed_record_is_one_that_its_protocol_can_give() -> None:
+    studies = [path for path in (ROOT / "results").iterdir() if path.is_dir() and any(find_records([path]))]
+    assert len(read_known_records(studies)) > 40
+
+
+def test_a_committed_protocol_folder_is_a_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    twist("compare", "results/photos/sample-knn", "--baseline", "random", "--no-published")
+    text = capsys.readouterr().out
+    # Three seeds of k-NN on one pretraining are one result.
+    assert "67.3 (1) [+34.2?]" in text
+    assert "Runs that repeat a result exactly count once: TWIST · 200 ep." in text
+
+
+# ── What is asked for ──
+
+
+def test_a_path_without_records_is_a_sentence_and_not_the_published_collection(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run records under .*--published-only"):
+        twist("compare", tmp_path)
+    with pytest.raises(UserError, match="no record or folder of records at"):
+        twist("compare", tmp_path / "absent")
+
+
+def test_the_published_numbers_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    twist("compare", "--published-only", "--metric", "miou_percent")
+    text = capsys.readouterr().out
+    assert "“67.16”" in text
+    assert "Measured" not in text
+    for wrong in (["results"], ["--no-published"]):
+        with pytest.raises(UsageError, match="--published-only"):
+            twist("compare", "--published-only", *wrong)
+
+
+def test_one_table_formats_take_one_study(tmp_path: Path) -> None:
+    for study in "ab":
+        write_record(make_record(), tmp_path / study)
+    for name in ("csv", "json", "html"):
+        with pytest.raises(UsageError, match=f"The format {name} holds one table, and there are 2 studies"):
+            twist("compare", tmp_path, "--format", name)
+
+
+def test_output_goes_into_a_folder_that_is_not_there_yet(results: Path, tmp_path: Path) -> None:
+    twist("compare", results, "--no-published", "--output", tmp_path / "new" / "table.txt")
+    assert "TWIST" in (tmp_path / "new" / "table.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["table", "html"])
+def test_an_output_that_cannot_be_written_is_one_sentence(
+    results: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(output: Path) -> None:
+        twist("compare", results, "--no-published", "--format", name, "--output", output)
+
+    with pytest.raises(UserError, match=f"{tmp_path} is a folder: give --output a file in it"):
+        write(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"Cannot write the (table|page) .*: check the path"):
+        write(tmp_path / "file" / "table.txt")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic, "write_text", full)
+    with pytest.raises(UserError, match=r"\(No space left on device\)"):
+        write(tmp_path / "table.txt")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"metrics": {"top1_percent": 50.0}}, "sample-knn does not measure top1_percent"),
+        ({"task": "clustering"}, "sample-knn is classification, and the record says clustering"),
+    ],
+)
+def test_a_record_that_its_protocol_cannot_give_is_refused(
+    tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    path = write_record(make_record(**change), tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"{path}: {said}"):
+        comparing.compare([tmp_path], Choice(), table_format="table", output=None, pretrain_runs=[])
+    (tmp_path / "README.md").write_text("<!-- twist compare . -->\n<!-- end -->\n")
+    with pytest.raises(UserError, match=said):
+        comparing.check_markers(tmp_path / "README.md")
+
+
+def test_a_protocol_that_is_not_in_the_table_is_shown(tmp_path: Path) -> None:
+    write_record(make_record(protocol="knn-of-tomorrow"), tmp_path)
+    assert "knn-of-tomorrow" not in PROTOCOLS
+    assert len(read_known_records([tmp_path])) == 1
+
+
+# ── The end of a suite ──
+
+
+def test_a_suite_ends_with_differences_to_random() -> None:
+    text = comparing.suite_table([*runs("random", [40.0, 40.5, 41.0]), *runs("twist", [50.0, 50.5, 51.0])])
+    assert "50.5 ± 0.5 (3) [+10.0*]" in text
+    assert "In brackets the difference to random init" in text
+
+
+def test_without_random_a_suite_is_measured_against_supervised_weights_or_nothing() -> None:
+    assert "the difference to supervised" in comparing.suite_table(
+        [*runs("supervised", [40.0]), *runs("twist", [50.0])]
+    )
+    assert "[" not in comparing.suite_table([*runs("byol", [40.0]), *runs("twist", [50.0])])
+    wide = make_record("random", weights={"architecture": "resnet50w2"})
+    assert "[" not in comparing.suite_table([wide, make_record("random", seed=1), *runs("twist", [50.0])])
+
+
+def test_the_table_of_what_was_made_comes_before_the_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[RunRecord] = [*runs("random", [40.0, 40.5]), *runs("twist", [50.0, 50.5])]
+
+    def fail(*_: object, **__: object) -> list[RunRecord]:
+        raise transfer.suite.RunsFailed("1 of 5 runs failed: …", made)
+
+    monkeypatch.setattr(transfer.suite, "run_suite", fail)
+    with pytest.raises(UserError, match="1 of 5 runs failed"):
+        twist("suite", tmp_path / "suite.toml", "--data", tmp_path)
+    assert "[+10.0*]" in capsys.readouterr().out
