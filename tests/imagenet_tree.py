@@ -5,6 +5,8 @@ Light imports only: processes that tests start import this file.
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,23 @@ def write_tree(root: Path, *, classes: int = 3, train: int = 6, val: int = 3, si
                 pixels = image.clip(0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{split}_{label}_{index:03d}.png")
     return root
+
+
+def second_is_killed(rank: Any) -> None:
+    """Work in which the second process is killed, as the kernel does for lack of memory; the first waits for it."""
+    rank.wait()
+    if rank.index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rank.wait()
+
+
+def no_room(rank: Any) -> None:
+    """Work that finds the GPU full in its last process."""
+    import torch
+
+    if rank.index + 1 == rank.count:
+        raise torch.OutOfMemoryError("no room")
+    rank.wait()
 
 
 def second_says_no(rank: Any) -> None:

@@ -213,6 +213,16 @@ def test_palette_turned_to_colours(tree: Path) -> None:
     assert all("palette was turned to RGB" in finding.message for finding in found)
 
 
+def test_maps_that_a_picture_program_numbered_anew(tree: Path) -> None:
+    """Every number is still a label, and none is the right one; the colours tell."""
+    (path, *_) = sorted((tree / "VOC2012" / "SegmentationClass").glob("*.png"))
+    with Image.open(path) as image:
+        image.load()
+    path.unlink()  # the tree is made of links
+    image.remap_palette([3, 1, 2, 0, *range(4, 256)]).save(path)
+    assert "numbered them anew" in only_error("voc", tree).message
+
+
 def test_label_ids_given_as_train_ids(tree: Path) -> None:
     label_ids_as_train_ids(tree)
     found = errors("cityscapes", tree)

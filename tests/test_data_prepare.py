@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from imagenet_tree import write_tree
 from PIL import Image
 from scipy.io import savemat
 from tiny_sample import tiny_sample
@@ -16,6 +17,8 @@ from contracts.errors import UsageError, UserError
 from transfer.data.check import check, has_errors
 from transfer.data.masks import voc_palette
 from transfer.data.prepare import prepare
+from transfer.imagenet.dataset import labelled_subset, open_tree, read_subset
+from transfer.imagenet.recipes import ClassifierRecipe, load_recipe
 
 
 def digests(root: Path) -> dict[Path, str]:
@@ -171,8 +174,29 @@ def test_imagenet_lists_by_seed_say_so_in_their_name(healthy: Path, tmp_path: Pa
     classes = [name.rpartition("_")[0] for name in names]
     assert sorted(classes) == sorted(set(classes))  # 4 images a class: one each
     assert prepare("imagenet", root, seed=5, progress=False) == []
+    with pytest.raises(UsageError, match=r"seed=-1 is no seed"):
+        prepare("imagenet", root, seed=-1, progress=False)
     with pytest.raises(UsageError, match="one of them"):
         prepare("imagenet", root, progress=False)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_imagenet_lists_by_seed_are_what_the_recipe_draws(tmp_path: Path, seed: int) -> None:
+    # 30 images a class: 1 % is one of them and 10 % are three, so a wrong draw has little chance to agree.
+    write_tree(tmp_path / "imagenet", classes=4, train=30, val=1, side=8)
+    written = prepare("imagenet", tmp_path, seed=seed, progress=False)
+    train, _ = open_tree(tmp_path)
+    for path, protocol in zip(written, ("semi-1pct", "semi-10pct"), strict=True):
+        overrides = ["labels_from=seed", f"labels_seed={seed}"]
+        recipe = load_recipe(protocol, architecture="resnet50", overrides=overrides)
+        assert isinstance(recipe, ClassifierRecipe)
+        drawn = labelled_subset(train, recipe)
+        assert len(drawn) == (4 if protocol == "semi-1pct" else 12)
+        assert read_subset(train, path).digest() == drawn.digest()
+        # Negative control: another seed's subset is another one.
+        other = load_recipe(protocol, architecture="resnet50", overrides=["labels_from=seed", "labels_seed=99"])
+        assert isinstance(other, ClassifierRecipe)
+        assert labelled_subset(train, other).digest() != drawn.digest()
 
 
 def test_detectron2_tree_is_links_only(healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,23 @@ def test_the_frameworks_own_linear_rule_is_ours(request_of) -> None:
     assert engine.resolve(request_of("coco-mrcnn-fpn-1x", "iterations=100")).reduced
 
 
+def test_an_override_that_leaves_the_protocol_keeps_the_record_from_published_numbers(request_of) -> None:
+    from transfer import detectron2_engine as engine
+
+    def resolved(*overrides: str):
+        return engine.resolve(request_of("coco-mrcnn-fpn-1x", "keep_batch=true", *overrides))
+
+    assert not resolved().reduced
+    assert not resolved("SOLVER.BASE_LR=0.04").reduced, "searching the rate is part of the protocol"
+    half = resolved("SOLVER.IMS_PER_BATCH=8", "SOLVER.BASE_LR=0.01", "iterations=180000")
+    assert not half.reduced, "what the message of too little memory advises"
+    assert resolved("SOLVER.IMS_PER_BATCH=8", "SOLVER.BASE_LR=0.01").reduced, "half of the images"
+    other = resolved("MODEL.ROI_BOX_HEAD.NUM_CONV=4")
+    assert other.reduced
+    assert "changed from the protocol: MODEL.ROI_BOX_HEAD.NUM_CONV 0 → 4" in other.notes
+    assert resolved("INPUT.MIN_SIZE_TEST=600").reduced
+
+
 def test_recipe_knows_the_protocol_and_not_the_weights(request_of) -> None:
     from transfer import detectron2_engine as engine
 
@@ -223,6 +240,9 @@ def test_an_interrupted_run_continues_from_its_checkpoint(request_of, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         engine.run(request, engine.resolve(request))
     monkeypatch.undo()
+    early = request_of("voc-frcnn-fpn-24k", *options, eval_only=True)
+    with pytest.raises(UserError, match=r"stands at iteration 2 of 4: .* --resume"):
+        engine.run(early, engine.resolve(early))
     continued = request_of("voc-frcnn-fpn-24k", *options, resume=True)
     result = engine.run(continued, engine.resolve(continued))
     assert [json.loads(line)["step"] for line in result.curves.read_text().splitlines()] == [1, 2, 3, 4]

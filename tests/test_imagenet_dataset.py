@@ -15,6 +15,7 @@ from transfer.imagenet.dataset import (
     draw_subset,
     epoch_batches,
     labelled_subset,
+    list_lines,
     open_tree,
     read_split,
     read_subset,
@@ -115,6 +116,32 @@ def test_drawn_subset_is_balanced_and_of_its_seed(tree: Path) -> None:
     assert np.bincount(half.labels).tolist() == [3, 3, 3]
     assert half.digest() == draw_subset(train, 0.5, seed=0).digest()
     assert half.digest() != draw_subset(train, 0.5, seed=1).digest()
+
+
+def test_a_written_list_is_read_as_the_same_subset(tree: Path, tmp_path: Path) -> None:
+    """By bare file names where they are unique, as SimCLR's lists; else with the class folder."""
+    other = write_tree(tmp_path / "other")
+    (other / "train" / "class_0" / "train_0_000.png").rename(other / "train" / "class_0" / "train_1_000.png")
+    for root, first in ((tree, "train_0_"), (other, "class_0/train_")):
+        train = read_split(root / "train")
+        subset = draw_subset(train, 0.5, seed=0)
+        lines = list_lines(train, subset)
+        assert lines[0].startswith(first)
+        (tmp_path / "list.txt").write_text("".join(f"{line}\n" for line in lines))
+        assert read_subset(train, tmp_path / "list.txt").digest() == subset.digest()
+
+
+def test_a_smaller_share_of_a_seed_lies_within_a_larger_one(tree: Path) -> None:
+    train = read_split(tree / "train")
+    small, large = (set(draw_subset(train, share, seed=2).paths.tolist()) for share in (0.2, 0.6))
+    assert small < large
+
+
+def test_pictured_images_are_spread_over_the_classes(tree: Path) -> None:
+    val = read_split(tree / "val")
+    assert val.spread(3).paths.tolist() == [val.paths[0], val.paths[4], val.paths[8]]
+    assert val.spread(3).labels.tolist() == [0, 1, 2]
+    assert val.spread(50).digest() == val.digest()
 
 
 def test_every_epoch_sees_each_image_once_on_any_number_of_ranks() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from imagenet_tree import write_tree
@@ -18,8 +19,9 @@ from contracts.hashing import sha256_json
 from contracts.metrics import check_metrics
 from contracts.networks import build_backbone
 from contracts.weights import Backbone
-from transfer.imagenet.dataset import open_tree
-from transfer.imagenet.engine import at_full_scale, recorded_recipe, run
+from transfer.imagenet import engine
+from transfer.imagenet.dataset import LabelledImages, open_tree
+from transfer.imagenet.engine import at_full_scale, recorded_recipe, resolve, run
 from transfer.imagenet.recipes import FOLDER, FinetuneRecipe, LinearRecipe, load_recipe, recipe_names
 from transfer.protocols import PROTOCOLS
 from transfer.result import EngineResult
@@ -94,11 +96,14 @@ def measure(
     output: Path,
     *overrides: str,
     header: Backbone = RESNET,
+    gpus: int = 0,
+    eval_only: bool = False,
     **how: Any,
 ) -> EngineResult:
-    result = run(
-        PROTOCOLS[name], weights, header, data=tree, seed=0, output=output, overrides=(*SMALL, *overrides), **how
+    resolved = resolve(
+        PROTOCOLS[name], header, data=tree, overrides=(*SMALL, *overrides), gpus=gpus, eval_only=eval_only
     )
+    result = run(resolved, weights, output=output, **{"seed": 0, **how})
     check_metrics(result.metrics, where=name)
     assert set(result.metrics) == set(PROTOCOLS[name].metrics)
     assert all(0 <= value <= 100 for value in result.metrics.values())
@@ -165,6 +170,17 @@ def test_two_steps_of_each_classifier(
     rows = [json.loads(line) for line in result.curves.read_text().splitlines()]
     assert rows[-1]["step"] >= 2
     assert {"step", "epoch", "loss", "lr_classifier", "top1_percent"} <= rows[-1].keys()
+    assert [path.name for path in result.media] == ["predictions.png", "losses.png"]
+    assert all(path.stat().st_size < 200_000 for path in result.media)
+    # The run folder says what ran and how it went.
+    written = json.loads((tmp_path / "recipe.json").read_text())
+    assert written.pop("machine")["workers"] == 0
+    assert {name: written[name] for name in result.recipe} == result.recipe
+    log = (tmp_path / "log.txt").read_text()
+    assert "plan: 1 process on the CPU" in log
+    assert f"epoch {rows[-1]['epoch'] + 1}: loss " in log
+    assert f"result: top1_percent {result.metrics['top1_percent']:.4f}" in log
+    assert list((tmp_path / "tensorboard").iterdir())
     frozen_note = any("bit-equal before and after" in note for note in result.notes)
     assert frozen_note == ("linear" in name)
 
@@ -211,16 +227,123 @@ def test_resume_goes_on_and_refuses_another_seed(tree: Path, weights: dict[str, 
     with pytest.raises(UserError, match="another recipe"):
         measure("sample-linear", tree, weights, tmp_path, "epochs=3", resume=True)
     with pytest.raises(UserError, match="another seed"):
-        run(
-            PROTOCOLS["sample-linear"],
-            weights,
-            RESNET,
-            data=tree,
-            seed=1,
-            output=tmp_path,
-            overrides=(*SMALL, "epochs=2"),
-            resume=True,
-        )
+        measure("sample-linear", tree, weights, tmp_path, "epochs=2", resume=True, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [("sample-linear", ()), ("linear", ("batch_size=9",)), ("sample-semi-10pct", ())],
+    ids=["features once", "crops", "finetune"],
+)
+def test_evaluation_only_measures_the_stored_weights(
+    name: str,
+    overrides: tuple[str, ...],
+    tree: Path,
+    weights: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overrides = ("epochs=2", *overrides)
+    with pytest.raises(UserError, match=r"stands at epoch 0 of 2: .*finish this one with --resume"):
+        measure(name, tree, weights, tmp_path, *overrides, eval_only=True)
+    first = measure(name, tree, weights, tmp_path, *overrides)
+    checkpoint, curves = (tmp_path / "checkpoint.pth").read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()
+    shown = predictions_of(monkeypatch)
+    again = measure(name, tree, weights, tmp_path, *overrides, eval_only=True)
+    assert again.metrics == first.metrics
+    assert again.recipe == first.recipe
+    assert any("nothing was trained" in note for note in again.notes)
+    assert len(shown) == 1, "the picture is of the evaluation"
+    # Class 0's score out of reach: the stored classifier itself is what an evaluation measures.
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    (bias,) = (value for key, value in state["model"].items() if key in ("bias", "1.bias"))
+    bias[0] = 1e6
+    torch.save(state, tmp_path / "checkpoint.pth")
+    biased = measure(name, tree, weights, tmp_path, *overrides, eval_only=True)
+    assert biased.metrics["top1_percent"] == pytest.approx(100 / 3)
+    assert set(shown[-1]) == {0}
+    assert (tmp_path / "metrics.jsonl").read_bytes() == curves
+    assert (tmp_path / "checkpoint.pth").read_bytes() != checkpoint, "only by this test's own hand"
+
+
+def predictions_of(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Collects what each picture of predictions is given."""
+    draw, seen = engine._prediction_panel, []
+
+    def watch(path: Path, shown: LabelledImages, predicted: list[int]) -> Path:
+        seen.append(predicted)
+        return draw(path, shown, predicted)
+
+    monkeypatch.setattr(engine, "_prediction_panel", watch)
+    return seen
+
+
+def test_predictions_are_framed_by_whether_they_are_right(tree: Path, tmp_path: Path) -> None:
+    _, val = open_tree(tree)
+    few = val.spread(3)
+    with Image.open(engine._prediction_panel(tmp_path / "p.png", few, [0, 2, 2])) as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
+    blue, orange = ((np.abs(pixels - colour).sum(axis=1) < 30).sum() for colour in ((0, 114, 178), (213, 94, 0)))
+    assert 1.5 * orange < blue < 6 * orange, "two whole frames and one broken one"
+
+
+def test_plan_says_what_will_be_done(tree: Path) -> None:
+    def plan(name: str, *overrides: str, **how: Any) -> str:
+        return resolve(PROTOCOLS[name], RESNET, data=tree, overrides=(*SMALL, *overrides), **how).plan
+
+    text = plan("semi-10pct", "batch_size=4", gpus=2)
+    assert text.startswith("plan: 2 GPUs → the recipe's batch is kept")
+    assert "images a step 4 (2 a process), lr_classifier 0.2, lr_backbone 0.02, 20 epochs of 2 steps" in text
+    assert "6 labelled images of 18; 9 validation images of 3 classes at 32 pixels" in text
+    assert "nothing is trained" in plan("sample-linear", eval_only=True)
+    assert "the 18 nearest of 18 training images vote" in plan("sample-knn")
+    assert "k-means (lloyd), 3 clusters on 18 training images" in plan("sample-cluster", eval_only=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "sentence"),
+    [
+        ("sample-knn", "transfer.imagenet.features.features_of", "a lower machine.feature_batch_size"),
+        ("sample-cluster", "transfer.imagenet.features.features_of", "a lower machine.feature_batch_size"),
+        ("sample-linear", "transfer.imagenet.features.features_of", "a lower machine.feature_batch_size"),
+        ("linear", "transfer.imagenet.features.features_of", "a lower machine.feature_batch_size"),
+        ("sample-knn", "transfer.imagenet.engine.nearest", "a lower machine.max_memory_mb"),
+        ("sample-knn", "transfer.imagenet.engine.network_of", "free the device of other processes"),
+        ("sample-semi-1pct", "transfer.imagenet.finetune.normalise", "lower batch_size and every lr_*"),
+    ],
+)
+def test_memory_that_runs_out_is_one_sentence_with_the_setting(
+    name: str,
+    place: str,
+    sentence: str,
+    tree: Path,
+    weights: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run_out(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(place, run_out)
+    overrides = ("batch_size=9",) if name == "linear" else ()
+    with pytest.raises(UserError) as caught:
+        measure(name, tree, weights, tmp_path, *overrides)
+    assert str(caught.value).startswith("CUDA ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB): ")
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert f"stopped: {caught.value}" in (tmp_path / "log.txt").read_text()
+
+
+def test_clusters_that_do_not_fit_the_machine_say_what_needs_less(
+    tree: Path, weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("transfer.imagenet.cluster.kmeans", run_out)
+    with pytest.raises(UserError, match=r"^The machine ran out of memory \(.*\): take algorithm=minibatch restarts=1"):
+        measure("sample-cluster", tree, weights, tmp_path)
 
 
 def test_misuse_is_one_sentence(tree: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:
@@ -232,7 +355,7 @@ def test_misuse_is_one_sentence(tree: Path, weights: dict[str, Tensor], tmp_path
         measure("sample-knn", tmp_path / "nothing", weights, tmp_path / "c")
     unknown = replace(PROTOCOLS["sample-knn"], config="sample-knnn")
     with pytest.raises(UsageError, match="Did you mean"):
-        run(unknown, weights, RESNET, data=tree, seed=0, output=tmp_path / "d")
+        resolve(unknown, RESNET, data=tree)
 
 
 @pytest.mark.slow

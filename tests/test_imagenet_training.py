@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import multiprocessing.connection
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from imagenet_tree import second_says_no, write_tree
+from imagenet_tree import no_room, second_is_killed, second_says_no, write_tree
 from torch import Tensor, nn
 
 from contracts.errors import UsageError, UserError
@@ -19,10 +20,11 @@ from contracts.weights import Backbone
 from transfer.imagenet import training
 from transfer.imagenet.dataset import epoch_batches, open_tree
 from transfer.imagenet.finetune import train_finetune
+from transfer.imagenet.journal import LOG
 from transfer.imagenet.linear import train_linear
 from transfer.imagenet.processes import Rank, run_ranks
 from transfer.imagenet.recipes import ClassifierRecipe, LinearRecipe, load_recipe
-from transfer.imagenet.training import CHECKPOINT, CURVES, Source, new_classifier, train_classifier
+from transfer.imagenet.training import CHECKPOINT, CURVES, Job, Source, new_classifier, train_classifier
 
 ALONE = Rank(0, 1, torch.device("cpu"))
 GENERATOR = torch.Generator().manual_seed(0)
@@ -40,15 +42,23 @@ def source() -> Source:
         for chosen in epoch_batches(40, batch_size=16, seed=0, epoch=number):
             yield ROWS[chosen], LABELS[chosen]
 
-    return Source(epoch=epoch, validation=lambda: [(ROWS, LABELS)], steps_per_epoch=3)
+    return Source(
+        epoch=epoch, validation=lambda: [(ROWS, LABELS)], pictured=lambda: [(ROWS[:4], LABELS[:4])], steps_per_epoch=3
+    )
 
 
 def fit(
-    output: Path, recipe: ClassifierRecipe, *, resume: bool = False, identity: dict[str, Any] | None = None
-) -> tuple[nn.Linear, list[dict[str, Any]]]:
+    output: Path,
+    recipe: ClassifierRecipe,
+    *,
+    resume: bool = False,
+    eval_only: bool = False,
+    identity: dict[str, Any] | None = None,
+    wrap: Callable[[nn.Linear], nn.Module] = lambda model: model,
+) -> tuple[nn.Linear, dict[str, Any]]:
     model = new_classifier(6, 3, seed=1)
-    history = train_classifier(
-        model,
+    done = train_classifier(
+        wrap(model),
         {"classifier": (recipe.lr_classifier, model.parameters())},
         source(),
         recipe,
@@ -57,12 +67,13 @@ def fit(
         output=output,
         identity=identity or {"recipe": "a", "seed": 1, "weights": "w"},
         resume=resume,
+        eval_only=eval_only,
     )
-    return model, history
+    return model, done
 
 
 def test_rate_follows_a_cosine_that_steps_once_an_epoch(tmp_path: Path) -> None:
-    _, history = fit(tmp_path, recipe_with())
+    history = fit(tmp_path, recipe_with())[1]["history"]
     expected = [0.2 * 0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)]
     assert [row["lr_classifier"] for row in history] == pytest.approx(expected, abs=1e-12)
     assert [row["step"] for row in history] == [3, 6, 9, 12]
@@ -98,7 +109,7 @@ def test_classifier_starts_from_its_seed_alone() -> None:
 
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_continued_run_is_bit_equal(tmp_path: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight, history = fit(tmp_path / "straight", recipe_with())
+    straight, done = fit(tmp_path / "straight", recipe_with())
     save, saved = training._save, 0
 
     def save_then_die(*arguments: Any) -> None:
@@ -112,13 +123,27 @@ def test_continued_run_is_bit_equal(tmp_path: Path, stop_after: int, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "cut", recipe_with())
     monkeypatch.setattr(training, "_save", save)
-    continued, whole = fit(tmp_path / "cut", recipe_with(), resume=True)
+    continued, again = fit(tmp_path / "cut", recipe_with(), resume=True)
+    history, whole = done["history"], again["history"]
     assert torch.equal(straight.weight, continued.weight)
     assert torch.equal(straight.bias, continued.bias)
     timeless = [[{k: v for k, v in row.items() if k != "images_per_s"} for row in rows] for rows in (history, whole)]
     assert timeless[0] == timeless[1]
     lines = [json.loads(line) for line in (tmp_path / "cut" / CURVES).read_text().splitlines()]
     assert lines == whole
+    assert again["metrics"] == done["metrics"] == {name: whole[-1][name] for name in ("top1_percent", "top5_percent")}
+    # TensorBoard shows each epoch once too, whatever was written twice.
+    assert scalars(tmp_path / "cut", "loss") == [(row["step"], pytest.approx(row["loss"])) for row in whole]
+    log = (tmp_path / "cut" / LOG).read_text()
+    assert [f"epoch {number}: loss " in log for number in range(1, 5)] == [True] * 4
+
+
+def scalars(output: Path, name: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
 
 
 def test_another_run_is_not_continued_and_an_existing_one_not_overwritten(tmp_path: Path) -> None:
@@ -132,9 +157,70 @@ def test_another_run_is_not_continued_and_an_existing_one_not_overwritten(tmp_pa
 
 
 def test_finished_run_is_only_read(tmp_path: Path) -> None:
-    _, history = fit(tmp_path, recipe_with())
+    _, done = fit(tmp_path, recipe_with())
     _, again = fit(tmp_path, recipe_with(), resume=True)
-    assert again == history
+    assert again == done
+
+
+def test_evaluation_measures_what_is_stored_and_trains_nothing(tmp_path: Path) -> None:
+    trained, done = fit(tmp_path, recipe_with())
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    # Other weights than those of the history, so that a number read back would show.
+    state["model"]["weight"] = -state["model"]["weight"]
+    torch.save(state, tmp_path / CHECKPOINT)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    model, measured = fit(tmp_path, recipe_with(), eval_only=True)
+    assert torch.equal(model.weight, -trained.weight)
+    scores = ROWS @ model.weight.T + model.bias
+    expected = 100.0 * (scores.argmax(1) == LABELS).double().mean().item()
+    assert measured["metrics"]["top1_percent"] == pytest.approx(expected)
+    assert measured["metrics"] != done["metrics"]
+    assert measured["predicted"] == scores[:4].argmax(1).tolist()
+    assert measured["history"] == done["history"]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_evaluation_of_an_unfinished_run_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"stands at epoch 0 of 4: --eval-only measures finished runs.*--resume\.$"):
+        fit(tmp_path, recipe_with(), eval_only=True)
+    save = training._save
+
+    def save_then_die(*arguments: Any) -> None:
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, recipe_with())
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(UserError, match=r"stands at epoch 1 of 4"):
+        fit(tmp_path, recipe_with(), eval_only=True)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+class _RunsOut(nn.Module):
+    """A model whose GPU's memory is too small, in training or in evaluation."""
+
+    def __init__(self, model: nn.Linear, *, training: bool) -> None:
+        super().__init__()
+        self.model, self.when = model, training
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if self.training == self.when:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return self.model(rows)
+
+
+@pytest.mark.parametrize(
+    ("in_training", "knob"),
+    [(True, r"lower batch_size and every lr_\* by the same factor"), (False, r"a lower machine\.feature_batch_size")],
+)
+def test_memory_that_runs_out_names_the_setting_of_its_phase(tmp_path: Path, in_training: bool, knob: str) -> None:
+    with pytest.raises(UserError, match=rf"^CUDA ran out of memory \(.*2\.00 GiB\): [^\n]*{knob}") as caught:
+        fit(tmp_path, recipe_with(), wrap=lambda model: _RunsOut(model, training=in_training))
+    assert "\n" not in str(caught.value)
 
 
 def test_divergence_names_the_rate_and_leaves_the_last_good_epoch(tmp_path: Path) -> None:
@@ -143,9 +229,14 @@ def test_divergence_names_the_rate_and_leaves_the_last_good_epoch(tmp_path: Path
     assert not (tmp_path / CHECKPOINT).exists()
 
 
-def test_more_gpus_than_there_are_is_refused() -> None:
+def test_more_gpus_than_there_are_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--gpus 9999: this machine shows \d+ GPUs"):
-        run_ranks(second_says_no, (), processes=9999, device="cuda")
+        run_ranks(second_says_no, (), processes=9999, device="cuda", output=tmp_path)
+
+
+def test_memory_is_guarded_from_the_first_tensor_on(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^CUDA ran out of memory \(no room\): free the device of other processes"):
+        run_ranks(no_room, (), processes=1, device="cpu", output=tmp_path)
 
 
 def _train_all(rank: Rank, root: Path, output: Path) -> dict[str, Any]:
@@ -167,23 +258,43 @@ def _train_all(rank: Rank, root: Path, output: Path) -> dict[str, Any]:
         )
         folder = output / name
         folder.mkdir(parents=True, exist_ok=True)
-        arguments = (header, tensors, train, val, recipe, 0, folder, {"name": name}, False)
-        done[name] = work(rank, *arguments)["history"]  # type: ignore[operator]
+        job = Job(header, tensors, train, val, recipe, 0, folder, {"name": name})  # type: ignore[arg-type]
+        done[name] = work(rank, job)["history"]  # type: ignore[operator]
     return done
 
 
 @pytest.mark.slow
-def test_sentence_of_any_process_arrives_alone() -> None:
+def test_sentence_of_any_process_arrives_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^the second of two says no$"):
-        run_ranks(second_says_no, (), processes=2, device="cpu")
+        run_ranks(second_says_no, (), processes=2, device="cpu", output=tmp_path)
+    with pytest.raises(UserError, match=r"^CUDA ran out of memory \(no room\): free the device of other processes"):
+        run_ranks(no_room, (), processes=2, device="cpu", output=tmp_path)
+    assert list(tmp_path.iterdir()) == [], "what a process left for its parent is gone"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seen_late", [False, True], ids=["the death is seen first", "the peer's error is seen first"])
+def test_a_process_that_is_killed_is_one_sentence(
+    tmp_path: Path, seen_late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if seen_late:  # as on a busy machine: when the parent looks, both have ended, and the survivor comes first
+
+        def wait_for_all(sentinels: Iterable[int], timeout: float | None = None) -> list[int]:
+            return [ready for one in sentinels for ready in wait([one], timeout)]
+
+        wait = multiprocessing.connection.wait
+        monkeypatch.setattr(multiprocessing.connection, "wait", wait_for_all)
+    expected = "Another process of the run died" if seen_late else r"Worker 1 died \(SIGKILL\)"
+    with pytest.raises(UserError, match=rf"^{expected}[^\n]*--resume continues from it\.$"):
+        run_ranks(second_is_killed, (), processes=2, device="cpu", output=tmp_path)
 
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     # 24 images in batches of 8: every batch divides, so the mean over ranks is the mean over the batch.
     root = write_tree(tmp_path / "tree", train=8)
-    one = run_ranks(_train_all, (root, tmp_path / "one"), processes=1, device="cpu")
-    two = run_ranks(_train_all, (root, tmp_path / "two"), processes=2, device="cpu")
+    one = run_ranks(_train_all, (root, tmp_path / "one"), processes=1, device="cpu", output=tmp_path)
+    two = run_ranks(_train_all, (root, tmp_path / "two"), processes=2, device="cpu", output=tmp_path)
     for name in ("fixed", "crops"):
         for alone, together in zip(one[name], two[name], strict=True):
             assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4), name

@@ -132,6 +132,31 @@ def test_linear_rule_on_one_process(request_of) -> None:
     assert list(step.milestones) == [42000, 54000]
 
 
+def test_an_override_that_leaves_the_protocol_keeps_the_record_from_published_numbers(request_of) -> None:
+    from transfer import mmseg_engine as engine
+
+    def resolved(*overrides: str):
+        return engine.resolve(request_of("voc12aug-fcn-d8-20k", "keep_batch=true", *overrides))
+
+    assert not resolved().reduced
+    assert not resolved("optim_wrapper.optimizer.lr=0.02").reduced, "searching the rate is part of the protocol"
+    half = resolved("train_dataloader.batch_size=8", "optim_wrapper.optimizer.lr=0.005", "iterations=40000")
+    assert not half.reduced, "what the message of too little memory advises"
+    other = resolved("model.decode_head.dropout_ratio=0.5")
+    assert other.reduced
+    assert "changed from the protocol: model.decode_head.dropout_ratio 0.1 → 0.5" in other.notes
+    assert resolved("param_scheduler.0.power=1.0").reduced
+    assert resolved("val_dataloader.dataset.pipeline.1.scale=[1024, 256]").reduced
+
+
+def test_a_loss_that_is_no_number_ends_the_run(request_of) -> None:
+    from transfer import mmseg_engine as engine
+
+    request = request_of("voc12aug-fcn-d8-20k", *QUICK, "iterations=2", "optim_wrapper.optimizer.lr=1e30")
+    with pytest.raises(UserError, match="lower the learning rate"):
+        engine.run(request, engine.resolve(request))
+
+
 def test_heads_follow_the_backbone(request_of) -> None:
     from transfer import mmseg_engine as engine
 
@@ -211,6 +236,9 @@ def test_an_interrupted_run_continues_from_its_checkpoint(request_of, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         engine.run(request, engine.resolve(request))
     monkeypatch.undo()
+    early = request_of("voc12aug-fcn-d16-30k", *options, eval_only=True)
+    with pytest.raises(UserError, match=r"stands at iteration 2 of 4: .* --resume"):
+        engine.run(early, engine.resolve(early))
     continued = request_of("voc12aug-fcn-d16-30k", *options, resume=True)
     result = engine.run(continued, engine.resolve(continued))
     assert [json.loads(line)["step"] for line in result.curves.read_text().splitlines()] == [1, 2, 3, 4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -76,9 +77,27 @@ def test_lookups() -> None:
     with pytest.raises(UsageError, match='Did you mean "voc-frcnn-c4-24k"'):
         find_protocol("voc-frcnn-c4-24")
     row = find_protocol("voc-frcnn-c4-24k")
-    assert [n.values[row.main_metric] for n in find_neighbours(row, "moco-v2", 800)] == [57.4]
-    assert find_neighbours(row, "moco-v2", 300) == []  # other epochs are no neighbours
-    assert [n.values[row.main_metric] for n in find_neighbours(row, "random", None)] == [33.8]
+    assert [n.values[row.main_metric] for n in find_neighbours(row, "moco-v2", 800, "resnet50")] == [57.4]
+    assert find_neighbours(row, "moco-v2", 300, "resnet50") == []  # other epochs are no neighbours
+    assert [n.values[row.main_metric] for n in find_neighbours(row, "random", None, "resnet50")] == [33.8]
+    assert find_neighbours(row, "random", None, "resnet18") == []  # nor is another network
+    linear = find_protocol("linear")
+    assert [n.values["top1_percent"] for n in find_neighbours(linear, "twist", 250, "resnet50w2")] == [77.7]
+
+
+def test_what_is_said_to_be_published_under_a_protocol_stands_there_in_the_published_tables() -> None:
+    """`compare/published.toml` calls the rest foreign; here it has to say how it differs."""
+    tables = tomllib.loads((ROOT / "compare" / "published.toml").read_text())["tables"]
+    published = {
+        (table["protocol"], row["method"], row.get("architecture", "resnet50"), metric, value)
+        for table in tables
+        for row in table["rows"]
+        for metric, value in zip(table["metrics"], row["values"])
+    }
+    for protocol in PROTOCOLS.values():
+        for n in protocol.expected:
+            found = [(protocol.name, n.method, n.architecture, *pair) in published for pair in n.values.items()]
+            assert all(found) if not n.differs else not all(found), (protocol.name, n)
 
 
 def test_the_list_shows_every_row_with_data_hardware_and_published_neighbours() -> None:
@@ -119,6 +138,15 @@ def test_stretch_keeps_the_form_and_drops_what_falls_together() -> None:
     assert stretch(coco, 900) == Schedule(16, 0.02, 900, 10, (600, 800))
     assert stretch(coco, 2).steps == (1,)
     assert stretch(coco, 1).steps == ()
+
+
+def test_the_paper_suite_keeps_every_recipe() -> None:
+    """Eight GPUs a run; MMSegmentation's recipes are stated for fewer, and the linear rule would make them others."""
+    suite = tomllib.loads((ROOT / "configs" / "suites" / "paper.toml").read_text())
+    for name in suite["protocols"]:
+        row = find_protocol(name)
+        if row.engine != "imagenet" and row.gpus != suite["gpus_per_run"]:
+            assert "keep_batch=true" in suite["overrides"][name], name
 
 
 def test_the_rule_is_named() -> None:

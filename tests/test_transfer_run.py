@@ -39,7 +39,7 @@ def test_controls_are_taken_out_of_the_overrides() -> None:
 
 def test_root_comes_from_the_option_or_the_environment(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
-    with pytest.raises(UserError, match="No data root: pass --data"):
+    with pytest.raises(UserError, match="No data root: name it"):
         find_root(None)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     assert find_root(None) == tmp_path
@@ -119,9 +119,31 @@ def test_a_folder_belongs_to_one_run(tmp_path) -> None:
 
 def test_a_folder_that_a_failed_start_made_is_gone(tmp_path) -> None:
     with pytest.raises(UserError), folder.taken(tmp_path / "run"):
+        folder.note_run(tmp_path / "run", {"protocol": "knn"}, state=folder.STARTED)
         (tmp_path / "run" / "weights").mkdir()
         raise UserError("no")
     assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError), folder.taken(tmp_path / "run"):
+        (tmp_path / "run" / "weights").mkdir()
+        raise UserError("no")
+    assert list((tmp_path / "run").iterdir()) == []
+    with pytest.raises(UserError), folder.taken(tmp_path / "run"):
+        folder.note_run(tmp_path / "run", {"protocol": "knn"}, state=folder.RUNNING)
+        raise UserError("no")
+    assert (tmp_path / "run" / folder.FILE).exists(), "a run under way can be resumed"
+
+
+def test_a_run_that_was_killed_while_it_started_is_begun_again(tmp_path) -> None:
+    target, run = tmp_path / "run", {"protocol": "knn", "seed": 0}
+    folder.note_run(target, run, state=folder.STARTED)
+    (target / "weights").mkdir()
+    earlier = folder.earlier_run(target, resume=True)
+    assert earlier is not None
+    assert earlier.pop("state") == folder.STARTED
+    folder.check_same_run(target, earlier, {**run, "recipe": {"k": 20}})
+    with pytest.raises(UserError, match="seed was 0 and is 1"):
+        folder.check_same_run(target, earlier, {**run, "seed": 1, "recipe": {"k": 20}})
 
 
 def test_curves_continue_without_repeating(tmp_path) -> None:
@@ -147,11 +169,31 @@ def test_running_out_of_memory_names_the_knob(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (FloatingPointError("Loss became infinite or NaN at iteration=7!"), r"iteration=7.*lower the learning rate"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), r"pid 7.*fewer workers.*--resume"),
+    ],
+)
+def test_what_is_nobodys_bug_is_one_sentence_with_its_remedy(tmp_path, error: Exception, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as caught, raise_failure(tmp_path), guard(tmp_path, knob="x"):
+        raise error
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="shape mismatch"), guard(tmp_path, knob="x"):
+        raise RuntimeError("shape mismatch")  # a bug stays what it is
+
+
 def _die(_rank: int) -> None:
     import os
     import signal
 
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _break(_rank: int, output: Path) -> None:
+    with guard(output, knob="x"):
+        raise ValueError("deep in the framework")
 
 
 def _complain(_rank: int, output: Path) -> None:
@@ -165,6 +207,8 @@ def test_what_happens_in_a_worker_reaches_the_user(tmp_path) -> None:
         torch.multiprocessing.start_processes(_die, nprocs=1)
     with pytest.raises(UsageError, match=r"^This key is wrong\.$"), raise_failure(tmp_path):
         torch.multiprocessing.start_processes(_complain, args=(tmp_path,), nprocs=1)
+    with pytest.raises(RuntimeError, match=r"^ValueError: deep in the framework$"), raise_failure(tmp_path):
+        torch.multiprocessing.start_processes(_break, args=(tmp_path,), nprocs=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -292,12 +336,19 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tree, tmp_path) -> None:
 
 def test_the_end_compares_with_the_published_rows_of_the_same_method(make_record) -> None:
     row = find_protocol("voc-frcnn-c4-24k")
-    text = render_end(make_record(method="moco-v2", value=57.1), row, epochs=800)
+    moco = Backbone(architecture="resnet50", method="moco-v2", epochs=800)
+    text = render_end(make_record(method="moco-v2", value=57.1), row, moco)
     assert "published 57.4 ± 0.6, 800 ep: -0.30, within" in text
-    assert "OUTSIDE" in render_end(make_record(method="moco-v2", value=50.0), row, epochs=800)
-    assert "nothing published for detco" in render_end(make_record(method="detco", value=50.0), row, epochs=None)
-    text = render_end(make_record(method="moco-v2", value=57.1, scale="reduced"), row, epochs=800)
-    assert "published 57" not in text
+    assert "OUTSIDE" in render_end(make_record(method="moco-v2", value=50.0), row, moco)
+    detco = Backbone(architecture="resnet50", method="detco")
+    assert "nothing published for detco" in render_end(make_record(method="detco", value=50.0), row, detco)
+    assert "published 57" not in render_end(make_record(method="moco-v2", value=57.1, scale="reduced"), row, moco)
+    small = moco.model_copy(update={"architecture": "resnet18"})
+    assert "on a resnet18" in render_end(make_record(method="moco-v2", value=57.1), row, small)
+    byol = Backbone(architecture="resnet50", method="byol", epochs=200)
+    text = render_end(make_record(method="byol", value=49.0), row, byol)
+    assert "under another recipe (lr searched) 55.3, 200 ep: -6.30" in text
+    assert "OUTSIDE" not in text
 
 
 @pytest.fixture

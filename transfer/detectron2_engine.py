@@ -40,7 +40,7 @@ from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.progress import Progress
 from transfer.curves import Curves
 from transfer.detectron2_data import count_images, register_data
-from transfer.evaluation import CURVES, Resolved, collect, leave
+from transfer.evaluation import CURVES, Resolved, collect, departures, leave, require_finished
 from transfer.failures import guard, raise_failure
 from transfer.pictures import draw_instances, save_pair
 from transfer.preflight import read_sample
@@ -56,6 +56,7 @@ with warnings.catch_warnings():
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "detectron2"
 PICTURES = 4
+KNOB = "SOLVER.IMS_PER_BATCH and SOLVER.BASE_LR by one factor and raise iterations by it"
 # Detections below this score would hide a picture; the evaluation uses all of them.
 PICTURE_SCORE = 0.1
 
@@ -80,6 +81,8 @@ _NOT_THE_RECIPE = (
     "VERSION",
     "VIS_PERIOD",
 )
+# What an override may change without making the run another protocol's.
+_SCHEDULE = tuple(f"SOLVER.{key}" for key in ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS"))
 # Sections of Detectron2's global defaults that no R-CNN of ours reads.
 _NOT_USED = (
     "INPUT.CROP",
@@ -132,7 +135,7 @@ def resolve(request: Request) -> Resolved:
     config.SOLVER.REFERENCE_WORLD_SIZE = 0  # done here, and said; the trainer shall not do it again
     if request.controls.iterations:
         _set_schedule(config, stretch(_schedule(config), request.controls.iterations))
-    test_size = config.INPUT.MIN_SIZE_TEST
+    protocol = _recipe(config)
     for override in request.overrides:
         _override(config, override)
     config.MODEL.WEIGHTS = f"{request.weights}?matching_heuristics=True"
@@ -141,15 +144,16 @@ def resolve(request: Request) -> Resolved:
     config.SEED = request.seed
     _check(config, request)
     config.freeze()
-    planned = _schedule(config)
+    planned, recipe = _schedule(config), _recipe(config)
+    changed = departures(protocol, recipe, free=_SCHEDULE)
     return Resolved(
         config=config,
-        recipe=_recipe(config),
+        recipe=recipe,
         plan=render_plan(
             published, planned, rule=rule, processes=request.processes, gpus=request.gpus, reference=reference
         ),
-        reduced=planned.images_seen < 0.99 * published.images_seen or test_size > config.INPUT.MIN_SIZE_TEST,
-        notes=tuple(_notes(rule, planned, config, request)),
+        reduced=planned.images_seen < 0.99 * published.images_seen or bool(changed),
+        notes=(*_notes(rule, planned, config, request), *changed),
     )
 
 
@@ -261,7 +265,7 @@ def run(request: Request, resolved: Resolved) -> EngineResult:
 def _worker(request: Request, dumped: str) -> None:
     """One process of the run: every rank executes it."""
     with (
-        guard(request.output, knob="SOLVER.IMS_PER_BATCH (with BASE_LR by the same factor)"),
+        guard(request.output, knob=KNOB),
         frameworks_quiet(_log(request)),
     ):
         config = get_cfg()
@@ -277,8 +281,7 @@ def _worker(request: Request, dumped: str) -> None:
         if trainer.start_iter == 0:
             prove_loaded(_bare(trainer.model), request.weights)
         if request.eval_only:
-            if trainer.start_iter == 0:
-                raise UserError(f"{request.output} holds no checkpoint to evaluate: run the protocol first.")
+            require_finished(request.output, done=trainer.start_iter, of=config.SOLVER.MAX_ITER)
             results = Trainer.test(config, trainer.model)
         else:
             trainer.train()

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from contracts import atomic
+from contracts.errors import UserError
+from transfer.folder import differences
 from transfer.pictures import plot_losses
 from transfer.request import Request
 from transfer.result import EngineResult
@@ -24,7 +26,8 @@ _FILE = "evaluation.json"
 class Resolved:
     """What will run: the framework's final config, the record's recipe, the plan's text, and whether it is reduced.
 
-    Reduced means that fewer images are seen than the protocol asks for, or that they are tested smaller.
+    Reduced means that the run is no longer the protocol: fewer images are seen than it asks for, or an override changed
+    something else than the learning rate and what goes with it. Such a record never stands beside published numbers.
     """
 
     config: Any
@@ -32,6 +35,30 @@ class Resolved:
     plan: str
     reduced: bool
     notes: tuple[str, ...] = ()
+
+
+def departures(protocol: dict[str, Any], recipe: dict[str, Any], *, free: Sequence[str]) -> list[str]:
+    """What overrides made of a protocol's recipe, a line each; `free` names what may change (dotted paths).
+
+    Those are the schedule's: searching the learning rate is part of these protocols in the literature, and the number
+    of images seen is compared apart.
+    """
+    return [
+        f"changed from the protocol: {path} {before!r} → {now!r}"
+        for path, before, now in differences(protocol, recipe)
+        if not any(path == name or path.startswith(f"{name}.") for name in free)
+    ]
+
+
+def require_finished(output: Path, *, done: int, of: int) -> None:
+    """Refuse to evaluate a run before its end: its last checkpoint is a state that the protocol never measures."""
+    if done == 0:
+        raise UserError(f"{output} holds no checkpoint to evaluate: run the protocol first.")
+    if done < of:
+        raise UserError(
+            f"{output} stands at iteration {done} of {of}: --eval-only measures finished runs, so finish this one with "
+            "--resume."
+        )
 
 
 def leave(

@@ -15,23 +15,57 @@ from contracts import atomic
 from contracts.errors import UsageError, UserError
 
 _FILE = "failure.json"
+# How a collective fails where a peer is gone (gloo, NCCL); the parent may learn of that before it learns of the death.
+_PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 @contextlib.contextmanager
 def guard(output: Path, *, knob: str) -> Iterator[None]:
-    """In a worker: running out of memory becomes a `UserError` naming `knob`; each is left for the parent."""
-    import torch
+    """In a worker: what commonly ends a run becomes a `UserError` with its remedy; each is left for the parent.
 
+    `knob` says how to need less memory.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        sentence = f"CUDA ran out of memory ({reason}): lower {knob}, or use more GPUs; what was saved before is whole."
-        atomic.write_json(output / _FILE, {"message": sentence, "usage": False})
-        raise UserError(sentence) from error
     except UserError as error:
         atomic.write_json(output / _FILE, {"message": str(error), "usage": isinstance(error, UsageError)})
         raise
+    except Exception as error:
+        sentence = _sentence(error, knob)
+        if sentence is None:
+            raise
+        if not (output / _FILE).exists():  # the first to fail has said why; that its peers lose it follows from that
+            atomic.write_json(output / _FILE, {"message": sentence, "usage": False})
+        raise UserError(sentence) from error
+
+
+def _sentence(error: Exception, knob: str) -> str | None:
+    """What happened and what to do, for failures that are nobody's bug; None for all others."""
+    import torch
+
+    reason = (str(error).splitlines() or [""])[0].rstrip(".")
+    if isinstance(error, torch.OutOfMemoryError):
+        # More GPUs alone do not help: the linear rule keeps the images on each.
+        return (
+            f"CUDA ran out of memory ({reason}): lower {knob}, or use more GPUs with keep_batch=true; what was saved "
+            "before is whole."
+        )
+    if isinstance(error, FloatingPointError):
+        return (
+            f"The loss became infinite or NaN ({reason}): lower the learning rate; what was saved before may hold it "
+            "already, so start in another --output."
+        )
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return (
+            f"A data worker died ({reason}), mostly of too little memory or too small a /dev/shm: use fewer workers or "
+            "give the container more (docker run --shm-size), then --resume; the last checkpoint is whole."
+        )
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _PEER_LOST):
+        return (
+            f"Another process of the run died ({reason}), most often for lack of memory or by the scheduler; the last "
+            "checkpoint is whole: --resume continues from it."
+        )
+    return None
 
 
 @contextlib.contextmanager
@@ -57,4 +91,5 @@ def raise_failure(output: Path) -> Iterator[None]:
                 f"Worker {error.error_index} died ({how}), most often for lack of memory or by the scheduler; the last "
                 f"checkpoint in {output} is whole: --resume continues from it."
             ) from None
-        raise
+        # Its text is the worker's whole traceback; the last line says what happened.
+        raise RuntimeError(str(error).strip().splitlines()[-1]) from error

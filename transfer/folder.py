@@ -17,20 +17,29 @@ from contracts import atomic
 from contracts.errors import UserError
 
 FILE = "run.json"
-RUNNING, DONE = "running", "done"
+# Started: the weights are being converted, the recipe is not known yet.
+STARTED, RUNNING, DONE = "started", "running", "done"
 
 
 @contextlib.contextmanager
 def taken(folder: Path) -> Iterator[None]:
-    """Make `folder` if need be; when what follows fails before a run was noted in it, nothing is left behind."""
+    """Make `folder` if need be; when what follows fails before the run is under way, nothing is left behind."""
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    was_empty = not any(folder.iterdir())
     try:
         yield
     except BaseException:
-        if not (folder / FILE).exists() and not existed:
+        if was_empty and _state(folder) in (None, STARTED):
             shutil.rmtree(folder)
+            if existed:
+                folder.mkdir()
         raise
+
+
+def _state(folder: Path) -> str | None:
+    path = folder / FILE
+    return json.loads(path.read_text()).get("state") if path.exists() else None
 
 
 def earlier_run(folder: Path, *, resume: bool) -> dict[str, Any] | None:
@@ -62,17 +71,24 @@ def note_run(folder: Path, run: dict[str, Any], *, state: str) -> None:
 
 
 def check_same_run(folder: Path, earlier: dict[str, Any], run: dict[str, Any]) -> None:
-    """Refuse to continue a run whose protocol, weights, seed or recipe have changed; the first difference is named."""
-    for path, before, now in _differences(earlier, run):
+    """Refuse to continue a run whose protocol, weights, seed or recipe have changed; the first difference is named.
+
+    A run that was killed while it started had no recipe yet, so there is none to differ.
+    """
+    for path, before, now in differences(earlier, {key: run.get(key) for key in earlier}):
         raise UserError(
             f"{folder} holds another run: {path} was {before!r} and is {now!r} now; a run is resumed as it was begun, "
             "so choose another --output."
         )
 
 
-def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two trees of plain values differ: dotted path, value before, value now (None where there is none)."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
-            yield from _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+            yield from differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, (one, other) in enumerate(zip(before, now, strict=True)):
+            yield from differences(one, other, f"{path}.{index}".lstrip("."))
     elif before != now:
         yield path, before, now

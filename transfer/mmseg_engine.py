@@ -33,7 +33,7 @@ from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.images import read_image
 from contracts.progress import Progress
 from transfer.curves import Curves
-from transfer.evaluation import CURVES, Resolved, collect, leave
+from transfer.evaluation import CURVES, Resolved, collect, departures, leave, require_finished
 from transfer.failures import guard, raise_failure
 from transfer.pictures import colour_of, draw_classes, save_pair
 from transfer.preflight import read_sample, voc_folder
@@ -48,6 +48,10 @@ BASES_VARIABLE = "MMSEG_CONFIGS"
 PICTURES = 4
 
 _METRICS = {"miou_percent": "mIoU", "macc_percent": "mAcc", "aacc_percent": "aAcc"}
+KNOB = "train_dataloader.batch_size and optim_wrapper.optimizer.lr by one factor and raise iterations by it"
+# What an override may change without making the run another protocol's.
+_SCHEDULE = ("images_per_step", "iterations", "optim_wrapper.optimizer.lr")
+_PLACES = ("begin", "end", "eta_min", "milestones")
 # Of a backbone, what belongs to the weights and not to the protocol.
 _OF_THE_WEIGHTS = ("init_cfg", "pretrained", "style")
 
@@ -94,7 +98,7 @@ def resolve(request: Request) -> Resolved:
     if request.controls.iterations:
         planned = stretch(planned, request.controls.iterations)
     _set_schedule(config, published, planned, processes=request.processes)
-    test_scale = _test_scale(config)
+    protocol = _recipe(config, processes=request.processes)
     for override in request.overrides:
         _override(config, override)
     _check(config, request)
@@ -111,15 +115,16 @@ def resolve(request: Request) -> Resolved:
     every = max(1, min(20, config.train_cfg.max_iters // 50))
     config.default_hooks.logger.interval = every
     config.resume = request.resume
-    planned = _schedule(config, processes=request.processes)
+    planned, recipe = _schedule(config, processes=request.processes), _recipe(config, processes=request.processes)
+    changed = departures(_without_schedule(protocol), _without_schedule(recipe), free=_SCHEDULE)
     return Resolved(
         config=config,
-        recipe=_recipe(config, processes=request.processes),
+        recipe=recipe,
         plan=render_plan(
             published, planned, rule=rule, processes=request.processes, gpus=request.gpus, reference=reference
         ),
-        reduced=planned.images_seen < 0.99 * published.images_seen or _test_scale(config) < test_scale,
-        notes=tuple(_notes(rule, planned, config, request)),
+        reduced=planned.images_seen < 0.99 * published.images_seen or bool(changed),
+        notes=(*_notes(rule, planned, config, request), *changed),
     )
 
 
@@ -220,10 +225,10 @@ def _check(config: Config, request: Request) -> None:
         raise UsageError("Several processes need GPUs: synchronised batch norm does not run on CPUs; use one process.")
 
 
-def _test_scale(config: Config) -> int:
-    """Pixels of the largest image side in the test pipeline."""
-    (resize,) = (step for step in config.val_dataloader.dataset.pipeline if step.type == "Resize")
-    return max(resize.scale)
+def _without_schedule(recipe: dict[str, Any]) -> dict[str, Any]:
+    """`recipe` without the policies' places in the run, which follow its length and rate."""
+    policies = [{k: v for k, v in policy.items() if k not in _PLACES} for policy in recipe["param_scheduler"]]
+    return {**recipe, "param_scheduler": policies}
 
 
 def _recipe(config: Config, *, processes: int) -> dict[str, Any]:
@@ -286,15 +291,14 @@ def _worker(local_rank: int, request: Request, address: str | None) -> None:
             MASTER_ADDR=host,
             MASTER_PORT=port,
         )
-    knob = "train_dataloader.batch_size (with optim_wrapper.optimizer.lr by the same factor)"
-    with guard(request.output, knob=knob), frameworks_quiet():
+    with guard(request.output, knob=KNOB), frameworks_quiet():
         register_all_modules(init_default_scope=False)
         init_default_scope("mmseg")
         config = Config.fromfile(request.output / "config.py")
         last = find_latest_checkpoint(str(request.output)) if request.resume or request.eval_only else None
         if request.eval_only:
-            if last is None:
-                raise UserError(f"{request.output} holds no checkpoint to evaluate: run the protocol first.")
+            done = 0 if last is None else int(Path(last).stem.rpartition("_")[2])  # mmengine's iter_120.pth
+            require_finished(request.output, done=done, of=config.train_cfg.max_iters)
             config.resume, config.load_from = False, last
         elif last is None:
             config.resume = False
@@ -357,6 +361,8 @@ class _Watch(Hook):
         done = runner.iter + 1
         if done % self._every == 0 or done == runner.max_iters:
             values = {name: float(value.detach()) for name, value in outputs.items() if "loss" in name}
+            if not math.isfinite(values.get("loss", 0.0)):
+                raise FloatingPointError(f"loss {values['loss']} at iteration {done}")
             self._curves.add(done, {**values, "lr": runner.optim_wrapper.get_lr()["lr"][0]})
             self._progress.advance(done - self._progress.done, loss=values.get("loss", math.nan))
         if done == runner.max_iters:  # the evaluation that follows shows its own

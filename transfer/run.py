@@ -94,22 +94,29 @@ def transfer(
     if eval_only and leads and earlier is None:
         raise UserError(f"{output} holds no run to evaluate: run the protocol first, or check --output.")
     with folder.taken(output):
-        artefact = _artefact(source, controls, row, seed=seed, output=output)
         run = {"protocol": row.name, "seed": seed, "weights": {"name": source.name, "sha256": source.sha256}}
+        if leads and earlier is None:  # a kill during the conversion then leaves a folder that --resume knows
+            folder.note_run(output, run, state=folder.STARTED)
+        artefact = _artefact(source, controls, row, seed=seed, output=output)
         if row.engine == "imagenet":
+            from converters.read import load_artefact
+            from transfer.imagenet import engine as imagenet
+
             if controls.iterations or controls.nodes > 1:
                 raise UserError(
                     f"{row.name} is counted in epochs on one machine: iterations and nodes are no keys of it."
                 )
-            run = {**run, "overrides": sorted(rest)}
+            tensors, backbone = load_artefact(artefact, layout=source.layout)
+            planned = imagenet.resolve(row, backbone, data=root, overrides=rest, gpus=gpus, eval_only=eval_only)
+            print(planned.plan, file=sys.stderr)
+            run = {**run, "recipe": planned.recipe}
             if earlier is not None:
                 folder.check_same_run(output, _identity(earlier), run)
-            folder.note_run(output, run, state=folder.RUNNING)
-            result, backbone, scale = _run_imagenet(
-                row, source, artefact, root=root, seed=seed, output=output, overrides=rest,
-                # A finished run that is resumed is only read: that is what evaluating it again means here.
-                resume=resume or eval_only, gpus=gpus,
-            )  # fmt: skip
+            # Whatever becomes of an evaluation, the run stays as finished as it was.
+            if not eval_only:
+                folder.note_run(output, run, state=folder.RUNNING)
+            result = imagenet.run(planned, tensors, seed=seed, output=output, resume=resume)
+            scale: Scale = "sample" if row.scale == "sample" else "reduced" if planned.reduced else "full"
         else:
             file, overlay, backbone = _convert(row, source, artefact, output=output, node=controls.node_rank)
             request = Request(
@@ -123,7 +130,7 @@ def transfer(
             run = {**run, "recipe": resolved.recipe}
             if earlier is not None:
                 folder.check_same_run(output, _identity(earlier), run)
-            if leads:
+            if leads and not eval_only:
                 folder.note_run(output, run, state=folder.RUNNING)
             result = engine.run(request, resolved)
             scale = "sample" if row.scale == "sample" else "reduced" if resolved.reduced else "full"
@@ -146,20 +153,24 @@ def transfer(
     record = _publish(record, result, (results or output / "results").resolve())
     if leads:
         folder.note_run(output, run, state=folder.DONE)
-    print(render_end(record, row, epochs=backbone.epochs), file=sys.stderr)
+    print(render_end(record, row, backbone), file=sys.stderr)
     return record
 
 
-def render_end(record: RunRecord, row: Protocol, *, epochs: int | None) -> str:
-    """Measured metrics, beside what was published for the same method under this protocol."""
-    neighbours = find_neighbours(row, record.method, epochs) if record.scale == "full" else []
+def render_end(record: RunRecord, row: Protocol, backbone: Backbone) -> str:
+    """Measured metrics, beside what was published for the same method and network under this protocol."""
+    neighbours = (
+        find_neighbours(row, record.method, backbone.epochs, backbone.display_name) if record.scale == "full" else []
+    )
     lines = [f"{row.name} · {record.method} · {record.weights.name} · seed {record.seed} · {record.wall_s:.0f} s"]
     for name in row.metrics:
         if name in record.metrics:
             lines.append(f"  {METRICS[name].label:22} {record.metrics[name]:6.2f} {METRICS[name].unit}")
             lines += [f"    {text}" for neighbour in neighbours for text in _against(name, record, neighbour)]
     if record.scale == "full" and not neighbours:
-        lines.append(f"  nothing published for {record.method} under this protocol is known here")
+        lines.append(
+            f"  nothing published for {record.method} on a {backbone.display_name} under this protocol is known here"
+        )
     elif record.scale != "full":
         lines.append(f"  {record.scale} scale: not comparable with published numbers")
     return "\n".join(lines)
@@ -169,8 +180,13 @@ def _against(name: str, record: RunRecord, neighbour: Neighbour) -> list[str]:
     if name not in neighbour.values:
         return []
     difference = record.metrics[name] - neighbour.values[name]
-    verdict = "within" if abs(difference) <= neighbour.tolerance else "OUTSIDE"
     epochs = f", {neighbour.epochs} ep" if neighbour.epochs else ""
+    if neighbour.differs:
+        return [
+            f"published under another recipe ({neighbour.differs}) {neighbour.values[name]:.1f}{epochs}: "
+            f"{difference:+.2f} [{neighbour.source}]"
+        ]
+    verdict = "within" if abs(difference) <= neighbour.tolerance else "OUTSIDE"
     return [
         f"published {neighbour.values[name]:.1f} ± {neighbour.tolerance:g}{epochs}: {difference:+.2f}, {verdict} "
         f"[{neighbour.source}]"
@@ -252,31 +268,6 @@ def _engine(row: Protocol) -> ModuleType:
         return importlib.import_module(f"transfer.{row.engine}_engine")
 
 
-def _run_imagenet(
-    row: Protocol,
-    source: Source,
-    artefact: Path,
-    *,
-    root: Path,
-    seed: int,
-    output: Path,
-    overrides: Sequence[str],
-    resume: bool,
-    gpus: int,
-) -> tuple[EngineResult, Backbone, Scale]:
-    from converters.read import load_artefact
-    from transfer.imagenet import engine
-
-    tensors, backbone = load_artefact(artefact, layout=source.layout)
-    result = engine.run(
-        row, tensors, backbone, data=root, seed=seed, output=output, overrides=overrides, resume=resume, gpus=gpus
-    )
-    if row.scale == "sample":
-        return result, backbone, "sample"
-    # The same recipe on another folder of classes, or with fewer epochs, is legal, and is no ImageNet number.
-    return result, backbone, "full" if engine.at_full_scale(row, backbone, result.recipe) else "reduced"
-
-
 def _identity(run: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in run.items() if key != "state"}
 
@@ -292,6 +283,9 @@ def _provenance(source: Source, backbone: Backbone) -> WeightsProvenance:
         layout=backbone.source_layout,
         pretrain_config_hash=backbone.config_hash,
         pretrain_seed=backbone.seed,
+        branch=backbone.source_branch,
+        source_sha256=backbone.source_sha256,
+        pretrain_images_sha256=backbone.images_sha256,
     )
 
 

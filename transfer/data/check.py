@@ -34,6 +34,7 @@ from transfer.data.looks import (
     read_list,
     spread,
 )
+from transfer.data.masks import voc_palette
 from transfer.data.sample import SAMPLE_JSON, read_sample_json
 
 __all__ = ["Finding", "check", "has_errors", "render"]
@@ -200,6 +201,7 @@ def _check_voc_segmentation(folder: Path, info: dict[str, Any] | None, classes: 
             remedy="take the original palette PNGs again (do not open and save them with a picture program)",
             where=f"{folder / maps} ({part})",
             report=report,
+            palette=voc_palette(),
         )
         if paths and histogram is not None and maps == "SegmentationClass" and not histogram[VOID]:
             report.warning(

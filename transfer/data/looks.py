@@ -134,16 +134,21 @@ def check_maps(
     remedy: str,
     where: str,
     report: Report,
+    palette: Sequence[int] | None = None,
 ) -> NDArray[np.int64] | None:
-    """Look at mode, values and size of a sample of label maps; the histogram of their values, None if all are unfit."""
+    """Look at mode, values and size of a sample of label maps; the histogram of their values, None if all are unfit.
+
+    `palette` (r, g, b of every number) is the one that the originals have: a picture program that saves a map numbers
+    its colours anew, and every number it then holds is still a label.
+    """
     histogram = np.zeros(256, dtype=np.int64)
-    coloured, resized, unreadable, strange = [], [], [], []
+    coloured, resized, unreadable, strange, renumbered = [], [], [], [], []
     chosen = spread(paths, SAMPLED)
     for path in chosen:
         report.bar.advance()
         try:
             with Image.open(path) as image:
-                mode, values = image.mode, np.asarray(image)
+                mode, values, colours = image.mode, np.asarray(image), image.getpalette()
             with Image.open(picture_of(path)) as picture:
                 size = picture.size
         except (OSError, SyntaxError):
@@ -158,12 +163,18 @@ def check_maps(
         histogram += counts
         if set(np.flatnonzero(counts).tolist()) - allowed:
             strange.append(path.name)
+        elif mode == "P" and palette is not None:
+            assert colours is not None
+            present = np.flatnonzero(counts).tolist()
+            if any(colours[3 * v : 3 * v + 3] != [*palette[3 * v : 3 * v + 3]] for v in present):
+                renumbered.append(path.name)
     wrong = sorted(set(np.flatnonzero(histogram).tolist()) - allowed)
     total = len(chosen)
     for names, message, mend in (
         (unreadable, "cannot be read, or have no picture", "unpack them again"),
         (coloured, "are colour pictures and no maps of numbers: their palette was turned to RGB", remedy),
         (resized, "are of another size than their picture", "take the original maps again"),
+        (renumbered, "have colours that are not those of their numbers: a picture program numbered them anew", remedy),
         (strange, f"hold numbers that are no label ({', '.join(map(str, wrong[:8]))})", remedy),
     ):
         if names:
@@ -173,9 +184,9 @@ def check_maps(
                 count=len(names),
                 remedy=mend,
             )
-    if chosen and not (unreadable or coloured or resized or strange):
-        present = ", ".join(map(str, np.flatnonzero(histogram).tolist()))
-        report.fine(where, f"labels {present} in {total} sampled maps", count=total)
+    if chosen and not (unreadable or coloured or resized or strange or renumbered):
+        labels = ", ".join(map(str, np.flatnonzero(histogram).tolist()))
+        report.fine(where, f"labels {labels} in {total} sampled maps", count=total)
     return histogram if len(coloured) + len(unreadable) < total else None
 
 

@@ -137,8 +137,9 @@ def prepare_imagenet(
 
     Args:
         lists: folder of SimCLR's `1percent.txt` and `10percent.txt`; they are checked against `train/` and copied.
-        seed: instead, draw 1 % and 10 % of each class with this seed, to `<percent>percent_seed<seed>.txt`: these are
-            not the published lists, and their names keep it visible.
+        seed: instead, write down the 1 % and 10 % of each class that `labels_from=seed labels_seed=N` draws, as
+            `<percent>percent_seed<seed>.txt`: these are not the published lists, and their names keep it visible. Runs
+            draw them anew and need no file; it is for whoever wants to see them, or to train elsewhere on the same.
     """
     folder = root / "imagenet" if (root / "imagenet").is_dir() else root
     if (lists is None) == (seed is None):
@@ -146,17 +147,10 @@ def prepare_imagenet(
             "prepare imagenet needs lists=FOLDER (the published lists) or seed=N (lists of your own), one of them. "
             + ORIGINS["imagenet-subsets"].sentence()
         )
+    if seed is not None:
+        return _write_drawn(folder, seed)
     classes = _class_files(folder / "train", progress=progress)
     written: list[Path] = []
-    if seed is not None:
-        for percent in (1, 10):
-            rng = np.random.default_rng([seed, percent])
-            names = []
-            for files in classes.values():
-                count = max(1, round(len(files) * percent / 100))
-                names += [files[index] for index in sorted(rng.choice(len(files), count, replace=False))]
-            written += _write_list(folder / f"{percent}percent_seed{seed}.txt", names)
-        return written
     present = {name for files in classes.values() for name in files}
     for name, lines in SUBSET_LINES.items():
         source = Path(str(lists)) / name
@@ -283,7 +277,7 @@ def _write_list(path: Path, names: Sequence[str]) -> list[Path]:
     text = "".join(f"{name}\n" for name in names)
     if path.exists():
         # Another order of the same names is the same set.
-        if sorted(path.read_text().split()) == sorted(names):
+        if sorted(path.read_text().splitlines()) == sorted(names):
             return []
         raise UserError(f"{path} exists and holds other names: remove it to have it made again.")
     atomic.write_text(path, text)
@@ -292,6 +286,23 @@ def _write_list(path: Path, names: Sequence[str]) -> list[Path]:
 
 def _equal(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
     return a.shape == b.shape and bool((a == b).all())
+
+
+def _write_drawn(folder: Path, seed: int) -> list[Path]:
+    # Here, because it brings torch along, which takes seconds and only this preparation needs.
+    from transfer.imagenet.dataset import SUBSETS, draw_subset, list_lines, read_split
+
+    if not isinstance(seed, int) or seed < 0:
+        raise UsageError(f"seed={seed} is no seed: give a whole number, 0 or more, as labels_seed takes it.")
+    if not (folder / "train").is_dir():
+        raise UserError(f"There is no {folder / 'train'}. {ORIGINS['imagenet'].sentence()}")
+    train = read_split(folder / "train")
+    written: list[Path] = []
+    for name, (_, share) in SUBSETS.items():
+        lines = list_lines(train, draw_subset(train, share, seed=seed))
+        written += _write_list(folder / f"{name}_seed{seed}.txt", lines)
+    print(f"`twist transfer semi-1pct labels_from=seed labels_seed={seed}` trains on these images.", file=sys.stderr)
+    return written
 
 
 def _class_files(train: Path, *, progress: bool) -> dict[str, list[str]]:

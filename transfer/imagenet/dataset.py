@@ -42,6 +42,10 @@ class LabelledImages:
     def path(self, index: int) -> Path:
         return self.folder / os.fsdecode(bytes(self.paths[index]))
 
+    def spread(self, count: int) -> LabelledImages:
+        """At most `count` of the images, evenly spread over the classes: those that pictures show."""
+        return _select(self, np.linspace(0, len(self) - 1, num=min(count, len(self)), dtype=int))
+
     def digest(self) -> str:
         """SHA-256 of the relative paths and labels: which images, whatever the folder is called."""
         state = hashlib.sha256(self.paths.astype("S").tobytes())
@@ -159,8 +163,21 @@ def read_subset(train: LabelledImages, list_file: Path) -> LabelledImages:
     return _select(train, np.array(chosen))
 
 
+def list_lines(train: LabelledImages, subset: LabelledImages) -> list[str]:
+    """The lines by which `read_subset` finds `subset` in `train` again.
+
+    File names, as in SimCLR's lists; with the class folder before them where two classes share a name.
+    """
+    unique = len({path.rsplit(b"/", 1)[-1] for path in train.paths}) == len(train)
+    return [os.fsdecode(path.rsplit(b"/", 1)[-1] if unique else bytes(path)) for path in subset.paths]
+
+
 def draw_subset(train: LabelledImages, share: float, *, seed: int) -> LabelledImages:
-    """A class-balanced draw: of each class the nearest whole number to `share`, at least one image."""
+    """A class-balanced draw: of each class the nearest whole number to `share`, at least one image.
+
+    A recipe with `labels_from = "seed"` takes it, and `twist data prepare imagenet seed=N` writes it down. Of one seed
+    a smaller share lies within a larger one.
+    """
     rng = np.random.Generator(np.random.Philox(key=seed))
     chosen = []
     for label in range(len(train.classes)):
@@ -205,12 +222,14 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        workers: int | None = None,
     ) -> None:
+        """`workers` None takes the recipe's."""
         assert batch_size % world_size == 0
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self._schedule = _Schedule()
-        workers = recipe.machine.workers
+        self._workers = workers = recipe.machine.workers if workers is None else workers
         self._loader = DataLoader(
             _Decoded(images, recipe, augment=augment, seed=seed),
             batch_sampler=self._schedule,
@@ -255,7 +274,7 @@ class Batches:
                 raise
             raise UserError(
                 f"A process that decodes images died ({str(error).splitlines()[0]}): it ran out of memory or was "
-                "killed; use fewer with machine.workers=2."
+                f"killed; go on with fewer by --resume machine.workers={self._workers // 2}."
             ) from None
 
 

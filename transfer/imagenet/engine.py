@@ -1,4 +1,4 @@
-"""The ImageNet-style protocols: one call from weights and a folder of images to metrics.
+"""The ImageNet-style protocols: `resolve` says what will be done, `run` goes from weights and images to metrics.
 
 linear · semi-1pct, semi-10pct, finetune-100pct · knn · cluster, and their sample twins. Recipes: `recipes.py`; images:
 `dataset.py`; frozen features: `features.py`; then one file a protocol.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from contracts import atomic
 from contracts.errors import UsageError
 from contracts.hashing import sha256_json
 from contracts.networks import network_of
@@ -24,9 +26,12 @@ from transfer.imagenet.dataset import LabelledImages, labelled_subset, open_tree
 from transfer.imagenet.features import extract, frozen, state_digest
 from transfer.imagenet.finetune import train_finetune
 from transfer.imagenet.head import head_classes, read_head
+from transfer.imagenet.journal import log
 from transfer.imagenet.linear import train_linear
+from transfer.imagenet.memory import FEATURES, SEARCH, START, memory
 from transfer.imagenet.neighbours import nearest, plan_blocks, vote_ranks
 from transfer.imagenet.panel import Tile, write_panel
+from transfer.imagenet.plan import render_plan
 from transfer.imagenet.processes import run_ranks
 from transfer.imagenet.recipes import (
     AnyRecipe,
@@ -37,50 +42,113 @@ from transfer.imagenet.recipes import (
     NeighboursRecipe,
     load_recipe,
 )
-from transfer.imagenet.training import CURVES
+from transfer.imagenet.training import CURVES, PICTURED, Job, require_finished
+from transfer.pictures import plot_losses
 from transfer.result import EngineResult
 
 if TYPE_CHECKING:
     from transfer.protocols import Protocol
 
+RECIPE = "recipe.json"
 # ILSVRC 2012's training images, and the lines of SimCLR's 10 % and 1 % lists.
 _IMAGENET_TRAIN = (1_281_167, 128_116, 12_811)
 
 
-def run(
+@dataclass(frozen=True)
+class Resolved:
+    """What will run: recipe and images, what the record keeps of them, the plan's text, and whether it is reduced.
+
+    `labelled` are the training images whose labels the recipe may use. Reduced means another recipe than the
+    protocol's own, or another data set than ImageNet-1k.
+    """
+
+    protocol: Protocol
+    config: AnyRecipe
+    header: Backbone
+    train: LabelledImages
+    labelled: LabelledImages
+    val: LabelledImages
+    gpus: int
+    eval_only: bool
+    recipe: dict[str, Any]
+    plan: str
+    reduced: bool
+
+
+def resolve(
     protocol: Protocol,
-    tensors: dict[str, Tensor],
-    backbone: Backbone,
+    header: Backbone,
     *,
     data: Path,
-    seed: int,
-    output: Path,
     overrides: Sequence[str] = (),
-    resume: bool = False,
     gpus: int = 0,
-) -> EngineResult:
-    """Measure `tensors` under `protocol` on the tree below `data`; everything written lies in `output`.
+    eval_only: bool = False,
+) -> Resolved:
+    """Recipe, images and plan for weights that `header` describes; nothing is built and nothing is written.
 
     Args:
         protocol: its `config` names a recipe in `configs/imagenet/`.
-        tensors, backbone: an artefact's two halves.
         overrides: `key=value` on the recipe.
-        resume: go on from the last finished epoch (linear and fine-tuning); k-NN and clusters start anew.
         gpus: processes with a GPU each; 0 runs on the CPU.
 
     Raises:
         UsageError: an override, or a number of GPUs that does not divide the batch.
-        UserError: data that are missing or unreadable, a run folder with another run, a diverged training.
+        UserError: data that are missing.
     """
-    recipe = load_recipe(protocol.config, architecture=backbone.architecture, overrides=overrides)
+    config = load_recipe(protocol.config, architecture=header.architecture, overrides=overrides)
+    if isinstance(config, ClassifierRecipe) and config.batch_size % max(gpus, 1):
+        raise UsageError(f"batch_size = {config.batch_size} does not divide over --gpus {gpus}.")
+    if isinstance(config, LinearRecipe) and config.last_blocks > 1 and not header.is_vit:
+        raise UsageError(
+            f"last_blocks = {config.last_blocks} is for ViTs, and these weights are a {header.display_name}."
+        )
     train, val = open_tree(data)
+    labelled = labelled_subset(train, config) if isinstance(config, ClassifierRecipe) else train
+    recipe = recorded_recipe(config, labelled, val)
+    plan = render_plan(config, train=train, labelled=labelled, val=val, gpus=gpus, eval_only=eval_only)
+    return Resolved(
+        protocol, config, header, train, labelled, val, gpus, eval_only, recipe, plan,
+        reduced=not at_full_scale(protocol, header, recipe),
+    )  # fmt: skip
+
+
+def run(
+    resolved: Resolved, tensors: dict[str, Tensor], *, seed: int, output: Path, resume: bool = False
+) -> EngineResult:
+    """Measure `tensors` by `resolved`; everything written lies in `output`.
+
+    Args:
+        resume: go on from the last finished epoch (linear and fine-tuning); k-NN and clusters start anew.
+
+    Raises:
+        UserError: data that are unreadable, a run folder with another run, one to evaluate that is not finished, a
+            diverged training, memory that ran out, a process that died.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    if isinstance(recipe, ClassifierRecipe):
-        return _classify(recipe, tensors, backbone, train, val, seed=seed, output=output, resume=resume, gpus=gpus)
-    device = torch.device("cuda", 0) if gpus else torch.device("cpu")
-    if isinstance(recipe, NeighboursRecipe):
-        return _neighbours(recipe, tensors, backbone, train, val, output=output, device=device)
-    return _cluster(recipe, tensors, backbone, train, val, seed=seed, output=output, device=device)
+    config = resolved.config
+    # Whole, with the machine's part: what to type again. The record keeps `resolved.recipe`.
+    written = {
+        "config": resolved.protocol.config,
+        **config.model_dump(mode="json"),
+        "images": resolved.recipe["images"],
+    }
+    atomic.write_json(output / RECIPE, written)
+    log(output, resolved.plan)
+    try:
+        if isinstance(config, ClassifierRecipe):
+            result = _classify(config, resolved, tensors, seed=seed, output=output, resume=resume)
+        else:
+            device = torch.device("cuda", 0) if resolved.gpus else torch.device("cpu")
+            with memory(START):
+                if isinstance(config, NeighboursRecipe):
+                    result = _neighbours(config, resolved, tensors, output=output, device=device)
+                else:
+                    result = _cluster(config, resolved, tensors, seed=seed, output=output, device=device)
+    except Exception as error:
+        log(output, f"stopped: {error}")
+        raise
+    log(output, "result: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
+    return result
 
 
 def recorded_recipe(recipe: AnyRecipe, train: LabelledImages, val: LabelledImages) -> dict[str, Any]:
@@ -110,111 +178,106 @@ def at_full_scale(protocol: Protocol, backbone: Backbone, recipe: dict[str, Any]
 
 
 def _classify(
-    recipe: LinearRecipe | FinetuneRecipe,
+    config: LinearRecipe | FinetuneRecipe,
+    resolved: Resolved,
     tensors: dict[str, Tensor],
-    header: Backbone,
-    train: LabelledImages,
-    val: LabelledImages,
     *,
     seed: int,
     output: Path,
     resume: bool,
-    gpus: int,
 ) -> EngineResult:
     """Linear and fine-tuning: one process a GPU, the recipe's total batch kept."""
-    processes = max(gpus, 1)
-    if recipe.batch_size % processes:
-        raise UsageError(f"batch_size = {recipe.batch_size} does not divide over --gpus {gpus}.")
-    if isinstance(recipe, LinearRecipe) and recipe.last_blocks > 1 and not header.is_vit:
-        raise UsageError(
-            f"last_blocks = {recipe.last_blocks} is for ViTs, and these weights are a {header.display_name}."
-        )
-    labelled = labelled_subset(train, recipe)
-    recorded = recorded_recipe(recipe, labelled, val)
+    if resolved.eval_only:
+        require_finished(output, config)  # said before processes are started and features taken
+    header, labelled, val = resolved.header, resolved.labelled, resolved.val
     weights = state_digest(network_of(header, tensors))
-    identity = {"recipe": sha256_json(recorded), "seed": seed, "weights": weights}
+    identity = {"recipe": sha256_json(resolved.recipe), "seed": seed, "weights": weights}
+    job = Job(header, tensors, labelled, val, config, seed, output, identity, resume, resolved.eval_only)
     done = run_ranks(
-        train_linear if isinstance(recipe, LinearRecipe) else train_finetune,
-        (header, tensors, labelled, val, recipe, seed, output, identity, resume),
-        processes=processes,
-        device="cuda" if gpus else "cpu",
+        train_linear if isinstance(config, LinearRecipe) else train_finetune,
+        (job,),
+        processes=max(resolved.gpus, 1),
+        device="cuda" if resolved.gpus else "cpu",
+        output=output,
     )
-    _clear_features(recipe, output)
+    _clear_features(config, output)
     history = done["history"]
-    last = history[-1]
     best = max((row for row in history if "top1_percent" in row), key=lambda row: row["top1_percent"])
     notes = [
-        f"{len(labelled)} labelled images of {len(train)}; total batch {recipe.batch_size} on any number of GPUs.",
+        f"{len(labelled)} labelled images of {len(resolved.train)}; total batch {config.batch_size} on any number of "
+        "GPUs.",
         f"Top-1 is the last epoch's; the best was {best['top1_percent']:.2f} in epoch {best['epoch'] + 1} of "
-        f"{recipe.epochs} (TWIST's evaluate.py prints the best so far).",
+        f"{config.epochs} (TWIST's evaluate.py prints the best so far).",
     ]
+    if resolved.eval_only:
+        notes.append(
+            "Evaluated from the stored weights, nothing was trained; at the end of the training top-1 was "
+            f"{history[-1]['top1_percent']:.2f}."
+        )
     if "backbone" in done:
         notes.append(f"The frozen backbone is bit-equal before and after: state SHA-256 {done['backbone'][:16]}.")
     return EngineResult(
-        metrics={name: last[name] for name in ("top1_percent", "top5_percent")},
-        recipe=recorded,
+        metrics=done["metrics"],
+        recipe=resolved.recipe,
+        media=[
+            _prediction_panel(output / "predictions.png", val.spread(PICTURED), done["predicted"]),
+            plot_losses(output / CURVES, output / "losses.png", title=resolved.protocol.name),
+        ],
         curves=output / CURVES,
         notes=notes,
     )
 
 
 def _neighbours(
-    recipe: NeighboursRecipe,
-    tensors: dict[str, Tensor],
-    header: Backbone,
-    train: LabelledImages,
-    val: LabelledImages,
-    *,
-    output: Path,
-    device: torch.device,
+    config: NeighboursRecipe, resolved: Resolved, tensors: dict[str, Tensor], *, output: Path, device: torch.device
 ) -> EngineResult:
+    header, train, val = resolved.header, resolved.train, resolved.val
     network = network_of(header, tensors).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     with frozen(network) as digest:
         folder = output / "features"
-        bank = extract(network, header, train, recipe, folder=folder, title="train features", device=device)
-        queries = extract(network, header, val, recipe, folder=folder, title="val features", device=device)
-    neighbours = min(recipe.neighbours, len(bank))
+        bank = extract(network, header, train, config, folder=folder, title="train features", device=device)
+        queries = extract(network, header, val, config, folder=folder, title="val features", device=device)
+    neighbours = min(config.neighbours, len(bank))
     blocks = plan_blocks(
         queries=len(queries),
         bank=len(bank),
         dimension=bank.dimension,
         neighbours=neighbours,
-        max_memory_mb=recipe.machine.max_memory_mb,
+        max_memory_mb=config.machine.max_memory_mb,
     )
-    similarity, index = nearest(
-        queries.rows,
-        bank.rows,
-        query_count=len(queries),
-        bank_count=len(bank),
-        neighbours=neighbours,
-        blocks=blocks,
-        device=device,
-    )
-    similarity, index = similarity.cpu(), index.cpu()
+    with memory(SEARCH):
+        similarity, index = nearest(
+            queries.rows,
+            bank.rows,
+            query_count=len(queries),
+            bank_count=len(bank),
+            neighbours=neighbours,
+            blocks=blocks,
+            device=device,
+        )
+        similarity, index = similarity.cpu(), index.cpu()
     ranks = vote_ranks(
         similarity,
         index,
         bank.labels,
         queries.labels,
         classes=len(train.classes),
-        temperature=recipe.temperature,
+        temperature=config.temperature,
     )
-    _clear_features(recipe, output)
+    _clear_features(config, output)
     top1, top5 = top_percent(ranks)
     return EngineResult(
         metrics={"knn_top1_percent": top1, "knn_top5_percent": top5},
-        recipe=recorded_recipe(recipe, train, val),
+        recipe=resolved.recipe,
         media=[_neighbour_panel(output / "neighbours.png", train, val, index)],
         notes=[f"The frozen backbone is bit-equal before and after: state SHA-256 {digest[:16]}."],
     )
 
 
 def _cluster(
-    recipe: ClusterRecipe,
+    config: ClusterRecipe,
+    resolved: Resolved,
     tensors: dict[str, Tensor],
-    header: Backbone,
-    train: LabelledImages,
-    val: LabelledImages,
     *,
     seed: int,
     output: Path,
@@ -223,31 +286,34 @@ def _cluster(
     # Here, because scikit-learn takes seconds to import and only this protocol needs it.
     from transfer.imagenet.cluster import cluster_metrics, kmeans
 
+    header, train, val = resolved.header, resolved.train, resolved.val
     network = network_of(header, tensors).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     # Before the features: a wrong checkpoint should be said at once.
     head = None
-    if recipe.head is not None:
-        head = read_head(Path(recipe.head), tensors, activation=recipe.head_activation)
+    if config.head is not None:
+        head = read_head(Path(config.head), tensors, activation=config.head_activation)
     with frozen(network) as digest:
         folder = output / "features"
-        held_out = extract(network, header, val, recipe, folder=folder, title="val features", device=device)
+        held_out = extract(network, header, val, config, folder=folder, title="val features", device=device)
         found_on = held_out
-        if head is None and recipe.fit_on == "train":
-            found_on = extract(network, header, train, recipe, folder=folder, title="train features", device=device)
+        if head is None and config.fit_on == "train":
+            found_on = extract(network, header, train, config, folder=folder, title="train features", device=device)
     if head is not None:
         classes = head.output.out_features
-        blocks = range(0, len(held_out), recipe.machine.feature_batch_size)
-        rows = (held_out.rows(start, start + recipe.machine.feature_batch_size) for start in blocks)
-        assignment = torch.cat([head_classes(head, block) for block in rows]).numpy()
+        blocks = range(0, len(held_out), config.machine.feature_batch_size)
+        rows = (held_out.rows(start, start + config.machine.feature_batch_size) for start in blocks)
+        with memory(FEATURES):
+            assignment = torch.cat([head_classes(head, block) for block in rows]).numpy()
         how = f"TWIST's own head with {classes} outputs"
     else:
-        clusters = recipe.clusters or len(train.classes)
-        assignment = kmeans(found_on.mapped(), held_out.mapped(), clusters=clusters, recipe=recipe, seed=seed)
-        how = f"k-means with {clusters} clusters, found on the {recipe.fit_on} images"
-    _clear_features(recipe, output)
+        clusters = config.clusters or len(train.classes)
+        with memory("take algorithm=minibatch restarts=1 and a small step_size, which hold a block of rows at a time"):
+            assignment = kmeans(found_on.mapped(), held_out.mapped(), clusters=clusters, recipe=config, seed=seed)
+        how = f"k-means with {clusters} clusters, found on the {config.fit_on} images"
+    _clear_features(config, output)
     return EngineResult(
         metrics=cluster_metrics(val.labels, assignment),
-        recipe=recorded_recipe(recipe, train, val),
+        recipe=resolved.recipe,
         media=[_cluster_panel(output / "clusters.png", val, assignment)],
         notes=[
             f"{how}; the {len(val)} validation images fall into {len(np.unique(assignment))} of them.",
@@ -256,9 +322,19 @@ def _cluster(
     )
 
 
-def _clear_features(recipe: AnyRecipe, output: Path) -> None:
-    if not recipe.machine.keep_features:
+def _clear_features(config: AnyRecipe, output: Path) -> None:
+    if not config.machine.keep_features:
         shutil.rmtree(output / "features", ignore_errors=True)
+
+
+def _prediction_panel(path: Path, shown: LabelledImages, predicted: Sequence[int]) -> Path:
+    """Validation images with the truth and, below it, the prediction; the frame says whether they agree."""
+    tiles = [
+        Tile(shown.path(index), shown.classes[label], right=found == label, predicted=shown.classes[found])
+        for index, (label, found) in enumerate(zip(shown.labels.tolist(), predicted, strict=True))
+    ]
+    rows = [tiles[start : start + 6] for start in range(0, len(tiles), 6)]
+    return write_panel(path, rows, legend="truth, below it the prediction: blue frame right, broken orange frame wrong")
 
 
 def _neighbour_panel(path: Path, train: LabelledImages, val: LabelledImages, index: Tensor) -> Path:

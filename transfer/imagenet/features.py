@@ -22,6 +22,7 @@ from contracts.networks import ResNet, normalise
 from contracts.progress import Progress
 from contracts.weights import Backbone
 from transfer.imagenet.dataset import Batches, LabelledImages
+from transfer.imagenet.memory import FEATURES, memory
 from transfer.imagenet.recipes import Recipe
 
 
@@ -113,12 +114,18 @@ def feature_batches(
     *,
     device: torch.device,
     last_blocks: int = 1,
+    remedy: str = FEATURES,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Decoded batches (B, 3, S, S) uint8 with labels → (B, D) float32 features with labels (B,), both on `device`."""
+    """Decoded batches (B, 3, S, S) uint8 with labels → (B, D) float32 features with labels (B,), both on `device`.
+
+    `remedy` is what to do where memory runs out: it says which setting gave these batches their size.
+    """
     for pixels, labels in batches:
-        inputs = normalise(pixels.to(device, non_blocking=True), header).contiguous(memory_format=torch.channels_last)
-        with autocast(recipe, device):
-            rows = features_of(network, inputs, last_blocks=last_blocks)
+        with memory(remedy):
+            inputs = normalise(pixels.to(device, non_blocking=True), header)
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+            with autocast(recipe, device):
+                rows = features_of(network, inputs, last_blocks=last_blocks)
         yield rows.float(), labels.to(device, non_blocking=True)
 
 
@@ -139,7 +146,7 @@ def extract(
     transform. It appears whole or not at all.
 
     Raises:
-        UnreadableImage: names the file.
+        UnreadableImage: names the file. UserError: memory ran out.
     """
     key = sha256_json(
         {

@@ -6,63 +6,53 @@ TWIST's evaluate.py `--weights finetune`: batch norm in training mode with each 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from contracts.networks import network_of, normalise
-from contracts.weights import Backbone
-from transfer.imagenet.dataset import Batches, LabelledImages
+from transfer.imagenet.dataset import Batches
 from transfer.imagenet.features import feature_dimension
 from transfer.imagenet.processes import Rank
 from transfer.imagenet.recipes import FinetuneRecipe
-from transfer.imagenet.training import Source, new_classifier, train_classifier
+from transfer.imagenet.training import PICTURED, Job, Source, new_classifier, train_classifier
 
 
-def train_finetune(
-    rank: Rank,
-    header: Backbone,
-    tensors: dict[str, Tensor],
-    train: LabelledImages,
-    val: LabelledImages,
-    recipe: FinetuneRecipe,
-    seed: int,
-    output: Path,
-    identity: dict[str, Any],
-    resume: bool,
-) -> dict[str, Any]:
-    """`{"history": rows of train_classifier}`."""
-    backbone = network_of(header, tensors)
-    classifier = new_classifier(feature_dimension(backbone), len(train.classes), seed=seed)
+def train_finetune(rank: Rank, job: Job) -> dict[str, Any]:
+    """What `train_classifier` returns."""
+    recipe, header = job.recipe, job.header
+    assert isinstance(recipe, FinetuneRecipe)
+    backbone = network_of(header, job.tensors)
+    classifier = new_classifier(feature_dimension(backbone), len(job.train.classes), seed=job.seed)
     model = nn.Sequential(backbone, classifier).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     cuda = rank.device.type == "cuda"
     batches = Batches(
-        train,
+        job.train,
         recipe,
         batch_size=recipe.batch_size,
         augment=True,
-        seed=seed,
+        seed=job.seed,
         rank=rank.index,
         world_size=rank.count,
         pin_memory=cuda,
     )
     held_out = Batches(
-        val,
+        job.val,
         recipe,
         batch_size=recipe.machine.feature_batch_size * rank.count,
         rank=rank.index,
         world_size=rank.count,
         pin_memory=cuda,
     )
+    pictured = Batches(job.val.spread(PICTURED), recipe, batch_size=recipe.machine.feature_batch_size, workers=0)
 
     def inputs(decoded: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         for pixels, labels in decoded:
             images = normalise(pixels.to(rank.device, non_blocking=True), header)
             yield images.contiguous(memory_format=torch.channels_last), labels.to(rank.device, non_blocking=True)
 
-    history = train_classifier(
+    return train_classifier(
         model,
         {
             "classifier": (recipe.lr_classifier, classifier.parameters()),
@@ -71,13 +61,14 @@ def train_finetune(
         Source(
             epoch=lambda number: inputs(batches.epoch(number)),
             validation=lambda: inputs(held_out.ordered()),
+            pictured=lambda: inputs(pictured.ordered()),
             steps_per_epoch=batches.steps_per_epoch,
         ),
         recipe,
         rank=rank,
         title="finetune",
-        output=output,
-        identity=identity,
-        resume=resume,
+        output=job.output,
+        identity=job.identity,
+        resume=job.resume,
+        eval_only=job.eval_only,
     )
-    return {"history": history}

@@ -7,140 +7,128 @@ backbone gives the same ones every epoch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from contracts.networks import network_of
-from contracts.weights import Backbone
 from transfer.imagenet.dataset import Batches, LabelledImages, epoch_batches
 from transfer.imagenet.features import FeatureFile, extract, feature_batches, feature_dimension, frozen
+from transfer.imagenet.memory import TRAINING
 from transfer.imagenet.processes import Rank
 from transfer.imagenet.recipes import LinearRecipe
-from transfer.imagenet.training import Source, new_classifier, train_classifier
+from transfer.imagenet.training import PICTURED, Job, Source, new_classifier, train_classifier
 
 
-def train_linear(
-    rank: Rank,
-    header: Backbone,
-    tensors: dict[str, Tensor],
-    train: LabelledImages,
-    val: LabelledImages,
-    recipe: LinearRecipe,
-    seed: int,
-    output: Path,
-    identity: dict[str, Any],
-    resume: bool,
-) -> dict[str, Any]:
-    """`{"history": rows of train_classifier, "backbone": digest before = after}`.
+def train_linear(rank: Rank, job: Job) -> dict[str, Any]:
+    """What `train_classifier` returns, and `backbone`: its digest before = after.
 
     Raises:
         FrozenBackboneChanged: the backbone's state is not bit-equal at the end.
     """
-    network = network_of(header, tensors).to(rank.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    recipe = job.recipe
+    assert isinstance(recipe, LinearRecipe)
+    network = network_of(job.header, job.tensors)
+    network = network.to(rank.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     with frozen(network) as digest:
-        if recipe.augment:
-            source = _crops(rank, network, header, train, val, recipe, seed=seed)
-        else:
-            source = _fixed(rank, network, header, train, val, recipe, seed=seed, folder=output / "features")
+        source = (_crops if recipe.augment else _fixed)(rank, job, recipe, network)
         classifier = new_classifier(
-            feature_dimension(network, last_blocks=recipe.last_blocks), len(train.classes), seed=seed
+            feature_dimension(network, last_blocks=recipe.last_blocks), len(job.train.classes), seed=job.seed
         )
-        history = train_classifier(
+        done = train_classifier(
             classifier,
             {"classifier": (recipe.lr_classifier, classifier.parameters())},
             source,
             recipe,
             rank=rank,
             title="linear",
-            output=output,
-            identity=identity,
-            resume=resume,
+            output=job.output,
+            identity=job.identity,
+            resume=job.resume,
+            eval_only=job.eval_only,
         )
-    return {"history": history, "backbone": digest}
+    return {**done, "backbone": digest}
 
 
-def _crops(
-    rank: Rank,
-    network: torch.nn.Module,
-    header: Backbone,
-    train: LabelledImages,
-    val: LabelledImages,
-    recipe: LinearRecipe,
-    *,
-    seed: int,
-) -> Source:
+def _features(
+    rank: Rank, job: Job, recipe: LinearRecipe, network: nn.Module
+) -> Callable[..., Iterator[tuple[Tensor, Tensor]]]:
+    """`feature_batches` of this run: takes decoded batches, and `remedy` where they are not those of a test."""
+    return partial(
+        feature_batches, network, job.header, recipe=recipe, device=rank.device, last_blocks=recipe.last_blocks
+    )
+
+
+def _pictured(rank: Rank, job: Job, recipe: LinearRecipe, network: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    few = Batches(job.val.spread(PICTURED), recipe, batch_size=recipe.machine.feature_batch_size, workers=0)
+    return _features(rank, job, recipe, network)(few.ordered())
+
+
+def _crops(rank: Rank, job: Job, recipe: LinearRecipe, network: nn.Module) -> Source:
     """New crops each epoch, their features computed as they come."""
     cuda = rank.device.type == "cuda"
     batches = Batches(
-        train,
+        job.train,
         recipe,
         batch_size=recipe.batch_size,
         augment=True,
-        seed=seed,
+        seed=job.seed,
         rank=rank.index,
         world_size=rank.count,
         pin_memory=cuda,
     )
     held_out = Batches(
-        val,
+        job.val,
         recipe,
         batch_size=recipe.machine.feature_batch_size * rank.count,
         rank=rank.index,
         world_size=rank.count,
         pin_memory=cuda,
     )
-    options = {"device": rank.device, "last_blocks": recipe.last_blocks}
-    validation = list(feature_batches(network, header, held_out.ordered(), recipe, **options))  # type: ignore[arg-type]
+    features = _features(rank, job, recipe, network)
+    validation = list(features(held_out.ordered()))
+    return Source(
+        epoch=lambda number: features(batches.epoch(number), remedy=TRAINING),
+        validation=lambda: validation,
+        pictured=lambda: _pictured(rank, job, recipe, network),
+        steps_per_epoch=batches.steps_per_epoch,
+    )
 
-    def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return feature_batches(network, header, batches.epoch(number), recipe, **options)  # type: ignore[arg-type]
 
-    return Source(epoch=epoch, validation=lambda: validation, steps_per_epoch=batches.steps_per_epoch)
-
-
-def _fixed(
-    rank: Rank,
-    network: torch.nn.Module,
-    header: Backbone,
-    train: LabelledImages,
-    val: LabelledImages,
-    recipe: LinearRecipe,
-    *,
-    seed: int,
-    folder: Path,
-) -> Source:
+def _fixed(rank: Rank, job: Job, recipe: LinearRecipe, network: nn.Module) -> Source:
     """Features of each image once; the first process extracts them, the others find the files."""
 
-    def files() -> tuple[FeatureFile, FeatureFile]:
-        def one(images: LabelledImages, title: str) -> FeatureFile:
+    def features(images: LabelledImages, title: str) -> FeatureFile:
+        def find() -> FeatureFile:
             return extract(
                 network,
-                header,
+                job.header,
                 images,
                 recipe,
-                folder=folder,
+                folder=job.output / "features",
                 title=title,
                 device=rank.device,
                 last_blocks=recipe.last_blocks,
             )
 
-        return one(train, "train features"), one(val, "val features")
+        if rank.first:
+            find()
+        rank.wait()
+        return find()
 
-    if rank.first:
-        files()
-    rank.wait()
-    train_file, val_file = files()
-    rows = train_file.mapped()
+    train_file = None if job.eval_only else features(job.train, "train features")
+    val_file = features(job.val, "val features")
 
     def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        assert train_file is not None, "an evaluation has no epochs"
+        rows = train_file.mapped()
         for chosen in epoch_batches(
-            len(train),
+            len(job.train),
             batch_size=recipe.batch_size,
-            seed=seed,
+            seed=job.seed,
             epoch=number,
             rank=rank.index,
             world_size=rank.count,
@@ -155,4 +143,9 @@ def _fixed(
                 val_file.labels[start : start + step].to(rank.device),
             )
 
-    return Source(epoch=epoch, validation=validation, steps_per_epoch=-(-len(train) // recipe.batch_size))
+    return Source(
+        epoch=epoch,
+        validation=validation,
+        pictured=lambda: _pictured(rank, job, recipe, network),
+        steps_per_epoch=-(-len(job.train) // recipe.batch_size),
+    )

@@ -15,28 +15,42 @@ from contracts import atomic
 from contracts.images import read_image
 
 RIGHT, WRONG, PLAIN = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's blue and vermilion
-_SIDE, _GAP, _CAPTION = 72, 6, 16
+_TEXT = "#222222"
+_SIDE, _GAP, _LINE = 72, 6, 14
 _MOST_BYTES = 200_000
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One image with a caption; `right` None draws a plain frame (a query)."""
+    """One image with a caption; `right` None draws a plain frame (a query).
+
+    `predicted` is a second line below the caption, in the frame's colour.
+    """
 
     path: Path
     caption: str
     right: bool | None = None
+    predicted: str | None = None
 
 
-def write_panel(path: Path, rows: Sequence[Sequence[Tile]], *, first_apart: bool = False) -> Path:
-    """Rows of tiles as one PNG; rows may differ in length. `first_apart` leaves a gap after each row's first tile."""
+def write_panel(
+    path: Path, rows: Sequence[Sequence[Tile]], *, first_apart: bool = False, legend: str | None = None
+) -> Path:
+    """Rows of tiles as one PNG; rows may differ in length.
+
+    `first_apart` leaves a gap after each row's first tile, `legend` is a line above all.
+    """
     apart = 2 * _GAP if first_apart else 0
+    captions = _LINE * (2 if any(tile.predicted is not None for row in rows for tile in row) else 1) + 2
+    above = _LINE + _GAP if legend else _GAP
     width = max(len(row) for row in rows) * (_SIDE + _GAP) + _GAP + apart
-    height = len(rows) * (_SIDE + _CAPTION + _GAP) + _GAP
+    height = len(rows) * (_SIDE + captions + _GAP) + above
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
+    if legend:
+        draw.text((_GAP, 2), legend, fill=_TEXT, font_size=11)
     for number, row in enumerate(rows):
-        top = _GAP + number * (_SIDE + _CAPTION + _GAP)
+        top = above + number * (_SIDE + captions + _GAP)
         for column, tile in enumerate(row):
             left = _GAP + column * (_SIDE + _GAP) + (apart if column else 0)
             _tile(sheet, draw, tile, left, top)
@@ -63,8 +77,14 @@ def _tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int, 
         draw.rectangle(box, outline=RIGHT, width=3)
     else:
         _broken_rectangle(draw, box)
-    caption = tile.caption if len(tile.caption) <= 12 else tile.caption[:11] + "…"
-    draw.text((left, top + _SIDE + 2), caption, fill="#222222", font_size=11)
+    draw.text((left, top + _SIDE + 2), _short(tile.caption), fill=_TEXT, font_size=11)
+    if tile.predicted is not None:
+        colour = {True: RIGHT, False: WRONG, None: _TEXT}[tile.right]
+        draw.text((left, top + _SIDE + 2 + _LINE), _short(tile.predicted), fill=colour, font_size=11)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 12 else text[:11] + "…"
 
 
 def _broken_rectangle(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int]) -> None:

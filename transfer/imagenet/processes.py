@@ -1,7 +1,7 @@
 """One process a GPU, through torch's own launcher; one process without any launcher where there is one device.
 
 The work is a module-level function that gets its rank and returns a JSON-able value; rank 0's comes back. A user's
-mistake in any rank arrives here as the sentence it was raised with, not as a page of traceback.
+mistake in any rank, memory that ran out and a process that died arrive as one sentence, not as a page of traceback.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from contracts.errors import UsageError, UserError
+from contracts.errors import UsageError
+from transfer.failures import guard, raise_failure
+from transfer.imagenet.memory import START, memory
 
 
 @dataclass(frozen=True)
@@ -48,29 +50,35 @@ class Rank:
 Work = Callable[..., Any]
 
 
-def run_ranks(work: Work, arguments: tuple[Any, ...], *, processes: int, device: str) -> Any:
+def run_ranks(work: Work, arguments: tuple[Any, ...], *, processes: int, device: str, output: Path) -> Any:
     """`work(rank, *arguments)` in `processes` processes on `device` ("cuda" or "cpu"); rank 0's value.
+
+    `output` is the run folder, where a process that fails leaves its sentence for this one.
 
     Raises:
         UsageError: more GPUs asked for than there are.
-        UserError: what a rank raised.
+        UserError: what a rank raised, memory that ran out, or a rank that died.
     """
     if device == "cuda" and processes > torch.cuda.device_count():
         raise UsageError(f"--gpus {processes}: this machine shows {torch.cuda.device_count()} GPUs to torch.")
     if processes == 1:
-        return work(Rank(0, 1, torch.device(device)), *arguments)
+        with memory(START):
+            return work(Rank(0, 1, torch.device(device)), *arguments)
     with tempfile.TemporaryDirectory(prefix="twist-ranks-") as folder:
-        try:
-            mp.spawn(_process, args=(processes, device, Path(folder), work, arguments), nprocs=processes)
-        except (mp.ProcessRaisedException, mp.ProcessExitedException):
-            sentences = sorted(Path(folder).glob("error-*.txt"))
-            if not sentences:
-                raise
-            raise UserError(sentences[0].read_text()) from None
+        with raise_failure(output):
+            mp.spawn(_process, args=(processes, device, Path(folder), output, work, arguments), nprocs=processes)
         return json.loads((Path(folder) / "value.json").read_text())
 
 
-def _process(index: int, count: int, device: str, folder: Path, work: Work, arguments: tuple[Any, ...]) -> None:
+def _process(
+    index: int, count: int, device: str, folder: Path, output: Path, work: Work, arguments: tuple[Any, ...]
+) -> None:
+    # The inner one knows the remedy for lack of memory, so the guard's own has no part in it.
+    with guard(output, knob="batch_size"), memory(START):
+        _work_as(index, count, device, folder, work, arguments)
+
+
+def _work_as(index: int, count: int, device: str, folder: Path, work: Work, arguments: tuple[Any, ...]) -> None:
     rank = Rank(index, count, torch.device(device, index) if device == "cuda" else torch.device(device))
     if device == "cuda":
         torch.cuda.set_device(index)
@@ -78,11 +86,7 @@ def _process(index: int, count: int, device: str, folder: Path, work: Work, argu
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/meet", rank=index, world_size=count
     )
-    try:
-        value = work(rank, *arguments)
-    except UserError as error:
-        (folder / f"error-{index:03d}.txt").write_text(str(error))
-        raise
+    value = work(rank, *arguments)
     if rank.first:
         (folder / "value.json").write_text(json.dumps(value))
     dist.destroy_process_group()

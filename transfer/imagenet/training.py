@@ -23,21 +23,54 @@ from torch.nn.parallel import DistributedDataParallel
 from contracts import atomic
 from contracts.errors import UserError
 from contracts.progress import Progress
+from contracts.weights import Backbone
 from transfer.imagenet.accuracy import label_ranks
+from transfer.imagenet.dataset import LabelledImages
 from transfer.imagenet.features import autocast
+from transfer.imagenet.journal import Journal
+from transfer.imagenet.memory import FEATURES, TRAINING, memory
 from transfer.imagenet.processes import Rank
-from transfer.imagenet.recipes import ClassifierRecipe
+from transfer.imagenet.recipes import ClassifierRecipe, FinetuneRecipe, LinearRecipe
 
 CHECKPOINT = "checkpoint.pth"
 CURVES = "metrics.jsonl"
+METRICS = ("top1_percent", "top5_percent")
+
+
+# Validation images that are shown beside what was predicted for them.
+PICTURED = 24
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of a run is given; `identity` is what makes this run this run.
+
+    `train` are the images that have labels. With `eval_only` the stored model is measured and nothing is trained.
+    """
+
+    header: Backbone
+    tensors: dict[str, Tensor]
+    train: LabelledImages
+    val: LabelledImages
+    recipe: LinearRecipe | FinetuneRecipe
+    seed: int
+    output: Path
+    identity: dict[str, Any]
+    resume: bool = False
+    eval_only: bool = False
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where batches come from: inputs and labels of an epoch, and all validation inputs of this process in order."""
+    """Where batches of inputs and labels come from.
+
+    Those of an epoch; all validation images of this process in order; and the `PICTURED` ones, which the first process
+    takes alone.
+    """
 
     epoch: Callable[[int], Iterator[tuple[Tensor, Tensor]]]
     validation: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    pictured: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     steps_per_epoch: int
 
 
@@ -61,31 +94,80 @@ def train_classifier(
     output: Path,
     identity: dict[str, Any],
     resume: bool,
-) -> list[dict[str, Any]]:
-    """Train `model` and return one row an epoch: loss, rates and, where evaluated, accuracies.
+    eval_only: bool = False,
+) -> dict[str, Any]:
+    """Train `model` to its last epoch, or with `eval_only` measure the finished one that is stored.
+
+    Returns:
+        `history`: one row an epoch with loss, rates and, where evaluated, accuracies; `metrics`: the accuracies at the
+        end; `predicted`: class of each pictured image (none in processes other than the first).
 
     Args:
         rates: parameter groups, name → (learning rate, parameters).
         identity: what makes this run this run; a checkpoint with another one is refused.
 
     Raises:
-        UserError: the checkpoint belongs to another run, there is one and `resume` was not given, the training
-            diverged, or the GPU's memory is too small.
+        UserError: the checkpoint belongs to another run, there is one and `resume` was not given, there is none of a
+            finished run to evaluate, the training diverged, or the GPU's memory is too small.
     """
+    if eval_only:
+        require_finished(output, recipe)
     model.to(rank.device)
     groups = [{"params": list(parameters), "lr": rate} for rate, parameters in rates.values()]
     optimizer = torch.optim.SGD(groups, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    history = _restore(output / CHECKPOINT, model, optimizer, identity=identity, resume=resume or eval_only)
+    if eval_only:
+        metrics = evaluate(model, source.validation(), recipe, rank)
+    else:
+        peaks = {name: rate for name, (rate, _) in rates.items()}
+        for row in _epochs(
+            model, optimizer, peaks, source, recipe, rank, done=len(history), title=title, output=output
+        ):
+            history.append(row)
+            if rank.first:
+                _save(output, model, optimizer, history, identity)
+            rank.wait()
+        metrics = {name: history[-1][name] for name in METRICS}
+    predicted = predict(model, source.pictured(), recipe, rank) if rank.first else []
+    return {"history": history, "metrics": metrics, "predicted": predicted}
+
+
+def require_finished(output: Path, recipe: ClassifierRecipe) -> None:
+    """Refuse to evaluate a run before its last epoch: what it has stored is a state that no protocol measures."""
+    path = output / CHECKPOINT
+    # Mapped: only the history is looked at.
+    done = len(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["history"]) if path.exists() else 0
+    if done < recipe.epochs:
+        raise UserError(
+            f"{output} stands at epoch {done} of {recipe.epochs}: --eval-only measures finished runs, so finish this "
+            "one with --resume."
+        )
+
+
+def _epochs(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    peaks: dict[str, float],
+    source: Source,
+    recipe: ClassifierRecipe,
+    rank: Rank,
+    *,
+    done: int,
+    title: str,
+    output: Path,
+) -> Iterator[dict[str, Any]]:
+    """Train from epoch `done` to the last, a row an epoch; `peaks` are the groups' rates before the cosine."""
     cosine = CosineParamScheduler(1.0, 0.0)
-    history = _restore(output / CHECKPOINT, model, optimizer, identity=identity, resume=resume)
     parallel: nn.Module = model
     if rank.count > 1:
         parallel = DistributedDataParallel(model, device_ids=[rank.index] if rank.device.type == "cuda" else None)
     steps = source.steps_per_epoch
-    with Progress(
-        title, total=recipe.epochs * steps, start=len(history) * steps, quiet=not rank.first, unit="step"
-    ) as progress:
-        for epoch in range(len(history), recipe.epochs):
-            shares = {name: rate * cosine(epoch / recipe.epochs) for name, (rate, _) in rates.items()}
+    with (
+        Progress(title, total=recipe.epochs * steps, start=done * steps, quiet=not rank.first, unit="step") as progress,
+        Journal(output, done=done * steps, quiet=not rank.first) as journal,
+    ):
+        for epoch in range(done, recipe.epochs):
+            shares = {name: rate * cosine(epoch / recipe.epochs) for name, rate in peaks.items()}
             for group, rate in zip(optimizer.param_groups, shares.values(), strict=True):
                 group["lr"] = rate
             row = _train_epoch(parallel, optimizer, source.epoch(epoch), recipe, rank, progress)
@@ -93,16 +175,14 @@ def train_classifier(
             if not math.isfinite(row["loss"]):
                 raise UserError(
                     f"The loss is {row['loss']} in epoch {epoch}: the training diverged; lower "
-                    f"{' or '.join(f'lr_{name}' for name in rates)}."
+                    f"{' or '.join(f'lr_{name}' for name in peaks)}."
                 )
             last = epoch + 1 == recipe.epochs
             if last or (epoch + 1) % recipe.machine.evaluate_every_epochs == 0:
                 row |= evaluate(model, source.validation(), recipe, rank)
-            history.append(row)
-            if rank.first:
-                _save(output, model, optimizer, history, identity)
-            rank.wait()
-    return history
+            # Before the checkpoint, so that a kill between them loses no line: the epoch is then done and said again.
+            journal.epoch(row)
+            yield row
 
 
 def evaluate(
@@ -115,14 +195,29 @@ def evaluate(
             torch.distributed.broadcast(buffer, 0)
     model.eval()
     hits = torch.zeros(3, dtype=torch.float64, device=rank.device)
-    with torch.no_grad():
+    with torch.no_grad(), memory(FEATURES):
         for inputs, labels in batches:
             with autocast(recipe, rank.device):
                 scores = model(inputs)
             ranks = label_ranks(scores.float(), labels)
             hits += torch.stack([(ranks < 1).sum(), (ranks < 5).sum(), torch.tensor(len(ranks), device=rank.device)])
     top1, top5, count = rank.sum(hits).tolist()
-    return {"top1_percent": 100.0 * top1 / count, "top5_percent": 100.0 * top5 / count}
+    return dict(zip(METRICS, (100.0 * top1 / count, 100.0 * top5 / count), strict=True))
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe: ClassifierRecipe, rank: Rank
+) -> list[int]:
+    """The class with the highest score of every input, in order."""
+    model.eval()
+    classes: list[int] = []
+    with memory(FEATURES):
+        for inputs, _ in batches:
+            with autocast(recipe, rank.device):
+                scores = model(inputs)
+            classes += scores.float().argmax(dim=1).tolist()
+    return classes
 
 
 def _train_epoch(
@@ -137,7 +232,7 @@ def _train_epoch(
     began = time.monotonic()
     # Summed on the device: reading the loss at every step would make the GPU wait for the host.
     total = torch.zeros(2, dtype=torch.float64, device=rank.device)
-    try:
+    with memory(TRAINING):
         for step, (inputs, labels) in enumerate(batches):
             with autocast(recipe, rank.device):
                 scores = model(inputs)
@@ -147,11 +242,6 @@ def _train_epoch(
             optimizer.step()
             total += torch.stack([loss.detach().double() * len(labels), loss.new_tensor(len(labels)).double()])
             progress.advance(1, **({"loss": loss.item()} if step % 20 == 0 else {}))
-    except torch.cuda.OutOfMemoryError:
-        raise UserError(
-            f"The GPU's memory is too small for batch_size = {recipe.batch_size} over {rank.count} processes: use more "
-            "GPUs, or lower batch_size and every lr_* by the same factor (the number then has another recipe)."
-        ) from None
     loss_sum, count = rank.sum(total).tolist()
     return {"loss": loss_sum / count, "images_per_s": count / (time.monotonic() - began)}
 

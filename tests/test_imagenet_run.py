@@ -1,0 +1,109 @@
+"""ImageNet protocols through `transfer`: what makes a run the same run, evaluation alone, what a folder keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from imagenet_tree import write_tree
+
+from contracts.errors import UserError
+from contracts.record import find_records, read_record
+from transfer import folder
+from transfer.imagenet import training
+from transfer.run import transfer
+
+QUICK = ["architecture=resnet18", "size=32", "resize=36", "batch_size=9", "epochs=2"]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tree(tmp_path_factory.mktemp("tree"))
+
+
+def go(tree: Path, output: Path, *overrides: str, **more: Any) -> Any:
+    torch.set_num_threads(1)
+    given = [*QUICK, "machine.workers=0", *overrides]  # the last of a key counts
+    return transfer("linear", weights="random", data=tree, gpus=0, output=output, overrides=given, **more)
+
+
+@pytest.fixture
+def stopped(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run that was stopped after the first of its two epochs."""
+    save = training._save
+
+    def save_then_stop(*arguments: Any) -> None:
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "_save", save_then_stop)
+        go(tree, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def state_of(output: Path) -> str:
+    return json.loads((output / folder.FILE).read_text())["state"]
+
+
+@pytest.mark.slow
+def test_resume_takes_another_machine_and_no_other_recipe(
+    tree: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"holds another run: recipe\.lr_classifier was 0\.2 and is 0\.1 now"):
+        go(tree, stopped, "lr_classifier=0.1", resume=True)
+    with pytest.raises(UserError, match=r"holds another run: recipe\.images\.sha256 was "):
+        go(write_tree(stopped.parent / "fewer", train=2), stopped, resume=True)
+    with pytest.raises(UserError, match=r"stands at epoch 1 of 2: .*so finish this one with --resume\.$"):
+        go(tree, stopped, eval_only=True)
+    assert state_of(stopped) == folder.RUNNING
+    # What `Batches` advises when a worker dies, and an override that says what the recipe says already.
+    record = go(tree, stopped, "machine.workers=1", "machine.feature_batch_size=4", "lr_classifier=0.2", resume=True)
+    assert state_of(stopped) == folder.DONE
+    rows = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1]
+    assert record.metrics["top1_percent"] == rows[-1]["top1_percent"]
+    assert "plan: 1 process on the CPU → the recipe's batch is kept" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_evaluation_alone_of_a_finished_run_replaces_its_record(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = go(tree, tmp_path / "run")
+    capsys.readouterr()
+    checkpoint = (tmp_path / "run" / training.CHECKPOINT).read_bytes()
+    again = go(tree, tmp_path / "run", "machine.feature_batch_size=2", eval_only=True)
+    assert (again.metrics, again.recipe_hash) == (first.metrics, first.recipe_hash)
+    assert "the stored weights are evaluated, nothing is trained" in capsys.readouterr().err
+    assert (tmp_path / "run" / training.CHECKPOINT).read_bytes() == checkpoint
+    assert state_of(tmp_path / "run") == folder.DONE
+    (path,) = find_records([tmp_path / "run" / "results"])
+    record = read_record(path)
+    assert any("nothing was trained" in note for note in record.notes)
+    assert [Path(name).name for name in record.media] == ["predictions.png", "losses.png"]
+    assert all((path.parent / name).is_file() for name in (*record.media, record.curves))
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_fails_leaves_the_run_finished(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go(tree, tmp_path / "run")
+
+    def run_out(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("transfer.imagenet.features.features_of", run_out)
+    with pytest.raises(UserError, match=r"lower machine\.feature_batch_size\.$"):
+        go(tree, tmp_path / "run", eval_only=True)
+    assert state_of(tmp_path / "run") == folder.DONE
+
+
+def test_a_start_that_is_refused_takes_no_folder(tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown key lr_clasifier"):
+        go(tree, tmp_path / "run", "lr_clasifier=1")
+    assert not (tmp_path / "run").exists()
