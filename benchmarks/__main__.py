@@ -13,7 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAMS = ("command_line", "loss", "lars", "small_views", "data", "convert", "knn", "compare", "scaling")
+PROGRAMS = (
+    "command_line", "loss", "lars", "small_views", "data", "convert", "engine_overhead", "knn", "compare", "scaling",
+)  # fmt: skip
 
 
 def main() -> None:

@@ -89,6 +89,15 @@ def _knn(found: Found) -> str:
     return f"{'; '.join(parts)} ({found['queries']} queries among {found['bank']:,})"
 
 
+def _overhead(engine: str) -> Callable[[Found], str]:
+    def read(found: Found) -> str:
+        part = found[engine]
+        percent = part["overhead_percent"]
+        return f"{percent['median']:+.1f} % ({percent['low']:+.1f}–{percent['high']:+.1f} %, n = {part['n']} pairs)"
+
+    return read
+
+
 def _gpu_step(case: str) -> Callable[[Found], str]:
     def read(found: Found) -> str:
         part = found["parts"][f"step_{case}"]
@@ -111,6 +120,9 @@ FIGURES = (
     Figure("`twist convert`, two targets, no proof, over reading and writing alone", "< 2 ×", "convert", _convert),
     Figure("the same, memory", "< 2.5 ×", "convert", _convert_memory),
     Figure("`twist convert`, two targets, with proof", "< 15 s", "convert", _proof),
+    Figure("our Detectron2 engine, time an iteration over its own training loop", "≤ 2 %", "engine_overhead",
+           _overhead("detectron2")),
+    Figure("our MMSegmentation engine, likewise", "≤ 2 %", "engine_overhead", _overhead("mmseg")),
     Figure("k-NN, peak memory by its limit", "within it", "knn", _knn),
     Figure("`twist compare`, 10,000 records", "< 3 s", "compare", _compare),
     Figure("step on one H100, two views, over the naive step", "≥ 2 ×", "gpu",
