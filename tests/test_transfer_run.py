@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_trees import make_voc_detection, make_voc_segmentation
+from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_segmentation
 
 from contracts.errors import UsageError, UserError
 from contracts.record import find_records, read_record
@@ -19,7 +19,7 @@ from transfer.curves import Curves
 from transfer.failures import guard, raise_failure
 from transfer.pictures import colour_of, draw_classes, draw_instances, plot_losses, save_pair
 from transfer.preflight import check_data, find_root, voc_folder
-from transfer.protocols import find_protocol
+from transfer.protocols import PROTOCOLS, find_protocol
 from transfer.request import split_overrides
 from transfer.run import render_end, transfer
 
@@ -92,6 +92,38 @@ def test_damaged_masks_are_named(tmp_path, damage, sentence) -> None:
         damage(mask).save(path)
     with pytest.raises(UserError, match=sentence):
         check_data(find_protocol("voc12aug-fcn-d8-20k"), tmp_path)
+
+
+def _trees(root: Path) -> None:
+    make_coco(root)
+    make_voc_detection(root)
+    make_voc_segmentation(root)
+    make_cityscapes(root)
+
+
+def test_healthy_trees_pass_for_every_full_protocol_of_the_frameworks(tmp_path) -> None:
+    _trees(tmp_path)
+    for protocol in PROTOCOLS.values():
+        if protocol.scale == "full" and protocol.engine != "imagenet":
+            assert check_data(protocol, tmp_path) is None
+
+
+def test_cityscapes_without_its_derived_maps_and_with_the_wrong_ones(tmp_path) -> None:
+    make_cityscapes(tmp_path)
+    protocol = find_protocol("cityscapes-fcn-d8-40k")
+    (path, *_) = sorted((tmp_path / "cityscapes" / "gtFine" / "train").glob("*/*_labelTrainIds.png"))
+    with Image.open(path) as image:
+        values = np.asarray(image).copy()
+    values[0, 0] = 26  # labelIds' car; trainIds end at 18
+    Image.fromarray(values).save(path)
+    with pytest.raises(UserError, match=r"holds the value 26.*labelIds given as trainIds"):
+        check_data(protocol, tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"1 of the \d+ train images .*twist data prepare cityscapes"):
+        check_data(protocol, tmp_path)
+    next((tmp_path / "cityscapes" / "gtFine" / "val").glob("*/*_polygons.json")).unlink()
+    with pytest.raises(UserError, match="unpack gtFine again"):
+        check_data(find_protocol("cityscapes-mrcnn-fpn-24k"), tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
