@@ -145,7 +145,7 @@ def _notes(table: Table, block: _Block) -> list[str]:
         if tested:
             text += (
                 f"; * p < {SIGNIFICANT} by Welch's t-test, two-sided, not corrected for the table's "
-                f"{table.comparisons} comparisons"
+                f"{table.comparisons} comparison{'' if table.comparisons == 1 else 's'}"
             )
         if len(tested) < len(gaps):
             text += "; ? no test, n too small or no spread between runs"

@@ -48,7 +48,7 @@ def test_without_arguments_each_committed_study_has_its_table(
     for study in studies:
         assert f"━━ results/{study.name} ━━" in plain
         assert f"### `results/{study.name}`" in marked
-    assert "benchmarks" not in plain + marked
+    assert "results/benchmarks" not in plain + marked
     assert "No records" not in plain + marked
 
 
