@@ -91,7 +91,7 @@ def test_packages_are_fetched_privately_by_exact_name(tmp_path: Path, monkeypatc
     assert {item["version"] for item in got} == {"1.0"}
     # sha256 of "data\n"
     assert got[0]["sha256"] == "6667b2d1aab6a00caa5aee5af8ad9f1465e567abf1c209d15727d57b3e8f6e5f"
-    assert sorted(path.name for path in (tmp_path / "fetched/root/usr").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "fetched" / "root" / "usr").iterdir()) == [
         "another_1.0_all.deb",
         "one-package_1.0_all.deb",
     ]
