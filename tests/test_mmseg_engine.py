@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tiny_trees import make_cityscapes, make_voc_segmentation
 
 from contracts.errors import UsageError, UserError
 from transfer.protocols import PROTOCOLS
+from transfer.request import Request
 from transfer.scaling import Schedule
 
 pytestmark = pytest.mark.slow
@@ -245,6 +247,64 @@ def test_an_interrupted_run_continues_from_its_checkpoint(request_of, monkeypatc
     assert "resumed epoch: 0, iter: 2" in (request.output / "log.txt").read_text()
     # The finished run continued once more has nothing to train and is evaluated.
     assert engine.run(continued, engine.resolve(continued)).metrics == result.metrics
+
+
+def _worker_on_cpu(local_rank: int, request: Request, address: str) -> None:
+    """The engine's worker with what CPUs have in place of NCCL's SyncBN; leaves what a rank saw and what it ended with."""
+    from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+
+    from pretrain.batch_norm import synchronise
+    from transfer import mmseg_engine as engine
+
+    torch.set_num_threads(1)
+    runners, seen = [], []
+
+    def wrap(self, _config, model):
+        runners.append(self)
+        return MMDistributedDataParallel(synchronise(revert_sync_batchnorm(model), device=torch.device("cpu")))
+
+    class Watch(engine._Watch):
+        def after_train_iter(self, runner, *, data_batch, **more) -> None:
+            seen.extend(sample.img_path for sample in data_batch["data_samples"])
+            super().after_train_iter(runner, **more)
+
+    torch.cuda.set_device = lambda _: None  # mmengine's launcher takes for granted that there is one
+    engine._Runner.wrap_model = wrap
+    engine._Watch = Watch
+    engine._worker(local_rank, request, address)
+    state = runners[0].model.module.state_dict()
+    torch.save({"seen": seen, "state": state}, request.output / f"ended.rank{local_rank}.pth")
+
+
+def test_two_processes_train_and_evaluate_together(request_of) -> None:
+    """Two gloo ranks: different images, one network at the end, and one IoU over all images, each counted once.
+
+    Three images do not divide over two ranks, so the metric must drop the one that the sampler repeats.
+    """
+    from transfer import mmseg_engine as engine
+
+    request = request_of("voc12aug-fcn-d16-30k", *QUICK)
+    config = engine.resolve(request).config
+    config.launcher = "pytorch"
+    config.dump(request.output / "config.py")
+    address = f"127.0.0.1:{engine._free_port()}"
+    # Processes are counted by GPUs, and there are none.
+    both = replace(request, controls=request.controls.model_copy(update={"nodes": 2}))
+    torch.multiprocessing.start_processes(_worker_on_cpu, args=(both, address), nprocs=2)
+    together = engine.collect(request, engine.resolve(request))
+    ranks = [torch.load(request.output / f"ended.rank{rank}.pth", weights_only=True) for rank in (0, 1)]
+    assert [len(rank["seen"]) for rank in ranks] == [4, 4]
+    assert ranks[0]["seen"] != ranks[1]["seen"]
+    moved = torch.load(request.weights, weights_only=True)["state_dict"]
+    for name, value in ranks[0]["state"].items():
+        assert torch.equal(value, ranks[1]["state"][name]), name
+        if name in moved and name.endswith(("running_var", "conv1.weight")):
+            assert not torch.equal(value, moved[name]), f"{name} was not trained"
+    assert [json.loads(line)["step"] for line in together.curves.read_text().splitlines()] == [1, 2]
+    alone = request_of("voc12aug-fcn-d16-30k", *QUICK, eval_only=True)
+    assert engine.run(alone, engine.resolve(alone)).metrics == together.metrics
+    with pytest.raises(UsageError, match="Several processes need GPUs"):
+        engine.resolve(request_of("voc12aug-fcn-d16-30k", *QUICK, "nodes=2", "master=localhost:1"))
 
 
 def test_iou_by_hand(request_of) -> None:

@@ -32,7 +32,7 @@ class SuiteDisplay:
             from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(self._table(), console=Console(stderr=True), refresh_per_second=2, transient=True)
+            self._live = Live(self._table(), console=Console(stderr=True), auto_refresh=False, transient=True)
             self._live.start()
         return self
 
@@ -68,7 +68,7 @@ class SuiteDisplay:
 
     def refresh(self) -> None:
         if self._live is not None:
-            self._live.update(self._table())
+            self._live.update(self._table(), refresh=True)
 
     def _say(self, text: str) -> None:
         line = f"[{self._finished + self._failed}/{self._total}] {text}"

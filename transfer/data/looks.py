@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from PIL import Image
 
 from transfer.data.findings import Report
 from transfer.data.origins import ORIGINS
+
+Found = TypeVar("Found")
 
 # Pictures and label maps that are opened in a set.
 SAMPLED = 200
@@ -103,17 +106,21 @@ def check_pictures(
     report: Report,
 ) -> None:
     """Decode a sample of pictures whole; `complaint` may add what else is wrong with one."""
-    bad: dict[str, list[str]] = {}
-    reason = ""
-    chosen = spread(paths, SAMPLED)
-    for path in chosen:
-        report.bar.advance()
+
+    def look(path: Path) -> str | OSError | SyntaxError | None:
         try:
             with Image.open(path) as image:
                 image.load()
-                said = complaint(path, image) if complaint else None
+                return complaint(path, image) if complaint else None
         except (OSError, SyntaxError) as error:
-            reason = reason or str(error)
+            return error
+
+    bad: dict[str, list[str]] = {}
+    reason = ""
+    chosen = spread(paths, SAMPLED)
+    for path, said in each(look, chosen, report):
+        if isinstance(said, Exception):
+            reason = reason or str(said)
             said = f"cannot be decoded (first: {reason})"
         if said:
             bad.setdefault(said, []).append(path.name)
@@ -141,31 +148,35 @@ def check_maps(
     `palette` (r, g, b of every number) is the one that the originals have: a picture program that saves a map numbers
     its colours anew, and every number it then holds is still a label.
     """
+
+    def look(path: Path) -> tuple[str, list[int], bool, Sequence[int]] | None:
+        """Mode, pixels of each value, whether the size is the picture's, palette; None when it cannot be read."""
+        try:
+            with Image.open(path) as image:
+                seen = image.mode, image.histogram(), image.size, image.getpalette() or ()
+            with Image.open(picture_of(path)) as picture:
+                return seen[0], seen[1], seen[2] == picture.size, seen[3]
+        except (OSError, SyntaxError):
+            return None
+
     histogram = np.zeros(256, dtype=np.int64)
     coloured, resized, unreadable, strange, renumbered = [], [], [], [], []
     chosen = spread(paths, SAMPLED)
-    for path in chosen:
-        report.bar.advance()
-        try:
-            with Image.open(path) as image:
-                mode, values, colours = image.mode, np.asarray(image), image.getpalette()
-            with Image.open(picture_of(path)) as picture:
-                size = picture.size
-        except (OSError, SyntaxError):
+    for path, seen in each(look, chosen, report):
+        if seen is None:
             unreadable.append(path.name)
             continue
+        mode, counts, fits, colours = seen
         if mode not in ("P", "L"):
             coloured.append(path.name)
             continue
-        if values.shape[::-1] != size:
+        if not fits:
             resized.append(path.name)
-        counts = np.bincount(values.ravel(), minlength=256)
         histogram += counts
-        if set(np.flatnonzero(counts).tolist()) - allowed:
+        present = np.flatnonzero(counts).tolist()
+        if set(present) - allowed:
             strange.append(path.name)
         elif mode == "P" and palette is not None:
-            assert colours is not None
-            present = np.flatnonzero(counts).tolist()
             if any(colours[3 * v : 3 * v + 3] != [*palette[3 * v : 3 * v + 3]] for v in present):
                 renumbered.append(path.name)
     wrong = sorted(set(np.flatnonzero(histogram).tolist()) - allowed)
@@ -188,6 +199,14 @@ def check_maps(
         labels = ", ".join(map(str, np.flatnonzero(histogram).tolist()))
         report.fine(where, f"labels {labels} in {total} sampled maps", count=total)
     return histogram if len(coloured) + len(unreadable) < total else None
+
+
+def each(look: Callable[[Path], Found], paths: Sequence[Path], report: Report) -> Iterator[tuple[Path, Found]]:
+    """`look` at every path, in order, several at a time: decoding a picture leaves Python's lock to others."""
+    with ThreadPoolExecutor() as pool:
+        for path, found in zip(paths, pool.map(look, paths), strict=True):
+            report.bar.advance()
+            yield path, found
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
