@@ -42,6 +42,7 @@ from contracts import atomic
 from contracts.errors import UserError
 from contracts.record import RunRecord
 
+HEADLINE = "Self-supervised backbones, compared"
 # Runs whose pictures are shown for one row and protocol.
 ROW_PICTURES = 1
 MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
@@ -53,7 +54,7 @@ def write_report(
     records_with_paths: Sequence[tuple[Path, RunRecord]],
     *,
     pretrain_runs: Sequence[Path] = (),
-    title: str = "Self-supervised backbones, compared",
+    title: str = HEADLINE,
     pictures: Sequence[tuple[str, Path]] = (),
 ) -> Path:
     """Write the page to `path` and return it.

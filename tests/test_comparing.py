@@ -96,6 +96,13 @@ def test_one_table_formats_take_one_study(tmp_path: Path) -> None:
             twist("compare", tmp_path, "--format", name)
 
 
+def test_a_page_has_the_headline_that_it_is_given(results: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    twist("compare", results, "--no-published", "--format", "html", "--title", "Ours & theirs", "--output", page)
+    assert "<title>Ours &amp; theirs</title>" in page.read_text()
+    assert "<h1>Ours &amp; theirs</h1>" in page.read_text()
+
+
 def test_output_goes_into_a_folder_that_is_not_there_yet(results: Path, tmp_path: Path) -> None:
     twist("compare", results, "--no-published", "--output", tmp_path / "new" / "table.txt")
     assert "TWIST" in (tmp_path / "new" / "table.txt").read_text()
@@ -134,7 +141,7 @@ def test_a_record_that_its_protocol_cannot_give_is_refused(
 ) -> None:
     path = write_record(make_record(**change), tmp_path)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=f"{path}: {said}"):
-        comparing.compare([tmp_path], Choice(), table_format="table", output=None, pretrain_runs=[])
+        comparing.compare([tmp_path], Choice(), table_format="table", output=None)
     (tmp_path / "README.md").write_text("<!-- twist compare . -->\n<!-- end -->\n")
     with pytest.raises(UserError, match=said):
         comparing.check_markers(tmp_path / "README.md")

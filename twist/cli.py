@@ -312,6 +312,7 @@ def compare(
     pretrain_runs: Annotated[
         list[Path] | None, typer.Option("--pretrain-run", help="HTML: run folders whose curves to draw.")
     ] = None,
+    title: Annotated[str | None, typer.Option(help="HTML: headline of the page.")] = None,
     published_only: Annotated[
         bool, typer.Option("--published-only", help="The published numbers alone, without records.")
     ] = False,
@@ -338,7 +339,12 @@ def compare(
         metrics=tuple(metric or ()),
     )
     comparing.compare(
-        records or [], choice, table_format=table_format.value, output=output, pretrain_runs=pretrain_runs or []
+        records or [],
+        choice,
+        table_format=table_format.value,
+        output=output,
+        pretrain_runs=pretrain_runs or [],
+        title=title,
     )
 
 

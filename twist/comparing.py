@@ -10,7 +10,7 @@ from compare.comparison import compare as compare_records
 from compare.render import RESULTS, render, render_all
 from compare.render import check_markers as stale_markers
 from compare.render import update_markers as rewrite_markers
-from compare.report import write_report
+from compare.report import HEADLINE, write_report
 from compare.table import build_table
 from contracts import atomic
 from contracts.errors import UserError
@@ -24,7 +24,8 @@ def compare(
     *,
     table_format: str,
     output: Path | None,
-    pretrain_runs: Sequence[Path],
+    pretrain_runs: Sequence[Path] = (),
+    title: str | None = None,
 ) -> None:
     """Read the records under `paths` (none: those of `results`) and print or write the tables of what they hold."""
     if not paths and not choice.published_only:
@@ -34,7 +35,7 @@ def compare(
         (one,) = comparisons
         page = output or Path("comparison.html")
         _refuse_folder(page)
-        print(write_report(page, one.table, one.found, pretrain_runs=pretrain_runs))
+        print(write_report(page, one.table, one.found, pretrain_runs=pretrain_runs, title=title or HEADLINE))
         return
     text = render_all(comparisons, table_format)
     if output is None:
