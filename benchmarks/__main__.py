@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 PROGRAMS = (
-    "command_line", "loss", "lars", "small_views", "data", "convert", "engine_overhead", "knn", "compare", "scaling",
+    "command_line", "loss", "lars", "small_views", "data", "convert", "engine_overhead", "knn",
+    "data_check", "compare", "scaling",
 )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", nargs="+", choices=sorted(TREES), default=list(TREES))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the trees are made and removed again (default: the system's)")
+    parser.add_argument("--folder", type=Path, help="where the trees are made, and removed again")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     results: dict[str, Any] = {"software": provenance.software(), "hardware": provenance.hardware(), "times": {}}
@@ -81,7 +81,7 @@ def main() -> None:
             times = [_check(dataset, root) for _ in range(given.repeats)]
         row = {"n": len(times), "median_s": statistics.median(times), "least_s": min(times), "most_s": max(times)}
         results["times"][dataset] = row
-        print(f"{dataset:12} {row['median_s']:.1f} s ({min(times):.1f}–{max(times):.1f} s, n = {len(times)})", flush=True)
+        print(f"{dataset:12} {row['median_s']:.1f} s ({min(times):.1f}–{max(times):.1f} s, n = {len(times)})")
     if given.json:
         atomic.write_json(given.json, results)
 
@@ -252,7 +252,8 @@ def make_imagenet(root: Path, first: Path) -> None:
             folder.mkdir(parents=True)
             # As evenly as the count divides: the first classes have one more.
             for number in range(count // IMAGENET_CLASSES + (index < count % IMAGENET_CLASSES)):
-                name = f"{wordnet}_{number}.JPEG" if split == "train" else f"ILSVRC2012_val_{index:04d}{number:04d}.JPEG"
+                stem = wordnet if split == "train" else f"ILSVRC2012_val_{index}"
+                name = f"{stem}_{number}.JPEG"
                 picture.name(folder / name)
                 if split == "train":
                     names.append(name)

@@ -84,6 +84,12 @@ def _proof(found: Found) -> str:
     return f"{times['median_s']:.1f} s ({_spread(times)})"
 
 
+def _checks(found: Found) -> str:
+    parts = [f"{dataset} {times['median_s']:.0f} s" for dataset, times in found["times"].items()]
+    most = max(times["most_s"] for times in found["times"].values())
+    return f"{', '.join(parts)} (at most {most:.0f} s, n = {min(t['n'] for t in found['times'].values())} each)"
+
+
 def _knn(found: Found) -> str:
     parts = [f"{limit}: {run['peak_mb']:.0f} MiB" for limit, run in found["runs"].items() if "MiB" in limit]
     return f"{'; '.join(parts)} ({found['queries']} queries among {found['bank']:,})"
@@ -124,6 +130,7 @@ FIGURES = (
            _overhead("detectron2")),
     Figure("our MMSegmentation engine, likewise", "≤ 2 %", "engine_overhead", _overhead("mmseg")),
     Figure("k-NN, peak memory by its limit", "within it", "knn", _knn),
+    Figure("`twist data check`, a healthy tree of real size", "< 60 s", "data_check", _checks),
     Figure("`twist compare`, 10,000 records", "< 3 s", "compare", _compare),
     Figure("step on one H100, two views, over the naive step", "≥ 2 ×", "gpu",
            _gpu_step("two-views")),

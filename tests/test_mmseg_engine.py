@@ -250,7 +250,7 @@ def test_an_interrupted_run_continues_from_its_checkpoint(request_of, monkeypatc
 
 
 def _worker_on_cpu(local_rank: int, request: Request, address: str) -> None:
-    """The engine's worker with what CPUs have in place of NCCL's SyncBN; leaves what a rank saw and what it ended with."""
+    """The engine's worker with what CPUs have in place of SyncBN; leaves what a rank saw and what it ended with."""
     from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 
     from pretrain.batch_norm import synchronise

@@ -176,9 +176,12 @@ def check_maps(
         present = np.flatnonzero(counts).tolist()
         if set(present) - allowed:
             strange.append(path.name)
-        elif mode == "P" and palette is not None:
-            if any(colours[3 * v : 3 * v + 3] != [*palette[3 * v : 3 * v + 3]] for v in present):
-                renumbered.append(path.name)
+        elif (
+            mode == "P"
+            and palette is not None
+            and any(colours[3 * v :][:3] != [*palette[3 * v :][:3]] for v in present)
+        ):
+            renumbered.append(path.name)
     wrong = sorted(set(np.flatnonzero(histogram).tolist()) - allowed)
     total = len(chosen)
     for names, message, mend in (

@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from torch import Tensor
 from contracts.errors import UsageError
 from transfer.failures import guard, raise_failure
 from transfer.imagenet.memory import START, memory
+
+# How long a process waits for the others. Features of ImageNet take the first one hours, torch would give up after ten
+# minutes; a process that dies is the launcher's to notice, at once.
+PATIENCE = timedelta(days=2)
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,11 @@ def _work_as(index: int, count: int, device: str, folder: Path, work: Work, argu
         torch.cuda.set_device(index)
     # A file as the meeting place: no port that another job on the machine may hold.
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/meet", rank=index, world_size=count
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=index,
+        world_size=count,
+        timeout=PATIENCE,
     )
     value = work(rank, *arguments)
     if rank.first:
