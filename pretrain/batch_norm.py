@@ -1,7 +1,8 @@
 """Batch norm over the images of several ranks: the head's last norm over a bunch, every other one over all ranks.
 
-With one rank in the group it is torch's own. `N` rows a rank, `C` channels; all ranks have the same `N`. It exists
-because torch.nn.SyncBatchNorm runs on CUDA only; there, `synchronise` takes that one. One collective each way.
+With one rank in the group it is torch's own. `N` rows a rank, `C` channels; all ranks have the same `N`. One collective
+each way. It exists because torch.nn.SyncBatchNorm runs on CUDA only, and there makes the host wait for the device in
+every forward pass: it leaves out ranks without rows, and how many those are only the device knows.
 """
 
 from __future__ import annotations
@@ -42,6 +43,52 @@ class _Normalise(torch.autograd.Function):
         return (gradient - along) * _wide(scale, gradient), None, None
 
 
+class _OnCuda(torch.autograd.Function):
+    """What `_Normalise` and the affine part do, by the kernels of torch.nn.SyncBatchNorm, which keep only `x`.
+
+    Half-precision `x` is normalised as it is; its statistics are float32. Writes the running statistics.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+        group: Group,
+    ) -> Tensor:
+        x = _dense(x)
+        mean, inverse = torch.batch_norm_stats(x, eps)  # (C,) each, the second is 1/√(var + eps)
+        of_ranks = distributed.gathered(torch.stack([mean, inverse]), group)  # (W, 2, C)
+        counts = mean.new_full((len(of_ranks),), x.numel() // x.shape[1])  # (W,), known without asking anybody
+        mean, inverse = torch.batch_norm_gather_stats_with_counts(
+            x, of_ranks[:, 0], of_ranks[:, 1], running_mean, running_var, momentum, eps, counts
+        )
+        ctx.save_for_backward(x, weight, mean, inverse, counts.int())
+        ctx.group = group
+        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse, counts = ctx.saved_tensors
+        gradient = _dense(gradients[0])
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # Of this rank: Σ dy and Σ dy·(x − mean), which the ranks sum, and the gradients of weight and bias, which the
+        # data-parallel wrapper does.
+        total, along, of_weight, of_bias = torch.batch_norm_backward_reduce(
+            gradient, x, mean, inverse, weight, needs_x, needs_weight, needs_bias
+        )
+        of_x = None
+        if needs_x:
+            total, along = distributed.summed(torch.stack([total, along]), ctx.group)
+            of_x = torch.batch_norm_backward_elemt(gradient, x, mean, inverse, weight, total, along, counts)
+        return of_x, of_weight if needs_weight else None, of_bias if needs_bias else None, *[None] * 5
+
+
 class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """torch's batch norm (any number of dimensions) with training statistics over the ranks of `group` (None: all).
 
@@ -67,6 +114,8 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or distributed.group_size(self.group) == 1:
             return super().forward(input)
+        if input.is_cuda and not torch.compiler.is_compiling():  # the compiler makes kernels of its own from the below
+            return self._on_cuda(input)
         with torch.autocast(input.device.type, enabled=False):
             normalised, mean, var = _Normalise.apply(input.float() if _is_half(input) else input, self.eps, self.group)
             if self.track_running_stats:
@@ -75,26 +124,34 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
                 normalised = normalised * _wide(self.weight, input) + _wide(self.bias, input)
         return normalised.to(input.dtype)
 
+    def _on_cuda(self, input: Tensor) -> Tensor:
+        running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        share = self._count_batch() if self.track_running_stats else 0.0
+        return _OnCuda.apply(input, self.weight, self.bias, *running, share, self.eps, self.group)
+
+    @torch.no_grad()
+    def _count_batch(self) -> float:
+        """Count this batch; its share in the running statistics."""
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        return self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor, *, count: int) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
-        share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+        share = self._count_batch()
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
         self.running_var.lerp_((var * (count / max(count - 1, 1))).to(self.running_var.dtype), share)
 
 
-def synchronise(module: nn.Module, *, device: torch.device, group: Group = None) -> nn.Module:
+def synchronise(module: nn.Module, *, group: Group = None) -> nn.Module:
     """`module` with every batch norm in it (or itself) taken over the ranks of `group`; parameters and names stay.
 
-    With one rank nothing changes. On CUDA it is torch.nn.SyncBatchNorm, elsewhere ours.
+    With one rank nothing changes.
     """
     if distributed.group_size(group) == 1:
         return module
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         ours = SynchronisedBatchNorm(
             module.num_features, eps=module.eps, momentum=module.momentum, affine=module.affine, group=group
@@ -102,12 +159,17 @@ def synchronise(module: nn.Module, *, device: torch.device, group: Group = None)
         ours.load_state_dict(module.state_dict())
         return ours.train(module.training)
     for name, child in module.named_children():
-        setattr(module, name, synchronise(child, device=device, group=group))
+        setattr(module, name, synchronise(child, group=group))
     return module
 
 
 def _all_but_channels(x: Tensor) -> list[int]:
     return [0, *range(2, x.dim())]
+
+
+def _dense(x: Tensor) -> Tensor:
+    """`x` as the kernels take it: channels last, or contiguous."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
 def _wide(per_channel: Tensor, x: Tensor) -> Tensor:

@@ -220,4 +220,10 @@ class PretrainConfig(Config):
     def _together(self) -> PretrainConfig:
         if self.model.backbone.startswith("vit_") and (self.views.global_size % 16 or self.views.local_size % 16):
             raise ValueError("a ViT with 16-pixel patches needs view sizes that are multiples of 16")
+        if self.run.compile and self.model.activation_checkpointing and not self.model.backbone.startswith("vit_"):
+            # The second resolution moves the running statistics that the first one's second forward would start from.
+            raise ValueError(
+                "run.compile and model.activation_checkpointing do not go together for networks with batch norms: "
+                "keep one of them"
+            )
         return self

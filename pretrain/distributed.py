@@ -106,12 +106,17 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 @torch.no_grad()
 def averaged(x: Tensor, group: Group = None) -> Tensor:
     """The mean of `x` over the ranks of `group`, without gradient (for logging and for hand-written backwards)."""
-    size = group_size(group)
-    if size == 1:
+    return summed(x, group) / group_size(group)
+
+
+@torch.no_grad()
+def summed(x: Tensor, group: Group = None) -> Tensor:
+    """The sum of `x` over the ranks of `group`, without gradient."""
+    if group_size(group) == 1:
         return x
     total = x.clone()
     dist.all_reduce(total, group=group)
-    return total / size
+    return total
 
 
 @torch.no_grad()
@@ -120,9 +125,10 @@ def gathered(x: Tensor, group: Group = None) -> Tensor:
     size = group_size(group)
     if size == 1:
         return x[None]
-    parts = [torch.empty_like(x) for _ in range(size)]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.stack(parts)
+    # Into one tensor: a list's parts would be copied out and stacked one by one, a kernel for every rank.
+    every = x.new_empty(size * x.numel())
+    dist.all_gather_into_tensor(every, x.reshape(-1), group=group)
+    return every.view(size, *x.shape)
 
 
 def gathered_object(value: Value) -> list[Value]:

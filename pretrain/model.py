@@ -92,10 +92,10 @@ def build_model(config: PretrainConfig, *, device: torch.device) -> tuple[Twist,
     teacher = copy.deepcopy(student) if model_config.teacher else None
     bunch = distributed.consecutive_group(ranks) if ranks > 1 else None
     for network in filter(None, (student, teacher)):
-        synchronise(network.backbone, device=device)
-        synchronise(network.head.hidden, device=device)
+        synchronise(network.backbone)
+        synchronise(network.head.hidden)
         if ranks > 1:
-            network.head.norm = synchronise(network.head.norm, device=device, group=bunch)
+            network.head.norm = synchronise(network.head.norm, group=bunch)
         network.to(device)
         if config.run.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,7 +1,8 @@
 """What a run says about itself: `metrics.jsonl`, TensorBoard, the progress line, and an alarm when it collapses.
 
-Steps leave one vector each on the device; every `run.log_every_steps` steps they are averaged over ranks and fetched
-together, so nothing waits for the device in between. Shapes: `B` images a rank, `K` classes.
+Steps leave one vector each on the device; every `run.log_every_steps` steps they are averaged over ranks and sent to
+the host together, and written when the next ones are sent: by then they have arrived, so nothing waits for the device.
+Shapes: `B` images a rank, `K` classes, `S` steps.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from contracts import atomic
+from contracts.errors import UserError
 from contracts.progress import Progress
 from pretrain import distributed
 
@@ -31,7 +33,10 @@ DEVICE_VALUES = (
     "row_entropy",
     "gradient_norm",
     "nonfinite_steps",
+    "nonfinite_streak",
 )
+# Not written: what the run itself looks at.
+_INTERNAL = ("nonfinite_streak",)
 # Of those, the ones that only one stage has.
 STAGE_VALUES = {
     "mutual_information": ("consistency", "sharpness", "diversity"),
@@ -58,15 +63,19 @@ def observe(logits: Tensor, values: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def summarise(steps: Tensor, *, classes: int) -> list[dict[str, float | None]]:
-    """Rows of names and numbers from stacked vectors that are already means over ranks; one transfer to the host."""
+def condense(steps: Tensor, *, classes: int) -> Tensor:
+    """(S, values + 2) from stacked vectors that are already means over ranks: entropy and number of used classes in
+    place of the distributions. Stays on the device."""
     scalars, mean, used = steps.split([len(DEVICE_VALUES), classes, classes], dim=1)
-    mean_entropy, classes_used = _entropy(mean), (used > 0).sum(1)
-    fetched = torch.cat([scalars, mean_entropy[:, None], classes_used[:, None]], dim=1).tolist()
+    return torch.cat([scalars, _entropy(mean)[:, None], (used > 0).sum(1, keepdim=True)], dim=1)
+
+
+def rows_of(numbers: Tensor, *, classes: int) -> list[dict[str, Any]]:
+    """Names and numbers of each step, from what `condense` gives."""
     rows = []
-    for *numbers, entropy, count in fetched:
+    for *values, entropy, count in numbers.tolist():
         # JSON has no NaN: a step without a number says null.
-        row = {n: v if math.isfinite(v) else None for n, v in zip(DEVICE_VALUES, numbers)}
+        row: dict[str, Any] = {n: v if math.isfinite(v) else None for n, v in zip(DEVICE_VALUES, values)}
         row["mean_entropy"] = entropy if math.isfinite(entropy) else None
         row["mean_entropy_share"] = entropy / math.log(classes) if math.isfinite(entropy) else None
         row["classes_used"] = int(count)
@@ -123,12 +132,26 @@ class StepNote:
     bad_images: int
 
 
+class _Sent(NamedTuple):
+    """Steps on their way to the host, and what the host knew when it sent for them."""
+
+    notes: tuple[StepNote, ...]
+    numbers: Tensor  # (S, values + 2 + 2), there when `arrived` says so
+    arrived: torch.cuda.Event | None
+    wall_s: float
+
+
 class Monitor:
-    """Collects steps and writes them out. Every rank has one; rank 0's writes. Use it in a `with`."""
+    """Collects steps and writes them out. Every rank has one; rank 0's writes. Use it in a `with`.
+
+    `nonfinite_streak` is how many steps in a row were skipped up to the last one written.
+    """
 
     def __init__(self, folder: Path, *, classes: int, steps: int, first_step: int) -> None:
         self._classes, self._path = classes, folder / "metrics.jsonl"
         self._pending: list[tuple[StepNote, Tensor]] = []
+        self._sent: _Sent | None = None
+        self.nonfinite_streak = 0
         self._alarm = CollapseAlarm(classes)
         self._is_main = distributed.rank() == 0
         self._progress = Progress("pretrain", total=steps, start=first_step, quiet=not self._is_main)
@@ -147,36 +170,67 @@ class Monitor:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if error[0] is None or issubclass(error[0], UserError):  # the device is well, and the last rows tell why
+            self._write_sent()
         self._progress.__exit__(*error)
         if self._board is not None:
             self._board.close()
 
     def note(self, note: StepNote, seen: Tensor) -> None:
-        """Keep one step for the next `flush`; waits for nothing."""
+        """Keep one step for the next `pass_on` or `flush`; waits for nothing."""
         self._pending.append((note, seen))
 
+    def pass_on(self) -> str | None:
+        """Send for the kept steps, and write those sent for before; waits for nothing that is not long done.
+
+        Returns the collapse alarm's sentence if it went off. Every rank must call it.
+        """
+        alarm = self._write_sent()
+        self._send()
+        return alarm
+
     def flush(self) -> str | None:
-        """Write the kept steps; the collapse alarm's sentence if it went off. Every rank must call it."""
+        """Write everything, and wait for it; as `pass_on` otherwise."""
+        alarm = self.pass_on()
+        return self._write_sent() or alarm
+
+    def _send(self) -> None:
         if not self._pending:
-            return None
+            return
         notes, seen = zip(*self._pending)
         self._pending = []
         hosts = torch.tensor([[note.data_wait_s, note.bad_images] for note in notes], dtype=torch.float32)
         stacked = torch.stack(seen)
+        if stacked.is_cuda:
+            hosts = hosts.pin_memory()
         packed = torch.cat([stacked, hosts.to(stacked.device, non_blocking=True)], dim=1)
         packed = distributed.averaged(packed)
-        rows = summarise(packed[:, :-2], classes=self._classes)
-        waits, bad = packed[:, -2:].T.tolist()
-        wall_s = max(time.monotonic() - self._since, 1e-9)
-        self._since = time.monotonic()
+        numbers = torch.cat([condense(packed[:, :-2], classes=self._classes), packed[:, -2:]], dim=1)
+        arrived = None
+        if numbers.is_cuda:
+            there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            numbers = there.copy_(numbers, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        now = time.monotonic()
+        self._sent = _Sent(notes, numbers, arrived, max(now - self._since, 1e-9))
+        self._since = now
+
+    def _write_sent(self) -> str | None:
+        if self._sent is None:
+            return None
+        (notes, numbers, arrived, wall_s), self._sent = self._sent, None
+        if arrived is not None:
+            arrived.synchronize()
+        waits, bad = numbers[:, -2:].T.tolist()
         images = sum(note.images for note in notes) * distributed.world_size()
         alarm = None
         lines = []
-        for note, row, bad_mean in zip(notes, rows, bad):
-            for stage, names in STAGE_VALUES.items():
-                if stage != note.stage:
-                    row = {k: v for k, v in row.items() if k not in names}
-            line = {"step": note.step, "epoch": note.epoch, "stage": note.stage, **row, "lr": note.lr}
+        for note, row, bad_mean in zip(notes, rows_of(numbers[:, :-2], classes=self._classes), bad):
+            self.nonfinite_streak = int(row["nonfinite_streak"] or 0)
+            absent = {name for stage, names in STAGE_VALUES.items() if stage != note.stage for name in names}
+            kept = {name: value for name, value in row.items() if name not in absent.union(_INTERNAL)}
+            line = {"step": note.step, "epoch": note.epoch, "stage": note.stage, **kept, "lr": note.lr}
             line["nonfinite_steps"] = int(line["nonfinite_steps"] or 0)
             line["bad_images"] = round(bad_mean * distributed.world_size())
             line["images_per_s"] = images / wall_s

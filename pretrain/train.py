@@ -97,15 +97,24 @@ def _train(
                     ),
                     observe(
                         loss.logits,
-                        {**loss.terms, "gradient_norm": gradient_norm, "nonfinite_steps": run.guard.total},
+                        {
+                            **loss.terms,
+                            "gradient_norm": gradient_norm,
+                            "nonfinite_steps": run.guard.total,
+                            "nonfinite_streak": run.guard.streak,
+                        },
                     ),
                 )
                 run.advance(epoch)
                 stopping = vote.any(stop.raised)
                 saving = stopping or run.is_due()
-                if saving or run.position.steps % config.run.log_every_steps == 0:
-                    _heed(monitor.flush(), config)
-                    run.stop_if_nonfinite(batch, views, stage=stage, quantile=quantile, seed=seed)
+                waiting = (
+                    saving or (step + 1) % plan.steps_per_epoch == 0
+                )  # the epoch's end waits for the device anyway
+                if waiting or run.position.steps % config.run.log_every_steps == 0:
+                    _heed(monitor.flush() if waiting else monitor.pass_on(), config)
+                    if monitor.nonfinite_streak >= config.run.max_nonfinite_steps:
+                        run.stop_if_nonfinite(batch, views, stage=stage, quantile=quantile, seed=seed)
                 if saving:
                     run.save()
                 if stopping:
@@ -117,7 +126,6 @@ def _train(
                     )
 
             run.end_epoch(epoch)
-            _heed(monitor.flush(), config)
             if _is_last(epoch, config) or (epoch + 1) % config.run.checkpoint_every_epochs == 0:
                 run.save()
             if config.run.online_eval_root is not None and (

@@ -261,7 +261,7 @@ def _worker_on_cpu(local_rank: int, request: Request, address: str) -> None:
 
     def wrap(self, _config, model):
         runners.append(self)
-        return MMDistributedDataParallel(synchronise(revert_sync_batchnorm(model), device=torch.device("cpu")))
+        return MMDistributedDataParallel(synchronise(revert_sync_batchnorm(model)))
 
     class Watch(engine._Watch):
         def after_train_iter(self, runner, *, data_batch, **more) -> None:

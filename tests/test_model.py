@@ -135,6 +135,36 @@ def test_activation_checkpointing_changes_nothing_but_memory(backbone: str) -> N
         assert torch.equal(state[name], state_again[name]), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("backbone", "checkpointing"), [("resnet18", False), ("vit_small_patch16", True)])
+def test_compiling_changes_nothing_but_speed(backbone: str, checkpointing: bool, monkeypatch) -> None:
+    """Traced, differentiated and partitioned as on a GPU; only making code, minutes on a CPU, is left out."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **options: compile_module(self, backend="aot_eager", **options)
+    )
+    settings = config(backbone=backbone, activation_checkpointing=checkpointing)
+    results = []
+    for wanted in (False, True):
+        run = settings.run.model_copy(update={"compile": wanted})
+        student, _ = build_model(settings.model_copy(update={"run": run}), device=CPU)
+        logits = student(views())
+        (logits.softmax(-1) * torch.arange(12)).sum().backward()
+        results.append((logits.detach(), [p.grad for p in student.parameters()], student.state_dict()))
+    (plain, gradients, state), (compiled, gradients_compiled, state_compiled) = results
+    assert torch.allclose(plain, compiled, atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(gradients, gradients_compiled))
+    for name in state:
+        assert torch.allclose(state[name], state_compiled[name], atol=1e-6), name
+
+
+def test_compiling_and_checkpointing_are_refused_together_for_batch_norms() -> None:
+    settings = config(activation_checkpointing=True).model_dump()
+    settings["run"]["compile"] = True
+    with pytest.raises(UsageError, match="keep one of them"):
+        validate(settings, PretrainConfig, where="test")
+
+
 def test_compiling_is_asked_for_static_shapes_and_keeps_the_names(monkeypatch) -> None:
     # What it computes is checked where it is meant to run (benchmarks/gpu.py): compiling takes minutes on a CPU.
     asked = []

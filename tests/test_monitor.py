@@ -9,9 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.monitor import DEVICE_VALUES, CollapseAlarm, Monitor, StepNote, keep_rows_before, observe, summarise
+from contracts.errors import UserError
+from pretrain.monitor import (
+    DEVICE_VALUES,
+    CollapseAlarm,
+    Monitor,
+    StepNote,
+    condense,
+    keep_rows_before,
+    observe,
+    rows_of,
+)
 
 CLASSES = 8
+
+
+def summarise(steps: torch.Tensor, *, classes: int) -> list[dict]:
+    return rows_of(condense(steps, classes=classes), classes=classes)
 
 
 def test_a_step_is_described_by_its_global_views() -> None:
@@ -95,6 +109,32 @@ def test_rows_are_written_once_and_in_order(tmp_path: Path) -> None:
     assert "self_label_threshold" not in rows[0]
     assert "consistency" not in rows[4]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_passing_on_reads_what_was_sent_before(tmp_path: Path) -> None:
+    """Rows come one call later, so that nobody waits for the device; the last ones when the run ends, also badly."""
+
+    def written() -> list[int]:
+        path = tmp_path / "metrics.jsonl"
+        return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+    uniform = torch.zeros(2, 4, CLASSES)
+    said = []
+    with pytest.raises(UserError), Monitor(tmp_path, classes=CLASSES, steps=60, first_step=0) as monitor:
+        for step in range(60):
+            seen = observe(uniform, {"nonfinite_streak": torch.tensor(float(step))})
+            monitor.note(StepNote(step, 0, "mutual_information", 0.1, 4, 0.0, 0), seen)
+            if step % 10 == 9:
+                before = written()
+                said.append(monitor.pass_on())
+                assert len(before) == max(step - 19, 0)
+                assert written() == list(range(step - 9))
+                assert monitor.nonfinite_streak == max(step - 10, 0)
+        raise UserError("collapsed")
+    assert written() == list(range(60))
+    # Twenty uniform steps are full at the second ten, which are looked at with the third call.
+    assert [sentence is not None for sentence in said] == [False, False, True, False, False, False]
+    assert "nonfinite_streak" not in json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
 
 
 def test_flushing_reads_the_device_twice_whatever_the_number_of_steps(tmp_path: Path, monkeypatch) -> None:
