@@ -2,7 +2,8 @@
 
 The figure is images a second a core: images over the CPU seconds of this one process, so what else the machine does
 hardly counts. For device mode that is the workers' part alone (decode and crops), because the photometric part runs on
-the training device. The three take turns, round by round, and the median of the rounds is given with its spread.
+the training device. Every batch ends in fresh shared memory, as a worker's does. The three take turns, round by round,
+and the median of the rounds is given with its spread.
 """
 
 from __future__ import annotations
@@ -29,10 +30,7 @@ from pretrain.views import ViewSampler, cut, plan_views, resolutions
 ROUNDS = 7
 WARM_UP_ROUNDS = 1
 IMAGES = 32
-# A few, so that their memory is used again. A real worker's batches lie in fresh shared memory, whose pages the kernel
-# clears: that is not counted here.
 BATCH = 16
-_KEPT_BYTES = 31 << 20
 # What GPUs take: `cores_for_gpu` answers for these.
 GPU_IMAGES_PER_S = (500, 1000, 2000)
 
@@ -55,8 +53,6 @@ def bench(config: PretrainConfig, *, images: int | None = None) -> dict[str, Any
     chosen = _readable(source, images)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    # glibc gives freed memory above a threshold back to the system, and takes the largest block freed so far for it.
-    torch.empty(_KEPT_BYTES, dtype=torch.uint8)
     try:
         modes: dict[str, Callable[[], None]] = {
             "pil": lambda: _pil(source, chosen, config.views),
@@ -135,7 +131,7 @@ def _readable(source: ImageSource, wanted: int) -> np.ndarray:
 
 def _maker(source: ImageSource, chosen: np.ndarray, views: ViewsConfig, pipeline: PipelineName) -> Callable[[], None]:
     """What a worker of this mode does for the chosen images, in small batches."""
-    maker = ViewMaker(source, views, seed=0, pipeline=pipeline)
+    maker = ViewMaker(source, views, seed=0, pipeline=pipeline, shared=True)
 
     def work() -> None:
         for begin in range(0, len(chosen), BATCH):
@@ -151,13 +147,23 @@ def _pil(source: ImageSource, chosen: np.ndarray, views: ViewsConfig) -> None:
     for begin in range(0, len(chosen), BATCH):
         batch = chosen[begin : begin + BATCH]
         draw = sampler.draw(0, epoch=0, indices=batch)
+        made = []
         for place, index in enumerate(batch.tolist()):
             image = pil_reference.decode(source.encoded(index))
             records = draw.place(place, height=image.height, width=image.width)
-            for record, size in zip(records, sizes):
-                pil_reference.normalise(
-                    pil_reference.photometric(pil_reference.crop(image, record["box"], size), record)
-                )
+            made.append(
+                [
+                    pil_reference.normalise(
+                        pil_reference.photometric(pil_reference.crop(image, record["box"], size), record)
+                    )
+                    for record, size in zip(records, sizes)
+                ]
+            )
+        # A worker's last work: each view of all images into one tensor of shared memory, as torch's collation does.
+        for view in zip(*made):
+            shape = (len(view), *view[0].shape)
+            storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
+            torch.stack(view, out=torch.empty(0).set_(storage, 0, shape))
 
 
 class _Stopwatch:

@@ -63,10 +63,22 @@ class Made:
 
 
 class ViewMaker:
-    """The DataLoader's data set: `maker[request]` is the batch."""
+    """The DataLoader's data set: `maker[request]` is the batch.
 
-    def __init__(self, images: ImageSource | None, views: ViewsConfig, *, seed: int, pipeline: PipelineName) -> None:
+    It lies in shared memory when a worker makes it, or always with `shared` (to measure what a worker does).
+    """
+
+    def __init__(
+        self,
+        images: ImageSource | None,
+        views: ViewsConfig,
+        *,
+        seed: int,
+        pipeline: PipelineName,
+        shared: bool = False,
+    ) -> None:
         self._images = images
+        self._shared = shared
         self._seed = seed
         self._pipeline = pipeline
         self._samplers = {stage: ViewSampler(plan_views(views, stage)) for stage in STAGES}
@@ -82,9 +94,10 @@ class ViewMaker:
     def _make(self, request: Request) -> Made:
         batch = len(request.indices)
         finished = self._pipeline == "cpu"
+        shared = self._shared or get_worker_info() is not None
         made = Made(
             groups=[
-                _empty((count * batch, 3, size, size), torch.float32 if finished else torch.uint8)
+                _empty((count * batch, 3, size, size), torch.float32 if finished else torch.uint8, shared=shared)
                 for count, size in self._groups
             ],
             records=[np.empty(count * batch, dtype=VIEW) for count, _ in self._groups],
@@ -196,13 +209,12 @@ def finish_on_cpu(groups: list[Tensor], records: list[np.ndarray], *, batch: int
     return finished
 
 
-def _empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor; uint8 with channels last in memory, as crops come; in a worker in shared memory."""
+def _empty(shape: tuple[int, int, int, int], dtype: torch.dtype, *, shared: bool) -> Tensor:
+    """An uninitialised tensor; uint8 with channels last in memory, as crops come."""
     count, channels, height, width = shape
     bytes_ = count * channels * height * width * dtype.itemsize
-    # In a worker straight into the memory that the training process maps: what torch's own collation does, and what
-    # saves one copy of the batch.
-    shared = get_worker_info() is not None
+    # Shared is the memory that the training process maps: what torch's own collation does, and what saves one copy of
+    # the batch.
     storage = torch.UntypedStorage._new_shared(bytes_) if shared else torch.UntypedStorage(bytes_)
     strides = (channels * height * width, 1, width * channels, channels)
     if dtype != torch.uint8:
