@@ -163,7 +163,7 @@ def _pil(source: ImageSource, chosen: np.ndarray, views: ViewsConfig) -> None:
         for view in zip(*made):
             shape = (len(view), *view[0].shape)
             storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
-            torch.stack(view, out=torch.empty(0).set_(storage, 0, shape))
+            torch.stack(view, out=torch.empty(0).set_(storage).view(shape))
 
 
 class _Stopwatch:

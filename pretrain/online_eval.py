@@ -6,6 +6,8 @@ The recipe of the k-NN is InstDist's (k = 20, temperature 0.07, arXiv 1805.01978
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -72,11 +74,12 @@ def _features(
     share = -(-len(images) // ranks)
     mine = [images[i] if i < len(images) else images[0] for i in range(rank * share, (rank + 1) * share)]
     features, predictions = [], []
-    for begin in range(0, share, BATCH):
-        batch = torch.stack([_prepared(path, size) for path, _ in mine[begin : begin + BATCH]]).to(device)
-        feature = model.backbone(batch)
-        features.append(feature.float())
-        predictions.append(model.head(feature).argmax(1))
+    with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock, and training's workers are idle meanwhile
+        for begin in range(0, share, BATCH):
+            pictures = pool.map(_prepared, (path for path, _ in mine[begin : begin + BATCH]), itertools.repeat(size))
+            feature = model.backbone(torch.stack([*pictures]).to(device))
+            features.append(feature.float())
+            predictions.append(model.head(feature).argmax(1))
     labels = torch.tensor([label for _, label in mine], device=device)
     gathered = [
         distributed.gathered(part).flatten(0, 1)[: len(images)]
