@@ -1,22 +1,34 @@
 """Everything that needs a GPU, in one call: first that it is right, then every GPU figure, each written as it is found.
 
-    OUT=results/gpu python -m benchmarks.gpu                       on one H100
-    OUT=out         python -m benchmarks.gpu --device cpu --tiny  the same path on a CPU, to see that it works
+    python benchmarks/gpu.py                                 on one GPU
+    OUT=out python benchmarks/gpu.py --device cpu --tiny     the same path on a CPU, to see that it works
+    python benchmarks/gpu.py --only memory loss              some parts again, into the file that is there
 
-Needs this repository, Python ≥ 3.11, torch 2.11, torchvision, timm, fvcore, pydantic, rich, safetensors, numpy and
-Pillow; no network, no data. A part that fails is reported with its traceback and the others still run; the exit status
-is then 1.
+The figures go to `results/benchmarks/gpu.json`, where `benchmarks/summary.py` reads them, or to `$OUT/gpu.json` when
+OUT is set: a file that comes back from another machine that way is copied to `results/benchmarks/` by hand (and to
+that machine's OUT before a call with --only, which adds to it).
+
+Needs this repository, Python ≥ 3.11, torch, torchvision, numpy and Pillow with what they require, and beside them
+exactly: absl-py, annotated-types, fvcore, protobuf, pydantic, pydantic-core, safetensors, tensorboard,
+typing-inspection. (A test keeps the list. Of fvcore one module is used, which needs none of fvcore's own requirements;
+pydantic may want newer typing-extensions than torch does.) No network, no data.
+
+A part that fails is reported with its traceback and the others still run. Once --budget-s seconds have passed no other
+part begins, and those left are written down as skipped. Failed or skipped parts make the exit status 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
+import json
 import os
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,16 +37,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks import lars, loss, step
+if not __package__:
+    # Started as a file: Python has put this folder in front of the path. The packages lie one above, and here
+    # compare.py would hide the package of that name.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(path for path in sys.path if Path(path).resolve() != here)]
+
+from benchmarks import gpu_memory, gpu_pipeline, lars, loss, step
+from benchmarks.gpu_compiled import check as check_compiled_backbone
+from benchmarks.gpu_compiled import compiler_for
 from benchmarks.side_by_side import Times, heading, machine
-from contracts import atomic
+from contracts import atomic, provenance
 from pretrain.batch_norm import SynchronisedBatchNorm
 from pretrain.loss import twist_loss
-from pretrain.model import build_model
 from pretrain.optim import LARS
 
-GOLDENS = Path(__file__).resolve().parent.parent / "tests" / "goldens"
-CASES = ("two-views", "multi-crop")
+ROOT = Path(__file__).resolve().parent.parent
+GOLDENS = ROOT / "tests" / "goldens"
+RESULTS = ROOT / "results" / "benchmarks"
+Part = Callable[[torch.device, bool], dict[str, Any]]
 
 
 # --- is it right? -----------------------------------------------------------------------------------------------------
@@ -114,25 +135,43 @@ def check_skipping(device: torch.device, _: bool) -> dict[str, Any]:
     return {"precisions": list(precisions)}
 
 
-def check_compiled(device: torch.device, tiny: bool) -> dict[str, Any]:
-    """The compiled backbone's logits against the plain one's, float32."""
-    config = step.case("multi-crop", batch=4, tiny=True, run__precision="fp32")
-    compiled = step.case("multi-crop", batch=4, tiny=True, run__precision="fp32", run__compile=True)
-    views = step.random_views(config, device)
-    with torch.no_grad():
-        plain, fast = (build_model(c, device=device)[0](views) for c in (config, compiled if not tiny else config))
-    worst = float((plain - fast).abs().max())
-    assert worst < 5e-2, worst  # TF32 and other orders of summation, on logits of unit variance
-    return {"largest_logit_difference": worst, "compiled": not tiny}
-
-
 def check_batch_norm(device: torch.device, _: bool) -> dict[str, Any]:
-    """Our batch norm on one rank against torch's on this device."""
-    x = torch.randn(8, 6, 5, 5, device=device)
-    ours, torchs = SynchronisedBatchNorm(6).to(device), nn.BatchNorm2d(6).to(device)
-    worst = float((ours(x) - torchs(x)).abs().max())
-    assert worst < 1e-5, worst
-    return {"largest_difference": worst}
+    """What our batch norm does over several ranks, here on one, against torch's: both ways, and without a wait."""
+    worst: dict[str, float] = {}
+    # A bf16 number has 8 bits; running statistics are float32 in both, and gradients sums of 8 · 49 such numbers.
+    for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            generator = torch.Generator().manual_seed(0)
+            x, gradient = (
+                torch.randn(8, 6, 7, 7, generator=generator).to(device, dtype).contiguous(memory_format=layout)
+                for _ in range(2)
+            )
+            passed = []
+            for norm in (SynchronisedBatchNorm(6).to(device), nn.BatchNorm2d(6).to(device)):
+                with torch.no_grad():
+                    norm.weight.copy_(torch.linspace(0.5, 2, 6))
+                images = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+                if device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("error")
+                try:
+                    out = norm.over_ranks(images) if isinstance(norm, SynchronisedBatchNorm) else norm(images)
+                    out.backward(gradient)
+                finally:
+                    if device.type == "cuda":
+                        torch.cuda.set_sync_debug_mode("default")
+                passed.append(
+                    [out.detach(), images.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var]
+                )
+            apart = [float((a - b).float().norm() / b.float().norm()) for a, b in zip(*passed)]
+            worst[f"{dtype} {layout}".replace("torch.", "")] = max(apart)
+            assert max(apart) < bound, (dtype, layout, apart)
+    return {"largest_relative_difference": worst}
+
+
+def check_compiled(device: torch.device, tiny: bool) -> dict[str, Any]:
+    """The compiled backbone's features, gradients and statistics beside the plain one's."""
+    with compiler_for(device):
+        return check_compiled_backbone(device, tiny)
 
 
 # --- how fast? --------------------------------------------------------------------------------------------------------
@@ -140,100 +179,148 @@ def check_batch_norm(device: torch.device, _: bool) -> dict[str, Any]:
 
 def time_loss(device: torch.device, tiny: bool) -> dict[str, Any]:
     views, batch, classes = (4, 8, 64) if tiny else (14, 128, 4096)
-    return loss.figures(views=views, batch=batch, classes=classes, device=str(device), rounds=5)
+    return loss.figures(views=views, batch=batch, classes=classes, device=str(device), **_often(device, tiny, calls=20))
 
 
 def time_lars(device: torch.device, tiny: bool) -> dict[str, Any]:
-    return lars.figures(device=str(device), rounds=5, architecture="resnet18" if tiny else "resnet50")
+    architecture = "resnet18" if tiny else "resnet50"
+    return lars.figures(device=str(device), architecture=architecture, **_often(device, tiny, calls=20))
 
 
-def time_step(name: str, *, compiled: bool) -> Callable[[torch.device, bool], dict[str, Any]]:
+def time_step(name: str, *, compiled: bool) -> Part:
     def run(device: torch.device, tiny: bool) -> dict[str, Any]:
         batch = 4 if tiny else 256 if name == "two-views" else 128  # the published images a GPU
-        config = step.case(name, batch=batch, tiny=tiny, run__compile=compiled and not tiny)
-        found = step.figures(config, device=device, rounds=5, calls=1 if tiny else 5)
+        config = step.case(name, batch=batch, tiny=tiny, run__compile=compiled)
+        with compiler_for(device):
+            found = step.figures(config, device=device, **_often(device, tiny, calls=5))
         print(step.render(name, found))
         return found
 
     return run
 
 
-def measure_memory(device: torch.device, tiny: bool) -> dict[str, Any]:
-    """Peak memory at two batch sizes: bytes an image (from their difference), and the largest batch this card holds."""
-    if device.type != "cuda":
-        return {"measured": False}
-    small, large = (4, 8) if tiny else (32, 64)
-    found: dict[str, Any] = {"measured": True, "card_bytes": torch.cuda.get_device_properties(device).total_memory}
-    for checkpointing in (False, True):
-        peaks = []
-        for batch in (small, large):
-            config = step.case("multi-crop", batch=batch, tiny=tiny, model__activation_checkpointing=checkpointing)
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            run_step = step.our_step(config, step.random_views(config, device), device)
-            for _ in range(2):
-                run_step()
-            peaks.append(torch.cuda.max_memory_allocated())
-            del run_step
-        an_image = (peaks[1] - peaks[0]) / (large - small)
-        fixed = peaks[0] - small * an_image
-        found["activation_checkpointing" if checkpointing else "plain"] = {
-            "bytes_an_image": an_image,
-            "fixed_bytes": fixed,
-            "largest_batch_by_extrapolation": int((0.95 * found["card_bytes"] - fixed) / an_image),
-        }
-    return found
+def time_pipeline(*, compiled: bool) -> Part:
+    def run(device: torch.device, tiny: bool) -> dict[str, Any]:
+        with compiler_for(device):
+            return gpu_pipeline.run(device, tiny, compiled=compiled)
+
+    return run
 
 
-PARTS: dict[str, Callable[[torch.device, bool], dict[str, Any]]] = {
+def _often(device: torch.device, tiny: bool, *, calls: int) -> dict[str, int]:
+    """Rounds, and calls a round: on a GPU so many that waiting for it at the round's ends does not count."""
+    return {"rounds": 2 if tiny else 5, "calls": calls if device.type == "cuda" and not tiny else 1}
+
+
+# What must be right and the figures with a goal come first, in case time runs out.
+PARTS: dict[str, Part] = {
     "check_loss": check_loss,
     "check_lars": check_lars,
     "check_batch_norm": check_batch_norm,
     "check_no_waiting": check_no_waiting,
     "check_skipping": check_skipping,
+    "check_photometric": gpu_pipeline.check_photometric,
+    "step_two-views": time_step("two-views", compiled=False),
+    "step_multi-crop": time_step("multi-crop", compiled=False),
+    "pipeline": time_pipeline(compiled=False),
     "check_compiled": check_compiled,
+    "step_multi-crop_compiled": time_step("multi-crop", compiled=True),
+    "step_two-views_compiled": time_step("two-views", compiled=True),
     "loss": time_loss,
     "lars": time_lars,
-    **{f"step_{name}": time_step(name, compiled=False) for name in CASES},
-    **{f"step_{name}_compiled": time_step(name, compiled=True) for name in CASES},
-    "memory": measure_memory,
+    "memory": gpu_memory.measure,
+    "pipeline_compiled": time_pipeline(compiled=True),
 }
+
+
+def take(names: Sequence[str], device: torch.device, *, tiny: bool, budget_s: float, path: Path, keep: bool) -> bool:
+    """Run the parts `names` and write each as it is found into `path`; True when none failed or was skipped.
+
+    Args:
+        budget_s: seconds from now after which no other part begins.
+        keep: add to what `path` holds. A part that is skipped leaves its older figure there.
+
+    Raises:
+        ValueError: `path` holds figures of another machine or other versions.
+    """
+    began, right = time.monotonic(), True
+    results: dict[str, Any] = {"machine": machine(), "tiny": tiny, "parts": {}}
+    if keep and path.exists():
+        older = json.loads(path.read_text())
+        for what in ("hardware", "software"):
+            if older["machine"][what] != results["machine"][what]:
+                raise ValueError(f"{path} was measured with other {what}: move it away, or set OUT to another folder")
+        results["parts"] = older["parts"]
+    for name in names:
+        since = time.monotonic()
+        if since - began > budget_s:
+            part: dict[str, Any] = {"ok": False, "skipped": f"the {budget_s:g} s of --budget-s were over"}
+        else:
+            part = _one(PARTS[name], device, tiny) | {
+                "wall_s": round(time.monotonic() - since, 1),
+                "git_commit": provenance.git_commit(),
+            }
+        right &= part["ok"]
+        if not ("skipped" in part and name in results["parts"]):
+            results["parts"][name] = part
+        verdict = "ok" if part["ok"] else "skipped" if "skipped" in part else "FAILED"
+        print(f"{name}: {verdict}, {time.monotonic() - since:.1f} s", flush=True)
+        atomic.write_json(path, results)
+    return right
+
+
+def _one(part: Part, device: torch.device, tiny: bool) -> dict[str, Any]:
+    # As a run has it, whatever the part before has left behind.
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    try:
+        return {"ok": True, **_plain(part(device, tiny))}
+    except Exception:  # one part must not cost the others their time on a borrowed machine; it is told and counted
+        traceback.print_exc()
+        return {"ok": False, "error": traceback.format_exc()}
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _plain(figures: dict[str, Any]) -> dict[str, Any]:
+    times: dict[str, Times] = figures.get("times", {})
+    return {**figures, **({"times": {name: asdict(t) for name, t in times.items()}} if times else {})}
+
+
+def result_path(*, tiny: bool) -> Path:
+    """Where the figures go; those of --tiny are nobody's, and stay out of the repository."""
+    folder = os.environ.get("OUT") or (tempfile.gettempdir() if tiny else RESULTS)
+    return Path(folder) / ("gpu-tiny.json" if tiny else "gpu.json")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="Small networks and views: proves the path, nothing else.")
-    parser.add_argument("--only", nargs="*", choices=PARTS, help="Some of the parts.")
+    parser.add_argument("--only", nargs="*", choices=PARTS, help="Some of the parts, added to the file that is there.")
+    parser.add_argument("--budget-s", type=float, default=500.0, help="Seconds after which no other part begins.")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("torch sees no GPU here: run this on one, or prove the path with --device cpu --tiny.", file=sys.stderr)
         return 1
-    path = Path(os.environ.get("OUT", "results/gpu")) / ("gpu-tiny.json" if arguments.tiny else "gpu.json")
-    results: dict[str, Any] = {"machine": machine(), "tiny": arguments.tiny, "parts": {}}
+    path = result_path(tiny=arguments.tiny)
     print(heading("GPU figures"), flush=True)
-    for name in arguments.only or PARTS:
-        began = time.monotonic()
-        try:
-            results["parts"][name] = {"ok": True, **_plain(PARTS[name](device, arguments.tiny))}
-        except Exception:  # one part must not cost the others their time on a borrowed machine; it is told and counted
-            results["parts"][name] = {"ok": False, "error": traceback.format_exc()}
-            traceback.print_exc()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        print(
-            f"{name}: {'ok' if results['parts'][name]['ok'] else 'FAILED'}, {time.monotonic() - began:.1f} s",
-            flush=True,
+    try:
+        right = take(
+            arguments.only or list(PARTS),
+            device,
+            tiny=arguments.tiny,
+            budget_s=arguments.budget_s,
+            path=path,
+            keep=bool(arguments.only),
         )
-        atomic.write_json(path, results)
+    except ValueError as error:
+        print(f"{error}.", file=sys.stderr)
+        return 1
     print(f"written to {path}")
-    return 0 if all(part["ok"] for part in results["parts"].values()) else 1
-
-
-def _plain(figures: dict[str, Any]) -> dict[str, Any]:
-    times: dict[str, Times] = figures.get("times", {})
-    return {**figures, **({"times": {name: asdict(t) for name, t in times.items()}} if times else {})}
+    return 0 if right else 1
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pretrain.optim import LARS, parameter_groups
 LR = 0.5
 
 
-def figures(*, device: str, rounds: int, architecture: str = "resnet50") -> dict[str, Any]:
+def figures(*, device: str, rounds: int, calls: int = 1, architecture: str = "resnet50") -> dict[str, Any]:
     ours, naive = network(architecture, device), network(architecture, device)
     optimizer = LARS(parameter_groups(ours, weight_decay=1.5e-6), lr=LR, weight_decay=1.5e-6)
     naive_parameters, buffers = list(naive.parameters()), {}
@@ -39,6 +39,7 @@ def figures(*, device: str, rounds: int, architecture: str = "resnet50") -> dict
     times = measure(
         {"tensor by tensor": lambda: per_tensor_lars(naive_parameters, buffers, lr=LR), "ours": optimizer.step},
         rounds=rounds,
+        calls=calls,
     )
     return {
         "times": times,

@@ -18,7 +18,7 @@ from benchmarks.side_by_side import heading, measure, ratio, table, write
 from pretrain.loss import twist_loss
 
 
-def figures(*, views: int, batch: int, classes: int, device: str, rounds: int) -> dict[str, Any]:
+def figures(*, views: int, batch: int, classes: int, device: str, rounds: int, calls: int = 1) -> dict[str, Any]:
     torch.manual_seed(0)
     logits = torch.randn(views, batch, classes, device=device, requires_grad=True)
 
@@ -37,7 +37,7 @@ def figures(*, views: int, batch: int, classes: int, device: str, rounds: int) -
     assert logits.grad is not None
     difference = float((gradient - logits.grad).abs().max() / logits.grad.abs().max())
     assert difference < 1e-3, difference
-    times = measure({"pair by pair": pairs, "closed form": closed}, rounds=rounds, warm_up=1)
+    times = measure({"pair by pair": pairs, "closed form": closed}, rounds=rounds, calls=calls, warm_up=1)
     return {
         "times": times,
         "speedup": ratio(times, of="pair by pair", to="closed form"),

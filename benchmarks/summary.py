@@ -4,7 +4,7 @@
     python -m benchmarks.summary --update README.md  # put it between the markers
     python -m benchmarks.summary --check README.md   # fail when the file's table is another
 
-A figure whose file is absent is "not measured". No number in the table is typed by hand.
+A figure whose file, or whose part of it, is absent is "not measured". No number in the table is typed by hand.
 """
 
 from __future__ import annotations
@@ -13,45 +13,47 @@ import argparse
 import json
 import re
 import statistics
+import string
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from benchmarks import gpu_summary
+from benchmarks.gpu_summary import Found, Reader, spread
 from contracts import atomic
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 BEGIN, END = "<!-- python -m benchmarks.summary -->", "<!-- end of summary -->"
 NOT_MEASURED = "not measured"
 
-Found = Mapping[str, Any]
-
 
 class Figure(NamedTuple):
-    """A row: what it is, what was aimed at, the program that measures it, and how its JSON says it."""
+    """A row: what it is, what was aimed at, the program that measures it, and how its JSON says it.
+
+    `read` gives None for a file without this figure: an older one, or a GPU run in which the part failed.
+    """
 
     what: str
     goal: str
     program: str
-    read: Callable[[Found], str]
-
-
-def _spread(times: Found) -> str:
-    return f"{times['least_s']:.3g}–{times['most_s']:.3g} s, n = {times['n']}"
+    read: Reader
 
 
 def _speedup(slow: str, fast: str) -> Callable[[Found], str]:
     def read(found: Found) -> str:
         times = found["times"]
-        return f"{found['speedup']:.1f} × ({_spread(times[fast])} against {_spread(times[slow])})"
+        return f"{found['speedup']:.1f} × ({spread(times[fast])} against {spread(times[slow])})"
 
     return read
 
 
 def _pipeline(mode: str, case: str) -> Callable[[Found], str]:
     def read(found: Found) -> str:
-        rates = found[case]["images_per_s_core"]
-        return f"{rates[mode] / rates['pil']:.1f} × ({rates[mode]:.0f} against {rates['pil']:.0f} images/s a core)"
+        rates, low_high = found[case]["images_per_s_core"], found[case]["spread"]
+        ours, theirs = ("{:.0f}–{:.0f}".format(*low_high[name]) for name in (mode, "pil"))
+        n = found[case]["rounds"]
+        return f"{rates[mode] / rates['pil']:.1f} × ({ours} against {theirs} images/s a core, n = {n} each)"
 
     return read
 
@@ -61,7 +63,17 @@ def _help(found: Found) -> str:
     return f"{times['median']} s ({times['min']}–{times['max']} s, n = {times['n']})"
 
 
-def _demo(found: Found) -> str:
+def _inspect(found: Found) -> str | None:
+    if "inspect" not in found:
+        return None
+    part = found["inspect"]
+    ours, torchs = (f"{part[name]['min']}–{part[name]['max']} s" for name in ("inspect_s", "import_torch_s"))
+    return f"{part['beyond_import_torch_s']:.2f} s ({ours} against {torchs}, n = {part['inspect_s']['n']} each)"
+
+
+def _demo(found: Found) -> str | None:
+    if "fast_demo" not in found:
+        return None
     demo = found["fast_demo"]
     return f"{demo['wall_s']:.0f} s, {demo['peak_mib'] / 1024:.1f} GiB (n = {demo['n']})"
 
@@ -72,7 +84,7 @@ def _compare(found: Found) -> str:
 
 
 def _convert(found: Found) -> str:
-    return f"{found['wall_over_bare']:.2f} × ({_spread(found['times']['convert, no proof'])})"
+    return f"{found['wall_over_bare']:.2f} × ({spread(found['times']['convert, no proof'])})"
 
 
 def _convert_memory(found: Found) -> str:
@@ -81,7 +93,7 @@ def _convert_memory(found: Found) -> str:
 
 def _proof(found: Found) -> str:
     times = found["times"]["convert, with proof"]
-    return f"{times['median_s']:.1f} s ({_spread(times)})"
+    return f"{times['median_s']:.1f} s ({spread(times)})"
 
 
 def _checks(found: Found) -> str:
@@ -104,24 +116,16 @@ def _overhead(engine: str) -> Callable[[Found], str]:
     return read
 
 
-def _gpu_step(case: str) -> Callable[[Found], str]:
-    def read(found: Found) -> str:
-        part = found["parts"][f"step_{case}"]
-        return f"{part['speedup']:.1f} × ({_spread(part['times']['ours'])})" if part["ok"] else NOT_MEASURED
-
-    return read
-
-
+_LOSS, _LARS = _speedup("pair by pair", "closed form"), _speedup("tensor by tensor", "ours")
 FIGURES = (
-    Figure("loss, 14 views × 128 × 4096, forward and backward, over pair by pair", "≥ 8 ×", "loss",
-           _speedup("pair by pair", "closed form")),
-    Figure("LARS step, ResNet-50 and head, over tensor by tensor", "≥ 3 ×", "lars",
-           _speedup("tensor by tensor", "ours")),
+    Figure("loss, 14 views × 128 × 4096, forward and backward, over pair by pair", "≥ 8 ×", "loss", _LOSS),
+    Figure("LARS step, ResNet-50 and head, over tensor by tensor", "≥ 3 ×", "lars", _LARS),
     Figure("ResNet-18 on a CPU, bfloat16, views of 32 pixels, over torchvision's", "", "small_views",
            _speedup("torchvision, bfloat16", "ours, bfloat16")),
     Figure("14 views a core, `device` mode, over the PIL chain", "≥ 8 ×", "data", _pipeline("device", "14 views")),
     Figure("14 views a core, `cpu` mode, over the PIL chain", "≥ 3 ×", "data", _pipeline("cpu", "14 views")),
     Figure("`twist --help`", "< 0.3 s", "command_line", _help),
+    Figure("`twist inspect`, a 100 MB file, beyond the import of torch", "< 2 s", "command_line", _inspect),
     Figure("`twist demo --fast`", "2 min, 4 GB", "command_line", _demo),
     Figure("`twist convert`, two targets, no proof, over reading and writing alone", "< 2 ×", "convert", _convert),
     Figure("the same, memory", "< 2.5 ×", "convert", _convert_memory),
@@ -132,28 +136,49 @@ FIGURES = (
     Figure("k-NN, peak memory by its limit", "within it", "knn", _knn),
     Figure("`twist data check`, a healthy tree of real size", "< 60 s", "data_check", _checks),
     Figure("`twist compare`, 10,000 records", "< 3 s", "compare", _compare),
-    Figure("step on one H100, two views, over the naive step", "≥ 2 ×", "gpu",
-           _gpu_step("two-views")),
-    Figure("step on one H100, 14 views, over the naive step", "≥ 2.5 ×", "gpu",
-           _gpu_step("multi-crop")),
+    Figure("step on one GPU, ResNet-50, two views × 256, over the naive step", "≥ 2 ×", "gpu",
+           gpu_summary.speedup("two-views")),
+    Figure("step on one GPU, ResNet-50, 14 views × 128, over the naive step", "≥ 2.5 ×", "gpu",
+           gpu_summary.speedup("multi-crop")),
+    Figure("of the step with two views, outside backbone and head", "≤ 5 %", "gpu", gpu_summary.outside("two-views")),
+    Figure("of the step with 14 views and the photometric part, outside backbone and head", "≤ 5 %", "gpu",
+           gpu_summary.outside("multi-crop")),
+    Figure("images/s over the bare backbone's, two views", "≥ 90 %", "gpu", gpu_summary.over_bare("two-views")),
+    Figure("images/s over the bare backbone's, 14 views", "≥ 90 %", "gpu", gpu_summary.over_bare("multi-crop")),
+    Figure("waiting for data in a run, 14 views, `device` mode", "< 3 %", "gpu", gpu_summary.data_wait),
+    Figure("memory an image, 14 views; largest batch", "", "gpu", gpu_summary.memory("plain")),
+    Figure("the same with activation checkpointing", "", "gpu", gpu_summary.memory("activation_checkpointing")),
+    Figure("loss, 14 views × 128 × 4096, over pair by pair, on the GPU", "≥ 8 ×", "gpu",
+           gpu_summary.also("loss", _LOSS)),
+    Figure("LARS step over tensor by tensor, on the GPU", "≥ 3 ×", "gpu", gpu_summary.also("lars", _LARS)),
 )  # fmt: skip
 
 
 def render(results: Path = RESULTS) -> str:
-    """The table as Markdown, and the machine it was measured on."""
-    rows, machines = [], set()
+    """The table as Markdown, and below it which machine each row was measured on."""
+    rows: list[list[str]] = []
+    machines: dict[str, str] = {}
     for figure in FIGURES:
         path = results / f"{figure.program}.json"
-        found = json.loads(path.read_text()) if path.exists() else None
-        rows.append([figure.what, NOT_MEASURED if found is None else figure.read(found), figure.goal, figure.program])
-        if found is not None and (hardware := (found.get("machine") or found).get("hardware")) is not None:
-            software = (found.get("machine") or found)["software"]
-            machines.add(
-                f"{hardware['gpu'] or hardware['processor']}, {hardware['cores']} cores, torch {software['torch']}"
-            )
-    lines = ["| figure | measured (median) | goal | `python -m benchmarks.…` |", "|---|---|---|---|"]
+        found = json.loads(path.read_text()) if path.exists() else {}
+        value = figure.read(found) if found else None
+        letter = "" if value is None else machines.setdefault(_machine(found), string.ascii_uppercase[len(machines)])
+        rows.append([figure.what, NOT_MEASURED if value is None else value, letter, figure.goal, figure.program])
+    lines = ["| figure | measured (median) | on | goal | `python -m benchmarks.…` |", "|---|---|---|---|---|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([*lines, "", f"Measured on: {'; '.join(sorted(machines)) or 'nothing yet'}."])
+    legend = "; ".join(f"{letter}: {machine}" for machine, letter in machines.items())
+    return "\n".join([*lines, "", f"Measured on {legend or 'nothing yet'}."])
+
+
+def _machine(found: Found) -> str:
+    """What a program ran on; some say it at the top of their file, some in `machine`, some in every case."""
+    places = [found, found.get("machine", {}), *(part for part in found.values() if isinstance(part, dict))]
+    about = next((place for place in places if "hardware" in place), None)
+    if about is None:
+        return "a machine that the file does not name"
+    hardware = about["hardware"]
+    name = hardware["gpu"] or hardware["processor"]
+    return f"{name}, {hardware['cores']} cores, torch {about['software']['torch']}"
 
 
 def updated(text: str, table: str) -> str:

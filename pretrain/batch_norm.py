@@ -114,6 +114,10 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or distributed.group_size(self.group) == 1:
             return super().forward(input)
+        return self.over_ranks(input)
+
+    def over_ranks(self, input: Tensor) -> Tensor:
+        """What training on several ranks computes, also where there is one (to check it there)."""
         if input.is_cuda and not torch.compiler.is_compiling():  # the compiler makes kernels of its own from the below
             return self._on_cuda(input)
         with torch.autocast(input.device.type, enabled=False):

@@ -1,0 +1,288 @@
+"""`benchmarks/gpu.py` runs on a machine that nobody has tried it on: its whole path, what it needs, what it keeps."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from torch import nn
+
+from benchmarks import gpu, gpu_compiled, gpu_memory, summary
+from benchmarks.naive_step import NaiveStep
+from benchmarks.side_by_side import Times
+
+CPU = torch.device("cpu")
+# Takes away every installed package that is not allowed, and the suite itself; at the end it tells what was imported.
+SITE = """
+import atexit, json, pathlib, sys
+here = pathlib.Path(__file__).parent
+hidden = frozenset(json.loads((here / "hidden.json").read_text()))
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if path is None and name in hidden else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path if "__editable__" not in repr(finder)]
+atexit.register(lambda: (here / "imported.json").write_text(json.dumps(sorted(sys.modules))))
+"""
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def with_requirements(*names: str) -> set[str]:
+    """These distributions and, through all levels, those they require here."""
+    found: set[str] = set()
+    waiting = [canonical(name) for name in names]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            lines = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # required on other systems
+        parsed = [Requirement(line) for line in lines]
+        waiting += [canonical(r.name) for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+@pytest.mark.slow
+def test_every_part_runs_with_the_packages_it_says_and_no_other(tmp_path: Path) -> None:
+    assert gpu.__doc__ is not None
+    stated = re.search(r"beside them\s+exactly: (.*?)\. ", gpu.__doc__, re.DOTALL)
+    assert stated is not None
+    needed = {canonical(name) for name in re.split(r",\s+", stated[1])}
+    allowed = needed | with_requirements("torch", "torchvision", "numpy", "pillow")
+    owners = {
+        module: {canonical(name) for name in names}
+        for module, names in importlib.metadata.packages_distributions().items()
+    }
+    ours = {canonical("twist-suite")}
+    hidden = [module for module, names in owners.items() if not names & (allowed | ours)]
+    assert "timm" in hidden  # the list is no empty promise
+    (tmp_path / "hidden.json").write_text(json.dumps(hidden))
+    (tmp_path / "sitecustomize.py").write_text(SITE)
+
+    # As a file and from another folder, as it is documented: nothing of the suite is installed there.
+    command = [sys.executable, str(Path(gpu.__file__)), "--device", "cpu", "--tiny"]
+    environment = {**os.environ, "OUT": str(tmp_path), "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu-tiny.json").read_text())
+    assert list(found["parts"]) == sorted(gpu.PARTS)  # written with sorted keys
+    assert all(part["ok"] for part in found["parts"].values())
+
+    imported = set(json.loads((tmp_path / "imported.json").read_text()))
+    assert needed <= {name for module in imported & owners.keys() for name in owners[module]}
+
+    # The table takes nothing from a tiny run; as a whole one's, this file fills every row but those of memory, which a
+    # CPU does not measure.
+    for tiny, missing in ((True, None), (False, 2)):
+        (tmp_path / "gpu.json").write_text(json.dumps({**found, "tiny": tiny}))
+        rows = [line for line in summary.render(tmp_path).splitlines() if line.endswith("| gpu |")]
+        assert sum(summary.NOT_MEASURED in row for row in rows) == (len(rows) if missing is None else missing), rows
+
+
+# --- keeping what was found -------------------------------------------------------------------------------------------
+
+
+def take(names: list[str], path: Path, *, keep: bool = False, budget_s: float = 100.0) -> bool:
+    return gpu.take(names, CPU, tiny=True, budget_s=budget_s, path=path, keep=keep)
+
+
+def parts_of(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())["parts"]
+
+
+@pytest.fixture
+def made_up_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: torch.device, __: bool) -> dict[str, Any]:
+        raise RuntimeError("no such kernel")
+
+    parts: dict[str, gpu.Part] = {
+        "one": lambda *_: {"times": {"a": Times(1.0, 0.5, 2.0, 3)}},
+        "two": lambda *_: {"value": 2},
+        "fails": fails,
+    }
+    monkeypatch.setattr(gpu, "PARTS", parts)
+
+
+@pytest.mark.usefixtures("made_up_parts")
+def test_a_part_that_fails_is_told_and_costs_the_others_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    assert not take(["fails", "one"], path)
+    parts = parts_of(path)
+    assert "no such kernel" in parts["fails"]["error"]
+    assert not parts["fails"]["ok"]
+    assert parts["one"]["ok"]
+    assert parts["one"]["times"]["a"] == {"median_s": 1.0, "least_s": 0.5, "most_s": 2.0, "n": 3}
+
+
+@pytest.mark.usefixtures("made_up_parts")
+def test_a_second_call_adds_to_the_file_and_a_whole_one_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    assert take(["one"], path)
+    assert take(["two"], path, keep=True)
+    assert sorted(parts_of(path)) == ["one", "two"]
+    assert take(["two"], path)
+    assert sorted(parts_of(path)) == ["two"]
+
+
+@pytest.mark.usefixtures("made_up_parts")
+def test_what_another_machine_measured_is_not_added_to(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    take(["one"], path)
+    other = json.loads(path.read_text())
+    other["machine"]["hardware"]["processor"] = "another"
+    path.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="other hardware"):
+        take(["two"], path, keep=True)
+    assert json.loads(path.read_text()) == other
+
+
+@pytest.mark.usefixtures("made_up_parts")
+def test_when_time_is_over_the_rest_is_skipped_and_older_figures_stay(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    assert take(["one"], path)
+    assert not take(["one", "two"], path, keep=True, budget_s=-1.0)
+    parts = parts_of(path)
+    assert parts["one"]["ok"]
+    assert parts["two"] == {"ok": False, "skipped": "the -1 s of --budget-s were over"}
+
+
+def test_where_the_figures_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.result_path(tiny=False) == tmp_path / "gpu.json"
+    monkeypatch.delenv("OUT")
+    # Where the table looks; a tiny run's file never lies there.
+    assert gpu.result_path(tiny=False) == summary.RESULTS / "gpu.json"
+    assert gpu.result_path(tiny=True).parent != summary.RESULTS
+
+
+def test_without_a_gpu_the_call_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert gpu.main() == 1
+    assert "--device cpu --tiny" in capsys.readouterr().err
+
+
+# --- the largest batch ------------------------------------------------------------------------------------------------
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(("usable_gib", "largest"), [(80, 168), (60, 128), (10, None)])
+def test_the_largest_batch_is_one_that_ran(usable_gib: int, largest: int | None) -> None:
+    """A card of 80 GiB of which fewer may be usable; 4 GiB are fixed and an image takes 0.375 GiB."""
+    asked = []
+
+    def peak(batch: int) -> int:
+        asked.append(batch)
+        bytes_ = 4 * GIB + batch * 3 * GIB // 8
+        if batch > 64 and bytes_ > usable_gib * GIB:
+            raise torch.OutOfMemoryError
+        return bytes_
+
+    found = gpu_memory.largest_batch(peak, small=32, large=64, card_bytes=80 * GIB)
+    assert (found["bytes_an_image"], found["fixed_bytes"]) == (3 * GIB / 8, 4 * GIB)
+    assert found["largest_batch_on_paper"] == 192
+    assert found["largest_batch_run"] == largest
+    assert asked == [32, 64, *map(int, found["tried"])]
+    assert all(batch % gpu_memory.MULTIPLE == 0 for batch in asked)
+
+
+def test_only_a_lack_of_memory_counts_as_one() -> None:
+    def peak(batch: int, message: str) -> int:
+        if batch > 64:
+            raise RuntimeError(message)
+        return batch * GIB
+
+    lacking = gpu_memory.largest_batch(
+        lambda batch: peak(batch, "CUBLAS_STATUS_ALLOC_FAILED"), small=32, large=64, card_bytes=640 * GIB
+    )
+    assert (lacking["largest_batch_run"], set(lacking["tried"].values())) == (None, {None})
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        gpu_memory.largest_batch(
+            lambda batch: peak(batch, "illegal memory access"), small=32, large=64, card_bytes=640 * GIB
+        )
+
+
+# --- compiled and plain -----------------------------------------------------------------------------------------------
+
+
+def test_the_comparison_notices_a_wrong_gradient_and_a_wrong_feature() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    truth = gpu_compiled.Passed(drawn(4, 8), [drawn(6, 5), drawn(6), drawn(3, 6)], drawn(6))
+    assert set(gpu_compiled.apart(truth, truth).values()) == {0.0}
+    one_wrong = truth._replace(gradients=[*truth.gradients[:2], -truth.gradients[2]])
+    found = gpu_compiled.apart(one_wrong, truth)
+    assert found["worst_convolution"] == pytest.approx(2.0)
+    assert (found["features"], found["statistics"]) == (0.0, 0.0)
+    assert gpu_compiled.apart(truth._replace(features=1.1 * truth.features), truth)["features"] == pytest.approx(0.1)
+
+
+# --- the naive step ---------------------------------------------------------------------------------------------------
+
+
+class Logits(nn.Module):
+    """(V·B, 4) → (V, B, 3), V = 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, views: list[torch.Tensor]) -> torch.Tensor:
+        return self.linear(torch.cat(views)).view(3, -1, 3)
+
+
+def test_the_naive_step_leaves_out_what_overflows_in_any_parameter_and_goes_on() -> None:
+    model = Logits()
+    naive = NaiveStep(model, device=CPU, lr=0.5)
+    naive.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    naive._scale = 2.0**8
+    views = [torch.randn(6, 4, generator=torch.Generator().manual_seed(1))]
+    # The weight alone overflows, not the bias, which is the last parameter.
+    hook = model.linear.weight.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+    before = [p.detach().clone() for p in model.parameters()]
+    logged = naive(views)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+    assert (naive.skipped, logged["loss_scale"]) == (1, 2.0**7)
+    hook.remove()
+    logged = naive(views)
+    assert naive.skipped == 1
+    assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert len(logged) == 15
+    assert logged["loss"] == pytest.approx(logged["consistency"] + logged["sharpness"] - logged["diversity"], abs=1e-6)
+
+
+def test_the_naive_scaler_does_not_change_the_update() -> None:
+    scaled, plain = Logits(), Logits()
+    views = [torch.randn(6, 4, generator=torch.Generator().manual_seed(1))]
+    naive = NaiveStep(scaled, device=CPU, lr=0.5)
+    naive.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    naive(views)
+    NaiveStep(plain, device=CPU, lr=0.5)(views)
+    assert torch.allclose(scaled.linear.weight, plain.linear.weight, rtol=0, atol=1e-7)
+    assert not torch.equal(scaled.linear.weight, Logits().linear.weight)
