@@ -157,7 +157,7 @@ function describe(cell) {
       ["weights", [...new Set(m.runs.map((run) => run.weights))].join(", ")],
       ["SHA-256", [...new Set(m.runs.map((run) => run.weights_sha256?.slice(0, 16)).filter(Boolean))].join(", ")],
       ["hardware", [...new Set(m.runs.map((run) => run.hardware).filter(Boolean))].join(", ")],
-      ["commit", [...new Set(m.runs.map((run) => run.git_commit?.slice(0, 12)).filter(Boolean))].join(", ")],
+      ["commit", [...new Set(m.runs.map((run) => run.git_commit?.replace(/^(.{12})[0-9a-f]*/, "$1")).filter(Boolean))].join(", ")],
       ["run on", first.created.slice(0, 10)],
       ["notes", [...new Set(m.runs.flatMap((run) => run.notes))].join(" ")],
     ]));

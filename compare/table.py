@@ -197,15 +197,17 @@ class _RowKey:
 
 
 def _refuse_duplicates(records: Iterable[RunRecord]) -> None:
-    seen = set()
+    seen: dict[tuple[Any, ...], RunRecord] = {}
     for record in records:
         key = (_pretraining(record), record.protocol, record.seed, record.recipe_hash)
         if key in seen:
+            times = " and ".join(str(one.created) for one in (seen[key], record))
             raise UserError(
                 f"Two records of one run ({record.method}, {record.protocol}, seed {record.seed}, recipe "
-                f"{record.recipe_hash[:8]}, the same pretraining): a run counts once, so remove one of the two files."
+                f"{record.recipe_hash[:8]}, the same pretraining; created {times}): a run counts once, so remove "
+                f"one of the two files; one is {record.protocol}/{record.run_name}.json."
             )
-        seen.add(key)
+        seen[key] = record
 
 
 def _mixtures(records: Iterable[RunRecord]) -> dict[str, dict[tuple[str, str], str]]:
@@ -402,7 +404,7 @@ def _without_repeats(runs: list[RunRecord]) -> list[RunRecord]:
 def _baseline(name: str, rows: Sequence[Row], cells: dict[tuple[int, int], Cell]) -> int:
     measured = {row for (row, _), cell in cells.items() if cell.measured}
     by_label = [index for index in measured if rows[index].label == name]
-    found = by_label or [index for index in measured if rows[index].method == name]
+    found = by_label or [index for index in measured if rows[index].method == name.casefold()]
     if len(found) == 1:
         return found[0]
     if found:

@@ -128,7 +128,7 @@ def _difference_text(cell: Cell) -> str:
     if cell.difference is None:
         return ""
     mark = {True: "*", False: "", None: "?"}[cell.difference.significant]
-    return f"{cell.difference.value:+.1f}{mark}"
+    return f"{round(cell.difference.value, 1) + 0.0:+.1f}{mark}"  # + 0.0: nothing is less than nothing
 
 
 def _notes(table: Table, block: _Block) -> list[str]:
@@ -271,7 +271,9 @@ def latex(table: Table) -> str:
         notes += [rf"$^{{{mark}}}$ {text.translate(_LATEX)}." for mark, text in _footnote_texts(table, marks)]
         if marks:
             notes.insert(0, "Italic: published, by others.")
-        parts.append("\n".join(lines + ([r"\par\smallskip\footnotesize", " ".join(notes)] if notes else [])))
+        # In a group: the size is the notes' alone, not that of what follows an \input.
+        below = [r"\par\smallskip", rf"{{\footnotesize {' '.join(notes)}\par}}"] if notes else []
+        parts.append("\n".join(lines + below))
     return "\n\n".join(parts) + "\n" if parts else "% No records and no published rows.\n"
 
 

@@ -88,7 +88,7 @@ class Progress:
         )
         values = _text(self._values)
         print(
-            f"{self.title}: {self.done}{total} {self.unit}s, {rate:.3g} {self.unit}s/s, {_duration(elapsed)}{left}"
+            f"{self.title}: {self.done}{total} {self.unit}s, {_rate(rate)} {self.unit}s/s, {_duration(elapsed)}{left}"
             + (f" | {values}" if values else ""),
             file=sys.stderr,
             flush=True,
@@ -97,6 +97,10 @@ class Progress:
 
 def _text(values: Mapping[str, Any]) -> str:
     return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _duration(seconds: float) -> str:

@@ -82,6 +82,8 @@ def account(
     contents: Contents, *, layout: str | None = None, branch: str | None = None, allow_nan: bool = False
 ) -> Source:
     """The same for a file whose contents have been read already."""
+    if layout is not None and layout not in sources.BY_NAME:
+        raise UsageError(f'There is no layout "{layout}".{did_you_mean(layout, sources.BY_NAME)}')
     if METADATA_KEY in contents.metadata:  # our own header says more than any layout
         return _from_artefact(contents, branch, allow_nan)
     return _account(contents, find(contents, layout=layout, branch=branch), allow_nan)

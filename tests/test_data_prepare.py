@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -143,10 +144,12 @@ def test_a_damaged_polygon_file_leaves_no_half_map(healthy: Path, tmp_path: Path
     source = min(root.glob("cityscapes/gtFine/train/*/*_polygons.json"))
     target = source.with_name(source.name.replace("polygons.json", "labelTrainIds.png"))
     target.unlink()
-    source.write_text('{"imgHeight": 4')
-    with pytest.raises(UserError, match="is no Cityscapes annotation"):
-        prepare("cityscapes", root, progress=False)
-    assert not target.exists()
+    unknown = {"imgHeight": 4, "imgWidth": 4, "objects": [{"label": "zebra", "polygon": [[0, 0], [3, 0], [3, 3]]}]}
+    for text in ('{"imgHeight": 4', json.dumps(unknown)):
+        source.write_text(text)
+        with pytest.raises(UserError, match=f"{source} is no Cityscapes annotation"):
+            prepare("cityscapes", root, progress=False)
+        assert not target.exists()
     assert not list(source.parent.glob(".*"))
 
 

@@ -16,6 +16,7 @@ from contracts.record import find_records, read_record
 from contracts.weights import Backbone, write_backbone
 from transfer import folder
 from transfer.curves import Curves
+from transfer.data.prepare import prepare_cityscapes
 from transfer.failures import guard, raise_failure
 from transfer.pictures import colour_of, draw_classes, draw_instances, plot_losses, save_pair
 from transfer.preflight import check_data, find_root, voc_folder
@@ -90,7 +91,16 @@ def test_damaged_masks_are_named(tmp_path, damage, sentence) -> None:
     path = sorted((tmp_path / "VOC2012" / "SegmentationClassAug").iterdir())[1]
     with Image.open(path) as mask:
         damage(mask).save(path)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=rf"{sentence}.*remove SegmentationClassAug, and `twist data prepare voc`"):
+        check_data(find_protocol("voc12aug-fcn-d8-20k"), tmp_path)
+
+
+def test_damaged_originals_are_to_be_unpacked(tmp_path) -> None:
+    make_voc_segmentation(tmp_path)
+    path = sorted((tmp_path / "VOC2012" / "SegmentationClass").iterdir())[1]
+    with Image.open(path) as mask:
+        mask.convert("RGB").save(path)
+    with pytest.raises(UserError, match=r"not a map of class numbers.*; unpack SegmentationClass again"):
         check_data(find_protocol("voc12aug-fcn-d8-20k"), tmp_path)
 
 
@@ -118,9 +128,13 @@ def test_cityscapes_without_its_derived_maps_and_with_the_wrong_ones(tmp_path) -
     Image.fromarray(values).save(path)
     with pytest.raises(UserError, match=r"holds the value 26.*labelIds given as trainIds"):
         check_data(protocol, tmp_path)
+    with pytest.raises(UserError, match=r"remove the \*_labelTrainIds.png, and `twist data prepare cityscapes`"):
+        check_data(protocol, tmp_path)
     path.unlink()
     with pytest.raises(UserError, match=r"1 of the \d+ train images .*twist data prepare cityscapes"):
         check_data(protocol, tmp_path)
+    prepare_cityscapes(tmp_path, progress=False)
+    assert check_data(protocol, tmp_path) is None  # the remedy is one
     next((tmp_path / "cityscapes" / "gtFine" / "val").glob("*/*_polygons.json")).unlink()
     with pytest.raises(UserError, match="unpack gtFine again"):
         check_data(find_protocol("cityscapes-mrcnn-fpn-24k"), tmp_path)

@@ -189,7 +189,7 @@ def _check_labels(files: list[Path], *, classes: int, data_set: str) -> None:
         if mode not in ("L", "P"):
             raise UserError(
                 f"{path} is a {mode} picture, not a map of class numbers: something turned the palette into colours; "
-                f"`twist data prepare {data_set}` makes the maps again from the originals."
+                f"{_remedy(path, data_set)}."
             )
         wrong = values[(values >= classes) & (values != IGNORE)]
         if len(wrong):
@@ -200,8 +200,16 @@ def _check_labels(files: list[Path], *, classes: int, data_set: str) -> None:
             )
             raise UserError(
                 f"{path} holds the value {wrong[0]}, where 0–{classes - 1} and {IGNORE} are allowed ({hint}): "
-                f"`twist data prepare {data_set}` makes the maps."
+                f"{_remedy(path, data_set)}."
             )
+
+
+def _remedy(path: Path, data_set: str) -> str:
+    """How to get sound maps again: derived ones are made anew once the old ones are gone, the others unpacked."""
+    if path.parent.name == "SegmentationClass":
+        return "unpack SegmentationClass again"
+    gone = "the *_labelTrainIds.png" if data_set == "cityscapes" else path.parent.name
+    return f"remove {gone}, and `twist data prepare {data_set}` makes the maps again"
 
 
 def _spread(items: list[Path], count: int) -> Iterator[Path]:

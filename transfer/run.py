@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from contracts import atomic
-from contracts.errors import UserError
+from contracts.errors import UsageError, UserError
 from contracts.hashing import sha256_file
 from contracts.metrics import METRICS
 from contracts.provenance import git_commit, hardware, software
@@ -43,6 +43,7 @@ class Source:
 
     path: Path | None
     layout: str | None
+    branch: str | None
     name: str
     sha256: str | None
 
@@ -60,6 +61,8 @@ def transfer(
     eval_only: bool = False,
     overrides: Sequence[str] = (),
     method: str | None = None,
+    layout: str | None = None,
+    branch: str | None = None,
 ) -> RunRecord:
     """Run `protocol` on `weights` and write one record.
 
@@ -73,9 +76,10 @@ def transfer(
         resume: continue what the folder holds. eval_only: evaluate its last checkpoint, without training.
         overrides: `key=value` on the engine's own config, or on `transfer.request.Controls`.
         method: what the record calls the method; None takes what the weights say.
+        layout, branch: of the checkpoint, as for `twist convert`; None finds them by its content.
 
     Raises:
-        UsageError: an unknown protocol, an unknown or impossible override.
+        UsageError: an unknown protocol or layout, an unknown or impossible override.
         UserError: data, weights or run folder that are not what they should be; memory that ran out.
     """
     row = find_protocol(protocol)
@@ -83,8 +87,8 @@ def transfer(
     root = find_root(data)
     sample = check_data(row, root)
     gpus = _choose_gpus(gpus, row)
-    source = _find_weights(weights)
-    label = method or (SUPERVISED if source.layout else RANDOM if source.path is None else None)
+    source = _find_weights(weights, layout=layout, branch=branch)
+    label = method or (SUPERVISED if source.layout == "torchvision" else RANDOM if source.path is None else None)
     output = (output or _default_output(row, source, label, seed)).resolve()
     began = time.monotonic()
 
@@ -106,7 +110,7 @@ def transfer(
                 raise UserError(
                     f"{row.name} is counted in epochs on one machine: iterations and nodes are no keys of it."
                 )
-            tensors, backbone = load_artefact(artefact, layout=source.layout)
+            tensors, backbone = load_artefact(artefact, layout=source.layout, branch=source.branch)
             planned = imagenet.resolve(row, backbone, data=root, overrides=rest, gpus=gpus, eval_only=eval_only)
             print(planned.plan, file=sys.stderr)
             run = {**run, "recipe": planned.recipe}
@@ -207,16 +211,20 @@ def _choose_gpus(gpus: int | None, row: Protocol) -> int:
     return gpus
 
 
-def _find_weights(weights: str) -> Source:
+def _find_weights(weights: str, *, layout: str | None, branch: str | None) -> Source:
     if weights == RANDOM:
-        return Source(None, None, RANDOM, None)
-    layout = "torchvision" if weights.startswith(TORCHVISION) else None
+        if layout or branch:
+            raise UsageError("--from and --branch say how a checkpoint is read, and --weights random reads none.")
+        return Source(None, None, None, RANDOM, None)
+    if weights.startswith(TORCHVISION):
+        layout = "torchvision"
     path = Path(weights.removeprefix(TORCHVISION)).expanduser()
     if path.is_dir():
         path = path / "backbone.safetensors"
     if not path.is_file():
         raise UserError(f"There is no weights file at {path}: check the path, or pass random or torchvision:FILE.")
-    return Source(path.resolve(), layout, path.parent.name if path.stem == "backbone" else path.stem, sha256_file(path))
+    name = path.parent.name if path.stem == "backbone" else path.stem
+    return Source(path.resolve(), layout, branch, name, sha256_file(path))
 
 
 def _default_output(row: Protocol, source: Source, label: str | None, seed: int) -> Path:
@@ -258,7 +266,13 @@ def _convert(row: Protocol, source: Source, artefact: Path, *, output: Path, nod
     if target.exists():  # a continued run: the conversion is deterministic, so it is made anew rather than trusted
         shutil.rmtree(target)
     with frameworks_quiet():
-        done = convert(artefact, target=row.engine, layout=source.layout, output=target)  # type: ignore[arg-type]
+        done = convert(
+            artefact,
+            target=row.engine,  # type: ignore[arg-type]
+            layout=source.layout,
+            branch=source.branch,
+            output=target,
+        )
     assert done.overlay is not None, row.engine
     return Path(done.weights), Path(done.overlay), done.backbone
 

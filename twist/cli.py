@@ -185,17 +185,27 @@ def transfer(
     weights: Annotated[str | None, typer.Option(help="A checkpoint, `random`, or `torchvision:FILE`.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with the data sets; default $DETECTRON2_DATASETS.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
-    gpus: Annotated[int | None, typer.Option(help="Default: all there are.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="Default: the recipe's, at most those here; 0 is the CPU.")] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; default runs/<protocol>/….")] = None,
     results: Annotated[
         Path | None, typer.Option(help="Folder for the run record; default <run folder>/results.")
     ] = None,
     method: Annotated[str | None, typer.Option(help="Row of the table; default what the weights say.")] = None,
-    resume: Annotated[bool, typer.Option("--resume")] = False,
-    eval_only: Annotated[bool, typer.Option("--eval-only")] = False,
+    layout: Annotated[
+        str | None, typer.Option("--from", help="Layout of the checkpoint, where its content does not tell.")
+    ] = None,
+    branch: Annotated[str | None, typer.Option(help="Branch of the checkpoint, as for `twist convert`.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the run folder holds.")] = False,
+    eval_only: Annotated[
+        bool, typer.Option("--eval-only", help="Evaluate the finished run in the folder, without training.")
+    ] = False,
     list_protocols: Annotated[bool, typer.Option("--list", help="Print the protocols.")] = False,
 ) -> None:
-    """Run one transfer protocol and write one record."""
+    """Run one transfer protocol and write one record.
+
+    PROTOCOL is a name of --list. key=value goes to the framework's own config, or is one of ours: architecture and
+    width (of random weights), keep_batch, iterations, nodes, node_rank, master.
+    """
     if list_protocols:
         from transfer.protocols import list_protocols as table
 
@@ -219,6 +229,8 @@ def transfer(
         eval_only=eval_only,
         overrides=overrides or [],
         method=method,
+        layout=layout,
+        branch=branch,
     )
 
 

@@ -123,8 +123,9 @@ def prepare_cityscapes(root: Path, *, progress: bool = True) -> list[Path]:
                 try:
                     with atomic.atomic_path(target) as temporary:
                         json2labelImg(str(source), str(temporary), "trainIds")
-                except (ValueError, KeyError) as error:
-                    raise UserError(f"{source} is no Cityscapes annotation ({error}): unpack gtFine again.") from None
+                except (ValueError, KeyError, SystemExit) as error:  # the scripts leave Python for an unknown label
+                    why = "it names a label that Cityscapes does not have" if isinstance(error, SystemExit) else error
+                    raise UserError(f"{source} is no Cityscapes annotation ({why}): unpack gtFine again.") from None
                 written.append(target)
             bar.advance()
     return written
@@ -263,8 +264,11 @@ def _read_palette(path: Path) -> NDArray[np.uint8]:
 
 def _write_map(path: Path, labels: NDArray[np.uint8]) -> list[Path]:
     if path.exists():
-        if _equal(_read_palette(path), labels):
-            return []
+        try:
+            if _equal(_read_palette(path), labels):
+                return []
+        except UserError:
+            pass  # unreadable, or turned to colours: it differs
         raise UserError(f"{path} exists and differs from what the originals give: remove it to have it made again.")
     image = Image.fromarray(labels)
     image.putpalette(voc_palette())

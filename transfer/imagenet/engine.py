@@ -6,8 +6,9 @@ linear · semi-1pct, semi-10pct, finetune-100pct · knn · cluster, and their sa
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from contracts.errors import UsageError
 from contracts.hashing import sha256_json
 from contracts.networks import network_of
 from contracts.weights import Backbone
+from transfer.evaluation import departures
 from transfer.imagenet.accuracy import top_percent
 from transfer.imagenet.dataset import LabelledImages, labelled_subset, open_tree
 from transfer.imagenet.features import extract, frozen, state_digest
@@ -73,6 +75,7 @@ class Resolved:
     recipe: dict[str, Any]
     plan: str
     reduced: bool
+    notes: tuple[str, ...]
 
 
 def resolve(
@@ -106,9 +109,10 @@ def resolve(
     labelled = labelled_subset(train, config) if isinstance(config, ClassifierRecipe) else train
     recipe = recorded_recipe(config, labelled, val)
     plan = render_plan(config, train=train, labelled=labelled, val=val, gpus=gpus, eval_only=eval_only)
+    notes = (*_departures(protocol, header, recipe), *_torn(protocol, train, val))
     return Resolved(
-        protocol, config, header, train, labelled, val, gpus, eval_only, recipe, plan,
-        reduced=not at_full_scale(protocol, header, recipe),
+        protocol, config, header, train, labelled, val, gpus, eval_only, recipe, "\n".join([plan, *notes]),
+        reduced=not at_full_scale(protocol, header, recipe), notes=notes,
     )  # fmt: skip
 
 
@@ -148,7 +152,7 @@ def run(
         log(output, f"stopped: {error}")
         raise
     log(output, "result: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
-    return result
+    return dataclasses.replace(result, notes=[*result.notes, *resolved.notes])
 
 
 def recorded_recipe(recipe: AnyRecipe, train: LabelledImages, val: LabelledImages) -> dict[str, Any]:
@@ -166,15 +170,32 @@ def recorded_recipe(recipe: AnyRecipe, train: LabelledImages, val: LabelledImage
 
 def at_full_scale(protocol: Protocol, backbone: Backbone, recipe: dict[str, Any]) -> bool:
     """Whether a recorded recipe is the protocol's own, on ImageNet-1k: only then are published rows its peers."""
-    unchanged = load_recipe(protocol.config, architecture=backbone.architecture).recorded()
-    # A head is another way of the same protocol, and the published one.
-    if recipe.get("by") == "head":
-        unchanged = load_recipe(
-            protocol.config, architecture=backbone.architecture, overrides=("by=head", "head=given")
-        ).recorded()
+    unchanged = _own_recipe(protocol, backbone, recipe)
     images = recipe["images"]
     imagenet = (images["classes"], images["val"]) == (1000, 50_000) and images["train"] in _IMAGENET_TRAIN
     return imagenet and {key: value for key, value in recipe.items() if key in unchanged} == unchanged
+
+
+def _own_recipe(protocol: Protocol, backbone: Backbone, recipe: dict[str, Any]) -> dict[str, Any]:
+    # A head is another way of the same protocol, and the published one.
+    overrides = ("by=head", "head=given") if recipe.get("by") == "head" else ()
+    return load_recipe(protocol.config, architecture=backbone.architecture, overrides=overrides).recorded()
+
+
+def _departures(protocol: Protocol, backbone: Backbone, recipe: dict[str, Any]) -> list[str]:
+    own = _own_recipe(protocol, backbone, recipe)
+    return departures(own, {key: value for key, value in recipe.items() if key in own}, free=())
+
+
+def _torn(protocol: Protocol, train: LabelledImages, val: LabelledImages) -> Iterator[str]:
+    """A thousand classes with other counts than ImageNet's: half an archive, mostly, and never comparable."""
+    if protocol.scale == "full" and len(train.classes) == 1000:
+        for name, images, count in (("train", train, _IMAGENET_TRAIN[0]), ("val", val, 50_000)):
+            if len(images) != count:
+                yield (
+                    f"{name} holds {len(images):,} images of 1,000 classes, and ImageNet {count:,}: `twist data check "
+                    "imagenet` says what is missing"
+                )
 
 
 def _classify(
