@@ -313,6 +313,17 @@ def test_provenance_by_keyboard(opened: Any) -> None:
 
 
 @pytest.mark.slow
+def test_pointing_at_a_number_shows_where_it_comes_from(opened: Any) -> None:
+    panel = opened.locator("#provenance")
+    assert panel.is_hidden()
+    opened.locator(".printed", has_text="67.5").hover()
+    panel.wait_for(state="visible")  # after a moment, so that passing over the table opens nothing
+    assert "DINO repository, README.md" in panel.inner_text()
+    opened.locator("h1").hover()
+    panel.wait_for(state="hidden")
+
+
+@pytest.mark.slow
 def test_a_published_cell_names_its_source(opened: Any) -> None:
     opened.locator(".printed", has_text="67.5").click()
     text = opened.locator("#provenance").inner_text()

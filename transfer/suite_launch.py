@@ -98,7 +98,7 @@ class _LocalHandle:
     def stop(self, *, patience_s: float = 30.0) -> None:
         if self._process.poll() is not None:
             return
-        # TERM first: a run that hears it saves a checkpoint. KILL then reaches workers that outlive their leader.
+        # TERM first, so that a leader can take leave. KILL then reaches workers that outlive it.
         os.killpg(self._process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(patience_s)

@@ -1,5 +1,5 @@
 # twist transfer cityscapes-fcn-d16-90k --weights FILE --data ROOT
-# 2 GPUs × 8 images (hours not measured) · expected: MoCo v2 200 ep 75.7 mIoU (DetCo Table 7; others report about 67)
+# 2 GPUs × 8 images (hours not measured) · expected: MoCo v2 75.7 mIoU (DetCo Table 7; others report about 67)
 # Source: MoCo paper App. A.5 in the form of SlotCon @30ff33d, fcn_d6_r50-d16_769x769_90k_cityscapes_moco.py.
 _base_ = [
     './_fcn_r50_d16.py', '{{$MMSEG_CONFIGS:}}/_base_/datasets/cityscapes_769x769.py', './_schedule_step.py',

@@ -1,5 +1,5 @@
 # twist transfer voc12aug-fcn-d16-30k --weights FILE --data ROOT
-# 2 GPUs × 8 images (hours not measured) · expected: MoCo 200 ep 72.5 mIoU, BYOL 1000 ep 76.3 (BYOL Table 4)
+# 2 GPUs × 8 images (hours not measured) · expected: MoCo 72.5 mIoU, BYOL 76.3 (BYOL Table 4)
 # Source: MoCo paper App. A.5 in the form of SlotCon @30ff33d, fcn_d6_r50-d16_513x513_30k_voc12aug_moco.py.
 _base_ = ['./_fcn_r50_d16.py', './_voc12aug.py', './_schedule_step.py', './_runtime.py']
 crop_size = (513, 513)
