@@ -2,11 +2,12 @@
 
 Measured cells read `mean ± sd (n)`; published ones stand in another style with a footnote that tells their source and
 what the source says of them; absent is a dash. Wide tables are cut into blocks of whole protocols, so that they fit a
-page and a terminal.
+page; on a terminal, where its width asks for it, within a protocol too.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -18,6 +19,8 @@ ABSENT = "–"
 # A page holds six columns, a terminal four.
 PAGE_COLUMNS = 6
 TERMINAL_COLUMNS = 4
+# Of text that no terminal takes: a pipe, a file.
+PLAIN_WIDTH = 120
 
 
 def measured_text(measured: Measured, *, plus_minus: str = " ± ") -> str:
@@ -174,29 +177,68 @@ def _marks(values: Sequence[Published], marks: dict[Published, str]) -> str:
     return ",".join(dict.fromkeys(marks[_footnote(value)] for value in values))
 
 
-def plain(table: Table) -> str:
-    """Aligned columns under heads of two lines, protocol over metric."""
+def plain(table: Table, *, width: int | None = None) -> str:
+    """Aligned columns, a protocol over its metrics; `width` in characters, None for the terminal's own.
+
+    What is wider goes on below, methods first again.
+    """
+    width = width or shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
     parts = []
     for block in _blocks(table, widest=TERMINAL_COLUMNS):
         marks = _footnotes(table, block)
-        heads = [["method", ""], *(_head(table.columns[c]).split(" · ", 1) for c in block.columns)]
-        body = [
-            [table.rows[row].label, *(_plain_cell(table.cells.get((row, c), Cell()), marks) for c in block.columns)]
-            for row in block.rows
-        ]
-        lines = [[head[0] for head in heads], [head[1] for head in heads], *body]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-        text = [
-            "  ".join(
-                [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]
-            ).rstrip()
-            for line in lines
-        ]
-        text.insert(2, "─" * (sum(widths) + 2 * (len(widths) - 1)))
-        text += ["", *_notes(table, block)]
+        methods = ["method", *(table.rows[row].label for row in block.rows)]
+        columns = []
+        for c in block.columns:
+            protocol, _, metric = _head(table.columns[c]).partition(" · ")
+            cells = [_plain_cell(table.cells.get((row, c), Cell()), marks) for row in block.rows]
+            columns.append(_PlainColumn(protocol, metric, cells))
+        text = []
+        for some in _that_fit(columns, width - max(map(len, methods))):
+            text += [*_plain_lines(methods, some), ""]
+        text += _notes(table, block)
         text += [f"{mark}: {said}" for mark, said in _footnote_texts(table, marks)]
         parts.append("\n".join(text).rstrip())
     return "\n\n".join(parts) + "\n" if parts else "No records and no published rows.\n"
+
+
+@dataclass(frozen=True)
+class _PlainColumn:
+    protocol: str
+    metric: str
+    cells: list[str]
+
+    @property
+    def width(self) -> int:
+        return max(len(text) for text in [self.metric, *self.cells])
+
+
+def _that_fit(columns: Sequence[_PlainColumn], width: int) -> Iterator[list[_PlainColumn]]:
+    """The columns in runs that are no wider than `width`, at least one a run."""
+    run: list[_PlainColumn] = []
+    for column in columns:
+        if run and sum(2 + one.width for one in [*run, column]) > width:
+            yield run
+            run = []
+        run.append(column)
+    if run:
+        yield run
+
+
+def _plain_lines(methods: Sequence[str], columns: Sequence[_PlainColumn]) -> list[str]:
+    first = max(map(len, methods))
+    above, widths = " " * first, []
+    for protocol, group in groupby(columns, key=lambda column: column.protocol):
+        own = [column.width for column in group]
+        # A name that is longer than what it stands over makes room in the first column.
+        own[0] += max(0, len(protocol) - sum(own) - 2 * (len(own) - 1))
+        above += "  " + protocol.ljust(sum(own) + 2 * (len(own) - 1))
+        widths += own
+    rows = zip(methods, zip(*([column.metric, *column.cells] for column in columns)))
+    lines = [
+        "  ".join([method.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, widths))]).rstrip()
+        for method, cells in rows
+    ]
+    return [above.rstrip(), lines[0], "─" * (first + sum(widths) + 2 * len(widths)), *lines[1:]]
 
 
 def _plain_cell(cell: Cell, marks: dict[Published, str]) -> str:

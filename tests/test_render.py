@@ -14,7 +14,7 @@ from made_records import make_record, runs
 from compare.published import load_published
 from compare.render import check_markers, render, update_markers
 from compare.table import Table, build_table
-from compare.text import footnote_mark, printed_text
+from compare.text import footnote_mark, plain, printed_text
 from contracts.errors import UsageError, UserError
 from contracts.record import write_record
 
@@ -42,6 +42,19 @@ def test_terminal(table: Table) -> None:
     # Absent is a dash, never zero.
     assert twist.rstrip().endswith("–")
     assert " 0.0 " not in text
+
+
+@pytest.mark.parametrize("width", [30, 80, 200])
+def test_a_terminal_is_filled_and_not_overrun(width: int) -> None:
+    names = ("coco_box_ap_percent", "coco_box_ap50_percent", "coco_box_ap75_percent")
+    given = {"protocol": "coco-mrcnn-fpn-1x", "task": "instance-segmentation"}
+    whole = [make_record("twist", seed=seed, metrics=dict.fromkeys(names, 50.0 + seed), **given) for seed in (0, 1)]
+    lines = plain(build_table(whole), width=width).split("\n\nMeasured")[0].splitlines()
+    assert max(map(len, lines)) <= width
+    # Every number once, whatever the cut, and the protocol over each piece.
+    assert sum(line.count("±") for line in lines) == 3
+    pieces = {30: 3, 80: 1, 200: 1}[width]
+    assert sum("coco-mrcnn-fpn-1x" in line for line in lines) == pieces
 
 
 def test_markdown(table: Table) -> None:
