@@ -581,7 +581,12 @@ PROTOCOLS: dict[str, Protocol] = {
             scale="sample",
         ),
         _segmentation(
-            "sample-cityscapes-fcn-d8", ("cityscapes",), 0, "cityscapes-fcn-d8-40k at sample size", scale="sample"
+            "sample-cityscapes-fcn-d8",
+            ("cityscapes",),
+            0,
+            "cityscapes-fcn-d8-40k at sample size",
+            hours=110 / 3600,
+            scale="sample",
         ),
         _imagenet(
             "sample-linear",
@@ -595,7 +600,15 @@ PROTOCOLS: dict[str, Protocol] = {
         _imagenet(
             "sample-knn", "classification", _NEIGHBOURS, 0, "knn at sample size", hours=13 / 3600, scale="sample"
         ),
-        _imagenet("sample-semi-1pct", "classification", _CLASSIFICATION, 0, "semi-1pct at sample size", scale="sample"),
+        _imagenet(
+            "sample-semi-1pct",
+            "classification",
+            _CLASSIFICATION,
+            0,
+            "semi-1pct at sample size",
+            hours=14 / 3600,
+            scale="sample",
+        ),
         _imagenet(
             "sample-semi-10pct",
             "classification",

@@ -254,7 +254,11 @@ def data_prepare(
     root: DataRoot = None,
     overrides: Overrides = None,
 ) -> None:
-    """Build what derives from the originals (VOC trainaug, Cityscapes trainIds, subset lists). Never downloads."""
+    """Build what derives from the originals. Never downloads, never touches them.
+
+    voc: trainaug (sbd=FOLDER). cityscapes: the trainIds. imagenet: the 1 % and 10 % lists (lists=FOLDER or seed=N).
+    detectron2: one tree of links (coco=, VOC2007=, VOC2012=, cityscapes=, imagenet=FOLDER). coco needs nothing.
+    """
     from contracts.config import parse_override
     from transfer.data.prepare import prepare
 
@@ -267,7 +271,7 @@ def data_prepare(
 
 @data_app.command("check")
 def data_check(dataset: str, root: DataRoot = None) -> None:
-    """Say everything that is missing or wrong in a data set, at once."""
+    """Say everything that is missing or wrong in a data set, at once: coco, voc, cityscapes, imagenet or sample."""
     from transfer.data.check import check, has_errors, render
     from transfer.preflight import find_root
 

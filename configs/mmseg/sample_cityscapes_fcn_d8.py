@@ -1,5 +1,5 @@
 # twist transfer sample-cityscapes-fcn-d8 --weights FILE --data SAMPLE
-# 2 CPU cores, under a minute · the twin of cityscapes_fcn_d8_40k.py: small images, narrower heads, a short schedule, the
+# 2 CPU cores, two minutes · the twin of cityscapes_fcn_d8_40k.py: small images, narrower heads, a short schedule, the
 # sliding-window test kept. Every number here is ours, chosen on the sample; none is published.
 _base_ = './cityscapes_fcn_d8_40k.py'
 crop_size = (65, 65)

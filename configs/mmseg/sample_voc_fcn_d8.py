@@ -1,5 +1,5 @@
 # twist transfer sample-voc-fcn-d8 --weights FILE --data SAMPLE
-# 2 CPU cores, under a minute · the twin of voc12aug_fcn_d8_20k.py: images of 96 pixels, narrower heads, a short schedule.
+# 2 CPU cores, two minutes · the twin of voc12aug_fcn_d8_20k.py: images of 96 pixels, narrower heads, a short schedule.
 # Every number here is ours, chosen on the sample; none is published.
 _base_ = './voc12aug_fcn_d8_20k.py'
 crop_size = (64, 64)
