@@ -20,13 +20,14 @@ import pytest
 import torch
 from checkpoint_files import flat_tensors
 
-from contracts.errors import UserError
+from contracts.errors import UsageError, UserError
+from contracts.networks import build_backbone
 from contracts.weights import Backbone, write_backbone
 from converters import standins
 from converters.containers import read_contents
 from converters.convert import convert
 from converters.inspect import inspect, render
-from converters.read import load_source
+from converters.read import load_artefact, load_source
 
 RESNET = flat_tensors()
 PROOF_OF_RUN = Path("ran.txt")
@@ -416,3 +417,14 @@ def test_a_header_that_does_not_belong_is_refused(tmp_path: Path) -> None:
         torch.save({"state_dict": names, "twist": text}, tmp_path / "weights.pth")
         with pytest.raises(UserError, match=says):
             load_source(tmp_path / "weights.pth")
+
+
+def test_an_unknown_layout_is_named_for_our_own_artefact_too(tmp_path) -> None:
+    file = write_backbone(
+        tmp_path / "backbone.safetensors",
+        build_backbone("resnet18").state_dict(),
+        Backbone(architecture="resnet18", method="twist"),
+    )
+    with pytest.raises(UsageError, match='There is no layout "moko"'):
+        load_artefact(file, layout="moko")
+    assert load_artefact(file, layout="moco")[1].method == "twist"  # the header says more than any layout

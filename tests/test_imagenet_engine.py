@@ -220,6 +220,31 @@ def test_only_the_unchanged_recipe_on_imagenet_is_full_scale() -> None:
 
 
 @pytest.mark.slow
+def test_what_overrides_changed_stands_in_plan_and_notes(
+    tree: Path, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    row = PROTOCOLS["knn"]
+    changed = resolve(row, RESNET, data=tree, overrides=(*SMALL, "neighbours=3"))
+    said = "changed from the protocol: neighbours 20 → 3"
+    assert said in changed.notes
+    assert said in changed.plan
+    assert said in run(changed, weights, seed=0, output=tmp_path).notes
+    assert not [note for note in resolve(row, RESNET, data=tree).notes if "neighbours" in note]
+
+
+def test_a_torn_imagenet_is_said_before_the_start() -> None:
+    def images(count: int, classes: int = 1000) -> LabelledImages:
+        return LabelledImages(Path("x"), tuple(map(str, range(classes))), np.zeros(count, "S1"), np.zeros(count, int))
+
+    row = PROTOCOLS["linear"]
+    assert list(engine._torn(row, images(1_281_167), images(50_000))) == []
+    (said,) = engine._torn(row, images(1_281_166), images(50_000))
+    assert said.startswith("train holds 1,281,166 images of 1,000 classes, and ImageNet 1,281,167: `twist data check")
+    assert len(list(engine._torn(row, images(5), images(5)))) == 2
+    assert list(engine._torn(row, images(5, classes=100), images(5, classes=100))) == []  # another data set
+    assert list(engine._torn(PROTOCOLS["sample-linear"], images(5), images(5))) == []
+
+
 def test_resume_goes_on_and_refuses_another_seed(tree: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:
     first = measure("sample-linear", tree, weights, tmp_path, "epochs=2")
     again = measure("sample-linear", tree, weights, tmp_path, "epochs=2", resume=True)

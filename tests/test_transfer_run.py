@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from imagenet_tree import write_tree
 from PIL import Image
 from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_segmentation
 
 from contracts.errors import UsageError, UserError
+from contracts.networks import build_backbone
 from contracts.record import find_records, read_record
 from contracts.weights import Backbone, write_backbone
 from transfer import folder
@@ -409,3 +411,30 @@ def make_record():
         )  # fmt: skip
 
     return make
+
+
+def test_how_a_checkpoint_is_read_can_be_said(tmp_path) -> None:
+    """What `twist convert` takes as --from and --branch; here for a file that two layouts fit."""
+    from transfer.run import _find_weights
+
+    file = tmp_path / "byol_r18.pth"
+    torch.save({}, file)
+    source = _find_weights(str(file), layout="byol-torch", branch="online")
+    assert (source.layout, source.branch, source.name) == ("byol-torch", "online", "byol_r18")
+    assert _find_weights(f"torchvision:{file}", layout=None, branch=None).layout == "torchvision"
+    for given in ({"layout": "moco", "branch": None}, {"layout": None, "branch": "online"}):
+        with pytest.raises(UsageError, match="--weights random reads none"):
+            _find_weights("random", **given)
+
+
+def test_a_checkpoint_that_needs_its_layout_said_is_measured(tmp_path) -> None:
+    """A plain state dict of a ResNet, which several layouts fit: refused with the options, and run with them."""
+    write_tree(tmp_path / "data")
+    torch.manual_seed(0)
+    file = tmp_path / "mine.pth"
+    torch.save({**build_backbone("resnet18").state_dict(), "fc.weight": torch.zeros(10, 512)}, file)
+    given = {"data": tmp_path / "data", "overrides": ("size=32", "resize=36", "machine.workers=0"), "gpus": 0}
+    record = transfer("knn", weights=str(file), layout="torchvision", method="mine", output=tmp_path / "run", **given)
+    assert (record.method, record.weights.layout) == ("mine", "torchvision")
+    with pytest.raises(UsageError, match='no layout "torchvison"'):
+        transfer("knn", weights=str(file), layout="torchvison", output=tmp_path / "other", **given)
