@@ -404,7 +404,7 @@ def _without_repeats(runs: list[RunRecord]) -> list[RunRecord]:
 def _baseline(name: str, rows: Sequence[Row], cells: dict[tuple[int, int], Cell]) -> int:
     measured = {row for (row, _), cell in cells.items() if cell.measured}
     by_label = [index for index in measured if rows[index].label == name]
-    found = by_label or [index for index in measured if rows[index].method == name.casefold()]
+    found = by_label or [index for index in measured if rows[index].method.casefold() == name.casefold()]
     if len(found) == 1:
         return found[0]
     if found:

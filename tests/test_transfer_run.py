@@ -415,13 +415,18 @@ def make_record():
 
 def test_how_a_checkpoint_is_read_can_be_said(tmp_path) -> None:
     """What `twist convert` takes as --from and --branch; here for a file that two layouts fit."""
-    from transfer.run import _find_weights
+    from transfer.run import _default_output, _find_weights
 
     file = tmp_path / "byol_r18.pth"
     torch.save({}, file)
     source = _find_weights(str(file), layout="byol-torch", branch="online")
     assert (source.layout, source.branch, source.name) == ("byol-torch", "online", "byol_r18")
     assert _find_weights(f"torchvision:{file}", layout=None, branch=None).layout == "torchvision"
+    with pytest.raises(UsageError, match="leave out the prefix"):
+        _find_weights(f"torchvision:{file}", layout="moco", branch=None)
+    row = find_protocol("sample-knn")
+    other = _find_weights(str(file), layout="byol-torch", branch="target")
+    assert _default_output(row, source, None, 0) != _default_output(row, other, None, 0)
     for given in ({"layout": "moco", "branch": None}, {"layout": None, "branch": "online"}):
         with pytest.raises(UsageError, match="--weights random reads none"):
             _find_weights("random", **given)

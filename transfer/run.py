@@ -98,7 +98,10 @@ def transfer(
     if eval_only and leads and earlier is None:
         raise UserError(f"{output} holds no run to evaluate: run the protocol first, or check --output.")
     with folder.taken(output):
-        run = {"protocol": row.name, "seed": seed, "weights": {"name": source.name, "sha256": source.sha256}}
+        # Another branch of the file is another run; where none was asked for, nothing says so (older folders resume).
+        branch_asked = {} if source.branch is None else {"branch": source.branch}
+        weights_given = {"name": source.name, "sha256": source.sha256, **branch_asked}
+        run = {"protocol": row.name, "seed": seed, "weights": weights_given}
         if leads and earlier is None:  # a kill during the conversion then leaves a folder that --resume knows
             folder.note_run(output, run, state=folder.STARTED)
         artefact = _artefact(source, controls, row, seed=seed, output=output)
@@ -217,6 +220,8 @@ def _find_weights(weights: str, *, layout: str | None, branch: str | None) -> So
             raise UsageError("--from and --branch say how a checkpoint is read, and --weights random reads none.")
         return Source(None, None, None, RANDOM, None)
     if weights.startswith(TORCHVISION):
+        if layout not in (None, "torchvision"):
+            raise UsageError(f"{TORCHVISION}FILE is read as torchvision's: leave out the prefix, or --from {layout}.")
         layout = "torchvision"
     path = Path(weights.removeprefix(TORCHVISION)).expanduser()
     if path.is_dir():
@@ -229,7 +234,8 @@ def _find_weights(weights: str, *, layout: str | None, branch: str | None) -> So
 
 def _default_output(row: Protocol, source: Source, label: str | None, seed: int) -> Path:
     weights = f"-{source.sha256[:8]}" if source.sha256 else ""
-    return Path("runs") / row.name / f"{label or source.name}{weights}-seed{seed}"
+    branch = f"-{source.branch}" if source.branch else ""
+    return Path("runs") / row.name / f"{label or source.name}{weights}{branch}-seed{seed}"
 
 
 def _artefact(source: Source, controls: Controls, row: Protocol, *, seed: int, output: Path) -> Path:
