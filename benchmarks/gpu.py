@@ -223,12 +223,12 @@ PARTS: dict[str, Part] = {
     "step_two-views": time_step("two-views", compiled=False),
     "step_multi-crop": time_step("multi-crop", compiled=False),
     "pipeline": time_pipeline(compiled=False),
-    "check_compiled": check_compiled,
-    "step_multi-crop_compiled": time_step("multi-crop", compiled=True),
-    "step_two-views_compiled": time_step("two-views", compiled=True),
     "loss": time_loss,
     "lars": time_lars,
     "memory": gpu_memory.measure,
+    "check_compiled": check_compiled,
+    "step_multi-crop_compiled": time_step("multi-crop", compiled=True),
+    "step_two-views_compiled": time_step("two-views", compiled=True),
     "pipeline_compiled": time_pipeline(compiled=True),
 }
 

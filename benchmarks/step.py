@@ -1,6 +1,7 @@
 """A whole training step: ours, the naive one, and the bare networks as the limit, in turn on the same views.
 
     python -m benchmarks.step [--device cuda] [--case two-views|multi-crop] [--tiny] [--json FILE]
+    python -m benchmarks.step --profile FILE [--device cuda] [--case two-views|multi-crop]  where our step's time goes
 
 Ours is what `pretrain/train.py` runs between two logging steps (no data loading). Goals on one H100, ResNet-50: at
 least 2 times the naive step for two views and 2.5 times for multi-crop; at most 5 % of the step outside backbone and
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.naive_step import NaiveStep
 from benchmarks.side_by_side import heading, measure, ratio, table, write
+from contracts import atomic
 from contracts.config import validate
 from pretrain.config import PretrainConfig
 from pretrain.model import Twist, build_model
@@ -138,6 +140,27 @@ def figures(config: PretrainConfig, *, device: torch.device, rounds: int, calls:
     }
 
 
+def profile(config: PretrainConfig, *, device: torch.device, steps: int = 3) -> str:
+    """Our step's time by operation and by kernel, of `steps` steps, as the profiler's tables."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    run_step = our_step(config, random_views(config, device), device)
+    for _ in range(3):
+        run_step()
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profiler(activities=activities) as seen:
+        for _ in range(steps):
+            run_step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    averages = seen.key_averages()
+    orders = ("self_device_time_total", "self_cpu_time_total") if on_gpu else ("self_cpu_time_total",)
+    return "\n".join(str(averages.table(sort_by=order, row_limit=60, max_name_column_width=90)) for order in orders)
+
+
 def render(name: str, found: dict[str, Any]) -> str:
     title = f"Training step, {name}, {found['batch_size']} images, {found['precision']}"
     return (
@@ -158,6 +181,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="Small networks and views: proves the path, nothing else.")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", type=Path, help="Write the profiler's tables there, and time nothing.")
     arguments = parser.parse_args()
     config = case(
         arguments.case,
@@ -165,6 +189,9 @@ def main() -> None:
         tiny=arguments.tiny,
         run__compile=arguments.compile,
     )
+    if arguments.profile is not None:
+        atomic.write_text(arguments.profile, profile(config, device=torch.device(arguments.device)))
+        return
     found = figures(config, device=torch.device(arguments.device), rounds=arguments.rounds, calls=1)
     print(render(arguments.case, found))
     write(arguments.json, found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ from tiny_run import make_images, tiny_config
 
 from contracts.config import load_config
 from contracts.errors import UserError
+from contracts.hashing import sha256_file
+from contracts.weights import read_header
 from converters.convert import convert
 from converters.read import load_source
 from pretrain.config import PretrainConfig
+from pretrain.image_source import fingerprint
 
 pytestmark = pytest.mark.slow  # lightly brings Lightning along: seconds of imports
 
@@ -36,19 +41,31 @@ def config(root: Path, **views: Any) -> PretrainConfig:
 
 @pytest.mark.parametrize("method", ["moco-v2", "byol"])
 def test_a_peer_goes_on_and_is_converted(peers: Any, method: str, tmp_path: Path, monkeypatch) -> None:
-    run = config(make_images(tmp_path / "images", 12))
-    whole = peers.train(method, run, tmp_path / "whole", lr=0.1)
+    images = make_images(tmp_path / "images", 12)
+    run = config(images)
+    artefact = peers.train(method, run, tmp_path / "whole", lr=0.1)
+    whole = artefact.with_name("checkpoint.pth")
 
-    epochs = peers._epoch
-    monkeypatch.setattr(peers, "_epoch", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt) if a[2] else epochs(*a))
+    save = peers._save
+    monkeypatch.setattr(peers, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(peers, "_save", lambda *a, **k: (save(*a, **k), (_ for _ in ()).throw(KeyboardInterrupt)))
     with pytest.raises(KeyboardInterrupt):
         peers.train(method, run, tmp_path / "parts", lr=0.1)
     monkeypatch.undo()
-    parts = peers.train(method, run, tmp_path / "parts", lr=0.1)
+    parts = peers.train(method, run, tmp_path / "parts", lr=0.1).with_name("checkpoint.pth")
     one, other = (torch.load(path, weights_only=True)["state_dict"] for path in (whole, parts))
     assert all(torch.equal(one[name], other[name]) for name in one)
     with pytest.raises(UserError, match="another run"):
         peers.train(method, run, tmp_path / "parts", lr=0.2)
+
+    header = read_header(artefact)
+    assert (header.method, header.seed, header.epochs) == (method, run.run.seed, run.run.epochs)
+    assert header.source_sha256 == sha256_file(whole)
+    assert header.images_sha256 == fingerprint(run.data)
+    other_seed = run.model_copy(update={"run": run.run.model_copy(update={"seed": 7})})
+    repeat = read_header(peers.train(method, other_seed, tmp_path / "repeat", lr=0.1))
+    assert (repeat.config_hash, repeat.seed) == (header.config_hash, 7), "seeds of one recipe are repeats"
+    assert read_header(peers.train(method, run, tmp_path / "lr", lr=0.2)).config_hash != header.config_hash
 
     source = load_source(whole)
     assert (source.backbone.source_layout, source.backbone.method) == (f"lightly-{method.split('-')[0]}", method)
@@ -57,6 +74,20 @@ def test_a_peer_goes_on_and_is_converted(peers: Any, method: str, tmp_path: Path
     trained, averaged = one["backbone.conv1.weight"], one["backbone_momentum.conv1.weight"]
     assert not torch.equal(trained, averaged), "the moving average is not what is trained"
     assert convert(whole, target="torchvision", output=tmp_path / "out").proof
+
+
+def test_views_do_not_depend_on_workers(peers: Any, tmp_path: Path) -> None:
+    from lightly.data import LightlyDataset
+
+    run = config(make_images(tmp_path / "images", 12))
+    images = peers._Views(LightlyDataset(run.data.root, transform=peers.transform_of("byol", run)), 0)
+    seen = []
+    for workers in (0, 2):
+        config_of = run.model_copy(update={"data": run.data.model_copy(update={"workers": workers})})
+        seen.append([torch.stack(views) for views in peers._loader(images, config_of, first_epoch=0)])
+    assert len(seen[0]) == run.run.epochs * (12 // run.run.batch_size)
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    assert not torch.equal(seen[0][0], seen[0][-1])
 
 
 def test_views_are_the_configs(peers: Any, tmp_path: Path) -> None:
@@ -96,3 +127,20 @@ def test_the_studys_recipe_is_the_demos_but_for_its_length() -> None:
         epochs = values["run"].pop("epochs"), values["run"].pop("mutual_information_epochs")
         assert epochs[0] == epochs[1]
     assert demo == study
+
+
+def test_pretrainings_side_by_side_leave_what_is_done(tmp_path: Path) -> None:
+    """Two methods with a seed each, at once; the second call finds one done and says what failed."""
+    images = make_images(tmp_path / "unlabelled", 1)  # fewer than a batch: both say so
+    command = [sys.executable, "-m", "benchmarks.study.pretrain", "--data", str(tmp_path), "--output"]
+    command += [str(tmp_path / "runs"), "--methods", "twist", "byol", "--seeds", "3"]
+    assert images.name == "unlabelled"
+    first = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert first.returncode == 1
+    assert {line.split(":")[0] for line in first.stdout.splitlines()} == {"twist-seed3", "byol-seed3"}
+    assert "fewer than a batch of 64" in (tmp_path / "runs" / "byol-seed3.log").read_text()
+
+    (tmp_path / "runs" / "byol-seed3").mkdir()
+    (tmp_path / "runs" / "byol-seed3" / "backbone.safetensors").touch()
+    again = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert [line.split(":")[0] for line in again.stdout.splitlines()] == ["twist-seed3"]

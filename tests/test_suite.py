@@ -258,6 +258,23 @@ def test_grids_seeds_and_overrides_make_jobs(world: World) -> None:
     assert len({job.key for job in plan.jobs}) == len(plan.jobs) == 5
 
 
+def test_weights_may_have_seeds_of_their_own(world: World) -> None:
+    world.file.write_text(
+        """
+        protocols = ["sample-knn"]
+        seeds = [0]
+        seeds_of.sample-knn = [1]
+        weights = [{ name = "random", file = "random", seeds = [3, 4] }, { name = "other", file = "random" }]
+        """
+    )
+    jobs = make_plan(load_suite(world.file, data=world.data), results=world.results).jobs
+    assert [(job.weights.name, job.seed) for job in jobs] == [("random", 3), ("random", 4), ("other", 1)]
+
+    world.file.write_text(world.file.read_text().replace("[3, 4]", "[3, 3]"))
+    with pytest.raises(UserError, match="the seed of random 3 is listed 2 times"):
+        load_suite(world.file, data=world.data)
+
+
 def test_the_command_is_one_that_a_user_could_type(world: World) -> None:
     job = make_plan(load_suite(world.file, data=world.data), results=world.results).jobs[0]
     command = transfer_command(job, "random", data=world.data, gpus=0, output=world.output)

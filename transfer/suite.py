@@ -47,7 +47,8 @@ class RunsFailed(UserError):
 
 class WeightsEntry(Config):
     """One set of weights. `file` is a checkpoint that `twist convert` reads (relative to where the suite is started),
-    or `random`. `method` and `epochs` are for files that do not say them; `overrides` go to its runs alone."""
+    or `random`. `method` and `epochs` are for files that do not say them; `overrides` go to its runs alone, and `seeds`
+    stand for the suite's (of random weights each is another initialisation, as others are other pretrainings)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     file: str
@@ -55,6 +56,7 @@ class WeightsEntry(Config):
     branch: str | None = None
     method: str | None = None
     epochs: int | None = Field(default=None, gt=0)
+    seeds: tuple[int, ...] | None = Field(default=None, min_length=1)
     overrides: tuple[str, ...] = ()
 
 
@@ -269,6 +271,7 @@ def _disagreements(suite: SuiteConfig) -> Iterator[str]:
         "weights name": [entry.name for entry in suite.weights],
         "protocol": suite.protocols,
         "seed": suite.seeds,
+        **{f"seed of {entry.name}": entry.seeds or () for entry in suite.weights},
     }
     for what, listed in lists.items():
         for name, count in Counter(listed).items():
@@ -310,7 +313,7 @@ def _layout_disagreements(entry: WeightsEntry) -> Iterator[str]:
 
 def _jobs(suite: SuiteConfig) -> Iterator[Job]:
     for protocol, entry in itertools.product(suite.protocols, suite.weights):
-        seeds = suite.seeds_of.get(protocol, suite.seeds)
+        seeds = entry.seeds or suite.seeds_of.get(protocol, suite.seeds)
         for seed, point in itertools.product(seeds, _grid(suite.grid.get(protocol, {}))):
             overrides = (*suite.overrides.get(protocol, ()), *entry.overrides, *point)
             identity = {

@@ -8,17 +8,20 @@ sizes and scales of the crops, blur, greyscale, precision, warm-up, seed. From l
 momentum update, put together as its benchmark for small data sets does (lightly @0068ac35,
 `docs/source/getting_started/benchmarks/imagenette_benchmark.py`); what differs from there is said where it stands.
 
-FOLDER/checkpoint.pth holds a `state_dict` with the names of that benchmark, which `twist convert` reads. A run that was
-stopped goes on from its last epoch when the same command is given again. `B` images, two views each.
+FOLDER/checkpoint.pth holds a `state_dict` with the names of that benchmark, which `twist convert` reads. At the end the
+same reader makes FOLDER/backbone.safetensors of it, whose header says the recipe, the seed and the images, as a TWIST
+run's does: so that seeds of one recipe are known as repeats. A run that was stopped goes on from its last epoch when
+the same command is given again. `B` images, two views each.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +33,20 @@ from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead, MoCoP
 from lightly.models.utils import batch_shuffle, batch_unshuffle, deactivate_requires_grad, update_momentum
 from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform, MoCoV2Transform
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from contracts import atomic
 from contracts.config import config_hash, load_config
 from contracts.errors import UserError
+from contracts.hashing import sha256_json
 from contracts.networks import build_backbone
 from contracts.progress import Progress
+from contracts.weights import write_backbone
+from converters.read import load_artefact
 from pretrain.config import PretrainConfig
+from pretrain.image_source import fingerprint
 from pretrain.precision import autocast
+from pretrain.run_folder import recipe_hash
 from pretrain.schedule import warmup_epochs, warmup_then_cosine
 
 # Of the moving average; a smaller one than for ImageNet, because runs are short (lightly's benchmark).
@@ -53,6 +61,9 @@ SHUFFLED_GROUPS = 2
 # lr is before scaling with batch / 256. SGD's are lightly's benchmark's.
 OPTIMIZERS = {"sgd": {"lr": 0.06, "weight_decay": 5e-4}, "adamw": {"lr": 0.004, "weight_decay": 1e-4}}
 
+
+# A checkpoint is a quarter of a gigabyte: on a GPU writing one after each epoch would take longer than the epoch.
+SAVE_EVERY_S = 60.0
 
 # What the loss compares: (of the trained network, of its moving average), once for each view.
 Pairs = list[tuple[Tensor, Tensor]]
@@ -141,7 +152,7 @@ def transform_of(method: str, config: PretrainConfig) -> MoCoV2Transform | BYOLT
 def train(
     method: str, config: PretrainConfig, output: Path, *, optimizer: str = "sgd", lr: float | None = None
 ) -> Path:
-    """Train, one epoch after the other, and return checkpoint.pth; goes on from what is there.
+    """Train, one epoch after the other, and return backbone.safetensors; goes on from what is there.
 
     Raises:
         UserError: there are too few images, or the folder holds another run.
@@ -152,7 +163,7 @@ def train(
     _seed(config.run.seed)
     model = METHODS[method](config.model.backbone).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     learner = _optimizer(optimizer, [p for p in model.parameters() if p.requires_grad], settings["weight_decay"])
-    images = LightlyDataset(config.data.root, transform=transform_of(method, config))
+    images = _Views(LightlyDataset(config.data.root, transform=transform_of(method, config)), config.run.seed)
     batch = config.run.batch_size
     steps_per_epoch = len(images) // batch
     if not steps_per_epoch:
@@ -162,11 +173,14 @@ def train(
 
     path = output / "checkpoint.pth"
     start, seconds = _restore(path, run, model, learner)
+    batches, saved = iter(_loader(images, config, first_epoch=start)), time.perf_counter()
     with Progress(method, total=schedule["steps"], unit="step", start=start * steps_per_epoch) as progress:
         for epoch in range(start, config.run.epochs):
             began = time.perf_counter()
-            for index, (first, second) in enumerate(_epoch(images, config, epoch)):
-                rate = warmup_then_cosine(epoch * steps_per_epoch + index, base=base, end=1e-3 * base, **schedule)
+            for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
+                first, second = next(batches)
+                torch.manual_seed(_seed_of(config, step))  # MoCo shuffles, with any number of workers in the same way
+                rate = warmup_then_cosine(step, base=base, end=1e-3 * base, **schedule)
                 for group in learner.param_groups:
                     group["lr"] = rate
                 with autocast(device, config.run.precision):
@@ -177,23 +191,47 @@ def train(
                 learner.step()
                 progress.advance(loss=loss.item(), lr=rate)
             seconds += time.perf_counter() - began
-            _save(path, run, model, learner, epoch=epoch + 1, seconds=seconds)
-    return path
+            if epoch + 1 == config.run.epochs or time.perf_counter() - saved > SAVE_EVERY_S:
+                _save(path, run, model, learner, epoch=epoch + 1, seconds=seconds)
+                saved = time.perf_counter()
+    return _write_backbone(path, run, config)
 
 
-def _epoch(images: LightlyDataset, config: PretrainConfig, epoch: int) -> Iterator[Iterable[Tensor]]:
-    # Order and views are the epoch's own, so a run that goes on sees what it would have seen.
-    _seed(config.run.seed * 1_000_003 + epoch)
-    loader = DataLoader(
-        images,
-        batch_size=config.run.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=config.data.workers,
-        worker_init_fn=_seed_worker,
-    )
-    for views, *_ in loader:
-        yield views
+class _Views(Dataset[list[Tensor]]):
+    """The views of (epoch, image), drawn from these two and the seed alone: the same with any number of workers, and
+    in a run that goes on."""
+
+    def __init__(self, images: LightlyDataset, seed: int) -> None:
+        self.images, self.seed = images, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> list[Tensor]:
+        _seed(int.from_bytes(hashlib.sha256(repr((self.seed, *key)).encode()).digest()[:8]))
+        views: list[Tensor] = self.images[key[1]][0]
+        return views
+
+
+def _loader(images: _Views, config: PretrainConfig, *, first_epoch: int) -> DataLoader[list[Tensor]]:
+    """Batches of all epochs that are left, one after the other, so that no epoch waits for workers to start."""
+    workers, batch = config.data.workers, config.run.batch_size
+
+    def orders() -> Iterator[list[tuple[int, int]]]:
+        for epoch in range(first_epoch, config.run.epochs):
+            order = np.random.default_rng(_seed_of(config, epoch)).permutation(len(images)).tolist()
+            for first in range(0, len(order) - batch + 1, batch):
+                yield [(epoch, index) for index in order[first : first + batch]]
+
+    return DataLoader(images, batch_sampler=orders(), num_workers=workers, worker_init_fn=_one_thread)  # type: ignore[arg-type]
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _seed_of(config: PretrainConfig, number: int) -> int:
+    return config.run.seed * 1_000_003 + number
 
 
 def _seed(seed: int) -> None:
@@ -202,8 +240,16 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _seed_worker(_: int) -> None:
-    _seed(torch.initial_seed() % 2**32)
+def _write_backbone(path: Path, run: dict[str, Any], config: PretrainConfig) -> Path:
+    tensors, header = load_artefact(path)
+    said = {
+        "method": run["method"],
+        "epochs": config.run.epochs,
+        "config_hash": sha256_json([run["method"], run["optimizer"], run["lr"], recipe_hash(config)]),
+        "seed": config.run.seed,
+        "images_sha256": fingerprint(config.data),
+    }
+    return write_backbone(path.with_name("backbone.safetensors"), tensors, header.model_copy(update=said))
 
 
 def _to(views: Tensor, device: torch.device) -> Tensor:
