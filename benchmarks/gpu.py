@@ -9,7 +9,7 @@ OUT is set: a file that comes back from another machine that way is copied to `r
 that machine's OUT before a call with --only, which adds to it).
 
 Needs this repository, Python ≥ 3.11, torch, torchvision, numpy and Pillow with what they require, and beside them
-exactly: absl-py, annotated-types, fvcore, protobuf, pydantic, pydantic-core, safetensors, tensorboard,
+exactly: absl-py, annotated-types, fvcore, llvmlite, numba, protobuf, pydantic, pydantic-core, safetensors, tensorboard,
 typing-inspection. (A test keeps the list. Of fvcore one module is used, which needs none of fvcore's own requirements;
 pydantic may want newer typing-extensions than torch does.) No network, no data.
 

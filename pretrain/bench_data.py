@@ -2,7 +2,8 @@
 
 The figure is images a second a core: images over the CPU seconds of this one process, so what else the machine does
 hardly counts. For device mode that is the workers' part alone (decode and crops), because the photometric part runs on
-the training device. Every batch ends in fresh shared memory, as a worker's does. The three take turns, round by round,
+the training device. Every batch ends in shared memory, as a worker's does: fresh for the PIL chain, as torch's
+collation makes it; one of a few buffers in turn for ours, as for a run on a GPU. The three take turns, round by round,
 and the median of the rounds is given with its spread.
 """
 
@@ -20,9 +21,9 @@ import torch
 from contracts import provenance
 from contracts.errors import UserError
 from contracts.images import UnreadableImage, decode
-from pretrain import photometric, pil_reference
+from pretrain import photometric_cpu, pil_reference
 from pretrain.config import PretrainConfig, ViewsConfig
-from pretrain.data import ImageStream, open_images
+from pretrain.data import BUFFERS, ImageStream, open_images
 from pretrain.image_source import ImageSource
 from pretrain.view_maker import PipelineName, Request, ViewMaker
 from pretrain.views import ViewSampler, cut, plan_views, resolutions
@@ -131,7 +132,7 @@ def _readable(source: ImageSource, wanted: int) -> np.ndarray:
 
 def _maker(source: ImageSource, chosen: np.ndarray, views: ViewsConfig, pipeline: PipelineName) -> Callable[[], None]:
     """What a worker of this mode does for the chosen images, in small batches."""
-    maker = ViewMaker(source, views, seed=0, pipeline=pipeline, shared=True)
+    maker = ViewMaker(source, views, seed=0, pipeline=pipeline, shared=True, recycled=BUFFERS)
 
     def work() -> None:
         for begin in range(0, len(chosen), BATCH):
@@ -199,8 +200,7 @@ def _shares(source: ImageSource, chosen: np.ndarray, views: ViewsConfig) -> dict
         begin = 0
         for out in finished:
             views_of_group = slice(begin, begin + len(out))
-            bands = photometric.blur_bands(records["sigma"][views_of_group], out.shape[-1])
-            photometric.apply_each(crops[views_of_group], records[views_of_group], bands, out)
+            photometric_cpu.apply_each(crops[views_of_group], records[views_of_group], out)
             begin += len(out)
         watch.lap("photometric")
     return {

@@ -40,6 +40,11 @@ from pretrain.views import STAGES, Stage
 __all__ = ["Batch", "ImageSource", "ImageStream", "ViewLoader", "open_images"]
 
 
+# Batches that a worker may have made or in the making and not handed over.
+PREFETCH = 2
+# Buffers that a worker writes into in turn, where batches are pinned: what has been handed over has then been copied.
+BUFFERS = PREFETCH + 1
+
 # How long a broken connection to a worker may precede the worker's end.
 DEATH_S = 2.0
 
@@ -115,11 +120,18 @@ class ViewLoader:
         self._requests = _Requests()
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._loader: DataLoader[Made] = DataLoader(
-            ViewMaker(None if isinstance(images, ImageStream) else images, views, seed=seed, pipeline=pipeline),  # type: ignore[arg-type]
+            ViewMaker(  # type: ignore[arg-type]
+                None if isinstance(images, ImageStream) else images,
+                views,
+                seed=seed,
+                pipeline=pipeline,
+                recycled=BUFFERS if device.type == "cuda" else 0,
+            ),
             batch_size=None,
             sampler=self._requests,
             collate_fn=_as_it_is,
             num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=_start_worker,

@@ -1,4 +1,4 @@
-"""The photometric part of a view, for N views of one size at once, on any device: uint8 crops in, normalised float out.
+"""The photometric part of a view, for N views of one size at once, on a GPU: uint8 crops in, normalised float out.
 
 Flip, colour jitter in each view's own order, greyscale, blur, solarise, ImageNet mean and standard deviation, each
 with the view's own parameters (`pretrain.views.VIEW`). The arithmetic is float32 in levels without rounding between
@@ -17,7 +17,6 @@ Shapes: `N` views, `S` side, `P` = S·S pixels; colour is always the last dimens
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,7 +90,8 @@ def prepare(views: np.ndarray) -> Photometric:
 def apply(crops: Tensor, parameters: Photometric) -> Tensor:
     """uint8 crops (N, 3, S, S) → float32 (N, 3, S, S), normalised with ImageNet's mean and standard deviation.
 
-    All views at once, for a device that is fast at much data and slow at many calls; `apply_each` is its CPU twin.
+    All views at once, for a device that is fast at much data and slow at many calls; its twin for a CPU is
+    `photometric_cpu.apply_each`.
     """
     size = crops.shape[-2:]
     flipped, *hue_shifted, grey, blurred, solarised = parameters.rows.split(parameters.splits)
@@ -116,53 +116,8 @@ def apply(crops: Tensor, parameters: Photometric) -> Tensor:
     return normalise(x, out=x).unflatten(2, size)
 
 
-def apply_each(crops: Iterable[Tensor], views: np.ndarray, bands: Tensor, out: Tensor) -> None:
-    """`apply` for a CPU, uint8 (3, S, S) each into `out` float32 (N, 3, S, S): a view only has its own operations done.
-
-    A view of 96 pixels stays in the second-level cache through all its operations, and nothing is gathered or
-    scattered. What remains is mostly the cost of calls, so shapes are kept flat.
-
-    Args:
-        views: records (N,) of dtype VIEW. bands: `blur_bands` of their sigmas, (N, strip, strip + taps − 1).
-    """
-    order, factors = views["order"].tolist(), views["factors"].tolist()
-    flip, grey, solarised, blurred = (views[name].tolist() for name in ("flip", "grey", "solarise", "sigma"))
-    for row, (crop, finished) in enumerate(zip(crops, out.flatten(2).unbind(0))):  # (3, S, S), (3, P)
-        if flip[row]:
-            crop = crop.flip(-1)
-        x = crop.to(torch.float32, memory_format=torch.contiguous_format).flatten(1)  # (3, P)
-        for operation in order[row]:
-            factor = factors[row][operation]
-            if operation == HUE:
-                x = shift_hue(x, 6 * factor)
-                continue
-            if operation == BRIGHTNESS:
-                x.mul_(factor)
-            elif operation == CONTRAST:
-                x.lerp_(luma(x.mean(-1, keepdim=True)), 1 - factor)
-            elif operation == SATURATION:
-                x.lerp_(luma(x), 1 - factor)
-            if factor > 1:  # only away from black, mean or grey can a level leave the range
-                x.clamp_(0, WHITE)
-        if grey[row]:
-            x = luma(x).repeat(3, 1)
-        if blurred[row]:
-            x = _blur_one(x.view(crop.shape), bands[row]).view(x.shape)
-        if solarised[row]:
-            x = solarise(x)
-        normalise(x, out=finished)
-
-
-def blur_bands(sigma: np.ndarray, size: int) -> Tensor:
-    """What `apply_each` blurs with: sigmas (N,) → (N, strip, strip + taps − 1), best made for a whole batch at once."""
-    return _band_matrices(torch.from_numpy(blur_kernels(sigma.astype(np.float64))).to(torch.float32), size)
-
-
 def luma(x: Tensor) -> Tensor:
-    """Pillow's grey of RGB: (…, 3, P) → (…, 1, P)."""
-    if x.device.type == "cpu":
-        # One pass instead of three. Not on a GPU, whose matrix products may be set to round to TF32.
-        return torch.matmul(_luma_row(x.dtype), x)
+    """Pillow's grey of RGB: (…, 3, P) → (…, 1, P). No matrix product: a GPU's may be set to round to TF32."""
     red, green, blue = x.split(1, -2)
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
@@ -221,14 +176,10 @@ def blur_kernels(sigma: np.ndarray) -> np.ndarray:
 
 
 def blur(x: Tensor, kernels: Tensor) -> Tensor:
-    """Blur each of (N, 3, S, S) with its own separable kernel, (N, taps); the edge pixel continues outwards."""
-    if x.device.type == "cpu":
-        return torch.stack([_blur_one(view, band) for view, band in zip(x, _band_matrices(kernels, x.shape[-1]))])
-    return _blur_by_convolution(x, kernels)
+    """Blur each of (N, 3, S, S) with its own separable kernel, (N, taps); the edge pixel continues outwards.
 
-
-def _blur_by_convolution(x: Tensor, kernels: Tensor) -> Tensor:
-    """Depth-wise: one group a channel of each view, so each has its own kernel."""
+    As a depth-wise convolution: one group a channel of each view, so each has its own kernel.
+    """
     count, channels, height, width = x.shape
     taps = kernels.shape[1]
     reach = taps // 2
@@ -240,40 +191,9 @@ def _blur_by_convolution(x: Tensor, kernels: Tensor) -> Tensor:
     return x.view(count, channels, height, width)
 
 
-def _blur_one(x: Tensor, band: Tensor) -> Tensor:
-    """One view (3, S, S), as products of a band matrix (strip, strip + taps − 1) with overlapping strips of rows, then
-    of columns.
-
-    The CPU's depth-wise convolution pads the channels of each call to 16 and needs ten times as long for one view.
-    """
-    channels, height, width = x.shape
-    strip, reached = band.shape
-    reach = (reached - strip) // 2
-    padded = F.pad(x, (0, 0, reach, reach), mode="replicate")
-    strips = padded.unfold(1, reached, strip).transpose(2, 3).reshape(-1, reached, width)  # (3·S/strip, reached, S)
-    x = torch.bmm(band.expand(len(strips), strip, reached), strips).view(channels, height, width)
-    padded = F.pad(x, (reach, reach, 0, 0), mode="replicate")
-    strips = padded.unfold(2, reached, strip).reshape(-1, reached)  # (3·S·S/strip, reached)
-    return torch.mm(strips, band.t()).view(channels, height, width)
-
-
-def _band_matrices(kernels: Tensor, size: int) -> Tensor:
-    """(N, taps) → (N, strip, strip + taps − 1): the kernel in each row, one place further right than in the row above.
-
-    `strip`, the rows done in one product, divides `size`; at 16 a product is long enough and not yet mostly zeros.
-    """
-    count, taps = kernels.shape
-    strip = next(rows for rows in (16, 8, 4, 2, 1) if size % rows == 0)
-    padded = kernels.new_zeros(count, strip, strip + taps)
-    padded[:, :, :taps] = kernels[:, None]
-    # Read with rows one shorter than they were written, each row begins one place later.
-    return padded.view(count, -1)[:, : strip * (strip + taps - 1)].view(count, strip, strip + taps - 1)
-
-
 def solarise(x: Tensor) -> Tensor:
     """Invert what is as bright as level 128 or brighter."""
     inverted = (x >= SOLARISE_FROM).to(x.dtype)
-    # x + inverted·(255 − 2x), rather than a `where`, which is slower on CPU.
     return inverted.mul_(WHITE - 2 * x).add_(x)
 
 
@@ -295,11 +215,6 @@ def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
     mean = torch.tensor(IMAGENET_MEAN, dtype=torch.float64).view(3, 1)
     std = torch.tensor(IMAGENET_STD, dtype=torch.float64).view(3, 1)
     return (1 / (WHITE * std)).to(device, torch.float32), (-mean / std).to(device, torch.float32)
-
-
-@functools.cache
-def _luma_row(dtype: torch.dtype) -> Tensor:
-    return torch.tensor([LUMA], dtype=dtype)
 
 
 @functools.cache

@@ -9,8 +9,10 @@ Shapes: `B` images a rank, `V` views, `S` side; view-major: row v·B + b is view
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -20,7 +22,6 @@ from torch.utils.data import get_worker_info
 
 from contracts.errors import UserError
 from contracts.images import UnreadableImage, decode
-from pretrain import photometric
 from pretrain.config import ViewsConfig
 from pretrain.image_source import ImageSource
 from pretrain.reduced_decode import decode_reduced, divisor, shrink_boxes, upright_size
@@ -65,7 +66,9 @@ class Made:
 class ViewMaker:
     """The DataLoader's data set: `maker[request]` is the batch.
 
-    It lies in shared memory when a worker makes it, or always with `shared` (to measure what a worker does).
+    It lies in shared memory when a worker makes it, or always with `shared` (to measure what a worker does). With
+    `recycled`, that memory is one of so many buffers in turn: the kernel clears fresh pages, which takes as long as
+    writing them. Whoever takes the batches must then have copied one before it asks for another `recycled` of them.
     """
 
     def __init__(
@@ -76,14 +79,18 @@ class ViewMaker:
         seed: int,
         pipeline: PipelineName,
         shared: bool = False,
+        recycled: int = 0,
     ) -> None:
         self._images = images
         self._shared = shared
+        self._buffers = itertools.cycle([_Buffers() for _ in range(recycled)]) if recycled else None
         self._seed = seed
         self._pipeline = pipeline
         self._samplers = {stage: ViewSampler(plan_views(views, stage)) for stage in STAGES}
         self._groups = resolutions(plan_views(views))
         self._sizes = np.array([size for count, size in self._groups for _ in range(count)])  # (V,)
+        if pipeline == "cpu":
+            _photometric_cpu().compile_it()  # here, once, before there are workers that would each do it
 
     def __getitem__(self, request: Request) -> Made:
         try:
@@ -95,18 +102,20 @@ class ViewMaker:
         batch = len(request.indices)
         finished = self._pipeline == "cpu"
         shared = self._shared or get_worker_info() is not None
+        dtype = torch.float32 if finished else torch.uint8
+        shapes = [(count * batch, 3, size, size) for count, size in self._groups]
+        if shared and self._buffers is not None:
+            groups = next(self._buffers).like(shapes, dtype)
+        else:
+            groups = [_empty(shape, dtype, shared=shared) for shape in shapes]
         made = Made(
-            groups=[
-                _empty((count * batch, 3, size, size), torch.float32 if finished else torch.uint8, shared=shared)
-                for count, size in self._groups
-            ],
+            groups=groups,
             records=[np.empty(count * batch, dtype=VIEW) for count, _ in self._groups],
         )
         shown = np.empty(batch, dtype=np.int64)
         labels = np.empty(batch, dtype=np.int64)
         labelled = True
         draw = self._samplers[request.stage].draw(self._seed, epoch=request.epoch, indices=request.indices)
-        bands = self._bands(draw) if finished else []
         for place in range(batch):
             image, views, shown[place], label = self._readable(request, draw, place, made.unreadable)
             labelled &= label is not None
@@ -122,22 +131,13 @@ class ViewMaker:
                 out = made.groups[group][rows]  # (count, 3, S, S)
                 if finished:
                     # One crop at a time: it is coloured while it is in the cache.
-                    photometric.apply_each(crops, drawn, bands[group][place], out)
+                    _photometric_cpu().apply_each(crops, drawn, out)
                 else:
                     for view, crop in zip(out, crops):
                         view.copy_(crop)
         made.indices = torch.from_numpy(shown)
         made.labels = torch.from_numpy(labels) if labelled else None
         return made
-
-    def _bands(self, draw: Draw) -> list[Tensor]:
-        """A tensor a resolution: the blur of each of B images' views, (B, count, strip, strip + taps − 1)."""
-        groups, begin = [], 0
-        for count, size in self._groups:
-            sigma = draw.records["sigma"][:, begin : begin + count]
-            groups.append(photometric.blur_bands(sigma.reshape(-1), size).unflatten(0, sigma.shape))
-            begin += count
-        return groups
 
     def _readable(
         self, request: Request, draw: Draw, place: int, unreadable: dict[int, str]
@@ -201,12 +201,31 @@ def finish_on_cpu(groups: list[Tensor], records: list[np.ndarray], *, batch: int
     finished = []
     for crops, drawn in zip(groups, records):
         out = torch.empty(crops.shape, dtype=torch.float32)
-        bands = photometric.blur_bands(drawn["sigma"], crops.shape[-1])
         for place in range(batch):
             rows = slice(place, None, batch)
-            photometric.apply_each(crops[rows], drawn[rows], bands[rows], out[rows])
+            _photometric_cpu().apply_each(crops[rows], drawn[rows], out[rows])
         finished.append(out)
     return finished
+
+
+class _Buffers:
+    """Shared memory for one batch, made when it is first asked for and the same from then on."""
+
+    def __init__(self) -> None:
+        self._made: list[Tensor] = []
+
+    def like(self, shapes: list[tuple[int, int, int, int]], dtype: torch.dtype) -> list[Tensor]:
+        if [tuple(made.shape) for made in self._made] != shapes:
+            self._made = [_empty(shape, dtype, shared=True) for shape in shapes]
+        # Tensors of their own: a caller may do with them what it wants, only the memory is lent.
+        return [made.view_as(made) for made in self._made]
+
+
+def _photometric_cpu() -> ModuleType:
+    """The compiler that it needs takes a second to import: not for those whose GPU does that part."""
+    from pretrain import photometric_cpu
+
+    return photometric_cpu
 
 
 def _empty(shape: tuple[int, int, int, int], dtype: torch.dtype, *, shared: bool) -> Tensor:

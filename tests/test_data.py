@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import multiprocessing
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,12 +26,12 @@ from contracts.errors import UsageError, UserError
 from contracts.images import UnreadableImage
 from pretrain import pil_reference, sampler
 from pretrain.config import DataConfig, ViewsConfig
-from pretrain.data import Batch, ViewLoader, open_images
+from pretrain.data import BUFFERS, Batch, ViewLoader, open_images
 from pretrain.image_source import ImageSource, Names, fingerprint
 from pretrain.image_stream import ImageStream, image_number
 from pretrain.photometric import denormalise
 from pretrain.reduced_decode import PROBE_FROM_BYTES, decode_reduced, divisor, shrink_boxes, upright_size
-from pretrain.view_maker import Request, ViewMaker
+from pretrain.view_maker import Request, ViewMaker, _Buffers
 from pretrain.views import ViewSampler, plan_views
 
 VIEWS = ViewsConfig(global_size=32, local_size=16, local_count=3)
@@ -199,6 +201,30 @@ def test_workers_change_nothing_and_live_through_epochs(images: ImageSource, pip
         pids.append([worker.pid for worker in many._loader._iterator._workers])
     assert pids[0] == pids[1] == pids[2]
     many.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_recycled_memory_is_not_written_to_before_it_was_copied(images: ImageSource, workers: int) -> None:
+    """As with pinned memory, which needs a GPU: the batch is copied when it comes, which may be late."""
+
+    def seen(buffers: int) -> dict[int, bytes]:
+        many = loader(images, workers=workers, batch_size=2, pipeline="cpu")
+        many._loader.dataset._buffers = itertools.cycle([_Buffers() for _ in range(buffers)])  # type: ignore[attr-defined]
+        found = pixels(late(many.epoch(0)))
+        found |= {-index: bytes_ for index, bytes_ in pixels(late(many.epoch(1))).items()}
+        many.close()
+        return found
+
+    def late(batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            time.sleep(0.02)
+            yield batch
+
+    none = loader(images, batch_size=2, pipeline="cpu")
+    right = pixels(none.epoch(0)) | {-index: bytes_ for index, bytes_ in pixels(none.epoch(1)).items()}
+    assert seen(BUFFERS) == right
+    assert seen(1) != right, "fewer are not enough, and this test would notice"
 
 
 @pytest.mark.slow
