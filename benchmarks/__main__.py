@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 PROGRAMS = (
-    "command_line", "loss", "lars", "small_views", "data", "convert", "engine_overhead", "knn",
+    "command_line", "loss", "lars", "small_views", "data", "data_peers", "convert", "engine_overhead", "knn",
     "data_check", "compare", "scaling",
 )  # fmt: skip
 

@@ -58,6 +58,17 @@ def _pipeline(mode: str, case: str) -> Callable[[Found], str]:
     return read
 
 
+def _peers(found: Found) -> str:
+    rates, spread_of = found["images_per_s_core"], found["spread"]
+    ours = rates["ours, cpu"]
+    parts = [
+        f"{ours / rates[name]:.1f} × ({spread_of[name][0]:.0f}–{spread_of[name][1]:.0f} images/s a core)"
+        for name in ("lightly", "torchvision v2")
+    ]
+    low, high = spread_of["ours, cpu"]
+    return f"{', '.join(parts)}, ours {low:.0f}–{high:.0f} (n = {found['rounds']} each)"
+
+
 def _help(found: Found) -> str:
     times = found["help_s"]
     return f"{times['median']} s ({times['min']}–{times['max']} s, n = {times['n']})"
@@ -124,6 +135,7 @@ FIGURES = (
            _speedup("torchvision, bfloat16", "ours, bfloat16")),
     Figure("14 views a core, `device` mode, over the PIL chain", "≥ 8 ×", "data", _pipeline("device", "14 views")),
     Figure("14 views a core, `cpu` mode, over the PIL chain", "≥ 3 ×", "data", _pipeline("cpu", "14 views")),
+    Figure("the same over lightly's `DINOTransform`, and over torchvision v2 on tensors", "", "data_peers", _peers),
     Figure("`twist --help`", "< 0.3 s", "command_line", _help),
     Figure("`twist inspect`, a 100 MB file, beyond the import of torch", "< 2 s", "command_line", _inspect),
     Figure("`twist demo --fast`", "2 min, 4 GB", "command_line", _demo),

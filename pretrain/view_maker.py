@@ -126,15 +126,17 @@ class ViewMaker:
                 drawn = views[begin : begin + count]
                 rows = slice(place, None, batch)
                 made.records[group][rows] = drawn
-                crops = (cut(image, box, size) for box in boxes[begin : begin + count])
+                boxes_of_group = boxes[begin : begin + count]
                 begin += count
                 out = made.groups[group][rows]  # (count, 3, S, S)
                 if finished:
-                    # One crop at a time: it is coloured while it is in the cache.
+                    # One crop at a time, and all in one place: it is coloured while it is in the cache.
+                    crop = _empty((1, 3, size, size), torch.uint8, shared=False)[0]
+                    crops = (cut(image, box, out=crop) for box in boxes_of_group)
                     _photometric_cpu().apply_each(crops, drawn, out)
                 else:
-                    for view, crop in zip(out, crops):
-                        view.copy_(crop)
+                    for view, box in zip(out, boxes_of_group):
+                        cut(image, box, out=view)
         made.indices = torch.from_numpy(shown)
         made.labels = torch.from_numpy(labels) if labelled else None
         return made

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.config import ViewsConfig
@@ -241,13 +240,15 @@ def central_box(height: int, width: int) -> tuple[int, int, int, int]:
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def cut(image: Tensor, box: Sequence[int], size: int) -> Tensor:
-    """The crop `box` of `image` uint8 (3, H, W), resized bicubically with antialiasing: (3, S, S), channels last.
+def cut(image: Tensor, box: Sequence[int], *, out: Tensor) -> Tensor:
+    """The crop `box` of `image` uint8 (3, H, W), resized bicubically with antialiasing into `out` (3, S, S).
 
     Differs from Pillow's resize by at most two levels (fixed-point weights of another width), mostly by none.
     torchvision decodes to pixels that lie together (channels last in memory), and torch's resize is vectorised for
-    exactly that; the copy of the crop keeps it so and costs a fifth of what the plain layout would.
+    exactly that; the copy of the crop keeps it so and costs a fifth of what the plain layout would. `out` should lie
+    so, too: `F.interpolate` computes the same, and to copy its result takes a tenth as long again.
     """
     top, left, height, width = box
     crop = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
-    return F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
+    torch.ops.aten._upsample_bicubic2d_aa.out(crop, out.shape[1:], False, None, None, out=out[None])
+    return out

@@ -1,0 +1,151 @@
+"""The 14 views of one image, made by others' code and ours: lightly on PIL images, torchvision v2 on tensors.
+
+    python -m benchmarks.data_peers [--images 16] [--json FILE]
+
+The views are DINO's, which TWIST's multi-crop shares (2 × 224 + 12 × 96, jitter, greyscale, blur, solarise, with the
+same probabilities): lightly's `DINOTransform` as it is, and the same chain put together from
+`torchvision.transforms.v2`, whose tensors are resized and coloured as bytes. Each draws its own numbers, so the
+pictures differ, and the mean work does not.
+
+All read the same made photographs of ImageNet's size, with one thread, and end in a batch: the peers' in fresh shared
+memory, as torch's collation makes it, ours in one of the few buffers of a worker that feeds a GPU. They take turns,
+round by round; the figure is images over CPU seconds. `device` leaves the photometric part to the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from benchmarks.side_by_side import heading, write
+from contracts.weights import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.config import DataConfig, ViewsConfig
+from pretrain.data import BUFFERS
+from pretrain.image_source import open_images
+from pretrain.view_maker import Request, ViewMaker
+from tests.photographs import write_folder
+
+BATCH = 8
+WARM_UP_ROUNDS = 1
+Transform = Callable[[bytes], list[Tensor]]
+
+
+def lightly() -> Transform:
+    from lightly.transforms import DINOTransform
+
+    views = DINOTransform(n_local_views=12)
+    return lambda data: views(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def torchvision_v2() -> Transform:
+    from torchvision.io import ImageReadMode, decode_jpeg
+    from torchvision.transforms import InterpolationMode, v2
+
+    def chain(size: int, scale: tuple[float, float], *, blur: float, solarise: float) -> Callable[[Tensor], Tensor]:
+        return v2.Compose(
+            [
+                v2.RandomResizedCrop(size, scale, interpolation=InterpolationMode.BICUBIC, antialias=True),
+                v2.RandomHorizontalFlip(),
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+                v2.RandomGrayscale(0.2),
+                # Thirteen taps, as many as Pillow's blur has at these strengths.
+                v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], blur),
+                v2.RandomSolarize(128, solarise),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            ]
+        )
+
+    first = chain(224, (0.4, 1.0), blur=1.0, solarise=0.0)
+    second = chain(224, (0.4, 1.0), blur=0.1, solarise=0.2)
+    local = chain(96, (0.05, 0.4), blur=0.5, solarise=0.0)
+
+    def views(data: bytes) -> list[Tensor]:
+        image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        return [first(image), second(image), *(local(image) for _ in range(12))]
+
+    return views
+
+
+def peer(transform: Transform, encoded: list[bytes]) -> Callable[[], None]:
+    def work() -> None:
+        for begin in range(0, len(encoded), BATCH):
+            batch = [transform(data) for data in encoded[begin : begin + BATCH]]
+            for views in zip(*batch):
+                storage = torch.UntypedStorage._new_shared(sum(view.nbytes for view in views))
+                torch.stack(views, out=torch.empty(0).set_(storage).view(len(views), *views[0].shape))
+
+    # torch's own collation gives the same shapes: one tensor a view.
+    assert len(default_collate([transform(encoded[0])])) == 14
+    return work
+
+
+def ours(root: Path, pipeline: Any, count: int) -> Callable[[], None]:
+    images = open_images(DataConfig(root=str(root)))
+    maker = ViewMaker(images, ViewsConfig(), seed=0, pipeline=pipeline, shared=True, recycled=BUFFERS)
+
+    def work() -> None:
+        for begin in range(0, count, BATCH):
+            made = maker[Request(0, "mutual_information", np.arange(begin, min(begin + BATCH, count)))]
+            assert made.failure is None, made.failure
+
+    return work
+
+
+def figures(root: Path, *, count: int, rounds: int) -> dict[str, Any]:
+    encoded = [path.read_bytes() for path in sorted(root.rglob("*.jpg"))]
+    random.seed(0)
+    torch.manual_seed(0)
+    modes = {
+        "lightly": peer(lightly(), encoded),
+        "torchvision v2": peer(torchvision_v2(), encoded),
+        "ours, cpu": ours(root, "cpu", count),
+        "ours, device": ours(root, "device", count),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in modes}
+    for number in range(WARM_UP_ROUNDS + rounds):
+        for name, work in modes.items():
+            began = time.process_time()
+            work()
+            if number >= WARM_UP_ROUNDS:
+                rates[name].append(count / (time.process_time() - began))
+    return {
+        "images_per_s_core": {name: statistics.median(values) for name, values in rates.items()},
+        "spread": {name: [min(values), max(values)] for name, values in rates.items()},
+        "images": count,
+        "rounds": rounds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder), arguments.images, height=375, width=500)
+        found = figures(Path(folder), count=arguments.images, rounds=arguments.rounds)
+    print(heading("14 views of one image, images/s a core"))
+    for name, rate in found["images_per_s_core"].items():
+        low, high = found["spread"][name]
+        print(f"  {name:<16}{rate:7.0f}   {low:.0f}–{high:.0f} (n = {found['rounds']})")
+    write(arguments.json, found)
+
+
+if __name__ == "__main__":
+    main()
