@@ -11,7 +11,7 @@ import os
 import runpy
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,26 +40,28 @@ WARM_UP_WINDOWS = 2
 
 
 def check_photometric(device: torch.device, tiny: bool) -> dict[str, Any]:
-    """The photometric part on this device against the CPU's, on the same crops with the same draws; it never waits."""
+    """The photometric part on this device, in both its forms, against the CPU's, on the same crops with the same draws;
+    it never waits."""
     batch = 4 if tiny else 16
     with tempfile.TemporaryDirectory() as folder:
         config = _config(Path(folder), photographs=batch, images=batch, batch=batch, tiny=tiny, device=device)
         made = _made(config)
-    apart = []
+    apart: dict[str, list[float]] = {}
     expected = finish_on_cpu(made.groups, made.records, batch=batch)
     crops, parameters = _on(device, made)
-    for group, part, right in zip(crops, parameters, expected):
-        photometric.apply(group, part)  # the first call copies constants to the device, which waits
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            ours = photometric.apply(group, part)
-        finally:
+    for name, form in _forms(device, crops[0], parameters[0]).items():
+        for group, part, right in zip(crops, parameters, expected):
+            form(group, part)  # the first call copies constants to the device or compiles, which waits
             if device.type == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
-        in_levels = 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)
-        apart.append(float(((ours.cpu() - right).abs() * in_levels).max()))
-    assert max(apart) < LARGEST_DIFFERENCE, apart
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                ours = form(group, part)
+            finally:
+                if device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+            in_levels = 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)
+            apart.setdefault(name, []).append(float(((ours.cpu() - right).abs() * in_levels).max()))
+    assert max(most for of_form in apart.values() for most in of_form) < LARGEST_DIFFERENCE, apart
     return {"largest_difference_levels": apart, "views": sum(len(group) for group in crops)}
 
 
@@ -67,9 +69,9 @@ def run(device: torch.device, tiny: bool, *, compiled: bool) -> dict[str, Any]:
     """A short run of `twist pretrain` for the published 14 views: images/s, data wait, the photometric part's share.
 
     Returns:
-        `images_per_s` and `data_wait_share`: median, least, most of `n` log windows. `photometric`: seconds of a
-        step's photometric part alone on the device, where it runs beside the step before; `photometric_share`: of the
-        time of a step.
+        `images_per_s` and `data_wait_share`: median, least, most of `n` log windows. `times`: seconds of a step's
+        photometric part alone on the device, where it runs beside the step before; `photometric_share`: of the time of
+        a step; `kernels`: whether Triton's did it.
     """
     batch, photographs, windows, every = (4, 8, 2, 3) if tiny else (128, 256, 5, 8)
     images = batch * every * (WARM_UP_WINDOWS + windows)
@@ -88,6 +90,7 @@ def run(device: torch.device, tiny: bool, *, compiled: bool) -> dict[str, Any]:
         "times": times,
         "images_per_s": _spread(rates),
         "data_wait_share": _spread([row["data_wait_share"] for row in rows]),
+        "kernels": "operation by operation" in times,
         "photometric_share": times["photometric part"].median_s / (batch / statistics.median(rates)),
         "batch_size": batch,
         "steps_a_window": every,
@@ -133,11 +136,27 @@ def _on(device: torch.device, made: Made) -> tuple[list[Tensor], list[photometri
 
 def _photometric_times(config: PretrainConfig, device: torch.device, *, calls: int) -> dict[str, Any]:
     crops, parameters = _on(device, _made(config))
+    forms = _forms(device, crops[0], parameters[0])
     return measure(
-        {"photometric part": lambda: [photometric.apply(*group) for group in zip(crops, parameters)]},
+        {
+            name: lambda form=form: [form(*group) for group in zip(crops, parameters)]  # type: ignore[misc]
+            for name, form in forms.items()
+        },
         rounds=5,
         calls=calls,
     )
+
+
+def _forms(
+    device: torch.device, crops: Tensor, parameters: photometric.Photometric
+) -> dict[str, Callable[[Tensor, photometric.Photometric], Tensor]]:
+    """What a run uses, and beside it on a GPU, where that is another, torch's operations one by one."""
+    if device.type != "cuda":
+        return {"photometric part": photometric.apply}
+    fastest = photometric.fastest(crops, parameters)
+    if fastest is photometric.apply:
+        return {"photometric part": fastest}
+    return {"photometric part": fastest, "operation by operation": photometric.apply}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -119,6 +119,7 @@ class ViewLoader:
         self._bad: set[int] = set()
         self._requests = _Requests()
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._colour: Callable[[Tensor, photometric.Photometric], Tensor] | None = None  # chosen by the first batch
         self._loader: DataLoader[Made] = DataLoader(
             ViewMaker(  # type: ignore[arg-type]
                 None if isinstance(images, ImageStream) else images,
@@ -261,13 +262,14 @@ class ViewLoader:
         return [view.to(self._device) for view in views]
 
     def _on_gpu(self, made: Made) -> tuple[list[Tensor], torch.cuda.Event]:
-        """Copy and finish a batch on the loader's own stream; nothing here waits."""
+        """Copy and finish a batch on the loader's own stream; nothing here waits, but for the first batch."""
         assert self._copy_stream is not None
         with torch.cuda.device(self._device), torch.cuda.stream(self._copy_stream):
             views = [group.to(self._device, non_blocking=True) for group in made.groups]
             if self._pipeline == "device":
                 parameters = [photometric.prepare(records).to(self._device) for records in made.records]
-                views = [photometric.apply(crops, part) for crops, part in zip(views, parameters)]
+                self._colour = self._colour or photometric.fastest(views[0], parameters[0])
+                views = [self._colour(crops, part) for crops, part in zip(views, parameters)]
             ready = torch.cuda.Event()
             ready.record(self._copy_stream)
         return views, ready

@@ -17,6 +17,8 @@ Shapes: `N` views, `S` side, `P` = S·S pixels; colour is always the last dimens
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,24 +40,36 @@ BLUR_PASSES = 3
 MAX_HUE = 1 / 6
 
 
+# Of a normalised value, between two ways of computing it: half a level.
+LARGEST_DIFFERENCE = 0.01
+# In `Photometric.numbers` the column of the first tap, and in its `rows` the place of the list of blurred views.
+TAPS_FROM = 13
+BLURRED = 6
+
+
 @dataclass(frozen=True)
 class Photometric:
-    """Parameters of N views, laid out for the device: one tensor of numbers, one of row numbers, and their splits.
+    """Parameters of N views, laid out for the device: numbers and flags by view, and row numbers by operation.
 
     `numbers` (N, 13 + taps): for each of the four jitter slots gain, luma share and mean share; the hue shift in
-    sixths of a turn; the taps of the blur kernel. `rows` int64: which views flip, which shift hue in slot 0 … 3, are
-    grey, are blurred, are solarised, one list after the other with `splits` entries each.
+    sixths of a turn; the taps of the blur kernel. `flags` (N, 6) int32: flipped, the slots of hue and of contrast (4:
+    none), grey, blurred, solarised. `rows` int64: which views flip, which shift hue in slot 0 … 3, are grey, are
+    blurred, are solarised, one list after the other with `splits` entries each.
     """
 
     numbers: Tensor
+    flags: Tensor
     rows: Tensor
     splits: tuple[int, ...]
 
     def to(self, device: torch.device) -> Photometric:
         if device.type == "cpu":
             return self
-        numbers, rows = (t.pin_memory() if device.type == "cuda" else t for t in (self.numbers, self.rows))
-        return Photometric(numbers.to(device, non_blocking=True), rows.to(device, non_blocking=True), self.splits)
+        numbers, flags, rows = (
+            (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
+            for t in (self.numbers, self.flags, self.rows)
+        )
+        return Photometric(numbers, flags, rows, self.splits)
 
 
 def prepare(views: np.ndarray) -> Photometric:
@@ -82,22 +96,43 @@ def prepare(views: np.ndarray) -> Photometric:
         blurred,
         np.flatnonzero(views["solarise"]),
     ]
-    return Photometric(
-        torch.from_numpy(numbers), torch.from_numpy(np.concatenate(rows)), tuple(len(part) for part in rows)
+    flags = np.stack(
+        [
+            views["flip"],
+            *((_slot_of(order, operation)) for operation in (HUE, CONTRAST)),
+            views["grey"],
+            views["sigma"] > 0,
+            views["solarise"],
+        ],
+        axis=1,
+        dtype=np.int32,
+        casting="unsafe",
     )
+    return Photometric(
+        torch.from_numpy(numbers),
+        torch.from_numpy(flags),
+        torch.from_numpy(np.concatenate(rows)),
+        tuple(len(part) for part in rows),
+    )
+
+
+def _slot_of(order: np.ndarray, operation: int) -> np.ndarray:
+    """(N, 4) → (N,): where `operation` stands in each order, 4 where it does not."""
+    here = order == operation
+    return np.where(here.any(axis=1), here.argmax(axis=1), 4)
 
 
 def apply(crops: Tensor, parameters: Photometric) -> Tensor:
     """uint8 crops (N, 3, S, S) → float32 (N, 3, S, S), normalised with ImageNet's mean and standard deviation.
 
-    All views at once, for a device that is fast at much data and slow at many calls; its twin for a CPU is
-    `photometric_cpu.apply_each`.
+    All views at once, for a device that is fast at much data and slow at many calls. `photometric_gpu.apply` does the
+    same in fewer passes, `photometric_cpu.apply_each` a view at a time: this is what both are checked against.
     """
     size = crops.shape[-2:]
     flipped, *hue_shifted, grey, blurred, solarised = parameters.rows.split(parameters.splits)
     slots = parameters.numbers[:, :12].view(-1, 4, 3, 1, 1).unbind(1)  # 4 × (N, 3, 1, 1)
     hue = parameters.numbers[:, 12].view(-1, 1, 1)
-    kernels = parameters.numbers[:, 13:]
+    kernels = parameters.numbers[:, TAPS_FROM:]
 
     x = crops.to(torch.float32, memory_format=torch.contiguous_format)
     if len(flipped):
@@ -114,6 +149,31 @@ def apply(crops: Tensor, parameters: Photometric) -> Tensor:
     if len(solarised):
         x[solarised] = solarise(x[solarised])
     return normalise(x, out=x).unflatten(2, size)
+
+
+def fastest(crops: Tensor, parameters: Photometric) -> Callable[[Tensor, Photometric], Tensor]:
+    """`photometric_gpu.apply` if it gives for these views what `apply` gives, else `apply`, and a sentence why.
+
+    To be asked once, with the first batch on a GPU: it waits for the device, and Triton compiles its kernels.
+    """
+    try:
+        from pretrain import photometric_gpu
+
+        fused = photometric_gpu.apply(crops, parameters)
+    except Exception as error:  # no Triton, none for this GPU, or no C compiler for its launcher: as many types
+        reason = (str(error).splitlines() or [""])[0]
+        print(f"Views are coloured the slower way: Triton cannot ({type(error).__name__}: {reason}).", file=sys.stderr)
+        return apply
+    # A level on the edge of the solarisation may be inverted in one way only; hardly any is.
+    apart = ((fused - apply(crops, parameters)).abs() > LARGEST_DIFFERENCE).float().mean().item()
+    if not apart < 1e-3:
+        print(
+            f"Views are coloured the slower way: {apart:.1%} of the pixels came out otherwise with Triton's kernels. "
+            "Please report this, with what `twist doctor` says.",
+            file=sys.stderr,
+        )
+        return apply
+    return photometric_gpu.apply
 
 
 def luma(x: Tensor) -> Tensor:
