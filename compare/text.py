@@ -2,7 +2,8 @@
 
 Measured cells read `mean ± sd (n)`; published ones stand in another style with a footnote that tells their source and
 what the source says of them; absent is a dash. Wide tables are cut into blocks of whole protocols, so that they fit a
-page; on a terminal, where its width asks for it, within a protocol too.
+page; on a terminal, where its width asks for it, within a protocol too. What explains all blocks stands once, below the
+last; sources stand below their own.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from compare.statistics import SIGNIFICANT
 from compare.table import Cell, Column, Measured, Published, Table
 
 ABSENT = "–"
-# A page holds six columns, a terminal four.
+# What a page holds; a terminal cuts by its width.
 PAGE_COLUMNS = 6
-TERMINAL_COLUMNS = 4
 # Of text that no terminal takes: a pipe, a file.
 PLAIN_WIDTH = 120
 
@@ -134,9 +134,10 @@ def _difference_text(cell: Cell) -> str:
     return f"{round(cell.difference.value, 1) + 0.0:+.1f}{mark}"  # + 0.0: nothing is less than nothing
 
 
-def _notes(table: Table, block: _Block) -> list[str]:
-    """The sentences under a block: what its cells, differences and marks mean."""
-    places = [place for place in table.cells if place[0] in block.rows and place[1] in block.columns]
+def _notes(table: Table, blocks: Sequence[_Block]) -> list[str]:
+    """The sentences under some blocks: what their cells, differences and marks mean."""
+    shown = {(row, column) for block in blocks for row in block.rows for column in block.columns}
+    places = [place for place in table.cells if place in shown]
     cells = [table.cells[place] for place in places]
     notes = []
     if any(cell.measured for cell in cells):
@@ -153,7 +154,7 @@ def _notes(table: Table, block: _Block) -> list[str]:
         if len(tested) < len(gaps):
             text += "; ? no test, n too small or no spread between runs"
         notes.append(text + ".")
-    if any(table.columns[column].mixed for column in block.columns):
+    if any(table.columns[column].mixed for _, column in shown):
         notes.append("Mixed: columns of one protocol with different recipes or scales; do not compare across them.")
     return notes
 
@@ -184,7 +185,8 @@ def plain(table: Table, *, width: int | None = None) -> str:
     """
     width = width or shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
     parts = []
-    for block in _blocks(table, widest=TERMINAL_COLUMNS):
+    blocks = list(_blocks(table, widest=PAGE_COLUMNS))
+    for block in blocks:
         marks = _footnotes(table, block)
         methods = ["method", *(table.rows[row].label for row in block.rows)]
         columns = []
@@ -195,9 +197,9 @@ def plain(table: Table, *, width: int | None = None) -> str:
         text = []
         for some in _that_fit(columns, width - max(map(len, methods))):
             text += [*_plain_lines(methods, some), ""]
-        text += _notes(table, block)
         text += [f"{mark}: {said}" for mark, said in _footnote_texts(table, marks)]
         parts.append("\n".join(text).rstrip())
+    parts += ["\n".join(_notes(table, blocks))] if _notes(table, blocks) else []
     return "\n\n".join(parts) + "\n" if parts else "No records and no published rows.\n"
 
 
@@ -251,7 +253,8 @@ def _plain_cell(cell: Cell, marks: dict[Published, str]) -> str:
 def markdown(table: Table) -> str:
     """Pipe tables as GitHub reads them, notes and sources below each."""
     parts = []
-    for block in _blocks(table, widest=PAGE_COLUMNS):
+    blocks = list(_blocks(table, widest=PAGE_COLUMNS))
+    for block in blocks:
         marks = _footnotes(table, block)
         lines = [
             "| method | " + " | ".join(_escape(_head(table.columns[c])) for c in block.columns) + " |",
@@ -260,11 +263,11 @@ def markdown(table: Table) -> str:
         for row in block.rows:
             cells = (_markdown_cell(table.cells.get((row, c), Cell()), marks) for c in block.columns)
             lines.append(f"| {_escape(table.rows[row].label)} | " + " | ".join(cells) + " |")
-        notes = _notes(table, block)
-        notes += [f"<sup>{mark}</sup> {_escape(text)}." for mark, text in _footnote_texts(table, marks)]
+        sources = [f"<sup>{mark}</sup> {_escape(text)}." for mark, text in _footnote_texts(table, marks)]
         if marks:
-            notes.insert(0, "*Italic: published, by others.*")
-        parts.append("\n".join(lines) + ("\n\n" + "<br>\n".join(notes) if notes else ""))
+            sources.insert(0, "*Italic: published, by others.*")
+        parts.append("\n".join(lines) + ("\n\n" + "<br>\n".join(sources) if sources else ""))
+    parts += ["<br>\n".join(_notes(table, blocks))] if _notes(table, blocks) else []
     return "\n\n".join(parts) + "\n" if parts else "No records and no published rows.\n"
 
 
@@ -309,7 +312,7 @@ def latex(table: Table) -> str:
             cells = (_latex_cell(table.cells.get((row, c), Cell()), marks) for c in block.columns)
             lines.append(f"{table.rows[row].label.translate(_LATEX)} & " + " & ".join(cells) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}"]
-        notes = [note.translate(_LATEX) for note in _notes(table, block)]
+        notes = [note.translate(_LATEX) for note in _notes(table, [block])]  # each may go to a page of its own
         notes += [rf"$^{{{mark}}}$ {text.translate(_LATEX)}." for mark, text in _footnote_texts(table, marks)]
         if marks:
             notes.insert(0, "Italic: published, by others.")

@@ -92,9 +92,13 @@ class RunRecord(Config):
 
     @property
     def run_name(self) -> str:
-        """`<method>-<first 8 of the weights hash>-seed<seed>-<first 8 of the recipe hash>`."""
-        weights = (self.weights.sha256 or "none")[:8]
-        return f"{self.method}-{weights}-seed{self.seed}-{self.recipe_hash[:8]}"
+        """`<method>[-<branch>]-<first 8 of the weights hash>-seed<seed>-<first 8 of the recipe hash>`.
+
+        The branch is told where a file has several: their runs may go to one folder of records.
+        """
+        branch = self.weights.branch
+        method = self.method if branch in (None, "backbone") else f"{self.method}-{branch}"
+        return f"{method}-{(self.weights.sha256 or 'none')[:8]}-seed{self.seed}-{self.recipe_hash[:8]}"
 
 
 def write_record(record: RunRecord, root: str | os.PathLike[str]) -> Path:

@@ -270,6 +270,14 @@ def test_record_round_trip_and_hash(tmp_path: Path) -> None:
     assert record().recipe_hash != record(recipe={"k": 10}).recipe_hash
 
 
+def test_runs_of_two_branches_of_one_file_have_files_of_their_own(tmp_path: Path) -> None:
+    branches = ("backbone", "query", "key")
+    weights = [WeightsProvenance(name="w", sha256="ab" * 32, branch=branch) for branch in branches]
+    paths = [write_record(record(weights=one), tmp_path) for one in weights]
+    assert [read_record(path).weights.branch for path in paths] == list(branches)
+    assert paths[0].name == write_record(record(), tmp_path).name, "a file with one branch is called as ever"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
