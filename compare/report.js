@@ -82,6 +82,7 @@ function filter(wanted) {
   // One cell at a time is in the Tab order, and it must be one that can be seen.
   const seen = places();
   for (const place of $$("td[tabindex]", table)) place.tabIndex = place === seen[0] ? 0 : -1;
+  stopAt(heads()[0]);
   draw();
 }
 for (const chip of $$(".chips button")) chip.addEventListener("click", () => filter(chip.dataset.task));
@@ -90,16 +91,36 @@ for (const chip of $$(".chips button")) chip.addEventListener("click", () => fil
 
 const body = $("tbody", table);
 const original = $$("tr", body);
+const heads = () => $$("thead button", table).filter((button) => !button.closest("th").hidden);
+// One head at a time is in the Tab order, as with the cells: arrow keys go along, and down into the column.
+function stopAt(wanted) {
+  for (const button of $$("thead button", table)) button.tabIndex = button === wanted ? 0 : -1;
+}
 for (const button of $$("thead button", table)) {
+  button.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    const column = button.closest("th").dataset.column;
+    const below = event.key === "ArrowDown" && places().find((cell) => column === "name" || cell.dataset.column === column);
+    const wanted = step ? heads()[heads().indexOf(button) + step] : below;
+    if (step || below) event.preventDefault();
+    if (step && wanted) stopAt(wanted);
+    if (below) for (const place of $$("td[tabindex]", table)) place.tabIndex = place === below ? 0 : -1;
+    if (wanted) wanted.focus();
+  });
   button.addEventListener("click", () => {
+    stopAt(button);
     const head = button.closest("th");
-    const next = { none: "descending", descending: "ascending", ascending: "none" }[head.getAttribute("aria-sort")];
+    const named = head.dataset.column === "name";
+    // Names from their beginning first, numbers from the largest.
+    const turns = named ? ["none", "ascending", "descending"] : ["none", "descending", "ascending"];
+    const next = turns[(turns.indexOf(head.getAttribute("aria-sort")) + 1) % turns.length];
     for (const other of $$("thead th[aria-sort]", table)) other.setAttribute("aria-sort", "none");
     head.setAttribute("aria-sort", next);
     const column = head.dataset.column;
     const value = (row) => Number.parseFloat($(`td[data-column="${column}"]`, row)?.dataset.value ?? "NaN");
     const sign = next === "ascending" ? 1 : -1;
-    const sorted = next === "none" ? original : [...original].sort((a, b) => {
+    const label = (row) => data.rows[row.dataset.row].label;
+    const sorted = next === "none" ? original : named ? [...original].sort((a, b) => sign * label(a).localeCompare(label(b))) : [...original].sort((a, b) => {
       const [x, y] = [value(a), value(b)];
       // What is absent goes last either way.
       if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y);
@@ -145,7 +166,8 @@ function describe(cell) {
     if (m.repeated) parts.push(element("p", {}, `Runs that repeat a result exactly count once: n = ${m.n}.`));
     if (cell.difference) {
       const d = cell.difference;
-      parts.push(element("p", {}, `${d.value > 0 ? "+" : ""}${d.value.toFixed(2)} against ${data.rows[data.baseline].label}: ${d.said}.`));
+      const gap = Math.round(100 * d.value) / 100 + 0;
+      parts.push(element("p", {}, `${gap > 0 ? "+" : ""}${gap.toFixed(2)} against ${data.rows[data.baseline].label}: ${d.said}.`));
     }
     const runs = element("table", { class: "runs" });
     runs.append(element("tr", {}, ...["seed", "value", "record"].map((name) => element("th", {}, name))));

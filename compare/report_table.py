@@ -41,7 +41,11 @@ def results_table(table: Table) -> str:
         small = f"<small>{html.escape(' · '.join(rest))}</small>" if rest else ""
         kind = ' class="baseline"' if row == table.baseline else ""
         body.append(f'<tr{kind} data-row="{row}"><th scope="row">{html.escape(name)}{small}</th>{cells}</tr>')
-    head = f'<tr><th class="corner" rowspan="2" scope="col">method</th>{top}</tr><tr>{second}</tr>'
+    corner = (
+        '<th class="corner" rowspan="2" scope="col" data-column="name" aria-sort="none">'
+        '<button type="button">method</button></th>'
+    )
+    head = f"<tr>{corner}{top}</tr><tr>{second}</tr>"
     return (
         '<div class="scroll" role="region" aria-labelledby="table-title"><table class="results" role="grid">'
         f"<thead>{head}</thead><tbody>{''.join(body)}</tbody></table></div>"
@@ -92,7 +96,8 @@ def _table_cell(
     if cell.difference:
         mark = {True: "*", False: "", None: "?"}[cell.difference.significant]
         verdict = ("up" if cell.difference.value > 0 else "down") if cell.difference.significant else ""
-        parts.append(f'<span class="gap {verdict}">{cell.difference.value:+.1f}{mark}</span>'.replace("-", "−"))
+        value = round(cell.difference.value, 1) + 0.0  # nothing is less than nothing
+        parts.append(f'<span class="gap {verdict}">{value:+.1f}{mark}</span>'.replace("-", "−"))
     value = cell.measured.mean if cell.measured else cell.published[0].value
     return (
         f'<td class="{kind}" tabindex="-1" role="gridcell" aria-expanded="false" data-row="{row}" '

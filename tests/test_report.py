@@ -276,9 +276,29 @@ def test_sorting_by_a_column(opened: Any) -> None:
 
 
 @pytest.mark.slow
+def test_sorting_by_name_and_heads_by_keyboard(opened: Any) -> None:
+    """Two stops for Tab, the heads and the cells; arrow keys within, Enter sorts."""
+    before = names(opened)
+    opened.locator('thead button[tabindex="0"]').focus()
+    for wanted in (sorted(before, key=str.casefold), sorted(before, key=str.casefold, reverse=True), before):
+        opened.keyboard.press("Enter")
+        assert names(opened) == wanted
+    opened.keyboard.press("ArrowRight")
+    opened.keyboard.press("ArrowRight")
+    opened.keyboard.press("ArrowLeft")
+    opened.keyboard.press("Enter")
+    assert opened.locator('th[aria-sort="descending"]').get_attribute("data-column") == "0"
+    opened.keyboard.press("ArrowDown")
+    assert opened.evaluate("document.activeElement.dataset.column") == "0"
+    assert opened.locator("thead button[tabindex='0'], td[tabindex='0']").count() == 2
+    opened.keyboard.press("Tab")
+    assert not opened.evaluate("document.activeElement.closest('table.results')?.className")
+
+
+@pytest.mark.slow
 def test_filtering_by_task(opened: Any) -> None:
     opened.get_by_role("button", name="Segmentation", exact=True).click()
-    assert opened.locator(".results thead button:visible").all_inner_texts() == ["mIoU"]
+    assert opened.locator(".results thead button:visible").all_inner_texts() == ["method", "mIoU"]
     assert names(opened) == ["random init", "MoCo v2"]
     assert opened.locator("#labels").is_hidden()
     assert opened.locator("#metrics .chart:visible").count() == 1
