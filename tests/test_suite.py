@@ -512,6 +512,22 @@ def test_through_submitit(world: World, monkeypatch: pytest.MonkeyPatch) -> None
         assert launcher.busy(folder) is not done
     assert not launcher.busy(world.root)
 
+    # Nor where another suite is about to queue it, or did so after this one had looked.
+    def start() -> Any:
+        return launcher.start(["true"], folder=folder, log=folder / "log-1.txt", slot=0)
+
+    lock = suite_launch._lock(folder)
+    assert lock is not None
+    assert start() is None
+    os.close(lock)
+    monkeypatch.setattr(launcher, "busy", lambda _: True)
+    assert start() is None
+    monkeypatch.setattr(launcher, "busy", lambda _: False)
+    started = start()
+    assert started is not None
+    assert (folder / "slurm-job.txt").read_text() == str(started._job.job_id)
+    started._job.result()
+
 
 def test_a_preempted_slurm_job_queues_the_same_command(tmp_path: Path) -> None:
     pytest.importorskip("submitit")

@@ -1,7 +1,8 @@
 """Starting one command of a suite and asking how it does: as a child process here, or as a SLURM job.
 
 A local job holds a lock on its run folder for as long as it lives, even when the suite that started it was killed: the
-lock belongs to an open file that the child inherits. A second suite therefore waits for it and never runs it twice.
+lock belongs to an open file that the child inherits. A SLURM job leaves its number in the folder, written under the
+lock. A second suite therefore waits for either and never runs it twice.
 """
 
 from __future__ import annotations
@@ -141,9 +142,17 @@ class SlurmLauncher:
         return number.exists() and not submitit.SlurmJob(folder=self._folder, job_id=number.read_text()).done()
 
     def start(self, command: Sequence[str], *, folder: Path, log: Path, slot: int) -> Handle | None:  # noqa: ARG002
-        folder.mkdir(parents=True, exist_ok=True)
-        job = self._executor.submit(Command(command, log.resolve()))
-        atomic.write_text(folder / "slurm-job.txt", str(job.job_id))
+        lock = _lock(folder)
+        if lock is None:
+            return None
+        try:
+            # Asked once more, under the lock: two suites that start together must not both queue the job.
+            if self.busy(folder):
+                return None
+            job = self._executor.submit(Command(command, log.resolve()))
+            atomic.write_text(folder / "slurm-job.txt", str(job.job_id))
+        finally:
+            os.close(lock)
         return _SlurmHandle(job)
 
 
