@@ -49,7 +49,7 @@ def check_photometric(device: torch.device, tiny: bool) -> dict[str, Any]:
     apart: dict[str, list[float]] = {}
     expected = finish_on_cpu(made.groups, made.records, batch=batch)
     crops, parameters = _on(device, made)
-    for name, form in _forms(device, crops[0], parameters[0]).items():
+    for name, form in _forms(device, crops, parameters).items():
         for group, part, right in zip(crops, parameters, expected):
             form(group, part)  # the first call copies constants to the device or compiles, which waits
             if device.type == "cuda":
@@ -136,7 +136,7 @@ def _on(device: torch.device, made: Made) -> tuple[list[Tensor], list[photometri
 
 def _photometric_times(config: PretrainConfig, device: torch.device, *, calls: int) -> dict[str, Any]:
     crops, parameters = _on(device, _made(config))
-    forms = _forms(device, crops[0], parameters[0])
+    forms = _forms(device, crops, parameters)
     return measure(
         {
             name: lambda form=form: [form(*group) for group in zip(crops, parameters)]  # type: ignore[misc]
@@ -148,7 +148,7 @@ def _photometric_times(config: PretrainConfig, device: torch.device, *, calls: i
 
 
 def _forms(
-    device: torch.device, crops: Tensor, parameters: photometric.Photometric
+    device: torch.device, crops: list[Tensor], parameters: list[photometric.Photometric]
 ) -> dict[str, Callable[[Tensor, photometric.Photometric], Tensor]]:
     """What a run uses, and beside it on a GPU, where that is another, torch's operations one by one."""
     if device.type != "cuda":

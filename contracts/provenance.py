@@ -18,6 +18,8 @@ PACKAGES = (
     "onedl-mmengine",
     "mmsegmentation",
     "numpy",
+    "numba",
+    "triton",
 )
 
 

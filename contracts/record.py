@@ -92,20 +92,28 @@ class RunRecord(Config):
 
     @property
     def run_name(self) -> str:
-        """`<method>[-<branch>]-<first 8 of the weights hash>-seed<seed>-<first 8 of the recipe hash>`.
-
-        The branch is told where a file has several: their runs may go to one folder of records.
-        """
-        branch = self.weights.branch
-        method = self.method if branch in (None, "backbone") else f"{self.method}-{branch}"
-        return f"{method}-{(self.weights.sha256 or 'none')[:8]}-seed{self.seed}-{self.recipe_hash[:8]}"
+        """`<method>-<first 8 of the weights hash>-seed<seed>-<first 8 of the recipe hash>`."""
+        weights = (self.weights.sha256 or "none")[:8]
+        return f"{self.method}-{weights}-seed{self.seed}-{self.recipe_hash[:8]}"
 
 
 def write_record(record: RunRecord, root: str | os.PathLike[str]) -> Path:
-    """Write `record` to `<root>/<protocol>/<run_name>.json` atomically and return the path."""
-    path = Path(root) / record.protocol / f"{record.run_name}.json"
+    """Write `record` to `<root>/<protocol>/<name>.json` (`name_in`) atomically and return the path."""
+    path = Path(root) / record.protocol / f"{name_in(record, root)}.json"
     atomic.write_json(path, record.model_dump(mode="json"))
     return path
+
+
+def name_in(record: RunRecord, root: str | os.PathLike[str]) -> str:
+    """What `record` is called under `root`: its run name, with its branch where a run of another branch of the same
+    file is called that already. The same run again keeps its name."""
+    there = Path(root) / record.protocol / f"{record.run_name}.json"
+    try:
+        branch = json.loads(there.read_text())["weights"]["branch"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return record.run_name  # nothing there, or nothing that would be a loss
+    own = record.weights.branch or "backbone"
+    return record.run_name if (branch or "backbone") == own else f"{record.run_name}-{own}"
 
 
 def read_record(path: str | os.PathLike[str]) -> RunRecord:

@@ -233,6 +233,8 @@ class ViewLoader:
         it a dead worker is found where its batch is waited for, at most five seconds later.
         """
         ours = signal.getsignal(signal.SIGCHLD)
+        if getattr(ours, "__module__", "").startswith("torch."):  # another loader's, from before
+            ours = signal.SIG_DFL
         iterator = iter(self._loader)
         if threading.current_thread() is threading.main_thread() and ours is not None:
             signal.signal(signal.SIGCHLD, ours)
@@ -268,7 +270,7 @@ class ViewLoader:
             views = [group.to(self._device, non_blocking=True) for group in made.groups]
             if self._pipeline == "device":
                 parameters = [photometric.prepare(records).to(self._device) for records in made.records]
-                self._colour = self._colour or photometric.fastest(views[0], parameters[0])
+                self._colour = self._colour or photometric.fastest(views, parameters)
                 views = [self._colour(crops, part) for crops, part in zip(views, parameters)]
             ready = torch.cuda.Event()
             ready.record(self._copy_stream)

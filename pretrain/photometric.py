@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,21 +151,26 @@ def apply(crops: Tensor, parameters: Photometric) -> Tensor:
     return normalise(x, out=x).unflatten(2, size)
 
 
-def fastest(crops: Tensor, parameters: Photometric) -> Callable[[Tensor, Photometric], Tensor]:
+def fastest(groups: Sequence[Tensor], parameters: Sequence[Photometric]) -> Callable[[Tensor, Photometric], Tensor]:
     """`photometric_gpu.apply` if it gives for these views what `apply` gives, else `apply`, and a sentence why.
 
-    To be asked once, with the first batch on a GPU: it waits for the device, and Triton compiles its kernels.
+    To be asked once, with the first batch on a GPU, a tensor a resolution: it waits for the device, and Triton compiles
+    its kernels for each.
     """
     try:
         from pretrain import photometric_gpu
 
-        fused = photometric_gpu.apply(crops, parameters)
+        # A level on the edge of the solarisation may be inverted in one way only; hardly any is.
+        apart = max(
+            ((photometric_gpu.apply(*group) - apply(*group)).abs() > LARGEST_DIFFERENCE).float().mean().item()
+            for group in zip(groups, parameters)
+        )
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # no Triton, none for this GPU, or no C compiler for its launcher: as many types
         reason = (str(error).splitlines() or [""])[0]
         print(f"Views are coloured the slower way: Triton cannot ({type(error).__name__}: {reason}).", file=sys.stderr)
         return apply
-    # A level on the edge of the solarisation may be inverted in one way only; hardly any is.
-    apart = ((fused - apply(crops, parameters)).abs() > LARGEST_DIFFERENCE).float().mean().item()
     if not apart < 1e-3:
         print(
             f"Views are coloured the slower way: {apart:.1%} of the pixels came out otherwise with Triton's kernels. "

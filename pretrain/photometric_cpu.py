@@ -9,6 +9,8 @@ Shapes: `S` side; colour is the last dimension of pixels and the first of what c
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,23 +19,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contracts.weights import IMAGENET_MEAN, IMAGENET_STD
-from pretrain.photometric import LUMA, SOLARISE_FROM, WHITE, blur_kernels
-from pretrain.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, VIEW
+from pretrain.photometric import blur_kernels
+from pretrain.views import VIEW
 
-# In float32, or the compiler would widen what they meet.
 # Pixels that go through all operations together: three planes of them stay in the first-level cache.
 BLOCK = 1024
 # Taps that are summed in one pass. A sum that goes to memory after each would take most of the time; with more than
 # seven, the compiler gives up asking whether arrays overlap, and with it the vector instructions.
 TAPS = 7
+# As many as there are in this file, at least.
+MOST_FUNCTIONS = 20
 
-_BLACK, _ONE, _TWO, _THREE, _WHITE = (np.float32(x) for x in (0, 1, 2, 3, WHITE))
+# Numbers that `pretrain.photometric`, `pretrain.views` and `contracts.weights` have, too (a test compares them). Here,
+# because what is compiled is kept for as long as this file does not change, and nobody looks at another one. In
+# float32, or the compiler would widen what they meet.
+_BLACK, _ONE, _TWO, _THREE, _SIX, _WHITE = (np.float32(x) for x in (0, 1, 2, 3, 6, 255))
 _TINY = np.finfo(np.float32).tiny
-_SOLARISE_FROM = np.float32(SOLARISE_FROM)
-_RED, _GREEN, _BLUE = (np.float32(share) for share in LUMA)
-_SCALE = (1 / (WHITE * np.array(IMAGENET_STD))).astype(np.float32)
-_SHIFT = (-np.array(IMAGENET_MEAN) / np.array(IMAGENET_STD)).astype(np.float32)
+_SOLARISE_FROM = np.float32(127.5)
+_LUMA = _RED, _GREEN, _BLUE = np.float32(19595 / 65536), np.float32(38470 / 65536), np.float32(7471 / 65536)
+_MEAN, _STD = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
+_SCALE, _SHIFT = (1 / (255 * _STD)).astype(np.float32), (-_MEAN / _STD).astype(np.float32)
+_OPERATIONS = _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0, 1, 2, 3
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,10 +79,17 @@ def apply_each(crops: Iterable[Tensor], views: np.ndarray, out: Tensor) -> None:
         )
 
 
+@functools.cache
 def compile_it() -> None:
     """Compile now, or read what an earlier run has compiled: the first call would."""
     views = np.zeros(1, dtype=VIEW)
-    apply_each([torch.zeros(8, 8, 3, dtype=torch.uint8).permute(2, 0, 1)], views, torch.empty(1, 3, 8, 8))
+    crop, out = torch.zeros(8, 8, 3, dtype=torch.uint8).permute(2, 0, 1), torch.empty(1, 3, 8, 8)
+    for _ in range(MOST_FUNCTIONS):
+        # numba keeps what it has compiled, or cannot: a full disk, say. It is compiled all the same, and the next call
+        # goes on with the next function.
+        with contextlib.suppress(OSError):
+            return apply_each([crop], views, out)
+    return None
 
 
 @_compiled
@@ -97,7 +110,7 @@ def _finish(
     x = out.reshape(3, count)
     block = side * max(1, BLOCK // side)
     until = 0
-    while until < 4 and order[until] != CONTRAST:
+    while until < 4 and order[until] != _CONTRAST:
         until += 1
     total = 0.0
     for begin in range(0, count, block):
@@ -114,7 +127,7 @@ def _finish(
         red, green, blue = x[0, begin:end], x[1, begin:end], x[2, begin:end]
         if until < 4:
             for channel in range(3):
-                _towards(x[channel, begin:end], mean, factors[CONTRAST])
+                _towards(x[channel, begin:end], mean, factors[_CONTRAST])
             for slot in range(until + 1, 4):
                 _jitter(order[slot], factors, red, green, blue)
         if grey:
@@ -150,14 +163,14 @@ def _load(pixels: np.ndarray, side: int, flip: bool, red: np.ndarray, green: np.
 @_compiled
 def _jitter(operation: int, factors: np.ndarray, red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> None:
     """One operation other than contrast on a row."""
-    if operation == BRIGHTNESS:
-        _brighten(red, factors[BRIGHTNESS])
-        _brighten(green, factors[BRIGHTNESS])
-        _brighten(blue, factors[BRIGHTNESS])
-    elif operation == SATURATION:
-        _saturate(red, green, blue, factors[SATURATION])
-    elif operation == HUE:
-        _shift_hue(red, green, blue, 6 * factors[HUE])
+    if operation == _BRIGHTNESS:
+        _brighten(red, factors[_BRIGHTNESS])
+        _brighten(green, factors[_BRIGHTNESS])
+        _brighten(blue, factors[_BRIGHTNESS])
+    elif operation == _SATURATION:
+        _saturate(red, green, blue, factors[_SATURATION])
+    elif operation == _HUE:
+        _shift_hue(red, green, blue, _SIX * factors[_HUE])
 
 
 @_compiled

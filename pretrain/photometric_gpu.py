@@ -101,7 +101,8 @@ def _colour(  # type: ignore[no-untyped-def]
     tl.store(into + 2 * pixels, blue, mask=at < pixels)
 
 
-@triton.jit
+# The list of blurred views begins anywhere in its tensor; a variant for each alignment would be compiled mid-run.
+@triton.jit(do_not_specialize_on_alignment=["blurred"])
 def _blur_columns(  # type: ignore[no-untyped-def]
     out, numbers, blurred, between, pixels, width, columns, TAPS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -121,7 +122,7 @@ def _blur_columns(  # type: ignore[no-untyped-def]
         tl.store(between + (3 * row + channel) * pixels + at, total, mask=at < pixels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["blurred"])
 def _blur_rows(  # type: ignore[no-untyped-def]
     between, numbers, flags, blurred, out, pixels, width, columns, TAPS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

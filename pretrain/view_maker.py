@@ -90,7 +90,7 @@ class ViewMaker:
         self._groups = resolutions(plan_views(views))
         self._sizes = np.array([size for count, size in self._groups for _ in range(count)])  # (V,)
         if pipeline == "cpu":
-            _photometric_cpu().compile_it()  # here, once, before there are workers that would each do it
+            _photometric_cpu()  # compiled here, once, before there are workers that would each do it
 
     def __getitem__(self, request: Request) -> Made:
         try:
@@ -227,6 +227,7 @@ def _photometric_cpu() -> ModuleType:
     """The compiler that it needs takes a second to import: not for those whose GPU does that part."""
     from pretrain import photometric_cpu
 
+    photometric_cpu.compile_it()
     return photometric_cpu
 
 

@@ -275,7 +275,10 @@ def test_runs_of_two_branches_of_one_file_have_files_of_their_own(tmp_path: Path
     weights = [WeightsProvenance(name="w", sha256="ab" * 32, branch=branch) for branch in branches]
     paths = [write_record(record(weights=one), tmp_path) for one in weights]
     assert [read_record(path).weights.branch for path in paths] == list(branches)
-    assert paths[0].name == write_record(record(), tmp_path).name, "a file with one branch is called as ever"
+    again = [write_record(record(weights=one), tmp_path) for one in weights]
+    assert again == paths, "the same run again stands in its own place"
+    assert paths[0].stem == write_record(record(), tmp_path).stem == record().run_name
+    assert len(list(find_records([tmp_path]))) == 3
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,11 @@ The bounds are in levels of 255 and the ones that `pretrain/photometric.py` stat
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,12 +19,14 @@ from photographs import photograph
 from PIL import Image
 from torch import Tensor
 
+from contracts.weights import IMAGENET_MEAN, IMAGENET_STD
 from pretrain import photometric as fast
 from pretrain import photometric_cpu as on_cpu
 from pretrain import pil_reference as pil
 from pretrain.config import ViewsConfig
 from pretrain.views import BRIGHTNESS, CONTRAST, HUE, NO_OPERATION, SATURATION, VIEW, ViewSampler, plan_views
 
+ROOT = Path(__file__).parent.parent
 SIDE = 96
 NOISE, PHOTOGRAPH = 0, 1
 EDGE = 6
@@ -205,6 +212,34 @@ def test_all_views_at_once_equal_one_by_one() -> None:
     plain = ~torch.from_numpy(views["solarise"])
     assert torch.allclose(at_once[plain], one_by_one[plain], atol=2e-5)
     assert ((at_once - one_by_one).abs() > 2e-5).float().mean() < 1e-4
+
+
+def test_the_compiled_numbers_are_the_others() -> None:
+    """They stand there twice: what is compiled is kept until its own file changes."""
+    assert on_cpu._OPERATIONS == (BRIGHTNESS, CONTRAST, SATURATION, HUE)
+    assert np.array_equal(np.array(on_cpu._LUMA), np.array(fast.LUMA, np.float32))
+    assert (on_cpu._WHITE, on_cpu._SOLARISE_FROM) == (fast.WHITE, fast.SOLARISE_FROM)
+    assert (tuple(on_cpu._MEAN), tuple(on_cpu._STD)) == (IMAGENET_MEAN, IMAGENET_STD)
+
+
+@pytest.mark.slow
+def test_a_disk_that_keeps_nothing_of_what_was_compiled_does_not_matter(tmp_path: Path) -> None:
+    program = """
+from numba.core import caching
+def full(*_):
+    raise OSError(28, "No space left on device")
+caching.IndexDataCacheFile.save = full
+import numpy as np, torch
+from pretrain import photometric_cpu
+from pretrain.views import VIEW
+photometric_cpu.compile_it()
+views, out = np.zeros(1, VIEW), torch.full((1, 3, 8, 8), torch.nan)
+photometric_cpu.apply_each([torch.zeros(8, 8, 3, dtype=torch.uint8).permute(2, 0, 1)], views, out)
+assert out.isfinite().all()
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_view_is_the_same_in_any_company() -> None:

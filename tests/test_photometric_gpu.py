@@ -104,8 +104,17 @@ def right(views: Tensor, parameters: photometric.Photometric) -> Tensor:
     return photometric.apply(views, parameters)
 
 
+asked: list[int] = []
+
+
 def wrong(views: Tensor, parameters: photometric.Photometric) -> Tensor:
-    return photometric.apply(views, parameters).flip(0)
+    """Wrong for the second resolution alone."""
+    asked.append(len(views))
+    return photometric.apply(views, parameters).flip(0 if len(asked) == 2 else ())
+
+
+def out_of_memory(_: Tensor, __: photometric.Photometric) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def broken(_: Tensor, __: photometric.Photometric) -> Tensor:
@@ -123,8 +132,19 @@ def test_a_run_takes_the_kernels_only_where_they_are_right(
     monkeypatch.setitem(sys.modules, "pretrain.photometric_gpu", module)
     monkeypatch.setattr(sys.modules["pretrain"], "photometric_gpu", module, raising=False)
     views = drawn()
-    chosen = photometric.fastest(crops(len(views)), photometric.prepare(views))
+    groups, parameters = [crops(len(views))] * 2, [photometric.prepare(views)] * 2
+    chosen = photometric.fastest(groups, parameters)
     assert chosen is (right if kernels is right else photometric.apply)
     printed = capsys.readouterr().err
     assert said in printed
     assert len(printed.splitlines()) == (kernels is not right)
+
+
+def test_a_gpu_without_room_is_not_taken_for_one_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("pretrain.photometric_gpu")
+    module.apply = out_of_memory  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pretrain.photometric_gpu", module)
+    monkeypatch.setattr(sys.modules["pretrain"], "photometric_gpu", module, raising=False)
+    views = drawn()
+    with pytest.raises(torch.OutOfMemoryError):
+        photometric.fastest([crops(len(views))], [photometric.prepare(views)])

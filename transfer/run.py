@@ -24,7 +24,7 @@ from contracts.errors import UsageError, UserError
 from contracts.hashing import sha256_file
 from contracts.metrics import METRICS
 from contracts.provenance import git_commit, hardware, software
-from contracts.record import RunRecord, Scale, WeightsProvenance, write_record
+from contracts.record import RunRecord, Scale, WeightsProvenance, name_in, write_record
 from contracts.weights import Backbone, write_backbone
 from transfer import folder
 from transfer.preflight import check_data, find_root
@@ -322,7 +322,7 @@ def _recipe(result: EngineResult, backbone: Backbone, sample: dict[str, Any] | N
 
 def _publish(record: RunRecord, result: EngineResult, results: Path) -> RunRecord:
     """Write the record with pictures and curves beside it, so that a folder of records can be moved and committed."""
-    beside = results / record.protocol / record.run_name
+    beside = results / record.protocol / name_in(record, results)
     names = []
     for path in [*result.media, *([result.curves] if result.curves else [])]:
         with atomic.atomic_path(beside / path.name) as temporary:

@@ -25,7 +25,7 @@ from pydantic import Field
 from contracts.config import Config, parse_override, problems, read_toml, validate
 from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.hashing import sha256_file, sha256_json
-from contracts.record import RunRecord, find_records, read_record, write_record
+from contracts.record import RunRecord, find_records, name_in, read_record, write_record
 from converters import sources
 from transfer.protocols import PROTOCOLS
 from transfer.records import check_protocol
@@ -502,7 +502,7 @@ def _read(file: Path) -> RunRecord:
 
 def _keep(file: Path, name: str, record: RunRecord, results: Path) -> str:
     """Copy what a record points at (a path relative to it) beside the collected record; the new relative path."""
-    kept = f"{record.run_name}/{Path(name).name}"
+    kept = f"{name_in(record, results)}/{Path(name).name}"
     target = results / record.protocol / kept
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file.parent / name, target)

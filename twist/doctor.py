@@ -34,6 +34,8 @@ def examine() -> list[Check]:
         lambda: _package("timm", "ViT backbones"),
         lambda: _package("fvcore", "schedules"),
         lambda: _package("safetensors", "the weights artefact"),
+        lambda: _package("numba", "views on a CPU"),
+        _triton,
         _detectron2,
         _mmseg,
         lambda: _optional("datasets", "Parquet, tar shards and hubs as image source", "hub"),
@@ -139,6 +141,16 @@ def _package(name: str, purpose: str) -> Check:
     if module is None:
         return Check(name, f"{why} (needed for {purpose})", "make install", broken=True)
     return Check(name, _version(module))
+
+
+def _triton() -> Check:
+    module, why = _import("triton")
+    if module is None:
+        return Check("Triton", f"{why}; a GPU colours views the slower way", "install a torch build for CUDA")
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if compiler is None:
+        return Check("Triton", f"{_version(module)}, no C compiler for it", "install gcc, or set CC")
+    return Check("Triton", _version(module))
 
 
 def _optional(name: str, purpose: str, extra: str) -> Check:

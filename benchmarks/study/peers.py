@@ -10,8 +10,8 @@ momentum update, put together as its benchmark for small data sets does (lightly
 
 FOLDER/checkpoint.pth holds a `state_dict` with the names of that benchmark, which `twist convert` reads. At the end the
 same reader makes FOLDER/backbone.safetensors of it, whose header says the recipe, the seed and the images, as a TWIST
-run's does: so that seeds of one recipe are known as repeats. A run that was stopped goes on from its last epoch when
-the same command is given again. `B` images, two views each.
+run's does: so that seeds of one recipe are known as repeats. A run that was stopped goes on from its last checkpoint
+(an epoch's end, a minute before or two) when the same command is given again. `B` images, two views each.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from contracts import atomic
-from contracts.config import config_hash, load_config
+from contracts.config import load_config
 from contracts.errors import UserError
 from contracts.hashing import sha256_json
 from contracts.networks import build_backbone
@@ -46,7 +46,7 @@ from converters.read import load_artefact
 from pretrain.config import PretrainConfig
 from pretrain.image_source import fingerprint
 from pretrain.precision import autocast
-from pretrain.run_folder import recipe_hash
+from pretrain.run_folder import locked, recipe_hash
 from pretrain.schedule import warmup_epochs, warmup_then_cosine
 
 # Of the moving average; a smaller one than for ImageNet, because runs are short (lightly's benchmark).
@@ -157,7 +157,13 @@ def train(
     Raises:
         UserError: there are too few images, or the folder holds another run.
     """
-    run = {"method": method, "config": config_hash(config), "optimizer": optimizer, "lr": lr}
+    run = {
+        "method": method,
+        "recipe": recipe_hash(config),
+        "seed": config.run.seed,
+        "optimizer": optimizer,
+        "lr": lr,
+    }
     settings = OPTIMIZERS[optimizer]
     device = torch.device("cuda" if torch.cuda.is_available() and config.run.device != "cpu" else "cpu")
     _seed(config.run.seed)
@@ -245,7 +251,7 @@ def _write_backbone(path: Path, run: dict[str, Any], config: PretrainConfig) -> 
     said = {
         "method": run["method"],
         "epochs": config.run.epochs,
-        "config_hash": sha256_json([run["method"], run["optimizer"], run["lr"], recipe_hash(config)]),
+        "config_hash": sha256_json([run["method"], run["optimizer"], run["lr"], run["recipe"]]),
         "seed": config.run.seed,
         "images_sha256": fingerprint(config.data),
     }
@@ -290,7 +296,8 @@ def _restore(path: Path, run: dict[str, Any], model: nn.Module, learner: torch.o
         return 0, 0.0
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state["run"] != run:
-        raise UserError(f"{path} is of another run ({state['run']}): give another --output, or remove it.")
+        other = ", ".join(key for key in run if state["run"].get(key) != run[key])
+        raise UserError(f"{path} is of another run (other: {other}): give another --output, or remove it.")
     model.load_state_dict(state["state_dict"])
     for name, buffer in _queue(model).items():
         buffer.copy_(state["optimizer"]["queue"][name])
@@ -309,7 +316,8 @@ def main() -> int:
     given = parser.parse_intermixed_args()
     try:
         config = load_config(given.config, PretrainConfig, given.overrides)
-        path = train(given.method, config, given.output, optimizer=given.optimizer, lr=given.lr)
+        with locked(given.output):
+            path = train(given.method, config, given.output, optimizer=given.optimizer, lr=given.lr)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_status

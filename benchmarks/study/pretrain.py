@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 CONFIG = Path(__file__).with_name("config.toml")
 METHODS = ("twist", "moco-v2", "byol")
 POLL_S = 0.5
+STOPPED = 75  # `twist pretrain` after a signal
 
 
 def command(method: str, *, data: Path, folder: Path, seed: int, epochs: int | None, workers: int) -> list[str]:
@@ -63,30 +65,50 @@ def main() -> int:
         if not (folder / "backbone.safetensors").exists():
             asked = {"data": given.data, "folder": folder, "seed": seed, "epochs": given.epochs}
             waiting.append((folder.name, command(method, **asked, workers=given.workers)))
+    signal.signal(signal.SIGTERM, _interrupt)
+    return 0 if _run(waiting, given) else 1
+
+
+def _run(waiting: list[tuple[str, list[str]]], given: argparse.Namespace) -> bool:
+    """Run these commands, by name; True when all came to their end. None outlives this process."""
     # Processes beside each other would each take all cores for their arithmetic.
     threads = str(max(1, (os.cpu_count() or 1) // given.at_once))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
-    began, failed = time.monotonic(), []
-    while (waiting or running) and time.monotonic() - began < given.within:
-        while waiting and len(running) < given.at_once:
-            name, arguments = waiting.pop(0)
-            with open(given.output / f"{name}.log", "ab") as log:
-                process = subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            running[name] = process, time.monotonic()
-        time.sleep(POLL_S)
-        for name, (process, since) in list(running.items()):
-            if process.poll() is not None:
-                del running[name]
-                verdict = "done" if process.returncode == 0 else f"failed ({process.returncode}), see its log"
-                print(f"{name}: {verdict}, {time.monotonic() - since:.0f} s", flush=True)
-                failed += [name] if process.returncode else []
-    for process, _ in running.values():
-        process.terminate()
-    for name, (process, _) in running.items():
-        process.wait()
-        print(f"{name}: stopped, goes on with the same command", flush=True)
-    return 1 if failed or running or waiting else 0
+    began, right = time.monotonic(), True
+    try:
+        while (waiting or running) and time.monotonic() - began < given.within:
+            while waiting and len(running) < given.at_once:
+                name, arguments = waiting.pop(0)
+                with open(given.output / f"{name}.log", "ab") as log:
+                    process = subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT, env=environment)
+                running[name] = process, time.monotonic()
+            time.sleep(POLL_S)
+            for name, (process, since) in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    right &= _tell(name, process, since)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for name, (process, since) in running.items():
+            process.wait()
+            right &= _tell(name, process, since)
+        for name, _ in waiting:
+            print(f"{name}: not begun", flush=True)
+    return right and not waiting
+
+
+def _tell(name: str, process: subprocess.Popen[bytes], since: float) -> bool:
+    # TWIST saves and says so with a status of its own; the peers' last checkpoint is there already.
+    stopped = process.returncode in (-signal.SIGTERM, STOPPED)
+    verdict = "stopped, goes on with the same command" if stopped else f"failed ({process.returncode}), see its log"
+    print(f"{name}: {'done' if process.returncode == 0 else verdict}, {time.monotonic() - since:.0f} s", flush=True)
+    return process.returncode == 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt  # so that what runs is stopped, too
 
 
 if __name__ == "__main__":
