@@ -26,6 +26,7 @@ from contracts.weights import IMAGENET_STD
 from pretrain import photometric
 from pretrain.config import PretrainConfig
 from pretrain.image_source import open_images
+from pretrain.photometric_choice import fastest
 from pretrain.train import pretrain
 from pretrain.view_maker import Made, Request, ViewMaker, finish_on_cpu
 
@@ -153,10 +154,10 @@ def _forms(
     """What a run uses, and beside it on a GPU, where that is another, torch's operations one by one."""
     if device.type != "cuda":
         return {"photometric part": photometric.apply}
-    fastest = photometric.fastest(crops, parameters)
-    if fastest is photometric.apply:
-        return {"photometric part": fastest}
-    return {"photometric part": fastest, "operation by operation": photometric.apply}
+    chosen = fastest(crops, parameters)
+    if chosen is photometric.apply:
+        return {"photometric part": chosen}
+    return {"photometric part": chosen, "operation by operation": photometric.apply}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -34,6 +34,7 @@ from pretrain.config import DataConfig, ViewsConfig
 from pretrain.image_source import ImageSource, is_stream
 from pretrain.image_source import open_images as open_by_number
 from pretrain.image_stream import ImageStream
+from pretrain.photometric_choice import fastest
 from pretrain.view_maker import Made, PipelineName, Request, ViewMaker, finish_on_cpu
 from pretrain.views import STAGES, Stage
 
@@ -270,7 +271,7 @@ class ViewLoader:
             views = [group.to(self._device, non_blocking=True) for group in made.groups]
             if self._pipeline == "device":
                 parameters = [photometric.prepare(records).to(self._device) for records in made.records]
-                self._colour = self._colour or photometric.fastest(views, parameters)
+                self._colour = self._colour or fastest(views, parameters)
                 views = [self._colour(crops, part) for crops, part in zip(views, parameters)]
             ready = torch.cuda.Event()
             ready.record(self._copy_stream)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pretrain import photometric
 from pretrain.config import ViewsConfig
+from pretrain.photometric_choice import fastest
 from pretrain.views import NO_OPERATION, VIEW, ViewSampler, plan_views
 
 SIDE = 36  # more than one block of pixels, and the last one is not full
@@ -133,7 +134,7 @@ def test_a_run_takes_the_kernels_only_where_they_are_right(
     monkeypatch.setattr(sys.modules["pretrain"], "photometric_gpu", module, raising=False)
     views = drawn()
     groups, parameters = [crops(len(views))] * 2, [photometric.prepare(views)] * 2
-    chosen = photometric.fastest(groups, parameters)
+    chosen = fastest(groups, parameters)
     assert chosen is (right if kernels is right else photometric.apply)
     printed = capsys.readouterr().err
     assert said in printed
@@ -147,4 +148,4 @@ def test_a_gpu_without_room_is_not_taken_for_one_without_triton(monkeypatch: pyt
     monkeypatch.setattr(sys.modules["pretrain"], "photometric_gpu", module, raising=False)
     views = drawn()
     with pytest.raises(torch.OutOfMemoryError):
-        photometric.fastest([crops(len(views))], [photometric.prepare(views)])
+        fastest([crops(len(views))], [photometric.prepare(views)])
