@@ -47,7 +47,7 @@ def speedup(case: str) -> Reader:
         return (
             f"{measured[best]['speedup']:.1f} × {best} ({spread(times['ours'])} against {spread(times['naive'])})"
             + "".join(f"; {mode} {measured[mode]['speedup']:.1f} ×" for mode in others)
-            + (f"; {skipped} steps were skipped" if skipped else "")
+            + (f"; {skipped} step{' was' if skipped == 1 else 's were'} skipped" if skipped else "")
         )
 
     return read

@@ -401,10 +401,15 @@ def _without_repeats(runs: list[RunRecord]) -> list[RunRecord]:
     return runs[:1] if all(run.metrics == runs[0].metrics for run in runs) else runs
 
 
+def _names(row: Row) -> tuple[str, str]:
+    """What a row may be called, in lower case: as its records say it (moco-v2), and as the table does (MoCo v2)."""
+    return row.method.casefold(), row.label.split(" · ")[0].casefold()
+
+
 def _baseline(name: str, rows: Sequence[Row], cells: dict[tuple[int, int], Cell]) -> int:
     measured = {row for (row, _), cell in cells.items() if cell.measured}
     by_label = [index for index in measured if rows[index].label == name]
-    found = by_label or [index for index in measured if rows[index].method.casefold() == name.casefold()]
+    found = by_label or [index for index in measured if name.casefold() in _names(rows[index])]
     if len(found) == 1:
         return found[0]
     if found:

@@ -94,6 +94,12 @@ def test_p_values_are_printed_as_papers_do() -> None:
     assert [p_text(p) for p in (0.00004, 0.0312, 0.42)] == ["p < 0.001", "p = 0.031", "p = 0.42"]
 
 
+def test_a_baseline_is_called_as_the_record_or_as_the_table_does() -> None:
+    records = [*runs("random", [40.0, 41.0]), *runs("moco-v2", [60.0, 61.0])]
+    for name in ("moco-v2", "MoCo v2", "moco V2"):
+        assert build_table(records, baseline=name).baseline == 1
+
+
 def test_differences_to_a_baseline() -> None:
     records = [*runs("random", [40.0, 40.5, 41.0]), *runs("twist", [50.0, 50.5, 51.0]), *runs("byol", [40.1, 40.6, 41])]
     table = build_table(records, baseline="random")
