@@ -107,9 +107,10 @@ def render(result: dict[str, Any]) -> str:
         )
     lines.append("")
     for rate, cores in result["cores_for_gpu"].items():
+        plural = "" if cores["device"] == 1 else "s"
         lines.append(
-            f"A GPU that takes {rate} images/s needs {cores['device']} cores in device mode, {cores['cpu']} in cpu "
-            f"mode, {cores['pil']} with PIL."
+            f"A GPU that takes {rate} images/s needs {cores['device']} core{plural} in device mode, {cores['cpu']} in "
+            f"cpu mode, {cores['pil']} with PIL."
         )
     return "\n".join(lines)
 
