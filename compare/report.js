@@ -64,6 +64,12 @@ const everyMetric = $("#every-metric");
 const measuredOnly = $("#measured-only");
 let task = "all";
 
+// Of the heads, and of the cells, one each is where Tab stops.
+function stopAt(wanted) {
+  const kind = wanted?.matches("button") ? "thead button" : "td[tabindex]";
+  for (const other of $$(kind, table)) other.tabIndex = other === wanted ? 0 : -1;
+}
+
 function filter(wanted) {
   task = wanted;
   for (const chip of $$(".chips button")) chip.setAttribute("aria-pressed", String(chip.dataset.task === task));
@@ -79,9 +85,8 @@ function filter(wanted) {
     section.hidden = !$$(".chart, figure", section).some((part) => !part.hidden);
   }
   closeProvenance();
-  // One cell at a time is in the Tab order, and it must be one that can be seen.
-  const seen = places();
-  for (const place of $$("td[tabindex]", table)) place.tabIndex = place === seen[0] ? 0 : -1;
+  // One cell and one head at a time are in the Tab order, and they must be ones that can be seen.
+  stopAt(places()[0]);
   stopAt(heads()[0]);
   draw();
 }
@@ -92,10 +97,7 @@ for (const chip of $$(".chips button")) chip.addEventListener("click", () => fil
 const body = $("tbody", table);
 const original = $$("tr", body);
 const heads = () => $$("thead button", table).filter((button) => !button.closest("th").hidden);
-// One head at a time is in the Tab order, as with the cells: arrow keys go along, and down into the column.
-function stopAt(wanted) {
-  for (const button of $$("thead button", table)) button.tabIndex = button === wanted ? 0 : -1;
-}
+// Arrow keys go along the heads, and down into the column.
 for (const button of $$("thead button", table)) {
   button.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -103,9 +105,9 @@ for (const button of $$("thead button", table)) {
     const below = event.key === "ArrowDown" && places().find((cell) => column === "name" || cell.dataset.column === column);
     const wanted = step ? heads()[heads().indexOf(button) + step] : below;
     if (step || below) event.preventDefault();
-    if (step && wanted) stopAt(wanted);
-    if (below) for (const place of $$("td[tabindex]", table)) place.tabIndex = place === below ? 0 : -1;
-    if (wanted) wanted.focus();
+    if (!wanted) return;
+    stopAt(wanted);
+    wanted.focus();
   });
   button.addEventListener("click", () => {
     stopAt(button);
@@ -283,8 +285,7 @@ function move(place, [across, down]) {
   const distance = (cell) => Math.abs(cell.getBoundingClientRect()[across ? "left" : "top"] - here[across ? "left" : "top"]);
   const next = ahead.sort((a, b) => distance(a) - distance(b))[0];
   if (!next) return;
-  place.tabIndex = -1;
-  next.tabIndex = 0;
+  stopAt(next);
   pinned = null;
   next.focus();
 }

@@ -204,7 +204,7 @@ def _dots_section(table: Table) -> str:
     if not charts:
         return ""
     note = (
-        "Dot: mean. Bar: one standard deviation. Faint dots: the runs. Open diamond: published. "
+        "Dot: mean. Bar: one standard deviation. Faint dots: what n counts. Open diamond: published. "
         "Axes do not start at zero; the dashed line is the baseline."
     )
     switch = '<label class="switch"><input type="checkbox" id="every-metric"> every metric and protocol</label>'

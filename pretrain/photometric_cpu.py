@@ -1,7 +1,7 @@
-"""The photometric part of one view on a CPU: the arithmetic of `pretrain/photometric.py`, compiled, a row at a time.
+"""The photometric part of one view on a CPU: the arithmetic of `pretrain/photometric.py`, compiled, a block at a time.
 
 Some forty operations a pixel cost little; what costs is to call forty functions and to carry the picture through the
-cache forty times. So numba compiles one function of them all: each row of pixels goes through every operation up to
+cache forty times. So numba compiles one function of them all: each block of pixels goes through every operation up to
 the contrast, which needs the mean of the whole picture, then through the rest. Only a blur needs another two passes.
 
 Shapes: `S` side; colour is the last dimension of pixels and the first of what comes out.
@@ -162,7 +162,7 @@ def _load(pixels: np.ndarray, side: int, flip: bool, red: np.ndarray, green: np.
 
 @_compiled
 def _jitter(operation: int, factors: np.ndarray, red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> None:
-    """One operation other than contrast on a row."""
+    """One operation other than contrast on a block."""
     if operation == _BRIGHTNESS:
         _brighten(red, factors[_BRIGHTNESS])
         _brighten(green, factors[_BRIGHTNESS])
@@ -269,7 +269,7 @@ def _weigh(taps: np.ndarray, source: np.ndarray, step: int, first: bool, out: np
 
 @_compiled
 def _end(x: np.ndarray, solarised: bool, channel: int) -> None:
-    """Solarise and normalise a row."""
+    """Solarise and normalise."""
     scale, shift = _SCALE[channel], _SHIFT[channel]
     if solarised:
         for i in range(len(x)):

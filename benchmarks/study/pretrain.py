@@ -20,10 +20,11 @@ import sys
 import time
 from pathlib import Path
 
+from pretrain.signals import Requeue
+
 CONFIG = Path(__file__).with_name("config.toml")
 METHODS = ("twist", "moco-v2", "byol")
 POLL_S = 0.5
-STOPPED = 75  # `twist pretrain` after a signal
 
 
 def command(method: str, *, data: Path, folder: Path, seed: int, epochs: int | None, workers: int) -> list[str]:
@@ -101,7 +102,7 @@ def _run(waiting: list[tuple[str, list[str]]], given: argparse.Namespace) -> boo
 
 def _tell(name: str, process: subprocess.Popen[bytes], since: float) -> bool:
     # TWIST saves and says so with a status of its own; the peers' last checkpoint is there already.
-    stopped = process.returncode in (-signal.SIGTERM, STOPPED)
+    stopped = process.returncode in (-signal.SIGTERM, Requeue.exit_status)
     verdict = "stopped, goes on with the same command" if stopped else f"failed ({process.returncode}), see its log"
     print(f"{name}: {'done' if process.returncode == 0 else verdict}, {time.monotonic() - since:.0f} s", flush=True)
     return process.returncode == 0
