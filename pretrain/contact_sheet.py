@@ -1,6 +1,7 @@
 """A picture of what the network sees: some images, where their crops lie, and every view of them, finished and back.
 
-The views come from the loader that training uses (first epoch, the run's seed): they are the run's own pixels.
+The views come from the loader that training uses (first epoch, the run's seed): they are the run's own pixels, each
+shown as several where views are small.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from contracts.errors import UserError
 from pretrain.config import PretrainConfig
 from pretrain.data import ImageStream, ViewLoader, open_images
 from pretrain.photometric import denormalise
-from pretrain.views import Stage, View, ViewSampler, plan_views, resolutions
+from pretrain.views import Stage, View, ViewSampler, plan_views
 
 GAP = 8  # pixels between pictures
 LABEL_HEIGHT = 16
 FONT_SIZE = 12
+# Views are shown at least so large, or their labels would not fit beside each other.
+LEAST_SIDE = 96
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 # Outlines of the crops on the image: first global, second global, local.
 COLOURS = ((214, 69, 65), (38, 110, 188), (245, 190, 65))
@@ -50,12 +53,16 @@ def contact_sheet(
     draw = ViewSampler(plan).draw(seed, epoch=0, indices=batch.indices.numpy())
     groups = [denormalise(group).permute(0, 2, 3, 1).numpy() for group in batch.views]  # (V·B, S, S, 3)
 
+    zoom = -(-LEAST_SIDE // plan[0].size)
     rows = []
     for place, index in enumerate(batch.indices.tolist()):
         image = images.decode(index)
         boxes = draw.place(place, height=image.shape[1], width=image.shape[2])["box"].tolist()
-        views = [Image.fromarray(view) for group in groups for view in group[place::count]]
-        rows.append(_row(_outlined(image, boxes, plan), os.path.basename(images.name(index)), views, plan))
+        views = [
+            Image.fromarray(view.repeat(zoom, 0).repeat(zoom, 1)) for group in groups for view in group[place::count]
+        ]
+        picture = _outlined(image, boxes, zoom * plan[0].size)
+        rows.append(_row(picture, os.path.basename(images.name(index)), views, plan))
     sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), PAPER)
     top = 0
     for row in rows:
@@ -66,15 +73,15 @@ def contact_sheet(
     return path
 
 
-def _outlined(image: torch.Tensor, boxes: list[list[int]], plan: tuple[View, ...]) -> Image.Image:
-    """The image as high as a global view, with the outline of each crop."""
+def _outlined(image: torch.Tensor, boxes: list[list[int]], side: int) -> Image.Image:
+    """The image as high as a global view is shown, `side`, with the outline of each crop."""
     picture = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
-    ratio = plan[0].size / picture.height
+    ratio = side / picture.height
     # A panorama keeps to twice the height, so that one image does not stretch the sheet.
-    ratio = min(ratio, 2 * plan[0].size / picture.width)
+    ratio = min(ratio, 2 * side / picture.width)
     picture = picture.resize((round(picture.width * ratio), round(picture.height * ratio)), Image.Resampling.LANCZOS)
     pen = ImageDraw.Draw(picture)
-    for view in reversed(range(len(plan))):
+    for view in reversed(range(len(boxes))):
         top, left, height, width = (ratio * side for side in boxes[view])
         outline = COLOURS[min(view, 2)]
         pen.rectangle((left, top, left + width - 1, top + height - 1), outline=outline, width=1 if view > 1 else 3)
@@ -83,7 +90,7 @@ def _outlined(image: torch.Tensor, boxes: list[list[int]], plan: tuple[View, ...
 
 def _row(image: Image.Image, name: str, views: list[Image.Image], plan: tuple[View, ...]) -> Image.Image:
     """Image and global views side by side, the local views in a block of two lines or as many as fit."""
-    side = plan[0].size
+    side = views[0].width
     cells = [(image, name), (views[0], plan[0].name), (views[1], plan[1].name)]
     image_width = 2 * side  # the widest that `_outlined` makes
     lefts = [GAP, image_width + 2 * GAP, image_width + side + 3 * GAP]
@@ -91,7 +98,7 @@ def _row(image: Image.Image, name: str, views: list[Image.Image], plan: tuple[Vi
     height = side + LABEL_HEIGHT + GAP
     places = [(left, 0) for left in lefts]
     if len(views) > 2:
-        local_side = resolutions(plan)[1][1]
+        local_side = views[2].width
         step_x, step_y = max(local_side, 48) + GAP, local_side + LABEL_HEIGHT
         lines = max(1, (side + LABEL_HEIGHT) // step_y)
         columns = -(-(len(views) - 2) // lines)

@@ -58,8 +58,8 @@ def test_the_contact_sheet_shows_each_view_beside_its_image(config: PretrainConf
     with Image.open(path) as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
     height, width = pixels.shape[:2]
-    assert width > 4 * 48 + 2 * 24
-    assert height >= 3 * (48 + 16)
+    assert width > 4 * 96 + 2 * 48, "small views are shown twice as large, so that labels fit"
+    assert height >= 3 * (96 + 16)
     # Paper, ink and pictures in each of the three rows.
     for row in np.array_split(pixels, 3):
         assert (row == 255).all(axis=2).mean() > 0.1
