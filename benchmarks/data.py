@@ -38,9 +38,7 @@ def main() -> None:
         count = arguments.images if height < 1000 else max(arguments.images // 8, 2)
         with tempfile.TemporaryDirectory() as folder:
             write_folder(Path(folder), count, height=height, width=width)
-            config = PretrainConfig(
-                data=DataConfig(root=folder), run=RunConfig(epochs=1, mutual_information_epochs=1), views=views
-            )
+            config = PretrainConfig(data=DataConfig(root=folder), run=RunConfig(epochs=1), views=views)
             results[name] = bench(config, images=count)
         print(f"— {name} —\n{render(results[name])}\n", flush=True)
     if arguments.json:

@@ -117,7 +117,7 @@ def _config(
     return step.case(
         "multi-crop", batch=batch, tiny=tiny, data__root=str(listing), data__format="list",
         data__workers=2 if tiny else max(2, min(len(os.sched_getaffinity(0)) - 2, 14)),
-        run__epochs=1, run__mutual_information_epochs=1, run__device=device.type, **changes,
+        run__epochs=1, run__device=device.type, **changes,
     )  # fmt: skip
 
 

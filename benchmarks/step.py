@@ -42,7 +42,7 @@ def case(name: str, *, batch: int, tiny: bool = False, **changes: Any) -> Pretra
     if tiny:
         views |= {"global_size": 32, "local_size": 16} | ({"local_count": 2} if name == "multi-crop" else {})
         model |= {"backbone": "resnet18", "hidden_dim": 32, "classes": 64}
-    run = {"epochs": 100, "mutual_information_epochs": 100, "batch_size": batch, "device": "auto"}
+    run = {"epochs": 100, "batch_size": batch, "device": "auto"}
     sections = {"data": {"root": "none"}, "views": views, "model": model, "run": run}
     for key, value in changes.items():
         section, name_of = key.split("__")

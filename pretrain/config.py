@@ -152,7 +152,7 @@ class RunConfig(Config):
     """How long, how exactly, what is kept."""
 
     epochs: int = Field(gt=0)
-    # Epochs of the first stage; equal to `epochs` when there is no self-labelling stage.
+    # Epochs of the first stage; the rest is self-labelling. Left out: all of them.
     mutual_information_epochs: int = Field(gt=0)
     # Images a rank.
     batch_size: int = Field(default=128, gt=0)
@@ -180,12 +180,20 @@ class RunConfig(Config):
     online_eval_root: str | None = None
     online_eval_every_epochs: int = Field(default=10, gt=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_stage(cls, values: Any) -> Any:
+        # Filled in here, so that `run.epochs=2` alone shortens a run, and the number stands in every written config.
+        if not isinstance(values, dict) or "epochs" not in values:
+            return values
+        return {"mutual_information_epochs": values["epochs"], **values}
+
     @model_validator(mode="after")
     def _stages(self) -> RunConfig:
         if self.mutual_information_epochs > self.epochs:
             raise ValueError(
-                f"run.mutual_information_epochs = {self.mutual_information_epochs} "
-                f"is more than run.epochs = {self.epochs}"
+                f"run.mutual_information_epochs = {self.mutual_information_epochs} is more than "
+                f"run.epochs = {self.epochs}: lower it too, it is the part of the epochs before self-labelling"
             )
         return self
 
@@ -206,13 +214,14 @@ class PretrainConfig(Config):
         first, second = self.run.mutual_information_epochs, self.run.epochs - self.run.mutual_information_epochs
         if (self.optim.warmup_epochs or 0) >= first:
             raise ValueError(
-                f"optim.warmup_epochs = {self.optim.warmup_epochs} must be less than "
-                f"run.mutual_information_epochs = {first}"
+                f"optim.warmup_epochs = {self.optim.warmup_epochs} must be less than the {first} epoch(s) of the first "
+                f"stage (run.mutual_information_epochs): pass optim.warmup_epochs={max(0, first // 2)}"
             )
         if second and self.self_label.warmup_epochs >= second:
             raise ValueError(
                 f"self_label.warmup_epochs = {self.self_label.warmup_epochs} must be less than the {second} epoch(s) "
-                "of the self-labelling stage (run.epochs − run.mutual_information_epochs)"
+                "of the self-labelling stage (run.epochs − run.mutual_information_epochs): pass "
+                f"self_label.warmup_epochs={second // 2}"
             )
         return self
 

@@ -22,7 +22,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
     (root / "broken.jpg").write_bytes(b"x")
     return PretrainConfig(
         data=DataConfig(root=str(root), bad_image_share=0.5),
-        run=RunConfig(epochs=1, mutual_information_epochs=1),
+        run=RunConfig(epochs=1),
         views=ViewsConfig(global_size=48, local_size=24, local_count=4),
     )
 

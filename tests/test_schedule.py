@@ -74,12 +74,16 @@ def test_rates_scale_with_the_total_batch() -> None:
     assert scaled_lr(0.5, 2048) == 4.0  # 16 GPUs × 128 images, the published run
 
 
+def test_a_run_without_another_word_is_one_stage() -> None:
+    assert config(run={"epochs": 7}).run.mutual_information_epochs == 7
+
+
 @pytest.mark.parametrize(
     ("sections", "word"),
     [
-        ({"run": {"epochs": 5, "mutual_information_epochs": 5}, "optim": {"warmup_epochs": 5}}, "optim.warmup_epochs"),
-        ({"run": {"epochs": 8, "mutual_information_epochs": 5}}, "self_label.warmup_epochs"),
-        ({"run": {"epochs": 5, "mutual_information_epochs": 6}}, "mutual_information_epochs"),
+        ({"run": {"epochs": 5}, "optim": {"warmup_epochs": 5}}, "pass optim.warmup_epochs=2"),
+        ({"run": {"epochs": 8, "mutual_information_epochs": 5}}, "pass self_label.warmup_epochs=1"),
+        ({"run": {"epochs": 5, "mutual_information_epochs": 6}}, "mutual_information_epochs = 6 .* lower it too"),
         (
             {"run": {"epochs": 5, "mutual_information_epochs": 5}, "optim": {"accumulate_steps": 2}},
             "statistics of the whole batch",

@@ -91,7 +91,7 @@ def test_a_preempted_job_saves_is_requeued_and_resumes(tmp_path: Path) -> None:
     # submitit's local executor in SLURM's place: a real process, its real signal, its real requeue.
     images = make_images(tmp_path / "images", 16)
     executor = submitit.LocalExecutor(folder=tmp_path / "slurm")
-    overrides = [f"data.root={images}", "run.device=cpu", "run.epochs=4", "run.mutual_information_epochs=4"]
+    overrides = [f"data.root={images}", "run.device=cpu", "run.epochs=4"]
     job = slurm._submit(executor, CONFIG, overrides, tmp_path / "run")
     wait_for_rows(tmp_path / "run", 2, job)
     (task,) = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()

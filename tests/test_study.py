@@ -126,8 +126,7 @@ def test_the_studys_recipe_is_the_demos_but_for_its_length() -> None:
     )
     for values in (demo, study):
         values["data"].pop("root")
-        epochs = values["run"].pop("epochs"), values["run"].pop("mutual_information_epochs")
-        assert epochs[0] == epochs[1]
+        assert values["run"].pop("epochs") == values["run"].pop("mutual_information_epochs")
     assert demo == study
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "pretrain" / "sample.toml"
 # Two epochs of two steps.
-FAST = ("run.epochs=2", "run.mutual_information_epochs=2", "run.batch_size=20", "optim.warmup_epochs=0")
+FAST = ("run.epochs=2", "run.batch_size=20", "optim.warmup_epochs=0")
 # What the demo compares, with the overrides that make it fit into two minutes.
 PROTOCOLS: dict[str, tuple[str, ...]] = {
     "sample-coco-mrcnn-fpn": ("iterations=20",),

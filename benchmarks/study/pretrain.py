@@ -33,7 +33,7 @@ def command(method: str, *, data: Path, folder: Path, seed: int, epochs: int | N
     if workers:
         changed.append(f"data.workers={-(-workers // 3) if method == 'twist' else workers}")
     if epochs is not None:
-        changed += [f"run.epochs={epochs}", f"run.mutual_information_epochs={epochs}"]
+        changed.append(f"run.epochs={epochs}")
     if method == "twist":
         resume = ["--resume"] if (folder / "config.json").exists() else []
         changed.append("run.checkpoint_every_epochs=10")
