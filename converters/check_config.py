@@ -7,6 +7,8 @@ it; an MMSegmentation config is a Python program of the user's own, so mmengine 
 
 from __future__ import annotations
 
+import ast
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +75,7 @@ def check_config(config: Path, weights: Path) -> list[Mismatch]:
         raise UserError(f"There is no config at {config}: check the path.")
     backbone = load_artefact(Path(weights))[1]
     if config.suffix in (".yaml", ".yml"):
-        return _check_detectron2(_read_yaml(config), backbone)
+        return _check_detectron2(_merged(_DETECTRON2_DEFAULTS, _read_yaml(config)), backbone)
     if config.suffix == ".py":
         return _check_mmseg(_read_mmengine(config), backbone)
     raise UsageError(f"{config} is neither a Detectron2 config (.yaml) nor an MMSegmentation config (.py).")
@@ -89,8 +91,8 @@ def render(mismatches: list[Mismatch]) -> str:
 def _check_detectron2(settings: dict[str, Any], backbone: Backbone) -> list[Mismatch]:
     if backbone.is_vit:
         raise UserError(
-            "Detectron2 builds plain ViTs from lazy configs (.py), not from YAML: use the overlay.py "
-            "that the conversion writes."
+            "Detectron2 builds plain ViTs from lazy configs (.py), not from YAML: use the overlay.py that the "
+            "conversion writes."
         )
     wanted = detectron2_overlay(backbone)
     found = []
@@ -172,7 +174,7 @@ def _check_mmseg(settings: Mapping[str, Any], backbone: Backbone) -> list[Mismat
 
 
 def _read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
-    """A Detectron2 YAML over its `_BASE_` chain and the defaults. Tags that would run code are read as nothing."""
+    """A Detectron2 YAML over its `_BASE_` chain. Tags that would run code are read as nothing."""
     import yaml
 
     class Reader(yaml.SafeLoader):
@@ -186,13 +188,13 @@ def _read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]}): check the file.") from None
     if not isinstance(values, dict) or depth > 16:
         raise UserError(f"{path} is no Detectron2 config: a mapping is expected, over bases that end.")
-    base = values.pop("_BASE_", None)
-    below = _DETECTRON2_DEFAULTS
-    if base:
-        file = Path(base).expanduser() if Path(str(base)).expanduser().is_absolute() else path.parent / base
+    bases = values.pop("_BASE_", None) or []
+    below: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:  # fvcore takes a list, too: the later win
+        file = path.parent / Path(str(base)).expanduser()
         if not file.is_file():
             raise UserError(f"{path} builds on {base}, which is not there: copy it beside the config.")
-        below = _read_yaml(file, depth + 1)
+        below = _merged(below, _read_yaml(file, depth + 1))
     return _merged(below, values)
 
 
@@ -227,6 +229,9 @@ def _at(settings: Mapping[str, Any], key: str) -> Any:
 
 
 def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, str) and not isinstance(b, str):  # yacs reads "(1.0, 2.0)" and "True" as Python's literals
+        with contextlib.suppress(ValueError, SyntaxError):
+            a = ast.literal_eval(a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         # A hundredth of a grey level: less than any rounding of the published means and stds, more than ours.
         return len(a) == len(b) and all(abs(float(x) - float(y)) <= 0.01 for x, y in zip(a, b))

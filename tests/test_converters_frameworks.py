@@ -384,6 +384,12 @@ def test_check_config_of_detectron2(written: dict[str, Path], tmp_path: Path) ->
     wide = tmp_path / "wide.yaml"
     wide.write_text(text.replace("STEM_OUT_CHANNELS: 64", "STEM_OUT_CHANNELS: 128"))
     assert keys(check_config(wide, weights)) == {"MODEL.RESNETS.STEM_OUT_CHANNELS"}
+    # Several bases, and a tuple in the place of a list, are Detectron2's own ways of writing.
+    (tmp_path / "tuple.yaml").write_text("MODEL:\n  PIXEL_MEAN: (123.675, 116.28, 103.53)\n")
+    (tmp_path / "both.yaml").write_text("_BASE_: [mine.yaml, tuple.yaml]\n")
+    assert check_config(tmp_path / "both.yaml", weights) == []
+    (tmp_path / "tuple.yaml").write_text("MODEL:\n  PIXEL_MEAN: (103.53, 116.28, 123.675)\n")
+    assert keys(check_config(tmp_path / "both.yaml", weights)) == {"MODEL.PIXEL_MEAN"}
 
 
 def test_check_config_of_mmseg(written: dict[str, Path], tmp_path: Path) -> None:
