@@ -121,7 +121,12 @@ def read_header(path: str | os.PathLike[str]) -> Backbone:
         raise UserError(
             f"{path} has no TWIST header: run `twist convert {path} --to torchvision` to make an artefact of it."
         )
-    values = json.loads(metadata[METADATA_KEY])
+    try:
+        values = json.loads(metadata[METADATA_KEY])
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: the header is not valid JSON: take the file as it was written.")
     if values.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path}: artefact format {values.get('format_version')!r} is unknown, this version reads "

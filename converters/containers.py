@@ -64,6 +64,8 @@ def sniff(path: Path) -> Container:
     """The container by its first bytes; `UserError` for anything that is no checkpoint, with what it is instead."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name the checkpoint file in it.")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file: copy what it gives into one first.")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -91,9 +93,8 @@ def sniff(path: Path) -> Container:
         return "safetensors"
     if tarfile.is_tarfile(path):
         raise UserError(
-            f"{path} is a tar archive: unpack it and name the checkpoint inside (PyTorch's own tar "
-            "format of before 2017 "
-            "cannot be read without running code from the file; save it again with a newer PyTorch)."
+            f"{path} is a tar archive: unpack it and name the checkpoint inside (PyTorch's own tar format of before "
+            "2017 cannot be read without running code from the file; save it again with a newer PyTorch)."
         )
     raise UserError(f"{path} is no checkpoint: its first bytes are of no format that is known; download it again.")
 
@@ -113,16 +114,15 @@ def _sniff_zip(path: Path, size: int) -> Container:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         raise UserError(
             f"{path} is truncated or damaged (its table of contents is missing): download it again."
         ) from None
     unpacked = sum(member.file_size for member in members)
     if len(members) > MOST_MEMBERS or unpacked > max(SMALL_BYTES, MOST_RATIO * size) or unpacked > MOST_BYTES:
         raise UserError(
-            f"{path} holds {size / 2**20:.0f} MiB that unpack to {unpacked / 2**20:.0f} MiB in "
-            f"{len(members)} parts: weights do "
-            "not compress like that, so it is not read."
+            f"{path} holds {size / 2**20:.0f} MiB that unpack to {unpacked / 2**20:.0f} MiB in {len(members)} parts: "
+            "weights do not compress like that, so it is not read."
         )
     names = [member.filename for member in members]
     if any("/code/" in name for name in names):
@@ -160,17 +160,15 @@ def _refused(path: Path, message: str) -> UserError:
             name = message.partition(mark)[2].split()[0].rstrip(".,")
             return _refused_name(path, name)
     return UserError(
-        f"{path} holds a pickle that may not be read safely ({message.splitlines()[0][:160]}): "
-        "nothing of it was run; save its "
-        "state dict alone with torch.save."
+        f"{path} holds a pickle that may not be read safely ({message.splitlines()[0][:160]}): nothing of it was run; "
+        "save its state dict alone with torch.save."
     )
 
 
 def _refused_name(path: Path, name: str) -> UserError:
     return UserError(
-        f"{path} asks for {name} to be loaded when it is read, which is not a harmless part of a "
-        "checkpoint: nothing was run; "
-        "if you trust its origin, save its state dict alone with torch.save."
+        f"{path} asks for {name} to be loaded when it is read, which is not a harmless part of a checkpoint: nothing "
+        "was run; if you trust its origin, save its state dict alone with torch.save."
     )
 
 
@@ -212,7 +210,9 @@ def _read_npz(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except MemoryError:
+        raise UserError(f"{path} does not fit into memory, or is damaged and claims sizes it does not have.") from None
+    except Exception as error:  # see _read_torch
         if "allow_pickle" in str(error):
             raise UserError(
                 f"{path} holds pickled objects besides arrays, which are not read: save plain arrays."

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,15 +10,16 @@ from contracts import atomic
 from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.provenance import software
 from contracts.weights import Backbone
+from converters import output_folder
 from converters.detectron2_writer import write_pickle
 from converters.listing import listing
+from converters.output_folder import REPORT, TENSORS
 from converters.proof import TOLERANCE, Kind, Proof, ProofError, prove
 from converters.read import Source, load_source
 from converters.targets import TARGETS, Target
 
 __all__ = ["Conversion", "ProofError", "convert", "render"]
 TargetName = Literal["detectron2", "mmseg", "torchvision", "timm"]
-REPORT, TENSORS = "report.json", "tensors.txt"
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class Conversion:
     max_difference: float | None
     proof: Kind
     max_absolute_difference: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -52,10 +52,12 @@ def convert(
 ) -> Conversion:
     """Convert `checkpoint` into the folder `output` (default: `<its name>-<target>` in the working directory).
 
-    The folder holds the weights, the overlay where the target has settings, `report.json` and `tensors.txt`.
+    The folder holds the weights, the overlay where the target has settings, `report.json` and `tensors.txt`. An earlier
+    conversion of the same file there is replaced.
 
     Raises:
-        UserError: the checkpoint cannot be read, or the target has no such network; nothing is written.
+        UserError: the checkpoint cannot be read, the target has no such network, or the folder holds anything else;
+            nothing is written.
         ProofError: the target does not compute the source's features; nothing is written.
         UsageError: unknown target or layout, or `pkl` for another target than Detectron2.
     """
@@ -64,25 +66,19 @@ def convert(
         raise UsageError(f'There is no target "{target}".{did_you_mean(target, TARGETS)}')
     if pkl and target != "detectron2":
         raise UsageError(f"--pkl writes Detectron2's pickle; it has no meaning with --to {target}.")
-    output = Path(output) if output is not None else Path(f"{checkpoint.name.split('.')[0]}-{target}")
-    _check_output(output)
+    output = Path(output) if output is not None else output_folder.default_folder(checkpoint, target)
+    output_folder.check(output, checkpoint)
     writer = TARGETS[target]
     source = load_source(checkpoint, layout=layout, branch=branch, allow_nan=allow_nan)
+    output_folder.check_same_source(output, checkpoint, source.sha256)
     reason = writer.refuse(source.backbone)
     if reason:
         raise UserError(
-            f"{checkpoint} is a {source.backbone.display_name}, which cannot become a {writer.title} "
-            f"backbone: {reason}; "
-            "--to torchvision keeps any of them."
+            f"{checkpoint} is a {source.backbone.display_name}, which cannot become a {writer.title} backbone: "
+            f"{reason}; --to torchvision keeps any of them."
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    building = output.parent / f".{output.name}.{secrets.token_hex(4)}"
-    building.mkdir()
-    try:
-        proof = _build(building, writer, source, checkpoint, verify=verify, pkl=pkl)
-        _replace(building, output)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    with output_folder.building(output) as folder:
+        proof = _build(folder, writer, source, checkpoint, verify=verify, pkl=pkl)
     overlay = writer.overlay_name(source.backbone) if writer.overlay_name else None
     return Conversion(
         target=target,
@@ -95,6 +91,7 @@ def convert(
         max_difference=proof.max_difference,
         proof=proof.kind,
         max_absolute_difference=proof.max_absolute_difference,
+        notes=(*source.notes, *proof.notes),
     )
 
 
@@ -103,8 +100,8 @@ def render(conversion: Conversion) -> str:
     backbone = conversion.backbone
     files = [path.name for path in (conversion.weights, conversion.overlay, conversion.report) if path is not None]
     difference = (
-        f"largest difference {conversion.max_difference or 0:.2g} of a stage's features "
-        f"(|Δ| {conversion.max_absolute_difference or 0:.2g}), allowed {TOLERANCE:g}"
+        f"largest difference {conversion.max_difference or 0:.2g} of a stage's features (|Δ| "
+        f"{conversion.max_absolute_difference or 0:.2g}), allowed {TOLERANCE:g}"
     )
     proven = {
         "framework": f"proven with the framework itself: {difference}",
@@ -113,7 +110,9 @@ def render(conversion: Conversion) -> str:
     }[conversion.proof]
     return (
         f"{backbone.method} {backbone.display_name} (layout {backbone.source_layout}, branch {backbone.source_branch}) "
-        f"for {TARGETS[conversion.target].title}\n{proven}\n{conversion.output}/ holds {', '.join(files)} and {TENSORS}"
+        f"for {TARGETS[conversion.target].title}\n{proven}\n"
+        + "".join(f"note: {note}\n" for note in conversion.notes)
+        + f"{conversion.output}/ holds {', '.join(files)} and {TENSORS}"
     )
 
 
@@ -157,19 +156,3 @@ def _report(writer: Target, source: Source, checkpoint: Path, names: dict[str, s
         "notes": [*source.notes, *proof.notes],
         "software": software(),
     }
-
-
-def _check_output(output: Path) -> None:
-    if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / REPORT).is_file())):
-        raise UserError(f"{output} exists and is no earlier conversion: choose another folder with --output.")
-
-
-def _replace(building: Path, output: Path) -> None:
-    """`building` becomes `output`; an earlier conversion there goes only once the new one is whole."""
-    if not output.exists():
-        building.rename(output)
-        return
-    old = output.parent / f".{output.name}.{secrets.token_hex(4)}.old"
-    output.rename(old)
-    building.rename(output)
-    shutil.rmtree(old, ignore_errors=True)

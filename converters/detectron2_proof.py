@@ -27,8 +27,7 @@ def version() -> str:
 
 
 def run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
-    """res2 … res5 (or the tokens of every block) of each image, by Detectron2's own reader, "
-    "normalisation and network."""
+    """res2 … res5 (or all blocks' tokens) of each image, by Detectron2's own reader, normalisation and network."""
     overlay = folder / overlay_name(backbone)
     return _run_vit(folder, overlay, files) if backbone.is_vit else _run_resnet(folder, overlay, files)
 

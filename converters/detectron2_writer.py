@@ -92,25 +92,23 @@ def overlay_text(backbone: Backbone) -> str:
     origin = f"{backbone.method}, {backbone.display_name}, from the layout {backbone.source_layout}"
     if not backbone.is_vit:
         return (
-            f"# Settings that these weights imply ({origin}).\n"
-            "# Merge over any R-CNN config: cfg.merge_from_file(base); cfg.merge_from_file(this file);\n"
+            f"# Settings that these weights imply ({origin}).\n# Merge over any R-CNN config: "
+            "cfg.merge_from_file(base); cfg.merge_from_file(this file);\n"
             "# then set MODEL.WEIGHTS to the full path of the weights.\n" + _yaml(overlay)
         )
     arguments = "".join(f"    {key}={value!r},\n" for key, value in overlay["backbone"].items())
     return (
-        f"# Settings that these weights imply ({origin}), as a lazy config.\n"
-        "from functools import partial\n\nfrom detectron2.config import LazyCall as L\n"
-        "from detectron2.modeling import ViT\nfrom torch import nn\n\n"
-        f"backbone = L(ViT)(\n{arguments}    norm_layer=partial(nn.LayerNorm, eps=1e-6),\n)\n"
-        f"model = {overlay['model']!r}\ntrain = {overlay['train']!r}\n"
+        f"# Settings that these weights imply ({origin}), as a lazy config.\nfrom functools import partial\n\nfrom "
+        "detectron2.config import LazyCall as L\nfrom detectron2.modeling import ViT\nfrom torch import "
+        f"nn\n\nbackbone = L(ViT)(\n{arguments}    norm_layer=partial(nn.LayerNorm, eps=1e-6),\n)\nmodel = "
+        f"{overlay['model']!r}\ntrain = {overlay['train']!r}\n"
     )
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
     """`tensors` (artefact names) as a file that DetectionCheckpointer loads, in our and its safe mode."""
     renamed = {new: tensors[old] for old, new in names(backbone).items()}
-    extras = {"__author__": AUTHOR, "matching_heuristics": True, METADATA_KEY: backbone.model_dump_json()}
-    write_torch(path, renamed, entry="model", extras=extras)
+    write_torch(path, renamed, entry="model", extras=_extras(backbone))
 
 
 def write_pickle(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
@@ -120,13 +118,18 @@ def write_pickle(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) 
     arrays = {new: tensors[old].detach().cpu().contiguous().numpy() for old, new in names(backbone).items()}
     with atomic_path(path) as temporary:
         with temporary.open("wb") as file:
-            pickle.dump({"model": arrays, "__author__": AUTHOR, "matching_heuristics": True}, file, protocol=4)
+            pickle.dump({"model": arrays, **_extras(backbone)}, file, protocol=4)
         reread = read_contents(temporary).value["model"]
         same = reread.keys() == arrays.keys() and all(
             same_bytes(reread[name], torch.from_numpy(array)) for name, array in arrays.items()
         )
         if not same:
             raise OSError(f"{path}: what was written does not read back equal; the disk may be full or failing.")
+
+
+def _extras(backbone: Backbone) -> dict[str, Any]:
+    # The author and the flag are Detectron2's; the header is ours, so that the way back is exact.
+    return {"__author__": AUTHOR, "matching_heuristics": True, METADATA_KEY: backbone.model_dump_json()}
 
 
 def _yaml(value: dict[str, Any], indent: int = 0) -> str:

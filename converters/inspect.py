@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from contracts.errors import UserError
-from converters import read
+from converters import detect, read
 from converters.containers import Contents, read_contents
 from converters.targets import TARGETS
 
@@ -70,7 +70,7 @@ def inspect(checkpoint: Path) -> Inspection:
         return Inspection(**seen, problems=(str(error),))
     problems = []
     try:
-        read.check_finite(source.tensors, str(checkpoint), allow_nan=False)
+        read.check_values(source.tensors, str(checkpoint), allow_nan=False)
     except UserError as error:
         problems.append(str(error))
     backbone = source.backbone
@@ -134,7 +134,7 @@ def render(inspection: Inspection) -> str:
 
 def _entries(contents: Contents) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for path, tensors in read.state_dicts(contents.value):
+    for path, tensors in detect.state_dicts(contents.value):
         key = path[0] if path else ""
         counts[key] = counts.get(key, 0) + len(tensors)
     return counts

@@ -11,8 +11,7 @@ _FILLED, _DROPPED = "(filled)", "(dropped)"
 
 
 def listing(source: Source, names: Mapping[str, str]) -> str:
-    """Source name, target name, shape; a blank line between modules; what was filled, dropped or "
-    "left aside is named."""
+    """Source name, target name, shape; a blank line between modules; filled, dropped and left aside are named."""
     rows = []
     for name, tensor in source.tensors.items():
         rows.append((source.names.get(name, _FILLED), names.get(name, _DROPPED), str(tuple(tensor.shape))))

@@ -72,9 +72,8 @@ def recognise(shapes: Mapping[str, Shape], *, where: str) -> Geometry:
         )
     if missing or extra:
         raise UserError(
-            f"{where}: not a whole {geometry.architecture}: {len(missing)} tensors are missing and "
-            f"{len(extra)} are too "
-            f"many (first: {(missing or extra)[0]}); take the file as its authors published it."
+            f"{where}: not a whole {geometry.architecture}: {len(missing)} tensors are missing and {len(extra)} are "
+            f"too many (first: {(missing or extra)[0]}); take the file as its authors published it."
         )
     return geometry
 
@@ -100,8 +99,13 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
     ),
     (
         r"(l_to_ab|ab_to_l|(^|\.)encoder1\.(module\.)?conv1\.)",
-        "it is CMC's pair of half-width networks on L and ab channels, which no RGB framework can "
-        "run; take another method",
+        "it is CMC's pair of half-width networks on L and ab channels, which no RGB framework can run; take another "
+        "method",
+    ),
+    (
+        r"^roi_heads\.res5\.",
+        "it is a trained C4 detector, whose last stage lies in its heads; take a detector with FPN, or the weights it "
+        "was trained from",
     ),
     (r"\.se\.fc\d|\.se_module\.", "its blocks hold squeeze-and-excitation modules; take a plain ResNet"),
     (r"\.mixing_conv\.", "it has selective kernels (sk1); of SimCLR v2 only the sk0 networks are plain ResNets"),

@@ -60,9 +60,8 @@ def overlay_text(backbone: Backbone) -> str:
     model = mmseg_overlay(backbone)["model"]
     return (
         f"# Settings that these weights imply ({backbone.method}, {backbone.display_name}, from the layout "
-        f"{backbone.source_layout}).\n"
-        "# Merge over any config and give init_cfg.checkpoint the full path of the weights.\n"
-        f"model = {_literal(model)}\n"
+        f"{backbone.source_layout}).\n# Merge over any config and give init_cfg.checkpoint the full path of the "
+        f"weights.\nmodel = {_literal(model)}\n"
     )
 
 

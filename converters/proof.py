@@ -92,7 +92,8 @@ def prove(target: str, folder: Path, backbone: Backbone, tensors: Mapping[str, T
     """Prove the conversion written in `folder` (weights and overlay) against `tensors` and their header.
 
     Raises:
-        ProofError: a tensor of the target is not filled with its source's value, or features differ by more than 1e-5.
+        ProofError: a tensor of the target is not filled with its source's value, features differ by more than 1e-5,
+            or a stage has none to compare.
     """
     import tempfile
 
@@ -109,15 +110,20 @@ def prove(target: str, folder: Path, backbone: Backbone, tensors: Mapping[str, T
         ours, drift, notes = reference(target, backbone, tensors, files)
         theirs = (runner or _manifest_runner(target))(folder, backbone, files)
     stages = compare(ours, theirs)
-    proof = Proof("framework" if runner else "manifest", by, stages, drift, notes)
     worst = max(stages, key=lambda stage: stage.relative)
     if not worst.relative <= TOLERANCE:
         raise ProofError(
-            f"The proof does not hold: at {worst.stage} the features of {by} differ from the source's "
-            f"by {worst.relative:.2g} of "
-            f"their size (|Δ| {worst.absolute:.3g}, allowed {TOLERANCE:g}); nothing was written."
+            f"The proof does not hold: at {worst.stage} the features of {by} differ from the source's by "
+            f"{worst.relative:.2g} of their size (|Δ| {worst.absolute:.3g}, allowed {TOLERANCE:g}); nothing was "
+            "written."
         )
-    return proof
+    silent = next((stage.stage for stage in stages if not stage.feature), None)
+    if silent is not None:
+        raise ProofError(
+            f"There is nothing to prove: at {silent} every feature of the source is 0 or no number, so any network "
+            "would agree; take another checkpoint, or --no-verify writes this one unproven. Nothing was written."
+        )
+    return Proof("framework" if runner else "manifest", by, stages, drift, notes)
 
 
 def compare(ours: list[Stages], theirs: list[Stages]) -> tuple[Difference, ...]:
@@ -156,17 +162,16 @@ def reference(
     if backbone.padding == "same" and target != "torchvision":
         plain = run(backbone.model_copy(update={"padding": "symmetric"}))
         note = (
-            "the source pads as TensorFlow ('same'), the target symmetrically: the proof compares "
-            "with the symmetric network, "
-            "and `drift` is how far that network is from the one that was trained; --to torchvision keeps 'same'"
+            "the source pads as TensorFlow ('same'), the target symmetrically: the proof compares with the symmetric "
+            "network, and `drift` is how far that network is from the one that was trained; --to torchvision keeps "
+            "'same'"
         )
         return plain, compare(trained, plain), (note,)
     if backbone.is_vit and target == "detectron2":
         bare = run(backbone, class_token=False)
         note = (
-            "Detectron2's ViT has no class token: the proof compares patch tokens of a network "
-            "without it, and `drift` is how "
-            "far those are from the network with it"
+            "Detectron2's ViT has no class token: the proof compares patch tokens of a network without it, and "
+            "`drift` is how far those are from the network with it"
         )
         patches = [{stage: value[:, 1:] for stage, value in image.items()} for image in trained]
         return bare, compare(patches, bare), (note,)
@@ -299,8 +304,8 @@ def check_filled(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tu
         first = (missing or misshapen or extra)[0]
         raise ProofError(
             f"The proof does not hold: of the target's {len(expected)} tensors {len(missing)} are not filled and "
-            f"{len(misshapen)} have another shape, and {len(extra)} have no place in it (first: "
-            f"{first}); nothing was written."
+            f"{len(misshapen)} have another shape, and {len(extra)} have no place in it (first: {first}); nothing was "
+            "written."
         )
 
 
@@ -315,15 +320,14 @@ def check_loaded(expected: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -
     other = [name for name in expected if not same_bytes(expected[name].contiguous(), loaded[name].contiguous())]
     if other:
         raise ProofError(
-            f"The proof does not hold: {len(other)} tensors of the loaded network are not the written "
-            f"ones (first: {other[0]}); "
-            "nothing was written."
+            f"The proof does not hold: {len(other)} tensors of the loaded network are not the written ones (first: "
+            f"{other[0]}); nothing was written."
         )
 
 
 def _written(path: Path) -> dict[str, Tensor]:
     from converters.containers import read_contents
-    from converters.read import state_dicts
+    from converters.detect import state_dicts
 
     return dict(next(state_dicts(read_contents(path).value))[1])
 

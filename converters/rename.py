@@ -114,8 +114,8 @@ def _proven(
             unmatched.append(old)
     if unmatched:
         raise RenameError(
-            f"{len(unmatched)} of {len(names)} tensors have no single place in the table {name} "
-            f"(first: {unmatched[0]})."
+            f"{len(unmatched)} of {len(names)} tensors have no single place in the table {name} (first: "
+            f"{unmatched[0]})."
         )
     if len({step.name for step in steps.values()}) != len(steps):
         raise RenameError(f"The table {name} gives two tensors the same name.")

@@ -64,6 +64,8 @@ class Layout:
     pixels: Pixels = IMAGENET
     stride_in: Literal["3x3", "1x1"] = "3x3"
     padding: Literal["symmetric", "same"] = "symmetric"
+    method_at: tuple[str, ...] = ()  # where the program's settings name the method, when they are in the file
+    heads_known: bool = False  # a ViT-S of this layout has the usual 6 attention heads (`converters/settings.py`)
     epoch_is_count: bool = False  # `epoch` holds the number of finished epochs
     detect: bool = True  # False: content cannot tell, only --from can
     refuse: tuple[tuple[str, str], ...] = ()  # architecture → why it is not this suite's network of that name
@@ -92,19 +94,25 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "twist", "twist",
         (Branch("teacher", ("teacher_backbone",), ""), Branch("student", ("backbone",), "")),
-        top=("backbone",), heads=(*FC, *VIT_HEADS), entries=("model", "teacher"),
+        top=("backbone", "model"), heads=(*FC, *VIT_HEADS), entries=("model", "teacher"), heads_known=True,
         note="TWIST train.py @796d36e; with a momentum encoder the teacher is the network that was evaluated",
     ),
     Layout(
         "twist-run", "twist",
         (Branch("teacher", ("teacher",), "backbone."), Branch("student", MODEL, "backbone.")),
-        top=("model", "teacher", "nonfinite"), heads=FC, drop=("head.*",), entries=("nonfinite",),
+        top=("model", "teacher", "nonfinite"), heads=FC, drop=("head.*",), entries=("nonfinite",), heads_known=True,
         note="this suite's own resume states (pretrain/run.py); backbone.safetensors beside them says more",
+    ),
+    Layout(
+        "ibot", "ibot",
+        (Branch("teacher", ("teacher",), "backbone."), Branch("student", ("student",), "backbone.")),
+        top=("teacher", "student", "ibot_loss"), heads=(*FC, "head.*", "masked_embed"), drop=("head.*",),
+        heads_known=True, note="ibot main_ibot.py, models/vision_transformer.py",
     ),
     Layout(
         "dino", "dino",
         (Branch("teacher", ("teacher",), "backbone."), Branch("student", ("student",), "backbone.")),
-        top=("teacher", "student"), heads=(*FC, "head.*"), drop=("head.*",),
+        top=("teacher", "student"), heads=(*FC, "head.*"), drop=("head.*",), heads_known=True,
         note="dino main_dino.py, utils.py",
     ),
     Layout(
@@ -125,10 +133,17 @@ LAYOUTS: tuple[Layout, ...] = (
         note="vissl extra_scripts/convert_vissl_to_torchvision.py @09270ed2",
     ),
     Layout(
-        "pycontrast", "infomin",
+        "pycontrast-infomin", "infomin",
         (Branch("query", MODEL, "encoder."), Branch("ema", ("model_ema",), "encoder.")),
-        top=("model", "contrast"), heads=FC, drop=("head.*", "head_jig.*"), entries=("contrast",),
-        note="PyContrast detection/convert_pretrained.py @84f94ea; its InsDis, MoCo and PIRL files look the same",
+        top=("model", "contrast", "model_ema"), evidence=("head_jig.*",), heads=FC, drop=("head.*", "head_jig.*"),
+        entries=("contrast",),
+        note="PyContrast detection/convert_pretrained.py @84f94ea: its method with both jigsaw and a moving average",
+    ),
+    Layout(
+        "pycontrast", "unknown",
+        (Branch("query", MODEL, "encoder."), Branch("ema", ("model_ema",), "encoder.")),
+        top=("model", "contrast"), heads=FC, drop=("head*.*",), entries=("contrast",),
+        note="PyContrast learning/contrast_trainer.py @84f94ea: InsDis, MoCo, MoCo v2 and PIRL, of which none says so",
     ),
     Layout(
         "simclr-v2-torch", "simclr-v2", _one(("resnet",), ""),
@@ -255,7 +270,10 @@ LAYOUTS: tuple[Layout, ...] = (
             Branch("query", STATE, "backbone."), Branch("query", STATE, "query_backbone."),
             Branch("key", STATE, "key_backbone."), Branch("key", STATE, "backbone_momentum."),
         ),
-        evidence=("*projection_head.*", "key_backbone.*|backbone_momentum.*"), tables=(TV, SEQUENTIAL, TIMM_VIT),
+        evidence=(
+            "*projection_head.*", "key_backbone.*|backbone_momentum.*", "key_backbone.*|criterion.*bank*",
+        ),
+        tables=(TV, SEQUENTIAL, TIMM_VIT),
         drop=("*head.*", "*head_momentum.*", "criterion.*", "online_classifier.*"), note="lightly moco.py, mocov2.py",
     ),
     Layout(
@@ -264,6 +282,13 @@ LAYOUTS: tuple[Layout, ...] = (
         evidence=("query_backbone.*", "query_projection_head.*"), tables=(TV, SEQUENTIAL, TIMM_VIT),
         drop=("*head.*", "criterion.*", "online_classifier.*"),
         note="lightly mocov2.py @00283d72: `backbone` is the moving average",
+    ),
+    Layout(
+        "lightly-momentum", "unknown",
+        (Branch("query", STATE, "backbone."), Branch("key", STATE, "backbone_momentum.")),
+        evidence=("projection_head.*", "backbone_momentum.*"), tables=(TV, SEQUENTIAL, TIMM_VIT),
+        drop=("*head.*", "*head_momentum.*", "criterion.*", "online_classifier.*"),
+        note="lightly tico.py; moco.py when its memory bank was not saved",
     ),
     Layout(
         "lightly-swav", "swav", _one(STATE, "backbone."),
@@ -277,7 +302,7 @@ LAYOUTS: tuple[Layout, ...] = (
         drop=("*head.*", "criterion.*", "online_classifier.*"), note="lightly simclr.py, barlowtwins.py, vicreg.py, …",
     ),
     Layout(
-        "solo-learn", "solo-learn",
+        "solo-learn", "unknown",
         (
             Branch("backbone", STATE, "backbone."), Branch("backbone", STATE, "encoder."),
             Branch("momentum", STATE, "momentum_backbone."), Branch("momentum", STATE, "momentum_encoder."),
@@ -285,6 +310,7 @@ LAYOUTS: tuple[Layout, ...] = (
         evidence=("classifier.*",), heads=FC,
         drop=("classifier.*", "momentum_classifier.*", "*projector.*", "*predictor.*", "prototypes*", "queue*",
               "*loss*", "*head.*"),
+        method_at=("hyper_parameters", "method"),
         note="solo-learn downstream/object_detection/convert_model_to_detectron2.py @9187ea3",
     ),
     Layout(
@@ -331,6 +357,15 @@ LAYOUTS: tuple[Layout, ...] = (
     ),
     # ---- plain names ---------------------------------------------------------------------------------------
     Layout(
+        "backbone-entry", "unknown", _one(("backbone",), ""), top=("backbone",), drop=(*FC, *VIT_HEADS),
+        note="a bare backbone under `backbone`: which method made it is not in it",
+    ),
+    Layout(
+        "model-entry", "unknown", _one(MODEL, ""), evidence=("conv1.weight|patch_embed.proj.weight",),
+        drop=(*FC, *VIT_HEADS, "mask_token", "decoder_*"),
+        note="plain names under `model`: DeiT, MAE, torchvision's references; which method made it is not in it",
+    ),
+    Layout(
         "torchvision-training", "supervised", _one(STATE, ""), top=("arch", "optimizer"), evidence=("fc.*",), drop=FC,
         epoch_is_count=True, note="torchvision's and PyTorch's ImageNet example",
     ),
@@ -345,7 +380,9 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("backbone-prefixed", "unknown", _one(ROOT, "backbone.", "encoder."), drop=FC, note="the same with a prefix"),
     # ---- only by name: same shape as another, other meaning ------------------------------------------------
     Layout("twist-backbone", "twist", _one(ROOT, ""), detect=False, note="TWIST evaluate.py"),
-    Layout("dino-backbone", "dino", _one(ROOT, ""), detect=False, note="dino hubconf.py"),
+    Layout("dino-backbone", "dino", _one(ROOT, ""), detect=False, heads_known=True, note="dino hubconf.py"),
+    Layout("mae", "mae", _one(MODEL, ""), drop=(*FC, *VIT_HEADS, "mask_token", "decoder_*"), detect=False,
+    note="mae models_mae.py, models_vit.py"),
     Layout("barlow-twins-backbone", "barlow-twins", _one(ROOT, ""), detect=False, note="barlowtwins hubconf.py"),
     Layout("vicreg-backbone", "vicreg", _one(ROOT, ""), detect=False, note="vicreg hubconf.py"),
     Layout("densecl-backbone", "densecl", _one(STATE, ""), detect=False,
@@ -367,10 +404,10 @@ LAYOUTS: tuple[Layout, ...] = (
         "sela-v2", "sela-v2", _one(ROOT, "") + _one(STATE, ""), drop=("projection_head.*", "prototypes.*"), pixels=SWAV,
         detect=False, note="swav main_sela.py",
     ),
-    Layout("timm", "supervised", _one(ROOT, ""), drop=(*FC, *VIT_HEADS), detect=False,
+    Layout("timm", "supervised", _one(ROOT, ""), drop=(*FC, *VIT_HEADS), detect=False, heads_known=True,
     note="timm with ImageNet's mean and std"),
     Layout(
-        "timm-half", "supervised", _one(ROOT, ""), drop=(*FC, *VIT_HEADS), pixels=HALF, detect=False,
+        "timm-half", "supervised", _one(ROOT, ""), drop=(*FC, *VIT_HEADS), pixels=HALF, detect=False, heads_known=True,
         note="timm's augreg ViTs: mean and std 0.5",
     ),
     Layout(
@@ -411,7 +448,7 @@ AMBIGUOUS: tuple[Ambiguous, ...] = (
         "timm's ViTs with a classifier were trained on ImageNet's mean and std or on 0.5",
     ),
     Ambiguous(
-        MODEL, ("backbone.*stem.conv1.*",), ("model",), (), ("detectron2-model", "detectron2-msra"),
+        MODEL, ("backbone.bottom_up.stem.conv1.*",), ("model",), (), ("detectron2-model", "detectron2-msra"),
         "a detector's weights do not say its pixel order, mean and stride",
     ),
 )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from converters import manifest, rename
-from converters.read import matches
+from converters.detect import matches
 from converters.sources import Branch, Layout
 from converters.tables import CAFFE2, HAIKU, TIMM_VIT
 

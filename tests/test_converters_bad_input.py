@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import flat_tensors
+from safetensors.torch import save_file
 
 from contracts.errors import UsageError, UserError
 from contracts.networks import build_backbone
@@ -192,6 +193,20 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "float64": (lambda: torch_bytes({n: t.double() for n, t in RESNET.items()}), "holds weights as float64"),
     "quantised": (lambda: torch_bytes({n: t.to(torch.int8) for n, t in RESNET.items()}), "holds weights as int8"),
     "NaN": (lambda: torch_bytes(changed(bn1__weight=torch.full((64,), float("nan")))), "NaN or infinite"),
+    "negative variance": (lambda: torch_bytes(changed(bn1__running_var=torch.full((64,), -1.0))), "negative values"),
+    "sparse": (lambda: torch_bytes(changed(bn1__bias=torch.ones(64).to_sparse())), "bn1.bias is a sparse tensor"),
+    "without values": (lambda: torch_bytes(changed(bn1__bias=torch.ones(64, device="meta"))), "or one without values"),
+    "C4 detector": (
+        lambda: torch_bytes(
+            {
+                "model": {
+                    "backbone.stem.conv1.weight": torch.ones(64, 3, 7, 7),
+                    "roi_heads.res5.0.conv1.weight": torch.ones(512, 1024, 1, 1),
+                }
+            }
+        ),
+        "it is a trained C4 detector",
+    ),
     "infinite": (lambda: torch_bytes(changed(bn1__bias=torch.full((64,), float("inf")))), "NaN or infinite"),
     "same name twice": (
         lambda: torch_bytes({**RESNET, "module.conv1.weight": torch.ones(64, 3, 7, 7)}),
@@ -267,6 +282,33 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         load_source(tmp_path / "none.pth")
     with pytest.raises(UserError, match="is a folder"):
         load_source(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is no regular file"):
+        load_source(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("text", ["hello", "[1]", "null"])
+def test_a_header_that_is_none(text: str, tmp_path: Path) -> None:
+    save_file({"conv1.weight": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"twist": text})
+    with pytest.raises(UserError, match="the header is not valid JSON"):
+        load_source(tmp_path / "x.safetensors")
+
+
+def test_damaged_archives_are_one_sentence(tmp_path: Path) -> None:
+    """Every byte of a small npz changed in turn, as a failing disk would."""
+    np.savez(tmp_path / "x.npz", **{"conv1.weight": np.ones((2, 2), np.float32)})
+    good = (tmp_path / "x.npz").read_bytes()
+    read, sentences = 0, []
+    for position in range(len(good)):
+        (tmp_path / "y.npz").write_bytes(good[:position] + bytes([good[position] ^ 0xFF]) + good[position + 1 :])
+        try:
+            read_contents(tmp_path / "y.npz")
+            read += 1
+        except UserError as error:
+            sentences.append(str(error))
+    assert read
+    assert sentences
+    assert not any("\n" in sentence for sentence in sentences)
 
 
 def test_nan_can_be_allowed(tmp_path: Path) -> None:
@@ -427,4 +469,6 @@ def test_an_unknown_layout_is_named_for_our_own_artefact_too(tmp_path) -> None:
     )
     with pytest.raises(UsageError, match='There is no layout "moko"'):
         load_artefact(file, layout="moko")
-    assert load_artefact(file, layout="moco")[1].method == "twist"  # the header says more than any layout
+    assert load_artefact(file, layout="twist")[1].method == "twist"  # what its header says itself
+    with pytest.raises(UserError, match="an artefact, made from the layout twist: leave --from away"):
+        load_artefact(file, layout="moco")

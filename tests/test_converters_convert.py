@@ -15,6 +15,7 @@ from contracts.weights import Backbone, read_backbone, write_backbone
 from converters import convert as convert_module
 from converters import detectron2_writer, mmseg_writer, proof
 from converters.convert import ProofError, convert, render
+from converters.output_folder import default_folder
 from converters.read import load_artefact, load_source
 from converters.sources import BY_NAME
 from converters.targets import TARGETS
@@ -64,8 +65,7 @@ def test_outputs_hold_no_code(artefact: Path, tmp_path: Path) -> None:
     assert value["matching_heuristics"] is True
     assert value["model"]["res2.0.conv1.norm.running_var"].shape == (64,)
     # The pickle holds plain arrays: our own reader, which knows nothing else, reads it back.
-    read = load_source(done.output / "weights.pkl")
-    assert read.backbone.source_layout == "detectron2"
+    assert load_source(done.output / "weights.pkl").backbone == HEADER  # its header came along
     overlay = convert(artefact, target="mmseg", output=tmp_path / "mm", verify=False).overlay
     assert overlay is not None
     ast.parse(overlay.read_text())
@@ -147,14 +147,79 @@ def test_an_earlier_conversion_is_replaced_and_nothing_else(artefact: Path, tmp_
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
+def test_a_report_of_somebody_else_makes_no_conversion(artefact: Path, tmp_path: Path) -> None:
+    for name, report in (("a", "{}"), ("b", "not json"), ("c", '{"source": {"sha256": "x"}}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(report)
+        with pytest.raises(UserError, match="is no earlier conversion"):
+            convert(artefact, target="torchvision", output=tmp_path / name, verify=False)
+        assert (tmp_path / name / "report.json").read_text() == report
+    done = convert(artefact, target="torchvision", output=tmp_path / "out", verify=False)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"is no earlier conversion \(it holds notes\.txt\)"):
+        convert(artefact, target="torchvision", output=tmp_path / "out", verify=False)
+    (tmp_path / "out" / "notes.txt").unlink()
+    with pytest.raises(UserError, match=r"lies in .*out, which would be replaced"):
+        convert(done.weights, target="torchvision", output=tmp_path / "out", verify=False)
+    assert done.weights.is_file()
+
+
+def test_another_files_conversion_is_not_replaced(artefact: Path, tmp_path: Path) -> None:
+    convert(artefact, target="torchvision", output=tmp_path / "out", verify=False)
+    before = (tmp_path / "out" / "backbone.safetensors").read_bytes()
+    other = write_backbone(tmp_path / "backbone.safetensors", random_tensors(seed=1), HEADER)
+    with pytest.raises(UserError, match=r"conversion of another file \(backbone\.safetensors, sha256"):
+        convert(other, target="torchvision", output=tmp_path / "out", verify=False)
+    assert (tmp_path / "out" / "backbone.safetensors").read_bytes() == before
+
+
+def test_neither_a_link_nor_the_working_directory_is_replaced(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    with pytest.raises(UserError, match="is no folder of its own"):
+        convert(artefact, target="torchvision", output=tmp_path / "link", verify=False)
+    monkeypatch.chdir(tmp_path / "here")
+    for output in (Path("."), Path(".."), tmp_path / "here"):
+        with pytest.raises(UserError, match="is the folder you are in, or one above it"):
+            convert(artefact, target="torchvision", output=output, verify=False)
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("file", "folder"),
+    [
+        ("moco_v2_800ep_pretrain.pth.tar", "moco_v2_800ep_pretrain-timm"),
+        ("moco.200ep.pth", "moco.200ep-timm"),
+        ("r50_twist/backbone.safetensors", "r50_twist-timm"),
+        ("hub/model.safetensors", "hub-timm"),
+        ("dino", "dino-timm"),
+    ],
+)
+def test_default_folder_says_which_file(file: str, folder: str, tmp_path: Path) -> None:
+    assert default_folder(tmp_path / file, "timm") == Path(folder)
+
+
 def test_default_output_lies_in_the_working_directory(
     artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert convert(artefact, target="timm", verify=False).output == Path("backbone-timm")
-    assert sorted(path.name for path in Path("backbone-timm").iterdir()) == [
+    output = convert(artefact, target="timm", verify=False).output
+    assert output == Path(f"{artefact.parent.name}-timm")
+    assert sorted(path.name for path in output.iterdir()) == [
         "config.json", "model.safetensors", "report.json", "tensors.txt",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_where_nothing_can_be_compared_nothing_is_proven(value: float, tmp_path: Path) -> None:
+    tensors = {n: torch.full_like(t, value) if t.is_floating_point() else t for n, t in random_tensors().items()}
+    file = write_backbone(tmp_path / "backbone.safetensors", tensors, HEADER)
+    with pytest.raises(ProofError, match="There is nothing to prove: at res2 every feature"):
+        convert(file, target="torchvision", output=tmp_path / "out", allow_nan=True)
+    assert not (tmp_path / "out").exists()
+    assert convert(file, target="torchvision", output=tmp_path / "out", allow_nan=True, verify=False).proof == "none"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,14 @@ from checkpoint_files import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from contracts.errors import UsageError, UserError
 from contracts.networks import build_backbone
 from converters import manifest, rename
 from converters.containers import read_contents
-from converters.read import find, load_artefact, load_source, matches
+from converters.detect import find, matches
+from converters.read import load_artefact, load_source
 from converters.sources import BY_NAME, LAYOUTS, Branch, Layout
 from converters.tables import TABLES, TIMM_VIT, TORCHVISION
 
@@ -291,3 +294,92 @@ def test_concrete_names_match_their_patterns() -> None:
 
 def test_vit_table_is_the_identity() -> None:
     assert all(here == there for _, here, there in TIMM_VIT.rows)
+
+
+def vit_small(**settings: object) -> dict[str, object]:
+    """solo-learn's file of a ViT-S with these hyper-parameters."""
+    state = {f"backbone.{name}": tensor for name, tensor in flat_tensors("vit_small_patch16", image_size=224).items()}
+    return {"state_dict": {**state, "classifier.weight": torch.ones(2, 2)}, "hyper_parameters": settings}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "mocov3"},
+        {"backbone": {"name": "vit_small", "kwargs": {"num_heads": 12}}},
+        {"cfg": "backbone=dict(type='MoCoV3ViT', arch='mocov3-small')"},
+        {"cfg": "backbone=dict(type='VisionTransformer', num_heads=12)"},
+    ],
+)
+def test_a_vit_small_with_twelve_heads_is_refused(settings: dict, tmp_path: Path) -> None:
+    """Twelve heads have the names and shapes of six, and other features (8 % of them, measured on random weights)."""
+    torch.save(vit_small(**settings), tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="give this ViT-S 12 heads"):
+        load_source(tmp_path / "x.ckpt")
+
+
+def test_what_is_not_known_of_a_vit_small_is_said(tmp_path: Path) -> None:
+    torch.save(vit_small(method="dino", backbone={"num_heads": 6}), tmp_path / "six.ckpt")
+    assert load_source(tmp_path / "six.ckpt").notes == ()
+    torch.save(vit_small(method="byol", lr=0.1), tmp_path / "x.ckpt")
+    (note,) = load_source(tmp_path / "x.ckpt").notes
+    assert "how many heads" in note
+
+
+def test_the_method_is_the_one_the_settings_name(tmp_path: Path) -> None:
+    torch.save(vit_small(method="byol"), tmp_path / "x.ckpt")
+    assert load_source(tmp_path / "x.ckpt").backbone.method == "byol"
+    torch.save(vit_small(), tmp_path / "x.ckpt")
+    assert load_source(tmp_path / "x.ckpt").backbone.method == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("named", "taken"),
+    [
+        ("resnet18", True), ("resnet18.a1_in1k", True), ("tv_resnet18", True),
+        ("resnetaa18", False), ("resnetblur18", False), ("resnet18d", False), ("seresnet18", False),
+    ],
+)  # fmt: skip
+def test_a_hub_file_is_the_network_its_settings_name(named: str, taken: bool, tmp_path: Path) -> None:
+    """timm's anti-aliased ResNets have a plain one's tensors and compute something else."""
+    save_file({name: tensor.contiguous() for name, tensor in RESNET18.items()}, tmp_path / "model.safetensors")
+    settings = {"architecture": named, "pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    if taken:
+        assert load_source(tmp_path / "model.safetensors", allow_nan=True).backbone.mean == (0.5, 0.5, 0.5)
+    else:
+        with pytest.raises(UserError, match=f"calls it {named}, which is not the resnet18"):
+            load_source(tmp_path / "model.safetensors", allow_nan=True)
+
+
+def lightly(*parts: str, **more: torch.Tensor) -> dict[str, object]:
+    """A module of lightly's: these backbones, its projection head, and other tensors (dots are written as `__`)."""
+    state = {f"{part}.{name}": tensor for part in parts for name, tensor in RESNET18.items()}
+    state |= {"projection_head.layers.0.weight": torch.ones(2, 2)}
+    return {"state_dict": {**state, **{name.replace("__", "."): tensor for name, tensor in more.items()}}}
+
+
+@pytest.mark.parametrize(
+    ("value", "method"),
+    [
+        (lightly("backbone", "backbone_momentum", criterion__memory_bank__bank=torch.ones(2, 2)), "moco-v2"),
+        (lightly("backbone", "key_backbone"), "moco-v2"),
+        (lightly("backbone", "backbone_momentum"), "unknown"),  # TiCo has these names, too
+        ({"backbone": RESNET18, "optimizer": {}}, "unknown"),
+        ({"backbone": RESNET18, "model": {f"backbone.{n}": t for n, t in RESNET18.items()}, "args": None}, "twist"),
+        ({"model": RESNET18 | {"fc.weight": torch.ones(2, 512)}, "optimizer": {}, "args": None}, "unknown"),
+    ],
+)
+def test_a_method_is_named_only_where_the_file_is_its_own(value: dict, method: str, tmp_path: Path) -> None:
+    torch.save(value, tmp_path / "x.pth")
+    assert load_source(tmp_path / "x.pth", allow_nan=True).backbone.method == method
+
+
+def test_mae_and_deit_lie_under_model(tmp_path: Path) -> None:
+    vit = flat_tensors("vit_base_patch16", image_size=224)
+    decoder = {"mask_token": torch.ones(1, 1, 512), "decoder_blocks.0.norm1.weight": torch.ones(512)}
+    torch.save({"model": vit | decoder | {"head.weight": torch.ones(2, 768)}}, tmp_path / "x.pth")
+    source = load_source(tmp_path / "x.pth", allow_nan=True)
+    assert (source.backbone.architecture, source.backbone.method) == ("vit_base_patch16", "unknown")
+    assert set(source.dropped) == {*decoder, "head.weight"}
+    assert load_source(tmp_path / "x.pth", layout="mae", allow_nan=True).backbone.method == "mae"
