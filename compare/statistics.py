@@ -21,6 +21,8 @@ def standard_deviation(values: Sequence[float]) -> float | None:
     """Sample standard deviation (n - 1 in the denominator), or None for a single value."""
     if len(values) < 2:
         return None
+    if min(values) == max(values):  # exactly: the mean of equal values may differ from them by a rounding
+        return 0.0
     centre = mean(values)
     return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1))
 

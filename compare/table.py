@@ -306,7 +306,8 @@ def _variants(records: Sequence[RunRecord]) -> dict[tuple[Any, ...], str]:
         distinct = len({names[key] for key in keys}) == len(keys)
         for key in keys:
             name = names[key] if distinct else f"{names[key]} {str(key[-1])[:8]}"
-            variants[key] = name if len(keys) > 1 else ""
+            # "unknown" names no method: which weights they are is all that can be said.
+            variants[key] = name if len(keys) > 1 or key[0] == "unknown" else ""
     return variants
 
 

@@ -9,7 +9,7 @@ last; sources stand below their own.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -42,8 +42,11 @@ def printed_values(cell: Cell) -> list[tuple[str, list[Published]]]:
     return list(grouped.items())
 
 
-def repeats_notes(table: Table, cells: Iterable[tuple[int, int]]) -> list[str]:
-    """What `n` counts in `cells` (their places in the table), by row: how many pretrainings are behind each."""
+def repeats_notes(table: Table, cells: Iterable[tuple[int, int]], write: Callable[[str], str] = str) -> list[str]:
+    """What `n` counts in `cells` (their places in the table), by row: how many pretrainings are behind each.
+
+    `write` makes a row's label, which holds names of the user's, harmless in the format that is written.
+    """
     said: dict[str, dict[int, None]] = {}
     for place in sorted(cells):
         measured = table.cells[place].measured
@@ -58,7 +61,7 @@ def repeats_notes(table: Table, cells: Iterable[tuple[int, int]]) -> list[str]:
             said.setdefault("Several runs of one pretraining show the spread of the transfer alone", {})[row] = None
         if measured.repeated:
             said.setdefault("Runs that repeat a result exactly count once", {})[row] = None
-    return [f"{text}: {', '.join(table.rows[row].label for row in rows)}." for text, rows in said.items()]
+    return [f"{text}: {', '.join(write(table.rows[row].label) for row in rows)}." for text, rows in said.items()]
 
 
 def footnote_mark(index: int) -> str:
@@ -134,17 +137,17 @@ def _difference_text(cell: Cell) -> str:
     return f"{round(cell.difference.value, 1) + 0.0:+.1f}{mark}"  # + 0.0: nothing is less than nothing
 
 
-def _notes(table: Table, blocks: Sequence[_Block]) -> list[str]:
+def _notes(table: Table, blocks: Sequence[_Block], write: Callable[[str], str] = str) -> list[str]:
     """The sentences under some blocks: what their cells, differences and marks mean."""
     shown = {(row, column) for block in blocks for row in block.rows for column in block.columns}
     places = [place for place in table.cells if place in shown]
     cells = [table.cells[place] for place in places]
     notes = []
     if any(cell.measured for cell in cells):
-        notes += ["Measured: mean ± standard deviation (n), percent.", *repeats_notes(table, places)]
+        notes += ["Measured: mean ± standard deviation (n), percent.", *repeats_notes(table, places, write)]
     gaps = [cell.difference for cell in cells if cell.difference]
     if gaps and table.baseline is not None:
-        text = f"In brackets the difference to {table.rows[table.baseline].label}"
+        text = f"In brackets the difference to {write(table.rows[table.baseline].label)}"
         tested = [gap for gap in gaps if gap.p_value is not None]
         if tested:
             text += (
@@ -267,7 +270,8 @@ def markdown(table: Table) -> str:
         if marks:
             sources.insert(0, "*Italic: published, by others.*")
         parts.append("\n".join(lines) + ("\n\n" + "<br>\n".join(sources) if sources else ""))
-    parts += ["<br>\n".join(_notes(table, blocks))] if _notes(table, blocks) else []
+    notes = _notes(table, blocks, _escape)
+    parts += ["<br>\n".join(notes)] if notes else []
     return "\n\n".join(parts) + "\n" if parts else "No records and no published rows.\n"
 
 

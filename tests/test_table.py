@@ -84,10 +84,19 @@ def test_too_few_runs_are_said_plainly(values: tuple[list[float], list[float]]) 
     assert "n too small" in got.said
 
 
-def test_no_spread_is_no_test() -> None:
-    got = difference([50.0, 50.0], [40.0, 40.0])
-    assert (got.value, got.p_value) == (10.0, None)
+@pytest.mark.parametrize(("value", "baseline"), [(50.0, 40.0), (90 / 7, 10.0), (0.1 + 0.2, 1 / 3)])
+@pytest.mark.parametrize("n", [2, 3, 6, 7])
+def test_no_spread_is_no_test(value: float, baseline: float, n: int) -> None:
+    """Equal values whose mean is rounded have no spread either."""
+    got = difference([value] * n, [baseline] * n)
+    assert got.value == pytest.approx(value - baseline)
+    assert got.p_value is None
     assert "varies" in got.said
+
+
+def test_weights_of_no_known_method_are_told_by_their_name() -> None:
+    (row,) = build_table(runs("unknown", [50.0])).rows
+    assert row.label != "unknown"
 
 
 def test_p_values_are_printed_as_papers_do() -> None:
