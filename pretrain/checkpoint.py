@@ -45,9 +45,19 @@ class Manifest:
     bytes: int
     sha256: str
     format_version: int = FORMAT_VERSION
+    images_sha256: str | None = None  # which images; None where that cannot be said, and in older manifests
 
 
-def save(folder: Path, state: dict[str, Any], position: Position, *, images: int, world_size: int, keep: int) -> Path:
+def save(
+    folder: Path,
+    state: dict[str, Any],
+    position: Position,
+    *,
+    images: int,
+    images_sha256: str | None,
+    world_size: int,
+    keep: int,
+) -> Path:
     """Write `state` and its manifest into `folder`, then drop all but the newest `keep`; returns the state's path."""
     path = folder / f"step_{position.steps:08d}.pt"
     manifest = path.with_suffix(".json")
@@ -55,7 +65,8 @@ def save(folder: Path, state: dict[str, Any], position: Position, *, images: int
     with atomic.atomic_path(path) as temporary:
         torch.save(state, temporary)
         digest, size = sha256_file(temporary), temporary.stat().st_size
-    atomic.write_json(manifest, asdict(Manifest(position, images, world_size, size, digest)))
+    written = Manifest(position, images, world_size, size, digest, images_sha256=images_sha256)
+    atomic.write_json(manifest, asdict(written))
     _prune(folder, keep=keep)
     return path
 

@@ -62,9 +62,13 @@ def fingerprint(config: DataConfig) -> str | None:
     None for `datasets`: a stream has no names, and the library's own fingerprints tell machines apart, not images.
 
     Raises:
-        OSError, UserError: the images can no longer be read.
+        UserError: there are no images.
     """
-    images = open_images(config) if config.format != "datasets" else None
+    return fingerprint_of(open_images(config)) if config.format != "datasets" else None
+
+
+def fingerprint_of(images: object) -> str | None:
+    """The same for images that are open already."""
     return images.fingerprint() if isinstance(images, _Files) else None
 
 
@@ -111,10 +115,13 @@ class _Files:
         return hashlib.sha256(b"".join(lines)).hexdigest()
 
     def _names_and_sizes(self, part: range) -> list[bytes]:
-        return [
-            b"%d %s\n" % (os.path.getsize(self.name(i)), self._names[i].encode("utf-8", "surrogateescape"))
-            for i in part
-        ]
+        return [b"%d %s\n" % (self._size(i), self._names[i].encode("utf-8", "surrogateescape")) for i in part]
+
+    def _size(self, index: int) -> int:
+        try:
+            return os.path.getsize(self.name(index))
+        except OSError:  # a bad image, which the loader names and counts when it meets it
+            return -1
 
     def encoded(self, index: int) -> bytes:
         name = self.name(index)

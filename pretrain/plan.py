@@ -24,6 +24,7 @@ class Plan:
     ranks_per_bunch: int
     precision: Precision
     schedule: Schedule
+    images_sha256: str | None = None  # which images (`pretrain.image_source.fingerprint`)
 
     @property
     def total_batch(self) -> int:
@@ -65,7 +66,9 @@ class Plan:
         return "TWIST pretraining\n" + "".join(f"  {name:<12}{text}\n" for name, text in lines.items())
 
 
-def resolve(config: PretrainConfig, *, images: int, world_size: int, device: torch.device) -> Plan:
+def resolve(
+    config: PretrainConfig, *, images: int, world_size: int, device: torch.device, images_sha256: str | None = None
+) -> Plan:
     """The plan of `config` for this many images and ranks.
 
     Raises:
@@ -86,4 +89,5 @@ def resolve(config: PretrainConfig, *, images: int, world_size: int, device: tor
             lr=scaled_lr(config.optim.lr, total_batch),
             self_label_lr=scaled_lr(config.self_label.lr, total_batch),
         ),
+        images_sha256,
     )

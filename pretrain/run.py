@@ -17,7 +17,6 @@ from pretrain import checkpoint, distributed
 from pretrain.checkpoint import Position
 from pretrain.config import PretrainConfig
 from pretrain.data import Batch
-from pretrain.image_source import fingerprint
 from pretrain.model import Twist, build_model
 from pretrain.nonfinite import NonFiniteGuard, write_capture
 from pretrain.optim import build_optimizer
@@ -108,20 +107,33 @@ class Run:
                 self.state(),
                 self.position,
                 images=self.plan.images,
+                images_sha256=self.plan.images_sha256,
                 world_size=self.plan.world_size,
                 keep=self.config.run.keep_checkpoints,
             )
 
-    def restore(self) -> None:
-        """Go to where the newest valid checkpoint stands; stay at the start when there is none."""
+    def restore(self, *, asked: bool) -> None:
+        """Go to where the newest valid checkpoint stands; stay at the start when there is none, and say so if asked.
+
+        Raises:
+            UserError: the run has seen other images.
+        """
         found = distributed.on_main_rank(lambda: checkpoint.newest_valid(self.output / "checkpoints", say=say))
         if found is None:
+            if asked and distributed.rank() == 0:
+                say(f"There is no checkpoint in {self.output} to resume from: starting from scratch.")
             return
         path, manifest = found
         if manifest.images != self.plan.images:
             raise UserError(
                 f"{path} was trained on {manifest.images} images, and data.root has {self.plan.images} now: give the "
                 "same images, or another --output."
+            )
+        known = manifest.images_sha256 is not None and self.plan.images_sha256 is not None
+        if known and manifest.images_sha256 != self.plan.images_sha256:
+            raise UserError(
+                f"{path} was trained on other images: as many, but of other names or sizes than those in data.root "
+                "now. Give the same images, or another --output."
             )
         state = checkpoint.load(path, device=self.device)
         self.student.load_state_dict(state["model"])
@@ -166,23 +178,13 @@ class Run:
         """Write the result: the student's backbone, and the teacher's beside it."""
         path = self.output / "backbone.safetensors"
         if distributed.rank() == 0:
-            images = self._images()
-            self._write(path, self.student, images=images)
+            self._write(path, self.student)
             if self.teacher is not None:
-                teacher = self.output / "teacher_backbone.safetensors"
-                self._write(teacher, self.teacher, images=images, branch="teacher")
+                self._write(self.output / "teacher_backbone.safetensors", self.teacher, branch="teacher")
         distributed.barrier()
         return path
 
-    def _images(self) -> str | None:
-        """The fingerprint of the images, for which a run that has come to its end is not lost."""
-        try:
-            return fingerprint(self.config.data)
-        except (OSError, UserError) as error:
-            say(f"The result does not say which images it has seen: they can no longer be read ({error}).")
-            return None
-
-    def _write(self, path: Path, network: Twist, *, images: str | None, branch: str = "backbone") -> None:
+    def _write(self, path: Path, network: Twist, *, branch: str = "backbone") -> None:
         is_vit = self.config.model.backbone.startswith("vit_")
         header = Backbone(
             architecture=self.config.model.backbone,
@@ -194,6 +196,6 @@ class Run:
             source_branch=branch,
             config_hash=recipe_hash(self.config),
             seed=self.config.run.seed,
-            images_sha256=images,
+            images_sha256=self.plan.images_sha256,
         )
         write_backbone(path, network.backbone.state_dict(), header)

@@ -12,7 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def prepare(folder: Path, config: PretrainConfig, *, resume: bool, say: Callable[[str], None]) -> None:
+def prepare(folder: Path, config: PretrainConfig, *, resume: bool) -> None:
     """Make sure that `folder` is this run's, and write its config. The lock must be held.
 
     Raises:
@@ -79,8 +79,6 @@ def prepare(folder: Path, config: PretrainConfig, *, resume: bool, say: Callable
                 f"{folder} already holds this run: add --resume to go on with it, or give another --output to start "
                 "anew."
             )
-    elif resume:
-        say(f"There is nothing to resume in {folder}: starting from scratch.")
     (folder / "checkpoints").mkdir(exist_ok=True)
     checkpoint.clean(folder / "checkpoints")
     atomic.write_json(existing, config.model_dump(mode="json"))

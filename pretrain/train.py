@@ -25,6 +25,7 @@ from pretrain import distributed, run_folder
 from pretrain.checkpoint import Position
 from pretrain.config import PretrainConfig
 from pretrain.data import ViewLoader, open_images
+from pretrain.image_source import fingerprint_of
 from pretrain.loss import teacher_loss, twist_loss
 from pretrain.model import Twist, update_teacher
 from pretrain.monitor import Monitor, StepNote, observe
@@ -60,15 +61,16 @@ def pretrain(config: PretrainConfig, *, output: Path, resume: bool = False) -> P
         loader, plan = _plan(config, device=device)  # before the folder: what cannot run leaves nothing behind
         stack.enter_context(contextlib.closing(loader))
         distributed.on_main_rank(lambda: _take_folder(stack, output, config, resume=resume))
-        return _train(config, plan, loader, output, device=device, stop=stop)
+        run = Run.build(config, plan, output, device=device)
+        run.restore(asked=resume)
+        result = _train(config, plan, loader, run, stop=stop)
+    if distributed.rank() == 0:
+        say(f"The backbone is {result}: `twist convert` and `twist transfer` take it from there.")
+    return result
 
 
-def _train(
-    config: PretrainConfig, plan: Plan, loader: ViewLoader, output: Path, *, device: torch.device, stop: StopFlag
-) -> Path:
-    schedule = plan.schedule
-    run = Run.build(config, plan, output, device=device)
-    run.restore()
+def _train(config: PretrainConfig, plan: Plan, loader: ViewLoader, run: Run, *, stop: StopFlag) -> Path:
+    schedule, output, device = plan.schedule, run.output, run.device
     _announce(plan, output, run.position)
     model = distributed.data_parallel(run.student, device)
     vote = distributed.Vote()
@@ -108,9 +110,8 @@ def _train(
                 run.advance(epoch)
                 stopping = vote.any(stop.raised)
                 saving = stopping or run.is_due()
-                waiting = (
-                    saving or (step + 1) % plan.steps_per_epoch == 0
-                )  # the epoch's end waits for the device anyway
+                # The epoch's end waits for the device anyway.
+                waiting = saving or (step + 1) % plan.steps_per_epoch == 0
                 if waiting or run.position.steps % config.run.log_every_steps == 0:
                     _heed(monitor.flush() if waiting else monitor.pass_on(), config)
                     if monitor.nonfinite_streak >= config.run.max_nonfinite_steps:
@@ -180,12 +181,18 @@ def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, 
         device=device,
         bad_image_share=config.data.bad_image_share,
     )
-    return loader, resolve(config, images=len(images), world_size=distributed.world_size(), device=device)
+    return loader, resolve(
+        config,
+        images=len(images),
+        images_sha256=distributed.on_main_rank(lambda: fingerprint_of(images)),
+        world_size=distributed.world_size(),
+        device=device,
+    )
 
 
 def _take_folder(stack: contextlib.ExitStack, output: Path, config: PretrainConfig, *, resume: bool) -> None:
     stack.enter_context(run_folder.locked(output))
-    run_folder.prepare(output, config, resume=resume, say=say)
+    run_folder.prepare(output, config, resume=resume)
 
 
 def _announce(plan: Plan, output: Path, position: Position) -> None:

@@ -22,7 +22,7 @@ STATE = {"model": {"w": torch.arange(200.0)}, "optimizer": {"param_groups": [{"l
 
 
 def save(folder: Path, steps: int, *, keep: int = 3, state=STATE) -> Path:
-    return checkpoint.save(folder, state, Position(steps, 1, 8), images=20, world_size=2, keep=keep)
+    return checkpoint.save(folder, state, Position(steps, 1, 8), images=20, images_sha256="x", world_size=2, keep=keep)
 
 
 def test_what_is_saved_reads_back(tmp_path: Path) -> None:
@@ -158,10 +158,10 @@ def config(tmp_path: Path):
 
 def test_a_run_is_not_overwritten(config, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    run_folder.prepare(folder_of(folder), config, resume=False, say=print)
+    run_folder.prepare(folder_of(folder), config, resume=False)
     (folder / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="--resume to go on"):
-        run_folder.prepare(folder, config, resume=False, say=print)
+        run_folder.prepare(folder, config, resume=False)
 
 
 def folder_of(path: Path) -> Path:
@@ -171,27 +171,27 @@ def folder_of(path: Path) -> Path:
 
 def test_another_run_is_refused_with_the_key(config, tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "run")
-    run_folder.prepare(folder, config, resume=False, say=print)
+    run_folder.prepare(folder, config, resume=False)
     (folder / "metrics.jsonl").touch()
     other = tiny_config(tmp_path / "images", run={"seed": 5}, optim={"lr": 1.0})
     with pytest.raises(UserError, match=r"optim.lr is 8.0 there and 1.0 here, and 1 more"):
-        run_folder.prepare(folder, other, resume=True, say=print)
+        run_folder.prepare(folder, other, resume=True)
 
 
 def test_a_start_that_failed_before_its_first_step_protects_nothing(config, tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "run")
-    run_folder.prepare(folder, config, resume=False, say=print)
+    run_folder.prepare(folder, config, resume=False)
     mended = tiny_config(tmp_path / "images", optim={"lr": 1.0})
-    run_folder.prepare(folder, mended, resume=False, say=print)
+    run_folder.prepare(folder, mended, resume=False)
     assert json.loads((folder / "config.json").read_text())["optim"]["lr"] == 1.0
 
 
 def test_what_does_not_make_the_run_may_change(config, tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "run")
-    run_folder.prepare(folder, config, resume=False, say=print)
+    run_folder.prepare(folder, config, resume=False)
     save(folder / "checkpoints", 1)
     moved = tiny_config(tmp_path / "elsewhere", data={"workers": 3}, run={"log_every_steps": 7, "keep_checkpoints": 9})
-    run_folder.prepare(folder, moved, resume=True, say=print)
+    run_folder.prepare(folder, moved, resume=True)
     assert run_folder.recipe_hash(moved) == run_folder.recipe_hash(config)
     assert run_folder.recipe_hash(tiny_config(tmp_path, run={"seed": 5})) == run_folder.recipe_hash(config)
     assert run_folder.recipe_hash(tiny_config(tmp_path, optim={"lr": 1.0})) != run_folder.recipe_hash(config)
@@ -205,7 +205,7 @@ def test_every_exempt_key_exists(config) -> None:
 
 def test_resuming_nothing_starts_and_says_so(config, tmp_path: Path, capsys) -> None:
     run(config, tmp_path / "run", resume=True)
-    assert "nothing to resume" in capsys.readouterr().err
+    assert "to resume from: starting from scratch" in capsys.readouterr().err
     assert (tmp_path / "run" / "backbone.safetensors").exists()
 
 
@@ -213,7 +213,7 @@ def test_a_file_that_is_no_config_is_not_overwritten(config, tmp_path: Path) -> 
     folder = folder_of(tmp_path / "run")
     (folder / "config.json").write_text("not json")
     with pytest.raises(UserError, match="not a run's config"):
-        run_folder.prepare(folder, config, resume=True, say=print)
+        run_folder.prepare(folder, config, resume=True)
     assert (folder / "config.json").read_text() == "not json"
 
 

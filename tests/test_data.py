@@ -402,6 +402,13 @@ def test_a_fingerprint_is_of_names_and_sizes_wherever_they_lie(tmp_path: Path) -
     assert fingerprint(DataConfig(root="anything", format="datasets", dataset_options={"streaming": True})) is None
 
 
+def test_a_fingerprint_is_there_when_an_image_is_not(tmp_path: Path) -> None:
+    (tmp_path / "1.jpg").write_bytes(b"123")
+    (tmp_path / "2.jpg").symlink_to("nowhere.jpg")
+    expected = hashlib.sha256(b"-1 2.jpg\n3 1.jpg\n").hexdigest()
+    assert fingerprint(DataConfig(root=str(tmp_path))) == expected
+
+
 def test_class_folders_give_labels(images: ImageSource) -> None:
     assert [images.label(i) for i in range(IMAGES)] == [0] * 8 + [1] * 8 + [2] * 8
 

@@ -18,6 +18,7 @@ from contracts.errors import UserError
 from contracts.weights import read_backbone
 from pretrain import run_folder
 from pretrain.data import ViewLoader
+from pretrain.signals import stop_flag
 from pretrain.train import Requeue, pretrain
 
 KINDS = {
@@ -156,7 +157,7 @@ def test_sigkill_at_any_moment(workers: int, images: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_asks_for_requeue(number: int, images: Path, tmp_path: Path) -> None:
     config = tiny_config(images, run={"epochs": 40, "mutual_information_epochs": 40, "checkpoint_every_steps": None})
     child = started(config, tmp_path)
@@ -189,6 +190,21 @@ def test_a_signal_in_the_loop_is_heeded_at_the_step(images: Path, whole, tmp_pat
     monkeypatch.undo()
     run(config, tmp_path, resume=True)
     assert_same_run(tmp_path, whole("two-crop"))
+
+
+def test_signals_that_come_together_are_one_and_a_later_one_ends(monkeypatch, capfd) -> None:
+    """torchrun hands on what its workers have got from the terminal; a person who presses again means it."""
+    now = 100.0
+    monkeypatch.setattr("pretrain.signals.time.monotonic", lambda: now)
+    with pytest.raises(KeyboardInterrupt), stop_flag() as flag:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert flag.raised
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        now += 2
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second Ctrl-C was ignored")
+    assert capfd.readouterr().err.count("Stopping after this step") == 1
 
 
 # --- on several ranks -------------------------------------------------------------------------------------------------

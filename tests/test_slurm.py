@@ -97,7 +97,7 @@ def test_a_preempted_job_saves_is_requeued_and_resumes(tmp_path: Path) -> None:
     (task,) = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
     os.kill(int(task), submitit.JobEnvironment._usr_sig())
     assert job.result() == str(tmp_path / "run" / "backbone.safetensors")
-    assert "nothing to resume" in job.stderr()
+    assert "to resume from: starting from scratch" in job.stderr()
     assert "Resuming from" in job.stderr()
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(8))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,10 +75,21 @@ def test_a_run_writes_what_it_promises(images: Path, tmp_path: Path, capsys) -> 
     assert differing(tensors, teacher) != []
 
 
-def test_a_finished_run_is_not_lost_with_its_images(tmp_path: Path, capsys) -> None:
-    finished = SimpleNamespace(config=tiny_config(tmp_path / "unmounted"))
-    assert Run._images(finished) is None
-    assert "does not say which images it has seen" in capsys.readouterr().err
+def test_a_finished_run_is_not_lost_with_its_images(tmp_path: Path, monkeypatch) -> None:
+    root = make_images(tmp_path / "images")
+    config = tiny_config(root)
+    before = fingerprint(config.data)
+    end_epoch = Run.end_epoch
+
+    def unmounted(self: Run, epoch: int) -> None:
+        end_epoch(self, epoch)
+        if epoch == config.run.epochs - 1:
+            root.rename(tmp_path / "gone")
+
+    monkeypatch.setattr(Run, "end_epoch", unmounted)
+    path = run(config, tmp_path / "run")
+    assert not root.exists()
+    assert read_backbone(path)[1].images_sha256 == before
 
 
 def test_the_plan_states_the_resolved_numbers(images: Path) -> None:
@@ -133,6 +144,13 @@ def test_other_images_than_before(images: Path, tmp_path: Path) -> None:
     fewer = make_images(tmp_path / "fewer", 16)
     with pytest.raises(UserError, match=r"trained on 20 images, and data.root has 16"):
         run(tiny_config(fewer), tmp_path / "run", resume=True)
+    others = make_images(tmp_path / "others", 20)
+    (others / "000.jpg").rename(others / "first.jpg")
+    with pytest.raises(UserError, match=r"trained on other images: as many"):
+        run(tiny_config(others), tmp_path / "run", resume=True)
+    # The same ones elsewhere are no others.
+    shutil.copytree(images, tmp_path / "moved")
+    run(tiny_config(tmp_path / "moved"), tmp_path / "run", resume=True)
 
 
 def test_too_many_bad_images(tmp_path: Path) -> None:
