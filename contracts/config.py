@@ -52,6 +52,8 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UsageError(
             f"There is no config at {path}: check the path, or see configs/ for the ones we ship."
         ) from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder: name the config file in it.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}.") from None
 

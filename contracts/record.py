@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from contracts import atomic
 from contracts.config import Config
-from contracts.errors import UserError
+from contracts.errors import UsageError, UserError
 from contracts.hashing import sha256_json
 from contracts.metrics import check_metrics, check_values
 
@@ -86,6 +86,8 @@ class RunRecord(Config):
 
     @model_validator(mode="after")
     def _known_metrics(self) -> RunRecord:
+        check_label(self.method)
+        check_label(self.protocol)
         check_metrics(self.metrics, where=f"record of {self.protocol}")
         check_values(self.metrics)
         return self
@@ -95,6 +97,14 @@ class RunRecord(Config):
         """`<method>-<first 8 of the weights hash>-seed<seed>-<first 8 of the recipe hash>`."""
         weights = (self.weights.sha256 or "none")[:8]
         return f"{self.method}-{weights}-seed{self.seed}-{self.recipe_hash[:8]}"
+
+
+def check_label(text: str) -> None:
+    """`UsageError` unless `text`, which becomes part of a file's name, is one name and leads nowhere else."""
+    if not text.strip() or text.startswith(".") or "/" in text or "\\" in text or not text.isprintable():
+        raise UsageError(
+            f"{text!r} cannot be part of a file's name: call the method by letters, digits, spaces and . _ - + ( )."
+        )
 
 
 def write_record(record: RunRecord, root: str | os.PathLike[str]) -> Path:

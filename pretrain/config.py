@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from contracts.config import Config
+from contracts.seeds import MOST_SEED
 from contracts.weights import Architecture
 from pretrain.precision import Precision
 
@@ -156,7 +157,7 @@ class RunConfig(Config):
     mutual_information_epochs: int = Field(gt=0)
     # Images a rank.
     batch_size: int = Field(default=128, gt=0)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
     # `auto` takes the GPU when there is one.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # A full checkpoint of the published code: backbone, head and (when the recipe has one) teacher start from it.

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_run import make_images
 
 from twist import doctor
+
+SMOKE = str(Path(__file__).resolve().parent.parent / "configs" / "pretrain" / "smoke.toml")
 
 
 def twist(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -33,10 +36,22 @@ def test_help_names_every_stage_and_imports_no_torch() -> None:
         (["pretrain", "absent.toml"], 2, "There is no config at absent.toml"),
         (["convert"], 2, "Say what to convert and for whom"),
         (["transfer"], 2, "Say which protocol and which weights"),
+        (["pretrain", "configs.toml"], 2, "configs.toml is a folder: name the config file in it"),
+        (["pretrain", SMOKE, "run.seed=-1"], 2, "run.seed = -1 does not fit"),
+        (["pretrain", SMOKE, "data.root=images", "--output", "file"], 1, "file cannot be used (File exists)"),
+        (["transfer", "knn", "--weights", "random", "--seed", "-3"], 2, "--seed"),
+        (["transfer", "knn", "--weights", "random", "--gpus", "-1"], 2, "--gpus"),
     ],
 )
-def test_wrong_usage_is_one_sentence(arguments: list[str], status: int, sentence: str) -> None:
+def test_wrong_usage_is_one_sentence(
+    arguments: list[str], status: int, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_images(tmp_path / "images")
+    (tmp_path / "configs.toml").mkdir()
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
     done = twist(*arguments)
+    assert (tmp_path / "file").read_text() == "mine"
     assert done.returncode == status
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr

@@ -24,7 +24,7 @@ from transfer.pictures import colour_of, draw_classes, draw_instances, plot_loss
 from transfer.preflight import check_data, find_root, voc_folder
 from transfer.protocols import PROTOCOLS, find_protocol
 from transfer.request import split_overrides
-from transfer.run import render_end, transfer
+from transfer.run import _find_weights, render_end, transfer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is said before anything runs
@@ -377,9 +377,18 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tree, tmp_path) -> None:
     assert "is no backbone of an FCN recipe" in attempt(overrides=("architecture=vit_small_patch16",))
     assert "holds no run to evaluate" in attempt(eval_only=True)
     assert "this machine shows" in attempt(gpus=99)
+    assert "this machine shows" in attempt(gpus=-1)
+    assert "cannot be part of a file's name" in attempt(method="my/../../method")
     assert "architecture and width are for --weights random" in attempt(
         weights=str(junk), overrides=("architecture=resnet18",)
     )
+
+
+def test_weights_are_called_by_their_folder_from_within_it(tmp_path, monkeypatch) -> None:
+    (tmp_path / "r50").mkdir()
+    (tmp_path / "r50" / "backbone.safetensors").write_bytes(b"")
+    monkeypatch.chdir(tmp_path / "r50")
+    assert _find_weights("backbone.safetensors", layout=None, branch=None).name == "r50"
 
 
 def test_the_end_compares_with_the_published_rows_of_the_same_method(make_record) -> None:

@@ -24,7 +24,7 @@ from contracts.errors import UsageError, UserError
 from contracts.hashing import sha256_file
 from contracts.metrics import METRICS
 from contracts.provenance import git_commit, hardware, software
-from contracts.record import RunRecord, Scale, WeightsProvenance, name_in, write_record
+from contracts.record import RunRecord, Scale, WeightsProvenance, check_label, name_in, write_record
 from contracts.weights import Backbone, write_backbone
 from transfer import folder
 from transfer.preflight import check_data, find_root
@@ -88,6 +88,8 @@ def transfer(
     sample = check_data(row, root)
     gpus = _choose_gpus(gpus, row)
     source = _find_weights(weights, layout=layout, branch=branch)
+    if method is not None:
+        check_label(method)
     label = method or (SUPERVISED if source.layout == "torchvision" else RANDOM if source.path is None else None)
     output = (output or _default_output(row, source, label, seed)).resolve()
     began = time.monotonic()
@@ -209,7 +211,7 @@ def _choose_gpus(gpus: int | None, row: Protocol) -> int:
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus is None:
         return min(here, max(row.gpus, 1))
-    if gpus > here:
+    if gpus < 0 or gpus > here:
         raise UserError(f"--gpus {gpus}, but this machine shows {here}: pass at most that, or 0 for the CPU.")
     return gpus
 
@@ -223,12 +225,12 @@ def _find_weights(weights: str, *, layout: str | None, branch: str | None) -> So
         if layout not in (None, "torchvision"):
             raise UsageError(f"{TORCHVISION}FILE is read as torchvision's: leave out the prefix, or --from {layout}.")
         layout = "torchvision"
-    path = Path(weights.removeprefix(TORCHVISION)).expanduser()
+    path = Path(weights.removeprefix(TORCHVISION)).expanduser().absolute()
     if path.is_dir():
         path = path / "backbone.safetensors"
     if not path.is_file():
         raise UserError(f"There is no weights file at {path}: check the path, or pass random or torchvision:FILE.")
-    name = path.parent.name if path.stem == "backbone" else path.stem
+    name = (path.parent.name if path.stem == "backbone" else path.stem) or path.stem
     return Source(path.resolve(), layout, branch, name, sha256_file(path))
 
 
@@ -250,6 +252,8 @@ def _artefact(source: Source, controls: Controls, row: Protocol, *, seed: int, o
 
     architecture = controls.architecture or ("resnet18" if row.scale == "sample" else "resnet50")
     vit = architecture.startswith("vit_")
+    if vit and controls.width not in (None, 1):
+        raise UsageError(f"width={controls.width} is for ResNets: leave it away with architecture={architecture}.")
     header = Backbone(
         architecture=architecture,
         width=controls.width or 1,

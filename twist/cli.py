@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from contracts.errors import UsageError, UserError
+from contracts.seeds import MOST_SEED
 
 app = typer.Typer(
     name="twist",
@@ -184,8 +185,10 @@ def transfer(
     overrides: Overrides = None,
     weights: Annotated[str | None, typer.Option(help="A checkpoint, `random`, or `torchvision:FILE`.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with the data sets; default $DETECTRON2_DATASETS.")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
-    gpus: Annotated[int | None, typer.Option(help="Default: the recipe's, at most those here; 0 is the CPU.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 0,
+    gpus: Annotated[
+        int | None, typer.Option(min=0, help="Default: the recipe's, at most those here; 0 is the CPU.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; default runs/<protocol>/….")] = None,
     results: Annotated[
         Path | None, typer.Option(help="Folder for the run record; default <run folder>/results.")
@@ -239,7 +242,7 @@ def data_sample(
     root: Path,
     source: Annotated[Source, typer.Option(help="`shapes` is drawn, `photos` is real.")] = Source.shapes,
     size: Annotated[SampleSize, typer.Option()] = SampleSize.small,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 0,
 ) -> None:
     """Write a small world in the real layouts: images, COCO, VOC, Cityscapes, ImageNet-like."""
     from transfer.data.sample import make_sample
@@ -405,6 +408,12 @@ def main() -> None:
     sys.exit(status)
 
 
+# A file where a folder is wanted, a folder where a file is, a place that takes neither.
+_OF_THE_PATH = (
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY,
+)  # fmt: skip
+
+
 def _explain(error: Exception) -> int:
     """Print `error` as a sentence and return the exit status."""
     if os.environ.get("TWIST_DEBUG"):
@@ -424,6 +433,9 @@ def _explain(error: Exception) -> int:
         return 1
     if isinstance(error, PermissionError):
         print(f"twist: {error.filename} may not be written or read: check its permissions.", file=sys.stderr)
+        return 1
+    if isinstance(error, OSError) and error.errno in _OF_THE_PATH and error.filename:
+        print(f"twist: {error.filename} cannot be used ({error.strerror}): give another path.", file=sys.stderr)
         return 1
     reason = str(error).splitlines()[0] if str(error) else "no message"
     print(
