@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 PROGRAMS = (
-    "command_line", "loss", "lars", "small_views", "data", "data_peers", "convert", "engine_overhead", "knn",
-    "data_check", "compare", "scaling",
+    "command_line", "loss", "lars", "small_views", "data", "data_peers", "features", "convert", "engine_overhead",
+    "knn", "data_check", "compare", "scaling",
 )  # fmt: skip
 
 

@@ -69,6 +69,16 @@ def _peers(found: Found) -> str:
     return f"{', '.join(parts)}, ours {low:.0f}–{high:.0f} (n = {found['rounds']} each)"
 
 
+def _features(images: str) -> Callable[[Found], str]:
+    def read(found: Found) -> str:
+        rates, low_high = found["images_per_s_core"], found["spread"]
+        ours, theirs = ("{:.0f}–{:.0f}".format(*low_high[f"{images}, {name}"]) for name in ("ours", "ImageFolder"))
+        times = rates[f"{images}, ours"] / rates[f"{images}, ImageFolder"]
+        return f"{times:.1f} × ({ours} against {theirs} images/s a core, n = {found['rounds']} each)"
+
+    return read
+
+
 def _help(found: Found) -> str:
     times = found["help_s"]
     return f"{times['median']} s ({times['min']}–{times['max']} s, n = {times['n']})"
@@ -136,6 +146,9 @@ FIGURES = (
     Figure("14 views a core, `device` mode, over the PIL chain", "≥ 8 ×", "data", _pipeline("device", "14 views")),
     Figure("14 views a core, `cpu` mode, over the PIL chain", "≥ 3 ×", "data", _pipeline("cpu", "14 views")),
     Figure("the same over lightly's `DINOTransform`, and over torchvision v2 on tensors", "", "data_peers", _peers),
+    Figure("images of the ImageNet protocols, test time (resize 256, crop 224), over `ImageFolder` with Pillow", "",
+           "features", _features("test images")),
+    Figure("the same, random crops for training", "", "features", _features("training crops")),
     Figure("`twist --help`", "< 0.3 s", "command_line", _help),
     Figure("`twist inspect`, a 100 MB file, beyond the import of torch", "< 2 s", "command_line", _inspect),
     Figure("`twist demo --fast`", "2 min, 4 GB", "command_line", _demo),

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from imagenet_tree import write_tree
+from torchvision.transforms import InterpolationMode, v2
 
 from contracts.errors import UserError
+from contracts.images import read_image
 from transfer.imagenet.dataset import (
     Batches,
     draw_subset,
     epoch_batches,
+    epoch_order,
     labelled_subset,
     list_lines,
     open_tree,
@@ -186,6 +189,22 @@ def test_crops_are_a_pure_function_of_seed_epoch_and_image(tree: Path) -> None:
     assert all(torch.equal(first[i], again[i]) and torch.equal(first[i], other_batch[i]) for i in first)
     changed = [not torch.equal(first[i], pixels(0, 2, 4)[i]) for i in range(4)]
     assert all(changed)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_training_images_are_torchvisions_to_the_bit(interpolation: str, tree: Path) -> None:
+    train = read_split(tree / "train")
+    mode = InterpolationMode(interpolation)
+    theirs = v2.Compose([v2.RandomResizedCrop(32, interpolation=mode, antialias=True), v2.RandomHorizontalFlip()])
+    batches = Batches(
+        train, small_recipe(f"interpolation={interpolation}"), batch_size=len(train), augment=True, seed=3
+    )
+    images, _ = next(batches.epoch(2))
+    for image, index in zip(images, epoch_order(len(train), seed=3, epoch=2), strict=True):
+        seed = np.random.SeedSequence([3, 2, index]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(seed))
+            assert torch.equal(image, theirs(read_image(train.path(index))))
 
 
 def test_unreadable_image_is_named(tmp_path: Path) -> None:

@@ -7,17 +7,20 @@ image), so a run continues exactly where it stopped. `B` images of one process, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
 
 from contracts.errors import UserError
 from contracts.images import EXTENSIONS, UnreadableImage, read_image
@@ -310,7 +313,7 @@ class _Decoded(Dataset[tuple[Tensor | str, int]]):
         self.images, self.augment, self.seed = images, augment, seed
         if augment:
             self.transform = v2.Compose(
-                [v2.RandomResizedCrop(recipe.size, interpolation=mode, antialias=True), v2.RandomHorizontalFlip()]
+                [_RandomResizedCrop(recipe.size, interpolation=mode, antialias=True), v2.RandomHorizontalFlip()]
             )
         else:
             self.transform = v2.Compose(
@@ -327,10 +330,30 @@ class _Decoded(Dataset[tuple[Tensor | str, int]]):
             return str(error), label
         if not self.augment:
             return self.transform(image), label
-        with torch.random.fork_rng(devices=[]):
-            seeds = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
-            torch.manual_seed(int(seeds[0] >> np.uint64(1)))
+        seeds = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
+        with _seeded(int(seeds[0] >> np.uint64(1))):
             return self.transform(image), label
+
+
+class _RandomResizedCrop(v2.RandomResizedCrop):
+    """torchvision's, to the bit; its resize is vectorised for pixels that lie together, and those of a crop do not."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        crop = F.crop(inpt, params["top"], params["left"], params["height"], params["width"])
+        together = crop[None].contiguous(memory_format=torch.channels_last)[0]
+        return F.resize(together, list(self.size), interpolation=self.interpolation, antialias=self.antialias)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """torch's CPU generator at `seed`, and back: `fork_rng` asks for devices first, half as long as a crop takes."""
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
 
 
 def _collate(items: Sequence[tuple[Tensor | str, int]]) -> tuple[Tensor, Tensor, str | None]:

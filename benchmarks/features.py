@@ -1,0 +1,102 @@
+"""How fast the ImageNet protocols get their images: our loader, and an `ImageFolder` with Pillow.
+
+    python -m benchmarks.features [--images 32] [--json FILE]
+
+k-NN and clustering, and the frozen features of the linear probe, take the test-time image (resize 256, centre crop
+224); the linear probe's training and fine-tuning take random crops of 224. Both sides read the same made photographs of
+ImageNet's size, with one thread and without workers, and end in a batch of bytes; they take turns, round by round. The
+figure is images over CPU seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import InterpolationMode, v2
+
+from benchmarks.side_by_side import heading, write
+from tests.photographs import write_folder
+from transfer.imagenet.dataset import Batches, read_split
+from transfer.imagenet.recipes import load_recipe
+
+BATCH = 16
+WARM_UP_ROUNDS = 1
+
+
+def theirs(root: Path, mode: InterpolationMode, *, augment: bool) -> Callable[[], None]:
+    if augment:
+        shape = [v2.RandomResizedCrop(224, interpolation=mode), v2.RandomHorizontalFlip()]
+    else:
+        shape = [v2.Resize(256, interpolation=mode), v2.CenterCrop(224)]
+    loader = DataLoader(ImageFolder(str(root), v2.Compose([*shape, v2.PILToTensor()])), BATCH)
+
+    def work() -> None:
+        for _ in loader:
+            pass
+
+    return work
+
+
+def ours(root: Path, *, augment: bool) -> tuple[Callable[[], None], InterpolationMode]:
+    recipe = load_recipe("linear", architecture="resnet50", overrides=("machine.workers=0",))
+    assert (recipe.size, recipe.resize) == (224, 256)
+    batches = Batches(read_split(root), recipe, batch_size=BATCH, augment=augment)
+
+    def work() -> None:
+        for _ in batches.epoch(0) if augment else batches.ordered():
+            pass
+
+    return work, InterpolationMode(recipe.interpolation)
+
+
+def figures(root: Path, *, count: int, rounds: int) -> dict[str, Any]:
+    modes: dict[str, Callable[[], None]] = {}
+    for name, augment in (("test images", False), ("training crops", True)):
+        modes[f"{name}, ours"], mode = ours(root, augment=augment)
+        modes[f"{name}, ImageFolder"] = theirs(root, mode, augment=augment)
+    torch.manual_seed(0)
+    rates: dict[str, list[float]] = {name: [] for name in modes}
+    for number in range(WARM_UP_ROUNDS + rounds):
+        for name, work in modes.items():
+            began = time.process_time()
+            work()
+            if number >= WARM_UP_ROUNDS:
+                rates[name].append(count / (time.process_time() - began))
+    return {
+        "images_per_s_core": {name: statistics.median(values) for name, values in rates.items()},
+        "spread": {name: [min(values), max(values)] for name, values in rates.items()},
+        "images": count,
+        "rounds": rounds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "val"
+        write_folder(root / "a", arguments.images // 2, height=375, width=500)
+        write_folder(root / "b", arguments.images // 2, height=375, width=500)
+        found = figures(root, count=arguments.images // 2 * 2, rounds=arguments.rounds)
+    print(heading("images of the ImageNet protocols, images/s a core"))
+    for name, rate in found["images_per_s_core"].items():
+        low, high = found["spread"][name]
+        print(f"  {name:<30}{rate:7.0f}   {low:.0f}–{high:.0f} (n = {found['rounds']})")
+    write(arguments.json, found)
+
+
+if __name__ == "__main__":
+    main()
