@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from pretrain import distributed
 from pretrain.config import PretrainConfig
+from pretrain.data import BUFFERS
 from pretrain.precision import Precision, precision_on
 from pretrain.schedule import Schedule, scaled_lr, warmup_epochs
 from pretrain.views import plan_views, resolutions
@@ -31,6 +35,24 @@ class Plan:
         """Images a step, over all ranks."""
         return self.config.run.batch_size * self.world_size
 
+    @property
+    def loader_bytes(self) -> int:
+        """Shared memory that the data workers of one rank hold: `BUFFERS` batches of views each."""
+        values = sum(count * 3 * side**2 for count, side in resolutions(plan_views(self.config.views)))
+        per_value = 1 if self.config.data.pipeline == "device" else 4  # bytes, or float32
+        return self.config.data.workers * BUFFERS * self.config.run.batch_size * values * per_value
+
+    def lack_of_shared_memory(self, folder: Path = Path("/dev/shm")) -> str | None:
+        """A sentence where `folder` has less room than all workers of this machine may take, or None."""
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if not folder.is_dir() or self.loader_bytes * ranks <= (free := shutil.disk_usage(folder).free):
+            return None
+        return (
+            f"The data workers of {ranks} rank(s) may take {_gigabytes(self.loader_bytes * ranks)} of shared memory, "
+            f"and {folder} has {_gigabytes(free)} free: give the container more (docker run --shm-size), or lower "
+            "data.workers."
+        )
+
     def render(self) -> str:
         """The plan for a person, one line a subject."""
         config, run, optim = self.config, self.config.run, self.config.optim
@@ -46,7 +68,8 @@ class Plan:
         lines = {
             "images": f"{self.images:,} in {config.data.root}",
             "views": f"{views} ({config.views.kind}), cut by {config.data.workers} worker(s) a rank, "
-            f"{config.data.pipeline} pipeline",
+            f"{config.data.pipeline} pipeline"
+            + (f", {_gigabytes(self.loader_bytes)} of shared memory a rank" if config.data.workers else ""),
             "network": f"{config.model.backbone}{f' × {config.model.width}' if config.model.width > 1 else ''}, head "
             f"{config.model.hidden_dim}-{config.model.hidden_dim}-{config.model.classes}",
             "teacher": teacher,
@@ -64,6 +87,10 @@ class Plan:
             + f", the last {run.keep_checkpoints} kept",
         }
         return "TWIST pretraining\n" + "".join(f"  {name:<12}{text}\n" for name, text in lines.items())
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
 
 
 def resolve(

@@ -201,6 +201,9 @@ def _announce(plan: Plan, output: Path, position: Position) -> None:
         (output / "plan.txt").write_text(text)
         if position.steps == 0:
             say(text)
+        lack = plan.lack_of_shared_memory()
+        if lack is not None:
+            say(lack)
 
 
 def _monitor(config: PretrainConfig, output: Path, steps: int, position: Position) -> Monitor:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,6 +115,27 @@ def test_the_plan_states_the_resolved_numbers(images: Path) -> None:
     ):
         assert part in text
     assert plan.schedule.learning_rate(6250) == 4.0
+
+
+def test_shared_memory_that_workers_will_lack_is_named_before_they_die_of_it(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views = {"global_size": 224, "local_count": 12, "local_size": 96}
+    config = tiny_config(images, views=views, data={"workers": 8}, run={"batch_size": 128})
+    plan = resolve(config, images=1_281_167, world_size=8, device=CPU)
+    # 8 workers × 3 batches × 128 images × (2 · 224² + 12 · 96²) pixels × 3 bytes.
+    assert plan.loader_bytes == 8 * 3 * 128 * 210_944 * 3
+    assert "1.9 GB of shared memory a rank" in plan.render()
+    room = {"free": 64_000_000}
+    monkeypatch.setattr("pretrain.plan.shutil.disk_usage", lambda _: SimpleNamespace(**room))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    lack = plan.lack_of_shared_memory(tmp_path)
+    assert lack is not None
+    assert "8 rank(s) may take 15.6 GB" in lack
+    assert "has 0.1 GB free" in lack
+    room["free"] = 16_000_000_000
+    assert plan.lack_of_shared_memory(tmp_path) is None
+    assert plan.lack_of_shared_memory(tmp_path / "absent") is None
 
 
 @pytest.mark.slow
