@@ -18,7 +18,7 @@ from benchmarks.naive_step import per_tensor_lars
 from benchmarks.side_by_side import heading, measure, ratio, table, write
 from contracts.networks import build_backbone
 from pretrain.config import ModelConfig
-from pretrain.model import Head, Twist
+from pretrain.model import Twist, build_head
 from pretrain.optim import LARS, parameter_groups
 
 LR = 0.5
@@ -52,7 +52,7 @@ def figures(*, device: str, rounds: int, calls: int = 1, architecture: str = "re
 def network(architecture: str, device: str) -> nn.Module:
     torch.manual_seed(0)
     backbone = build_backbone(architecture)
-    return Twist(backbone, Head(int(backbone.num_features), ModelConfig(), truncated_normal=False)).to(device)  # type: ignore[arg-type]
+    return Twist(backbone, build_head(int(backbone.num_features), ModelConfig(), truncated_normal=False)).to(device)  # type: ignore[arg-type]
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from contracts.errors import UserError
 from contracts.networks import build_backbone
 from pretrain.config import PretrainConfig
 from pretrain.distributed import ranks_per_bunch
-from pretrain.model import Head
+from pretrain.model import build_head
 
 FLOAT = 4  # bytes: statistics, loss and gradients are float32
 # DistributedDataParallel's defaults: the first bucket is small, so that sending begins early.
@@ -64,7 +64,7 @@ def traffic(config: PretrainConfig) -> dict[str, Traffic]:
     """
     with torch.device("meta"):
         backbone = build_backbone(config.model.backbone, width=config.model.width, image_size=config.views.global_size)
-        head = Head(int(backbone.num_features), config.model, truncated_normal=False)  # type: ignore[arg-type]
+        head = build_head(int(backbone.num_features), config.model, truncated_normal=False)  # type: ignore[arg-type]
     resolutions = 2 if config.views.local_count else 1
     views = 2 + config.views.local_count
     widths = [m.num_features for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)] * resolutions

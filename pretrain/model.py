@@ -17,40 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from contracts.head import Head
 from contracts.networks import ResNet, build_backbone
 from pretrain import distributed
 from pretrain.batch_norm import synchronise
 from pretrain.config import ModelConfig, PretrainConfig
-
-
-class Head(nn.Module):
-    """Linear–BN–act–Linear–BN–act–Linear, then batch norm without affine parameters: (N, D) → (N, K) logits."""
-
-    def __init__(self, features: int, config: ModelConfig, *, truncated_normal: bool) -> None:
-        super().__init__()
-        activation = nn.ReLU if config.activation == "relu" else nn.GELU
-        self.hidden = nn.Sequential(
-            nn.Linear(features, config.hidden_dim),
-            nn.BatchNorm1d(config.hidden_dim),
-            activation(),
-            nn.Linear(config.hidden_dim, config.hidden_dim),
-            nn.BatchNorm1d(config.hidden_dim),
-            activation(),
-        )
-        self.output = nn.Linear(config.hidden_dim, config.classes)
-        # The paper's normalisation before the softmax; over a bunch of images (`build_model`).
-        self.norm: nn.Module = nn.BatchNorm1d(config.classes, affine=False)
-        if truncated_normal:
-            for layer in self.modules():
-                if isinstance(layer, nn.Linear):
-                    nn.init.trunc_normal_(layer.weight, std=0.02)
-                    nn.init.zeros_(layer.bias)
-
-    def forward(self, features: Tensor) -> Tensor:
-        raw = self.output(self.hidden(features))
-        # Never in half precision: what follows is a softmax over thousands of classes.
-        with torch.autocast(raw.device.type, enabled=False):
-            return self.norm(raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw)
 
 
 class Twist(nn.Module):
@@ -85,7 +56,7 @@ def build_model(config: PretrainConfig, *, device: torch.device) -> tuple[Twist,
         drop_path=model_config.drop_path,
     )
     is_vit = model_config.backbone.startswith("vit_")
-    student = Twist(backbone, Head(backbone.num_features, model_config, truncated_normal=is_vit))  # type: ignore[arg-type]
+    student = Twist(backbone, build_head(int(backbone.num_features), model_config, truncated_normal=is_vit))  # type: ignore[arg-type]
     ranks = distributed.ranks_per_bunch(
         model_config.bunch_size, batch_size=config.run.batch_size, world_size=distributed.world_size()
     )
@@ -108,6 +79,17 @@ def build_model(config: PretrainConfig, *, device: torch.device) -> tuple[Twist,
         for network in filter(None, (student, teacher)):
             network.backbone.compile(dynamic=False)
     return student, teacher
+
+
+def build_head(features: int, config: ModelConfig, *, truncated_normal: bool) -> Head:
+    """The head of a recipe for D = `features`; `truncated_normal` initialises its layers as a ViT's are."""
+    head = Head(features, config.hidden_dim, config.classes, activation=config.activation)
+    if truncated_normal:
+        for layer in head.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+    return head
 
 
 @torch.no_grad()

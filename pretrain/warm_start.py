@@ -1,8 +1,8 @@
 """Start from a full checkpoint of the published TWIST code: backbone, head and, when the recipe has one, teacher.
 
 Layout (published code, commit 796d36e, `train.py`): `model` and `teacher` are state dicts with `backbone.` and
-`projection_heads.`; early files name the last two layers `cls_heads`. `args` is an argparse.Namespace, the one global
-that the safe unpickler is allowed here. Every tensor of the file is accounted for, and every one of ours is filled.
+`projection_heads.` (`contracts/head.py`). `args` is an argparse.Namespace, the one global that the safe unpickler is
+allowed here. Every tensor of the file is accounted for, and every one of ours is filled.
 """
 
 from __future__ import annotations
@@ -17,20 +17,11 @@ import torch
 from torch import Tensor
 
 from contracts.errors import UserError
+from contracts.head import PUBLISHED_NAMES
 from pretrain.model import Twist
 
-# Module prefixes, theirs → ours; longest first. Their number 3 is a dropout that ours does without.
-PREFIXES = {
-    "backbone.": "backbone.",
-    "projection_heads.projection_head.0.": "head.hidden.0.",
-    "projection_heads.projection_head.1.": "head.hidden.1.",
-    "projection_heads.projection_head.4.": "head.hidden.3.",
-    "projection_heads.projection_head.5.": "head.hidden.4.",
-    "projection_heads.last_linear.": "head.output.",
-    "projection_heads.norm.": "head.norm.",
-    "projection_heads.cls_heads.0.0.": "head.output.",
-    "projection_heads.cls_heads.0.1.": "head.norm.",
-}
+# Module prefixes, theirs → ours.
+PREFIXES = {"backbone.": "backbone.", **{theirs: f"head.{ours}" for theirs, ours in PUBLISHED_NAMES.items()}}
 
 
 def warm_start(path: str | os.PathLike[str], student: Twist, teacher: Twist | None) -> None:

@@ -1,9 +1,8 @@
 """TWIST's own head as a classifier: read from a training checkpoint, ours or the published code's.
 
-Linear – BN – act – Linear – BN – act – Linear – BN without affine parameters; the class of an image is the largest
-logit, every norm with its running statistics (TWIST repository, commit 796d36e, train.py `ProjectionHead`). An
-artefact holds no head, so the checkpoint is named beside it, and must hold the very backbone that is measured.
-`N` images, `D` features, `H` hidden, `K` classes of the head.
+The class of an image is the largest logit, every norm with its running statistics. An artefact holds no head
+(`contracts/head.py`), so the checkpoint is named beside it, and must hold the very backbone that is measured.
+`N` images, `D` features.
 """
 
 from __future__ import annotations
@@ -11,53 +10,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from contracts.errors import UserError
+from contracts.head import PUBLISHED_NAMES, Head
 from converters.containers import read_contents
 
-# Module prefixes in a checkpoint → ours; the published code has a dropout at 3 and called its last layers differently
-# in early files.
-_LAYOUTS: tuple[dict[str, str], ...] = (
-    {"head.hidden.": "hidden.", "head.output.": "output.", "head.norm.": "norm."},
-    {
-        "projection_heads.projection_head.0.": "hidden.0.",
-        "projection_heads.projection_head.1.": "hidden.1.",
-        "projection_heads.projection_head.4.": "hidden.3.",
-        "projection_heads.projection_head.5.": "hidden.4.",
-        "projection_heads.last_linear.": "output.",
-        "projection_heads.norm.": "norm.",
-        "projection_heads.cls_heads.0.0.": "output.",
-        "projection_heads.cls_heads.0.1.": "norm.",
-    },
-)
+Activation = Literal["relu", "gelu"]
+# Module prefixes in a checkpoint → the head's own names: of our run folders, and of published files.
+_LAYOUTS = ({f"head.{part}.": f"{part}." for part in ("hidden", "output", "norm")}, PUBLISHED_NAMES)
 
 
-class Head(nn.Module):
-    """(N, D) features → (N, K) logits."""
-
-    def __init__(self, features: int, hidden: int, classes: int, activation: str) -> None:
-        super().__init__()
-        kind = {"relu": nn.ReLU, "gelu": nn.GELU}[activation]
-        self.hidden = nn.Sequential(
-            nn.Linear(features, hidden),
-            nn.BatchNorm1d(hidden),
-            kind(),
-            nn.Linear(hidden, hidden),
-            nn.BatchNorm1d(hidden),
-            kind(),
-        )
-        self.output = nn.Linear(hidden, classes)
-        self.norm = nn.BatchNorm1d(classes, affine=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.norm(self.output(self.hidden(features)))
-
-
-def read_head(path: Path, backbone: Mapping[str, Tensor], *, activation: str | None) -> Head:
+def read_head(path: Path, backbone: Mapping[str, Tensor], *, activation: Activation | None) -> Head:
     """The head beside `backbone` in the checkpoint at `path`, in eval mode.
 
     Student (`model`) and teacher are both looked at; the one whose backbone is equal to `backbone` counts.
@@ -116,10 +83,10 @@ def _renamed(state: Mapping[str, Tensor], layout: Mapping[str, str]) -> dict[str
     }
 
 
-def _build(state: dict[str, Tensor], activation: str, path: Path) -> Head:
+def _build(state: dict[str, Tensor], activation: Activation, path: Path) -> Head:
     try:
         hidden, features = state["hidden.0.weight"].shape
-        head = Head(features, hidden, len(state["output.weight"]), activation)
+        head = Head(features, hidden, len(state["output.weight"]), activation=activation)
         head.load_state_dict(
             {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
         )
@@ -130,7 +97,7 @@ def _build(state: dict[str, Tensor], activation: str, path: Path) -> Head:
     return head.eval()
 
 
-def _activation(value: dict[str, Any], path: Path) -> str:
+def _activation(value: dict[str, Any], path: Path) -> Activation:
     """relu or gelu: the published checkpoint's `args.act`, or `model.activation` of our run folder's config.json."""
     settings = getattr(value.get("args"), "state", None)
     found = settings.get("act") if isinstance(settings, dict) else None
