@@ -16,7 +16,7 @@ from transfer.imagenet.dataset import Batches
 from transfer.imagenet.features import feature_dimension
 from transfer.imagenet.processes import Rank
 from transfer.imagenet.recipes import FinetuneRecipe
-from transfer.imagenet.training import PICTURED, Job, Source, new_classifier, train_classifier
+from transfer.imagenet.training import PICTURED, Job, Source, image_batches, new_classifier, train_classifier
 
 
 def train_finetune(rank: Rank, job: Job) -> dict[str, Any]:
@@ -26,25 +26,7 @@ def train_finetune(rank: Rank, job: Job) -> dict[str, Any]:
     backbone = network_of(header, job.tensors)
     classifier = new_classifier(feature_dimension(backbone), len(job.train.classes), seed=job.seed)
     model = nn.Sequential(backbone, classifier).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    cuda = rank.device.type == "cuda"
-    batches = Batches(
-        job.train,
-        recipe,
-        batch_size=recipe.batch_size,
-        augment=True,
-        seed=job.seed,
-        rank=rank.index,
-        world_size=rank.count,
-        pin_memory=cuda,
-    )
-    held_out = Batches(
-        job.val,
-        recipe,
-        batch_size=recipe.machine.feature_batch_size * rank.count,
-        rank=rank.index,
-        world_size=rank.count,
-        pin_memory=cuda,
-    )
+    batches, held_out = image_batches(rank, job, recipe)
     pictured = Batches(job.val.spread(PICTURED), recipe, batch_size=recipe.machine.feature_batch_size, workers=0)
 
     def inputs(decoded: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

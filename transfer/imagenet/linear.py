@@ -20,7 +20,7 @@ from transfer.imagenet.features import FeatureFile, extract, feature_batches, fe
 from transfer.imagenet.memory import TRAINING
 from transfer.imagenet.processes import Rank
 from transfer.imagenet.recipes import LinearRecipe
-from transfer.imagenet.training import PICTURED, Job, Source, new_classifier, train_classifier
+from transfer.imagenet.training import PICTURED, Job, Source, image_batches, new_classifier, train_classifier
 
 
 def train_linear(rank: Rank, job: Job) -> dict[str, Any]:
@@ -69,25 +69,7 @@ def _pictured(rank: Rank, job: Job, recipe: LinearRecipe, network: nn.Module) ->
 
 def _crops(rank: Rank, job: Job, recipe: LinearRecipe, network: nn.Module) -> Source:
     """New crops each epoch, their features computed as they come."""
-    cuda = rank.device.type == "cuda"
-    batches = Batches(
-        job.train,
-        recipe,
-        batch_size=recipe.batch_size,
-        augment=True,
-        seed=job.seed,
-        rank=rank.index,
-        world_size=rank.count,
-        pin_memory=cuda,
-    )
-    held_out = Batches(
-        job.val,
-        recipe,
-        batch_size=recipe.machine.feature_batch_size * rank.count,
-        rank=rank.index,
-        world_size=rank.count,
-        pin_memory=cuda,
-    )
+    batches, held_out = image_batches(rank, job, recipe)
     features = _features(rank, job, recipe, network)
     validation = list(features(held_out.ordered()))
     return Source(

@@ -25,7 +25,7 @@ from contracts.errors import UserError
 from contracts.progress import Progress
 from contracts.weights import Backbone
 from transfer.imagenet.accuracy import label_ranks
-from transfer.imagenet.dataset import LabelledImages
+from transfer.imagenet.dataset import Batches, LabelledImages
 from transfer.imagenet.features import autocast
 from transfer.imagenet.journal import Journal
 from transfer.imagenet.memory import FEATURES, TRAINING, memory
@@ -72,6 +72,13 @@ class Source:
     validation: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     pictured: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     steps_per_epoch: int
+
+
+def image_batches(rank: Rank, job: Job, recipe: ClassifierRecipe) -> tuple[Batches, Batches]:
+    """This process's share of the images: random crops of those with labels, and the validation images in order."""
+    share: dict[str, Any] = {"rank": rank.index, "world_size": rank.count, "pin_memory": rank.device.type == "cuda"}
+    crops = Batches(job.train, recipe, batch_size=recipe.batch_size, augment=True, seed=job.seed, **share)
+    return crops, Batches(job.val, recipe, batch_size=recipe.machine.feature_batch_size * rank.count, **share)
 
 
 def new_classifier(dimension: int, classes: int, *, seed: int) -> nn.Linear:
