@@ -14,28 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet as tv
 
+from contracts.architectures import ARCHITECTURES, RESNETS, VITS
 from contracts.errors import UserError
 from contracts.weights import Backbone
 
-# Blocks a stage; ResNet-200 as in He et al. 2016 (identity mappings), with the same bottleneck.
-_RESNETS: dict[str, tuple[type[tv.BasicBlock | tv.Bottleneck], list[int]]] = {
-    "resnet18": (tv.BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (tv.BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (tv.Bottleneck, [3, 4, 6, 3]),
-    "resnet101": (tv.Bottleneck, [3, 4, 23, 3]),
-    "resnet200": (tv.Bottleneck, [3, 24, 36, 3]),
-}
-_VITS = {"vit_small_patch16": "vit_small_patch16_224", "vit_base_patch16": "vit_base_patch16_224"}
-ARCHITECTURES = (*_RESNETS, *_VITS)
+# timm's names of the ViTs.
+_VITS = {name: f"{name}_224" for name in VITS}
 
 
 class ResNet(tv.ResNet):
     """torchvision's ResNet without its classifier, every width times `width`; `forward` gives (B, D)."""
 
     def __init__(self, architecture: str, width: int = 1) -> None:
-        block, layers = _RESNETS[architecture]
+        blocks, bottleneck = RESNETS[architecture]
+        block = tv.Bottleneck if bottleneck else tv.BasicBlock
         self._width = width
-        super().__init__(block, layers)
+        super().__init__(block, list(blocks))
         if width > 1:
             self.conv1 = nn.Conv2d(3, 64 * width, kernel_size=7, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -97,7 +91,7 @@ def build_backbone(architecture: str, *, width: int = 1, image_size: int = 224, 
     Raises:
         UserError: the architecture is unknown.
     """
-    if architecture in _RESNETS:
+    if architecture in RESNETS:
         return ResNet(architecture, width)
     if architecture in _VITS:
         import timm  # two seconds that a ResNet need not pay

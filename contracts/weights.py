@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from contracts.architectures import Architecture
 from contracts.atomic import atomic_path
 from contracts.config import Config
 from contracts.errors import UserError
@@ -28,10 +29,6 @@ METADATA_KEY = "twist"
 # ImageNet statistics on [0, 1] RGB, as torchvision prints them.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-Architecture = Literal[
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet200", "vit_small_patch16", "vit_base_patch16"
-]
 
 
 class Backbone(Config):

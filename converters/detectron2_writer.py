@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from contracts.architectures import VIT_BLOCKS, VITS, depth_of
 from contracts.atomic import atomic_path
 from contracts.weights import METADATA_KEY, Backbone
 from converters import manifest, rename, tables
@@ -50,10 +51,10 @@ def detectron2_overlay(backbone: Backbone) -> dict[str, Any]:
     mean = [round(value * scale, 6) for value in backbone.mean]
     std = [round(value * scale, 6) for value in backbone.std]
     if backbone.is_vit:
-        dimension = manifest.embedding_of(backbone.architecture)
+        dimension = VITS[backbone.architecture]
         return {
             "backbone": {
-                "img_size": backbone.image_size, "patch_size": 16, "embed_dim": dimension, "depth": manifest.VIT_BLOCKS,
+                "img_size": backbone.image_size, "patch_size": 16, "embed_dim": dimension, "depth": VIT_BLOCKS,
                 "num_heads": dimension // 64, "mlp_ratio": 4, "qkv_bias": True, "window_size": 0, "use_rel_pos": False,
                 "pretrain_img_size": backbone.image_size, "pretrain_use_cls_token": True, "out_feature": "last_feat",
             },
@@ -69,7 +70,7 @@ def detectron2_overlay(backbone: Backbone) -> dict[str, Any]:
             # Self-supervised statistics come from other crops than detection's: nothing is frozen (MoCo's configs).
             "BACKBONE": {"FREEZE_AT": 0},
             "RESNETS": {
-                "DEPTH": manifest.depth_of(backbone.architecture),
+                "DEPTH": depth_of(backbone.architecture),
                 "STRIDE_IN_1X1": backbone.stride_in == "1x1",
                 "NUM_GROUPS": 1,
                 "WIDTH_PER_GROUP": 64 * backbone.width,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from contracts.architectures import ARCHITECTURES
 from contracts.atomic import write_text
 from contracts.weights import Backbone
-from converters.manifest import RESNETS, VITS
 from converters.proof import TOLERANCE
 from converters.sources import HALF, IMAGENET, LAYOUTS, MSRA, SWAV, UNIT, Layout, Pixels
 from converters.targets import TARGETS
@@ -70,7 +70,7 @@ def _targets() -> list[str]:
 
 def _networks() -> list[str]:
     rows = [_head("network"), "|---|" + "---|" * len(TARGETS)]
-    networks = [_backbone(name) for name in (*RESNETS, *VITS.values())]
+    networks = [_backbone(name) for name in ARCHITECTURES]
     networks[3:3] = [_backbone("resnet50", width=width) for width in (2, 4)]
     networks[1:1] = [_backbone("resnet18", width=2)]
     for backbone in networks:

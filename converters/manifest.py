@@ -10,21 +10,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from contracts.architectures import RESNETS, VIT_BLOCKS, VITS
 from contracts.errors import UserError
 
 Shape = tuple[int, ...]
-
-# Blocks a stage, and whether a block is a bottleneck (He et al. 2015, table 1; 200: He et al. 2016).
-RESNETS: dict[str, tuple[tuple[int, int, int, int], bool]] = {
-    "resnet18": ((2, 2, 2, 2), False),
-    "resnet34": ((3, 4, 6, 3), False),
-    "resnet50": ((3, 4, 6, 3), True),
-    "resnet101": ((3, 4, 23, 3), True),
-    "resnet200": ((3, 24, 36, 3), True),
-}
-# Embedding dimension → name; both have 12 blocks, heads of 64, an MLP of 4 × the dimension, patches of 16 pixels.
-VITS: dict[int, str] = {384: "vit_small_patch16", 768: "vit_base_patch16"}
-VIT_BLOCKS = 12
 
 
 @dataclass(frozen=True)
@@ -36,21 +25,11 @@ class Geometry:
     image_size: int | None = None
 
 
-def depth_of(architecture: str) -> int:
-    """50 of `resnet50`."""
-    return int(architecture.removeprefix("resnet"))
-
-
-def embedding_of(architecture: str) -> int:
-    """384 of `vit_small_patch16`."""
-    return next(dimension for dimension, name in VITS.items() if name == architecture)
-
-
 def shapes_of(geometry: Geometry) -> dict[str, Shape]:
     """Every tensor of the artefact, name → shape, in the order of the network's state dict."""
     if geometry.architecture in RESNETS:
         return _resnet_shapes(geometry.architecture, geometry.width)
-    return _vit_shapes(embedding_of(geometry.architecture), geometry.image_size or 224)
+    return _vit_shapes(VITS[geometry.architecture], geometry.image_size or 224)
 
 
 def recognise(shapes: Mapping[str, Shape], *, where: str) -> Geometry:
@@ -217,7 +196,8 @@ def guess(shapes: Mapping[str, Shape], *, where: str) -> Geometry:
 
 def _guess_vit(shapes: Mapping[str, Shape], where: str) -> Geometry:
     dimension, _, patch, _ = (*shapes["patch_embed.proj.weight"], 0, 0, 0, 0)[:4]
-    if dimension not in VITS or patch != 16:
+    architecture = next((name for name, width in VITS.items() if width == dimension), None)
+    if architecture is None or patch != 16:
         raise UserError(
             f"{where}: a ViT with dimension {dimension} and patches of {patch} pixels; known are ViT-S/16 (384) and "
             "ViT-B/16 (768)."
@@ -229,7 +209,7 @@ def _guess_vit(shapes: Mapping[str, Shape], where: str) -> Geometry:
             f"{where}: the position table holds {positions} positions, not one for the class token and a square grid; "
             "tables without class token or of oblong images are not converted, since a resize could not be undone."
         )
-    return Geometry(VITS[dimension], image_size=16 * side)
+    return Geometry(architecture, image_size=16 * side)
 
 
 def _variant(shapes: Mapping[str, Shape]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from contracts.architectures import VIT_BLOCKS, VITS, depth_of
 from contracts.weights import METADATA_KEY, Backbone
 from converters import manifest, rename, tables
 from converters.torch_file import write_torch
@@ -73,7 +74,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None
 
 def _backbone(backbone: Backbone) -> dict[str, Any]:
     if backbone.is_vit:
-        dimension = manifest.embedding_of(backbone.architecture)
+        dimension = VITS[backbone.architecture]
         return {
             # A ResNet's settings in the base would not fit a transformer's constructor.
             "_delete_": True,
@@ -82,7 +83,7 @@ def _backbone(backbone: Backbone) -> dict[str, Any]:
             "patch_size": 16,
             "patch_bias": True,
             "embed_dims": dimension,
-            "num_layers": manifest.VIT_BLOCKS,
+            "num_layers": VIT_BLOCKS,
             "num_heads": dimension // 64,
             "mlp_ratio": 4,
             "out_indices": (2, 5, 8, 11),
@@ -96,7 +97,7 @@ def _backbone(backbone: Backbone) -> dict[str, Any]:
         }
     return {
         "type": "ResNet",
-        "depth": manifest.depth_of(backbone.architecture),
+        "depth": depth_of(backbone.architecture),
         "stem_channels": 64 * backbone.width,
         "base_channels": 64 * backbone.width,
         "style": "caffe" if backbone.stride_in == "1x1" else "pytorch",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from contracts.architectures import RESNETS, VITS
 from contracts.atomic import atomic_path, write_json
 from contracts.weights import Backbone, write_backbone
 from converters import manifest
@@ -75,6 +76,6 @@ def write_timm(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) ->
 
 
 def _features(architecture: str) -> int:
-    if architecture in manifest.RESNETS:
-        return 512 * (4 if manifest.RESNETS[architecture][1] else 1)
-    return manifest.embedding_of(architecture)
+    if architecture in RESNETS:
+        return 512 * (4 if RESNETS[architecture][1] else 1)
+    return VITS[architecture]

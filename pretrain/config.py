@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from contracts.architectures import Architecture
 from contracts.config import Config
 from contracts.seeds import MOST_SEED
-from contracts.weights import Architecture
 from pretrain.precision import Precision
 
 Positive = Field(gt=0)

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from contracts import atomic
+from contracts.architectures import ARCHITECTURES
 from contracts.config import Config, config_hash, load_config, parse_override
 from contracts.errors import UsageError, UserError
 from contracts.images import UnreadableImage, find_classes, find_images, read_image
 from contracts.metrics import METRICS
 from contracts.networks import (
-    ARCHITECTURES,
     SameConv2d,
     build_backbone,
     network_of,

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from contracts.architectures import ARCHITECTURES, RESNETS, VITS
 from contracts.errors import UsageError, UserError
 from contracts.networks import build_backbone
 from converters import manifest, rename
@@ -46,10 +47,10 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("architecture", [*manifest.RESNETS, *manifest.VITS.values()])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_manifest_is_the_networks(architecture: str) -> None:
-    for width in (1, 2) if architecture in manifest.RESNETS else (1,):
-        size = None if architecture in manifest.RESNETS else 224
+    for width in (1, 2) if architecture in RESNETS else (1,):
+        size = None if architecture in RESNETS else 224
         with torch.device("meta"):
             network = build_backbone(architecture, width=width)
         expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -66,7 +67,7 @@ def test_thirty_four_rows_cover_a_resnet50() -> None:
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_tables_are_total_injective_and_invertible(table: rename.Table) -> None:
     vit = any(row[2] == "cls_token" for row in table.rows)
-    for architecture in manifest.VITS.values() if vit else manifest.RESNETS:
+    for architecture in VITS if vit else RESNETS:
         names = [name for name in flat_tensors(architecture) if not name.endswith(table.absent or ("\0",))]
         if table.absent and table.name not in ("haiku", "caffe2"):
             names = list(flat_tensors(architecture))

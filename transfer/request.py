@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from contracts.architectures import Architecture
 from contracts.config import Config, parse_override, validate
-from contracts.weights import Architecture, Backbone
+from contracts.weights import Backbone
 from transfer.protocols import Protocol
 
 
