@@ -83,12 +83,19 @@ def check_same_run(folder: Path, earlier: dict[str, Any], run: dict[str, Any]) -
 
 
 def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two trees of plain values differ: dotted path, value before, value now (None where there is none)."""
+    """Where two trees of plain values differ: dotted path, value before, value now (None where there is none).
+
+    A list of numbers or words is one value; lists of tables or of lists are gone through when they are equally long.
+    """
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
             yield from differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+    elif _nested(before) and _nested(now) and len(before) == len(now):
         for index, (one, other) in enumerate(zip(before, now, strict=True)):
             yield from differences(one, other, f"{path}.{index}".lstrip("."))
     elif before != now:
         yield path, before, now
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(entry, (dict, list)) for entry in value)
