@@ -1,7 +1,7 @@
 """The run folder's own account, `run.json`: which run lives here, so that no other one writes into it.
 
-A run is its protocol, weights, seed and recipe. A folder is taken by the first run that is planned in it; the same run
-may continue (`--resume`) or be evaluated again, another one is refused with the difference named.
+A run is its protocol, weights, data, seed and recipe. A folder is taken by the first run that is planned in it; the
+same run may continue (`--resume`) or be evaluated again, another one is refused with the difference named.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def note_run(folder: Path, run: dict[str, Any], *, state: str) -> None:
 
 
 def check_same_run(folder: Path, earlier: dict[str, Any], run: dict[str, Any]) -> None:
-    """Refuse to continue a run whose protocol, weights, seed or recipe have changed; the first difference is named.
+    """Refuse to continue a run whose protocol, weights, data, seed or recipe have changed; the first is named.
 
     A run that was killed while it started had no recipe yet, so there is none to differ.
     """
