@@ -52,6 +52,7 @@ class RunRecord(Config):
     """One measured run. Metric names are those of `contracts.metrics`; units are in the names.
 
     `recipe` is the resolved recipe without weights, paths and seed; `recipe_hash` is derived from it and never given.
+    `data` names what the run read, wherever it lay (transfer/data/identity.py); records of earlier versions lack it.
     `media` and `curves` are paths relative to the record's own folder (pictures for the page, a `metrics.jsonl`).
     """
 
@@ -65,6 +66,7 @@ class RunRecord(Config):
     weights: WeightsProvenance
     recipe: dict[str, Any]
     recipe_hash: str = ""
+    data: str | None = None
     software: dict[str, str]
     hardware: dict[str, str | int | None]
     wall_s: float = Field(ge=0)

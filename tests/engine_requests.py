@@ -5,18 +5,23 @@ Names: `suffix` is the overlay's, `.yaml` for Detectron2 and `.py` for MMSegment
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from contracts.errors import UsageError
 from contracts.networks import build_backbone
+from contracts.record import RunRecord, read_record
 from contracts.weights import Backbone
 from transfer.protocols import find_protocol
 from transfer.request import Request, split_overrides
 
+ROOT = Path(__file__).resolve().parent.parent
 Written = tuple[Path, Path, Backbone]
 
 
@@ -57,3 +62,74 @@ def request_maker(tree: Path, weights: Callable[[str], Written], output: Path) -
         )
 
     return make
+
+
+def other_value(value: Any) -> str:
+    """An override's text for another value of the same type."""
+    if isinstance(value, bool):
+        return str(not value).lower()
+    if isinstance(value, (int, float)):
+        return json.dumps(value + 1)
+    if isinstance(value, (list, tuple)):
+        return "[]" if value else "[1]"
+    return json.dumps("another")
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a config that an override can name, with its value."""
+    inside = isinstance(tree, list) and any(isinstance(entry, dict) for entry in tree)
+    if not isinstance(tree, dict) and not inside:
+        yield path, tree
+        return
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield from leaves(value, f"{path}.{key}".lstrip("."))
+
+
+@dataclass
+class Sweep:
+    """Keys of a config by what became of an override of each alone, with another value.
+
+    Refused; the recipe stayed the same; the record is not `reduced`; no note names the key.
+    """
+
+    refused: set[str] = field(default_factory=set)
+    same_recipe: set[str] = field(default_factory=set)
+    not_reduced: set[str] = field(default_factory=set)
+    unnamed: set[str] = field(default_factory=set)
+
+
+def sweep(tree: dict[str, Any], resolve: Callable[[str], Any]) -> Sweep:
+    """Override each leaf of `tree` alone; `resolve` makes an engine's `Resolved` of an override's text."""
+    found = Sweep()
+    plain = resolve("").recipe
+    for key, value in leaves(tree):
+        try:
+            resolved = resolve(f"{key}={other_value(value)}")
+        except UsageError:
+            found.refused.add(key)
+            continue
+        if resolved.recipe == plain:
+            found.same_recipe.add(key)
+        if not resolved.reduced:
+            found.not_reduced.add(key)
+        if not any(f" {key} " in note or f" {key}." in note for note in resolved.notes):
+            found.unnamed.add(key)
+    return found
+
+
+def committed(protocol: str, folder: str) -> RunRecord:
+    """One of the records of `results/<folder>` under `protocol`."""
+    return read_record(min((ROOT / "results" / folder / protocol).glob("*.json")))
+
+
+def sample_root(record: RunRecord, root: Path) -> Path:
+    """A folder that says of itself that it is the sample of `record`; the images are not needed to resolve."""
+    classes = [f"class {number}" for number in range(10)]
+    root.mkdir()
+    (root / "sample.json").write_text(json.dumps({**record.recipe["sample"], "classes": classes}))
+    return root
+
+
+def own_part(record: RunRecord) -> dict[str, Any]:
+    """The engine's part of the recipe of `record`: what the run itself added is of the data and the network."""
+    return {key: value for key, value in record.recipe.items() if key not in ("architecture", "data", "sample")}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_requests import request_maker, weights_maker
+from engine_requests import committed, own_part, request_maker, sample_root, sweep, weights_maker
 from tiny_trees import HEIGHT, WIDTH, make_cityscapes, make_coco, make_voc_detection
 
 from contracts.errors import UsageError, UserError
@@ -145,6 +145,57 @@ def test_an_override_that_leaves_the_protocol_keeps_the_record_from_published_nu
     assert resolved("INPUT.MIN_SIZE_TEST=600").reduced
 
 
+def test_whatever_an_override_changes_is_recorded(request_of) -> None:
+    """Every key of the config, one after the other: only those named here leave the record as it was."""
+    from transfer import detectron2_engine as engine
+
+    def resolved(override: str):
+        return engine.resolve(request_of("coco-mrcnn-fpn-1x", "keep_batch=true", *filter(None, [override])))
+
+    harmless = {
+        "CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD",
+        "TEST.EXPECTED_RESULTS", "VIS_PERIOD",
+    }  # fmt: skip
+    schedule = {f"SOLVER.{key}" for key in ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS")}
+    found = sweep(engine._tree(resolved("").config), resolved)
+    assert found.same_recipe == harmless
+    assert found.not_reduced == found.unnamed == harmless | schedule
+    assert found.refused == {
+        "MODEL.BACKBONE.FREEZE_AT", "MODEL.DEVICE", "MODEL.WEIGHTS", "OUTPUT_DIR", "SEED", "SOLVER.REFERENCE_WORLD_SIZE"
+    }  # fmt: skip
+
+
+def test_an_override_of_what_comes_with_the_weights_is_the_users(request_of) -> None:
+    from transfer import detectron2_engine as engine
+
+    def recipe(*overrides: str, protocol: str = "coco-mrcnn-fpn-1x"):
+        return engine.resolve(request_of(protocol, *overrides)).recipe
+
+    assert recipe("INPUT.FORMAT=BGR", "MODEL.PIXEL_MEAN=[0.0, 0.0, 0.0]", "INPUT.CROP.ENABLED=true") == {
+        **recipe(),
+        "overrides": {
+            "INPUT.FORMAT": "BGR",
+            "MODEL.PIXEL_MEAN": [0.0, 0.0, 0.0],
+            "INPUT.CROP.ENABLED": True,
+        },
+    }
+    assert recipe("INPUT.FORMAT=RGB") == recipe(), "as it was already"
+    # Mask heads are in the recipe of those that have masks.
+    assert "overrides" not in recipe("MODEL.ROI_MASK_HEAD.NUM_CONV=2")
+    with_masks = recipe("MODEL.MASK_ON=true", "MODEL.ROI_MASK_HEAD.NUM_CONV=2", protocol="voc-frcnn-fpn-24k")
+    assert with_masks["MODEL"]["ROI_MASK_HEAD"]["NUM_CONV"] == 2
+    assert "overrides" not in with_masks
+
+
+@pytest.mark.parametrize("folder", ["demo-photos", "study-40", "study"])
+def test_recipes_of_committed_records_are_still_these(folder, weights, tmp_path) -> None:
+    from transfer import detectron2_engine as engine
+
+    record = committed("sample-coco-mrcnn-fpn", folder)
+    request = request_maker(sample_root(record, tmp_path / "sample"), weights, tmp_path / "run")(record.protocol)
+    assert engine.resolve(request).recipe == own_part(record)
+
+
 def test_recipe_knows_the_protocol_and_not_the_weights(request_of) -> None:
     from transfer import detectron2_engine as engine
 
@@ -163,6 +214,7 @@ def test_recipe_knows_the_protocol_and_not_the_weights(request_of) -> None:
     [
         ("SOLVER.BASE_LRR=1", r'Detectron2 knows no key SOLVER\.BASE_LRR .* Did you mean "BASE_LR"'),
         ("SOLVER=1", r"SOLVER is a section"),
+        ("SEED=1", r"takes SEED from --seed alone; pass --seed in its place"),
         ("SOLVER.BASE_LR=fast", r"SOLVER\.BASE_LR is .*Type mismatch"),
         ("MODEL.BACKBONE.FREEZE_AT=2", "Frozen batch norm or frozen stages do not go with self-supervised"),
         ("MODEL.RESNETS.NORM=FrozenBN", "Frozen batch norm or frozen stages do not go with self-supervised"),

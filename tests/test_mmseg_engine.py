@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_requests import request_maker, weights_maker
+from engine_requests import committed, own_part, request_maker, sample_root, sweep, weights_maker
 from tiny_trees import make_cityscapes, make_voc_segmentation
 
 from contracts.errors import UsageError, UserError
@@ -151,6 +151,72 @@ def test_an_override_that_leaves_the_protocol_keeps_the_record_from_published_nu
     assert resolved("val_dataloader.dataset.pipeline.1.scale=[1024, 256]").reduced
 
 
+def test_whatever_an_override_changes_is_recorded(request_of) -> None:
+    """Every key of the config, one after the other: only those named here leave the record as it was."""
+    from transfer import mmseg_engine as engine
+
+    def resolved(override: str):
+        return engine.resolve(request_of("voc12aug-fcn-d8-20k", "keep_batch=true", *filter(None, [override])))
+
+    loaders = [f"{part}_dataloader" for part in ("train", "val", "test")]
+    harmless = {
+        *(f"{loader}.{key}" for loader in loaders for key in ("num_workers", "persistent_workers")),
+        "default_hooks.checkpoint.interval", "default_hooks.checkpoint.max_keep_ckpts", "default_hooks.logger.interval",
+        "env_cfg.cudnn_benchmark", "env_cfg.dist_cfg.backend", "env_cfg.mp_cfg.mp_start_method",
+        "env_cfg.mp_cfg.opencv_num_threads", "log_level", "train_cfg.val_interval", "vis_backends.0.type",
+        "visualizer.name", "visualizer.type", "visualizer.vis_backends.0.type",
+    }  # fmt: skip
+    schedule = {
+        "train_dataloader.batch_size", "train_cfg.max_iters", "optim_wrapper.optimizer.lr",
+        "param_scheduler.0.begin", "param_scheduler.0.end", "param_scheduler.0.eta_min",
+    }  # fmt: skip
+    found = sweep(engine._tree(resolved("").config), resolved)
+    assert found.same_recipe == harmless
+    assert found.not_reduced == found.unnamed == harmless | schedule
+    assert found.refused == {
+        *(f"{loader}.dataset.data_root" for loader in loaders), "data_root", "load_from", "resume", "model.pretrained",
+        *(f"model.backbone.init_cfg.{key}" for key in ("type", "checkpoint", "prefix")),
+        "model.backbone.frozen_stages", "model.backbone.norm_eval",
+        # Set by the engine, and no keys of a config of ours.
+        "work_dir", "launcher", "experiment_name", "randomness.seed", "device",
+    }  # fmt: skip
+
+
+def test_an_override_of_what_the_recipe_leaves_out_enters_it(request_of) -> None:
+    from transfer import mmseg_engine as engine
+
+    def resolved(*overrides: str):
+        return engine.resolve(request_of("voc12aug-fcn-d8-20k", "keep_batch=true", *overrides))
+
+    hidden = {
+        "model.data_preprocessor.bgr_to_rgb": False,
+        "model.backbone.style": "caffe",
+        "val_evaluator.iou_metrics": ["mDice"],
+        "train_dataloader.sampler.shuffle": False,
+    }
+    other = resolved(*(f"{key}={json.dumps(value)}" for key, value in hidden.items()))
+    assert other.recipe == {**resolved().recipe, "overrides": hidden}
+    assert "changed from the protocol: val_evaluator.iou_metrics ['mIoU'] → ['mDice']" in other.notes
+    assert resolved("model.backbone.style=pytorch").recipe == resolved().recipe, "as it was already"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "folder", "overrides"),
+    [
+        ("sample-voc-fcn-d8", "demo-photos", ()),
+        ("sample-voc-fcn-d8", "study", ()),
+        ("sample-cityscapes-fcn-d8", "study", ()),
+        ("sample-cityscapes-fcn-d8", "study-longer", ("iterations=480",)),
+    ],
+)
+def test_recipes_of_committed_records_are_still_these(protocol, folder, overrides, weights, tmp_path) -> None:
+    from transfer import mmseg_engine as engine
+
+    record = committed(protocol, folder)
+    request = request_maker(sample_root(record, tmp_path / "sample"), weights, tmp_path / "run")(protocol, *overrides)
+    assert engine.resolve(request).recipe == own_part(record)
+
+
 def test_a_loss_that_is_no_number_ends_the_run(request_of) -> None:
     from transfer import mmseg_engine as engine
 
@@ -183,6 +249,10 @@ def test_recipe_knows_the_protocol_and_not_the_weights(request_of) -> None:
     [
         ("optim_wrapper.optimizer.lrr=1", r'has no key optim_wrapper\.optimizer\.lrr .* Did you mean "lr"'),
         ("model.decode_head=1", r"model\.decode_head is a section"),
+        (
+            "val_dataloader.dataset.data_root=/elsewhere",
+            r"takes val_\S+data_root from --data alone; pass --data in its",
+        ),
         ("optim_wrapper.optimizer.lr=fast", r"optimizer\.lr is .* a number"),
         ("train_dataloader.dataset.pipeline.99.scale=1", r"has no key train_dataloader\.dataset\.pipeline\.99"),
         ("model.backbone.norm_eval=true", "Frozen batch norm or frozen stages do not go with self-supervised"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import json
 import os
 import shlex
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 from made_records import make_record
 
+from contracts.config import read_toml, validate
 from contracts.errors import UsageError, UserError
 from contracts.record import RunRecord, find_records, read_record, write_record
 from transfer import suite as suite_module
@@ -27,6 +29,7 @@ from transfer.protocols import PROTOCOLS
 from transfer.suite import (
     Job,
     RunsFailed,
+    SuiteConfig,
     load_suite,
     make_plan,
     makespan_s,
@@ -83,6 +86,7 @@ class World:
             media=("picture.png",),
             curves="curve.jsonl",
             wall_s=1800.0,
+            data=job.data,
         )
 
     def run(self, **others: Any) -> list[RunRecord]:
@@ -181,7 +185,7 @@ def test_plan_says_what_is_done_and_how_long_the_rest_takes(world: World) -> Non
     with pytest.raises(UserError):
         world.run()
     suite = load_suite(world.file, data=world.data)
-    plan = make_plan(suite, results=world.results)
+    plan = make_plan(suite, results=world.results, data=world.data)
     assert [job.title for job in plan.missing] == ["sample-knn · random · seed 1"]
     text = plan_text(plan, suite, slots=1, on_gpus=False)
     assert "1/2" in text
@@ -208,12 +212,12 @@ def test_plan_says_where_its_hours_come_from(world: World, monkeypatch: pytest.M
     for name, hours in (("sample-knn", None), ("sample-linear", 2.0)):
         monkeypatch.setitem(PROTOCOLS, name, dataclasses.replace(PROTOCOLS[name], hours=hours))
     suite = load_suite(world.file, data=world.data)
-    text = plan_text(make_plan(suite, results=world.results), suite, slots=8, on_gpus=True)
+    text = plan_text(make_plan(suite, results=world.results, data=world.data), suite, slots=8, on_gpus=True)
     assert (
         "about 2.0 h for 2 of them (2 from the protocols' measured hours); no time is known yet for sample-knn" in text
     )
     write_record(make_record("twist", "sample-knn", wall_s=3 * 3600.0), world.results)
-    text = plan_text(make_plan(suite, results=world.results), suite, slots=8, on_gpus=True)
+    text = plan_text(make_plan(suite, results=world.results, data=world.data), suite, slots=8, on_gpus=True)
     assert "about 3.0 h for 4 of them (2 from past records, 2 from the protocols' measured hours)." in text
 
 
@@ -249,7 +253,7 @@ def test_grids_seeds_and_overrides_make_jobs(world: World) -> None:
         overrides = ["architecture=resnet18"]
         """
     )
-    plan = make_plan(load_suite(world.file, data=world.data), results=world.results)
+    plan = make_plan(load_suite(world.file, data=world.data), results=world.results, data=world.data)
     linear = [job for job in plan.jobs if job.protocol == "sample-linear"]
     assert [(job.seed, job.overrides) for job in linear[:2]] == [
         (3, ("epochs=5", "architecture=resnet18", "lr=0.1", 'head.kind="mlp"')),
@@ -267,7 +271,7 @@ def test_weights_may_have_seeds_of_their_own(world: World) -> None:
         weights = [{ name = "random", file = "random", seeds = [3, 4] }, { name = "other", file = "random" }]
         """
     )
-    jobs = make_plan(load_suite(world.file, data=world.data), results=world.results).jobs
+    jobs = make_plan(load_suite(world.file, data=world.data), results=world.results, data=world.data).jobs
     assert [(job.weights.name, job.seed) for job in jobs] == [("random", 3), ("random", 4), ("other", 1)]
 
     world.file.write_text(world.file.read_text().replace("[3, 4]", "[3, 3]"))
@@ -276,7 +280,7 @@ def test_weights_may_have_seeds_of_their_own(world: World) -> None:
 
 
 def test_the_command_is_one_that_a_user_could_type(world: World) -> None:
-    job = make_plan(load_suite(world.file, data=world.data), results=world.results).jobs[0]
+    job = make_plan(load_suite(world.file, data=world.data), results=world.results, data=world.data).jobs[0]
     command = transfer_command(job, "random", data=world.data, gpus=0, output=world.output)
     assert command[:5] == [sys.executable, "-m", "twist", "transfer", "sample-knn"]
     assert "--resume" in command
@@ -310,6 +314,94 @@ def test_what_is_done_is_known_without_the_run_folders(world: World) -> None:
     next(find_records([world.results])).unlink()
     world.run()
     assert world.starts() == 5
+
+
+def describe(root: Path, *, seed: int) -> Path:
+    """`root` with the sample.json of a sample of that seed; no run here reads an image."""
+    root.mkdir(exist_ok=True)
+    settings = {"format_version": 2, "source": "photos", "size": "small", "seed": seed, "classes": ["a"]}
+    (root / "sample.json").write_text(json.dumps(settings))
+    return root
+
+
+def test_what_was_measured_on_other_data_is_never_shown_for_these(world: World) -> None:
+    describe(world.data, seed=0)
+    assert len(world.run()) == 4
+    other = describe(world.root / "other", seed=7)
+    for dry_run in (True, False):
+        with pytest.raises(UserError) as caught:
+            world.run(data=other, dry_run=dry_run)
+        assert str(caught.value) == (
+            f"{world.results} holds sample-knn · random · seed 0, measured on other data (sample of photos, small, "
+            "seed 0, format 2; --data holds sample of photos, small, seed 7, format 2): choose another --output and "
+            "--results, or the same --data as then."
+        )
+    # Nor where only the run folders know of it.
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match=r"sample-knn/random-seed0-\w+/record holds .* measured on other data"):
+            world.run(data=other, results=world.root / "empty", dry_run=dry_run)
+    assert world.starts() == 4
+    # The remedy is one, and records of both side by side are told apart.
+    assert len(world.run(data=other, output=world.root / "runs-2", results=world.root / "results-2")) == 4
+    assert world.starts() == 8
+    for path in find_records([world.root / "results-2"]):
+        record = read_record(path).model_dump(exclude={"recipe_hash"})
+        write_record(RunRecord(**{**record, "recipe": {"other": 1}}), world.results)
+    for data in (world.data, other):
+        found = {record.data for record in world.run(data=data)}
+        assert found == {f"sample of photos, small, seed {0 if data == world.data else 7}, format 2"}
+    assert world.starts() == 8
+
+
+def test_moved_data_are_the_same(world: World) -> None:
+    describe(world.data, seed=0)
+    first = world.run()
+    world.data.rename(world.root / "moved")
+    assert world.run(data=world.root / "moved") == first
+    assert world.starts() == 4
+
+
+def test_a_record_that_does_not_say_its_data_stays_valid(world: World) -> None:
+    """Earlier versions wrote down which sample it was, and nothing else of the data."""
+    describe(world.data, seed=0)
+    world.run()
+    for path in list(find_records([world.results])):
+        write_record(read_record(path).model_copy(update={"data": None}), world.results)
+    assert len(world.run(data=describe(world.root / "other", seed=7))) == 4
+    for path in list(find_records([world.results])):
+        old = read_record(path).model_dump(exclude={"recipe_hash"})
+        sample = {"source": "photos", "size": "small", "seed": 0, "format_version": 2}
+        path.unlink()
+        write_record(RunRecord(**{**old, "recipe": {**old["recipe"], "sample": sample}}), world.results)
+    with pytest.raises(UserError, match="measured on other data"):
+        world.run(data=world.root / "other")
+    assert len(world.run()) == 4
+    assert world.starts() == 4
+
+
+@pytest.mark.parametrize(
+    ("suite_file", "folder", "data_seed"),
+    [
+        ("configs/suites/study.toml", "study", 1),
+        ("configs/suites/study-longer.toml", "study-longer", 1),
+        ("configs/suites/photos.toml", "photos", 0),
+        ("benchmarks/fashion_mnist/suite.toml", "fashion-mnist", None),
+    ],
+)
+def test_committed_records_are_those_of_their_suites(
+    suite_file: str, folder: str, data_seed: int | None, tmp_path: Path
+) -> None:
+    """Random initialisations, whose keys need no file; the keys, and the data, are what they were."""
+    values = read_toml(ROOT / suite_file)
+    values["weights"] = [entry for entry in values["weights"] if entry["file"] == "random"]
+    suite = validate(values, SuiteConfig, where=suite_file)
+    data = tmp_path if data_seed is None else describe(tmp_path, seed=data_seed)
+    plan = make_plan(suite, results=ROOT / "results" / folder, data=data)
+    assert plan.jobs
+    assert plan.missing == []
+    if data_seed is not None:
+        with pytest.raises(UserError, match="measured on other data"):
+            make_plan(suite, results=ROOT / "results" / folder, data=describe(tmp_path, seed=data_seed + 1))
 
 
 def test_pictures_and_curves_come_with_the_record(world: World) -> None:
@@ -378,7 +470,7 @@ def test_too_few_gpus_for_one_run(world: World) -> None:
 
 
 def test_a_run_that_outlived_its_suite_is_waited_for(world: World) -> None:
-    job = make_plan(load_suite(world.file, data=world.data), results=world.results).jobs[0]
+    job = make_plan(load_suite(world.file, data=world.data), results=world.results, data=world.data).jobs[0]
     folder = job.folder(world.output)
     folder.mkdir(parents=True)
     lock = os.open(folder / ".suite-lock", os.O_RDWR | os.O_CREAT)
@@ -478,7 +570,7 @@ def test_each_file_is_converted_once_with_what_the_suite_says(world: World, monk
     # Other bytes in the file are other weights: their runs are not done.
     checkpoint.write_bytes(b"other weights")
     suite_module._digest.cache_clear()
-    assert len(make_plan(load_suite(world.file, data=world.data), results=world.results).missing) == 4
+    assert len(make_plan(load_suite(world.file, data=world.data), results=world.results, data=world.data).missing) == 4
 
 
 def test_slurm_is_refused_where_there_is_none(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

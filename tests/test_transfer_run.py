@@ -452,3 +452,23 @@ def test_a_checkpoint_that_needs_its_layout_said_is_measured(tmp_path) -> None:
     assert (record.method, record.weights.layout) == ("mine", "torchvision")
     with pytest.raises(UsageError, match='no layout "torchvison"'):
         transfer("knn", weights=str(file), layout="torchvison", output=tmp_path / "other", **given)
+
+
+def test_a_run_is_continued_on_its_own_data_alone(tmp_path) -> None:
+    """Trees of equal names, so that only what the files are tells them apart; the same tree elsewhere is the same."""
+    write_tree(tmp_path / "data")
+    write_tree(tmp_path / "other", side=48)
+    given = {"weights": "random", "output": tmp_path / "run", "gpus": 0, "resume": True}
+    quick = ("architecture=resnet18", "size=32", "resize=36", "machine.workers=0")
+    record = transfer("knn", data=tmp_path / "data", overrides=quick, **given)
+    assert record.data is not None
+    assert record.data.startswith("imagenet ")
+    with pytest.raises(UserError, match=r"holds another run: data was 'imagenet \w+' and is 'imagenet \w+' now"):
+        transfer("knn", data=tmp_path / "other", overrides=quick, **given)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert transfer("knn", data=tmp_path / "moved", overrides=quick, **given).metrics == record.metrics
+    # A run that was begun before folders said their data goes on.
+    account = json.loads((tmp_path / "run" / folder.FILE).read_text())
+    del account["data"]
+    (tmp_path / "run" / folder.FILE).write_text(json.dumps(account))
+    assert transfer("knn", data=tmp_path / "moved", overrides=quick, **given).data == record.data

@@ -8,6 +8,8 @@ everything that goes wrong.
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import unittest.mock
 import warnings
@@ -40,8 +42,9 @@ from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.progress import Progress
 from transfer.curves import Curves
 from transfer.detectron2_data import count_images, register_data
-from transfer.evaluation import CURVES, Resolved, collect, departures, leave, require_finished
+from transfer.evaluation import CURVES, Resolved, collect, leave, require_finished
 from transfer.failures import guard, raise_failure
+from transfer.overrides import Tree, departures, recorded, refuse_option
 from transfer.pictures import draw_instances, save_pair
 from transfer.preflight import read_sample
 from transfer.quiet import frameworks_quiet
@@ -60,31 +63,31 @@ KNOB = "SOLVER.IMS_PER_BATCH and SOLVER.BASE_LR by one factor and raise iteratio
 # Detections below this score would hide a picture; the evaluation uses all of them.
 PICTURE_SCORE = 0.1
 
-# What a record's recipe leaves out: where things lie, what the machine is, what belongs to the weights and not to the
-# protocol (their normalisation, channel order and stride), and how often something is looked at.
-_NOT_THE_RECIPE = (
+# Keys that an option of the command line decides; overridden, they would be ignored or work against it.
+_OPTIONS = {
+    "MODEL.DEVICE": "--gpus",
+    "MODEL.WEIGHTS": "--weights",
+    "OUTPUT_DIR": "--output",
+    "SEED": "--seed",
+    "SOLVER.REFERENCE_WORLD_SIZE": "--gpus",
+}
+# What cannot change the number: how the machine works, and how often something is looked at or saved. Images, their
+# order and what is learnt from them stay as they are; the evaluation that counts is the one at the end.
+_HARMLESS = (
     "CUDNN_BENCHMARK",
     "DATALOADER.NUM_WORKERS",
-    "GLOBAL",
-    "INPUT.FORMAT",
-    "MODEL.DEVICE",
-    "MODEL.PIXEL_MEAN",
-    "MODEL.PIXEL_STD",
-    "MODEL.RESNETS.STRIDE_IN_1X1",
-    "MODEL.WEIGHTS",
-    "OUTPUT_DIR",
-    "SEED",
     "SOLVER.CHECKPOINT_PERIOD",
-    "SOLVER.REFERENCE_WORLD_SIZE",
     "TEST.EVAL_PERIOD",
     "TEST.EXPECTED_RESULTS",
-    "VERSION",
     "VIS_PERIOD",
 )
 # What an override may change without making the run another protocol's.
 _SCHEDULE = tuple(f"SOLVER.{key}" for key in ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS"))
-# Sections of Detectron2's global defaults that no R-CNN of ours reads.
+# What belongs to the weights and not to the protocol: their normalisation, channel order and stride.
+_OF_THE_WEIGHTS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1")
+# Detectron2's global defaults that no R-CNN of ours uses, unless an override does (`transfer/overrides.py`).
 _NOT_USED = (
+    "GLOBAL",
     "INPUT.CROP",
     "MODEL.KEYPOINT_ON",
     "MODEL.LOAD_PROPOSALS",
@@ -94,6 +97,7 @@ _NOT_USED = (
     "MODEL.ROI_KEYPOINT_HEAD",
     "MODEL.SEM_SEG_HEAD",
     "TEST.KEYPOINT_OKS_SIGMAS",
+    "VERSION",
 )
 
 
@@ -135,20 +139,21 @@ def resolve(request: Request) -> Resolved:
     config.SOLVER.REFERENCE_WORLD_SIZE = 0  # done here, and said; the trainer shall not do it again
     if request.controls.iterations:
         _set_schedule(config, stretch(_schedule(config), request.controls.iterations))
-    protocol = _recipe(config)
+    before = _tree(config)
     for override in request.overrides:
         _override(config, override)
+    after = _tree(config)
     config.MODEL.WEIGHTS = f"{request.weights}?matching_heuristics=True"
     config.MODEL.DEVICE = "cuda" if request.gpus else "cpu"
     config.OUTPUT_DIR = str(request.output)
     config.SEED = request.seed
     _check(config, request)
     config.freeze()
-    planned, recipe = _schedule(config), _recipe(config)
-    changed = departures(protocol, recipe, free=_SCHEDULE)
+    planned = _schedule(config)
+    changed = departures(before, after, free=(*_SCHEDULE, *_HARMLESS))
     return Resolved(
         config=config,
-        recipe=recipe,
+        recipe=recorded(before, after, recipe_of=_recipe, harmless=_HARMLESS),
         plan=render_plan(
             published, planned, rule=rule, processes=request.processes, gpus=request.gpus, reference=reference
         ),
@@ -171,6 +176,7 @@ def merge_yaml(config: CfgNode, path: Path) -> None:
 
 def _override(config: CfgNode, override: str) -> None:
     keys, value = parse_override(override)
+    refuse_option(override, ".".join(keys), _OPTIONS)
     node: Any = config
     for depth, key in enumerate(keys):
         if not isinstance(node, CfgNode) or key not in node:
@@ -223,9 +229,16 @@ def _set_schedule(config: CfgNode, schedule: Schedule) -> None:
     config.SOLVER.STEPS = schedule.steps
 
 
-def _recipe(config: CfgNode) -> dict[str, Any]:
-    values = yaml.safe_load(config.dump())
-    for name in (*_NOT_THE_RECIPE, *_NOT_USED, *(() if config.MODEL.MASK_ON else ("MODEL.ROI_MASK_HEAD",))):
+def _tree(config: CfgNode) -> Tree:
+    # Through JSON, because Detectron2's YAML shares equal lists between sections.
+    return json.loads(json.dumps(yaml.safe_load(config.dump())))
+
+
+def _recipe(config: Tree) -> Tree:
+    """`config` without where things lie, what the machine is, what is the weights' and what nothing uses."""
+    values = copy.deepcopy(config)
+    unused = (*_NOT_USED, *(() if config["MODEL"]["MASK_ON"] else ("MODEL.ROI_MASK_HEAD",)))
+    for name in (*_OPTIONS, *_HARMLESS, *_OF_THE_WEIGHTS, *unused):
         *sections, key = name.split(".")
         table = values
         for section in sections:

@@ -13,7 +13,6 @@ from typing import Any
 
 from contracts import atomic
 from contracts.errors import UserError
-from transfer.folder import differences
 from transfer.pictures import plot_losses
 from transfer.request import Request
 from transfer.result import EngineResult
@@ -27,7 +26,8 @@ class Resolved:
     """What will run: the framework's final config, the record's recipe, the plan's text, and whether it is reduced.
 
     Reduced means that the run is no longer the protocol: fewer images are seen than it asks for, or an override changed
-    something else than the learning rate and what goes with it. Such a record never stands beside published numbers.
+    something that can change the number, other than the learning rate and what goes with it (`transfer/overrides.py`).
+    Such a record never stands beside published numbers.
     """
 
     config: Any
@@ -35,19 +35,6 @@ class Resolved:
     plan: str
     reduced: bool
     notes: tuple[str, ...] = ()
-
-
-def departures(protocol: dict[str, Any], recipe: dict[str, Any], *, free: Sequence[str]) -> list[str]:
-    """What overrides made of a protocol's recipe, a line each; `free` names what may change (dotted paths).
-
-    Those are the schedule's: searching the learning rate is part of these protocols in the literature, and the number
-    of images seen is compared apart.
-    """
-    return [
-        f"changed from the protocol: {path} {before!r} → {now!r}"
-        for path, before, now in differences(protocol, recipe)
-        if not any(path == name or path.startswith(f"{name}.") for name in free)
-    ]
 
 
 def require_finished(output: Path, *, done: int, of: int) -> None:

@@ -1,7 +1,7 @@
 """The run folder's own account, `run.json`: which run lives here, so that no other one writes into it.
 
-A run is its protocol, weights, seed and recipe. A folder is taken by the first run that is planned in it; the same run
-may continue (`--resume`) or be evaluated again, another one is refused with the difference named.
+A run is its protocol, weights, data, seed and recipe. A folder is taken by the first run that is planned in it; the
+same run may continue (`--resume`) or be evaluated again, another one is refused with the difference named.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def note_run(folder: Path, run: dict[str, Any], *, state: str) -> None:
 
 
 def check_same_run(folder: Path, earlier: dict[str, Any], run: dict[str, Any]) -> None:
-    """Refuse to continue a run whose protocol, weights, seed or recipe have changed; the first difference is named.
+    """Refuse to continue a run whose protocol, weights, data, seed or recipe have changed; the first is named.
 
     A run that was killed while it started had no recipe yet, so there is none to differ.
     """
@@ -83,12 +83,19 @@ def check_same_run(folder: Path, earlier: dict[str, Any], run: dict[str, Any]) -
 
 
 def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two trees of plain values differ: dotted path, value before, value now (None where there is none)."""
+    """Where two trees of plain values differ: dotted path, value before, value now (None where there is none).
+
+    A list of numbers or words is one value; lists of tables or of lists are gone through when they are equally long.
+    """
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
             yield from differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+    elif _nested(before) and _nested(now) and len(before) == len(now):
         for index, (one, other) in enumerate(zip(before, now, strict=True)):
             yield from differences(one, other, f"{path}.{index}".lstrip("."))
     elif before != now:
         yield path, before, now
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(entry, (dict, list)) for entry in value)

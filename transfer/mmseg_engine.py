@@ -7,6 +7,7 @@ arrived (mmengine only prints a warning), curves, pictures, and one sentence for
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -33,8 +34,9 @@ from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.images import read_image
 from contracts.progress import Progress
 from transfer.curves import Curves
-from transfer.evaluation import CURVES, Resolved, collect, departures, leave, require_finished
+from transfer.evaluation import CURVES, Resolved, collect, leave, require_finished
 from transfer.failures import guard, raise_failure
+from transfer.overrides import Tree, departures, recorded, refuse_option
 from transfer.pictures import colour_of, draw_classes, save_pair
 from transfer.preflight import read_sample, voc_folder
 from transfer.quiet import frameworks_quiet
@@ -49,11 +51,40 @@ PICTURES = 4
 
 _METRICS = {"miou_percent": "mIoU", "macc_percent": "mAcc", "aacc_percent": "aAcc"}
 KNOB = "train_dataloader.batch_size and optim_wrapper.optimizer.lr by one factor and raise iterations by it"
-# What an override may change without making the run another protocol's.
-_SCHEDULE = ("images_per_step", "iterations", "optim_wrapper.optimizer.lr")
-_PLACES = ("begin", "end", "eta_min", "milestones")
-# Of a backbone, what belongs to the weights and not to the protocol.
-_OF_THE_WEIGHTS = ("init_cfg", "pretrained", "style")
+# Keys that an option of the command line decides; overridden, they would be ignored or work against it.
+_OPTIONS = {
+    "*_dataloader.dataset.data_root": "--data",
+    "data_root": "--data",
+    "load_from": "--weights",
+    "model.backbone.init_cfg": "--weights",
+    "model.pretrained": "--weights",
+    "resume": "--resume",
+}
+# What cannot change the number: how the machine works, and how often something is looked at, logged or saved. The
+# evaluation that counts is the one at the end.
+_HARMLESS = (
+    "*_dataloader.num_workers",
+    "*_dataloader.persistent_workers",
+    "default_hooks.checkpoint.interval",
+    "default_hooks.checkpoint.max_keep_ckpts",
+    "default_hooks.logger.interval",
+    "env_cfg",
+    "log_level",
+    "train_cfg.val_interval",
+    "vis_backends",
+    "visualizer",
+)
+# What an override may change without making the run another protocol's; the policies' places in the run follow its
+# length and rate.
+_SCHEDULE = (
+    "train_dataloader.batch_size",
+    "train_cfg.max_iters",
+    "optim_wrapper.optimizer.lr",
+    *(f"param_scheduler.*.{place}" for place in ("begin", "end", "eta_min", "milestones")),
+)
+# Of a model and its backbone, what belongs to the weights and not to the protocol.
+_OF_THE_WEIGHTS = ("data_preprocessor", "pretrained")
+_OF_A_BACKBONE = ("init_cfg", "pretrained", "style")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,9 +129,10 @@ def resolve(request: Request) -> Resolved:
     if request.controls.iterations:
         planned = stretch(planned, request.controls.iterations)
     _set_schedule(config, published, planned, processes=request.processes)
-    protocol = _recipe(config, processes=request.processes)
+    before = _tree(config)
     for override in request.overrides:
         _override(config, override)
+    after = _tree(config)
     _check(config, request)
 
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
@@ -115,11 +147,12 @@ def resolve(request: Request) -> Resolved:
     every = max(1, min(20, config.train_cfg.max_iters // 50))
     config.default_hooks.logger.interval = every
     config.resume = request.resume
-    planned, recipe = _schedule(config, processes=request.processes), _recipe(config, processes=request.processes)
-    changed = departures(_without_schedule(protocol), _without_schedule(recipe), free=_SCHEDULE)
+    planned = _schedule(config, processes=request.processes)
+    changed = departures(before, after, free=(*_SCHEDULE, *_HARMLESS))
+    recipe_of = functools.partial(_recipe, processes=request.processes)
     return Resolved(
         config=config,
-        recipe=recipe,
+        recipe=recorded(before, after, recipe_of=recipe_of, harmless=_HARMLESS),
         plan=render_plan(
             published, planned, rule=rule, processes=request.processes, gpus=request.gpus, reference=reference
         ),
@@ -185,6 +218,7 @@ def _set_schedule(config: Config, published: Schedule, planned: Schedule, *, pro
 
 def _override(config: Config, override: str) -> None:
     keys, value = parse_override(override)
+    refuse_option(override, ".".join(keys), _OPTIONS)
     node: Any = config._cfg_dict
     for depth, key in enumerate(keys):
         inside = isinstance(node, (list, tuple)) and key.isdigit() and int(key) < len(node)
@@ -225,29 +259,24 @@ def _check(config: Config, request: Request) -> None:
         raise UsageError("Several processes need GPUs: synchronised batch norm does not run on CPUs; use one process.")
 
 
-def _without_schedule(recipe: dict[str, Any]) -> dict[str, Any]:
-    """`recipe` without the policies' places in the run, which follow its length and rate."""
-    policies = [{k: v for k, v in policy.items() if k not in _PLACES} for policy in recipe["param_scheduler"]]
-    return {**recipe, "param_scheduler": policies}
+def _tree(config: Config) -> Tree:
+    return json.loads(json.dumps(config.to_dict()))
 
 
-def _recipe(config: Config, *, processes: int) -> dict[str, Any]:
-    model = config.model.to_dict()
-    for key in ("data_preprocessor", "pretrained"):
-        model.pop(key, None)
-    for key in _OF_THE_WEIGHTS:
-        model["backbone"].pop(key, None)
-    train, val = config.train_dataloader.dataset, config.val_dataloader.dataset
-    recipe = {
+def _recipe(config: Tree, *, processes: int) -> Tree:
+    """What decides the number of `config`, for any weights and wherever data lie."""
+    model = {key: value for key, value in config["model"].items() if key not in _OF_THE_WEIGHTS}
+    model["backbone"] = {k: v for k, v in model["backbone"].items() if k not in _OF_A_BACKBONE}
+    train, val = config["train_dataloader"]["dataset"], config["val_dataloader"]["dataset"]
+    return {
         "model": model,
-        "images_per_step": config.train_dataloader.batch_size * processes,
-        "iterations": config.train_cfg.max_iters,
-        "optim_wrapper": config.optim_wrapper.to_dict(),
-        "param_scheduler": [policy.to_dict() for policy in config.param_scheduler],
-        "train": {"pipeline": list(train.pipeline), "prefix": train.data_prefix, "list": train.get("ann_file", "")},
-        "test": {"pipeline": list(val.pipeline), "prefix": val.data_prefix, "list": val.get("ann_file", "")},
+        "images_per_step": config["train_dataloader"]["batch_size"] * processes,
+        "iterations": config["train_cfg"]["max_iters"],
+        "optim_wrapper": config["optim_wrapper"],
+        "param_scheduler": config["param_scheduler"],
+        "train": {"pipeline": train["pipeline"], "prefix": train["data_prefix"], "list": train.get("ann_file", "")},
+        "test": {"pipeline": val["pipeline"], "prefix": val["data_prefix"], "list": val.get("ann_file", "")},
     }
-    return json.loads(json.dumps(recipe))
 
 
 def _notes(rule: Rule, planned: Schedule, config: Config, request: Request) -> Iterator[str]:

@@ -62,6 +62,18 @@ def voc_folder(root: Path, year: int) -> Path:
     return nested if nested.is_dir() and not (root / f"VOC{year}").is_dir() else root / f"VOC{year}"
 
 
+def tree_folder(root: str | os.PathLike[str]) -> Path:
+    """The folder that holds train/ and val/: `root`/imagenet or `root` itself."""
+    root = Path(root)
+    for folder in (root / "imagenet", root):
+        if (folder / "train").is_dir() and (folder / "val").is_dir():
+            return folder
+    raise UserError(
+        f"There is no ImageNet-like tree at {root}: it needs train/<class>/ and val/<class>/, directly or in "
+        f"imagenet/; `twist data check imagenet {root}` says what is missing."
+    )
+
+
 def check_data(protocol: Protocol, root: Path) -> dict[str, Any] | None:
     """Check what `protocol` needs under `root`; the sample's description for sample protocols, None for full ones.
 

@@ -27,6 +27,7 @@ from contracts.provenance import git_commit, hardware, software
 from contracts.record import RunRecord, Scale, WeightsProvenance, check_label, name_in, write_record
 from contracts.weights import Backbone, write_backbone
 from transfer import folder
+from transfer.data.identity import identify_data
 from transfer.preflight import check_data, find_root
 from transfer.protocols import Neighbour, Protocol, find_neighbours, find_protocol
 from transfer.quiet import frameworks_quiet
@@ -85,7 +86,7 @@ def transfer(
     row = find_protocol(protocol)
     controls, rest = split_overrides(overrides)
     root = find_root(data)
-    sample = check_data(row, root)
+    sample, data_name = check_data(row, root), identify_data(row, root)
     gpus = _choose_gpus(gpus, row)
     source = _find_weights(weights, layout=layout, branch=branch)
     if method is not None:
@@ -103,7 +104,7 @@ def transfer(
         # Another branch of the file is another run; where none was asked for, nothing says so (older folders resume).
         branch_asked = {} if source.branch is None else {"branch": source.branch}
         weights_given = {"name": source.name, "sha256": source.sha256, **branch_asked}
-        run = {"protocol": row.name, "seed": seed, "weights": weights_given}
+        run = {"protocol": row.name, "seed": seed, "weights": weights_given, "data": data_name}
         if leads and earlier is None:  # a kill during the conversion then leaves a folder that --resume knows
             folder.note_run(output, run, state=folder.STARTED)
         artefact = _artefact(source, controls, row, seed=seed, output=output)
@@ -153,6 +154,7 @@ def transfer(
         metrics=result.metrics,
         weights=_provenance(source, backbone),
         recipe=_recipe(result, backbone, sample),
+        data=data_name,
         software=software(),
         hardware={**hardware(), "gpus_used": gpus, "nodes": controls.nodes},
         wall_s=round(time.monotonic() - began, 1),

@@ -1,8 +1,9 @@
 """A suite: weights × protocols × seeds (× overrides), run until every one has its record.
 
 What is done is known from the records alone: each carries the key of its job in a note, so a suite that was killed, or
-whose run folders were cleared away, goes on where it was. Every run is a process of its own (`twist transfer …
---resume`), so that a crash in one framework ends one run, and that one is tried once more.
+whose run folders were cleared away, goes on where it was. The data are no part of the key (they may have moved, and
+older records do not say theirs): a record of other data than `--data` holds stops the suite. Every run is a process of
+its own (`twist transfer … --resume`), so that a crash in one framework ends one run, and that one is tried once more.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.hashing import sha256_file, sha256_json
 from contracts.record import RunRecord, find_records, name_in, read_record, write_record
 from converters import sources
+from transfer.data.identity import data_of, identify_data
 from transfer.protocols import PROTOCOLS
 from transfer.records import check_protocol
 from transfer.suite_display import SuiteDisplay
@@ -78,13 +80,15 @@ class SuiteConfig(Config):
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be made. `key` identifies it by content: which file, protocol, seed and overrides."""
+    """One run to be made. `key` identifies it by content: which file, protocol, seed and overrides. `data` names what
+    there is to measure on, None where that is not whole."""
 
     weights: WeightsEntry
     protocol: str
     seed: int
     overrides: tuple[str, ...]
     key: str
+    data: str | None
 
     @property
     def title(self) -> str:
@@ -136,10 +140,12 @@ def run_suite(
     Raises:
         UsageError: the file is wrong in any way; every problem at once, before anything starts.
         RunsFailed: some runs failed twice; the others are done and recorded.
-        UserError: the disk is full, or SLURM is not here.
+        UserError: runs under `results` or `output` were made on other data; the disk is full; SLURM is not here.
     """
     suite = load_suite(path, data=data)
-    plan = make_plan(suite, results=results)
+    plan = make_plan(suite, results=results, data=data)
+    for job in plan.missing:
+        _left(job, output=output)  # refuses what was measured on other data, before anything starts
     gpu_sets = _gpu_sets(suite, gpus) if executor == "local" else []
     slots = max(len(gpu_sets), 1) if executor == "local" else suite.slurm_jobs_at_once
     print(plan_text(plan, suite, slots=slots, on_gpus=bool(gpu_sets) or executor == "slurm"))
@@ -199,12 +205,19 @@ def load_suite(path: Path, *, data: Path) -> SuiteConfig:
     return suite
 
 
-def make_plan(suite: SuiteConfig, *, results: Path) -> Plan:
-    """The jobs of `suite` beside the records under `results`."""
-    jobs = tuple(_jobs(suite))
+def make_plan(suite: SuiteConfig, *, results: Path, data: Path) -> Plan:
+    """The jobs of `suite` on `data` beside the records under `results`.
+
+    Raises:
+        UserError: a job has its record there, and that is of other data.
+    """
+    jobs = tuple(_jobs(suite, data))
     records = [_read(file) for file in find_records([results])] if results.is_dir() else []
-    by_note = {note: record for record in records for note in record.notes}
-    done = {job.key: by_note[job.note] for job in jobs if job.note in by_note}
+    by_note = defaultdict(list)
+    for record in records:
+        for note in record.notes:
+            by_note[note].append(record)
+    done = {job.key: _of_its_data(job, by_note[job.note], results) for job in jobs if job.note in by_note}
     times = defaultdict(list)
     for record in records:
         times[record.protocol].append(record.wall_s)
@@ -311,7 +324,8 @@ def _layout_disagreements(entry: WeightsEntry) -> Iterator[str]:
 # ── Jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _jobs(suite: SuiteConfig) -> Iterator[Job]:
+def _jobs(suite: SuiteConfig, data: Path) -> Iterator[Job]:
+    found = {protocol: identify_data(PROTOCOLS[protocol], data) for protocol in suite.protocols}
     for protocol, entry in itertools.product(suite.protocols, suite.weights):
         seeds = entry.seeds or suite.seeds_of.get(protocol, suite.seeds)
         for seed, point in itertools.product(seeds, _grid(suite.grid.get(protocol, {}))):
@@ -326,7 +340,21 @@ def _jobs(suite: SuiteConfig) -> Iterator[Job]:
                 "seed": seed,
                 "overrides": list(overrides),
             }
-            yield Job(entry, protocol, seed, overrides, sha256_json(identity)[:12])
+            yield Job(entry, protocol, seed, overrides, sha256_json(identity)[:12], found[protocol])
+
+
+def _of_its_data(job: Job, records: Sequence[RunRecord], where: Path) -> RunRecord:
+    """The newest of `records`, which all are of `job` and lie in `where`, that is of the job's data.
+
+    Data that are not whole, and those of records that do not say theirs, are taken for the same.
+    """
+    fitting = [record for record in records if job.data is None or data_of(record) in (None, job.data)]
+    if not fitting:
+        raise UserError(
+            f"{where} holds {job.title}, measured on other data ({data_of(records[0])}; --data holds {job.data}): "
+            "choose another --output and --results, or the same --data as then."
+        )
+    return max(fitting, key=lambda record: record.created)
 
 
 def _grid(axes: Mapping[str, Sequence[Any]]) -> list[tuple[str, ...]]:
@@ -475,18 +503,26 @@ def _run(
     return run.made, run.failed
 
 
-def _collected(job: Job, *, results: Path, output: Path) -> RunRecord | None:
-    """Take the record of a finished run from its folder into `results`, pictures and curves with it."""
+def _left(job: Job, *, output: Path) -> tuple[Path, RunRecord] | None:
+    """The record that a finished run of `job` left in its folder."""
     source = job.folder(output) / "record"
     files = list(find_records([source])) if source.is_dir() else []
     if not files:
         return None
     if len(files) > 1:
         raise UserError(f"{source} holds {len(files)} records and a run has one: remove the folder and start again.")
-    record = _read(files[0])
+    return files[0], _of_its_data(job, [_read(files[0])], source)
+
+
+def _collected(job: Job, *, results: Path, output: Path) -> RunRecord | None:
+    """Take the record of a finished run from its folder into `results`, pictures and curves with it."""
+    left = _left(job, output=output)
+    if left is None:
+        return None
+    file, record = left
     kept = {
-        "media": tuple(_keep(files[0], name, record, results) for name in record.media),
-        "curves": None if record.curves is None else _keep(files[0], record.curves, record, results),
+        "media": tuple(_keep(file, name, record, results) for name in record.media),
+        "curves": None if record.curves is None else _keep(file, record.curves, record, results),
         "notes": (*(note for note in record.notes if note != job.note), job.note),
     }
     collected = record.model_copy(update=kept)

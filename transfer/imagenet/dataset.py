@@ -25,6 +25,7 @@ from torchvision.transforms.v2 import functional as F
 from contracts.errors import UserError
 from contracts.images import EXTENSIONS, UnreadableImage, read_image
 from transfer.imagenet.recipes import ClassifierRecipe, Recipe
+from transfer.preflight import tree_folder
 
 # Names of SimCLR's lists (google-research/simclr, imagenet_subsets/) and the share of each class a drawn subset has.
 SUBSETS = {"1percent": ("1percent.txt", 0.01), "10percent": ("10percent.txt", 0.10)}
@@ -81,18 +82,6 @@ def open_tree(root: str | os.PathLike[str]) -> tuple[LabelledImages, LabelledIma
             f"{len(only_val)} only in val/; {first}): validation images must lie in class folders too."
         )
     return train, val
-
-
-def tree_folder(root: str | os.PathLike[str]) -> Path:
-    """The folder that holds train/ and val/: `root`/imagenet or `root` itself."""
-    root = Path(root)
-    for folder in (root / "imagenet", root):
-        if (folder / "train").is_dir() and (folder / "val").is_dir():
-            return folder
-    raise UserError(
-        f"There is no ImageNet-like tree at {root}: it needs train/<class>/ and val/<class>/, directly or in "
-        f"imagenet/; `twist data check imagenet {root}` says what is missing."
-    )
 
 
 def read_split(folder: Path) -> LabelledImages:

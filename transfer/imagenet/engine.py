@@ -22,7 +22,6 @@ from contracts.errors import UsageError
 from contracts.hashing import sha256_json
 from contracts.networks import network_of
 from contracts.weights import Backbone
-from transfer.evaluation import departures
 from transfer.imagenet.accuracy import top_percent
 from transfer.imagenet.dataset import LabelledImages, labelled_subset, open_tree
 from transfer.imagenet.features import extract, frozen, state_digest
@@ -45,6 +44,7 @@ from transfer.imagenet.recipes import (
     load_recipe,
 )
 from transfer.imagenet.training import CURVES, PICTURED, Job, require_finished
+from transfer.overrides import departures
 from transfer.pictures import plot_losses
 from transfer.result import EngineResult
 
