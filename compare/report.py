@@ -157,7 +157,7 @@ def _how(table: Table) -> str:
         "Point at a number, or reach it with Tab and the arrow keys, to see where it comes from; Enter keeps it open."
     )
     if any(column.mixed for column in table.columns):
-        text += " Columns marked “mixed” are of different recipes or scales: do not compare across them."
+        text += " Columns marked “mixed” are of different recipes, scales or data: do not compare across them."
     return text
 
 

@@ -11,7 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from compare.published import PublishedRow, display_name, select
 from compare.statistics import Difference, difference, mean, standard_deviation
@@ -141,7 +141,7 @@ def build_table(
     when there are no records. `metrics` restricts the columns; empty shows every metric.
 
     Raises:
-        UserError: two records of one run, or (without `allow_mixed`) a protocol with several recipes or scales.
+        UserError: two records of one run, or (without `allow_mixed`) a protocol with several recipes, scales or data.
         UsageError: nothing in the table is called `baseline`, or several rows are; an unknown metric is asked for.
     """
     for name in metrics:
@@ -155,10 +155,10 @@ def build_table(
     shown = select(published, {record.protocol for record in records}) if records else list(published)
 
     values: dict[tuple[_RowKey, Column], list[RunRecord]] = defaultdict(list)
-    variants = _variants(records)
-    for record in records:
+    variants, conditions = _variants(records), _conditions(records)
+    for record, condition in zip(records, conditions, strict=True):
         key = _RowKey(record.method, _architecture(record), record.weights.epochs, variants[_weights_key(record)])
-        apart = mixed.get(record.protocol, {}).get((record.recipe_hash, record.scale), "")
+        apart = mixed.get(record.protocol, {}).get(condition, "")
         for metric in record.metrics.keys() & wanted:
             column = Column(record.protocol, metric, record.task, record.recipe_hash, record.scale, apart)
             values[key, column].append(record)
@@ -199,7 +199,7 @@ class _RowKey:
 def _refuse_duplicates(records: Iterable[RunRecord]) -> None:
     seen: dict[tuple[Any, ...], RunRecord] = {}
     for record in records:
-        key = (_pretraining(record), record.protocol, record.seed, record.recipe_hash)
+        key = (_pretraining(record), record.protocol, record.seed, record.recipe_hash, record.data)
         if key in seen:
             times = " and ".join(str(one.created) for one in (seen[key], record))
             raise UserError(
@@ -210,25 +210,50 @@ def _refuse_duplicates(records: Iterable[RunRecord]) -> None:
         seen[key] = record
 
 
-def _mixtures(records: Iterable[RunRecord]) -> dict[str, dict[tuple[str, str], str]]:
-    """Protocol → (recipe hash, scale) → what sets it apart, for the protocols that hold more than one."""
-    recipes: dict[str, dict[tuple[str, str], dict[str, Any]]] = defaultdict(dict)
+class _Condition(NamedTuple):
+    """What runs that may share a column agree in. `data` is None where all that say theirs say the same."""
+
+    recipe_hash: str
+    scale: str
+    data: str | None
+
+
+def _conditions(records: Sequence[RunRecord]) -> list[_Condition]:
+    # Older records do not say their data: alone with one kind they are taken for it, beside two they stand apart.
+    known: dict[tuple[str, str, str], set[str]] = defaultdict(set)
     for record in records:
-        recipes[record.protocol].setdefault((record.recipe_hash, record.scale), record.recipe)
+        if record.data is not None:
+            known[record.protocol, record.recipe_hash, record.scale].add(record.data)
+    return [
+        _Condition(
+            record.recipe_hash,
+            record.scale,
+            (record.data or "not said") if len(known[record.protocol, record.recipe_hash, record.scale]) > 1 else None,
+        )
+        for record in records
+    ]
+
+
+def _mixtures(records: Sequence[RunRecord]) -> dict[str, dict[_Condition, str]]:
+    """Protocol → condition → what sets it apart, for the protocols that hold more than one."""
+    recipes: dict[str, dict[_Condition, dict[str, Any]]] = defaultdict(dict)
+    for record, condition in zip(records, _conditions(records), strict=True):
+        recipes[record.protocol].setdefault(condition, record.recipe)
     return {protocol: _set_apart(groups) for protocol, groups in recipes.items() if len(groups) > 1}
 
 
-def _set_apart(groups: dict[tuple[str, str], dict[str, Any]]) -> dict[tuple[str, str], str]:
+def _set_apart(groups: dict[_Condition, dict[str, Any]]) -> dict[_Condition, str]:
     flat = {group: dict(_flatten(recipe)) for group, recipe in groups.items()}
     names = sorted({name for values in flat.values() for name in values})
     differing = [name for name in names if len({values.get(name, "absent") for values in flat.values()}) > 1]
-    scales = len({scale for _, scale in groups}) > 1
+    scales = len({group.scale for group in groups}) > 1
     apart = {}
     for group, values in flat.items():
-        parts = [f"scale {group[1]}"] if scales else []
+        parts = [f"scale {group.scale}"] if scales else []
+        parts += [f"data {group.data}"] if group.data is not None else []
         parts += [f"{name} = {_short(values.get(name, 'absent'))}" for name in differing[:3]]
         parts += [f"{len(differing) - 3} more"] if len(differing) > 3 else []
-        apart[group] = ", ".join(parts) or f"recipe {group[0][:8]}"
+        apart[group] = ", ".join(parts) or f"recipe {group.recipe_hash[:8]}"
     return apart
 
 
@@ -244,13 +269,13 @@ def _short(text: str) -> str:
     return text if len(text) <= 32 else text[:31] + "…"
 
 
-def _mixed_sentence(mixed: dict[str, dict[tuple[str, str], str]]) -> str:
+def _mixed_sentence(mixed: dict[str, dict[_Condition, str]]) -> str:
     protocol, groups = next(iter(sorted(mixed.items())))
     others = f" (and {len(mixed) - 1} more protocols)" if len(mixed) > 1 else ""
     described = " against ".join(f"[{text}]" for text in sorted(groups.values())[:3])
     return (
-        f"The records of {protocol}{others} come from {len(groups)} recipes or scales, {described}: they may not share "
-        "a column; choose records of one, or pass --allow-mixed to see them in columns apart."
+        f"The records of {protocol}{others} come from {len(groups)} recipes, scales or data, {described}: they may not "
+        "share a column; choose records of one, or pass --allow-mixed to see them in columns apart."
     )
 
 

@@ -158,7 +158,9 @@ def _notes(table: Table, blocks: Sequence[_Block], write: Callable[[str], str] =
             text += "; ? no test, n too small or no spread between runs"
         notes.append(text + ".")
     if any(table.columns[column].mixed for _, column in shown):
-        notes.append("Mixed: columns of one protocol with different recipes or scales; do not compare across them.")
+        notes.append(
+            "Mixed: columns of one protocol with different recipes, scales or data; do not compare across them."
+        )
     return notes
 
 

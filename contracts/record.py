@@ -117,15 +117,20 @@ def write_record(record: RunRecord, root: str | os.PathLike[str]) -> Path:
 
 
 def name_in(record: RunRecord, root: str | os.PathLike[str]) -> str:
-    """What `record` is called under `root`: its run name, with its branch where a run of another branch of the same
-    file is called that already. The same run again keeps its name."""
+    """What `record` is called under `root`: its run name, and its branch or a digest of its data where a run of another
+    branch of the file, or on other data, is called that already. The same run again keeps its name."""
     there = Path(root) / record.protocol / f"{record.run_name}.json"
     try:
-        branch = json.loads(there.read_text())["weights"]["branch"]
-    except (OSError, ValueError, LookupError, TypeError):
+        values = json.loads(there.read_text())
+        branch, data = values["weights"]["branch"], values.get("data")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return record.run_name  # nothing there, or nothing that would be a loss
-    own = record.weights.branch or "backbone"
-    return record.run_name if (branch or "backbone") == own else f"{record.run_name}-{own}"
+    name, own = record.run_name, record.weights.branch or "backbone"
+    if (branch or "backbone") != own:
+        name += f"-{own}"
+    if data is not None and record.data is not None and data != record.data:
+        name += f"-{sha256_json(record.data)[:8]}"
+    return name
 
 
 def read_record(path: str | os.PathLike[str]) -> RunRecord:

@@ -281,6 +281,13 @@ def test_runs_of_two_branches_of_one_file_have_files_of_their_own(tmp_path: Path
     assert len(list(find_records([tmp_path]))) == 3
 
 
+def test_runs_on_two_data_sets_have_files_of_their_own(tmp_path: Path) -> None:
+    here, there = (write_record(record(data=data), tmp_path) for data in ("imagenet 1", "imagenet 2"))
+    assert [read_record(path).data for path in (here, there)] == ["imagenet 1", "imagenet 2"]
+    assert write_record(record(data="imagenet 2"), tmp_path) == there, "the same run again stands in its own place"
+    assert write_record(record(data="imagenet 1"), tmp_path) == here == write_record(record(), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

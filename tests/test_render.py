@@ -271,6 +271,6 @@ def test_published_rows_can_be_left_out_or_kept_to_the_measured_methods(tmp_path
 
 
 def test_a_record_brings_no_line_break_or_terminal_code_into_a_table() -> None:
-    text = render(build_table([make_record("evil\x1b[31m\n| x")]), "markdown")
+    text = render(build_table([make_record("unknown", weights={"name": "evil\x1b[31m\n| x"})]), "markdown")
     assert "\x1b" not in text
     assert len([line for line in text.splitlines() if "evil" in line and "50.0 (1)" in line]) == 1

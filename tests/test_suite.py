@@ -65,7 +65,7 @@ class World:
         assert weights == "random" or Path(weights).is_file()
         folder = job.folder(output)
         made = self.record(job)
-        prepared = write_record(made, self.root / "prepared" / job.key)
+        prepared = write_record(made, self.root / "prepared" / output.name / job.key)
         (prepared.parent / "picture.png").write_bytes(b"png")
         (prepared.parent / "curve.jsonl").write_text("{}\n")
         target = shlex.quote(str(folder / "record" / job.protocol))

@@ -250,6 +250,18 @@ def test_other_images_or_another_branch_are_never_pooled(other: dict[str, str]) 
     assert len({row.label for row in build_table(same_name).rows}) == 2
 
 
+def test_runs_on_other_data_share_no_column() -> None:
+    """The same recipe on another COCO (half of it, another year's) is another measurement."""
+    whole, half, older = make_record(data="coco 1"), make_record("byol", data="coco 2"), make_record("moco-v2")
+    with pytest.raises(UserError, match=r"2 recipes, scales or data, \[data coco 1\] against \[data coco 2\]"):
+        build_table([whole, half])
+    table = build_table([whole, half, older], allow_mixed=True)
+    assert sorted(column.mixed for column in table.columns) == ["data coco 1", "data coco 2", "data not said"]
+    assert all(len([place for place in table.cells if place[1] == column]) == 1 for column in range(3))
+    # A record from before this was kept stands beside those of one kind.
+    assert len(build_table([whole, older]).columns) == 1
+
+
 @pytest.mark.parametrize("weights", [{}, {"sha256": "r" * 64}], ids=["drawn by the run", "from a file"])
 def test_random_initialisations_are_repeats(weights: dict[str, str]) -> None:
     files = [{name: f"{value}{seed}" for name, value in weights.items()} for seed in range(3)]
