@@ -1,15 +1,48 @@
-"""What the benchmark programs write: a missed limit is told, and records are what a plain call measures."""
+"""What the benchmark programs write: where a figure comes from stands in every record, and a missed limit is told."""
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import knn
+import benchmarks
+from benchmarks import engine_overhead, knn
+from benchmarks.__main__ import PROGRAMS
+from benchmarks.side_by_side import Times, write
 from benchmarks.summary import RESULTS
+from contracts import provenance
+
+SOURCES = Path(benchmarks.__file__).parent
+
+
+def test_a_record_says_machine_and_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "git_commit", lambda: "5d1fe47+changes")
+    path = tmp_path / "record.json"
+    write(path, {"times": {"ours": Times(1.0, 0.5, 2.0, 3), "each": [Times(1.0, 1.0, 1.0, 1)]}, "n": 3})
+    found = json.loads(path.read_text())
+    assert found["times"]["ours"] == {"median_s": 1.0, "least_s": 0.5, "most_s": 2.0, "n": 3}
+    assert found["times"]["each"] == [{"median_s": 1.0, "least_s": 1.0, "most_s": 1.0, "n": 1}]
+    assert found["n"] == 3
+    assert found["machine"].keys() == {"git_commit", "hardware", "software", "threads"}
+    assert found["machine"]["git_commit"] == "5d1fe47+changes"
+    assert found["machine"]["hardware"]["processor"]
+    write(None, {"n": 3})  # nobody asked for a file
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_writes_its_record_by_the_function_that_adds_them(program: str) -> None:
+    nodes = list(ast.walk(ast.parse((SOURCES / f"{program}.py").read_text())))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "benchmarks.side_by_side"]
+    assert "write" in [alias.name for node in imports for alias in node.names]  # that it is called, the linter sees
+    assert not [node for node in nodes if isinstance(node, ast.Attribute) and node.attr == "write_json"]
+
+
+# --- k-NN -------------------------------------------------------------------------------------------------------------
 
 
 def run_knn(monkeypatch: pytest.MonkeyPatch, *arguments: str, **peaks_mb: float) -> tuple[int, dict[str, Any]]:
@@ -40,13 +73,20 @@ def test_a_search_above_its_limit_fails_the_program_and_is_named(
 
 
 def test_the_committed_records_are_what_the_programs_measure_unasked(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     record = json.loads((RESULTS / "knn.json").read_text())
     _, asked = run_knn(monkeypatch)
     assert (record["bank"], record["queries"]) == (asked["bank"], asked["queries"])
     assert list(record["runs"]) == [f"{limit} MiB" for limit in asked["limits"]]
     assert {len(run["wall_s"]) for run in record["runs"].values()} == {asked["repeats"]}
+
+    record = json.loads((RESULTS / "engine_overhead.json").read_text())
+    repeats: list[int] = []
+    monkeypatch.setattr(engine_overhead, "measure_all", lambda arguments: repeats.append(arguments.repeats) or {})
+    monkeypatch.setattr(sys, "argv", ["engine_overhead", "--data", str(tmp_path)])
+    engine_overhead.main()
+    assert repeats == [record["mmseg"]["n"]] == [record["detectron2"]["n"]]
 
 
 @pytest.mark.slow
