@@ -222,6 +222,7 @@ PARTS: dict[str, Part] = {
     "step_two-views": time_step("two-views", compiled=False),
     "step_multi-crop": time_step("multi-crop", compiled=False),
     "pipeline": time_pipeline(compiled=False),
+    "photometric_two-views": gpu_pipeline.photometric_of_two_views,
     "loss": time_loss,
     "lars": time_lars,
     "memory": gpu_memory.measure,
