@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from compare.published import load_published
 from compare.render import render
 from compare.report import write_report
 from compare.table import build_table
-from contracts import atomic, provenance
+from contracts import provenance
 from contracts.hashing import sha256_json
 from contracts.record import RunRecord, WeightsProvenance, find_records, read_record
 
@@ -60,10 +60,10 @@ def main() -> None:
         spread = f"{min(values):.2f}–{max(values):.2f} (n = {len(values)})"
         print(f"{name:9} median {statistics.median(values):.2f} s, {spread}; processor time {cpu_s:.2f} s")
     print(f"page      {page_bytes / 1e6:.1f} MB")
-    if arguments.json:
-        listed = {name: [asdict(one) for one in both] for name, both in times.items()}
-        result = {"records": arguments.records, "times": listed, "page_bytes": page_bytes}
-        atomic.write_json(arguments.json, {**result, "hardware": hardware, "software": software})
+    # Imported when all is measured: it brings torch along, whose thousands of objects every garbage collection visits.
+    from benchmarks.side_by_side import write
+
+    write(arguments.json, {"records": arguments.records, "times": times, "page_bytes": page_bytes})
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from contracts import atomic
+from benchmarks.side_by_side import write
 from pretrain.bench_data import bench, render
 from pretrain.config import DataConfig, PretrainConfig, RunConfig, ViewsConfig
 from tests.photographs import write_folder
@@ -41,8 +41,7 @@ def main() -> None:
             config = PretrainConfig(data=DataConfig(root=folder), run=RunConfig(epochs=1), views=views)
             results[name] = bench(config, images=count)
         print(f"— {name} —\n{render(results[name])}\n", flush=True)
-    if arguments.json:
-        atomic.write_json(arguments.json, results)
+    write(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from cityscapesscripts.helpers.labels import labels as cityscapes_labels
 from numpy.typing import NDArray
 from PIL import Image
 
-from contracts import atomic, provenance
+from benchmarks.side_by_side import Times, heading, write
 from transfer.data.check import (
     CITYSCAPES_IMAGES,
     COCO_IMAGES,
@@ -72,18 +72,17 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the trees are made, and removed again")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    results: dict[str, Any] = {"software": provenance.software(), "hardware": provenance.hardware(), "times": {}}
-    print(f"{results['hardware']['processor']}, {results['hardware']['cores']} cores")
+    found: dict[str, Times] = {}
+    print(heading("Seconds of `twist data check`"))
     for dataset in given.dataset:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             root = Path(folder) / "data"
             TREES[dataset](root, Path(folder) / "first")
-            times = [_check(dataset, root) for _ in range(given.repeats)]
-        row = {"n": len(times), "median_s": statistics.median(times), "least_s": min(times), "most_s": max(times)}
-        results["times"][dataset] = row
-        print(f"{dataset:12} {row['median_s']:.1f} s ({min(times):.1f}–{max(times):.1f} s, n = {len(times)})")
-    if given.json:
-        atomic.write_json(given.json, results)
+            seconds = [_check(dataset, root) for _ in range(given.repeats)]
+        times = Times(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+        found[dataset] = times
+        print(f"{dataset:12} {times.median_s:.1f} s ({times.least_s:.1f}–{times.most_s:.1f} s, n = {times.n})")
+    write(given.json, {"times": found})
 
 
 def _check(dataset: str, root: Path) -> float:

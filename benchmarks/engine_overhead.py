@@ -1,6 +1,6 @@
 """What our engines cost over the frameworks' own training loops: the same config, model, data and device, interleaved.
 
-    python -m benchmarks.engine_overhead [--data SAMPLE] [--iterations 40] [--repeats 7] [--json FILE]
+    python -m benchmarks.engine_overhead [--data SAMPLE] [--iterations 40] [--repeats 5] [--json FILE]
 
 SAMPLE is made by `twist data sample`; without it one is made and removed again. Detectron2's own is `DefaultTrainer`
 with its default hooks and writers, MMSegmentation's its `Runner` with its default hooks; ours add curves, progress,
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from contracts import atomic, provenance
+from benchmarks.side_by_side import heading, write
 from contracts.networks import build_backbone
 from contracts.weights import Backbone
 from transfer.data.sample import make_sample
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--iterations", type=int, default=40)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--engine", choices=["detectron2", "mmseg"], nargs="+", default=["detectron2", "mmseg"])
     parser.add_argument("--json", type=Path)
@@ -49,13 +49,12 @@ def main() -> None:
             arguments.data = folder / "sample"
             make_sample(arguments.data, source="shapes", size="tiny", seed=0)
         results = measure_all(arguments)
-    if arguments.json:
-        atomic.write_json(arguments.json, results)
+    write(arguments.json, results)
 
 
 def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
-    results: dict[str, Any] = {"software": provenance.software(), "hardware": provenance.hardware()}
-    print(f"{results['hardware']['processor']}, {torch.get_num_threads()} threads")
+    results: dict[str, Any] = {}
+    print(heading("Training loops of the frameworks and of our engines"))
     for engine in arguments.engine:
         results[engine] = compare(engine, arguments)
         row = results[engine]

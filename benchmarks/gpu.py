@@ -29,7 +29,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ if not __package__:
 from benchmarks import gpu_memory, gpu_pipeline, lars, loss, step
 from benchmarks.gpu_compiled import check as check_compiled_backbone
 from benchmarks.gpu_compiled import compiler_for
-from benchmarks.side_by_side import Times, heading, machine
+from benchmarks.side_by_side import heading, machine, plain
 from contracts import atomic, provenance
 from pretrain.batch_norm import SynchronisedBatchNorm
 from pretrain.loss import twist_loss
@@ -223,6 +222,7 @@ PARTS: dict[str, Part] = {
     "step_two-views": time_step("two-views", compiled=False),
     "step_multi-crop": time_step("multi-crop", compiled=False),
     "pipeline": time_pipeline(compiled=False),
+    "photometric_two-views": gpu_pipeline.photometric_of_two_views,
     "loss": time_loss,
     "lars": time_lars,
     "memory": gpu_memory.measure,
@@ -273,7 +273,7 @@ def _one(part: Part, device: torch.device, tiny: bool) -> dict[str, Any]:
     # As a run has it, whatever the part before has left behind.
     torch.backends.cudnn.benchmark = device.type == "cuda"
     try:
-        return {"ok": True, **_plain(part(device, tiny))}
+        return {"ok": True, **plain(part(device, tiny))}
     except Exception:  # one part must not cost the others their time on a borrowed machine; it is told and counted
         traceback.print_exc()
         return {"ok": False, "error": traceback.format_exc()}
@@ -281,11 +281,6 @@ def _one(part: Part, device: torch.device, tiny: bool) -> dict[str, Any]:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _plain(figures: dict[str, Any]) -> dict[str, Any]:
-    times: dict[str, Times] = figures.get("times", {})
-    return {**figures, **({"times": {name: asdict(t) for name, t in times.items()}} if times else {})}
 
 
 def result_path(*, tiny: bool) -> Path:

@@ -45,7 +45,9 @@ def check_photometric(device: torch.device, tiny: bool) -> dict[str, Any]:
     it never waits."""
     batch = 4 if tiny else 16
     with tempfile.TemporaryDirectory() as folder:
-        config = _config(Path(folder), photographs=batch, images=batch, batch=batch, tiny=tiny, device=device)
+        config = _config(
+            "multi-crop", Path(folder), photographs=batch, images=batch, batch=batch, tiny=tiny, device=device
+        )
         made = _made(config)
     apart: dict[str, list[float]] = {}
     expected = finish_on_cpu(made.groups, made.records, batch=batch)
@@ -66,6 +68,17 @@ def check_photometric(device: torch.device, tiny: bool) -> dict[str, Any]:
     return {"largest_difference_levels": apart, "views": sum(len(group) for group in crops)}
 
 
+def photometric_of_two_views(device: torch.device, tiny: bool) -> dict[str, Any]:
+    """`times`: seconds of the photometric part of a step with the published two views; `kernels` as in `run`."""
+    batch, photographs = (4, 4) if tiny else (256, 32)
+    with tempfile.TemporaryDirectory() as folder:
+        config = _config(
+            "two-views", Path(folder), photographs=photographs, images=batch, batch=batch, tiny=tiny, device=device
+        )
+        times = _photometric_times(config, device, calls=1 if tiny else 10)
+    return {"times": times, "kernels": "operation by operation" in times, "batch_size": batch}
+
+
 def run(device: torch.device, tiny: bool, *, compiled: bool) -> dict[str, Any]:
     """A short run of `twist pretrain` for the published 14 views: images/s, data wait, the photometric part's share.
 
@@ -78,7 +91,7 @@ def run(device: torch.device, tiny: bool, *, compiled: bool) -> dict[str, Any]:
     images = batch * every * (WARM_UP_WINDOWS + windows)
     with tempfile.TemporaryDirectory() as folder:
         config = _config(
-            Path(folder), photographs=photographs, images=images, batch=batch, tiny=tiny, device=device,
+            "multi-crop", Path(folder), photographs=photographs, images=images, batch=batch, tiny=tiny, device=device,
             run__log_every_steps=every, run__compile=compiled,
         )  # fmt: skip
         times = _photometric_times(config, device, calls=1 if tiny else 10)
@@ -102,9 +115,17 @@ def run(device: torch.device, tiny: bool, *, compiled: bool) -> dict[str, Any]:
 
 
 def _config(
-    folder: Path, *, photographs: int, images: int, batch: int, tiny: bool, device: torch.device, **changes: Any
+    case: str,
+    folder: Path,
+    *,
+    photographs: int,
+    images: int,
+    batch: int,
+    tiny: bool,
+    device: torch.device,
+    **changes: Any,
 ) -> PretrainConfig:
-    """The multi-crop case for one epoch of `images` images, which are `photographs` made ones over and over."""
+    """`case`, two-views or multi-crop, for one epoch of `images` images: `photographs` made ones over and over."""
     size = {"height": 60, "width": 80} if tiny else {"height": 375, "width": 500}
     made = runpy.run_path(str(PHOTOGRAPHS))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # a tenth of a second each, and `write_folder` finds them made
@@ -115,7 +136,7 @@ def _config(
     listing = folder / "images.txt"
     listing.write_text("".join(f"{names[number % len(names)]}\n" for number in range(images)))
     return step.case(
-        "multi-crop", batch=batch, tiny=tiny, data__root=str(listing), data__format="list",
+        case, batch=batch, tiny=tiny, data__root=str(listing), data__format="list",
         data__workers=2 if tiny else max(2, min(len(os.sched_getaffinity(0)) - 2, 14)),
         run__epochs=1, run__device=device.type, **changes,
     )  # fmt: skip

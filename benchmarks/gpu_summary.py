@@ -10,6 +10,10 @@ from typing import Any
 
 Found = Mapping[str, Any]
 Reader = Callable[[Found], str | None]
+Title = Callable[[Found], str]
+# Where the photometric part's time stands, by case; it does not depend on how the networks are run.
+PHOTOMETRIC = {"two-views": ("photometric_two-views",), "multi-crop": ("pipeline", "pipeline_compiled")}
+VIEWS = {"two-views": "two views", "multi-crop": "14 views"}
 
 
 def spread(times: Found) -> str:
@@ -34,6 +38,25 @@ def runs(found: Found, case: str) -> dict[str, Any]:
     return {_mode(part): part for part in measured.values()}
 
 
+def photometric_s(found: Found, case: str) -> float | None:
+    """Seconds of a step's photometric part on the device; None when it was not measured for `case`."""
+    measured = parts(found, *PHOTOMETRIC[case]).values()
+    return next((part["times"]["photometric part"]["median_s"] for part in measured), None)
+
+
+def title(case: str, with_it: str, without: str) -> Title:
+    """A row's name: `with_it`; for a file that has the step but not its photometric part `without`, and that said."""
+    other = "multi-crop" if case == "two-views" else "two-views"
+
+    def name(found: Found) -> str:
+        if not steps(found, case) or photometric_s(found, case) is not None:
+            return with_it
+        measured = "not measured" if photometric_s(found, other) is None else f"measured for {VIEWS[other]} only"
+        return f"{without} (without the photometric part, which was {measured})"
+
+    return name
+
+
 def speedup(case: str) -> Reader:
     """The better of the plain and the compiled step in full, the other's ratio beside it."""
 
@@ -54,32 +77,33 @@ def speedup(case: str) -> Reader:
 
 
 def outside(case: str) -> Reader:
-    """1 − networks / step; with 14 views the photometric part is added to the step, as it takes the device's time."""
+    """1 − networks / step; the photometric part, where measured, is added to the step: it takes the device's time."""
 
     def read(found: Found) -> str | None:
         values = []
         for mode, part in steps(found, case).items():
             ours, networks = (part["times"][name]["median_s"] for name in ("ours", "backbone and head"))
-            # Colouring does not depend on how the networks are run: either run's time will do.
-            added = [run["times"]["photometric part"]["median_s"] for run in runs(found, case).values()]
-            share = 1 - networks / (ours + (added[0] if added else 0.0))
-            without = case == "multi-crop" and not added
-            values.append(f"{mode} {_percent(share, 1)}{' without the photometric part' if without else ''}")
+            share = 1 - networks / (ours + (photometric_s(found, case) or 0.0))
+            values.append(f"{mode} {_percent(share, 1)}")
         return ", ".join(values) or None
 
     return read
 
 
 def over_bare(case: str) -> Reader:
-    """Images/s of the step over the bare backbone's; with 14 views those of a run with its loader, too."""
+    """Images/s of the step over the bare backbone's; with 14 views those of a run with its loader, too, and with two,
+    where there is no such run, those of step and photometric part."""
 
     def read(found: Found) -> str | None:
         values = []
         for mode, part in steps(found, case).items():
-            bare = part["batch_size"] / part["times"]["backbone"]["median_s"]
-            run = runs(found, case).get(mode)
-            in_run = "" if run is None else f", in a run {_percent(run['images_per_s']['median'] / bare)}"
-            values.append(f"{mode} {_percent(part['share_of_bare_backbone'])}{in_run} of {bare:.0f} images/s")
+            ours, backbone = (part["times"][name]["median_s"] for name in ("ours", "backbone"))
+            bare = part["batch_size"] / backbone
+            run, added = runs(found, case).get(mode), photometric_s(found, case)
+            also = "" if run is None else f", in a run {_percent(run['images_per_s']['median'] / bare)}"
+            if case == "two-views" and added is not None:
+                also = f", with the photometric part {_percent(backbone / (ours + added))}"
+            values.append(f"{mode} {_percent(part['share_of_bare_backbone'])}{also} of {bare:.0f} images/s")
         return "; ".join(values) or None
 
     return read

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,18 @@ def table(times: Mapping[str, Times]) -> str:
 
 
 def write(path: Path | None, figures: Mapping[str, Any]) -> None:
-    """Write `figures` with the machine they were measured on, as JSON, when a path is given."""
+    """Write `figures` with the machine and the commit they were measured on, as JSON, when a path is given."""
     if path is not None:
-        plain = {k: {n: asdict(t) for n, t in v.items()} if k == "times" else v for k, v in figures.items()}
-        atomic.write_json(path, {"machine": machine(), **plain})
+        atomic.write_json(path, {"machine": machine(), **plain(figures)})
+
+
+def plain(value: Any) -> Any:
+    """`value` with every dataclass in its mappings and lists as a mapping, as JSON wants it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {name: plain(one) for name, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _wait() -> None:

@@ -9,6 +9,7 @@ and the median of the rounds is given with its spread.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -20,12 +21,12 @@ import torch
 
 from contracts import provenance
 from contracts.errors import UserError
-from contracts.images import UnreadableImage, decode
+from contracts.images import UnreadableImage
 from pretrain import photometric_cpu, pil_reference
 from pretrain.config import PretrainConfig, ViewsConfig
 from pretrain.data import BUFFERS, ImageStream, open_images
 from pretrain.image_source import ImageSource
-from pretrain.view_maker import PipelineName, Request, ViewMaker
+from pretrain.view_maker import PipelineName, Request, ViewMaker, picture
 from pretrain.views import ViewSampler, cut, plan_views, resolutions
 
 ROUNDS = 7
@@ -55,16 +56,12 @@ def bench(config: PretrainConfig, *, images: int | None = None) -> dict[str, Any
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        modes: dict[str, Callable[[], None]] = {
-            "pil": lambda: _pil(source, chosen, config.views),
-            "cpu": _maker(source, chosen, config.views, "cpu"),
-            "device": _maker(source, chosen, config.views, "device"),
-        }
-        rounds = [{name: _cpu_s(work) for name, work in modes.items()} for _ in range(WARM_UP_ROUNDS + ROUNDS)]
-        shares = {"pil": _pil_shares(source, chosen, config.views), **_shares(source, chosen, config.views)}
+        works = modes(source, chosen, config.views)
+        rounds = [{name: _cpu_s(work) for name, work in works.items()} for _ in range(WARM_UP_ROUNDS + ROUNDS)]
+        shares = {"pil": _pil_shares(source, chosen, config.views), **shares_of_ours(source, chosen, config.views)}
     finally:
         torch.set_num_threads(threads)
-    rates = {name: [len(chosen) / once[name] for once in rounds[WARM_UP_ROUNDS:]] for name in modes}
+    rates = {name: [len(chosen) / once[name] for once in rounds[WARM_UP_ROUNDS:]] for name in works}
     median = {name: statistics.median(values) for name, values in rates.items()}
     return {
         "images_per_s_core": median,
@@ -131,6 +128,15 @@ def _readable(source: ImageSource, wanted: int) -> np.ndarray:
     return np.array(found)
 
 
+def modes(source: ImageSource, chosen: np.ndarray, views: ViewsConfig) -> dict[str, Callable[[], None]]:
+    """What is measured, by name: each makes the views of all chosen images once."""
+    return {
+        "pil": lambda: _pil(source, chosen, views),
+        "cpu": _maker(source, chosen, views, "cpu"),
+        "device": _maker(source, chosen, views, "device"),
+    }
+
+
 def _maker(source: ImageSource, chosen: np.ndarray, views: ViewsConfig, pipeline: PipelineName) -> Callable[[], None]:
     """What a worker of this mode does for the chosen images, in small batches."""
     maker = ViewMaker(source, views, seed=0, pipeline=pipeline, shared=True, recycled=BUFFERS)
@@ -185,18 +191,30 @@ class _Stopwatch:
         return {part: self._seconds[part] / total for part in parts}
 
 
-def _shares(source: ImageSource, chosen: np.ndarray, views: ViewsConfig) -> dict[str, dict[str, float]]:
-    """Where CPU and device mode spend their time, by taking the same steps one after the other."""
+def shares_of_ours(source: ImageSource, chosen: np.ndarray, views: ViewsConfig) -> dict[str, dict[str, float]]:
+    """Where CPU and device mode spend their time, by taking the same steps one after the other.
+
+    The draws are those of the modes, so the same large images are decoded at the same part of their size.
+    """
     plan = plan_views(views)
     sampler = ViewSampler(plan)
     finished = [torch.empty(count, 3, size, size) for count, size in resolutions(plan)]
     cropped = [torch.empty(view.size, view.size, 3, dtype=torch.uint8).permute(2, 0, 1) for view in plan]
+    sizes = np.array([view.size for view in plan])
     watch = _Stopwatch()
-    for index in chosen.tolist():
-        image = decode(source.encoded(index), name=source.name(index))
+    draw = sampler.draw(0, epoch=0, indices=chosen)
+    watch.lap("draw_and_crop")
+
+    def placed(row: int, **size: int) -> np.ndarray:
+        # In the middle of the decode: how far a large image may be reduced depends on its boxes.
         watch.lap("read_and_decode")
-        draw = sampler.draw(0, epoch=0, indices=np.array([index]))
-        records = draw.place(0, height=image.shape[1], width=image.shape[2])
+        records = draw.place(row, **size)
+        watch.lap("draw_and_crop")
+        return records
+
+    for row, index in enumerate(chosen.tolist()):
+        image, records = picture(source.encoded(index), source.name(index), functools.partial(placed, row), sizes)
+        watch.lap("read_and_decode")
         crops = [cut(image, box, out=crop) for box, crop in zip(records["box"].tolist(), cropped)]
         watch.lap("draw_and_crop")
         begin = 0

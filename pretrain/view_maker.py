@@ -9,8 +9,9 @@ Shapes: `B` images a rank, `V` views, `S` side; view-major: row v·B + b is view
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Literal
@@ -155,7 +156,7 @@ class ViewMaker:
                 unreadable[candidate] = str(error)
                 continue
             try:
-                image, views = self._picture(data, name, draw, place)
+                image, views = picture(data, name, functools.partial(draw.place, place), self._sizes)
             except UnreadableImage as error:
                 unreadable[index] = str(error)
                 continue
@@ -181,18 +182,23 @@ class ViewMaker:
         assert self._images is not None
         return self._images.encoded(candidate), self._images.name(candidate), self._images.label(candidate), candidate
 
-    def _picture(self, data: bytes, name: str, draw: Draw, place: int) -> tuple[Tensor, np.ndarray]:
-        """Decoded pixels (3, H, W) and the records (V,) whose boxes belong to them."""
-        size = upright_size(data)
-        if size is not None:
-            views = draw.place(place, height=size[0], width=size[1])
-            reduction = divisor(views["box"], self._sizes)
-            image = decode_reduced(data, reduction) if reduction > 1 else None
-            if image is not None:
-                views["box"] = shrink_boxes(views["box"], size, (image.shape[1], image.shape[2]))
-                return image, views
-        image = decode(data, name=name)
-        return image, draw.place(place, height=image.shape[1], width=image.shape[2])
+
+def picture(data: bytes, name: str, place: Callable[..., np.ndarray], sizes: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """Decoded pixels (3, H, W), of a large JPEG perhaps fewer than it has, and the records (V,) whose boxes fit them.
+
+    Args:
+        place: `Draw.place` of this image, which takes `height` and `width`. sizes: sides of the views (V,).
+    """
+    size = upright_size(data)
+    if size is not None:
+        views = place(height=size[0], width=size[1])
+        reduction = divisor(views["box"], sizes)
+        image = decode_reduced(data, reduction) if reduction > 1 else None
+        if image is not None:
+            views["box"] = shrink_boxes(views["box"], size, (image.shape[1], image.shape[2]))
+            return image, views
+    image = decode(data, name=name)
+    return image, place(height=image.shape[1], width=image.shape[2])
 
 
 def finish_on_cpu(groups: list[Tensor], records: list[np.ndarray], *, batch: int) -> list[Tensor]:

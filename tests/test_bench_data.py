@@ -1,9 +1,10 @@
-"""What `--bench-data` and `--show-views` give: the figures' names and meaning, and a sheet one can look at."""
+"""What `--bench-data` and `--show-views` give: figures that mean what they are called, and a sheet one can look at."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from photographs import write_folder
 from PIL import Image
 
 from contracts.errors import UserError
-from pretrain.bench_data import bench, render
+from pretrain import photometric_cpu, pil_reference, view_maker
+from pretrain.bench_data import bench, modes, render, shares_of_ours
 from pretrain.config import DataConfig, PretrainConfig, RunConfig, ViewsConfig
 from pretrain.contact_sheet import contact_sheet
+from pretrain.image_source import open_images
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,61 @@ def test_the_measurement_has_all_modes_shares_and_cores(config: PretrainConfig) 
     text = render(result)
     for word in ("PIL chain", "cpu", "device", "2 × 48² + 4 × 24²", "A GPU that takes 1000 images/s"):
         assert word in text
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, holder: Any, *names: str) -> dict[str, list[Any]]:
+    """The results of every call of these functions from now on."""
+    results: dict[str, list[Any]] = {name: [] for name in names}
+
+    def spy(name: str) -> None:
+        original = getattr(holder, name)
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            results[name].append(original(*args, **kwargs))
+            return results[name][-1]
+
+        monkeypatch.setattr(holder, name, called)
+
+    for name in names:
+        spy(name)
+    return results
+
+
+def test_each_mode_is_the_pipeline_that_it_is_called(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL's functions do all of the PIL chain and nothing of ours; the photometric part is CPU mode's alone."""
+    chain = counted(monkeypatch, pil_reference, "decode", "crop", "photometric", "normalise")
+    ours = counted(monkeypatch, view_maker, "picture", "cut") | counted(monkeypatch, photometric_cpu, "apply_each")
+    images, views = 4, 6
+    source = open_images(config.data)
+    of_pil = {"decode": images, **dict.fromkeys(("crop", "photometric", "normalise"), images * views)}
+    of_ours = {"picture": images, "cut": images * views, "apply_each": 0}
+    expected = {"pil": of_pil, "cpu": of_ours | {"apply_each": images * 2}, "device": of_ours}
+    works = modes(source, np.arange(images) + 1, config.views)
+    assert works.keys() == expected.keys()
+    for name, work in works.items():
+        work()
+        calls = {called: len(results) for called, results in (chain | ours).items()}
+        assert calls == dict.fromkeys(calls, 0) | expected[name], name
+        for results in (chain | ours).values():
+            results.clear()
+
+
+def test_shares_are_of_the_decode_that_the_modes_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large photographs, of which the draws let some be decoded at a half and some at more or less."""
+    root = write_folder(tmp_path, 4, height=700, width=900)
+    source = open_images(DataConfig(root=str(root)))
+    views, chosen = ViewsConfig(global_size=112, local_size=48, local_count=4), np.arange(4)
+    found = counted(monkeypatch, view_maker, "divisor", "decode_reduced")
+    modes(source, chosen, views)["device"]()
+    divisors, shapes = list(found["divisor"]), [image.shape for image in found["decode_reduced"]]
+    assert len(set(divisors)) > 1, "all images alike would not tell"
+    assert len(shapes) == sum(reduction > 1 for reduction in divisors) > 0
+    for results in found.values():
+        results.clear()
+    shares = shares_of_ours(source, chosen, views)
+    assert found["divisor"] == divisors
+    assert [image.shape for image in found["decode_reduced"]] == shapes
+    assert all(sum(share.values()) == pytest.approx(1) for share in shares.values())
 
 
 def test_a_measurement_without_images_is_the_users_error(config: PretrainConfig, tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ import torch
 from packaging.requirements import Requirement
 from torch import nn
 
-from benchmarks import gpu, gpu_compiled, gpu_memory, summary
+from benchmarks import gpu, gpu_compiled, gpu_memory, gpu_pipeline, step, summary
 from benchmarks.naive_step import NaiveStep
 from benchmarks.side_by_side import Times
+from pretrain import photometric
 
 CPU = torch.device("cpu")
 # Takes away every installed package that is not allowed, and the suite itself; at the end it tells what was imported.
@@ -239,6 +240,24 @@ def test_the_comparison_notices_a_wrong_gradient_and_a_wrong_feature() -> None:
     assert found["worst_convolution"] == pytest.approx(2.0)
     assert (found["features"], found["statistics"]) == (0.0, 0.0)
     assert gpu_compiled.apart(truth._replace(features=1.1 * truth.features), truth)["features"] == pytest.approx(0.1)
+
+
+# --- the photometric part ---------------------------------------------------------------------------------------------
+
+
+def test_the_photometric_part_of_two_views_is_that_of_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: set[tuple[int, ...]] = set()
+    original = photometric.apply
+
+    def apply(crops: torch.Tensor, parameters: photometric.Photometric) -> torch.Tensor:
+        shapes.add(tuple(crops.shape))
+        return original(crops, parameters)
+
+    monkeypatch.setattr(photometric, "apply", apply)
+    found = gpu_pipeline.photometric_of_two_views(CPU, True)
+    config = step.case("two-views", batch=found["batch_size"], tiny=True)
+    assert shapes == {tuple(views.shape) for views in step.random_views(config, CPU)} == {(8, 3, 32, 32)}
+    assert found["times"]["photometric part"].median_s > 0
 
 
 # --- the naive step ---------------------------------------------------------------------------------------------------

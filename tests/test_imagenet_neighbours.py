@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from contracts.errors import UsageError, UserError
 from transfer.imagenet.accuracy import label_ranks, top_percent
-from transfer.imagenet.neighbours import Blocks, nearest, plan_blocks, vote_ranks, votes
+from transfer.imagenet.neighbours import READ, RESERVE_MB, Blocks, nearest, plan_blocks, vote_ranks, votes
 
 
 def brute_force_scores(
@@ -108,15 +112,60 @@ def test_planned_blocks_stay_within_the_stated_memory(
         )
     except UsageError:
         # Only where even 256 bank rows (or k of them) and one query do not fit beside the running best.
-        least = 12 * queries * neighbours + 8 * dimension * (max(neighbours, 256) + 1)
-        assert least + 2**20 > max_memory_mb * 2**20
+        least = 12 * queries * neighbours + 4 * dimension * (2 * READ + max(neighbours, 256) + 1)
+        assert least + 2**20 > (max_memory_mb - RESERVE_MB) * 2**20
         return
     assert 1 <= blocks.bank <= bank
     assert 1 <= blocks.queries <= queries
-    read_and_normalised = 2 * (blocks.bank + blocks.queries) * dimension * 4
-    similarities = blocks.bank * blocks.queries * 4
-    running_best = queries * neighbours * (4 + 8)
-    assert read_and_normalised + similarities + running_best <= max_memory_mb * 2**20
+    held = (blocks.bank + blocks.queries + 2 * READ) * dimension * 4
+    similarities = 2 * blocks.bank * blocks.queries * 4
+    running_best = (queries + blocks.queries) * neighbours * (4 + 8)
+    assert held + similarities + running_best <= (max_memory_mb - RESERVE_MB) * 2**20
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that torch had allocated at a time while it did `work`, inside its own functions too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
+        work()
+    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+@pytest.mark.parametrize(
+    ("queries", "neighbours", "largest"),
+    [(8, 5, "the bank"), (400, 20, "the similarities"), (12_000, 20, "the running best")],
+)
+def test_the_search_allocates_no_more_than_was_planned(queries: int, neighbours: int, largest: str) -> None:
+    dimension, bank, most = 128, 50_000, 6 * 2**20
+    blocks = plan_blocks(
+        queries=queries,
+        bank=bank,
+        dimension=dimension,
+        neighbours=neighbours,
+        max_memory_mb=RESERVE_MB + most // 2**20,
+    )
+    parts = {
+        "the bank": blocks.bank * dimension * 4,
+        "the similarities": blocks.bank * blocks.queries * 4,
+        "the running best": queries * neighbours * 12,
+    }
+    assert max(parts, key=lambda name: parts[name]) == largest
+    assert bank > 3 * blocks.bank
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(start: int, stop: int) -> Tensor:
+        return torch.randn(stop - start, dimension, generator=generator)
+
+    def search(size: Blocks) -> None:
+        nearest(
+            drawn, drawn, query_count=queries, bank_count=3 * blocks.bank + 1, neighbours=neighbours, blocks=size,
+            quiet=True,
+        )  # fmt: skip
+
+    peak = peak_bytes(lambda: search(blocks))
+    assert 0.5 * most < peak <= most
+    # The control: what is planned is not so much more than what is needed that nothing could exceed it.
+    assert peak_bytes(lambda: search(Blocks(bank=3 * blocks.bank, queries=blocks.queries))) > most
 
 
 def test_too_little_memory_says_how_much_is_needed() -> None:

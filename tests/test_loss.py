@@ -127,18 +127,23 @@ def test_one_collective_for_everything() -> None:
 def test_each_view_has_one_softmax() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Count(TorchDispatchMode):
-        elements = 0
+    class Softmaxes(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shapes: list[tuple[int, ...]] = []
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if "_softmax.default" in str(function):
-                Count.elements += args[0].numel()
+                self.shapes.append(tuple(args[0].shape))
             return function(*args, **(kwargs or {}))
 
-    logits = torch.randn(14, 3, 8)
-    with Count():
-        twist_loss(logits)
-    assert Count.elements == logits.numel()
+    student, teacher = torch.randn(14, 3, 8), torch.randn(2, 3, 8)
+    with Softmaxes() as alone:
+        twist_loss(student)
+    assert alone.shapes == [(14, 3, 8)]
+    with Softmaxes() as with_teacher:
+        teacher_loss(student, teacher)
+    assert with_teacher.shapes == [(14, 3, 8), (2, 3, 8)]
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from host_reads import HostReads
 
 from contracts.errors import UserError
+from pretrain import monitor as monitor_module
 from pretrain.monitor import (
     DEVICE_VALUES,
     CollapseAlarm,
@@ -137,17 +140,31 @@ def test_passing_on_reads_what_was_sent_before(tmp_path: Path) -> None:
     assert "nonfinite_streak" not in json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
 
 
-def test_flushing_reads_the_device_twice_whatever_the_number_of_steps(tmp_path: Path, monkeypatch) -> None:
-    reads = []
-    original = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or original(self))
-    seen = observe(torch.randn(2, 4, CLASSES), {})
-    with Monitor(tmp_path, classes=CLASSES, steps=50, first_step=0) as monitor:
+def test_flushing_reads_the_device_twice_whatever_the_number_of_steps(tmp_path: Path) -> None:
+    reads = HostReads()
+    with Monitor(tmp_path, classes=CLASSES, steps=50, first_step=0) as monitor, reads.heard():
         for step in range(50):
+            seen = observe(torch.randn(2, 4, CLASSES), {"total": torch.tensor(1.0)})
             monitor.note(StepNote(step, 0, "mutual_information", 0.1, 4, 0.0, 0), seen)
-        assert reads == []
+        assert reads.found == []
         monitor.flush()
-    assert len(reads) == 2
+    assert reads.found == ["tolist", "tolist"]
+
+
+def test_the_progress_line_shows_how_much_of_the_time_was_spent_waiting_for_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(monitor_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Monitor(tmp_path, classes=CLASSES, steps=2, first_step=0) as monitor:
+        for step, data_wait_s in enumerate((0.2, 0.3)):
+            seen = observe(torch.randn(2, 4, CLASSES), {"total": torch.tensor(1.0)})
+            monitor.note(StepNote(step, 0, "mutual_information", 0.1, 4, data_wait_s, 0), seen)
+        now[0] += 10.0
+        monitor.flush()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrain: 2/2 steps")]
+    assert "  data_wait_share 0.05" in line
+    assert "  images_per_s 0.8 " in line
 
 
 def test_every_value_has_a_place() -> None:

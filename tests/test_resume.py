@@ -29,6 +29,8 @@ KINDS = {
     },
     "stage-switch": {"run": {"mutual_information_epochs": 1}},
 }
+# Beside those, the pipeline that a run has to ask for: workers that finish the views.
+RUNS = {**KINDS, "cpu-pipeline": {**KINDS["stage-switch"], "data": {"pipeline": "cpu"}}}
 STEPS = 10
 
 
@@ -50,7 +52,7 @@ def whole(images, tmp_path_factory):
     @functools.cache
     def of(kind: str) -> Path:
         folder = tmp_path_factory.mktemp(kind)
-        run(tiny_config(images, **KINDS[kind]), folder)
+        run(tiny_config(images, **RUNS[kind]), folder)
         return folder
 
     return of
@@ -101,6 +103,23 @@ def test_a_crash_at_every_step_changes_nothing(images: Path, whole, tmp_path: Pa
     assert_same_run(tmp_path, whole("stage-switch"))
 
 
+CPU_CASES = [
+    pytest.param(workers, steps, id=f"{workers}-{steps}", marks=[] if (workers, steps) == (0, 3) else pytest.mark.slow)
+    for workers in (0, 2)
+    for steps in (1, 3, 5, 8)
+]
+
+
+@pytest.mark.parametrize(("workers", "steps"), CPU_CASES)
+def test_resume_of_the_cpu_pipeline(workers: int, steps: int, images: Path, whole, tmp_path: Path) -> None:
+    config = tiny_config(images, **{**RUNS["cpu-pipeline"], "data": {"pipeline": "cpu", "workers": workers}})
+    with crash_after(steps), pytest.raises(Crash):
+        run(config, tmp_path)
+    run(config, tmp_path, resume=True)
+    assert_same_run(tmp_path, whole("cpu-pipeline"))
+    assert rows(tmp_path) == rows(whole("stage-switch"))  # the other pipeline's pictures, bit by bit
+
+
 def test_another_process_is_not_the_same_run(images: Path, whole, tmp_path: Path) -> None:
     # The negative control of the comparison above: another seed must show everywhere.
     run(tiny_config(images, **KINDS["two-crop"], run={"seed": 1}), tmp_path)
@@ -138,10 +157,10 @@ def wait_for_rows(folder: Path, count: int, child) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_sigkill_at_any_moment(workers: int, images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", [{"workers": 0}, {"workers": 2}, {"workers": 2, "pipeline": "cpu"}], ids=str)
+def test_sigkill_at_any_moment(data: dict, images: Path, tmp_path: Path) -> None:
     # Long enough to be killed twice on the way, wherever that happens to be.
-    config = tiny_config(images, run={"epochs": 6, "mutual_information_epochs": 4}, data={"workers": workers})
+    config = tiny_config(images, run={"epochs": 6, "mutual_information_epochs": 4}, data=data)
     for number, count in enumerate((4, 12)):
         child = started(config, tmp_path / "killed", resume=number > 0)
         wait_for_rows(tmp_path / "killed", count, child)

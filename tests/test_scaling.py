@@ -1,8 +1,11 @@
-"""What `benchmarks/scaling.py` counts on paper is what a step on two ranks really sends."""
+"""What `benchmarks/scaling.py` counts on paper is what a step on two ranks really sends; its times are NCCL's."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,9 @@ import torch.distributed as dist
 from gloo import run_on_ranks
 from torch import Tensor
 
-from benchmarks.scaling import BUCKET, FIRST_BUCKET, Traffic, buckets, model_ms, seconds, traffic
+from benchmarks import scaling
+from benchmarks.nccl_time import Cluster, all_gather_s, all_reduce_s
+from benchmarks.scaling import BUCKET, FIRST_BUCKET, Traffic, buckets, lost, measured_step_s, model_ms, seconds, traffic
 from contracts.config import validate
 from contracts.errors import UserError
 from pretrain import distributed
@@ -87,36 +92,124 @@ def test_counts_are_those_of_a_real_step(local: int) -> None:
     counted = traffic(config(local=local))
     waited_for = [counted[kind] for kind in ("batch norms", "bunch norm", "loss")]
     for rank in run_on_ranks(2, sent_by_a_step, local):
-        assert rank["gradients"].tolist() == [counted["gradients"].reduces, counted["gradients"].reduced_bytes]
-        assert rank["reduced"].tolist() == [
-            sum(t.reduces for t in waited_for),
-            sum(t.reduced_bytes for t in waited_for),
-        ]
-        assert rank["gathered"].tolist() == [
-            sum(t.gathers for t in waited_for),
-            sum(t.gathered_bytes for t in waited_for),
-        ]
-    assert counted["gradients"].reduces > 2
+        assert rank["gradients"].tolist() == [len(counted["gradients"].reduced), sum(counted["gradients"].reduced)]
+        for heard, sizes in (
+            ("reduced", [size for t in waited_for for size in t.reduced]),
+            ("gathered", [size for t in waited_for for size in t.gathered]),
+        ):
+            assert rank[heard].tolist() == [len(sizes), sum(sizes)]
+    assert len(counted["gradients"].reduced) > 2
 
 
 def test_a_bucket_is_closed_by_the_gradient_that_fills_it() -> None:
-    assert buckets([]) == 0
-    assert buckets([1]) == buckets([FIRST_BUCKET]) == buckets([FIRST_BUCKET - 1, 3 * BUCKET]) == 1
-    assert buckets([FIRST_BUCKET, 1]) == 2
-    assert buckets([FIRST_BUCKET, BUCKET - 1, BUCKET - 1, 1]) == 3
-    assert buckets([FIRST_BUCKET, 3 * BUCKET, 3 * BUCKET]) == 3
+    assert buckets([]) == []
+    assert buckets([1]) == [1]
+    assert buckets([FIRST_BUCKET - 1, 3 * BUCKET]) == [FIRST_BUCKET - 1 + 3 * BUCKET]
+    assert buckets([FIRST_BUCKET, 1]) == [FIRST_BUCKET, 1]
+    assert buckets([FIRST_BUCKET, BUCKET - 1, BUCKET - 1, 1]) == [FIRST_BUCKET, 2 * BUCKET - 2, 1]
+    assert buckets([FIRST_BUCKET, 3 * BUCKET, 3 * BUCKET]) == [FIRST_BUCKET, 3 * BUCKET, 3 * BUCKET]
 
 
-def test_the_model_of_a_ring() -> None:
-    cost = {"ranks": 8, "latency_s": 1e-5, "bandwidth": 1e9}
-    assert seconds(Traffic(1, 8_000_000), **cost) == pytest.approx(3e-5 + 2 * 7e-3)
-    assert seconds(Traffic(0, 0, 1, 8_000_000), **cost) == pytest.approx(3e-5 + 7 * 8e-3)
-    assert seconds(Traffic(1, 8, 1, 8), **(cost | {"ranks": 1})) == 0.0
+# --- the model --------------------------------------------------------------------------------------------------------
+
+PLAIN = Cluster(nvlink_bytes_s=100e9, card_bytes_s=50e9, switch_s=0.0)
+
+
+@pytest.mark.parametrize(
+    ("bytes_", "ranks", "microseconds"),
+    [
+        # Few bytes: LL. One node: 14 hops of a ring, 6.6 + 14 · 0.6; the tree's 6.8 + 2 · 7 · 0.6 is more.
+        (0, 8, 15.0),
+        # Eight nodes: 2 · 7 hops inside and 2 · 3 between are a tree's; a ring would take 126 hops.
+        (0, 64, 6.8 + 14 * 0.6 + 6 * 5.0),
+        (0, 256, 6.8 + 14 * 0.6 + 10 * 5.0),
+        # Many bytes: the protocol Simple, in a ring on one node …
+        (10**9, 8, 8.4 + 14 * 3.4 + 2 * 7 / 8 * 10**9 / 100e3),
+        # … and on many: a tree moves 2 b with 0.92 of the bandwidth, but saves two thousand microseconds of hops.
+        (10**7, 256, 2 * (7 + 5) * 28.0 + 2 * 10**7 / 92e3),
+        # So many that the hops count for nothing: a ring again, 446 hops inside, 64 between.
+        (10**11, 256, 8.4 + 446 * 3.4 + 64 * 14.0 + 2 * 255 / 256 * 10**11 / 100e3),
+    ],
+)
+def test_an_all_reduce_takes_what_the_better_of_ring_and_tree_does(
+    bytes_: int, ranks: int, microseconds: float
+) -> None:
+    assert 1e6 * all_reduce_s(bytes_, ranks=ranks, cluster=PLAIN) == pytest.approx(microseconds)
+
+
+@pytest.mark.parametrize(
+    ("bytes_", "ranks", "microseconds"),
+    [
+        (0, 2, 6.6 + 0.6),
+        (1000, 8, 6.6 + 7 * 0.6 + 7 * 1000 / 25e3),  # LL has a quarter of the bandwidth
+        # 256 − 32 hops inside, each no shorter than posting a send, and 31 between; LL gives 20.4 GB/s at most.
+        (1000, 256, 6.6 + 224 * 1.0 + 31 * 2.7 + 255 * 1000 / 20.4e3),
+        (10**8, 8, 8.4 + 7 * 3.4 + 7 * 10**8 / 100e3),
+    ],
+)
+def test_an_all_gather_is_a_ring(bytes_: int, ranks: int, microseconds: float) -> None:
+    assert 1e6 * all_gather_s(bytes_, ranks=ranks, cluster=PLAIN) == pytest.approx(microseconds)
+
+
+def test_nodes_are_as_fast_as_their_cards_together_and_one_node_needs_none() -> None:
+    slow = Cluster(nvlink_bytes_s=100e9, card_bytes_s=1e9, switch_s=0.0)
+    one, several = (all_reduce_s(10**10, ranks=ranks, cluster=slow) for ranks in (8, 16))
+    assert one == pytest.approx(all_reduce_s(10**10, ranks=8, cluster=PLAIN))
+    assert several == pytest.approx(2 * 15 / 16 * 10**10 / 8e9, rel=1e-3)
+
+
+def test_a_kind_takes_the_time_of_its_collectives_and_one_rank_none() -> None:
+    switching = Cluster(nvlink_bytes_s=100e9, switch_s=10e-6)
+    kind = Traffic(reduced=(8, 10**9), gathered=(8,))
+    each = [all_reduce_s(b, ranks=8, cluster=PLAIN) for b in kind.reduced]
+    assert seconds(kind, ranks=8, cluster=switching) == pytest.approx(
+        sum(each) + all_gather_s(8, ranks=8, cluster=PLAIN) + 3 * 10e-6
+    )
+    assert seconds(kind, ranks=1, cluster=switching) == 0.0
+
+
+def test_gradients_are_lost_where_they_exceed_the_backward_pass() -> None:
+    found = lost({"loss": 5.0, "gradients": 59.9}, step_s=0.09)
+    assert found["gradients"] == {"ms": 0.0, "share_of_step": 0.0}
+    assert found["all"] == pytest.approx({"ms": 5.0, "share_of_step": 5 / 95})
+    found = lost({"loss": 5.0, "gradients": 65.0}, step_s=0.09)  # 60 ms of them are backward
+    assert found["gradients"] == pytest.approx({"ms": 5.0, "share_of_step": 0.05})
+    assert found["all"] == pytest.approx({"ms": 10.0, "share_of_step": 0.1})
+
+
+def test_the_step_is_the_measured_one_and_another_config_needs_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, other = tmp_path / "gpu.json", tmp_path / "other.toml"
+    other.write_text(scaling.CONFIG.read_text())
+    monkeypatch.setattr(scaling, "GPU_RECORD", record)
+
+    def run(*arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["scaling", *arguments, "--json", str(tmp_path / "scaling.json")])
+        scaling.main()
+        return json.loads((tmp_path / "scaling.json").read_text())
+
+    for arguments, said in (([], "has no step_multi-crop_compiled"), ([str(other)], "give --step-s")):
+        with pytest.raises(SystemExit):
+            run(*arguments)
+        assert said in capsys.readouterr().err
+    part = {"ok": True, "times": {"ours": {"median_s": 0.2}}}
+    record.write_text(json.dumps({"tiny": False, "parts": {"step_multi-crop_compiled": part}}))
+    assert measured_step_s(record) == 0.2
+    measured, given = run(), run(str(other), "--step-s", "0.1")
+    assert (measured["step_s"], given["step_s"]) == (0.2, 0.1)
+    said = capsys.readouterr().out
+    for ranks in ("8", "64", "256"):
+        assert said.count(f"{ranks:>3} GPUs: lost") == 2
+        of_step = measured["model"][ranks]["lost"]
+        assert of_step["all"]["share_of_step"] == pytest.approx(of_step["all"]["ms"] / (200 + of_step["all"]["ms"]))
+        assert given["model"][ranks]["lost"]["all"]["share_of_step"] > of_step["all"]["share_of_step"]
+    assert "git_commit" in measured["machine"]
 
 
 def test_a_bunch_of_zero_is_all_ranks_and_a_bunch_of_one_rank_sends_nothing() -> None:
     def bunch_ms(bunch: int, ranks: int) -> float:
-        return model_ms(config(bunch=bunch), ranks=ranks, latency_s=1e-5, bandwidth=1e9)["bunch norm"]
+        return model_ms(config(bunch=bunch), ranks=ranks, cluster=PLAIN)["bunch norm"]
 
     assert bunch_ms(0, 8) == bunch_ms(8 * BATCH, 8) > bunch_ms(2 * BATCH, 8) == bunch_ms(2 * BATCH, 64) > 0
     assert bunch_ms(BATCH, 8) == 0.0

@@ -8,22 +8,25 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from gloo import run_on_ranks
+from host_reads import HostReads
 from tiny_run import differing, final_state, make_images, rows, run, tiny_config, tiny_networks
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from contracts.config import load_config
 from contracts.errors import UserError
 from contracts.weights import read_backbone
 from pretrain import distributed, train
 from pretrain.config import PretrainConfig
+from pretrain.data import ViewLoader
 from pretrain.image_source import fingerprint
+from pretrain.monitor import Monitor
 from pretrain.nonfinite import replay
 from pretrain.plan import resolve
 from pretrain.run import Run
@@ -74,6 +77,20 @@ def test_a_run_writes_what_it_promises(images: Path, tmp_path: Path, capsys) -> 
     teacher, header = read_backbone(tmp_path / "teacher_backbone.safetensors")
     assert header.source_branch == "teacher"
     assert differing(tensors, teacher) != []
+
+
+def test_waiting_for_data_is_in_the_rows_and_in_the_progress_line(images: Path, tmp_path: Path, monkeypatch, capsys):
+    batches = ViewLoader.epoch
+
+    def slow(self, number, **options):
+        for batch in batches(self, number, **options):
+            yield replace(batch, data_wait_s=3600.0)  # more than a test takes
+
+    monkeypatch.setattr(ViewLoader, "epoch", slow)
+    run(tiny_config(images, run={"epochs": 1, "mutual_information_epochs": 1}), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["data_wait_share"] for line in lines] == [1.0] * 5
+    assert re.search(r"^pretrain: 5/5 steps.* data_wait_share 1$", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_a_finished_run_is_not_lost_with_its_images(tmp_path: Path, monkeypatch) -> None:
@@ -321,44 +338,71 @@ def test_a_constant_network_raises_the_alarm(images: Path, tmp_path: Path, monke
 # --- waiting for the device -------------------------------------------------------------------------------------------
 
 
-class HostReads(TorchDispatchMode):
-    """Counts what would wait for a GPU: numbers read on the host, and shapes that depend on data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if any(word in str(function) for word in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")):
-            self.found.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("stage", ["mutual_information", "self_label"])
 @pytest.mark.parametrize("optimizer", ["lars", "adamw"])
-def test_no_step_waits_between_logging_steps(images: Path, tmp_path: Path, monkeypatch, stage, optimizer) -> None:
-    # The parts of a step that work on the device, in a run that logs every five steps.
+def test_no_step_reads_anything_on_the_host(images: Path, tmp_path: Path, monkeypatch, stage, optimizer) -> None:
+    """The loop's part of every step, from the batch's arrival to the next one's request; but for the log's fetch."""
     first = 1 if stage == "self_label" else 2
     config = tiny_config(
         images,
         model={"teacher": True},
         optim={"name": optimizer, "clip_norm": 3.0},
-        run={"mutual_information_epochs": first, "log_every_steps": 5, "checkpoint_every_steps": None},
+        run={"mutual_information_epochs": first, "log_every_steps": 2, "checkpoint_every_steps": None},
     )
-    mode = HostReads()
-    for holder, name in ((train, "objective"), (Run, "learn"), (train, "update_teacher"), (train, "observe")):
-        original = getattr(holder, name)
+    reads, steps = HostReads(), []
+    batches = ViewLoader.epoch
 
-        def counted(*args, _original=original, **kwargs):
-            with mode:
-                return _original(*args, **kwargs)
+    def epoch(self, number, **options):
+        for batch in batches(self, number, **options):
+            steps.append(number)
+            reads.listening = True
+            yield batch
+            reads.listening = False
 
-        monkeypatch.setattr(holder, name, counted)
-    run(config, tmp_path)
-    assert mode.found == []
-    with mode:
-        torch.ones(1).item()
-    assert len(mode.found) == 1  # the counter counts
+    monkeypatch.setattr(ViewLoader, "epoch", epoch)
+    fetches = []
+    for name in ("pass_on", "flush"):
+        original = getattr(Monitor, name)
+
+        def fetch(self, _original=original):
+            fetches.append(len(steps))
+            with reads.ignored():
+                return _original(self)
+
+        monkeypatch.setattr(Monitor, name, fetch)
+    with reads.heard(), reads.ignored():
+        run(config, tmp_path)
+    assert reads.found == []
+    assert steps == [0] * 5 + [1] * 5
+    assert set(fetches) == {2, 4, 5, 6, 8, 10}
+
+
+def test_reads_are_heard() -> None:
+    """The control of the test above: whatever waits for a device is noticed, what does not is not."""
+    reads = HostReads()
+    x = torch.ones(3)
+    waiting = (
+        lambda: x.sum().item(),
+        lambda: float(x[0]),
+        lambda: bool(x[0] > 0),
+        lambda: f"{x[0]:.2f}",
+        lambda: x.tolist(),
+        lambda: x.cpu(),
+        lambda: x.numpy(),
+        lambda: x[x > 0],
+        lambda: x.nonzero(),
+        lambda: torch.equal(x, x),
+    )
+    for number, read in enumerate(waiting, start=1):
+        with reads.heard():
+            read()
+        assert len(reads.found) == number, reads.found
+    with reads.heard():
+        x.mul_(2).sum().detach().float().clone()
+        x[torch.tensor([0, 2])].max()
+        with reads.ignored():
+            x.tolist()
+    assert len(reads.found) == len(waiting)
 
 
 def counted_collectives(_: int, config, folder: Path) -> dict[str, object]:

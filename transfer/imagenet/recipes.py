@@ -27,7 +27,8 @@ class Machine(Config):
     workers: int = Field(default=8, ge=0)
     # Images a forward pass where no gradient is kept.
     feature_batch_size: int = Field(default=256, gt=0)
-    # The k-NN search reads both sides in blocks so that it stays below this much memory (features on disk excluded).
+    # The k-NN search reads both sides in blocks, so that it takes no more than this much memory (MiB) above what the
+    # process held before. Features on disk are not in it, nor is what the system keeps of their files.
     max_memory_mb: int = Field(default=2048, gt=0)
     # Keep extracted features under the run folder, keyed by weights, images and transform; a later run reuses them.
     keep_features: bool = False
