@@ -139,6 +139,13 @@ def test_an_override_that_leaves_the_protocol_keeps_the_record_from_published_nu
     half = resolved("SOLVER.IMS_PER_BATCH=8", "SOLVER.BASE_LR=0.01", "iterations=180000")
     assert not half.reduced, "what the message of too little memory advises"
     assert resolved("SOLVER.IMS_PER_BATCH=8", "SOLVER.BASE_LR=0.01").reduced, "half of the images"
+    for longer in ("iterations=180000", "SOLVER.MAX_ITER=180000", "SOLVER.IMS_PER_BATCH=32"):
+        assert resolved(longer).reduced, "a 2× run is no 1× run"
+        assert "sees 2,880,000 images, and the protocol 1,440,000" in resolved(longer).notes
+    early = resolved("SOLVER.STEPS=[1,2]")
+    assert early.reduced
+    assert "the rate drops at 0%, 0% of the run, and in the protocol at 67%, 89%" in early.notes
+    assert "lr 0.04 by an override; the protocol's is 0.02 here" in resolved("SOLVER.BASE_LR=0.04").notes
     other = resolved("MODEL.ROI_BOX_HEAD.NUM_CONV=4")
     assert other.reduced
     assert "changed from the protocol: MODEL.ROI_BOX_HEAD.NUM_CONV 0 → 4" in other.notes
@@ -156,10 +163,12 @@ def test_whatever_an_override_changes_is_recorded(request_of) -> None:
         "CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD",
         "TEST.EXPECTED_RESULTS", "VIS_PERIOD",
     }  # fmt: skip
-    schedule = {f"SOLVER.{key}" for key in ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS")}
+    # One iteration of 90,000 more is none; a rate is named by its value.
+    schedule = {f"SOLVER.{key}" for key in ("BASE_LR", "MAX_ITER", "WARMUP_ITERS")}
     found = sweep(engine._tree(resolved("").config), resolved)
     assert found.same_recipe == harmless
-    assert found.not_reduced == found.unnamed == harmless | schedule
+    assert found.not_reduced == harmless | schedule
+    assert found.unnamed == harmless | schedule | {"SOLVER.IMS_PER_BATCH", "SOLVER.STEPS"}
     assert found.refused == {
         "MODEL.BACKBONE.FREEZE_AT", "MODEL.DEVICE", "MODEL.WEIGHTS", "OUTPUT_DIR", "SEED", "SOLVER.REFERENCE_WORLD_SIZE"
     }  # fmt: skip

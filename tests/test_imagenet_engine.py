@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from contracts.networks import build_backbone
 from contracts.weights import Backbone
 from transfer.imagenet import engine
 from transfer.imagenet.dataset import LabelledImages, open_tree
-from transfer.imagenet.engine import at_full_scale, recorded_recipe, resolve, run
+from transfer.imagenet.engine import _check_last_batch, at_full_scale, recorded_recipe, resolve, run
 from transfer.imagenet.recipes import FOLDER, FinetuneRecipe, LinearRecipe, load_recipe, recipe_names
 from transfer.protocols import PROTOCOLS
 from transfer.result import EngineResult
@@ -217,6 +218,27 @@ def test_only_the_unchanged_recipe_on_imagenet_is_full_scale() -> None:
     assert not full("cluster", "clusters=2000")
     assert not full("linear", val=49_999)
     assert not full("semi-1pct", train=600)
+    # A tree of 1 % or 10 % is not the ImageNet of a protocol that takes all labels, nor the other way round.
+    assert not any(full(name, train=12_811) for name in ("linear", "knn", "finetune-100pct", "semi-10pct"))
+    assert not full("semi-1pct")
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "processes", "size", "refused"),
+    [
+        (10, 9, 1, 32, True),
+        (10, 9, 1, 33, False),
+        (10, 10, 1, 32, False),
+        (13, 10, 3, 32, True),
+        (14, 10, 3, 32, False),
+    ],
+)
+def test_a_last_batch_of_one_image_is_refused_where_it_has_no_statistics(
+    images: int, batch: int, processes: int, size: int, refused: bool
+) -> None:
+    recipe = load_recipe("semi-1pct", architecture="resnet18", overrides=(f"batch_size={batch}", f"size={size}"))
+    with pytest.raises(UsageError, match="leave a process one") if refused else contextlib.nullcontext():
+        _check_last_batch(recipe, images=images, processes=processes)
 
 
 @pytest.mark.slow
@@ -317,10 +339,10 @@ def test_plan_says_what_will_be_done(tree: Path) -> None:
     def plan(name: str, *overrides: str, **how: Any) -> str:
         return resolve(PROTOCOLS[name], RESNET, data=tree, overrides=(*SMALL, *overrides), **how).plan
 
-    text = plan("semi-10pct", "batch_size=4", gpus=2)
+    text = plan("semi-10pct", "batch_size=4", "size=33", gpus=2)
     assert text.startswith("plan: 2 GPUs → the recipe's batch is kept")
     assert "images a step 4 (2 a process), lr_classifier 0.2, lr_backbone 0.02, 20 epochs of 2 steps" in text
-    assert "6 labelled images of 18; 9 validation images of 3 classes at 32 pixels" in text
+    assert "6 labelled images of 18; 9 validation images of 3 classes at 33 pixels" in text
     assert "nothing is trained" in plan("sample-linear", eval_only=True)
     assert "the 18 nearest of 18 training images vote" in plan("sample-knn")
     assert "k-means (lloyd), 3 clusters on 18 training images" in plan("sample-cluster", eval_only=True)

@@ -134,6 +134,40 @@ def test_linear_rule_on_one_process(request_of) -> None:
     assert list(step.milestones) == [42000, 54000]
 
 
+@pytest.mark.parametrize(("word", "value"), [("false", False), ("False", False), ("true", True), ("True", True)])
+def test_a_switch_is_a_switch_however_it_is_written(word: str, value: bool, request_of) -> None:
+    from transfer import mmseg_engine as engine
+
+    config = engine.resolve(request_of("voc12aug-fcn-d8-20k", f"model.decode_head.concat_input={word}")).config
+    assert config.model.decode_head.concat_input is value
+
+
+@pytest.mark.parametrize("word", ["no", "0", "fals"])
+def test_what_is_no_switch_is_refused(word: str, request_of) -> None:
+    from transfer import mmseg_engine as engine
+
+    with pytest.raises(UsageError, match=r"concat_input is (True|False); write true or false"):
+        engine.resolve(request_of("voc12aug-fcn-d8-20k", f"model.decode_head.concat_input={word}"))
+
+
+def test_the_last_checkpoint_is_the_folders_own(tmp_path: Path) -> None:
+    """mmengine notes a whole path; a folder that was moved or copied would evaluate another run's weights."""
+    from transfer import mmseg_engine as engine
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    assert engine._last_checkpoint(here) is None
+    (here / "iter_4.pth").write_bytes(b"mine")
+    (here / "last_checkpoint").write_text(str(here / "iter_4.pth"))
+    here.rename(there)
+    here.mkdir()
+    (here / "iter_4.pth").write_bytes(b"another run's")
+    assert engine._last_checkpoint(there) == there / "iter_4.pth"
+    (there / "iter_4.pth").unlink()
+    with pytest.raises(UserError, match=r"there holds no iter_4\.pth, its newest checkpoint"):
+        engine._last_checkpoint(there)
+
+
 def test_an_override_that_leaves_the_protocol_keeps_the_record_from_published_numbers(request_of) -> None:
     from transfer import mmseg_engine as engine
 
@@ -144,6 +178,11 @@ def test_an_override_that_leaves_the_protocol_keeps_the_record_from_published_nu
     assert not resolved("optim_wrapper.optimizer.lr=0.02").reduced, "searching the rate is part of the protocol"
     half = resolved("train_dataloader.batch_size=8", "optim_wrapper.optimizer.lr=0.005", "iterations=40000")
     assert not half.reduced, "what the message of too little memory advises"
+    for longer in ("iterations=40000", "train_cfg.max_iters=40000", "train_dataloader.batch_size=32"):
+        assert resolved(longer).reduced, "twice as many images"
+    early = resolved("param_scheduler.0.end=10000")
+    assert early.reduced
+    assert "the rate's policy ends at iteration 10000 of 20000, and in the protocol with the run" in early.notes
     other = resolved("model.decode_head.dropout_ratio=0.5")
     assert other.reduced
     assert "changed from the protocol: model.decode_head.dropout_ratio 0.1 → 0.5" in other.notes
@@ -166,13 +205,15 @@ def test_whatever_an_override_changes_is_recorded(request_of) -> None:
         "env_cfg.mp_cfg.opencv_num_threads", "log_level", "train_cfg.val_interval", "vis_backends.0.type",
         "visualizer.name", "visualizer.type", "visualizer.vis_backends.0.type",
     }  # fmt: skip
+    # One iteration of 20,000 more is none; a rate is named by its value.
     schedule = {
-        "train_dataloader.batch_size", "train_cfg.max_iters", "optim_wrapper.optimizer.lr",
+        "train_cfg.max_iters", "optim_wrapper.optimizer.lr",
         "param_scheduler.0.begin", "param_scheduler.0.end", "param_scheduler.0.eta_min",
     }  # fmt: skip
     found = sweep(engine._tree(resolved("").config), resolved)
     assert found.same_recipe == harmless
-    assert found.not_reduced == found.unnamed == harmless | schedule
+    assert found.not_reduced == harmless | schedule
+    assert found.unnamed == harmless | schedule | {"train_dataloader.batch_size"}
     assert found.refused == {
         *(f"{loader}.dataset.data_root" for loader in loaders), "data_root", "load_from", "resume", "model.pretrained",
         *(f"model.backbone.init_cfg.{key}" for key in ("type", "checkpoint", "prefix")),

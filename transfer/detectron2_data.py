@@ -66,7 +66,8 @@ def count_images(names: Sequence[str]) -> dict[str, int]:
     """Images of each registered set, all of them there.
 
     Raises:
-        UserError: an annotation file names images that are not on disk, or a set is empty or half extracted.
+        UserError: an annotation file names images that are not on disk, or a set is empty, half extracted, or without
+            a single object.
     """
     counts = {}
     for name in names:
@@ -86,6 +87,11 @@ def count_images(names: Sequence[str]) -> dict[str, int]:
             raise UserError(
                 f"{len(absent)} of the {len(entries)} images of {name} are not on disk (first: {absent[0]}): the "
                 "archive was unpacked in part; unpack it again."
+            )
+        if not any(not one.get("iscrowd", 0) for entry in entries for one in entry["annotations"]):
+            raise UserError(
+                f"The {len(entries)} images of {name} have no annotated object, so there is nothing to learn or to "
+                "measure: `twist data check` says what is wrong with the tree."
             )
         counts[name] = len(entries)
     return counts

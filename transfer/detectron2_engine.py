@@ -50,7 +50,7 @@ from transfer.preflight import read_sample
 from transfer.quiet import frameworks_quiet
 from transfer.request import Request
 from transfer.result import EngineResult
-from transfer.scaling import Rule, Schedule, choose_rule, render_plan, stretch
+from transfer.scaling import Rule, Schedule, choose_rule, leaves_protocol, render_plan, searched, stretch
 
 with warnings.catch_warnings():
     # It imports pkg_resources, which complains about itself, in every worker again.
@@ -81,7 +81,7 @@ _HARMLESS = (
     "TEST.EXPECTED_RESULTS",
     "VIS_PERIOD",
 )
-# What an override may change without making the run another protocol's.
+# What an override may change without making the run another protocol's, as long as `leaves_protocol` finds nothing.
 _SCHEDULE = tuple(f"SOLVER.{key}" for key in ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS"))
 # What belongs to the weights and not to the protocol: their normalisation, channel order and stride.
 _OF_THE_WEIGHTS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1")
@@ -139,7 +139,7 @@ def resolve(request: Request) -> Resolved:
     config.SOLVER.REFERENCE_WORLD_SIZE = 0  # done here, and said; the trainer shall not do it again
     if request.controls.iterations:
         _set_schedule(config, stretch(_schedule(config), request.controls.iterations))
-    before = _tree(config)
+    before, ruled = _tree(config), _schedule(config)
     for override in request.overrides:
         _override(config, override)
     after = _tree(config)
@@ -150,15 +150,15 @@ def resolve(request: Request) -> Resolved:
     _check(config, request)
     config.freeze()
     planned = _schedule(config)
-    changed = departures(before, after, free=(*_SCHEDULE, *_HARMLESS))
+    changed = [*leaves_protocol(published, planned), *departures(before, after, free=(*_SCHEDULE, *_HARMLESS))]
     return Resolved(
         config=config,
         recipe=recorded(before, after, recipe_of=_recipe, harmless=_HARMLESS),
         plan=render_plan(
             published, planned, rule=rule, processes=request.processes, gpus=request.gpus, reference=reference
         ),
-        reduced=planned.images_seen < 0.99 * published.images_seen or bool(changed),
-        notes=(*_notes(rule, planned, config, request), *changed),
+        reduced=bool(changed),
+        notes=(*_notes(rule, planned, config, request), *searched(ruled, planned), *changed),
     )
 
 
@@ -473,7 +473,8 @@ def _metrics(results: dict[str, dict[str, float]], request: Request) -> tuple[di
         _, kind, which, _ = name.rsplit("_", 3)
         value = results.get({"box": "bbox", "mask": "segm"}[kind], {}).get(which.upper())
         if value is None or not math.isfinite(value):
-            # Detectron2 gives nothing, or NaN, where the model detected nothing at all: that is an AP of 0.
+            # Detectron2 gives nothing, or NaN, where the model detected nothing at all: that is an AP of 0. Where there
+            # is nothing to detect it gives NaN, too: such data do not come so far (`count_images`).
             notes.append(f"{name}: the evaluator gave no number because nothing was detected; counted as 0")
             value = 0.0
         metrics[name] = float(value)

@@ -42,7 +42,17 @@ from transfer.preflight import read_sample, voc_folder
 from transfer.quiet import frameworks_quiet
 from transfer.request import Request
 from transfer.result import EngineResult
-from transfer.scaling import Rule, Schedule, choose_rule, linear_rule, render_plan, stretch
+from transfer.scaling import (
+    TOLERANCE,
+    Rule,
+    Schedule,
+    choose_rule,
+    leaves_protocol,
+    linear_rule,
+    render_plan,
+    searched,
+    stretch,
+)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "mmseg"
 # Where the installed MMSegmentation keeps its own configs; ours name it in `_base_` through this variable.
@@ -129,7 +139,7 @@ def resolve(request: Request) -> Resolved:
     if request.controls.iterations:
         planned = stretch(planned, request.controls.iterations)
     _set_schedule(config, published, planned, processes=request.processes)
-    before = _tree(config)
+    before, ruled = _tree(config), _schedule(config, processes=request.processes)
     for override in request.overrides:
         _override(config, override)
     after = _tree(config)
@@ -148,7 +158,10 @@ def resolve(request: Request) -> Resolved:
     config.default_hooks.logger.interval = every
     config.resume = request.resume
     planned = _schedule(config, processes=request.processes)
-    changed = departures(before, after, free=(*_SCHEDULE, *_HARMLESS))
+    changed = [*leaves_protocol(published, planned), *departures(before, after, free=(*_SCHEDULE, *_HARMLESS))]
+    end, last = config.param_scheduler[-1].end, config.train_cfg.max_iters
+    if abs(end / last - 1) > TOLERANCE:
+        changed.append(f"the rate's policy ends at iteration {end} of {last}, and in the protocol with the run")
     recipe_of = functools.partial(_recipe, processes=request.processes)
     return Resolved(
         config=config,
@@ -156,8 +169,8 @@ def resolve(request: Request) -> Resolved:
         plan=render_plan(
             published, planned, rule=rule, processes=request.processes, gpus=request.gpus, reference=reference
         ),
-        reduced=planned.images_seen < 0.99 * published.images_seen or bool(changed),
-        notes=(*_notes(rule, planned, config, request), *changed),
+        reduced=bool(changed),
+        notes=(*_notes(rule, planned, config, request), *searched(ruled, planned), *changed),
     )
 
 
@@ -237,6 +250,11 @@ def _override(config: Config, override: str) -> None:
         node = node[int(key)] if inside else node[key]
     if isinstance(node, dict):
         raise UsageError(f'"{override}": {".".join(keys)} is a section; name a key of it ({", ".join(sorted(node))}).')
+    if isinstance(node, bool):
+        # A bare word would be a string, and every string is true. Python's spelling is common in these configs.
+        value = {"True": True, "False": False}.get(value, value) if isinstance(value, str) else value
+        if not isinstance(value, bool):
+            raise UsageError(f'"{override}" does not fit: {".".join(keys)} is {node!r}; write true or false.')
     number = isinstance(node, (int, float)) and not isinstance(node, bool)
     if number and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise UsageError(f'"{override}" does not fit: {".".join(keys)} is {node!r}, a number.')
@@ -324,13 +342,12 @@ def _worker(local_rank: int, request: Request, address: str | None) -> None:
         register_all_modules(init_default_scope=False)
         init_default_scope("mmseg")
         config = Config.fromfile(request.output / "config.py")
-        last = find_latest_checkpoint(str(request.output)) if request.resume or request.eval_only else None
+        last = _last_checkpoint(request.output) if request.resume or request.eval_only else None
         if request.eval_only:
-            done = 0 if last is None else int(Path(last).stem.rpartition("_")[2])  # mmengine's iter_120.pth
+            done = 0 if last is None else int(last.stem.rpartition("_")[2])  # mmengine's iter_120.pth
             require_finished(request.output, done=done, of=config.train_cfg.max_iters)
-            config.resume, config.load_from = False, last
-        elif last is None:
-            config.resume = False
+        config.resume = last is not None and not request.eval_only
+        config.load_from = None if last is None else str(last)
         runner = _Runner.from_cfg(config)
         watch = _Watch(request, continued=last is not None)
         # Before the scheduler moves lr on and before the checkpoint: a kill then loses no line of the curves.
@@ -354,6 +371,23 @@ def _worker(local_rank: int, request: Request, address: str | None) -> None:
                 media=media,
                 notes=(),
             )
+
+
+def _last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint of the run in `output`, None before the first.
+
+    mmengine notes its whole path, which after the folder was moved or copied is another run's, or nobody's.
+
+    Raises:
+        UserError: the file that is noted is not in the folder.
+    """
+    noted = find_latest_checkpoint(str(output))
+    if noted is None:
+        return None
+    file = output / Path(noted).name
+    if not file.is_file():
+        raise UserError(f"{output} holds no {file.name}, its newest checkpoint: put it back, or start in a new folder.")
+    return file
 
 
 class _Runner(Runner):

@@ -12,6 +12,8 @@ from typing import Literal
 
 from contracts.errors import UsageError
 
+# Shares within which a schedule is the same: rounding to whole iterations, and no more.
+TOLERANCE = 0.01
 Rule = Literal["as published", "linear rule", "batch kept"]
 
 
@@ -67,6 +69,29 @@ def stretch(schedule: Schedule, iterations: int) -> Schedule:
         warmup_iterations=round(schedule.warmup_iterations * ratio),
         steps=tuple(sorted(step for step in steps if 0 < step < iterations)),
     )
+
+
+def leaves_protocol(published: Schedule, planned: Schedule) -> list[str]:
+    """Where `planned` is no longer the published schedule, a line each; empty when it is.
+
+    Batch, rate and warm-up may be others (searching them is part of these protocols in the literature). How many images
+    are seen, and at which part of the run the rate drops, may not: a 2× run is another row of the papers' tables.
+    """
+    lines = []
+    if abs(planned.images_seen / published.images_seen - 1) > TOLERANCE:
+        lines.append(f"sees {planned.images_seen:,} images, and the protocol {published.images_seen:,}")
+    ours, theirs = ([step / one.iterations for step in one.steps] for one in (planned, published))
+    if len(ours) != len(theirs) or any(abs(a - b) > TOLERANCE for a, b in zip(ours, theirs)):
+        drops = (", ".join(f"{share:.0%}" for share in shares) or "never" for shares in (ours, theirs))
+        lines.append("the rate drops at {} of the run, and in the protocol at {}".format(*drops))
+    return lines
+
+
+def searched(ruled: Schedule, planned: Schedule) -> list[str]:
+    """The rate where an override, and not the rule, set it: it stays within the protocol and is said."""
+    if planned.learning_rate == ruled.learning_rate:
+        return []
+    return [f"lr {planned.learning_rate:g} by an override; the protocol's is {ruled.learning_rate:g} here"]
 
 
 def choose_rule(*, processes: int, reference: int, keep_batch: bool) -> Rule:

@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from transfer.protocols import Protocol
 
 RECIPE = "recipe.json"
-# ILSVRC 2012's training images, and the lines of SimCLR's 10 % and 1 % lists.
-_IMAGENET_TRAIN = (1_281_167, 128_116, 12_811)
+# ILSVRC 2012's training images by which of them have labels: all, or the lines of SimCLR's lists.
+_IMAGENET_TRAIN = {"all": 1_281_167, "10percent": 128_116, "1percent": 12_811}
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ def resolve(
         )
     train, val = open_tree(data)
     labelled = labelled_subset(train, config) if isinstance(config, ClassifierRecipe) else train
+    if isinstance(config, FinetuneRecipe):
+        _check_last_batch(config, images=len(labelled), processes=max(gpus, 1))
     recipe = recorded_recipe(config, labelled, val)
     plan = render_plan(config, train=train, labelled=labelled, val=val, gpus=gpus, eval_only=eval_only)
     notes = (*_departures(protocol, header, recipe), *_torn(protocol, train, val))
@@ -114,6 +116,16 @@ def resolve(
         protocol, config, header, train, labelled, val, gpus, eval_only, recipe, "\n".join([plan, *notes]),
         reduced=not at_full_scale(protocol, header, recipe), notes=notes,
     )  # fmt: skip
+
+
+def _check_last_batch(config: FinetuneRecipe, *, images: int, processes: int) -> None:
+    """Batch norm has no statistics of one image whose map is one pixel, as a ResNet's last is up to 32 pixels."""
+    last = -(-(images % config.batch_size or config.batch_size) // processes)
+    if last == 1 and config.size <= 32:
+        raise UsageError(
+            f"{images} images in batches of {config.batch_size} leave a process one for the last, of which batch norm "
+            "has no statistics at this size: choose another batch_size."
+        )
 
 
 def run(
@@ -156,7 +168,10 @@ def run(
 
 
 def recorded_recipe(recipe: AnyRecipe, train: LabelledImages, val: LabelledImages) -> dict[str, Any]:
-    """What decides the number: the recipe and *which* images (not where they lie), so other data have another hash."""
+    """What decides the number: the recipe and *which* images by name and label, wherever they lie.
+
+    What is in them is not looked at: other pictures of the same names are told apart by the record's `data`.
+    """
     return {
         **recipe.recorded(),
         "images": {
@@ -172,7 +187,8 @@ def at_full_scale(protocol: Protocol, backbone: Backbone, recipe: dict[str, Any]
     """Whether a recorded recipe is the protocol's own, on ImageNet-1k: only then are published rows its peers."""
     unchanged = _own_recipe(protocol, backbone, recipe)
     images = recipe["images"]
-    imagenet = (images["classes"], images["val"]) == (1000, 50_000) and images["train"] in _IMAGENET_TRAIN
+    train = _IMAGENET_TRAIN[recipe.get("labels", "all")]
+    imagenet = (images["classes"], images["train"], images["val"]) == (1000, train, 50_000)
     return imagenet and {key: value for key, value in recipe.items() if key in unchanged} == unchanged
 
 
@@ -190,7 +206,7 @@ def _departures(protocol: Protocol, backbone: Backbone, recipe: dict[str, Any]) 
 def _torn(protocol: Protocol, train: LabelledImages, val: LabelledImages) -> Iterator[str]:
     """A thousand classes with other counts than ImageNet's: half an archive, mostly, and never comparable."""
     if protocol.scale == "full" and len(train.classes) == 1000:
-        for name, images, count in (("train", train, _IMAGENET_TRAIN[0]), ("val", val, 50_000)):
+        for name, images, count in (("train", train, _IMAGENET_TRAIN["all"]), ("val", val, 50_000)):
             if len(images) != count:
                 yield (
                     f"{name} holds {len(images):,} images of 1,000 classes, and ImageNet {count:,}: `twist data check "
