@@ -19,9 +19,9 @@ from contracts.hashing import sha256_json
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, unknown keys refused, defaults validated."""
+    """Base of every config: frozen, unknown keys and numbers that are none refused, defaults validated."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

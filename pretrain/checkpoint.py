@@ -45,7 +45,9 @@ class Manifest:
     bytes: int
     sha256: str
     format_version: int = FORMAT_VERSION
-    images_sha256: str | None = None  # which images; None where that cannot be said, and in older manifests
+    # Which images, by names and sizes, and by names in their order; None where that cannot be said, and in older ones.
+    images_sha256: str | None = None
+    names_sha256: str | None = None
 
 
 def save(
@@ -55,20 +57,30 @@ def save(
     *,
     images: int,
     images_sha256: str | None,
+    names_sha256: str | None,
     world_size: int,
     keep: int,
 ) -> Path:
     """Write `state` and its manifest into `folder`, then drop all but the newest `keep`; returns the state's path."""
     path = folder / f"step_{position.steps:08d}.pt"
     manifest = path.with_suffix(".json")
-    manifest.unlink(missing_ok=True)  # a state is only ever valid together with its own manifest
     with atomic.atomic_path(path) as temporary:
         torch.save(state, temporary)
         digest, size = sha256_file(temporary), temporary.stat().st_size
-    written = Manifest(position, images, world_size, size, digest, images_sha256=images_sha256)
+        # Only now: a disk that is full until here costs no state. A state is valid with its own manifest alone.
+        manifest.unlink(missing_ok=True)
+    written = Manifest(
+        position, images, world_size, size, digest, images_sha256=images_sha256, names_sha256=names_sha256
+    )
     atomic.write_json(manifest, asdict(written))
     _prune(folder, keep=keep)
     return path
+
+
+def place(path: Path, position: Position) -> None:
+    """Say that the state at `path`, just written, stands at `position`: its step is also the end of an epoch."""
+    manifest = path.with_suffix(".json")
+    atomic.write_json(manifest, {**json.loads(manifest.read_text()), "position": asdict(position)})
 
 
 def newest_valid(folder: Path, *, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
@@ -86,7 +98,8 @@ def newest_valid(folder: Path, *, say: Callable[[str], None]) -> tuple[Path, Man
         problem = "its manifest is damaged" if manifest is None else _problem(path, manifest)
         if manifest is not None and problem is None:
             return path, manifest
-        say(f"Checkpoint {path} is not valid ({problem}); falling back to the one before it.")
+        before = "; falling back to the one before it" if number < len(manifests) - 1 else ""
+        say(f"Checkpoint {path} is not valid ({problem}){before}.")
         if number == len(manifests) - 1:
             raise UserError(
                 f"None of the {len(manifests)} checkpoint(s) in {folder} is valid; start again in another folder "

@@ -6,7 +6,7 @@ Sizes a rank: `batch_size` images; the total batch is that times the number of r
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,7 @@ from pretrain.precision import Precision
 
 Positive = Field(gt=0)
 Scale = tuple[float, float]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 # Global crops of the kinds without local ones: torchvision's default, and MoCo's (method.md, "Views").
@@ -28,7 +29,7 @@ class DataConfig(Config):
 
     # A folder (any depth, no classes needed), a text file with one path a line, or with `format = "datasets"`
     # whatever Hugging Face `datasets.load_dataset` takes: "parquet", "webdataset", "imagefolder", a hub name.
-    root: str
+    root: str = Field(min_length=1)
     format: Literal["folder", "list", "datasets"] = "folder"
     # For `format = "datasets"`: keyword arguments of load_dataset (data_files, split, streaming, …) and the column.
     dataset_options: dict[str, Any] = Field(default_factory=dict)
@@ -41,7 +42,8 @@ class DataConfig(Config):
     # `cpu` does both in workers. The pictures are the same up to float rounding.
     pipeline: Literal["device", "cpu"] = "device"
     workers: int = Field(default=8, ge=0)
-    # The run stops when more than this share of the images cannot be read; fewer are replaced and counted.
+    # The run stops when more than this share of an epoch's images (and more than one, unless it is 0) cannot be read;
+    # fewer are replaced and counted, on each rank.
     bad_image_share: float = Field(default=0.001, ge=0, lt=1)
 
 
@@ -98,7 +100,7 @@ class ModelConfig(Config):
     bunch_size: int = Field(default=256, ge=0)
     # Momentum teacher (ViT recipes).
     teacher: bool = False
-    teacher_momentum: tuple[float, float] = (0.996, 1.0)
+    teacher_momentum: tuple[Share, Share] = (0.996, 1.0)
     # Trade compute for memory in the backbone.
     activation_checkpointing: bool = False
 
@@ -126,8 +128,8 @@ class OptimConfig(Config):
     lr: float = Field(default=0.5, gt=0)
     weight_decay: float = Field(default=1.5e-6, ge=0)
     # Cosine from weight_decay to this over the run; None keeps it constant.
-    weight_decay_end: float | None = None
-    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay_end: float | None = Field(default=None, ge=0)
+    momentum: float = Field(default=0.9, gt=0, lt=1)
     # LARS trust coefficient.
     eta: float = Field(default=0.001, gt=0)
     # None takes the published rule: 10, or 5 when epochs ≤ 50, or 3 when epochs ≤ 20.

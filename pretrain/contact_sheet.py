@@ -79,7 +79,8 @@ def _outlined(image: torch.Tensor, boxes: list[list[int]], side: int) -> Image.I
     ratio = side / picture.height
     # A panorama keeps to twice the height, so that one image does not stretch the sheet.
     ratio = min(ratio, 2 * side / picture.width)
-    picture = picture.resize((round(picture.width * ratio), round(picture.height * ratio)), Image.Resampling.LANCZOS)
+    size = (max(1, round(picture.width * ratio)), max(1, round(picture.height * ratio)))
+    picture = picture.resize(size, Image.Resampling.LANCZOS)
     pen = ImageDraw.Draw(picture)
     for view in reversed(range(len(boxes))):
         top, left, height, width = (ratio * side for side in boxes[view])

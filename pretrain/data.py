@@ -115,7 +115,8 @@ class ViewLoader:
         self._images, self._seed, self._device, self._pipeline = images, seed, device, pipeline
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self.steps_per_epoch = sampler.steps(len(images), batch_size=batch_size, world_size=world_size)
-        self._bad_limit = max(1, math.floor(bad_image_share * self.steps_per_epoch * batch_size))
+        allowed = math.floor(bad_image_share * self.steps_per_epoch * batch_size)
+        self._bad_limit = max(1, allowed) if bad_image_share else 0  # one, unless none at all is asked for
         self._bad_share = bad_image_share
         self._bad: set[int] = set()
         self._requests = _Requests()
@@ -213,8 +214,8 @@ class ViewLoader:
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise UserError(
                 f"A data worker died ({reason}), mostly of too little memory or too small a /dev/shm: lower "
-                "data.workers or run.batch_size, or give the container more (docker run --shm-size); then start again "
-                "with --resume."
+                "data.workers, or give the container more (docker run --shm-size); then start again with --resume. A "
+                "smaller run.batch_size takes less, too, in a new run."
             ) from None
 
     def _worker_is_dead(self) -> bool:
@@ -251,7 +252,7 @@ class ViewLoader:
             raise UserError(
                 f"{len(bad)} images of this epoch cannot be read (named above), more than data.bad_image_share = "
                 f"{self._bad_share} allows ({self._bad_limit} of {self.steps_per_epoch * self._batch_size} on a rank): "
-                "mend or remove them, or raise the share."
+                "mend them, or raise the share, and go on with --resume; without them it is a new run."
             )
 
     def _batch(self, views: list[Tensor], made: Made, wait_s: float) -> Batch:

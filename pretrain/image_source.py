@@ -72,6 +72,11 @@ def fingerprint_of(images: object) -> str | None:
     return images.fingerprint() if isinstance(images, _Files) else None
 
 
+def order_of(images: object) -> str | None:
+    """SHA-256 over the relative names in their order: two sources of one order give every number the same image."""
+    return images.order() if isinstance(images, _Files) else None
+
+
 class Names:
     """Strings in one uint8 array with offsets: cheap to fork, to pickle, and to hold by the million."""
 
@@ -83,6 +88,9 @@ class Names:
 
     def __len__(self) -> int:
         return len(self._ends)
+
+    def digest(self) -> str:
+        return hashlib.sha256(self._bytes.tobytes() + self._ends.tobytes()).hexdigest()
 
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
@@ -107,6 +115,9 @@ class _Files:
 
     def label(self, index: int) -> int | None:
         return None if self._labels is None else int(self._labels[index])
+
+    def order(self) -> str:
+        return self._names.digest()
 
     def fingerprint(self) -> str:
         parts = [range(start, min(start + STAT_PART, len(self))) for start in range(0, len(self), STAT_PART)]
@@ -160,7 +171,9 @@ class ListedImages(_Files):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
         try:
-            lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+            # By line feeds alone: other separators that `splitlines` knows may be part of a name.
+            text = path.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff")
+            lines = text.split("\n")
         except OSError as error:
             raise UserError(
                 f"Cannot read the list of images {path} ({error.strerror or error}): data.root with "
@@ -183,7 +196,9 @@ class HubImages:
         self._column = config.image_column
         self._rows: Any = load_rows(config)
         labels = class_column(self._rows)
-        self._labels = None if labels is None else np.asarray(self._rows[labels], dtype=np.int64)
+        values = None if labels is None else self._rows[labels]
+        # A row without a class makes it a set without classes, which pretraining does not need.
+        self._labels = None if values is None or None in values else np.asarray(values, dtype=np.int64)
         # One column only: a row then costs one lookup, and other columns (captions, masks) are never read.
         self._rows = self._rows.select_columns([self._column])
 

@@ -111,7 +111,8 @@ class ImageStream:
             data = image_bytes(row[self._column], name="of the stream")
         except UnreadableImage:
             data = b""  # the worker names it and puts another in its place, as it does with any other damage
-        return data, None if self._label is None else int(row[self._label])
+        label = None if self._label is None else row[self._label]
+        return data, None if label is None else int(label)
 
 
 class HeldImages:

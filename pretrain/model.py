@@ -56,6 +56,8 @@ def build_model(config: PretrainConfig, *, device: torch.device) -> tuple[Twist,
         drop_path=model_config.drop_path,
     )
     is_vit = model_config.backbone.startswith("vit_")
+    if is_vit:  # as published; timm's starts at almost nothing
+        nn.init.trunc_normal_(backbone.cls_token, std=0.02)  # type: ignore[arg-type]
     student = Twist(backbone, build_head(int(backbone.num_features), model_config, truncated_normal=is_vit))  # type: ignore[arg-type]
     ranks = distributed.ranks_per_bunch(
         model_config.bunch_size, batch_size=config.run.batch_size, world_size=distributed.world_size()

@@ -28,7 +28,9 @@ class Plan:
     ranks_per_bunch: int
     precision: Precision
     schedule: Schedule
-    images_sha256: str | None = None  # which images (`pretrain.image_source.fingerprint`)
+    # Which images, by names and sizes (`pretrain.image_source.fingerprint`), and by names in their order.
+    images_sha256: str | None = None
+    names_sha256: str | None = None
 
     @property
     def total_batch(self) -> int:
@@ -94,7 +96,13 @@ def _gigabytes(count: int) -> str:
 
 
 def resolve(
-    config: PretrainConfig, *, images: int, world_size: int, device: torch.device, images_sha256: str | None = None
+    config: PretrainConfig,
+    *,
+    images: int,
+    world_size: int,
+    device: torch.device,
+    images_sha256: str | None = None,
+    names_sha256: str | None = None,
 ) -> Plan:
     """The plan of `config` for this many images and ranks.
 
@@ -117,4 +125,5 @@ def resolve(
             self_label_lr=scaled_lr(config.self_label.lr, total_batch),
         ),
         images_sha256,
+        names_sha256,
     )

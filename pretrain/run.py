@@ -45,12 +45,11 @@ class Run:
     scaler: torch.amp.GradScaler | None
     guard: NonFiniteGuard
     position: Position = Position()  # noqa: RUF009 (frozen)
+    _saved: tuple[Path, int] | None = None  # the newest state that this process has written, and its step
 
     @classmethod
     def build(cls, config: PretrainConfig, plan: Plan, output: Path, *, device: torch.device) -> Run:
         student, teacher = build_model(config, device=device)
-        if config.run.warm_start is not None:
-            warm_start(config.run.warm_start, student, teacher)
         return cls(
             config,
             plan,
@@ -101,16 +100,24 @@ class Run:
         }
 
     def save(self) -> None:
-        if distributed.rank() == 0:
-            checkpoint.save(
+        if distributed.rank() != 0:
+            return
+        if self._saved is not None and self._saved[1] == self.position.steps:
+            # Saved at this step already, and since then only the epoch has ended. To write it again under its name
+            # would put the one that is there at risk.
+            checkpoint.place(self._saved[0], self.position)
+        else:
+            path = checkpoint.save(
                 self.output / "checkpoints",
                 self.state(),
                 self.position,
                 images=self.plan.images,
                 images_sha256=self.plan.images_sha256,
+                names_sha256=self.plan.names_sha256,
                 world_size=self.plan.world_size,
                 keep=self.config.run.keep_checkpoints,
             )
+            self._saved = path, self.position.steps
 
     def restore(self, *, asked: bool) -> None:
         """Go to where the newest valid checkpoint stands; stay at the start when there is none, and say so if asked.
@@ -120,6 +127,9 @@ class Run:
         """
         found = distributed.on_main_rank(lambda: checkpoint.newest_valid(self.output / "checkpoints", say=say))
         if found is None:
+            if self.config.run.warm_start is not None:
+                warm_start(self.config.run.warm_start, self.student, self.teacher)
+                self.guard.refresh()
             if asked and distributed.rank() == 0:
                 say(f"There is no checkpoint in {self.output} to resume from: starting from scratch.")
             return
@@ -129,12 +139,14 @@ class Run:
                 f"{path} was trained on {manifest.images} images, and data.root has {self.plan.images} now: give the "
                 "same images, or another --output."
             )
-        known = manifest.images_sha256 is not None and self.plan.images_sha256 is not None
-        if known and manifest.images_sha256 != self.plan.images_sha256:
-            raise UserError(
-                f"{path} was trained on other images: as many, but of other names or sizes than those in data.root "
-                "now. Give the same images, or another --output."
-            )
+        if None not in (manifest.names_sha256, self.plan.names_sha256):
+            if manifest.names_sha256 != self.plan.names_sha256:
+                raise UserError(
+                    f"{path} was trained on other images: as many, but of other names, or in another order, than those "
+                    "of data.root now. Give the same images, or another --output."
+                )
+            if manifest.images_sha256 != self.plan.images_sha256 and distributed.rank() == 0:
+                say("Some images have another size than when the run began (mended, perhaps): it goes on with them.")
         state = checkpoint.load(path, device=self.device)
         self.student.load_state_dict(state["model"])
         if self.teacher is not None:
@@ -170,8 +182,8 @@ class Run:
         )
         raise UserError(
             f"Loss or gradient was not finite in the last {streak} steps; weights are those before. The failing batch "
-            f"is in {path}: `python -m pretrain.nonfinite {path}` replays it. A lower optim.lr or run.precision=fp32 "
-            "helps most often."
+            f"is in {path}: `python -m pretrain.nonfinite {path}` replays it. A new run (another --output) with a "
+            "lower optim.lr or run.precision=fp32 helps most often."
         )
 
     def export(self) -> Path:

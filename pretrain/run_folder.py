@@ -24,7 +24,7 @@ from pretrain.config import PretrainConfig
 
 # What may change between two starts of one run: where the data lie, how fast they come, what is kept and said.
 NOT_IDENTITY: dict[str, set[str]] = {
-    "data": {"root", "workers"},
+    "data": {"root", "workers", "bad_image_share"},
     "run": {
         "log_every_steps",
         "checkpoint_every_epochs",

@@ -112,7 +112,14 @@ def parameters(options: Sequence[str]) -> dict[str, Any]:
             values[OPTIONS[key]] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             values[OPTIONS[key]] = text
-    return {**values, "tasks_per_node": max(int(values["gpus_per_node"]), 1), "slurm_signal_delay_s": SIGNAL_BEFORE_S}
+    try:
+        # SLURM's own `gpus=a100:4` too: the number of tasks is that of the GPUs.
+        tasks = max(int(str(values["gpus_per_node"]).rpartition(":")[2]), 1)
+    except ValueError:
+        raise UsageError(
+            f"--slurm gpus={values['gpus_per_node']} names no number: write gpus=4, or gpus=a100:4."
+        ) from None
+    return {**values, "tasks_per_node": tasks, "slurm_signal_delay_s": SIGNAL_BEFORE_S}
 
 
 def _executor(output: Path, values: dict[str, Any]) -> submitit.AutoExecutor:

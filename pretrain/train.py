@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from contracts.errors import UserError
+from contracts.images import find_classes
 from pretrain import distributed, run_folder
 from pretrain.checkpoint import Position
 from pretrain.config import PretrainConfig
 from pretrain.data import ViewLoader, open_images
-from pretrain.image_source import fingerprint_of
+from pretrain.image_source import fingerprint_of, order_of
 from pretrain.loss import teacher_loss, twist_loss
 from pretrain.model import Twist, update_teacher
 from pretrain.monitor import Monitor, StepNote, observe
@@ -126,6 +127,8 @@ def _train(config: PretrainConfig, plan: Plan, loader: ViewLoader, run: Run, *, 
                         "command with --resume to go on."
                     )
 
+            # After a resume on other ranks, an epoch may end where its steps do not say so.
+            _heed(monitor.flush(), config)
             run.end_epoch(epoch)
             if _is_last(epoch, config) or (epoch + 1) % config.run.checkpoint_every_epochs == 0:
                 run.save()
@@ -169,6 +172,9 @@ def objective(
 def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, Plan]:
     """The loader, and the numbers that follow from images and ranks; `UserError` when they do not go together."""
     images = open_images(config.data)
+    if config.run.online_eval_root is not None:  # before hours of training, not after
+        for split in ("train", "val"):
+            find_classes(Path(config.run.online_eval_root) / split)
     loader = ViewLoader(
         images,
         config.views,
@@ -185,6 +191,7 @@ def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, 
         config,
         images=len(images),
         images_sha256=distributed.on_main_rank(lambda: fingerprint_of(images)),
+        names_sha256=order_of(images),
         world_size=distributed.world_size(),
         device=device,
     )

@@ -76,8 +76,11 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"There is no checkpoint at {path}: check run.warm_start.") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read safely as a TWIST checkpoint ({reason}).") from None
+        # Not torch's own words, which advise to read the file without its safe unpickler.
+        raise UserError(
+            f"{path} cannot be read safely as a TWIST checkpoint ({type(error).__name__}): a warm start needs the full "
+            f"checkpoint of a run; `twist inspect {path}` says what this file is."
+        ) from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no dictionary: a warm start needs a full TWIST checkpoint.")
     return values

@@ -22,7 +22,8 @@ STATE = {"model": {"w": torch.arange(200.0)}, "optimizer": {"param_groups": [{"l
 
 
 def save(folder: Path, steps: int, *, keep: int = 3, state=STATE) -> Path:
-    return checkpoint.save(folder, state, Position(steps, 1, 8), images=20, images_sha256="x", world_size=2, keep=keep)
+    of = {"images": 20, "images_sha256": "x", "names_sha256": "y", "world_size": 2}
+    return checkpoint.save(folder, state, Position(steps, 1, 8), **of, keep=keep)
 
 
 def test_what_is_saved_reads_back(tmp_path: Path) -> None:
@@ -184,6 +185,31 @@ def test_a_start_that_failed_before_its_first_step_protects_nothing(config, tmp_
     mended = tiny_config(tmp_path / "images", optim={"lr": 1.0})
     run_folder.prepare(folder, mended, resume=False)
     assert json.loads((folder / "config.json").read_text())["optim"]["lr"] == 1.0
+
+
+def test_a_disk_that_fills_costs_no_state_of_the_same_step(tmp_path: Path, monkeypatch) -> None:
+    """An epoch's end may be a step that was saved already: what is there goes only when the new one is whole."""
+    save(tmp_path, 1)
+
+    def full(*_: object) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(checkpoint.torch, "save", full)
+        save(tmp_path, 1)
+    checkpoint.clean(tmp_path)
+    found = checkpoint.newest_valid(tmp_path, say=print)
+    assert found is not None
+    assert found[0].name == "step_00000001.pt"
+
+
+def test_a_step_that_ends_an_epoch_is_written_once(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    written = path.stat().st_mtime_ns
+    checkpoint.place(path, Position(1, 2, 0))
+    found = checkpoint.newest_valid(tmp_path, say=print)
+    assert found is not None
+    assert (found[1].position, path.stat().st_mtime_ns) == (Position(1, 2, 0), written)
 
 
 def test_what_does_not_make_the_run_may_change(config, tmp_path: Path) -> None:

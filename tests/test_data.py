@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -556,6 +557,31 @@ def test_parquet_gives_the_same_views_as_files(parquet: tuple[Path, list[bytes]]
 
 
 @pytest.mark.slow
+def test_a_row_without_a_class_makes_a_set_without_classes(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])})
+    pictures = [{"bytes": jpeg(seed), "path": None} for seed in range(3)]
+    table = datasets.Dataset.from_dict({"image": pictures, "kind": [0, None, 1]}, features=features)
+    table.to_parquet(tmp_path / "train.parquet")
+    options = {"data_files": str(tmp_path / "train.parquet"), "cache_dir": str(tmp_path / "cache")}
+    images = open_images(DataConfig(root="parquet", format="datasets", dataset_options=options))
+    assert [images.label(index) for index in range(len(images))] == [None] * 3
+
+
+@pytest.mark.parametrize("error", [AttributeError, struct.error, Image.DecompressionBombError])
+def test_what_pillow_stumbles_over_is_left_to_the_full_decode(error: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = jpeg(0, height=900, width=1200)
+    data = data + bytes(max(0, PROBE_FROM_BYTES - len(data)))
+
+    def stumbles(*_: object) -> None:
+        raise error("odd")
+
+    monkeypatch.setattr("pretrain.reduced_decode.ImageOps.exif_transpose", stumbles)
+    assert decode_reduced(data, 2) is None
+    monkeypatch.setattr("pretrain.reduced_decode.Image.open", stumbles)
+    assert upright_size(data) is None
+
+
 def test_wrong_dataset_options_are_the_users_error(parquet: tuple[Path, list[bytes]]) -> None:
     folder, _ = parquet
     with pytest.raises(UsageError, match=r"no column image \(it has picture, kind\)"):

@@ -250,6 +250,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         warm_start(path, student, teacher)
     with pytest.raises(UserError, match="There is no checkpoint"):
         warm_start(tmp_path / "absent.pth", student, None)
+    path.write_text('{"no": "checkpoint"}')
+    with pytest.raises(UserError) as caught:
+        warm_start(path, student, None)
+    assert "weights_only" not in str(caught.value), "no advice to read it unsafely"
     torch.save({"model": {"module.unknown.weight": torch.ones(1)}}, path)
     with pytest.raises(UserError, match=r"1 tensors unknown, \d+ missing.*module.unknown.weight"):
         warm_start(path, student, None)

@@ -24,6 +24,9 @@ def test_options_become_submitits_parameters() -> None:
     assert values["timeout_min"] == 60
     assert values["slurm_signal_delay_s"] == 180
     assert slurm.parameters(["gpus=0"])["tasks_per_node"] == 1
+    assert slurm.parameters(["gpus=a100:4"])["tasks_per_node"] == 4
+    with pytest.raises(UsageError, match="gpus=abc names no number"):
+        slurm.parameters(["gpus=abc"])
 
 
 @pytest.mark.parametrize(("option", "word"), [("partiton=gpu", 'Did you mean "partition"'), ("gpu", "key=value")])

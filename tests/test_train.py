@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -20,7 +21,7 @@ from tiny_run import differing, final_state, make_images, rows, run, tiny_config
 from torch import nn
 
 from contracts.config import load_config
-from contracts.errors import UserError
+from contracts.errors import UsageError, UserError
 from contracts.weights import read_backbone
 from pretrain import distributed, train
 from pretrain.config import PretrainConfig
@@ -134,6 +135,47 @@ def test_the_plan_states_the_resolved_numbers(images: Path) -> None:
     assert plan.schedule.learning_rate(6250) == 4.0
 
 
+def test_a_list_in_another_order_is_another_epoch(images: Path, tmp_path: Path) -> None:
+    names = [str(path) for path in sorted(images.iterdir())]
+    listed = {"root": str(tmp_path / "list.txt"), "format": "list"}
+    (tmp_path / "list.txt").write_text("\ufeff" + "\r\n".join(names) + "\r\n")  # as an editor may save it
+    run(tiny_config(images, data=listed), tmp_path / "run")
+    (tmp_path / "list.txt").write_text("\n".join(reversed(names)))
+    with pytest.raises(UserError, match="in another order"):
+        run(tiny_config(images, data=listed), tmp_path / "run", resume=True)
+
+
+def test_no_row_is_lost_where_an_epoch_ends_by_images_and_not_by_steps(tmp_path: Path, monkeypatch) -> None:
+    """After a resume on another number of ranks the steps of an epoch do not say where it ends."""
+    config = tiny_config(make_images(tmp_path / "images"), run={"log_every_steps": 10, "checkpoint_every_steps": None})
+    batches = ViewLoader.epoch
+
+    def fewer(self, number, **options):
+        yield from itertools.islice(batches(self, number, **options), 3)
+
+    monkeypatch.setattr(ViewLoader, "epoch", fewer)
+    run(config, tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(6))
+
+
+def test_an_evaluation_that_cannot_be_is_said_before_the_training(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no class folder at"):
+        run(tiny_config(images, run={"online_eval_root": str(tmp_path)}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "loss.lam1=nan", "optim.lr=inf", "model.teacher_momentum=[5.0, 1.0]", "optim.weight_decay_end=-1.0",
+        "views.blur_sigma=[0.1, inf]", "optim.momentum=0.0", "data.root=",
+    ],
+)  # fmt: skip
+def test_numbers_that_are_none_are_refused(override: str) -> None:
+    with pytest.raises(UsageError, match=r"does not fit|finite"):
+        load_config(CONFIGS / "smoke.toml", PretrainConfig, [override])
+
+
 def test_shared_memory_that_workers_will_lack_is_named_before_they_die_of_it(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,7 +220,7 @@ def test_a_bunch_that_does_not_divide(images: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_other_images_than_before(images: Path, tmp_path: Path) -> None:
+def test_other_images_than_before(images: Path, tmp_path: Path, capsys) -> None:
     run(tiny_config(images), tmp_path / "run")
     fewer = make_images(tmp_path / "fewer", 16)
     with pytest.raises(UserError, match=r"trained on 20 images, and data.root has 16"):
@@ -187,6 +229,11 @@ def test_other_images_than_before(images: Path, tmp_path: Path) -> None:
     (others / "000.jpg").rename(others / "first.jpg")
     with pytest.raises(UserError, match=r"trained on other images: as many"):
         run(tiny_config(others), tmp_path / "run", resume=True)
+    # A mended one is the same: the message of too many bad images says to go on.
+    moved = shutil.copytree(images, tmp_path / "mended")
+    (moved / "003.jpg").write_bytes((moved / "004.jpg").read_bytes() + b"\0")
+    run(tiny_config(moved), tmp_path / "run", resume=True)
+    assert "Some images have another size" in capsys.readouterr().err
     # The same ones elsewhere are no others.
     shutil.copytree(images, tmp_path / "moved")
     run(tiny_config(tmp_path / "moved"), tmp_path / "run", resume=True)

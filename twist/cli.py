@@ -431,6 +431,21 @@ def _explain(error: Exception) -> int:
         where = f" while writing {error.filename}" if error.filename else ""
         print(f"twist: the disk is full{where}: free some space and start the same command again.", file=sys.stderr)
         return 1
+    text = str(error)
+    # torch and safetensors have errors of their own for a disk that is full.
+    if "No space left on device" in text or "PytorchStreamWriter failed" in text or "unexpected pos" in text:
+        print("twist: the disk is full: free some space and start the same command again.", file=sys.stderr)
+        return 1
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or isinstance(error, MemoryError):
+        print(
+            "twist: memory ran out: lower the batch (pretraining: run.batch_size, or "
+            "model.activation_checkpointing=true), or free the device of other processes.",
+            file=sys.stderr,
+        )
+        return 1
+    if type(error).__name__ == "DistBackendError" or "Connection closed by peer" in text:
+        print("twist: another process of this run has ended; what it printed says why.", file=sys.stderr)
+        return 1
     if isinstance(error, PermissionError):
         print(f"twist: {error.filename} may not be written or read: check its permissions.", file=sys.stderr)
         return 1
