@@ -457,10 +457,42 @@ def test_a_full_disk_is_one_sentence_and_stops_nothing_else(world: World, monkey
     assert len(world.run()) == 4
 
 
-def test_runs_share_the_gpus(world: World) -> None:
-    world.run(gpus=[4, 6])
-    logs = sorted(path.read_text().strip() for path in world.output.rglob("log-1.txt"))
-    assert set(logs) == {"gpus=4", "gpus=6"}
+@pytest.mark.parametrize(
+    ("visible", "gpus", "given"),
+    [
+        (None, [4, 6], {"4", "6"}),
+        ("4,5", [0, 1], {"4", "5"}),
+        ("4,5", None, {"4", "5"}),
+        ("7, 2,5", [1, 2], {"2", "5"}),
+        ("GPU-aa,GPU-bb", [1], {"GPU-bb"}),
+        ("MIG-11,MIG-22", [0, 1], {"MIG-11", "MIG-22"}),
+    ],
+)
+def test_runs_share_the_gpus_that_the_caller_has(
+    world: World, monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: list[int] | None, given: set[str]
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    world.run(gpus=gpus)
+    logs = {path.read_text().strip() for path in world.output.rglob("log-1.txt")}
+    assert logs == {f"gpus={name}" for name in given}
+
+
+def test_several_gpus_of_the_callers_for_one_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4")
+    world.file.write_text("gpus_per_run = 2\n" + SIMPLE)
+    world.run(gpus=[0, 1, 2, 3])
+    assert {path.read_text().strip() for path in world.output.rglob("log-1.txt")} == {"gpus=7,6", "gpus=5,4"}
+
+
+@pytest.mark.parametrize(("visible", "count"), [("4,5", 2), ("4,5,-1,6", 2), ("", 0)])
+def test_a_gpu_that_the_caller_has_not(world: World, monkeypatch: pytest.MonkeyPatch, visible: str, count: int) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UsageError, match=f"--gpus 2: CUDA_VISIBLE_DEVICES={visible} shows {count} GPUs"):
+        world.run(gpus=[2], dry_run=True)
 
 
 def test_too_few_gpus_for_one_run(world: World) -> None:

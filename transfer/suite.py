@@ -32,7 +32,7 @@ from transfer.data.identity import data_of, identify_data
 from transfer.protocols import PROTOCOLS
 from transfer.records import check_protocol
 from transfer.suite_display import SuiteDisplay
-from transfer.suite_launch import Handle, Launcher, LocalLauncher, SlurmLauncher
+from transfer.suite_launch import Handle, Launcher, LocalLauncher, SlurmLauncher, gpu_names
 
 RANDOM = "random"
 ATTEMPTS = 2
@@ -134,8 +134,8 @@ def run_suite(
 ) -> list[RunRecord]:
     """Run what is missing of the suite at `path` and return the records of all its jobs.
 
-    `gpus` are the device numbers to use (None: all there are; empty: the CPU). With `dry_run` the plan is printed and
-    the records that exist already are returned.
+    `gpus` are the devices to use as torch numbers them: within CUDA_VISIBLE_DEVICES, where that is set (None: all there
+    are; empty: the CPU). With `dry_run` the plan is printed and the records that exist already are returned.
 
     Raises:
         UsageError: the file is wrong in any way; every problem at once, before anything starts.
@@ -371,7 +371,7 @@ def _digest(file: str) -> str:
     return sha256_file(file)
 
 
-def _gpu_sets(suite: SuiteConfig, gpus: Sequence[int] | None) -> list[list[int]]:
+def _gpu_sets(suite: SuiteConfig, gpus: Sequence[int] | None) -> list[list[str]]:
     if gpus is None:
         import torch
 
@@ -380,8 +380,8 @@ def _gpu_sets(suite: SuiteConfig, gpus: Sequence[int] | None) -> list[list[int]]
         raise UsageError(
             f"The suite wants {suite.gpus_per_run} GPUs a run and {len(gpus)} are to be used: lower gpus_per_run."
         )
-    whole = len(gpus) // suite.gpus_per_run
-    return [list(gpus[i * suite.gpus_per_run : (i + 1) * suite.gpus_per_run]) for i in range(whole)]
+    whole, names = len(gpus) // suite.gpus_per_run, gpu_names(gpus)
+    return [names[i * suite.gpus_per_run : (i + 1) * suite.gpus_per_run] for i in range(whole)]
 
 
 def _convert_each(jobs: Sequence[Job], *, output: Path) -> dict[str, Path | str]:

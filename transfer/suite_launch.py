@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from contracts import atomic
-from contracts.errors import UserError
+from contracts.errors import UsageError, UserError
 
 
 class Handle(Protocol):
@@ -44,9 +45,9 @@ class Launcher(Protocol):
 
 
 class LocalLauncher:
-    """One child process a GPU set; without GPUs one process at a time."""
+    """One child process a GPU set (CUDA's names, see `gpu_names`); without GPUs one process at a time."""
 
-    def __init__(self, gpu_sets: Sequence[Sequence[int]]) -> None:
+    def __init__(self, gpu_sets: Sequence[Sequence[str]]) -> None:
         self._gpu_sets = [tuple(gpus) for gpus in gpu_sets] or [()]
         self.slots = len(self._gpu_sets)
 
@@ -61,7 +62,7 @@ class LocalLauncher:
         lock = _lock(folder)
         if lock is None:
             return None
-        gpus = ",".join(map(str, self._gpu_sets[slot]))
+        gpus = ",".join(self._gpu_sets[slot])
         with log.open("ab") as output:
             process = subprocess.Popen(
                 list(command),
@@ -75,6 +76,31 @@ class LocalLauncher:
             )
         os.close(lock)
         return _LocalHandle(process)
+
+
+def gpu_names(gpus: Sequence[int]) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls these devices of torch's.
+
+    Where the variable is set (a shared node, a scheduler), torch numbers the places in its list, and a child that got
+    such a number would take it for the machine's: somebody else's GPU.
+
+    Raises:
+        UsageError: a number without a device in that list.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(gpu) for gpu in gpus]
+    # CUDA's own rule: the list ends at the first entry that names nothing (-1, an empty one).
+    names = list(
+        itertools.takewhile(lambda name: name and not name.startswith("-"), map(str.strip, visible.split(",")))
+    )
+    for gpu in gpus:
+        if not 0 <= gpu < len(names):
+            raise UsageError(
+                f"--gpus {gpu}: CUDA_VISIBLE_DEVICES={visible} shows {len(names)} GPUs, which --gpus counts from 0: "
+                "choose among them, or change the variable."
+            )
+    return [names[gpu] for gpu in gpus]
 
 
 def _lock(folder: Path) -> int | None:

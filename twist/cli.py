@@ -290,7 +290,9 @@ def suite(
     executor: Annotated[Executor, typer.Option()] = Executor.local,
     output: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/suite"),
     results: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("results"),
-    gpus: Annotated[str | None, typer.Option(help="Device numbers, as 0,1; default all there are.")] = None,
+    gpus: Annotated[
+        str | None, typer.Option(help="Devices as torch numbers them, as 0,1; default all it sees.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and stop.")] = False,
 ) -> None:
     """Run weights × protocols × seeds, then the table.
