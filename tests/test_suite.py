@@ -167,6 +167,42 @@ def test_all_errors_at_once_before_anything_starts(world: World) -> None:
     assert not world.output.exists()
 
 
+@pytest.mark.parametrize("same_path", [True, False])
+def test_two_names_of_the_same_weights_are_refused(world: World, same_path: bool) -> None:
+    """They would share a run: made twice, and its two records called two of one run at the end."""
+    files = [world.root / "a.pth", world.root / ("a.pth" if same_path else "copy.pth")]
+    for file in files:
+        file.write_bytes(b"weights")
+    entries = [("one", "random"), ("two", "random"), ("three", files[0]), ("four", files[1])]
+    text = 'protocols = ["sample-knn", "sample-linear"]\nseeds = [0, 1]\n'
+    text += "".join(f'[[weights]]\nname = "{name}"\nfile = "{file}"\n' for name, file in entries)
+    world.file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        world.run(dry_run=True)
+    assert str(caught.value).splitlines() == [
+        f"{world.file}: the weights {a} and {b} are the same (the same file, and nothing else that differs), and both "
+        "ask for sample-knn with seed 0; remove one, or give it `seeds` of its own."
+        for a, b in (("one", "two"), ("three", "four"))
+    ]
+    assert not world.output.exists()
+    # Whatever makes another run of it makes it another entry.
+    for difference in ("seeds = [5]", 'method = "other"', 'overrides = ["k=5"]', 'branch = "momentum"', "epochs = 3"):
+        world.file.write_text(text.replace('name = "two"', f'name = "two"\n{difference}').rsplit("[[weights]]", 1)[0])
+        plan = make_plan(load_suite(world.file, data=world.data), results=world.results, data=world.data)
+        assert len({job.key for job in plan.jobs}) == len(plan.jobs) >= 10
+
+
+def test_a_grid_or_a_list_of_seeds_that_repeats_a_run_is_refused(world: World) -> None:
+    head = "seeds_of.sample-knn = [2, 2]\ngrid.sample-linear = { lr = [0.1, 1, 1.0, 0.1] }\n"
+    world.file.write_text(head + SIMPLE)
+    with pytest.raises(UsageError) as caught:
+        world.run()
+    assert str(caught.value).splitlines() == [
+        f"{world.file}: the seed of sample-knn 2 is listed 2 times; once is enough.",
+        f"{world.file}: the grid value of sample-linear, lr = 0.1 is listed 2 times; once is enough.",
+    ]
+
+
 def test_schema_errors_come_together_too(world: World) -> None:
     world.file.write_text('protocol = ["sample-knn"]\nseeds = ["one"]\nweights = []\n')
     with pytest.raises(UsageError) as caught:

@@ -285,6 +285,13 @@ def _disagreements(suite: SuiteConfig) -> Iterator[str]:
         "protocol": suite.protocols,
         "seed": suite.seeds,
         **{f"seed of {entry.name}": entry.seeds or () for entry in suite.weights},
+        **{f"seed of {protocol}": seeds for protocol, seeds in suite.seeds_of.items()},
+        # As overrides spell them: 1, 1.0 and true are equal to Python and three runs here.
+        **{
+            f"grid value of {protocol}, {key} =": [json.dumps(value) for value in values]
+            for protocol, axes in suite.grid.items()
+            for key, values in axes.items()
+        },
     }
     for what, listed in lists.items():
         for name, count in Counter(listed).items():
@@ -294,6 +301,7 @@ def _disagreements(suite: SuiteConfig) -> Iterator[str]:
         if entry.file != RANDOM and not Path(entry.file).is_file():
             yield f"there is no file {entry.file} for the weights {entry.name}; check the path or fetch the file."
         yield from _layout_disagreements(entry)
+    yield from _equal_weights(suite)
     every = [
         *(o for e in suite.weights for o in e.overrides),
         *(o for values in suite.overrides.values() for o in values),
@@ -303,6 +311,22 @@ def _disagreements(suite: SuiteConfig) -> Iterator[str]:
             parse_override(override)
         except UsageError as error:
             yield str(error)
+
+
+def _equal_weights(suite: SuiteConfig) -> Iterator[str]:
+    """Entries that share a run: both would make it, and the second record would replace the first."""
+    whose: dict[str, str] = {}
+    told = set()
+    there = [entry for entry in suite.weights if entry.file == RANDOM or Path(entry.file).is_file()]
+    for protocol, entry in itertools.product(dict.fromkeys(suite.protocols), there):
+        for seed, _, key in _runs(suite, protocol, entry):
+            pair = (whose.setdefault(key, entry.name), entry.name)
+            if pair[0] != pair[1] and pair not in told:
+                told.add(pair)
+                yield (
+                    f"the weights {pair[0]} and {pair[1]} are the same (the same file, and nothing else that differs), "
+                    f"and both ask for {protocol} with seed {seed}; remove one, or give it `seeds` of its own."
+                )
 
 
 def _layout_disagreements(entry: WeightsEntry) -> Iterator[str]:
@@ -327,20 +351,26 @@ def _layout_disagreements(entry: WeightsEntry) -> Iterator[str]:
 def _jobs(suite: SuiteConfig, data: Path) -> Iterator[Job]:
     found = {protocol: identify_data(PROTOCOLS[protocol], data) for protocol in suite.protocols}
     for protocol, entry in itertools.product(suite.protocols, suite.weights):
-        seeds = entry.seeds or suite.seeds_of.get(protocol, suite.seeds)
-        for seed, point in itertools.product(seeds, _grid(suite.grid.get(protocol, {}))):
-            overrides = (*suite.overrides.get(protocol, ()), *entry.overrides, *point)
-            identity = {
-                "weights": RANDOM if entry.file == RANDOM else _digest(entry.file),
-                "layout": entry.layout,
-                "branch": entry.branch,
-                "method": entry.method,
-                "epochs": entry.epochs,
-                "protocol": protocol,
-                "seed": seed,
-                "overrides": list(overrides),
-            }
-            yield Job(entry, protocol, seed, overrides, sha256_json(identity)[:12], found[protocol])
+        for seed, overrides, key in _runs(suite, protocol, entry):
+            yield Job(entry, protocol, seed, overrides, key, found[protocol])
+
+
+def _runs(suite: SuiteConfig, protocol: str, entry: WeightsEntry) -> Iterator[tuple[int, tuple[str, ...], str]]:
+    """Seed, overrides and key of every run of these weights under this protocol."""
+    seeds = entry.seeds or suite.seeds_of.get(protocol, suite.seeds)
+    for seed, point in itertools.product(seeds, _grid(suite.grid.get(protocol, {}))):
+        overrides = (*suite.overrides.get(protocol, ()), *entry.overrides, *point)
+        identity = {
+            "weights": RANDOM if entry.file == RANDOM else _digest(entry.file),
+            "layout": entry.layout,
+            "branch": entry.branch,
+            "method": entry.method,
+            "epochs": entry.epochs,
+            "protocol": protocol,
+            "seed": seed,
+            "overrides": list(overrides),
+        }
+        yield seed, overrides, sha256_json(identity)[:12]
 
 
 def _of_its_data(job: Job, records: Sequence[RunRecord], where: Path) -> RunRecord:
