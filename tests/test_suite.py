@@ -689,6 +689,101 @@ def test_through_submitit(world: World, monkeypatch: pytest.MonkeyPatch) -> None
     started._job.result()
 
 
+class Cluster:
+    """submitit and SLURM: jobs are processes of this machine that no suite owns, found by number by any of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.jobs: dict[str, subprocess.Popen[bytes]] = {}
+        self.cancelled: list[str] = []
+        submitit = pytest.importorskip("submitit")
+        monkeypatch.setattr(suite_launch, "slurm_executor", lambda _: self)
+        monkeypatch.setattr(submitit, "SlurmJob", lambda *, job_id, **_: self.job(job_id))
+
+    def update_parameters(self, **_: Any) -> None:
+        pass
+
+    def submit(self, command: suite_launch.Command) -> SimpleNamespace:
+        number = str(101 + len(self.jobs))
+        self.jobs[number] = subprocess.Popen(command.command)
+        return self.job(number)
+
+    def job(self, number: str) -> SimpleNamespace:
+        process = self.jobs[number]
+
+        def cancel() -> None:
+            self.cancelled.append(number)
+            process.kill()
+
+        return SimpleNamespace(
+            job_id=number,
+            done=lambda: process.poll() is not None,
+            exception=lambda: None,
+            result=process.wait,
+            cancel=cancel,
+        )
+
+
+@pytest.mark.parametrize("stopped_by", [KeyboardInterrupt(), UserError("no room")])
+def test_slurm_jobs_outlive_their_suite(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stopped_by: BaseException
+) -> None:
+    cluster = Cluster(monkeypatch)
+    go = world.root / "go"
+    for protocol in ("sample-knn", "sample-linear"):
+        world.scripts[f"{protocol} · random · seed 0"] = f"while [ ! -e {go} ]; do sleep 0.02; done"
+    world.file.write_text(SIMPLE.replace("[0, 1]", "[0]"))
+
+    def stop(_: float) -> None:
+        raise stopped_by
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(suite_module.time, "sleep", stop)
+            with pytest.raises(type(stopped_by)):
+                world.run(executor="slurm")
+        assert cluster.cancelled == []
+        assert all(process.poll() is None for process in cluster.jobs.values())
+        assert (
+            "2 SLURM jobs go on without the suite: start the same suite again to collect what they make, or cancel "
+            "them with `scancel 101 102`."
+        ) in capsys.readouterr().err
+    finally:
+        go.touch()
+    # The next one waits for them, queues nothing, and takes their records.
+    assert len(world.run(executor="slurm")) == 2
+    assert list(cluster.jobs) == ["101", "102"]
+    assert world.starts() == 2
+
+
+def test_a_second_interruption_leaves_no_local_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two runs ignores TERM; Ctrl-C while it is waited for ends both."""
+    launcher, running = suite_launch.LocalLauncher([["0"], ["1"]]), []
+    for slot in (0, 1):
+        folder = tmp_path / str(slot)
+        script = ["/bin/sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done"]
+        handle = launcher.start(script, folder=folder, log=folder / "log", slot=slot)
+        running.append(SimpleNamespace(handle=handle))
+        while not (folder / "log").read_text():
+            time.sleep(0.01)
+    processes = [one.handle._process for one in running]
+    wait = subprocess.Popen.wait
+
+    def interrupted(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if timeout is not None:
+            raise KeyboardInterrupt
+        return wait(process)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            suite_module._leave(running)
+        monkeypatch.undo()
+        assert [process.wait(10) for process in processes] == [-signal.SIGKILL] * 2
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def test_a_preempted_slurm_job_queues_the_same_command(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     command = suite_launch.Command(["true"], tmp_path / "log")

@@ -8,6 +8,7 @@ its own (`twist transfer … --resume`), so that a crash in one framework ends o
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import json
@@ -528,9 +529,31 @@ def _run(
                 display.refresh()
                 run.take_what_ended()
         finally:
-            for one in run.running:
-                one.handle.stop()
+            _leave(run.running)
     return run.made, run.failed
+
+
+def _leave(running: Sequence[_Running]) -> None:
+    """End local runs; say which SLURM jobs go on without the suite."""
+    queued: list[str] = []
+
+    def leave(one: _Running) -> None:
+        number = one.handle.leave()
+        if number is not None:
+            queued.append(number)
+
+    # A stack, because every run is left also when leaving another one raises (a second Ctrl-C).
+    with contextlib.ExitStack() as stack:
+        for one in running:
+            stack.callback(leave, one)
+    if queued:
+        count = "1 SLURM job goes" if len(queued) == 1 else f"{len(queued)} SLURM jobs go"
+        print(
+            f"{count} on without the suite: start the same suite again to collect what they make, or cancel them with "
+            f"`scancel {' '.join(sorted(queued))}`.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _left(job: Job, *, output: Path) -> tuple[Path, RunRecord] | None:

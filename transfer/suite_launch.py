@@ -2,7 +2,8 @@
 
 A local job holds a lock on its run folder for as long as it lives, even when the suite that started it was killed: the
 lock belongs to an open file that the child inherits. A SLURM job leaves its number in the folder, written under the
-lock. A second suite therefore waits for either and never runs it twice.
+lock. A second suite therefore waits for either and never runs it twice. A suite that ends early, by Ctrl-C or a failure
+of its own, stops its local jobs and leaves those of SLURM in their queue.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Handle(Protocol):
     def status(self) -> int | None:
         """Its exit status, or None while it runs."""
 
-    def stop(self) -> None:
-        """Ask it to stop, and make sure that it does."""
+    def leave(self) -> str | None:
+        """The suite ends before it: stop what runs here; a job that goes on elsewhere says its number."""
 
 
 class Launcher(Protocol):
@@ -122,15 +123,18 @@ class _LocalHandle:
     def status(self) -> int | None:
         return self._process.poll()
 
-    def stop(self, *, patience_s: float = 30.0) -> None:
+    def leave(self, *, patience_s: float = 30.0) -> None:
         if self._process.poll() is not None:
             return
-        # TERM first, so that a leader can take leave. KILL then reaches workers that outlive it.
+        # TERM first, so that a leader can take leave. KILL then reaches workers that outlive it, also when a second
+        # Ctrl-C ends the patience.
         os.killpg(self._process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(patience_s)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience_s)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
@@ -192,8 +196,9 @@ class _SlurmHandle:
         # Without a result the job died outside our command: out of memory, cancelled, a lost node.
         return 1 if self._job.exception() is not None else int(self._job.result())
 
-    def stop(self) -> None:
-        self._job.cancel()
+    def leave(self) -> str:
+        # It may have waited for days in the queue, and the next suite takes its record: never cancelled.
+        return str(self._job.job_id)
 
 
 def slurm_executor(folder: Path) -> Any:
