@@ -41,6 +41,7 @@ def test_help_names_every_stage_and_imports_no_torch() -> None:
         (["pretrain", SMOKE, "data.root=images", "--output", "file"], 1, "file cannot be used (File exists)"),
         (["transfer", "knn", "--weights", "random", "--seed", "-3"], 2, "--seed"),
         (["transfer", "knn", "--weights", "random", "--gpus", "-1"], 2, "--gpus"),
+        (["compare", "--picture", "views.png"], 2, "--picture views.png: write a caption and a file"),
     ],
 )
 def test_wrong_usage_is_one_sentence(

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from contracts.record import find_records, read_record
 from contracts.weights import read_header
-from twist.demo import PROTOCOLS
+from twist import demo
+from twist.cli import app
+from twist.demo import CONFIG, PROTOCOLS
+
+# Where each command of the demo does its work.
+WORKERS = (
+    ("transfer.data.sample", "make_sample"),
+    ("pretrain.contact_sheet", "contact_sheet"),
+    ("pretrain.train", "pretrain"),
+    ("converters.convert", "convert"),
+    ("transfer.run", "transfer"),
+    ("twist.comparing", "compare"),
+)
 
 
 def run_demo(output: Path) -> subprocess.CompletedProcess[str]:
@@ -23,6 +40,67 @@ def run_demo(output: Path) -> subprocess.CompletedProcess[str]:
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("here", ["repository", "elsewhere"])
+def test_what_the_demo_prints_is_what_it_does(
+    fast: bool,
+    here: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every printed line, pasted into a shell in the same folder, makes the call that the demo made, value by value."""
+    pytest.importorskip("torch")
+    calls: list[tuple[str, dict[str, Any]]] = []
+    for module, name in WORKERS:
+        replace_by_recorder(monkeypatch, module, name, calls)
+    monkeypatch.setattr(demo, "_closing_words", lambda *_, **__: None)
+    monkeypatch.setattr("converters.convert.render", lambda _: "")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.chdir(tmp_path if here == "elsewhere" else CONFIG.parent.parent.parent)
+    # A name that a shell would take apart, and that TOML would cut at its comment.
+    output = tmp_path / 'my "demo" # 1' if here == "repository" else Path("demo")
+
+    demo.run_demo(output, source="photos", fast=fast)
+    made, lines = list(calls), capsys.readouterr().err.splitlines()
+    commands = [line.strip().removeprefix("$ ") for line in lines if line.strip().startswith("$ ")]
+    assert len(commands) == len(made) == 14
+
+    calls.clear()
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "twist"
+        app(arguments, standalone_mode=False)
+    assert calls == made
+
+    by_name = {name: values for name, values in made if name != "transfer"}
+    assert by_name["make_sample"]["size"] == ("tiny" if fast else "small")
+    assert by_name["contact_sheet"]["path"] == output / "views.png"
+    for name in ("contact_sheet", "pretrain"):
+        config = by_name[name]["config"]
+        assert Path(config.data.root) == output / "sample" / "unlabelled"
+        assert config.run.epochs == (2 if fast else 20)
+    shorter = [values["overrides"] for name, values in made if name == "transfer"]
+    assert sum(list(one) == ["iterations=20"] for one in shorter) == (4 if fast else 0)
+    config_file = shlex.split(commands[1])[2]
+    assert Path(config_file).is_file()
+    assert Path(config_file).is_absolute() is (here == "elsewhere")
+
+
+def replace_by_recorder(
+    monkeypatch: pytest.MonkeyPatch, module: str, name: str, calls: list[tuple[str, dict[str, Any]]]
+) -> None:
+    signature = inspect.signature(getattr(importlib.import_module(module), name))
+
+    def record(*positional: Any, **named: Any) -> Any:
+        bound = signature.bind(*positional, **named)
+        bound.apply_defaults()
+        calls.append((name, bound.arguments))
+        return SimpleNamespace(summary=lambda: "")
+
+    monkeypatch.setattr(f"{module}.{name}", record)
 
 
 @pytest.mark.slow

@@ -167,6 +167,42 @@ def test_all_errors_at_once_before_anything_starts(world: World) -> None:
     assert not world.output.exists()
 
 
+@pytest.mark.parametrize("same_path", [True, False])
+def test_two_names_of_the_same_weights_are_refused(world: World, same_path: bool) -> None:
+    """They would share a run: made twice, and its two records called two of one run at the end."""
+    files = [world.root / "a.pth", world.root / ("a.pth" if same_path else "copy.pth")]
+    for file in files:
+        file.write_bytes(b"weights")
+    entries = [("one", "random"), ("two", "random"), ("three", files[0]), ("four", files[1])]
+    text = 'protocols = ["sample-knn", "sample-linear"]\nseeds = [0, 1]\n'
+    text += "".join(f'[[weights]]\nname = "{name}"\nfile = "{file}"\n' for name, file in entries)
+    world.file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        world.run(dry_run=True)
+    assert str(caught.value).splitlines() == [
+        f"{world.file}: the weights {a} and {b} are the same (the same file, and nothing else that differs), and both "
+        "ask for sample-knn with seed 0; remove one, or give it `seeds` of its own."
+        for a, b in (("one", "two"), ("three", "four"))
+    ]
+    assert not world.output.exists()
+    # Whatever makes another run of it makes it another entry.
+    for difference in ("seeds = [5]", 'method = "other"', 'overrides = ["k=5"]', 'branch = "momentum"', "epochs = 3"):
+        world.file.write_text(text.replace('name = "two"', f'name = "two"\n{difference}').rsplit("[[weights]]", 1)[0])
+        plan = make_plan(load_suite(world.file, data=world.data), results=world.results, data=world.data)
+        assert len({job.key for job in plan.jobs}) == len(plan.jobs) >= 10
+
+
+def test_a_grid_or_a_list_of_seeds_that_repeats_a_run_is_refused(world: World) -> None:
+    head = "seeds_of.sample-knn = [2, 2]\ngrid.sample-linear = { lr = [0.1, 1, 1.0, 0.1] }\n"
+    world.file.write_text(head + SIMPLE)
+    with pytest.raises(UsageError) as caught:
+        world.run()
+    assert str(caught.value).splitlines() == [
+        f"{world.file}: the seed of sample-knn 2 is listed 2 times; once is enough.",
+        f"{world.file}: the grid value of sample-linear, lr = 0.1 is listed 2 times; once is enough.",
+    ]
+
+
 def test_schema_errors_come_together_too(world: World) -> None:
     world.file.write_text('protocol = ["sample-knn"]\nseeds = ["one"]\nweights = []\n')
     with pytest.raises(UsageError) as caught:
@@ -457,10 +493,42 @@ def test_a_full_disk_is_one_sentence_and_stops_nothing_else(world: World, monkey
     assert len(world.run()) == 4
 
 
-def test_runs_share_the_gpus(world: World) -> None:
-    world.run(gpus=[4, 6])
-    logs = sorted(path.read_text().strip() for path in world.output.rglob("log-1.txt"))
-    assert set(logs) == {"gpus=4", "gpus=6"}
+@pytest.mark.parametrize(
+    ("visible", "gpus", "given"),
+    [
+        (None, [4, 6], {"4", "6"}),
+        ("4,5", [0, 1], {"4", "5"}),
+        ("4,5", None, {"4", "5"}),
+        ("7, 2,5", [1, 2], {"2", "5"}),
+        ("GPU-aa,GPU-bb", [1], {"GPU-bb"}),
+        ("MIG-11,MIG-22", [0, 1], {"MIG-11", "MIG-22"}),
+    ],
+)
+def test_runs_share_the_gpus_that_the_caller_has(
+    world: World, monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: list[int] | None, given: set[str]
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    world.run(gpus=gpus)
+    logs = {path.read_text().strip() for path in world.output.rglob("log-1.txt")}
+    assert logs == {f"gpus={name}" for name in given}
+
+
+def test_several_gpus_of_the_callers_for_one_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4")
+    world.file.write_text("gpus_per_run = 2\n" + SIMPLE)
+    world.run(gpus=[0, 1, 2, 3])
+    assert {path.read_text().strip() for path in world.output.rglob("log-1.txt")} == {"gpus=7,6", "gpus=5,4"}
+
+
+@pytest.mark.parametrize(("visible", "count"), [("4,5", 2), ("4,5,-1,6", 2), ("", 0)])
+def test_a_gpu_that_the_caller_has_not(world: World, monkeypatch: pytest.MonkeyPatch, visible: str, count: int) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UsageError, match=f"--gpus 2: CUDA_VISIBLE_DEVICES={visible} shows {count} GPUs"):
+        world.run(gpus=[2], dry_run=True)
 
 
 def test_too_few_gpus_for_one_run(world: World) -> None:
@@ -619,6 +687,101 @@ def test_through_submitit(world: World, monkeypatch: pytest.MonkeyPatch) -> None
     assert started is not None
     assert (folder / "slurm-job.txt").read_text() == str(started._job.job_id)
     started._job.result()
+
+
+class Cluster:
+    """submitit and SLURM: jobs are processes of this machine that no suite owns, found by number by any of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.jobs: dict[str, subprocess.Popen[bytes]] = {}
+        self.cancelled: list[str] = []
+        submitit = pytest.importorskip("submitit")
+        monkeypatch.setattr(suite_launch, "slurm_executor", lambda _: self)
+        monkeypatch.setattr(submitit, "SlurmJob", lambda *, job_id, **_: self.job(job_id))
+
+    def update_parameters(self, **_: Any) -> None:
+        pass
+
+    def submit(self, command: suite_launch.Command) -> SimpleNamespace:
+        number = str(101 + len(self.jobs))
+        self.jobs[number] = subprocess.Popen(command.command)
+        return self.job(number)
+
+    def job(self, number: str) -> SimpleNamespace:
+        process = self.jobs[number]
+
+        def cancel() -> None:
+            self.cancelled.append(number)
+            process.kill()
+
+        return SimpleNamespace(
+            job_id=number,
+            done=lambda: process.poll() is not None,
+            exception=lambda: None,
+            result=process.wait,
+            cancel=cancel,
+        )
+
+
+@pytest.mark.parametrize("stopped_by", [KeyboardInterrupt(), UserError("no room")])
+def test_slurm_jobs_outlive_their_suite(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stopped_by: BaseException
+) -> None:
+    cluster = Cluster(monkeypatch)
+    go = world.root / "go"
+    for protocol in ("sample-knn", "sample-linear"):
+        world.scripts[f"{protocol} · random · seed 0"] = f"while [ ! -e {go} ]; do sleep 0.02; done"
+    world.file.write_text(SIMPLE.replace("[0, 1]", "[0]"))
+
+    def stop(_: float) -> None:
+        raise stopped_by
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(suite_module.time, "sleep", stop)
+            with pytest.raises(type(stopped_by)):
+                world.run(executor="slurm")
+        assert cluster.cancelled == []
+        assert all(process.poll() is None for process in cluster.jobs.values())
+        assert (
+            "2 SLURM jobs go on without the suite: start the same suite again to collect what they make, or cancel "
+            "them with `scancel 101 102`."
+        ) in capsys.readouterr().err
+    finally:
+        go.touch()
+    # The next one waits for them, queues nothing, and takes their records.
+    assert len(world.run(executor="slurm")) == 2
+    assert list(cluster.jobs) == ["101", "102"]
+    assert world.starts() == 2
+
+
+def test_a_second_interruption_leaves_no_local_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two runs ignores TERM; Ctrl-C while it is waited for ends both."""
+    launcher, running = suite_launch.LocalLauncher([["0"], ["1"]]), []
+    for slot in (0, 1):
+        folder = tmp_path / str(slot)
+        script = ["/bin/sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done"]
+        handle = launcher.start(script, folder=folder, log=folder / "log", slot=slot)
+        running.append(SimpleNamespace(handle=handle))
+        while not (folder / "log").read_text():
+            time.sleep(0.01)
+    processes = [one.handle._process for one in running]
+    wait = subprocess.Popen.wait
+
+    def interrupted(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if timeout is not None:
+            raise KeyboardInterrupt
+        return wait(process)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            suite_module._leave(running)
+        monkeypatch.undo()
+        assert [process.wait(10) for process in processes] == [-signal.SIGKILL] * 2
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_a_preempted_slurm_job_queues_the_same_command(tmp_path: Path) -> None:

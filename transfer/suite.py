@@ -8,6 +8,7 @@ its own (`twist transfer … --resume`), so that a crash in one framework ends o
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import json
@@ -32,7 +33,7 @@ from transfer.data.identity import data_of, identify_data
 from transfer.protocols import PROTOCOLS
 from transfer.records import check_protocol
 from transfer.suite_display import SuiteDisplay
-from transfer.suite_launch import Handle, Launcher, LocalLauncher, SlurmLauncher
+from transfer.suite_launch import Handle, Launcher, LocalLauncher, SlurmLauncher, gpu_names
 
 RANDOM = "random"
 ATTEMPTS = 2
@@ -134,8 +135,8 @@ def run_suite(
 ) -> list[RunRecord]:
     """Run what is missing of the suite at `path` and return the records of all its jobs.
 
-    `gpus` are the device numbers to use (None: all there are; empty: the CPU). With `dry_run` the plan is printed and
-    the records that exist already are returned.
+    `gpus` are the devices to use as torch numbers them: within CUDA_VISIBLE_DEVICES, where that is set (None: all there
+    are; empty: the CPU). With `dry_run` the plan is printed and the records that exist already are returned.
 
     Raises:
         UsageError: the file is wrong in any way; every problem at once, before anything starts.
@@ -285,6 +286,13 @@ def _disagreements(suite: SuiteConfig) -> Iterator[str]:
         "protocol": suite.protocols,
         "seed": suite.seeds,
         **{f"seed of {entry.name}": entry.seeds or () for entry in suite.weights},
+        **{f"seed of {protocol}": seeds for protocol, seeds in suite.seeds_of.items()},
+        # As overrides spell them: 1, 1.0 and true are equal to Python and three runs here.
+        **{
+            f"grid value of {protocol}, {key} =": [json.dumps(value) for value in values]
+            for protocol, axes in suite.grid.items()
+            for key, values in axes.items()
+        },
     }
     for what, listed in lists.items():
         for name, count in Counter(listed).items():
@@ -294,6 +302,7 @@ def _disagreements(suite: SuiteConfig) -> Iterator[str]:
         if entry.file != RANDOM and not Path(entry.file).is_file():
             yield f"there is no file {entry.file} for the weights {entry.name}; check the path or fetch the file."
         yield from _layout_disagreements(entry)
+    yield from _equal_weights(suite)
     every = [
         *(o for e in suite.weights for o in e.overrides),
         *(o for values in suite.overrides.values() for o in values),
@@ -303,6 +312,22 @@ def _disagreements(suite: SuiteConfig) -> Iterator[str]:
             parse_override(override)
         except UsageError as error:
             yield str(error)
+
+
+def _equal_weights(suite: SuiteConfig) -> Iterator[str]:
+    """Entries that share a run: both would make it, and the second record would replace the first."""
+    whose: dict[str, str] = {}
+    told = set()
+    there = [entry for entry in suite.weights if entry.file == RANDOM or Path(entry.file).is_file()]
+    for protocol, entry in itertools.product(dict.fromkeys(suite.protocols), there):
+        for seed, _, key in _runs(suite, protocol, entry):
+            pair = (whose.setdefault(key, entry.name), entry.name)
+            if pair[0] != pair[1] and pair not in told:
+                told.add(pair)
+                yield (
+                    f"the weights {pair[0]} and {pair[1]} are the same (the same file, and nothing else that differs), "
+                    f"and both ask for {protocol} with seed {seed}; remove one, or give it `seeds` of its own."
+                )
 
 
 def _layout_disagreements(entry: WeightsEntry) -> Iterator[str]:
@@ -327,20 +352,26 @@ def _layout_disagreements(entry: WeightsEntry) -> Iterator[str]:
 def _jobs(suite: SuiteConfig, data: Path) -> Iterator[Job]:
     found = {protocol: identify_data(PROTOCOLS[protocol], data) for protocol in suite.protocols}
     for protocol, entry in itertools.product(suite.protocols, suite.weights):
-        seeds = entry.seeds or suite.seeds_of.get(protocol, suite.seeds)
-        for seed, point in itertools.product(seeds, _grid(suite.grid.get(protocol, {}))):
-            overrides = (*suite.overrides.get(protocol, ()), *entry.overrides, *point)
-            identity = {
-                "weights": RANDOM if entry.file == RANDOM else _digest(entry.file),
-                "layout": entry.layout,
-                "branch": entry.branch,
-                "method": entry.method,
-                "epochs": entry.epochs,
-                "protocol": protocol,
-                "seed": seed,
-                "overrides": list(overrides),
-            }
-            yield Job(entry, protocol, seed, overrides, sha256_json(identity)[:12], found[protocol])
+        for seed, overrides, key in _runs(suite, protocol, entry):
+            yield Job(entry, protocol, seed, overrides, key, found[protocol])
+
+
+def _runs(suite: SuiteConfig, protocol: str, entry: WeightsEntry) -> Iterator[tuple[int, tuple[str, ...], str]]:
+    """Seed, overrides and key of every run of these weights under this protocol."""
+    seeds = entry.seeds or suite.seeds_of.get(protocol, suite.seeds)
+    for seed, point in itertools.product(seeds, _grid(suite.grid.get(protocol, {}))):
+        overrides = (*suite.overrides.get(protocol, ()), *entry.overrides, *point)
+        identity = {
+            "weights": RANDOM if entry.file == RANDOM else _digest(entry.file),
+            "layout": entry.layout,
+            "branch": entry.branch,
+            "method": entry.method,
+            "epochs": entry.epochs,
+            "protocol": protocol,
+            "seed": seed,
+            "overrides": list(overrides),
+        }
+        yield seed, overrides, sha256_json(identity)[:12]
 
 
 def _of_its_data(job: Job, records: Sequence[RunRecord], where: Path) -> RunRecord:
@@ -371,7 +402,7 @@ def _digest(file: str) -> str:
     return sha256_file(file)
 
 
-def _gpu_sets(suite: SuiteConfig, gpus: Sequence[int] | None) -> list[list[int]]:
+def _gpu_sets(suite: SuiteConfig, gpus: Sequence[int] | None) -> list[list[str]]:
     if gpus is None:
         import torch
 
@@ -380,8 +411,8 @@ def _gpu_sets(suite: SuiteConfig, gpus: Sequence[int] | None) -> list[list[int]]
         raise UsageError(
             f"The suite wants {suite.gpus_per_run} GPUs a run and {len(gpus)} are to be used: lower gpus_per_run."
         )
-    whole = len(gpus) // suite.gpus_per_run
-    return [list(gpus[i * suite.gpus_per_run : (i + 1) * suite.gpus_per_run]) for i in range(whole)]
+    whole, names = len(gpus) // suite.gpus_per_run, gpu_names(gpus)
+    return [names[i * suite.gpus_per_run : (i + 1) * suite.gpus_per_run] for i in range(whole)]
 
 
 def _convert_each(jobs: Sequence[Job], *, output: Path) -> dict[str, Path | str]:
@@ -498,9 +529,31 @@ def _run(
                 display.refresh()
                 run.take_what_ended()
         finally:
-            for one in run.running:
-                one.handle.stop()
+            _leave(run.running)
     return run.made, run.failed
+
+
+def _leave(running: Sequence[_Running]) -> None:
+    """End local runs; say which SLURM jobs go on without the suite."""
+    queued: list[str] = []
+
+    def leave(one: _Running) -> None:
+        number = one.handle.leave()
+        if number is not None:
+            queued.append(number)
+
+    # A stack, because every run is left also when leaving another one raises (a second Ctrl-C).
+    with contextlib.ExitStack() as stack:
+        for one in running:
+            stack.callback(leave, one)
+    if queued:
+        count = "1 SLURM job goes" if len(queued) == 1 else f"{len(queued)} SLURM jobs go"
+        print(
+            f"{count} on without the suite: start the same suite again to collect what they make, or cancel them with "
+            f"`scancel {' '.join(sorted(queued))}`.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _left(job: Job, *, output: Path) -> tuple[Path, RunRecord] | None:

@@ -2,13 +2,15 @@
 
 A local job holds a lock on its run folder for as long as it lives, even when the suite that started it was killed: the
 lock belongs to an open file that the child inherits. A SLURM job leaves its number in the folder, written under the
-lock. A second suite therefore waits for either and never runs it twice.
+lock. A second suite therefore waits for either and never runs it twice. A suite that ends early, by Ctrl-C or a failure
+of its own, stops its local jobs and leaves those of SLURM in their queue.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import signal
 import subprocess
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from contracts import atomic
-from contracts.errors import UserError
+from contracts.errors import UsageError, UserError
 
 
 class Handle(Protocol):
@@ -26,8 +28,8 @@ class Handle(Protocol):
     def status(self) -> int | None:
         """Its exit status, or None while it runs."""
 
-    def stop(self) -> None:
-        """Ask it to stop, and make sure that it does."""
+    def leave(self) -> str | None:
+        """The suite ends before it: stop what runs here; a job that goes on elsewhere says its number."""
 
 
 class Launcher(Protocol):
@@ -44,9 +46,9 @@ class Launcher(Protocol):
 
 
 class LocalLauncher:
-    """One child process a GPU set; without GPUs one process at a time."""
+    """One child process a GPU set (CUDA's names, see `gpu_names`); without GPUs one process at a time."""
 
-    def __init__(self, gpu_sets: Sequence[Sequence[int]]) -> None:
+    def __init__(self, gpu_sets: Sequence[Sequence[str]]) -> None:
         self._gpu_sets = [tuple(gpus) for gpus in gpu_sets] or [()]
         self.slots = len(self._gpu_sets)
 
@@ -61,7 +63,7 @@ class LocalLauncher:
         lock = _lock(folder)
         if lock is None:
             return None
-        gpus = ",".join(map(str, self._gpu_sets[slot]))
+        gpus = ",".join(self._gpu_sets[slot])
         with log.open("ab") as output:
             process = subprocess.Popen(
                 list(command),
@@ -75,6 +77,31 @@ class LocalLauncher:
             )
         os.close(lock)
         return _LocalHandle(process)
+
+
+def gpu_names(gpus: Sequence[int]) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls these devices of torch's.
+
+    Where the variable is set (a shared node, a scheduler), torch numbers the places in its list, and a child that got
+    such a number would take it for the machine's: somebody else's GPU.
+
+    Raises:
+        UsageError: a number without a device in that list.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(gpu) for gpu in gpus]
+    # CUDA's own rule: the list ends at the first entry that names nothing (-1, an empty one).
+    names = list(
+        itertools.takewhile(lambda name: name and not name.startswith("-"), map(str.strip, visible.split(",")))
+    )
+    for gpu in gpus:
+        if not 0 <= gpu < len(names):
+            raise UsageError(
+                f"--gpus {gpu}: CUDA_VISIBLE_DEVICES={visible} shows {len(names)} GPUs, which --gpus counts from 0: "
+                "choose among them, or change the variable."
+            )
+    return [names[gpu] for gpu in gpus]
 
 
 def _lock(folder: Path) -> int | None:
@@ -96,15 +123,18 @@ class _LocalHandle:
     def status(self) -> int | None:
         return self._process.poll()
 
-    def stop(self, *, patience_s: float = 30.0) -> None:
+    def leave(self, *, patience_s: float = 30.0) -> None:
         if self._process.poll() is not None:
             return
-        # TERM first, so that a leader can take leave. KILL then reaches workers that outlive it.
+        # TERM first, so that a leader can take leave. KILL then reaches workers that outlive it, also when a second
+        # Ctrl-C ends the patience.
         os.killpg(self._process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(patience_s)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience_s)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
@@ -166,8 +196,9 @@ class _SlurmHandle:
         # Without a result the job died outside our command: out of memory, cancelled, a lost node.
         return 1 if self._job.exception() is not None else int(self._job.result())
 
-    def stop(self) -> None:
-        self._job.cancel()
+    def leave(self) -> str:
+        # It may have waited for days in the queue, and the next suite takes its record: never cancelled.
+        return str(self._job.job_id)
 
 
 def slurm_executor(folder: Path) -> Any:

@@ -290,7 +290,9 @@ def suite(
     executor: Annotated[Executor, typer.Option()] = Executor.local,
     output: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/suite"),
     results: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("results"),
-    gpus: Annotated[str | None, typer.Option(help="Device numbers, as 0,1; default all there are.")] = None,
+    gpus: Annotated[
+        str | None, typer.Option(help="Devices as torch numbers them, as 0,1; default all it sees.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and stop.")] = False,
 ) -> None:
     """Run weights × protocols × seeds, then the table.
@@ -332,6 +334,9 @@ def compare(
         list[Path] | None, typer.Option("--pretrain-run", help="HTML: run folders whose curves to draw.")
     ] = None,
     title: Annotated[str | None, typer.Option(help="HTML: headline of the page.")] = None,
+    picture: Annotated[
+        list[str] | None, typer.Option(metavar="CAPTION=FILE", help="HTML: a picture beside those of the records.")
+    ] = None,
     published_only: Annotated[
         bool, typer.Option("--published-only", help="The published numbers alone, without records.")
     ] = False,
@@ -364,6 +369,7 @@ def compare(
         output=output,
         pretrain_runs=pretrain_runs or [],
         title=title,
+        pictures=[_captioned(text) for text in picture or []],
     )
 
 
@@ -466,6 +472,13 @@ def _device_numbers(text: str) -> list[int]:
         return [int(number) for number in text.split(",") if number.strip()]
     except ValueError:
         raise UsageError(f"--gpus {text}: write device numbers with commas, as --gpus 0,1 (empty: the CPU).") from None
+
+
+def _captioned(text: str) -> tuple[str, Path]:
+    caption, _, file = text.partition("=")
+    if not caption or not file:
+        raise UsageError(f"--picture {text}: write a caption and a file, as --picture 'What it sees=views.png'.")
+    return caption, Path(file)
 
 
 def _json(value: Any) -> str:

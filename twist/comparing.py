@@ -26,6 +26,7 @@ def compare(
     output: Path | None,
     pretrain_runs: Sequence[Path] = (),
     title: str | None = None,
+    pictures: Sequence[tuple[str, Path]] = (),
 ) -> None:
     """Read the records under `paths` (none: those of `results`) and print or write the tables of what they hold."""
     if not paths and not choice.published_only:
@@ -35,7 +36,16 @@ def compare(
         (one,) = comparisons
         page = output or Path("comparison.html")
         _refuse_folder(page)
-        print(write_report(page, one.table, one.found, pretrain_runs=pretrain_runs, title=title or HEADLINE))
+        print(
+            write_report(
+                page,
+                one.table,
+                one.found,
+                pretrain_runs=pretrain_runs,
+                title=title or HEADLINE,
+                pictures=pictures,
+            )
+        )
         return
     text = render_all(comparisons, table_format)
     if output is None:

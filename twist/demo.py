@@ -1,25 +1,26 @@
 """`twist demo`: the whole mission on the built-in sample, small but with nothing left out.
 
 Sample → TWIST pretraining → conversion with proof → detection, segmentation, k-NN and a linear probe, each for the
-TWIST weights and for random ones → records → table and page. Every step is a call that the command line makes too;
-the equivalent command is printed before it, so that a reader can go on alone.
+TWIST weights and for random ones → records → table and page. Every step is a `twist` command, printed before it runs
+as it could be typed, so that a reader can go on alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from contracts import progress
-
-if TYPE_CHECKING:
-    from converters.convert import TargetName
+from contracts.config import parse_override
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "pretrain" / "sample.toml"
 # Two epochs of two steps.
@@ -38,12 +39,23 @@ METRICS = ("coco_box_ap50_percent", "coco_mask_ap50_percent", "miou_percent", "k
 
 @dataclass(frozen=True)
 class Step:
-    """One step: what it does, the command that does the same, its share of the time on 2 cores, and the work."""
+    """One step: what it does, the arguments of `twist` that do it, and its share of the time on 2 cores."""
 
     title: str
-    command: str
+    arguments: tuple[str, ...]
     expected_s: float
-    work: Callable[[], Any]
+    # Whether an earlier demo in this folder did it; most commands find that out themselves.
+    done: Callable[[], bool] = lambda: False
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["twist", *self.arguments])
+
+    def work(self) -> None:
+        from twist.cli import app
+
+        if not self.done():
+            app(list(self.arguments), standalone_mode=False)
 
 
 def run_demo(output: Path, *, source: str = "shapes", fast: bool = False) -> Path:
@@ -61,88 +73,54 @@ def run_demo(output: Path, *, source: str = "shapes", fast: bool = False) -> Pat
 
 def _plan(output: Path, *, source: str, fast: bool) -> list[Step]:
     sample, run, weights = output / "sample", output / "pretrain", output / "pretrain" / "backbone.safetensors"
-    size = "tiny" if fast else "small"
-    overrides = [
-        f'data.root="{sample / "unlabelled"}"',
-        *(FAST if fast else ()),
-    ]
+    results, size = output / "results", "tiny" if fast else "small"
+    config = (_from_here(CONFIG), _override("data.root", str(sample / "unlabelled")), *(FAST if fast else ()))
 
-    def make_sample() -> None:
-        from transfer.data.sample import make_sample as make
+    def convert(target: str, title: str) -> Step:
+        folder = output / f"weights-{target}"
+        arguments = ("convert", str(weights), "--to", target, "--output", str(folder))
+        return Step(f"Convert to {title}, and prove it", arguments, 8, folder.exists)  # it is whole or absent
 
-        make(sample, source=source, size=size, seed=0)
+    def transfer(protocol: str, name: str) -> Step:
+        arguments = ["transfer", protocol, *(PROTOCOLS[protocol] if fast else ())]
+        arguments += ["--weights", str(weights) if name == "twist" else "random", "--data", str(sample)]
+        arguments += ["--output", str(output / "runs" / f"{protocol}-{name}"), "--results", str(results), "--resume"]
 
-    def show_views() -> None:
-        from contracts.config import load_config
-        from pretrain.config import PretrainConfig
-        from pretrain.contact_sheet import contact_sheet
+        def recorded() -> bool:
+            return any((record.protocol, record.method) == (protocol, name) for _, record in _records(output))
 
-        contact_sheet(load_config(CONFIG, PretrainConfig, overrides), 4, output / "views.png")
+        return Step(f"{protocol}, {name} weights", tuple(arguments), expected[protocol], recorded)
 
-    def pretrain() -> None:
-        from contracts.config import load_config
-        from pretrain.config import PretrainConfig
-        from pretrain.train import pretrain as run_pretraining
-
-        run_pretraining(load_config(CONFIG, PretrainConfig, overrides), output=run, resume=run.exists())
-
-    def convert(target: TargetName) -> Callable[[], None]:
-        def work() -> None:
-            from converters.convert import convert as run_conversion
-
-            folder = output / f"weights-{target}"
-            if not folder.exists():  # a conversion is whole or absent
-                run_conversion(weights, target=target, output=folder)
-
-        return work
-
-    def transfer(protocol: str, name: str) -> Callable[[], None]:
-        def work() -> None:
-            from transfer.run import transfer as run_transfer
-
-            if any((record.protocol, record.method) == (protocol, name) for _, record in _records(output)):
-                return
-            run_transfer(
-                protocol,
-                weights=str(weights) if name == "twist" else "random",
-                data=sample,
-                output=output / "runs" / f"{protocol}-{name}",
-                resume=(output / "runs" / f"{protocol}-{name}").exists(),
-                results=output / "results",
-                overrides=PROTOCOLS[protocol] if fast else (),
-            )
-
-        return work
-
-    def compare() -> None:
-        _write_page(output)
+    page: list[str] = ["compare", str(results), "--baseline", "random", "--no-published"]
+    page += [word for metric in METRICS for word in ("--metric", metric)]
+    page += ["--format", "html", "--output", str(output / "report.html"), "--pretrain-run", str(run)]
+    page += ["--title", "TWIST beside random initialisation, on the built-in sample"]
+    page += ["--picture", f"Views of four images: what TWIST is asked to agree on={output / 'views.png'}"]
 
     expected = {"sample-coco-mrcnn-fpn": 85, "sample-voc-fcn-d8": 60, "sample-knn": 5, "sample-linear": 12}
     scale = 0.25 if fast else 1.0
     steps = [
-        Step("Draw the sample", f"twist data sample {sample} --source {source} --size {size}", 30, make_sample),
-        Step("Show the views of four images", f"twist pretrain {CONFIG.name} --show-views 4", 5, show_views),
-        Step("Pretrain with TWIST", f"twist pretrain {CONFIG.name} --output {run}", 200, pretrain),
-        Step(
-            "Convert to Detectron2, and prove it",
-            f"twist convert {weights} --to detectron2",
-            8,
-            convert("detectron2"),
-        ),
-        Step("Convert to MMSegmentation, and prove it", f"twist convert {weights} --to mmseg", 8, convert("mmseg")),
-        *(
-            Step(
-                f"{protocol}, {name} weights",
-                f"twist transfer {protocol} --weights {weights if name == 'twist' else 'random'} --data {sample}",
-                expected[protocol],
-                transfer(protocol, name),
-            )
-            for protocol in PROTOCOLS
-            for name in ("twist", "random")
-        ),
-        Step("Write the page", f"twist compare {output / 'results'} --baseline random --format html", 2, compare),
+        Step("Draw the sample", ("data", "sample", str(sample), "--source", source, "--size", size), 30),
+        Step("Show the views of four images", ("pretrain", *config, "--show-views", "4", "--output", str(output)), 5),
+        Step("Pretrain with TWIST", ("pretrain", *config, "--output", str(run), "--resume"), 200),
+        convert("detectron2", "Detectron2"),
+        convert("mmseg", "MMSegmentation"),
+        *(transfer(protocol, name) for protocol in PROTOCOLS for name in ("twist", "random")),
+        Step("Write the page", tuple(page), 2),
     ]
-    return [Step(s.title, s.command, s.expected_s * scale, s.work) for s in steps]
+    return [dataclasses.replace(step, expected_s=step.expected_s * scale) for step in steps]
+
+
+def _from_here(path: Path) -> str:
+    """`path` as it is typed in the working directory: relative where it lies below."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _override(key: str, value: str) -> str:
+    """`key=value`, the value in quotes only where it would not be read as that string without them."""
+    bare = f"{key}={value}"
+    return bare if parse_override(bare)[1] == value else f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
 def _records(output: Path) -> list[tuple[Path, Any]]:
@@ -152,32 +130,18 @@ def _records(output: Path) -> list[tuple[Path, Any]]:
     return [(path, read_record(path)) for path in find_records([results])] if results.is_dir() else []
 
 
-def _write_page(output: Path) -> None:
-    from compare.report import write_report
-    from compare.table import build_table
-
-    found = _records(output)
-    write_report(
-        output / "report.html",
-        build_table([record for _, record in found], baseline="random", metrics=METRICS),
-        found,
-        pretrain_runs=[output / "pretrain"],
-        title="TWIST beside random initialisation, on the built-in sample",
-        pictures=[("Views of four images: what TWIST is asked to agree on", output / "views.png")],
-    )
-
-
 def _closing_words(output: Path, *, elapsed_s: float) -> None:
     from compare.render import render
     from compare.table import build_table
 
     print(render(build_table([record for _, record in _records(output)], baseline="random", metrics=METRICS), "table"))
     print(f"\nThe page, with curves and pictures: {output / 'report.html'}   ({elapsed_s / 60:.1f} minutes)")
-    print(f"\nTo do it for real:\n{_FOR_REAL}")
+    config = shlex.quote(_from_here(CONFIG.with_stem("r50_multicrop_100ep")))
+    print(f"\nTo do it for real:\n{_FOR_REAL.format(config=config)}")
 
 
 _FOR_REAL = """\
-  torchrun --nproc-per-node 8 -m twist pretrain configs/pretrain/r50_multicrop_100ep.toml data.root=IMAGENET/train
+  torchrun --nproc-per-node 8 -m twist pretrain {config} data.root=IMAGENET/train
   twist convert runs/r50_multicrop_100ep/backbone.safetensors --to detectron2
   twist transfer coco-mrcnn-fpn-1x --weights runs/r50_multicrop_100ep/backbone.safetensors --data DATASETS"""
 
