@@ -271,7 +271,9 @@ LAYOUTS: tuple[Layout, ...] = (
             Branch("key", STATE, "key_backbone."), Branch("key", STATE, "backbone_momentum."),
         ),
         evidence=(
-            "*projection_head.*", "key_backbone.*|backbone_momentum.*", "key_backbone.*|criterion.*bank*",
+            "*projection_head.*", "key_backbone.*|backbone_momentum.*",
+            # MoCo's head has no batch norm, so that its second layer is the third module; TiCo's is the fourth.
+            "key_backbone.*|criterion.*bank*|projection_head.layers.2.weight",
         ),
         tables=(TV, SEQUENTIAL, TIMM_VIT),
         drop=("*head.*", "*head_momentum.*", "criterion.*", "online_classifier.*"), note="lightly moco.py, mocov2.py",
@@ -288,7 +290,7 @@ LAYOUTS: tuple[Layout, ...] = (
         (Branch("query", STATE, "backbone."), Branch("key", STATE, "backbone_momentum.")),
         evidence=("projection_head.*", "backbone_momentum.*"), tables=(TV, SEQUENTIAL, TIMM_VIT),
         drop=("*head.*", "*head_momentum.*", "criterion.*", "online_classifier.*"),
-        note="lightly tico.py; moco.py when its memory bank was not saved",
+        note="lightly tico.py, and whatever has its names",
     ),
     Layout(
         "lightly-swav", "swav", _one(STATE, "backbone."),

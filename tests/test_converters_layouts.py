@@ -365,7 +365,9 @@ def lightly(*parts: str, **more: torch.Tensor) -> dict[str, object]:
     [
         (lightly("backbone", "backbone_momentum", criterion__memory_bank__bank=torch.ones(2, 2)), "moco-v2"),
         (lightly("backbone", "key_backbone"), "moco-v2"),
-        (lightly("backbone", "backbone_momentum"), "unknown"),  # TiCo has these names, too
+        (lightly("backbone", "backbone_momentum", projection_head__layers__2__weight=torch.ones(2, 2)), "moco-v2"),
+        # TiCo: its second layer comes after a batch norm.
+        (lightly("backbone", "backbone_momentum", projection_head__layers__3__weight=torch.ones(2, 2)), "unknown"),
         ({"backbone": RESNET18, "optimizer": {}}, "unknown"),
         ({"backbone": RESNET18, "model": {f"backbone.{n}": t for n, t in RESNET18.items()}, "args": None}, "twist"),
         ({"model": RESNET18 | {"fc.weight": torch.ones(2, 512)}, "optimizer": {}, "args": None}, "unknown"),
