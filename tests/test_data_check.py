@@ -237,6 +237,39 @@ def test_empty_and_unreadable_annotations_are_both_said(tree: Path) -> None:
     assert any("1 files are no VOC annotation" in message for message in messages)
 
 
+def test_a_link_to_nothing_is_one_finding_and_no_crash(tree: Path) -> None:
+    for dataset, pictures in (
+        ("coco", "coco/val2017/*.jpg"),
+        ("voc", "VOC2012/JPEGImages/*.jpg"),
+        ("voc", "VOC2012/SegmentationClassAug/*.png"),
+        ("sample", "unlabelled/*.jpg"),
+    ):
+        path = min(tree.glob(pictures))
+        kept = path.rename(tree / "kept")
+        path.symlink_to(tree / "nowhere")
+        found = only_error(dataset, tree)
+        assert found.message == f"1 files are links to nothing, {path.name} the first"
+        path.unlink()
+        kept.rename(path)
+        assert errors(dataset, tree) == []
+        # Negative control: a link to the picture is as good as the picture.
+        path.rename(kept)
+        path.symlink_to(kept)
+        assert errors(dataset, tree) == []
+        path.unlink()
+        kept.rename(path)
+
+
+@pytest.mark.parametrize("counts", [None, [], {}, {"unlabelled": "40"}])
+def test_a_sample_json_without_counts_is_one_finding(tree: Path, counts: object) -> None:
+    path = tree / "sample.json"
+    content = json.loads(path.read_text())
+    replace(path, json.dumps({**content, "counts": counts}))
+    for dataset in ("sample", "coco", "imagenet"):
+        found = only_error(dataset, tree)
+        assert "says no number of images (counts) for unlabelled" in found.message
+
+
 def test_everything_wrong_is_said_at_once(tree: Path) -> None:
     to_rgb(tree)
     torn_json(tree)

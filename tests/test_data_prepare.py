@@ -144,13 +144,34 @@ def test_a_damaged_polygon_file_leaves_no_half_map(healthy: Path, tmp_path: Path
     source = min(root.glob("cityscapes/gtFine/train/*/*_polygons.json"))
     target = source.with_name(source.name.replace("polygons.json", "labelTrainIds.png"))
     target.unlink()
-    unknown = {"imgHeight": 4, "imgWidth": 4, "objects": [{"label": "zebra", "polygon": [[0, 0], [3, 0], [3, 3]]}]}
-    for text in ('{"imgHeight": 4', json.dumps(unknown)):
+    whole = source.read_text()
+
+    def one(label: object, polygon: object) -> str:
+        return json.dumps({"imgHeight": 4, "imgWidth": 4, "objects": [{"label": label, "polygon": polygon}]})
+
+    triangle = [[0, 0], [3, 0], [3, 3]]
+    for text, why in (
+        ('{"imgHeight": 4', "no complete JSON"),
+        ("[]", "no JSON object"),
+        ("{}", "no imgWidth"),
+        ('{"imgHeight": 4, "imgWidth": 4}', "no objects"),
+        (one("zebra", triangle), "'zebra'"),
+        (one(None, triangle), "no label"),
+        (one("car", None), "no polygon of points"),
+        (one("car", [1, 2, 3]), "no polygon of points"),
+        (one("car", []), "fewer than two points"),
+        (one("car", [[1, 1]]), "fewer than two points"),
+    ):
         source.write_text(text)
-        with pytest.raises(UserError, match=f"{source} is no Cityscapes annotation"):
+        with pytest.raises(UserError, match=f"{source} is no Cityscapes annotation .*{why}"):
             prepare("cityscapes", root, progress=False)
         assert not target.exists()
     assert not list(source.parent.glob(".*"))
+    # Negative controls: what the scripts paint is painted.
+    for text in (whole, one("cargroup", triangle), one("car", triangle[:2])):
+        source.write_text(text)
+        assert prepare("cityscapes", root, progress=False) == [target]
+        target.unlink()
 
 
 def test_imagenet_lists_are_checked_and_copied(healthy: Path, tmp_path: Path) -> None:

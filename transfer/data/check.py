@@ -22,6 +22,7 @@ from PIL import Image
 from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.progress import Progress
 from transfer.data.findings import SEVERITIES, Finding, Report, has_errors, render
+from transfer.data.layouts import sets
 from transfer.data.looks import (
     SAMPLED,
     check_maps,
@@ -35,7 +36,7 @@ from transfer.data.looks import (
     spread,
 )
 from transfer.data.masks import voc_palette
-from transfer.data.sample import SAMPLE_JSON, read_sample_json
+from transfer.data.sample import SAMPLE_JSON, SIZES, read_sample_json
 
 __all__ = ["Finding", "check", "has_errors", "render"]
 
@@ -82,7 +83,12 @@ def check(dataset: str, root: str | os.PathLike[str], *, progress: bool = True) 
         # A sample is checked against itself, also when its imagenet/ is named and not its root.
         home = next((place for place in (root, root.parent) if (place / SAMPLE_JSON).exists()), None)
         info = read_sample_json(home or root) if home or dataset == "sample" else None
-        CHECKS[dataset](root, info, report)
+        lacking = _lacking_counts(info)
+        if lacking:
+            # Without them nothing says how much the sample must hold.
+            report.error((home or root) / SAMPLE_JSON, lacking, remedy=origin("sample"))
+        else:
+            CHECKS[dataset](root, info, report)
     return sorted(report.findings, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
@@ -489,6 +495,17 @@ def _check_subset(folder: Path, name: str, lines: int | None, files: set[str], r
             count=len(missing),
             remedy=f"complete train. {origin('imagenet')}",
         )
+
+
+def _lacking_counts(info: dict[str, Any] | None) -> str | None:
+    """What the content of a sample.json lacks to check the sample by it."""
+    if info is None:
+        return None
+    counts = info.get("counts")
+    lacking = [
+        name for name in sets(SIZES["tiny"]) if not isinstance(counts, dict) or type(counts.get(name)) is not int
+    ]
+    return f"says no number of images (counts) for {lacking[0]}" if lacking else None
 
 
 def _sample_voc_count(info: dict[str, Any], year: str, part: str) -> int:

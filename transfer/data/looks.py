@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,14 +38,28 @@ def file_names(folder: Path, endings: tuple[str, ...], dataset: str, report: Rep
     """File names in `folder` that end so; empty files are reported. None when there is no folder."""
     if not is_there(folder, dataset, report):
         return None
-    names, empty = set(), []
+    sizes: dict[str, int | None] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.lower().endswith(endings):
-                names.add(entry.name)
-                if entry.stat().st_size == 0:
-                    empty.append(entry.name)
-    report.bar.advance(len(names))
+                sizes[entry.name] = size_of(entry)
+    report.bar.advance(len(sizes))
+    report_hollow(folder, sizes, report)
+    return set(sizes)
+
+
+def size_of(file: Path | os.DirEntry[str]) -> int | None:
+    """Bytes of a file; None where there is nothing to read, as behind a link whose target is gone."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return None
+
+
+def report_hollow(folder: Path, sizes: Mapping[str, int | None], report: Report) -> None:
+    """Report the files without content: of 0 bytes, and links whose target is not there."""
+    empty = [name for name, size in sizes.items() if size == 0]
+    gone = [name for name, size in sizes.items() if size is None]
     if empty:
         report.error(
             folder,
@@ -53,7 +67,13 @@ def file_names(folder: Path, endings: tuple[str, ...], dataset: str, report: Rep
             count=len(empty),
             remedy="the disk was full or the archive torn: unpack it again",
         )
-    return names
+    if gone:
+        report.error(
+            folder,
+            f"{len(gone)} files are links to nothing, {min(gone)} the first",
+            count=len(gone),
+            remedy="what they point to was moved or is not mounted: bring it back, or make the links again",
+        )
 
 
 def expect(where: Path, what: str, found: int, expected: int | None, dataset: str, report: Report) -> None:
@@ -105,9 +125,14 @@ def check_pictures(
     dataset: str,
     report: Report,
 ) -> None:
-    """Decode a sample of pictures whole; `complaint` may add what else is wrong with one."""
+    """Decode a sample of pictures whole; `complaint` may add what else is wrong with one.
+
+    Whoever calls it has looked at all their sizes before: files without content are not reported again.
+    """
 
     def look(path: Path) -> str | OSError | SyntaxError | None:
+        if not size_of(path):
+            return None  # said by `report_hollow`
         try:
             with Image.open(path) as image:
                 image.load()
@@ -161,7 +186,8 @@ def check_maps(
 
     histogram = np.zeros(256, dtype=np.int64)
     coloured, resized, unreadable, strange, renumbered = [], [], [], [], []
-    chosen = spread(paths, SAMPLED)
+    # Files without content are reported where all sizes are looked at; a picture that is not there at all is not.
+    chosen = [path for path in spread(paths, SAMPLED) if size_of(path) and not _is_hollow(picture_of(path))]
     for path, seen in each(look, chosen, report):
         if seen is None:
             unreadable.append(path.name)
@@ -202,6 +228,10 @@ def check_maps(
         labels = ", ".join(map(str, np.flatnonzero(histogram).tolist()))
         report.fine(where, f"labels {labels} in {total} sampled maps", count=total)
     return histogram if len(coloured) + len(unreadable) < total else None
+
+
+def _is_hollow(path: Path) -> bool:
+    return size_of(path) == 0 or (path.is_symlink() and not path.exists())
 
 
 def each(look: Callable[[Path], Found], paths: Sequence[Path], report: Report) -> Iterator[tuple[Path, Found]]:

@@ -26,6 +26,7 @@ from contracts.progress import Progress
 from transfer.data.check import IMAGENET_CLASSES, SUBSET_LINES, VOC_SEGMENTATION, voc_folder
 from transfer.data.masks import voc_palette
 from transfer.data.origins import ORIGINS
+from transfer.data.polygons import polygons_fault
 
 
 def prepare(
@@ -120,12 +121,11 @@ def prepare_cityscapes(root: Path, *, progress: bool = True) -> list[Path]:
         for source in polygons:
             target = source.with_name(source.name.replace("_polygons.json", "_labelTrainIds.png"))
             if not target.exists():
-                try:
-                    with atomic.atomic_path(target) as temporary:
-                        json2labelImg(str(source), str(temporary), "trainIds")
-                except (ValueError, KeyError, SystemExit) as error:  # the scripts leave Python for an unknown label
-                    why = "it names a label that Cityscapes does not have" if isinstance(error, SystemExit) else error
-                    raise UserError(f"{source} is no Cityscapes annotation ({why}): unpack gtFine again.") from None
+                fault = polygons_fault(source)
+                if fault:
+                    raise UserError(f"{source} is no Cityscapes annotation ({fault}): unpack gtFine again.")
+                with atomic.atomic_path(target) as temporary:
+                    json2labelImg(str(source), str(temporary), "trainIds")
                 written.append(target)
             bar.advance()
     return written
