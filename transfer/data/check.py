@@ -7,10 +7,7 @@ published data sets; a sample tree is checked against its own sample.json.
 
 from __future__ import annotations
 
-import json
 import os
-import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from PIL import Image
 
 from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.progress import Progress
+from transfer.data.coco_file import CocoFile, check_same_categories, read_coco
 from transfer.data.findings import SEVERITIES, Finding, Report, has_errors, render
 from transfer.data.layouts import sets
 from transfer.data.looks import (
@@ -37,10 +35,13 @@ from transfer.data.looks import (
 )
 from transfer.data.masks import voc_palette
 from transfer.data.sample import SAMPLE_JSON, SIZES, read_sample_json
+from transfer.data.voc_boxes import check_voc_boxes
 
 __all__ = ["Finding", "check", "has_errors", "render"]
 
 VOID = 255
+# (width, height) of pictures by file name, None where nothing says it.
+Sizes = dict[str, tuple[int, int] | None]
 
 # VOC's classes in palette order (VOC development kit), background first.
 VOC_CLASSES = (
@@ -96,46 +97,35 @@ def check_coco(root: Path, info: dict[str, Any] | None, report: Report) -> None:
     folder = root / "coco"
     if not is_there(folder, "coco", report):
         return
+    read: dict[str, CocoFile] = {}
+    files = {split: folder / "annotations" / f"instances_{split}.json" for split in COCO_IMAGES}
     for split, published in COCO_IMAGES.items():
         expected = published if info is None else info["counts"][f"coco/{split}"]
         names = file_names(folder / split, (".jpg",), "coco", report)
-        file = folder / "annotations" / f"instances_{split}.json"
-        content = _read_coco(file, report)
+        classes = 80 if info is None else len(info["classes"])
+        content = read_coco(files[split], report, images=expected, categories=classes)
+        if content is not None:
+            read[split] = content
         if names is None or content is None:
             continue
         expect(folder / split, f"{split} images", len(names), expected, "coco", report)
-        listed = {image["file_name"]: image for image in content["images"]}
-        expect(file, f"{split} images listed", len(listed), expected, "coco", report)
-        missing = sorted(set(listed) - names)
+        missing = sorted(set(content.sizes) - names)
         if missing:
             report.error(
                 folder / split,
-                f"{len(missing)} images that {file.name} lists are not there, {missing[0]} the first",
+                f"{len(missing)} images that {files[split].name} lists are not there, {missing[0]} the first",
                 count=len(missing),
                 remedy=f"the archive was unpacked in part: unpack {split}.zip again",
             )
-        numbers = {image["id"] for image in content["images"]}
-        categories = {category["id"] for category in content["categories"]}
-        annotations = content["annotations"]
-        wrong = {
-            "belong to an image that is not listed": sum(a["image_id"] not in numbers for a in annotations),
-            "have a category that is not listed": sum(a["category_id"] not in categories for a in annotations),
-            "have no outline": sum(not a.get("segmentation") for a in annotations),
-        }
-        for message, count in wrong.items():
-            if count:
-                report.error(file, f"{count} annotations {message}", count=count, remedy=origin("coco"))
-        expected_categories = 80 if info is None else len(info["classes"])
-        expect(file, "categories", len(categories), expected_categories, "coco", report)
-        report.fine(file, f"{len(annotations)} annotations", count=len(annotations))
 
-        def has_listed_size(path: Path, image: Image.Image, listed: dict[str, Any] = listed) -> str | None:
-            entry = listed.get(path.name)
-            same = entry is None or (entry["width"], entry["height"]) == image.size
-            return None if same else "are of another size than the annotations say"
+        def has_listed_size(path: Path, image: Image.Image, sizes: Sizes = content.sizes) -> str | None:
+            return None if sizes[path.name] in (None, image.size) else "are of another size than the annotations say"
 
-        paths = [folder / split / name for name in sorted(names & set(listed))]
+        paths = [folder / split / name for name in sorted(names & set(content.sizes))]
         check_pictures(folder / split, paths, has_listed_size, "coco", report)
+    if len(read) == 2:
+        (first, one), (second, other) = ((files[split], content) for split, content in read.items())
+        check_same_categories(first, second, one, other, report)
 
 
 def check_voc(root: Path, info: dict[str, Any] | None, report: Report) -> None:
@@ -156,9 +146,17 @@ def check_voc(root: Path, info: dict[str, Any] | None, report: Report) -> None:
         every = sorted({name for names in listed.values() for name in names})
         expect_files(folder / "JPEGImages", images, every, ".jpg", "voc", report)
         expect_files(folder / "Annotations", boxes, every, ".xml", "voc", report)
-        _check_voc_boxes(folder, [name for name in every if f"{name}.xml" in boxes], set(classes[1:]), report)
+        for first, second in (("trainval", "test"), ("train", "val")):
+            _check_apart(folder / "ImageSets" / "Main", first, second, listed, report)
+        annotated = [name for name in every if f"{name}.xml" in boxes]
+        sizes = check_voc_boxes(folder / "Annotations", annotated, listed, set(classes[1:]), report)
         pictures = [folder / "JPEGImages" / f"{name}.jpg" for name in every if f"{name}.jpg" in images]
-        check_pictures(folder / "JPEGImages", pictures, None, "voc", report)
+
+        def has_annotated_size(path: Path, image: Image.Image, sizes: Sizes = sizes) -> str | None:
+            same = sizes.get(path.stem) in (None, image.size)
+            return None if same else "are of another size than their file in Annotations says"
+
+        check_pictures(folder / "JPEGImages", pictures, has_annotated_size, "voc", report)
     _check_voc_segmentation(voc_folder(root, "VOC2012"), info, len(classes), report)
 
 
@@ -180,14 +178,8 @@ def _check_voc_segmentation(folder: Path, info: dict[str, Any] | None, classes: 
             kind = {"train": "VOC2012/train", "val": "VOC2012/val", "trainaug": "VOC2012/train"}[part]
             expected = info["counts"][kind] if part != "train" else None
         lists[part] = read_list(path, expected, "voc", report)
-    shared = sorted(set(lists.get("trainaug", ())) & set(lists.get("val", ())))
-    if shared:
-        report.error(
-            folder / "ImageSets/Segmentation/trainaug.txt",
-            f"{len(shared)} images of val are in it, {shared[0]} the first: every number measured with it is too high",
-            count=len(shared),
-            remedy="remove trainaug.txt and aug.txt, and make them again with `twist data prepare voc`",
-        )
+    _check_apart(path.parent, "train", "val", lists, report)
+    _check_apart(path.parent, "trainaug", "val", lists, report)
     for part, maps in (
         ("train", "SegmentationClass"),
         ("val", "SegmentationClass"),
@@ -207,6 +199,7 @@ def _check_voc_segmentation(folder: Path, info: dict[str, Any] | None, classes: 
             remedy="take the original palette PNGs again (do not open and save them with a picture program)",
             where=f"{folder / maps} ({part})",
             report=report,
+            empty={0, VOID},
             palette=voc_palette(),
         )
         if paths and histogram is not None and maps == "SegmentationClass" and not histogram[VOID]:
@@ -215,6 +208,21 @@ def _check_voc_segmentation(folder: Path, info: dict[str, Any] | None, classes: 
                 "no pixel of the void border (255) in what was sampled: VOC's own maps have one around every object",
                 remedy="take the original SegmentationClass again: border pixels may have become a class",
             )
+
+
+def _check_apart(folder: Path, first: str, second: str, lists: dict[str, list[str]], report: Report) -> None:
+    """No image may be both trained on and measured with."""
+    shared = sorted(set(lists.get(first, ())) & set(lists.get(second, ())))
+    if shared:
+        report.error(
+            folder / f"{first}.txt",
+            f"{len(shared)} images of {second} are in it, {shared[0]} the first: every number measured with it is too "
+            "high",
+            count=len(shared),
+            remedy="remove trainaug.txt and aug.txt, and make them again with `twist data prepare voc`"
+            if first == "trainaug"
+            else f"take both lists from the originals again. {origin('voc')}",
+        )
 
 
 def check_cityscapes(root: Path, info: dict[str, Any] | None, report: Report) -> None:
@@ -271,7 +279,16 @@ def check_cityscapes(root: Path, info: dict[str, Any] | None, report: Report) ->
                 return pictures / path.parent.name / path.name.replace(f"_gtFine_{kind}", "_leftImg8bit")
 
             where = f"{truth} ({kind})"
-            check_maps(paths, allowed=allowed, picture_of=picture_of, remedy=remedy, where=where, report=report)
+            empty = {number for number in allowed if number == VOID or (kind == "labelIds" and number < 4)}
+            check_maps(
+                paths,
+                allowed=allowed,
+                picture_of=picture_of,
+                remedy=remedy,
+                where=where,
+                report=report,
+                empty=empty,
+            )
         _check_train_ids(truth, stems, annotated, to_train_id, report)
 
 
@@ -349,68 +366,6 @@ def voc_folder(root: Path, year: str) -> Path:
     """ROOT/VOC2012, or ROOT/VOCdevkit/VOC2012 where the archive was unpacked there."""
     nested = root / "VOCdevkit" / year
     return nested if nested.is_dir() and not (root / year).is_dir() else root / year
-
-
-def _read_coco(file: Path, report: Report) -> dict[str, Any] | None:
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        report.error(file, "is missing", remedy=origin("coco"))
-        return None
-    except (OSError, ValueError) as error:
-        report.error(file, f"is no complete JSON ({error})", remedy="unpack annotations_trainval2017.zip again")
-        return None
-    parts = ("images", "annotations", "categories")
-    absent = [part for part in parts if not isinstance(content, dict) or not isinstance(content.get(part), list)]
-    if absent:
-        report.error(file, f"has no list of {absent[0]}", remedy="take instances_*.json, not captions or keypoints")
-        return None
-    report.bar.advance()
-    return content
-
-
-def _check_voc_boxes(folder: Path, names: list[str], classes: set[str], report: Report) -> None:
-    where = folder / "Annotations"
-    unreadable: list[str] = []
-    unknown: Counter[str] = Counter()
-    outside = objects = 0
-    for name in names:
-        report.bar.advance()
-        try:
-            tree = ElementTree.parse(where / f"{name}.xml")
-            width, height = (int(tree.findtext(f"size/{side}") or "") for side in ("width", "height"))
-            for node in tree.iter("object"):
-                objects += 1
-                label = node.findtext("name") or ""
-                if label not in classes:
-                    unknown[label] += 1
-                sides = [float(node.findtext(f"bndbox/{side}") or "") for side in ("xmin", "ymin", "xmax", "ymax")]
-                outside += not (1 <= sides[0] < sides[2] <= width and 1 <= sides[1] < sides[3] <= height)
-        except (ElementTree.ParseError, OSError, ValueError):
-            unreadable.append(name)
-    if unreadable:
-        report.error(
-            where,
-            f"{len(unreadable)} files are no VOC annotation, {unreadable[0]}.xml the first",
-            count=len(unreadable),
-            remedy=origin("voc"),
-        )
-    if unknown:
-        name, count = unknown.most_common(1)[0]
-        report.error(
-            where,
-            f"{unknown.total()} objects have a class that VOC does not have, most often {name!r} ({count})",
-            count=unknown.total(),
-            remedy=origin("voc"),
-        )
-    if outside:
-        report.warning(
-            where,
-            f"{outside} of {objects} boxes are empty or reach outside their image (pixels are counted from 1)",
-            count=outside,
-            remedy="a few are in the originals; many mean that the boxes were converted to another convention",
-        )
-    report.fine(where, f"{objects} objects", count=objects)
 
 
 def _check_train_ids(

@@ -166,12 +166,13 @@ def check_maps(
     remedy: str,
     where: str,
     report: Report,
+    empty: set[int],
     palette: Sequence[int] | None = None,
 ) -> NDArray[np.int64] | None:
     """Look at mode, values and size of a sample of label maps; the histogram of their values, None if all are unfit.
 
     `palette` (r, g, b of every number) is the one that the originals have: a picture program that saves a map numbers
-    its colours anew, and every number it then holds is still a label.
+    its colours anew, and every number it then holds is still a label. `empty` are the numbers that mark no object.
     """
 
     def look(path: Path) -> tuple[str, list[int], bool, Sequence[int]] | None:
@@ -185,7 +186,7 @@ def check_maps(
             return None
 
     histogram = np.zeros(256, dtype=np.int64)
-    coloured, resized, unreadable, strange, renumbered = [], [], [], [], []
+    coloured, resized, unreadable, strange, renumbered, blank = [], [], [], [], [], []
     # Files without content are reported where all sizes are looked at; a picture that is not there at all is not.
     chosen = [path for path in spread(paths, SAMPLED) if size_of(path) and not _is_hollow(picture_of(path))]
     for path, seen in each(look, chosen, report):
@@ -202,12 +203,16 @@ def check_maps(
         present = np.flatnonzero(counts).tolist()
         if set(present) - allowed:
             strange.append(path.name)
+        elif not set(present) - empty:
+            blank.append(path.name)
         elif (
             mode == "P"
             and palette is not None
             and any(colours[3 * v :][:3] != [*palette[3 * v :][:3]] for v in present)
         ):
             renumbered.append(path.name)
+    # One picture without an object may be; a conversion that lost them hits many.
+    blank = blank if len(blank) * 10 > len(chosen) else []
     wrong = sorted(set(np.flatnonzero(histogram).tolist()) - allowed)
     total = len(chosen)
     for names, message, mend in (
@@ -215,6 +220,7 @@ def check_maps(
         (coloured, "are colour pictures and no maps of numbers: their palette was turned to RGB", remedy),
         (resized, "are of another size than their picture", "take the original maps again"),
         (renumbered, "have colours that are not those of their numbers: a picture program numbered them anew", remedy),
+        (blank, "mark no object, all is background or void", remedy),
         (strange, f"hold numbers that are no label ({', '.join(map(str, wrong[:8]))})", remedy),
     ):
         if names:
@@ -224,7 +230,7 @@ def check_maps(
                 count=len(names),
                 remedy=mend,
             )
-    if chosen and not (unreadable or coloured or resized or strange or renumbered):
+    if chosen and not (unreadable or coloured or resized or strange or renumbered or blank):
         labels = ", ".join(map(str, np.flatnonzero(histogram).tolist()))
         report.fine(where, f"labels {labels} in {total} sampled maps", count=total)
     return histogram if len(coloured) + len(unreadable) < total else None

@@ -9,9 +9,9 @@ from pathlib import Path
 def polygons_fault(path: Path, size: tuple[int, int] | None = None) -> str | None:
     """What is wrong with an annotation, as the inside of a sentence; None when it can be painted.
 
-    cityscapesScripts stop in the middle, or leave Python, where this says something. A polygon of fewer than two points,
-    which they cannot paint, is refused and not skipped: the map without that object would look whole. One of two points
-    stays, as they paint a line for it.
+    cityscapesScripts stop in the middle, or leave Python, where this says something. A polygon of fewer than two
+    points, which they cannot paint, is refused and not skipped: the map without that object would look whole. One of
+    two points stays, as they paint a line for it.
 
     Args:
         size: (width, height) of the picture, when the annotation must say the same.
