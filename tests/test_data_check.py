@@ -340,6 +340,36 @@ def test_voc_segmentation_lists_that_share_an_image(tree: Path) -> None:
     assert all("1 images of val are in it" in finding.message for finding in found)
 
 
+def of_cityscapes(root: Path, kind: str) -> Path:
+    return min(root.glob(f"cityscapes/gtFine/val/*/*_{kind}"))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda root: replace(of_cityscapes(root, "instanceIds.png"), b""), "1 files are empty, .*instanceIds"),
+        (lambda root: replace(of_cityscapes(root, "labelIds.png"), b""), "1 files are empty, .*labelIds"),
+        (lambda root: replace(of_cityscapes(root, "polygons.json"), b""), "1 files are empty, .*polygons"),
+        (
+            lambda root: replace(path := of_cityscapes(root, "instanceIds.png"), path.read_bytes()[:60]),
+            "1 of 16 sampled pictures cannot be decoded",
+        ),
+        (lambda root: replace(of_cityscapes(root, "polygons.json"), "{}"), "1 of 16 sampled .*: it has no imgWidth"),
+        (lambda root: replace(of_cityscapes(root, "polygons.json"), "[]"), "1 of 16 sampled .*: it is no JSON object"),
+        (
+            lambda root: replace(
+                path := of_cityscapes(root, "polygons.json"), path.read_text().replace('h": ', 'h": 1')
+            ),
+            "1 of 16 sampled .*: it is for a picture of another size",
+        ),
+    ],
+)
+def test_each_break_of_cityscapes_is_the_one_error(tree: Path, break_it: Callable[[Path], None], message: str) -> None:
+    break_it(tree)
+    found = only_error("cityscapes", tree)
+    assert re.search(message, found.message), found.message
+
+
 CocoBreak = Callable[[dict[str, Any]], object]
 
 

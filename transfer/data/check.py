@@ -8,7 +8,7 @@ published data sets; a sample tree is checked against its own sample.json.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,19 @@ from transfer.data.looks import (
     SAMPLED,
     check_maps,
     check_pictures,
+    each,
     expect,
     expect_files,
     file_names,
     is_there,
     origin,
     read_list,
+    report_hollow,
+    size_of,
     spread,
 )
 from transfer.data.masks import voc_palette
+from transfer.data.polygons import polygons_fault
 from transfer.data.sample import SAMPLE_JSON, SIZES, read_sample_json
 from transfer.data.voc_boxes import check_voc_boxes
 
@@ -243,12 +247,13 @@ def check_cityscapes(root: Path, info: dict[str, Any] | None, report: Report) ->
         if not is_there(pictures, "cityscapes", report) or not is_there(truth, "cityscapes", report):
             continue
         suffix = "_leftImg8bit.png"
-        stems = sorted(
-            path.relative_to(pictures).as_posix().removesuffix(suffix) for path in pictures.glob(f"*/*{suffix}")
-        )
+        photographed = {path.relative_to(pictures).as_posix(): size_of(path) for path in pictures.glob(f"*/*{suffix}")}
+        stems = sorted(name.removesuffix(suffix) for name in photographed)
         expect(pictures, f"{split} images", len(stems), expected, "cityscapes", report)
-        annotated = {path.relative_to(truth).as_posix() for path in truth.glob("*/*_gtFine_*")}
+        annotated = {path.relative_to(truth).as_posix(): size_of(path) for path in truth.glob("*/*_gtFine_*")}
         report.bar.advance(len(stems) + len(annotated))
+        report_hollow(pictures, photographed, report)
+        report_hollow(truth, annotated, report)
         for kind, remedy in (
             ("polygons.json", origin("cityscapes")),
             ("labelIds.png", origin("cityscapes")),
@@ -264,6 +269,10 @@ def check_cityscapes(root: Path, info: dict[str, Any] | None, report: Report) ->
                     remedy=remedy,
                 )
         check_pictures(pictures, [pictures / f"{stem}{suffix}" for stem in stems], None, "cityscapes", report)
+
+        def picture_of(path: Path, pictures: Path = pictures) -> Path:
+            return pictures / path.parent.name / (path.name.partition("_gtFine_")[0] + "_leftImg8bit.png")
+
         for kind, allowed, remedy in (
             ("labelIds", ids, origin("cityscapes")),
             (
@@ -274,9 +283,6 @@ def check_cityscapes(root: Path, info: dict[str, Any] | None, report: Report) ->
             ),
         ):
             paths = [truth / f"{stem}_gtFine_{kind}.png" for stem in stems if f"{stem}_gtFine_{kind}.png" in annotated]
-
-            def picture_of(path: Path, kind: str = kind, pictures: Path = pictures) -> Path:
-                return pictures / path.parent.name / path.name.replace(f"_gtFine_{kind}", "_leftImg8bit")
 
             where = f"{truth} ({kind})"
             empty = {number for number in allowed if number == VOID or (kind == "labelIds" and number < 4)}
@@ -290,6 +296,18 @@ def check_cityscapes(root: Path, info: dict[str, Any] | None, report: Report) ->
                 empty=empty,
             )
         _check_train_ids(truth, stems, annotated, to_train_id, report)
+
+        def has_picture_size(
+            path: Path, image: Image.Image, picture_of: Callable[[Path], Path] = picture_of
+        ) -> str | None:
+            same = _picture_size(picture_of(path)) in (None, image.size)
+            return None if same else "are of another size than their picture"
+
+        instances = [truth / f"{stem}_gtFine_instanceIds.png" for stem in stems]
+        instances = [path for path in instances if path.relative_to(truth).as_posix() in annotated]
+        check_pictures(truth, instances, has_picture_size, "cityscapes", report)
+        outlines = [path.with_name(path.name.replace("instanceIds.png", "polygons.json")) for path in instances]
+        _check_polygons(truth, [path for path in outlines if size_of(path)], picture_of, report)
 
 
 def check_imagenet(root: Path, info: dict[str, Any] | None, report: Report) -> None:
@@ -369,7 +387,7 @@ def voc_folder(root: Path, year: str) -> Path:
 
 
 def _check_train_ids(
-    truth: Path, stems: list[str], annotated: set[str], to_train_id: NDArray[np.uint8], report: Report
+    truth: Path, stems: list[str], annotated: Container[str], to_train_id: NDArray[np.uint8], report: Report
 ) -> None:
     """trainIds must be what the official table makes of the labelIds beside them, pixel by pixel."""
     kinds = ("labelIds", "labelTrainIds")
@@ -396,6 +414,30 @@ def _check_train_ids(
             f"them, {differing[0]} the first",
             count=len(differing),
             remedy="remove the *_labelTrainIds.png and make them again with `twist data prepare cityscapes`",
+        )
+
+
+def _picture_size(path: Path) -> tuple[int, int] | None:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError):
+        return None  # reported with the pictures themselves
+
+
+def _check_polygons(truth: Path, paths: list[Path], picture_of: Callable[[Path], Path], report: Report) -> None:
+    def look(path: Path) -> str | None:
+        return polygons_fault(path, _picture_size(picture_of(path)))
+
+    chosen = spread(paths, SAMPLED)
+    faults = [(path, fault) for path, fault in each(look, chosen, report) if fault]
+    if faults:
+        path, fault = faults[0]
+        report.error(
+            truth,
+            f"{len(faults)} of {len(chosen)} sampled polygons.json are no annotation, {path.name} the first: {fault}",
+            count=len(faults),
+            remedy=f"unpack gtFine again. {origin('cityscapes')}",
         )
 
 

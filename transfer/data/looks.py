@@ -89,10 +89,13 @@ def expect(where: Path, what: str, found: int, expected: int | None, dataset: st
     )
 
 
-def read_list(path: Path, expected: int | None, dataset: str, report: Report) -> list[str]:
-    """Names of an image set, the first word of each line; reports what is missing, doubled or too many."""
+def read_list(
+    path: Path, expected: int | None, dataset: str, report: Report, *, whole_lines: bool = False
+) -> list[str]:
+    """Names of an image set, the first word of each line or all of it; reports what is missing, doubled or too many."""
     try:
-        names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        names = lines if whole_lines else [line.split()[0] for line in lines]
     except FileNotFoundError:
         report.error(path, "is missing", remedy=origin(dataset))
         return []
@@ -220,7 +223,7 @@ def check_maps(
         (coloured, "are colour pictures and no maps of numbers: their palette was turned to RGB", remedy),
         (resized, "are of another size than their picture", "take the original maps again"),
         (renumbered, "have colours that are not those of their numbers: a picture program numbered them anew", remedy),
-        (blank, "mark no object, all is background or void", remedy),
+        (blank, "mark no object, all is background or void", "take them from the originals again, or make them again"),
         (strange, f"hold numbers that are no label ({', '.join(map(str, wrong[:8]))})", remedy),
     ):
         if names:
