@@ -15,9 +15,12 @@ from PIL import Image
 from tiny_sample import tiny_sample
 
 from contracts.errors import UsageError, UserError
+from contracts.images import EXTENSIONS
 from transfer.data import check as module
 from transfer.data.check import check, has_errors, render
+from transfer.data.class_folders import ENDINGS
 from transfer.data.findings import Finding
+from transfer.imagenet.dataset import read_split, read_subset
 
 
 @pytest.fixture(scope="module")
@@ -243,13 +246,14 @@ def test_a_link_to_nothing_is_one_finding_and_no_crash(tree: Path) -> None:
         ("coco", "coco/val2017/*.jpg"),
         ("voc", "VOC2012/JPEGImages/*.jpg"),
         ("voc", "VOC2012/SegmentationClassAug/*.png"),
+        ("cityscapes", "cityscapes/leftImg8bit/val/*/*.png"),
         ("sample", "unlabelled/*.jpg"),
     ):
         path = min(tree.glob(pictures))
         kept = path.rename(tree / "kept")
         path.symlink_to(tree / "nowhere")
         found = only_error(dataset, tree)
-        assert found.message == f"1 files are links to nothing, {path.name} the first"
+        assert re.search(f"1 files are links to nothing, .*{path.name} the first", found.message)
         path.unlink()
         kept.rename(path)
         assert errors(dataset, tree) == []
@@ -340,6 +344,10 @@ def test_voc_segmentation_lists_that_share_an_image(tree: Path) -> None:
     assert all("1 images of val are in it" in finding.message for finding in found)
 
 
+def other_width(path: Path) -> None:
+    replace(path, json.dumps({**json.loads(path.read_text()), "imgWidth": 7}))
+
+
 def of_cityscapes(root: Path, kind: str) -> Path:
     return min(root.glob(f"cityscapes/gtFine/val/*/*_{kind}"))
 
@@ -356,18 +364,78 @@ def of_cityscapes(root: Path, kind: str) -> Path:
         ),
         (lambda root: replace(of_cityscapes(root, "polygons.json"), "{}"), "1 of 16 sampled .*: it has no imgWidth"),
         (lambda root: replace(of_cityscapes(root, "polygons.json"), "[]"), "1 of 16 sampled .*: it is no JSON object"),
-        (
-            lambda root: replace(
-                path := of_cityscapes(root, "polygons.json"), path.read_text().replace('h": ', 'h": 1')
-            ),
-            "1 of 16 sampled .*: it is for a picture of another size",
-        ),
+        (lambda root: other_width(of_cityscapes(root, "polygons.json")), "1 of 16 sampled .* picture of another size"),
     ],
 )
 def test_each_break_of_cityscapes_is_the_one_error(tree: Path, break_it: Callable[[Path], None], message: str) -> None:
     break_it(tree)
     found = only_error("cityscapes", tree)
     assert re.search(message, found.message), found.message
+
+
+def a_train_image(root: Path) -> Path:
+    # Neither the first nor the last of its class.
+    return sorted(min((root / "imagenet/train").iterdir()).glob("*.jpg"))[1]
+
+
+def same_name_twice(root: Path) -> None:
+    listed = (root / "imagenet/1percent.txt").read_text().split()[0]
+    other = max((root / "imagenet/train").iterdir())
+    min(other.glob("*.jpg")).rename(other / listed)
+
+
+def add_line(root: Path, change: Callable[[str], str]) -> None:
+    path = root / "imagenet/1percent.txt"
+    replace(path, path.read_text() + change(path.read_text().split()[0]) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda root: replace(a_train_image(root), b""), "1 files are empty, .*/.*_00001.jpg"),
+        (lambda root: a_train_image(root).rename(root / "kept"), "39 train images, 40 expected"),
+        (lambda root: add_line(root, lambda name: f"x/{name}"), "1 of its images are not in train, x/"),
+        (lambda root: add_line(root, lambda name: f"{name} 7"), "1 of its images are not in train, .*jpg 7 the first"),
+        (lambda root: add_line(root, lambda name: f"{name.rpartition('_')[0]}/{name}"), "1 .* name an image again"),
+    ],
+)
+def test_each_break_of_imagenet_is_the_one_error(tree: Path, break_it: Callable[[Path], None], message: str) -> None:
+    break_it(tree)
+    found = only_error("imagenet", tree)
+    assert re.search(message, found.message), found.message
+
+
+def test_a_name_of_several_classes_is_said_of_every_list(tree: Path) -> None:
+    same_name_twice(tree)
+    messages = [finding.message for finding in errors("imagenet", tree)]
+    assert any("1 of its lines name files of several classes" in message for message in messages)
+
+
+def test_images_in_folders_of_a_class_are_images(tree: Path) -> None:
+    """The engine reads any depth and these endings."""
+    path = a_train_image(tree)
+    (path.parent / "deep/deeper").mkdir(parents=True)
+    path.rename(path.parent / "deep/deeper" / path.name)
+    assert render(check("imagenet", tree, progress=False)).endswith("Everything is as it should be.")
+    assert ENDINGS == EXTENSIONS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lambda name: f"x/{name}", lambda name: f"{name} 7", lambda name: f"{name.rpartition('_')[0]}/{name}"),
+        *(lambda name: name, lambda name: name.replace("00000", "00001"), lambda name: f"other_{name}"),
+    ],
+)
+def test_a_list_is_fine_where_a_run_takes_it(tree: Path, change: Callable[[str], str]) -> None:
+    add_line(tree, change)
+    train = read_split(tree / "imagenet/train")
+    try:
+        read_subset(train, tree / "imagenet/1percent.txt")
+        taken = True
+    except UserError:
+        taken = False
+    assert taken == (not errors("imagenet", tree))
 
 
 CocoBreak = Callable[[dict[str, Any]], object]

@@ -174,7 +174,9 @@ def test_a_damaged_polygon_file_leaves_no_half_map(healthy: Path, tmp_path: Path
         target.unlink()
 
 
-def test_imagenet_lists_are_checked_and_copied(healthy: Path, tmp_path: Path) -> None:
+def test_imagenet_lists_are_checked_and_copied(
+    healthy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, lists = tmp_path / "root", tmp_path / "lists"
     shutil.copytree(healthy / "imagenet", root / "imagenet")
     lists.mkdir()
@@ -187,6 +189,19 @@ def test_imagenet_lists_are_checked_and_copied(healthy: Path, tmp_path: Path) ->
     (lists / "1percent.txt").write_text("n01440764_10026.JPEG\n")
     with pytest.raises(UserError, match=r"1 images of .*1percent\.txt are not in"):
         prepare("imagenet", root, lists=str(lists), progress=False)
+    # As the run does, with the folder before the name, which may be left out.
+    for name in ("1percent.txt", "10percent.txt"):
+        (root / "imagenet" / name).unlink()
+    image = min((root / "imagenet/train").glob("*/*.jpg"))
+    (lists / "1percent.txt").write_text(f"x/{image.name}\n")
+    with pytest.raises(UserError, match=r"1 images of .*, x/.* the first"):
+        prepare("imagenet", root, lists=str(lists), progress=False)
+    (lists / "1percent.txt").write_text(f"{image.name}\n{image.parent.name}/{image.name}\n")
+    with pytest.raises(UserError, match=r"1percent\.txt names 1 files twice"):
+        prepare("imagenet", root, lists=str(lists), progress=False)
+    (lists / "1percent.txt").write_text(f"{image.parent.name}/{image.name}\n")
+    assert len(prepare("imagenet", root, lists=str(lists))) == 2
+    assert "10/10 folders" in capsys.readouterr().err
 
 
 def test_imagenet_lists_by_seed_say_so_in_their_name(healthy: Path, tmp_path: Path) -> None:

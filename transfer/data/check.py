@@ -18,6 +18,7 @@ from PIL import Image
 
 from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.progress import Progress
+from transfer.data.class_folders import find_listed, images_below, is_picture
 from transfer.data.coco_file import CocoFile, check_same_categories, read_coco
 from transfer.data.findings import SEVERITIES, Finding, Report, has_errors, render
 from transfer.data.layouts import sets
@@ -312,15 +313,14 @@ def check_cityscapes(root: Path, info: dict[str, Any] | None, report: Report) ->
 
 def check_imagenet(root: Path, info: dict[str, Any] | None, report: Report) -> None:
     folder = root / "imagenet" if (root / "imagenet").is_dir() else root
-    classes: dict[str, set[str]] = {}
-    files: set[str] = set()
+    classes: dict[str, dict[str, list[str]]] = {}
     for split, published in IMAGENET_IMAGES.items():
         expected = published if info is None else info["counts"][f"imagenet/{split}"]
         place = folder / split
         if not is_there(place, "imagenet", report):
             continue
-        names, counts, archives, loose = _class_folders(place, files if split == "train" else None, report)
-        classes[split] = names
+        images, archives, loose = _class_folders(place, report)
+        classes[split] = images
         if archives:
             report.error(
                 place,
@@ -335,9 +335,10 @@ def check_imagenet(root: Path, info: dict[str, Any] | None, report: Report) -> N
                 count=loose,
                 remedy="sort them into class folders by the ground truth of the development kit (its valprep list)",
             )
-        expect(place, f"{split} classes", len(names), IMAGENET_CLASSES if info is None else 10, "imagenet", report)
-        expect(place, f"{split} images", sum(counts.values()), expected, "imagenet", report)
-        empty = sorted(name for name, count in counts.items() if count == 0)
+        expect(place, f"{split} classes", len(images), IMAGENET_CLASSES if info is None else 10, "imagenet", report)
+        every = [image for name in sorted(images) for image in images[name]]
+        expect(place, f"{split} images", len(every), expected, "imagenet", report)
+        empty = sorted(name for name in images if not images[name])
         if empty:
             report.error(
                 place,
@@ -345,18 +346,19 @@ def check_imagenet(root: Path, info: dict[str, Any] | None, report: Report) -> N
                 count=len(empty),
                 remedy=f"unpack them again. {origin('imagenet')}",
             )
-        pictures = spread([place / name for name in sorted(names) if counts[name]], SAMPLED)
-        check_pictures(place, [_first_file(path) for path in pictures], None, "imagenet", report)
-    if len(classes) == 2 and classes["train"] != classes["val"]:
-        differing = sorted(classes["train"] ^ classes["val"])
+        pictures = [place / image for image in spread(every, SAMPLED)]
+        check_pictures(place, pictures, None, "imagenet", report)
+    if len(classes) == 2 and classes["train"].keys() != classes["val"].keys():
+        differing = sorted(classes["train"].keys() ^ classes["val"].keys())
         report.error(
             folder,
             f"{len(differing)} classes are in one of train and val only, {differing[0]} the first",
             count=len(differing),
             remedy="labels are numbered by sorted folder names, so both must have the same: complete the other one",
         )
+    train = [image for found in classes.get("train", {}).values() for image in found]
     for name, lines in SUBSET_LINES.items():
-        _check_subset(folder, name, lines if info is None else None, files, report)
+        _check_subset(folder, name, lines if info is None else None, train, report)
 
 
 def check_sample(root: Path, info: dict[str, Any] | None, report: Report) -> None:
@@ -441,41 +443,32 @@ def _check_polygons(truth: Path, paths: list[Path], picture_of: Callable[[Path],
         )
 
 
-def _class_folders(
-    place: Path, files: set[str] | None, report: Report
-) -> tuple[set[str], dict[str, int], list[str], int]:
-    """Class names, images of each, archives that were not unpacked, and images in no class; fills `files`."""
-    names: set[str] = set()
-    counts: dict[str, int] = {}
+def _class_folders(place: Path, report: Report) -> tuple[dict[str, list[str]], list[str], int]:
+    """Images of each class, archives that were not unpacked, and how many images lie in no class."""
+    folders: list[Path] = []
     archives: list[str] = []
     loose = 0
     with os.scandir(place) as entries:
         for entry in entries:
             if entry.is_dir():
-                names.add(entry.name)
+                folders.append(place / entry.name)
             elif entry.name.endswith(".tar"):
                 archives.append(entry.name)
             else:
-                loose += _is_picture(entry.name)
-    for name in sorted(names):
-        found = [file for file in os.listdir(place / name) if _is_picture(file)]
-        counts[name] = len(found)
-        if files is not None:
-            files.update(found)
-        report.bar.advance(len(found))
-    return names, counts, sorted(archives), loose
+                loose += is_picture(entry.name)
+    classes: dict[str, list[str]] = {}
+    hollow: dict[str, int | None] = {}
+    for folder, images in each(lambda folder: images_below(folder, hollow=hollow), sorted(folders), report):
+        classes[folder.name] = images
+        report.bar.advance(len(images))
+    report_hollow(place, hollow, report)
+    return classes, sorted(archives), loose
 
 
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith((".jpeg", ".jpg", ".png"))
-
-
-def _first_file(folder: Path) -> Path:
-    return folder / min(name for name in os.listdir(folder) if _is_picture(name))
-
-
-def _check_subset(folder: Path, name: str, lines: int | None, files: set[str], report: Report) -> None:
-    path = next((place / name for place in (folder, folder / "imagenet_subsets") if (place / name).exists()), None)
+def _check_subset(folder: Path, name: str, lines: int | None, train: list[str], report: Report) -> None:
+    # The places where a run looks, in its order.
+    places = (folder, folder / "imagenet_subsets", folder.parent)
+    path = next((place / name for place in places if (place / name).is_file()), None)
     if path is None:
         report.warning(
             folder / name,
@@ -483,14 +476,31 @@ def _check_subset(folder: Path, name: str, lines: int | None, files: set[str], r
             remedy=f"`twist data prepare imagenet ROOT lists=FOLDER` takes it. {origin('imagenet-subsets')}",
         )
         return
-    listed = read_list(path, lines, "imagenet-subsets", report)
-    missing = [entry for entry in listed if Path(entry).name not in files]
-    if missing and files:
+    names = read_list(path, lines, "imagenet-subsets", report, whole_lines=True)
+    if not train:
+        return
+    listed = find_listed(train, names)
+    if listed.absent:
         report.error(
             path,
-            f"{len(missing)} of its images are not in train, {missing[0]} the first",
-            count=len(missing),
-            remedy=f"complete train. {origin('imagenet')}",
+            f"{len(listed.absent)} of its images are not in train, {listed.absent[0]} the first",
+            count=len(listed.absent),
+            remedy=f"write each line as <file> or <class>/<file>, and complete train. {origin('imagenet')}",
+        )
+    if listed.ambiguous:
+        report.error(
+            path,
+            f"{len(listed.ambiguous)} of its lines name files of several classes, {listed.ambiguous[0]} the first",
+            count=len(listed.ambiguous),
+            remedy="write them as <class>/<file>",
+        )
+    # Equal lines are reported with the list itself.
+    if listed.doubled > len(names) - len(set(names)):
+        report.error(
+            path,
+            f"{listed.doubled} of its lines name an image again, once with and once without its class folder",
+            count=listed.doubled,
+            remedy=f"keep one line of each image. {origin('imagenet-subsets')}",
         )
 
 
