@@ -247,6 +247,7 @@ def test_a_link_to_nothing_is_one_finding_and_no_crash(tree: Path) -> None:
         ("voc", "VOC2012/JPEGImages/*.jpg"),
         ("voc", "VOC2012/SegmentationClassAug/*.png"),
         ("cityscapes", "cityscapes/leftImg8bit/val/*/*.png"),
+        ("imagenet", "imagenet/train/*/*.jpg"),
         ("sample", "unlabelled/*.jpg"),
     ):
         path = min(tree.glob(pictures))

@@ -153,6 +153,7 @@ def test_a_damaged_polygon_file_leaves_no_half_map(healthy: Path, tmp_path: Path
     for text, why in (
         ('{"imgHeight": 4', "no complete JSON"),
         ("[]", "no JSON object"),
+        (json.dumps({**json.loads(one("car", triangle)), "sensor": []}), "list indices"),
         ("{}", "no imgWidth"),
         ('{"imgHeight": 4, "imgWidth": 4}', "no objects"),
         (one("zebra", triangle), "'zebra'"),

@@ -125,8 +125,11 @@ def prepare_cityscapes(root: Path, *, progress: bool = True) -> list[Path]:
                 fault = polygons_fault(source)
                 if fault:
                     raise UserError(f"{source} is no Cityscapes annotation ({fault}): unpack gtFine again.")
-                with atomic.atomic_path(target) as temporary:
-                    json2labelImg(str(source), str(temporary), "trainIds")
+                try:
+                    with atomic.atomic_path(target) as temporary:
+                        json2labelImg(str(source), str(temporary), "trainIds")
+                except (ValueError, LookupError, TypeError, SystemExit) as error:  # in the parts that we do not look at
+                    raise UserError(f"{source} is no Cityscapes annotation ({error}): unpack gtFine again.") from None
                 written.append(target)
             bar.advance()
     return written
