@@ -127,6 +127,7 @@ def check_pictures(
     complaint: Callable[[Path, Image.Image], str | None] | None,
     dataset: str,
     report: Report,
+    sampled: int = SAMPLED,
 ) -> None:
     """Decode a sample of pictures whole; `complaint` may add what else is wrong with one.
 
@@ -145,7 +146,7 @@ def check_pictures(
 
     bad: dict[str, list[str]] = {}
     reason = ""
-    chosen = spread(paths, SAMPLED)
+    chosen = spread(paths, sampled)
     for path, said in each(look, chosen, report):
         if isinstance(said, Exception):
             reason = reason or str(said)
