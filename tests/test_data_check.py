@@ -439,6 +439,12 @@ def test_a_list_is_fine_where_a_run_takes_it(tree: Path, change: Callable[[str],
     assert taken == (not errors("imagenet", tree))
 
 
+def test_a_polygon_file_without_content_is_found_beside_the_sample(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SAMPLED", 4)  # a fourth of it is read: the first
+    replace(max(tree.glob("cityscapes/gtFine/val/*/*_polygons.json")), "{}")
+    assert "1 of 2 sampled polygons.json are no annotation" in only_error("cityscapes", tree).message
+
+
 CocoBreak = Callable[[dict[str, Any]], object]
 
 
