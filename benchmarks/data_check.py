@@ -220,9 +220,10 @@ def make_cityscapes(root: Path, first: Path) -> None:
         if label.id >= 0 and 0 <= label.trainId < 255:
             to_train_id[label.id] = label.trainId
     ids = _stripes([label.id for label in cityscapes_labels if label.id >= 0], width, height)
+    sides = {"imgHeight": height, "imgWidth": width}
     outlines = [{"label": "road", "polygon": [[x, x % 1024] for x in range(500)]} for _ in range(60)]
     kinds = {
-        "polygons.json": lambda path: path.write_text(json.dumps({"imgHeight": height, "objects": outlines})),
+        "polygons.json": lambda path: path.write_text(json.dumps({**sides, "objects": outlines})),
         "labelIds.png": lambda path: Image.fromarray(ids).save(path),
         "instanceIds.png": lambda path: Image.fromarray(ids.astype(np.uint16)).save(path),
         "labelTrainIds.png": lambda path: Image.fromarray(to_train_id[ids]).save(path),

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,12 @@ from PIL import Image
 from tiny_sample import tiny_sample
 
 from contracts.errors import UsageError, UserError
+from contracts.images import EXTENSIONS
 from transfer.data import check as module
 from transfer.data.check import check, has_errors, render
+from transfer.data.class_folders import ENDINGS
 from transfer.data.findings import Finding
+from transfer.imagenet.dataset import read_split, read_subset
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +239,268 @@ def test_empty_and_unreadable_annotations_are_both_said(tree: Path) -> None:
     messages = [finding.message for finding in errors("voc", tree)]
     assert any("1 files are empty" in message for message in messages)
     assert any("1 files are no VOC annotation" in message for message in messages)
+
+
+def test_a_link_to_nothing_is_one_finding_and_no_crash(tree: Path) -> None:
+    for dataset, pictures in (
+        ("coco", "coco/val2017/*.jpg"),
+        ("voc", "VOC2012/JPEGImages/*.jpg"),
+        ("voc", "VOC2012/SegmentationClassAug/*.png"),
+        ("cityscapes", "cityscapes/leftImg8bit/val/*/*.png"),
+        ("imagenet", "imagenet/train/*/*.jpg"),
+        ("sample", "unlabelled/*.jpg"),
+    ):
+        path = min(tree.glob(pictures))
+        kept = path.rename(tree / "kept")
+        path.symlink_to(tree / "nowhere")
+        found = only_error(dataset, tree)
+        assert re.search(f"1 files are links to nothing, .*{path.name} the first", found.message)
+        path.unlink()
+        kept.rename(path)
+        assert errors(dataset, tree) == []
+        # Negative control: a link to the picture is as good as the picture.
+        path.rename(kept)
+        path.symlink_to(kept)
+        assert errors(dataset, tree) == []
+        path.unlink()
+        kept.rename(path)
+
+
+@pytest.mark.parametrize("counts", [None, [], {}, {"unlabelled": "40"}])
+def test_a_sample_json_without_counts_is_one_finding(tree: Path, counts: object) -> None:
+    path = tree / "sample.json"
+    content = json.loads(path.read_text())
+    replace(path, json.dumps({**content, "counts": counts}))
+    for dataset in ("sample", "coco", "imagenet"):
+        found = only_error(dataset, tree)
+        assert "says no number of images (counts) for unlabelled" in found.message
+
+
+def rotate_annotations(root: Path) -> None:
+    paths = sorted((root / "VOC2007/Annotations").glob("*.xml"))
+    texts = [path.read_text() for path in paths]
+    for path, text in zip(paths, [*texts[1:], texts[0]], strict=True):
+        replace(path, text)
+
+
+def edit_annotations(root: Path, pattern: str, repl: str, count: int | None = None) -> None:
+    for path in sorted((root / "VOC2007/Annotations").glob("*.xml"))[:count]:
+        replace(path, re.sub(pattern, repl, path.read_text(), flags=re.DOTALL))
+
+
+def leak_test(root: Path) -> None:
+    lists = root / "VOC2007/ImageSets/Main"
+    names = (lists / "test.txt").read_text().split()
+    replace(lists / "test.txt", "\n".join([*names[1:], (lists / "trainval.txt").read_text().split()[0]]))
+
+
+def blank_maps(root: Path) -> None:
+    for path in (root / "VOC2012/SegmentationClassAug").glob("*.png"):
+        image = Image.open(path)
+        again = Image.new("P", image.size)
+        again.putpalette(image.getpalette() or [])
+        path.unlink()
+        again.save(path)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda root: edit_annotations(root, "<object>.*</object>", "", 1), "1 of 28 files have no object"),
+        (lambda root: edit_annotations(root, "<object>.*</object>", ""), "28 of 28 files have no object"),
+        (leak_test, "1 images of test are in it, .*too high"),
+        (blank_maps, "24 of 24 sampled maps mark no object"),
+    ],
+)
+def test_each_break_of_voc_is_the_one_error(tree: Path, break_it: Callable[[Path], None], message: str) -> None:
+    break_it(tree)
+    found = only_error("voc", tree)
+    assert re.search(message, found.message), found.message
+
+
+def test_voc_annotations_of_the_wrong_pictures(tree: Path) -> None:
+    rotate_annotations(tree)
+    found = only_error("voc", tree)
+    assert "are of another size than their file in Annotations says" in found.message
+    # Two neighbours of one size hide a swap, three shapes do not hide them all.
+    assert found.count > 5
+
+
+def test_voc_objects_that_are_all_difficult(tree: Path) -> None:
+    edit_annotations(tree, "<difficult>0<", "<difficult>1<")
+    messages = [finding.message for finding in errors("voc", tree)]
+    assert messages == [f"every object of {part} is marked difficult: none of them counts in an AP" for part in (
+        "trainval",
+        "test",
+    )]  # fmt: skip
+
+
+def test_voc_segmentation_lists_that_share_an_image(tree: Path) -> None:
+    lists = tree / "VOC2012/ImageSets/Segmentation"
+    names = (lists / "val.txt").read_text().split()
+    stranger = (lists / "train.txt").read_text().split()[0]
+    replace(lists / "val.txt", "\n".join([*names[1:], stranger]))
+    found = errors("voc", tree)
+    assert [Path(finding.where).name for finding in found] == ["train.txt", "trainaug.txt"]
+    assert all("1 images of val are in it" in finding.message for finding in found)
+
+
+def other_width(path: Path) -> None:
+    replace(path, json.dumps({**json.loads(path.read_text()), "imgWidth": 7}))
+
+
+def of_cityscapes(root: Path, kind: str) -> Path:
+    return min(root.glob(f"cityscapes/gtFine/val/*/*_{kind}"))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda root: replace(of_cityscapes(root, "instanceIds.png"), b""), "1 files are empty, .*instanceIds"),
+        (lambda root: replace(of_cityscapes(root, "labelIds.png"), b""), "1 files are empty, .*labelIds"),
+        (lambda root: replace(of_cityscapes(root, "polygons.json"), b""), "1 files are empty, .*polygons"),
+        (
+            lambda root: replace(path := of_cityscapes(root, "instanceIds.png"), path.read_bytes()[:60]),
+            "1 of 16 sampled pictures cannot be decoded",
+        ),
+        (lambda root: replace(of_cityscapes(root, "polygons.json"), "{}"), "1 of 16 sampled .*: it has no imgWidth"),
+        (lambda root: replace(of_cityscapes(root, "polygons.json"), "[]"), "1 of 16 sampled .*: it is no JSON object"),
+        (lambda root: other_width(of_cityscapes(root, "polygons.json")), "1 of 16 sampled .* picture of another size"),
+    ],
+)
+def test_each_break_of_cityscapes_is_the_one_error(tree: Path, break_it: Callable[[Path], None], message: str) -> None:
+    break_it(tree)
+    found = only_error("cityscapes", tree)
+    assert re.search(message, found.message), found.message
+
+
+def a_train_image(root: Path) -> Path:
+    # Neither the first nor the last of its class.
+    return sorted(min((root / "imagenet/train").iterdir()).glob("*.jpg"))[1]
+
+
+def same_name_twice(root: Path) -> None:
+    listed = (root / "imagenet/1percent.txt").read_text().split()[0]
+    other = max((root / "imagenet/train").iterdir())
+    min(other.glob("*.jpg")).rename(other / listed)
+
+
+def add_line(root: Path, change: Callable[[str], str]) -> None:
+    path = root / "imagenet/1percent.txt"
+    replace(path, path.read_text() + change(path.read_text().split()[0]) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda root: replace(a_train_image(root), b""), "1 files are empty, .*/.*_00001.jpg"),
+        (lambda root: a_train_image(root).rename(root / "kept"), "39 train images, 40 expected"),
+        (lambda root: add_line(root, lambda name: f"x/{name}"), "1 of its images are not in train, x/"),
+        (lambda root: add_line(root, lambda name: f"{name} 7"), "1 of its images are not in train, .*jpg 7 the first"),
+        (lambda root: add_line(root, lambda name: f"{name.rpartition('_')[0]}/{name}"), "1 .* name an image again"),
+    ],
+)
+def test_each_break_of_imagenet_is_the_one_error(tree: Path, break_it: Callable[[Path], None], message: str) -> None:
+    break_it(tree)
+    found = only_error("imagenet", tree)
+    assert re.search(message, found.message), found.message
+
+
+def test_a_name_of_several_classes_is_said_of_every_list(tree: Path) -> None:
+    same_name_twice(tree)
+    messages = [finding.message for finding in errors("imagenet", tree)]
+    assert any("1 of its lines name files of several classes" in message for message in messages)
+
+
+def test_images_in_folders_of_a_class_are_images(tree: Path) -> None:
+    """The engine reads any depth and these endings."""
+    path = a_train_image(tree)
+    (path.parent / "deep/deeper").mkdir(parents=True)
+    path.rename(path.parent / "deep/deeper" / path.name)
+    assert render(check("imagenet", tree, progress=False)).endswith("Everything is as it should be.")
+    assert ENDINGS == EXTENSIONS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lambda name: f"x/{name}", lambda name: f"{name} 7", lambda name: f"{name.rpartition('_')[0]}/{name}"),
+        *(lambda name: name, lambda name: name.replace("00000", "00001"), lambda name: f"other_{name}"),
+    ],
+)
+def test_a_list_is_fine_where_a_run_takes_it(tree: Path, change: Callable[[str], str]) -> None:
+    add_line(tree, change)
+    train = read_split(tree / "imagenet/train")
+    try:
+        read_subset(train, tree / "imagenet/1percent.txt")
+        taken = True
+    except UserError:
+        taken = False
+    assert taken == (not errors("imagenet", tree))
+
+
+def test_a_polygon_file_without_content_is_found_beside_the_sample(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SAMPLED", 4)  # a fourth of it is read: the first
+    replace(max(tree.glob("cityscapes/gtFine/val/*/*_polygons.json")), "{}")
+    assert "1 of 2 sampled polygons.json are no annotation" in only_error("cityscapes", tree).message
+
+
+CocoBreak = Callable[[dict[str, Any]], object]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda c: c["annotations"][0].pop("image_id"), "1 annotations have no image_id"),
+        (lambda c: c["annotations"][0].update(image_id=[1]), "1 annotations have no image_id"),
+        (lambda c: c["annotations"][0].pop("category_id"), "1 annotations have no category_id"),
+        (lambda c: c["annotations"][0].pop("id"), "1 annotations have no id"),
+        (lambda c: c["annotations"][0].pop("bbox"), "1 annotations have no bbox of four numbers"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, None, 4]), "1 annotations have no bbox of four numbers"),
+        (lambda c: c["annotations"][0].pop("area"), "1 annotations have no area"),
+        (lambda c: c["annotations"][0].pop("iscrowd"), "1 annotations have no iscrowd"),
+        (lambda c: c["annotations"].append(None), "1 annotations are no JSON objects"),
+        (lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]), "1 annotations have the id of another"),
+        (lambda c: c["annotations"][0].update(bbox=[9, 9, -4, 4]), "1 annotations have a bbox of negative"),
+        (lambda c: c["annotations"][0].update(bbox=[9, 9, float("nan"), 4]), "1 annotations have a bbox of negative"),
+        (lambda c: c["annotations"][0].update(bbox=[50, 50, 4, 900]), "1 of .* a bbox that reaches outside its image"),
+        (lambda c: c["annotations"].clear(), "has no annotation"),
+        (lambda c: c["images"][0].pop("height"), "1 of 16 images have no id, file_name, width or height"),
+        (lambda c: c["images"].append(None), "1 of 17 images have no id, file_name, width or height"),
+        (lambda c: c["categories"][2].update(name="unicorn"), "1 categories are not those .*: 3 is 'unicorn' here"),
+    ],
+)
+def test_each_break_of_coco_is_the_one_error(tree: Path, break_it: CocoBreak, message: str) -> None:
+    path = tree / "coco/annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    break_it(content)
+    replace(path, json.dumps(content))
+    found = only_error("coco", tree)
+    assert re.search(message, found.message), found.message
+
+
+def test_coco_boxes_given_as_corners(tree: Path) -> None:
+    path = tree / "coco/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    for entry in content["annotations"]:
+        left, top, width, height = entry["bbox"]
+        entry["bbox"] = [left, top, left + width, top + height]
+    replace(path, json.dumps(content))
+    found = only_error("coco", tree)
+    assert "reaches outside its image" in found.message
+    assert "x1, y1, x2, y2" in found.remedy
+
+
+def test_a_few_odd_boxes_of_coco_are_no_error(tree: Path) -> None:
+    """The originals have boxes of height 0, and some that reach out by a part of a pixel."""
+    path = tree / "coco/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    sizes = {image["id"]: image["width"] for image in content["images"]}
+    first, second = content["annotations"][:2]
+    first["bbox"] = [5.5, 5.5, 3.2, 0.0]
+    second["bbox"] = [0, 0, sizes[second["image_id"]] + 0.5, 3]
+    replace(path, json.dumps(content))
+    assert render(check("coco", tree, progress=False)).endswith("Everything is as it should be.")
 
 
 def test_everything_wrong_is_said_at_once(tree: Path) -> None:

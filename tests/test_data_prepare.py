@@ -144,16 +144,40 @@ def test_a_damaged_polygon_file_leaves_no_half_map(healthy: Path, tmp_path: Path
     source = min(root.glob("cityscapes/gtFine/train/*/*_polygons.json"))
     target = source.with_name(source.name.replace("polygons.json", "labelTrainIds.png"))
     target.unlink()
-    unknown = {"imgHeight": 4, "imgWidth": 4, "objects": [{"label": "zebra", "polygon": [[0, 0], [3, 0], [3, 3]]}]}
-    for text in ('{"imgHeight": 4', json.dumps(unknown)):
+    whole = source.read_text()
+
+    def one(label: object, polygon: object) -> str:
+        return json.dumps({"imgHeight": 4, "imgWidth": 4, "objects": [{"label": label, "polygon": polygon}]})
+
+    triangle = [[0, 0], [3, 0], [3, 3]]
+    for text, why in (
+        ('{"imgHeight": 4', "no complete JSON"),
+        ("[]", "no JSON object"),
+        (json.dumps({**json.loads(one("car", triangle)), "sensor": []}), "list indices"),
+        ("{}", "no imgWidth"),
+        ('{"imgHeight": 4, "imgWidth": 4}', "no objects"),
+        (one("zebra", triangle), "'zebra'"),
+        (one(None, triangle), "no label"),
+        (one("car", None), "no polygon of points"),
+        (one("car", [1, 2, 3]), "no polygon of points"),
+        (one("car", []), "fewer than two points"),
+        (one("car", [[1, 1]]), "fewer than two points"),
+    ):
         source.write_text(text)
-        with pytest.raises(UserError, match=f"{source} is no Cityscapes annotation"):
+        with pytest.raises(UserError, match=f"{source} is no Cityscapes annotation .*{why}"):
             prepare("cityscapes", root, progress=False)
         assert not target.exists()
     assert not list(source.parent.glob(".*"))
+    # Negative controls: what the scripts paint is painted.
+    for text in (whole, one("cargroup", triangle), one("car", triangle[:2])):
+        source.write_text(text)
+        assert prepare("cityscapes", root, progress=False) == [target]
+        target.unlink()
 
 
-def test_imagenet_lists_are_checked_and_copied(healthy: Path, tmp_path: Path) -> None:
+def test_imagenet_lists_are_checked_and_copied(
+    healthy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, lists = tmp_path / "root", tmp_path / "lists"
     shutil.copytree(healthy / "imagenet", root / "imagenet")
     lists.mkdir()
@@ -166,6 +190,19 @@ def test_imagenet_lists_are_checked_and_copied(healthy: Path, tmp_path: Path) ->
     (lists / "1percent.txt").write_text("n01440764_10026.JPEG\n")
     with pytest.raises(UserError, match=r"1 images of .*1percent\.txt are not in"):
         prepare("imagenet", root, lists=str(lists), progress=False)
+    # As the run does, with the folder before the name, which may be left out.
+    for name in ("1percent.txt", "10percent.txt"):
+        (root / "imagenet" / name).unlink()
+    image = min((root / "imagenet/train").glob("*/*.jpg"))
+    (lists / "1percent.txt").write_text(f"x/{image.name}\n")
+    with pytest.raises(UserError, match=r"1 images of .*, x/.* the first"):
+        prepare("imagenet", root, lists=str(lists), progress=False)
+    (lists / "1percent.txt").write_text(f"{image.name}\n{image.parent.name}/{image.name}\n")
+    with pytest.raises(UserError, match=r"1percent\.txt names 1 files twice"):
+        prepare("imagenet", root, lists=str(lists), progress=False)
+    (lists / "1percent.txt").write_text(f"{image.parent.name}/{image.name}\n")
+    assert len(prepare("imagenet", root, lists=str(lists))) == 2
+    assert "10/10 folders" in capsys.readouterr().err
 
 
 def test_imagenet_lists_by_seed_say_so_in_their_name(healthy: Path, tmp_path: Path) -> None:

@@ -7,11 +7,8 @@ published data sets; a sample tree is checked against its own sample.json.
 
 from __future__ import annotations
 
-import json
 import os
-import xml.etree.ElementTree as ElementTree
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +18,37 @@ from PIL import Image
 
 from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.progress import Progress
+from transfer.data.class_folders import find_listed, images_below, is_picture
+from transfer.data.coco_file import CocoFile, check_same_categories, read_coco
 from transfer.data.findings import SEVERITIES, Finding, Report, has_errors, render
+from transfer.data.layouts import sets
 from transfer.data.looks import (
     SAMPLED,
     check_maps,
     check_pictures,
+    each,
     expect,
     expect_files,
     file_names,
     is_there,
     origin,
     read_list,
+    report_hollow,
+    size_of,
     spread,
 )
 from transfer.data.masks import voc_palette
-from transfer.data.sample import SAMPLE_JSON, read_sample_json
+from transfer.data.polygons import polygons_fault
+from transfer.data.sample import SAMPLE_JSON, SIZES, read_sample_json
+from transfer.data.voc_boxes import check_voc_boxes
 
 __all__ = ["Finding", "check", "has_errors", "render"]
 
 VOID = 255
+# Bytes of the shortest polygons.json with an object in it, and some fewer.
+SHORTEST = 64
+# (width, height) of pictures by file name, None where nothing says it.
+Sizes = dict[str, tuple[int, int] | None]
 
 # VOC's classes in palette order (VOC development kit), background first.
 VOC_CLASSES = (
@@ -82,7 +91,12 @@ def check(dataset: str, root: str | os.PathLike[str], *, progress: bool = True) 
         # A sample is checked against itself, also when its imagenet/ is named and not its root.
         home = next((place for place in (root, root.parent) if (place / SAMPLE_JSON).exists()), None)
         info = read_sample_json(home or root) if home or dataset == "sample" else None
-        CHECKS[dataset](root, info, report)
+        lacking = _lacking_counts(info)
+        if lacking:
+            # Without them nothing says how much the sample must hold.
+            report.error((home or root) / SAMPLE_JSON, lacking, remedy=origin("sample"))
+        else:
+            CHECKS[dataset](root, info, report)
     return sorted(report.findings, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
@@ -90,46 +104,35 @@ def check_coco(root: Path, info: dict[str, Any] | None, report: Report) -> None:
     folder = root / "coco"
     if not is_there(folder, "coco", report):
         return
+    read: dict[str, CocoFile] = {}
+    files = {split: folder / "annotations" / f"instances_{split}.json" for split in COCO_IMAGES}
     for split, published in COCO_IMAGES.items():
         expected = published if info is None else info["counts"][f"coco/{split}"]
         names = file_names(folder / split, (".jpg",), "coco", report)
-        file = folder / "annotations" / f"instances_{split}.json"
-        content = _read_coco(file, report)
+        classes = 80 if info is None else len(info["classes"])
+        content = read_coco(files[split], report, images=expected, categories=classes)
+        if content is not None:
+            read[split] = content
         if names is None or content is None:
             continue
         expect(folder / split, f"{split} images", len(names), expected, "coco", report)
-        listed = {image["file_name"]: image for image in content["images"]}
-        expect(file, f"{split} images listed", len(listed), expected, "coco", report)
-        missing = sorted(set(listed) - names)
+        missing = sorted(set(content.sizes) - names)
         if missing:
             report.error(
                 folder / split,
-                f"{len(missing)} images that {file.name} lists are not there, {missing[0]} the first",
+                f"{len(missing)} images that {files[split].name} lists are not there, {missing[0]} the first",
                 count=len(missing),
                 remedy=f"the archive was unpacked in part: unpack {split}.zip again",
             )
-        numbers = {image["id"] for image in content["images"]}
-        categories = {category["id"] for category in content["categories"]}
-        annotations = content["annotations"]
-        wrong = {
-            "belong to an image that is not listed": sum(a["image_id"] not in numbers for a in annotations),
-            "have a category that is not listed": sum(a["category_id"] not in categories for a in annotations),
-            "have no outline": sum(not a.get("segmentation") for a in annotations),
-        }
-        for message, count in wrong.items():
-            if count:
-                report.error(file, f"{count} annotations {message}", count=count, remedy=origin("coco"))
-        expected_categories = 80 if info is None else len(info["classes"])
-        expect(file, "categories", len(categories), expected_categories, "coco", report)
-        report.fine(file, f"{len(annotations)} annotations", count=len(annotations))
 
-        def has_listed_size(path: Path, image: Image.Image, listed: dict[str, Any] = listed) -> str | None:
-            entry = listed.get(path.name)
-            same = entry is None or (entry["width"], entry["height"]) == image.size
-            return None if same else "are of another size than the annotations say"
+        def has_listed_size(path: Path, image: Image.Image, sizes: Sizes = content.sizes) -> str | None:
+            return None if sizes[path.name] in (None, image.size) else "are of another size than the annotations say"
 
-        paths = [folder / split / name for name in sorted(names & set(listed))]
+        paths = [folder / split / name for name in sorted(names & set(content.sizes))]
         check_pictures(folder / split, paths, has_listed_size, "coco", report)
+    if len(read) == 2:
+        (first, one), (second, other) = ((files[split], content) for split, content in read.items())
+        check_same_categories(first, second, one, other, report)
 
 
 def check_voc(root: Path, info: dict[str, Any] | None, report: Report) -> None:
@@ -150,9 +153,17 @@ def check_voc(root: Path, info: dict[str, Any] | None, report: Report) -> None:
         every = sorted({name for names in listed.values() for name in names})
         expect_files(folder / "JPEGImages", images, every, ".jpg", "voc", report)
         expect_files(folder / "Annotations", boxes, every, ".xml", "voc", report)
-        _check_voc_boxes(folder, [name for name in every if f"{name}.xml" in boxes], set(classes[1:]), report)
+        for first, second in (("trainval", "test"), ("train", "val")):
+            _check_apart(folder / "ImageSets" / "Main", first, second, listed, report)
+        annotated = [name for name in every if f"{name}.xml" in boxes]
+        sizes = check_voc_boxes(folder / "Annotations", annotated, listed, set(classes[1:]), report)
         pictures = [folder / "JPEGImages" / f"{name}.jpg" for name in every if f"{name}.jpg" in images]
-        check_pictures(folder / "JPEGImages", pictures, None, "voc", report)
+
+        def has_annotated_size(path: Path, image: Image.Image, sizes: Sizes = sizes) -> str | None:
+            same = sizes.get(path.stem) in (None, image.size)
+            return None if same else "are of another size than their file in Annotations says"
+
+        check_pictures(folder / "JPEGImages", pictures, has_annotated_size, "voc", report)
     _check_voc_segmentation(voc_folder(root, "VOC2012"), info, len(classes), report)
 
 
@@ -174,14 +185,8 @@ def _check_voc_segmentation(folder: Path, info: dict[str, Any] | None, classes: 
             kind = {"train": "VOC2012/train", "val": "VOC2012/val", "trainaug": "VOC2012/train"}[part]
             expected = info["counts"][kind] if part != "train" else None
         lists[part] = read_list(path, expected, "voc", report)
-    shared = sorted(set(lists.get("trainaug", ())) & set(lists.get("val", ())))
-    if shared:
-        report.error(
-            folder / "ImageSets/Segmentation/trainaug.txt",
-            f"{len(shared)} images of val are in it, {shared[0]} the first: every number measured with it is too high",
-            count=len(shared),
-            remedy="remove trainaug.txt and aug.txt, and make them again with `twist data prepare voc`",
-        )
+    _check_apart(path.parent, "train", "val", lists, report)
+    _check_apart(path.parent, "trainaug", "val", lists, report)
     for part, maps in (
         ("train", "SegmentationClass"),
         ("val", "SegmentationClass"),
@@ -201,6 +206,7 @@ def _check_voc_segmentation(folder: Path, info: dict[str, Any] | None, classes: 
             remedy="take the original palette PNGs again (do not open and save them with a picture program)",
             where=f"{folder / maps} ({part})",
             report=report,
+            empty={0, VOID},
             palette=voc_palette(),
         )
         if paths and histogram is not None and maps == "SegmentationClass" and not histogram[VOID]:
@@ -209,6 +215,21 @@ def _check_voc_segmentation(folder: Path, info: dict[str, Any] | None, classes: 
                 "no pixel of the void border (255) in what was sampled: VOC's own maps have one around every object",
                 remedy="take the original SegmentationClass again: border pixels may have become a class",
             )
+
+
+def _check_apart(folder: Path, first: str, second: str, lists: dict[str, list[str]], report: Report) -> None:
+    """No image may be both trained on and measured with."""
+    shared = sorted(set(lists.get(first, ())) & set(lists.get(second, ())))
+    if shared:
+        report.error(
+            folder / f"{first}.txt",
+            f"{len(shared)} images of {second} are in it, {shared[0]} the first: every number measured with it is too "
+            "high",
+            count=len(shared),
+            remedy="remove trainaug.txt and aug.txt, and make them again with `twist data prepare voc`"
+            if first == "trainaug"
+            else f"take both lists from the originals again. {origin('voc')}",
+        )
 
 
 def check_cityscapes(root: Path, info: dict[str, Any] | None, report: Report) -> None:
@@ -229,12 +250,13 @@ def check_cityscapes(root: Path, info: dict[str, Any] | None, report: Report) ->
         if not is_there(pictures, "cityscapes", report) or not is_there(truth, "cityscapes", report):
             continue
         suffix = "_leftImg8bit.png"
-        stems = sorted(
-            path.relative_to(pictures).as_posix().removesuffix(suffix) for path in pictures.glob(f"*/*{suffix}")
-        )
+        photographed = {path.relative_to(pictures).as_posix(): size_of(path) for path in pictures.glob(f"*/*{suffix}")}
+        stems = sorted(name.removesuffix(suffix) for name in photographed)
         expect(pictures, f"{split} images", len(stems), expected, "cityscapes", report)
-        annotated = {path.relative_to(truth).as_posix() for path in truth.glob("*/*_gtFine_*")}
+        annotated = {path.relative_to(truth).as_posix(): size_of(path) for path in truth.glob("*/*_gtFine_*")}
         report.bar.advance(len(stems) + len(annotated))
+        report_hollow(pictures, photographed, report)
+        report_hollow(truth, annotated, report)
         for kind, remedy in (
             ("polygons.json", origin("cityscapes")),
             ("labelIds.png", origin("cityscapes")),
@@ -250,6 +272,10 @@ def check_cityscapes(root: Path, info: dict[str, Any] | None, report: Report) ->
                     remedy=remedy,
                 )
         check_pictures(pictures, [pictures / f"{stem}{suffix}" for stem in stems], None, "cityscapes", report)
+
+        def picture_of(path: Path, pictures: Path = pictures) -> Path:
+            return pictures / path.parent.name / (path.name.partition("_gtFine_")[0] + "_leftImg8bit.png")
+
         for kind, allowed, remedy in (
             ("labelIds", ids, origin("cityscapes")),
             (
@@ -261,25 +287,42 @@ def check_cityscapes(root: Path, info: dict[str, Any] | None, report: Report) ->
         ):
             paths = [truth / f"{stem}_gtFine_{kind}.png" for stem in stems if f"{stem}_gtFine_{kind}.png" in annotated]
 
-            def picture_of(path: Path, kind: str = kind, pictures: Path = pictures) -> Path:
-                return pictures / path.parent.name / path.name.replace(f"_gtFine_{kind}", "_leftImg8bit")
-
             where = f"{truth} ({kind})"
-            check_maps(paths, allowed=allowed, picture_of=picture_of, remedy=remedy, where=where, report=report)
+            empty = {number for number in allowed if number == VOID or (kind == "labelIds" and number < 4)}
+            check_maps(
+                paths,
+                allowed=allowed,
+                picture_of=picture_of,
+                remedy=remedy,
+                where=where,
+                report=report,
+                empty=empty,
+            )
         _check_train_ids(truth, stems, annotated, to_train_id, report)
+
+        def has_picture_size(
+            path: Path, image: Image.Image, picture_of: Callable[[Path], Path] = picture_of
+        ) -> str | None:
+            same = _picture_size(picture_of(path)) in (None, image.size)
+            return None if same else "are of another size than their picture"
+
+        instances = [truth / f"{stem}_gtFine_instanceIds.png" for stem in stems]
+        instances = [path for path in instances if path.relative_to(truth).as_posix() in annotated]
+        check_pictures(truth, instances, has_picture_size, "cityscapes", report, SAMPLED // 4)
+        outlines = [path.with_name(path.name.replace("instanceIds.png", "polygons.json")) for path in instances]
+        _check_polygons(truth, [path for path in outlines if size_of(path)], picture_of, report)
 
 
 def check_imagenet(root: Path, info: dict[str, Any] | None, report: Report) -> None:
     folder = root / "imagenet" if (root / "imagenet").is_dir() else root
-    classes: dict[str, set[str]] = {}
-    files: set[str] = set()
+    classes: dict[str, dict[str, list[str]]] = {}
     for split, published in IMAGENET_IMAGES.items():
         expected = published if info is None else info["counts"][f"imagenet/{split}"]
         place = folder / split
         if not is_there(place, "imagenet", report):
             continue
-        names, counts, archives, loose = _class_folders(place, files if split == "train" else None, report)
-        classes[split] = names
+        images, archives, loose = _class_folders(place, report)
+        classes[split] = images
         if archives:
             report.error(
                 place,
@@ -294,9 +337,10 @@ def check_imagenet(root: Path, info: dict[str, Any] | None, report: Report) -> N
                 count=loose,
                 remedy="sort them into class folders by the ground truth of the development kit (its valprep list)",
             )
-        expect(place, f"{split} classes", len(names), IMAGENET_CLASSES if info is None else 10, "imagenet", report)
-        expect(place, f"{split} images", sum(counts.values()), expected, "imagenet", report)
-        empty = sorted(name for name, count in counts.items() if count == 0)
+        expect(place, f"{split} classes", len(images), IMAGENET_CLASSES if info is None else 10, "imagenet", report)
+        every = [image for name in sorted(images) for image in images[name]]
+        expect(place, f"{split} images", len(every), expected, "imagenet", report)
+        empty = sorted(name for name in images if not images[name])
         if empty:
             report.error(
                 place,
@@ -304,18 +348,19 @@ def check_imagenet(root: Path, info: dict[str, Any] | None, report: Report) -> N
                 count=len(empty),
                 remedy=f"unpack them again. {origin('imagenet')}",
             )
-        pictures = spread([place / name for name in sorted(names) if counts[name]], SAMPLED)
-        check_pictures(place, [_first_file(path) for path in pictures], None, "imagenet", report)
-    if len(classes) == 2 and classes["train"] != classes["val"]:
-        differing = sorted(classes["train"] ^ classes["val"])
+        pictures = [place / image for image in spread(every, SAMPLED)]
+        check_pictures(place, pictures, None, "imagenet", report)
+    if len(classes) == 2 and classes["train"].keys() != classes["val"].keys():
+        differing = sorted(classes["train"].keys() ^ classes["val"].keys())
         report.error(
             folder,
             f"{len(differing)} classes are in one of train and val only, {differing[0]} the first",
             count=len(differing),
             remedy="labels are numbered by sorted folder names, so both must have the same: complete the other one",
         )
+    train = [image for found in classes.get("train", {}).values() for image in found]
     for name, lines in SUBSET_LINES.items():
-        _check_subset(folder, name, lines if info is None else None, files, report)
+        _check_subset(folder, name, lines if info is None else None, train, report)
 
 
 def check_sample(root: Path, info: dict[str, Any] | None, report: Report) -> None:
@@ -345,70 +390,8 @@ def voc_folder(root: Path, year: str) -> Path:
     return nested if nested.is_dir() and not (root / year).is_dir() else root / year
 
 
-def _read_coco(file: Path, report: Report) -> dict[str, Any] | None:
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        report.error(file, "is missing", remedy=origin("coco"))
-        return None
-    except (OSError, ValueError) as error:
-        report.error(file, f"is no complete JSON ({error})", remedy="unpack annotations_trainval2017.zip again")
-        return None
-    parts = ("images", "annotations", "categories")
-    absent = [part for part in parts if not isinstance(content, dict) or not isinstance(content.get(part), list)]
-    if absent:
-        report.error(file, f"has no list of {absent[0]}", remedy="take instances_*.json, not captions or keypoints")
-        return None
-    report.bar.advance()
-    return content
-
-
-def _check_voc_boxes(folder: Path, names: list[str], classes: set[str], report: Report) -> None:
-    where = folder / "Annotations"
-    unreadable: list[str] = []
-    unknown: Counter[str] = Counter()
-    outside = objects = 0
-    for name in names:
-        report.bar.advance()
-        try:
-            tree = ElementTree.parse(where / f"{name}.xml")
-            width, height = (int(tree.findtext(f"size/{side}") or "") for side in ("width", "height"))
-            for node in tree.iter("object"):
-                objects += 1
-                label = node.findtext("name") or ""
-                if label not in classes:
-                    unknown[label] += 1
-                sides = [float(node.findtext(f"bndbox/{side}") or "") for side in ("xmin", "ymin", "xmax", "ymax")]
-                outside += not (1 <= sides[0] < sides[2] <= width and 1 <= sides[1] < sides[3] <= height)
-        except (ElementTree.ParseError, OSError, ValueError):
-            unreadable.append(name)
-    if unreadable:
-        report.error(
-            where,
-            f"{len(unreadable)} files are no VOC annotation, {unreadable[0]}.xml the first",
-            count=len(unreadable),
-            remedy=origin("voc"),
-        )
-    if unknown:
-        name, count = unknown.most_common(1)[0]
-        report.error(
-            where,
-            f"{unknown.total()} objects have a class that VOC does not have, most often {name!r} ({count})",
-            count=unknown.total(),
-            remedy=origin("voc"),
-        )
-    if outside:
-        report.warning(
-            where,
-            f"{outside} of {objects} boxes are empty or reach outside their image (pixels are counted from 1)",
-            count=outside,
-            remedy="a few are in the originals; many mean that the boxes were converted to another convention",
-        )
-    report.fine(where, f"{objects} objects", count=objects)
-
-
 def _check_train_ids(
-    truth: Path, stems: list[str], annotated: set[str], to_train_id: NDArray[np.uint8], report: Report
+    truth: Path, stems: list[str], annotated: Container[str], to_train_id: NDArray[np.uint8], report: Report
 ) -> None:
     """trainIds must be what the official table makes of the labelIds beside them, pixel by pixel."""
     kinds = ("labelIds", "labelTrainIds")
@@ -438,41 +421,57 @@ def _check_train_ids(
         )
 
 
-def _class_folders(
-    place: Path, files: set[str] | None, report: Report
-) -> tuple[set[str], dict[str, int], list[str], int]:
-    """Class names, images of each, archives that were not unpacked, and images in no class; fills `files`."""
-    names: set[str] = set()
-    counts: dict[str, int] = {}
+def _picture_size(path: Path) -> tuple[int, int] | None:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError):
+        return None  # reported with the pictures themselves
+
+
+def _check_polygons(truth: Path, paths: list[Path], picture_of: Callable[[Path], Path], report: Report) -> None:
+    def look(path: Path) -> str | None:
+        return polygons_fault(path, _picture_size(picture_of(path)))
+
+    # Few, as they are slow to read; and all that are too short to hold an object.
+    chosen = sorted({*spread(paths, SAMPLED // 4), *(path for path in paths if (size_of(path) or 0) < SHORTEST)})
+    faults = [(path, fault) for path, fault in each(look, chosen, report) if fault]
+    if faults:
+        path, fault = faults[0]
+        report.error(
+            truth,
+            f"{len(faults)} of {len(chosen)} sampled polygons.json are no annotation, {path.name} the first: {fault}",
+            count=len(faults),
+            remedy=f"unpack gtFine again. {origin('cityscapes')}",
+        )
+
+
+def _class_folders(place: Path, report: Report) -> tuple[dict[str, list[str]], list[str], int]:
+    """Images of each class, archives that were not unpacked, and how many images lie in no class."""
+    folders: list[Path] = []
     archives: list[str] = []
     loose = 0
     with os.scandir(place) as entries:
         for entry in entries:
             if entry.is_dir():
-                names.add(entry.name)
+                folders.append(place / entry.name)
             elif entry.name.endswith(".tar"):
                 archives.append(entry.name)
             else:
-                loose += _is_picture(entry.name)
-    for name in sorted(names):
-        found = [file for file in os.listdir(place / name) if _is_picture(file)]
-        counts[name] = len(found)
-        if files is not None:
-            files.update(found)
-        report.bar.advance(len(found))
-    return names, counts, sorted(archives), loose
+                loose += is_picture(entry.name)
+    classes: dict[str, list[str]] = {}
+    hollow: dict[str, int | None] = {}
+    for folder, images in each(lambda folder: images_below(folder, hollow=hollow), sorted(folders), report):
+        classes[folder.name] = images
+        report.bar.advance(len(images))
+    report_hollow(place, hollow, report)
+    return classes, sorted(archives), loose
 
 
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith((".jpeg", ".jpg", ".png"))
-
-
-def _first_file(folder: Path) -> Path:
-    return folder / min(name for name in os.listdir(folder) if _is_picture(name))
-
-
-def _check_subset(folder: Path, name: str, lines: int | None, files: set[str], report: Report) -> None:
-    path = next((place / name for place in (folder, folder / "imagenet_subsets") if (place / name).exists()), None)
+def _check_subset(folder: Path, name: str, lines: int | None, train: list[str], report: Report) -> None:
+    # The places where a run looks, in its order.
+    places = (folder, folder / "imagenet_subsets", folder.parent)
+    path = next((place / name for place in places if (place / name).is_file()), None)
     if path is None:
         report.warning(
             folder / name,
@@ -480,15 +479,43 @@ def _check_subset(folder: Path, name: str, lines: int | None, files: set[str], r
             remedy=f"`twist data prepare imagenet ROOT lists=FOLDER` takes it. {origin('imagenet-subsets')}",
         )
         return
-    listed = read_list(path, lines, "imagenet-subsets", report)
-    missing = [entry for entry in listed if Path(entry).name not in files]
-    if missing and files:
+    names = read_list(path, lines, "imagenet-subsets", report, whole_lines=True)
+    if not train:
+        return
+    listed = find_listed(train, names)
+    if listed.absent:
         report.error(
             path,
-            f"{len(missing)} of its images are not in train, {missing[0]} the first",
-            count=len(missing),
-            remedy=f"complete train. {origin('imagenet')}",
+            f"{len(listed.absent)} of its images are not in train, {listed.absent[0]} the first",
+            count=len(listed.absent),
+            remedy=f"write each line as <file> or <class>/<file>, and complete train. {origin('imagenet')}",
         )
+    if listed.ambiguous:
+        report.error(
+            path,
+            f"{len(listed.ambiguous)} of its lines name files of several classes, {listed.ambiguous[0]} the first",
+            count=len(listed.ambiguous),
+            remedy="write them as <class>/<file>",
+        )
+    # Equal lines are reported with the list itself.
+    if listed.doubled > len(names) - len(set(names)):
+        report.error(
+            path,
+            f"{listed.doubled} of its lines name an image again, once with and once without its class folder",
+            count=listed.doubled,
+            remedy=f"keep one line of each image. {origin('imagenet-subsets')}",
+        )
+
+
+def _lacking_counts(info: dict[str, Any] | None) -> str | None:
+    """What the content of a sample.json lacks to check the sample by it."""
+    if info is None:
+        return None
+    counts = info.get("counts")
+    lacking = [
+        name for name in sets(SIZES["tiny"]) if not isinstance(counts, dict) or type(counts.get(name)) is not int
+    ]
+    return f"says no number of images (counts) for {lacking[0]}" if lacking else None
 
 
 def _sample_voc_count(info: dict[str, Any], year: str, part: str) -> int:

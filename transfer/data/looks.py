@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,14 +38,28 @@ def file_names(folder: Path, endings: tuple[str, ...], dataset: str, report: Rep
     """File names in `folder` that end so; empty files are reported. None when there is no folder."""
     if not is_there(folder, dataset, report):
         return None
-    names, empty = set(), []
+    sizes: dict[str, int | None] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.lower().endswith(endings):
-                names.add(entry.name)
-                if entry.stat().st_size == 0:
-                    empty.append(entry.name)
-    report.bar.advance(len(names))
+                sizes[entry.name] = size_of(entry)
+    report.bar.advance(len(sizes))
+    report_hollow(folder, sizes, report)
+    return set(sizes)
+
+
+def size_of(file: Path | os.DirEntry[str]) -> int | None:
+    """Bytes of a file; None where there is nothing to read, as behind a link whose target is gone."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return None
+
+
+def report_hollow(folder: Path, sizes: Mapping[str, int | None], report: Report) -> None:
+    """Report the files without content: of 0 bytes, and links whose target is not there."""
+    empty = [name for name, size in sizes.items() if size == 0]
+    gone = [name for name, size in sizes.items() if size is None]
     if empty:
         report.error(
             folder,
@@ -53,7 +67,13 @@ def file_names(folder: Path, endings: tuple[str, ...], dataset: str, report: Rep
             count=len(empty),
             remedy="the disk was full or the archive torn: unpack it again",
         )
-    return names
+    if gone:
+        report.error(
+            folder,
+            f"{len(gone)} files are links to nothing, {min(gone)} the first",
+            count=len(gone),
+            remedy="what they point to was moved or is not mounted: bring it back, or make the links again",
+        )
 
 
 def expect(where: Path, what: str, found: int, expected: int | None, dataset: str, report: Report) -> None:
@@ -69,10 +89,13 @@ def expect(where: Path, what: str, found: int, expected: int | None, dataset: st
     )
 
 
-def read_list(path: Path, expected: int | None, dataset: str, report: Report) -> list[str]:
-    """Names of an image set, the first word of each line; reports what is missing, doubled or too many."""
+def read_list(
+    path: Path, expected: int | None, dataset: str, report: Report, *, whole_lines: bool = False
+) -> list[str]:
+    """Names of an image set, the first word of each line or all of it; reports what is missing, doubled or too many."""
     try:
-        names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        names = lines if whole_lines else [line.split()[0] for line in lines]
     except FileNotFoundError:
         report.error(path, "is missing", remedy=origin(dataset))
         return []
@@ -104,10 +127,16 @@ def check_pictures(
     complaint: Callable[[Path, Image.Image], str | None] | None,
     dataset: str,
     report: Report,
+    sampled: int = SAMPLED,
 ) -> None:
-    """Decode a sample of pictures whole; `complaint` may add what else is wrong with one."""
+    """Decode a sample of pictures whole; `complaint` may add what else is wrong with one.
+
+    Whoever calls it has looked at all their sizes before: files without content are not reported again.
+    """
 
     def look(path: Path) -> str | OSError | SyntaxError | None:
+        if not size_of(path):
+            return None  # said by `report_hollow`
         try:
             with Image.open(path) as image:
                 image.load()
@@ -117,7 +146,7 @@ def check_pictures(
 
     bad: dict[str, list[str]] = {}
     reason = ""
-    chosen = spread(paths, SAMPLED)
+    chosen = spread(paths, sampled)
     for path, said in each(look, chosen, report):
         if isinstance(said, Exception):
             reason = reason or str(said)
@@ -141,12 +170,13 @@ def check_maps(
     remedy: str,
     where: str,
     report: Report,
+    empty: set[int],
     palette: Sequence[int] | None = None,
 ) -> NDArray[np.int64] | None:
     """Look at mode, values and size of a sample of label maps; the histogram of their values, None if all are unfit.
 
     `palette` (r, g, b of every number) is the one that the originals have: a picture program that saves a map numbers
-    its colours anew, and every number it then holds is still a label.
+    its colours anew, and every number it then holds is still a label. `empty` are the numbers that mark no object.
     """
 
     def look(path: Path) -> tuple[str, list[int], bool, Sequence[int]] | None:
@@ -160,8 +190,9 @@ def check_maps(
             return None
 
     histogram = np.zeros(256, dtype=np.int64)
-    coloured, resized, unreadable, strange, renumbered = [], [], [], [], []
-    chosen = spread(paths, SAMPLED)
+    coloured, resized, unreadable, strange, renumbered, blank = [], [], [], [], [], []
+    # Files without content are reported where all sizes are looked at; a picture that is not there at all is not.
+    chosen = [path for path in spread(paths, SAMPLED) if size_of(path) and not _is_hollow(picture_of(path))]
     for path, seen in each(look, chosen, report):
         if seen is None:
             unreadable.append(path.name)
@@ -176,12 +207,16 @@ def check_maps(
         present = np.flatnonzero(counts).tolist()
         if set(present) - allowed:
             strange.append(path.name)
+        elif not set(present) - empty:
+            blank.append(path.name)
         elif (
             mode == "P"
             and palette is not None
             and any(colours[3 * v :][:3] != [*palette[3 * v :][:3]] for v in present)
         ):
             renumbered.append(path.name)
+    # One picture without an object may be; a conversion that lost them hits many.
+    blank = blank if len(blank) * 10 > len(chosen) else []
     wrong = sorted(set(np.flatnonzero(histogram).tolist()) - allowed)
     total = len(chosen)
     for names, message, mend in (
@@ -189,6 +224,7 @@ def check_maps(
         (coloured, "are colour pictures and no maps of numbers: their palette was turned to RGB", remedy),
         (resized, "are of another size than their picture", "take the original maps again"),
         (renumbered, "have colours that are not those of their numbers: a picture program numbered them anew", remedy),
+        (blank, "mark no object, all is background or void", "take them from the originals again, or make them again"),
         (strange, f"hold numbers that are no label ({', '.join(map(str, wrong[:8]))})", remedy),
     ):
         if names:
@@ -198,10 +234,14 @@ def check_maps(
                 count=len(names),
                 remedy=mend,
             )
-    if chosen and not (unreadable or coloured or resized or strange or renumbered):
+    if chosen and not (unreadable or coloured or resized or strange or renumbered or blank):
         labels = ", ".join(map(str, np.flatnonzero(histogram).tolist()))
         report.fine(where, f"labels {labels} in {total} sampled maps", count=total)
     return histogram if len(coloured) + len(unreadable) < total else None
+
+
+def _is_hollow(path: Path) -> bool:
+    return size_of(path) == 0 or (path.is_symlink() and not path.exists())
 
 
 def each(look: Callable[[Path], Found], paths: Sequence[Path], report: Report) -> Iterator[tuple[Path, Found]]:

@@ -24,8 +24,10 @@ from contracts import atomic
 from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.progress import Progress
 from transfer.data.check import IMAGENET_CLASSES, SUBSET_LINES, VOC_SEGMENTATION, voc_folder
+from transfer.data.class_folders import find_listed, images_below
 from transfer.data.masks import voc_palette
 from transfer.data.origins import ORIGINS
+from transfer.data.polygons import polygons_fault
 
 
 def prepare(
@@ -120,12 +122,14 @@ def prepare_cityscapes(root: Path, *, progress: bool = True) -> list[Path]:
         for source in polygons:
             target = source.with_name(source.name.replace("_polygons.json", "_labelTrainIds.png"))
             if not target.exists():
+                fault = polygons_fault(source)
+                if fault:
+                    raise UserError(f"{source} is no Cityscapes annotation ({fault}): unpack gtFine again.")
                 try:
                     with atomic.atomic_path(target) as temporary:
                         json2labelImg(str(source), str(temporary), "trainIds")
-                except (ValueError, KeyError, SystemExit) as error:  # the scripts leave Python for an unknown label
-                    why = "it names a label that Cityscapes does not have" if isinstance(error, SystemExit) else error
-                    raise UserError(f"{source} is no Cityscapes annotation ({why}): unpack gtFine again.") from None
+                except (ValueError, LookupError, TypeError, SystemExit) as error:  # in the parts that we do not look at
+                    raise UserError(f"{source} is no Cityscapes annotation ({error}): unpack gtFine again.") from None
                 written.append(target)
             bar.advance()
     return written
@@ -152,18 +156,25 @@ def prepare_imagenet(
         return _write_drawn(folder, seed)
     classes = _class_files(folder / "train", progress=progress)
     written: list[Path] = []
-    present = {name for files in classes.values() for name in files}
+    train = [image for images in classes.values() for image in images]
     for name, lines in SUBSET_LINES.items():
         source = Path(str(lists)) / name
-        listed = _read_names(source, "imagenet-subsets")
+        listed = _read_names(source, "imagenet-subsets", whole_lines=True)
         if len(classes) == IMAGENET_CLASSES and len(listed) != lines:
             raise UserError(f"{source} has {len(listed)} lines and not {lines}: it is not the published list.")
-        absent = [entry for entry in listed if Path(entry).name not in present]
-        if absent:
+        # What a run refuses is not copied.
+        found = find_listed(train, listed)
+        if found.absent:
             raise UserError(
-                f"{len(absent)} images of {source} are not in {folder / 'train'}, {absent[0]} the first: complete "
-                "train, `twist data check imagenet` says what is missing."
+                f"{len(found.absent)} images of {source} are not in {folder / 'train'}, {found.absent[0]} the first: "
+                "complete train, `twist data check imagenet` says what is missing."
             )
+        if found.ambiguous:
+            raise UserError(
+                f"{source}: several classes hold a file {found.ambiguous[0]}; write the lines as <class>/<file>."
+            )
+        if found.doubled:
+            raise UserError(f"{source} names {found.doubled} files twice: each line must be another image.")
         written += _write_list(folder / name, listed)
     return written
 
@@ -225,9 +236,11 @@ def _sbd_folder(path: Path) -> Path:
     raise UserError(f"There is no cls/ folder of SBD in {path}: check sbd=FOLDER. {ORIGINS['sbd'].sentence()}")
 
 
-def _read_names(path: Path, dataset: str) -> list[str]:
+def _read_names(path: Path, dataset: str, *, whole_lines: bool = False) -> list[str]:
+    """The first word of each line, or all of it, as a run takes the lines of ImageNet's lists."""
     try:
-        names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        names = lines if whole_lines else [line.split()[0] for line in lines]
     except FileNotFoundError:
         raise UserError(f"{path} is missing: check the path. {ORIGINS[dataset].sentence()}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -314,11 +327,9 @@ def _class_files(train: Path, *, progress: bool) -> dict[str, list[str]]:
         raise UserError(f"There is no {train}. {ORIGINS['imagenet'].sentence()}")
     folders = sorted(path for path in train.iterdir() if path.is_dir())
     classes: dict[str, list[str]] = {}
-    with Progress("read imagenet", total=len(folders), unit="class", quiet=not progress) as bar:
+    with Progress("read imagenet", total=len(folders), unit="folder", quiet=not progress) as bar:
         for folder in folders:
-            classes[folder.name] = sorted(
-                name for name in os.listdir(folder) if name.lower().endswith((".jpeg", ".jpg", ".png"))
-            )
+            classes[folder.name] = images_below(folder)
             bar.advance()
     empty = [name for name, files in classes.items() if not files]
     if empty or not classes:
