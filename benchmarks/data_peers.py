@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import io
 import random
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from benchmarks.side_by_side import heading, write
+from benchmarks.side_by_side import heading, rates_a_core, rates_table, write
 from contracts.weights import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.config import DataConfig, ViewsConfig
 from pretrain.data import BUFFERS
@@ -39,7 +37,6 @@ from pretrain.view_maker import Request, ViewMaker
 from tests.photographs import write_folder
 
 BATCH = 8
-WARM_UP_ROUNDS = 1
 Transform = Callable[[bytes], list[Tensor]]
 
 
@@ -115,19 +112,7 @@ def figures(root: Path, *, count: int, rounds: int) -> dict[str, Any]:
         "ours, cpu": ours(root, "cpu", count),
         "ours, device": ours(root, "device", count),
     }
-    rates: dict[str, list[float]] = {name: [] for name in modes}
-    for number in range(WARM_UP_ROUNDS + rounds):
-        for name, work in modes.items():
-            began = time.process_time()
-            work()
-            if number >= WARM_UP_ROUNDS:
-                rates[name].append(count / (time.process_time() - began))
-    return {
-        "images_per_s_core": {name: statistics.median(values) for name, values in rates.items()},
-        "spread": {name: [min(values), max(values)] for name, values in rates.items()},
-        "images": count,
-        "rounds": rounds,
-    }
+    return rates_a_core(modes, count=count, rounds=rounds)
 
 
 def main() -> None:
@@ -141,9 +126,7 @@ def main() -> None:
         write_folder(Path(folder), arguments.images, height=375, width=500)
         found = figures(Path(folder), count=arguments.images, rounds=arguments.rounds)
     print(heading("14 views of one image, images/s a core"))
-    for name, rate in found["images_per_s_core"].items():
-        low, high = found["spread"][name]
-        print(f"  {name:<16}{rate:7.0f}   {low:.0f}–{high:.0f} (n = {found['rounds']})")
+    print(rates_table(found))
     write(arguments.json, found)
 
 

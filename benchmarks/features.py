@@ -11,9 +11,7 @@ figure is images over CPU seconds.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,12 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
-from benchmarks.side_by_side import heading, write
+from benchmarks.side_by_side import heading, rates_a_core, rates_table, write
 from tests.photographs import write_folder
 from transfer.imagenet.dataset import Batches, read_split
 from transfer.imagenet.recipes import load_recipe
 
 BATCH = 16
-WARM_UP_ROUNDS = 1
 
 
 def theirs(root: Path, mode: InterpolationMode, *, augment: bool) -> Callable[[], None]:
@@ -64,19 +61,7 @@ def figures(root: Path, *, count: int, rounds: int) -> dict[str, Any]:
         modes[f"{name}, ours"], mode = ours(root, augment=augment)
         modes[f"{name}, ImageFolder"] = theirs(root, mode, augment=augment)
     torch.manual_seed(0)
-    rates: dict[str, list[float]] = {name: [] for name in modes}
-    for number in range(WARM_UP_ROUNDS + rounds):
-        for name, work in modes.items():
-            began = time.process_time()
-            work()
-            if number >= WARM_UP_ROUNDS:
-                rates[name].append(count / (time.process_time() - began))
-    return {
-        "images_per_s_core": {name: statistics.median(values) for name, values in rates.items()},
-        "spread": {name: [min(values), max(values)] for name, values in rates.items()},
-        "images": count,
-        "rounds": rounds,
-    }
+    return rates_a_core(modes, count=count, rounds=rounds)
 
 
 def main() -> None:
@@ -92,9 +77,7 @@ def main() -> None:
         write_folder(root / "b", arguments.images // 2, height=375, width=500)
         found = figures(root, count=arguments.images // 2 * 2, rounds=arguments.rounds)
     print(heading("images of the ImageNet protocols, images/s a core"))
-    for name, rate in found["images_per_s_core"].items():
-        low, high = found["spread"][name]
-        print(f"  {name:<30}{rate:7.0f}   {low:.0f}–{high:.0f} (n = {found['rounds']})")
+    print(rates_table(found))
     write(arguments.json, found)
 
 

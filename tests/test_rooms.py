@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,3 +76,14 @@ def test_ground_floor_needs_no_torch() -> None:
     for name in ("config", "weights", "record", "metrics", "errors", "atomic", "hashing", "progress", "provenance"):
         tree = ast.parse((ROOT / "contracts" / f"{name}.py").read_text())
         assert not any(module.split(".")[0] == "torch" for module in module_level(tree)), name
+
+
+def test_no_large_file_is_tracked() -> None:
+    """Weights, pictures and run folders stay out of the repository."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    assert len(files) > 100
+    large = [str(file.relative_to(ROOT)) for file in files if file.is_file() and file.stat().st_size > 1_000_000]
+    assert large == []
