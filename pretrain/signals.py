@@ -52,7 +52,10 @@ def stop_flag(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[StopFlag]
             signal.signal(number, before[signal.Signals(number)])
             signal.raise_signal(number)
 
-    before = {number: signal.signal(number, on_signal) for number in signals}
+    # A shell has its background jobs ignore Ctrl-C, which is meant for what stands in front; so do we there.
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    heeded = [number for number in signals if not (ignored and number == signal.SIGINT)]
+    before = {number: signal.signal(number, on_signal) for number in heeded}
     try:
         yield flag
     finally:

@@ -131,6 +131,9 @@ def test_another_process_is_not_the_same_run(images: Path, whole, tmp_path: Path
 
 
 def train_in_child(config, folder: Path, resume: bool) -> None:
+    # As a command starts its data workers. They look whether their parent lives; a fork server's children have none to
+    # look at, and would stay when the run is killed.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     with tiny_networks():
         try:
@@ -224,6 +227,19 @@ def test_signals_that_come_together_are_one_and_a_later_one_ends(monkeypatch, ca
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("the second Ctrl-C was ignored")
     assert capfd.readouterr().err.count("Stopping after this step") == 1
+
+
+def test_ctrl_c_that_a_background_job_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_flag() as flag:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not flag.raised
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert flag.raised
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # --- on several ranks -------------------------------------------------------------------------------------------------
