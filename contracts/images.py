@@ -1,4 +1,4 @@
-"""Image files: finding them, decoding them, and naming the one that cannot be read."""
+"""Decoding image files, and naming the one that cannot be read."""
 
 from __future__ import annotations
 
@@ -12,37 +12,9 @@ from torchvision.io import ImageReadMode, decode_image
 
 from contracts.errors import UserError
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif"})
-
 
 class UnreadableImage(UserError):
     """An image file that is missing, empty, truncated or no image; the message names the file."""
-
-
-def find_images(root: str | os.PathLike[str]) -> list[Path]:
-    """Every image below `root`, at any depth, sorted by path; `UserError` when the folder is absent or holds none."""
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(
-            f"There is no image folder at {root}: check the path, or make a sample with `twist data sample`."
-        )
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    if not found:
-        raise UserError(f"{root} holds no images ({', '.join(sorted(EXTENSIONS))} are looked for, at any depth).")
-    return found
-
-
-def find_classes(root: str | os.PathLike[str]) -> tuple[list[str], list[tuple[Path, int]]]:
-    """A folder a class, as ImageNet lies on disk: class names (sorted) and (image, class index) pairs."""
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(
-            f"There is no class folder at {root}: an ImageNet-like tree has train/<class>/ and val/<class>/."
-        )
-    names = sorted(p.name for p in root.iterdir() if p.is_dir())
-    if not names:
-        raise UserError(f"{root} holds no class folders: put each class's images into a folder of its name.")
-    return names, [(image, index) for index, name in enumerate(names) for image in find_images(root / name)]
 
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:

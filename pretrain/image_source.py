@@ -17,7 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from contracts.errors import UsageError, UserError
-from contracts.images import EXTENSIONS, UnreadableImage, decode
+from contracts.image_files import EXTENSIONS, image_names
+from contracts.images import UnreadableImage, decode
 from pretrain.config import DataConfig
 
 # Sizes asked for at a time: on a network file system each is a round trip.
@@ -159,7 +160,7 @@ class FolderImages(_Files):
             raise UserError(
                 f"There is no image folder at {root}: check data.root, or make a sample with `twist data sample`."
             )
-        names = sorted(_walk(root))
+        names = image_names(root)
         if not names:
             raise UserError(f"{root} holds no images ({', '.join(sorted(EXTENSIONS))} are looked for, at any depth).")
         super().__init__(root, names, _folder_labels(names))
@@ -259,16 +260,6 @@ def image_bytes(value: Any, *, name: str) -> bytes:
             except OSError as error:
                 raise UnreadableImage(f"Cannot read the image {name}: {error.strerror or error}") from None
     raise UnreadableImage(f"Cannot read the image {name}: the row has neither bytes nor a path")
-
-
-def _walk(root: Path) -> Iterable[str]:
-    # scandir tells files from folders without a stat for each, which on a network file system is most of the time.
-    for folder, _, files in os.walk(root, followlinks=True):
-        below = os.path.relpath(folder, root)
-        prefix = "" if below == "." else below + os.sep
-        for file in files:
-            if os.path.splitext(file)[1].lower() in EXTENSIONS:
-                yield prefix + file
 
 
 def _folder_labels(names: Sequence[str]) -> np.ndarray | None:

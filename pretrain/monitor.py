@@ -147,8 +147,9 @@ class Monitor:
     `nonfinite_streak` is how many steps in a row were skipped up to the last one written.
     """
 
-    def __init__(self, folder: Path, *, classes: int, steps: int, first_step: int) -> None:
+    def __init__(self, folder: Path, *, classes: int, steps: int, first_step: int, first_epoch: int = 0) -> None:
         self._classes, self._path = classes, folder / "metrics.jsonl"
+        self._evaluations, self._first_epoch = folder / "online_eval.jsonl", first_epoch
         self._pending: list[tuple[StepNote, Tensor]] = []
         self._sent: _Sent | None = None
         self.nonfinite_streak = 0
@@ -164,6 +165,7 @@ class Monitor:
             from torch.utils.tensorboard import SummaryWriter  # a second to import, and only rank 0 needs it
 
             keep_rows_before(self._path, step=self._first_step)
+            keep_rows_before(self._evaluations, epoch=self._first_epoch)
             self._board = SummaryWriter(str(self._board_folder), purge_step=self._first_step)
         self._progress.__enter__()
         self._since = time.monotonic()
@@ -242,11 +244,20 @@ class Monitor:
         self._progress.advance(len(lines), **{name: lines[-1][name] for name in SHOWN if lines[-1][name] is not None})
         return alarm
 
+    def has_evaluation(self, epoch: int) -> bool:
+        """Whether `online_eval.jsonl` has what was found after `epoch`; every rank must ask, and hears the same."""
+        return distributed.on_main_rank(
+            lambda: (
+                self._evaluations.exists()
+                and any(json.loads(line)["epoch"] == epoch for line in self._evaluations.read_text().splitlines())
+            )
+        )
+
     def note_evaluation(self, metrics: dict[str, float], *, epoch: int) -> None:
         """Write what the online evaluation found after `epoch` into `online_eval.jsonl` and TensorBoard."""
         if not self._is_main:
             return
-        with self._path.with_name("online_eval.jsonl").open("a") as file:
+        with self._evaluations.open("a") as file:
             file.write(json.dumps({"epoch": epoch, **metrics}) + "\n")
         for name, value in metrics.items():
             self._board.add_scalar(f"online_eval/{name}", value, epoch)
@@ -260,17 +271,18 @@ class Monitor:
                 self._board.add_scalar(f"pretrain/{name}", value, last["step"])
 
 
-def keep_rows_before(path: Path, *, step: int) -> None:
-    """Drop the rows of `metrics.jsonl` that a resumed run will write again, and a line torn by a kill."""
+def keep_rows_before(path: Path, **first: int) -> None:
+    """Drop the rows that a resumed run will write again, from `step=` or `epoch=` on, and a line torn by a kill."""
     if not path.exists():
         return
+    ((name, number),) = first.items()
     kept = []
     for line in path.read_text().splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             break  # torn: nothing after it was written
-        if row["step"] < step:
+        if row[name] < number:
             kept.append(line)
     atomic.write_text(path, "".join(line + "\n" for line in kept))
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
-from contracts.images import find_classes, read_image
+from contracts.image_files import images_of_classes, refuse_other_classes
+from contracts.images import read_image
 from contracts.weights import IMAGENET_MEAN, IMAGENET_STD
 from pretrain import distributed
 from pretrain.config import PretrainConfig
@@ -26,6 +27,8 @@ TEMPERATURE = 0.07
 # The published evaluations resize to 256 and cut the central 224.
 RESIZE_RATIO = 256 / 224
 BATCH = 64
+# At a time, 256 MiB of them: all those of ImageNet's images would be as many GB.
+SIMILARITIES = 2**26
 
 
 @torch.no_grad()
@@ -40,9 +43,7 @@ def evaluate(model: Twist, config: PretrainConfig, *, device: torch.device) -> d
     from sklearn.metrics import normalized_mutual_info_score  # scipy comes with it: seconds that few runs need
 
     assert config.run.online_eval_root is not None
-    root = Path(config.run.online_eval_root)
-    names, train = find_classes(root / "train")
-    _, val = find_classes(root / "val")
+    train, val = labelled(Path(config.run.online_eval_root))
     was_training = model.training
     model.eval()
     size = config.views.global_size
@@ -51,18 +52,32 @@ def evaluate(model: Twist, config: PretrainConfig, *, device: torch.device) -> d
         features, labels, predictions = _features(model, val, size=size, device=device)
     finally:
         model.train(was_training)
-    votes = knn_votes(features, bank, bank_labels, classes=len(names))
+    votes = knn_votes(features, bank, bank_labels, classes=1 + max(label for _, label in train))
     correct = (votes.argmax(1) == labels).float().mean().item()
     nmi = normalized_mutual_info_score(labels.cpu().numpy(), predictions.cpu().numpy())
     return {"knn_top1_percent": 100 * correct, "nmi_percent": 100 * float(nmi)}
 
 
+def labelled(root: Path) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
+    """(image, class) of train/ and of val/ below `root`; `UserError` when they do not have the same classes."""
+    splits = {split: images_of_classes(root / split) for split in ("train", "val")}
+    refuse_other_classes(root, *(tuple(classes) for classes in splits.values()))
+    train, val = (
+        [(root / split / image, label) for label, images in enumerate(classes.values()) for image in images]
+        for split, classes in splits.items()
+    )
+    return train, val
+
+
 def knn_votes(features: Tensor, bank: Tensor, bank_labels: Tensor, *, classes: int) -> Tensor:
     """(N, classes) votes: each of the nearest by cosine counts exp(similarity / temperature) for its label."""
-    similarity = F.normalize(features) @ F.normalize(bank).T  # (N, M)
-    weights, nearest = similarity.topk(min(NEIGHBOURS, len(bank)), dim=1)
+    bank = F.normalize(bank)
     votes = features.new_zeros(len(features), classes)
-    return votes.scatter_add_(1, bank_labels[nearest], (weights / TEMPERATURE).exp())
+    rows = max(1, SIMILARITIES // len(bank))
+    for part, part_votes in zip(F.normalize(features).split(rows), votes.split(rows)):
+        weights, nearest = (part @ bank.T).topk(min(NEIGHBOURS, len(bank)), dim=1)
+        part_votes.scatter_add_(1, bank_labels[nearest], (weights / TEMPERATURE).exp())
+    return votes
 
 
 def _features(

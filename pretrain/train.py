@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from contracts.errors import UserError
-from contracts.images import find_classes
 from pretrain import distributed, run_folder
 from pretrain.checkpoint import Position
 from pretrain.config import PretrainConfig
@@ -30,7 +29,7 @@ from pretrain.image_source import fingerprint_of, order_of
 from pretrain.loss import teacher_loss, twist_loss
 from pretrain.model import Twist, update_teacher
 from pretrain.monitor import Monitor, StepNote, observe
-from pretrain.online_eval import evaluate
+from pretrain.online_eval import evaluate, labelled
 from pretrain.optim import set_rates
 from pretrain.plan import Plan, resolve
 from pretrain.precision import autocast
@@ -77,6 +76,10 @@ def _train(config: PretrainConfig, plan: Plan, loader: ViewLoader, run: Run, *, 
     vote = distributed.Vote()
 
     with _monitor(config, output, schedule.steps, run.position) as monitor:
+        before = run.position.epoch - 1
+        # A run that was killed while it evaluated has the checkpoint of that epoch's end, and no evaluation of it.
+        if run.position.samples == 0 and _is_evaluated(before, config) and not monitor.has_evaluation(before):
+            monitor.note_evaluation(evaluate(run.student, config, device=device), epoch=before)
         for epoch in range(run.position.epoch, config.run.epochs):
             stage = _stage(config, epoch)
             for batch in loader.epoch(epoch, stage=stage, start_sample=run.position.samples):
@@ -132,9 +135,7 @@ def _train(config: PretrainConfig, plan: Plan, loader: ViewLoader, run: Run, *, 
             run.end_epoch(epoch)
             if _is_last(epoch, config) or (epoch + 1) % config.run.checkpoint_every_epochs == 0:
                 run.save()
-            if config.run.online_eval_root is not None and (
-                _is_last(epoch, config) or (epoch + 1) % config.run.online_eval_every_epochs == 0
-            ):
+            if _is_evaluated(epoch, config):
                 monitor.note_evaluation(evaluate(run.student, config, device=device), epoch=epoch)
         vote.close()
     return run.export()
@@ -173,8 +174,7 @@ def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, 
     """The loader, and the numbers that follow from images and ranks; `UserError` when they do not go together."""
     images = open_images(config.data)
     if config.run.online_eval_root is not None:  # before hours of training, not after
-        for split in ("train", "val"):
-            find_classes(Path(config.run.online_eval_root) / split)
+        labelled(Path(config.run.online_eval_root))
     loader = ViewLoader(
         images,
         config.views,
@@ -214,7 +214,9 @@ def _announce(plan: Plan, output: Path, position: Position) -> None:
 
 
 def _monitor(config: PretrainConfig, output: Path, steps: int, position: Position) -> Monitor:
-    return Monitor(output, classes=config.model.classes, steps=steps, first_step=position.steps)
+    return Monitor(
+        output, classes=config.model.classes, steps=steps, first_step=position.steps, first_epoch=position.epoch
+    )
 
 
 def _heed(alarm: str | None, config: PretrainConfig) -> None:
@@ -233,6 +235,12 @@ def _stage(config: PretrainConfig, epoch: int) -> Stage:
 def _is_last(epoch: int, config: PretrainConfig) -> bool:
     """The last epoch of a stage: of the run, or the one before the crops and the loss change."""
     return epoch + 1 in (config.run.mutual_information_epochs, config.run.epochs)
+
+
+def _is_evaluated(epoch: int, config: PretrainConfig) -> bool:
+    if config.run.online_eval_root is None or epoch < 0:
+        return False
+    return _is_last(epoch, config) or (epoch + 1) % config.run.online_eval_every_epochs == 0
 
 
 def _step_seed(seed: int, step: int) -> int:

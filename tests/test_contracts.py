@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from contracts import atomic
 from contracts.architectures import ARCHITECTURES
 from contracts.config import Config, config_hash, load_config, parse_override
 from contracts.errors import UsageError, UserError
-from contracts.images import UnreadableImage, find_classes, find_images, read_image
+from contracts.image_files import class_names, image_names, images_of_classes, refuse_other_classes
+from contracts.images import UnreadableImage, read_image
 from contracts.metrics import METRICS
 from contracts.networks import (
     SameConv2d,
@@ -228,17 +231,56 @@ def test_images_are_found_at_any_depth_and_bad_ones_named(tmp_path: Path) -> Non
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (5, 4), (255, 0, 0)).save(tmp_path / name)
     bad = write(tmp_path / "a" / "bad.jpg", "no image")
-    assert [p.name for p in find_images(tmp_path)] == ["2.png", "1.jpg", "bad.jpg"]
+    assert image_names(tmp_path) == ["a/2.png", "a/b/1.jpg", "a/bad.jpg"]
     assert read_image(tmp_path / "a/2.png").shape == (3, 4, 5)
     with pytest.raises(UnreadableImage, match=r"bad\.jpg"):
         read_image(bad)
-    with pytest.raises(UserError, match="no image folder"):
-        find_images(tmp_path / "absent")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no images"):
-        find_images(tmp_path / "empty")
+
+
+def test_notes_of_other_programs_are_no_images_and_a_link_leads_round_no_circle(tmp_path: Path) -> None:
+    for name in ("a/1.jpg", "a/._1.jpg", "a/.ipynb_checkpoints/1-checkpoint.jpg", ".cache/2.jpg", "a/1.jpg.txt"):
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "train" / name, "")
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "elsewhere" / "3.PNG", "")
+    (tmp_path / "train/a/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train/a/round").symlink_to(tmp_path / "train")
+    (tmp_path / "train/itself").symlink_to(tmp_path / "train/itself")
+    assert image_names(tmp_path / "train") == ["a/1.jpg", "a/linked/3.PNG"]
+    assert images_of_classes(tmp_path / "train") == {"a": ["a/1.jpg", "a/linked/3.PNG"]}
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refused(folder: Any) -> Any:
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refused)  # root may look into any
+    with pytest.raises(UserError, match=r"look into the folder .*closed: Permission denied"):
+        image_names(tmp_path)
+
+
+def test_classes_are_folders_with_images_and_the_same_in_both_splits(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no class folder at"):
+        class_names(tmp_path / "absent")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
     with pytest.raises(UserError, match="no class folders"):
-        find_classes(tmp_path / "empty")
+        class_names(tmp_path)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").mkdir()
+    write(tmp_path / "a" / "1.jpg", "")
+    assert class_names(tmp_path) == ("a", "b")
+    with pytest.raises(UserError, match=r"b holds no images"):
+        images_of_classes(tmp_path)
+    refuse_other_classes(tmp_path, ("a", "b"), ("a", "b"))
+    with pytest.raises(UserError, match=r"1 only in train/, 0 only in val/; b is only in train/"):
+        refuse_other_classes(tmp_path, ("a", "b"), ("a",))
+    with pytest.raises(UserError, match=r"c is only in val/"):
+        refuse_other_classes(tmp_path, ("a",), ("a", "c"))
 
 
 # Records

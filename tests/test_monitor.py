@@ -178,3 +178,18 @@ def test_rows_from_the_resumed_step_on_are_dropped(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(5)))
     keep_rows_before(path, step=3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_an_evaluation_stands_once_whatever_was_resumed(tmp_path: Path) -> None:
+    def evaluated(epochs: range) -> list[int]:
+        with Monitor(tmp_path, classes=CLASSES, steps=9, first_step=0, first_epoch=epochs.start) as monitor:
+            for epoch in epochs:
+                assert not monitor.has_evaluation(epoch)
+                monitor.note_evaluation({"knn_top1_percent": 1.0}, epoch=epoch)
+                assert monitor.has_evaluation(epoch)
+        return [json.loads(line)["epoch"] for line in (tmp_path / "online_eval.jsonl").read_text().splitlines()]
+
+    assert evaluated(range(3)) == [0, 1, 2]
+    with (tmp_path / "online_eval.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "torn')
+    assert evaluated(range(1, 4)) == [0, 1, 2, 3]

@@ -503,12 +503,50 @@ def test_online_evaluation_is_written(images: Path, tmp_path: Path) -> None:
     assert rows(plain) == rows(tmp_path / "run")  # looking changes nothing
 
 
-def test_neighbours_vote_by_similarity() -> None:
-    from pretrain.online_eval import knn_votes
+@pytest.mark.slow
+def test_an_evaluation_that_was_cut_off_is_made_up_for(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "val"):
+        make_images(tmp_path / "labelled" / split / "a", 4)
+    config = tiny_config(images, run={"online_eval_root": str(tmp_path / "labelled"), "online_eval_every_epochs": 1})
+    run(config, tmp_path / "whole")
+    evaluate = train.evaluate
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "cut")
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    run(config, tmp_path / "cut", resume=True)
+    run(config, tmp_path / "cut", resume=True)  # with nothing left to do
+    cut, whole = (tmp_path / name / "online_eval.jsonl" for name in ("cut", "whole"))
+    assert cut.read_text() == whole.read_text()
+
+
+def test_labels_of_the_two_splits_mean_the_same(tmp_path: Path) -> None:
+    from pretrain.online_eval import labelled
+
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            make_images(tmp_path / split / name, 1)
+    assert [label for _, label in labelled(tmp_path)[1]] == [0, 1]
+    (tmp_path / "val" / "a").rename(tmp_path / "val" / "c")
+    with pytest.raises(UserError, match="a is only in train/"):
+        labelled(tmp_path)
+
+
+def test_neighbours_vote_by_similarity(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pretrain import online_eval
 
     bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
-    votes = knn_votes(torch.tensor([[2.0, 0.0], [0.0, 3.0]]), bank, torch.tensor([0, 0, 1]), classes=2)
-    assert votes.argmax(1).tolist() == [0, 1]
+    queries, labels = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]]), torch.tensor([0, 0, 1])
+    votes = online_eval.knn_votes(queries, bank, labels, classes=2)
+    assert votes.argmax(1).tolist() == [0, 1, 0]
+    monkeypatch.setattr(online_eval, "SIMILARITIES", 7)  # two queries at a time
+    torch.testing.assert_close(online_eval.knn_votes(queries, bank, labels, classes=2), votes)
 
 
 # --- the shipped configs ----------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from contracts.errors import UsageError, UserError, did_you_mean
+from contracts.image_files import image_entries, is_image
 from contracts.progress import Progress
-from transfer.data.class_folders import find_listed, images_below, is_picture
+from transfer.data.class_folders import find_listed
 from transfer.data.coco_file import CocoFile, check_same_categories, read_coco
 from transfer.data.findings import SEVERITIES, Finding, Report, has_errors, render
 from transfer.data.layouts import sets
@@ -454,14 +455,21 @@ def _class_folders(place: Path, report: Report) -> tuple[dict[str, list[str]], l
     with os.scandir(place) as entries:
         for entry in entries:
             if entry.is_dir():
-                folders.append(place / entry.name)
+                if not entry.name.startswith("."):
+                    folders.append(place / entry.name)
             elif entry.name.endswith(".tar"):
                 archives.append(entry.name)
             else:
-                loose += is_picture(entry.name)
+                loose += is_image(entry.name)
     classes: dict[str, list[str]] = {}
     hollow: dict[str, int | None] = {}
-    for folder, images in each(lambda folder: images_below(folder, hollow=hollow), sorted(folders), report):
+
+    def images_of(folder: Path) -> list[str]:
+        found = [(f"{folder.name}/{name}", entry) for name, entry in image_entries(folder)]
+        hollow.update({name: size for name, entry in found if not (size := size_of(entry))})
+        return sorted(name for name, _ in found)
+
+    for folder, images in each(images_of, sorted(folders), report):
         classes[folder.name] = images
         report.bar.advance(len(images))
     report_hollow(place, hollow, report)

@@ -22,9 +22,10 @@ from PIL import Image
 
 from contracts import atomic
 from contracts.errors import UsageError, UserError, did_you_mean
+from contracts.image_files import class_names, image_names
 from contracts.progress import Progress
 from transfer.data.check import IMAGENET_CLASSES, SUBSET_LINES, VOC_SEGMENTATION, voc_folder
-from transfer.data.class_folders import find_listed, images_below
+from transfer.data.class_folders import find_listed
 from transfer.data.masks import voc_palette
 from transfer.data.origins import ORIGINS
 from transfer.data.polygons import polygons_fault
@@ -325,14 +326,15 @@ def _write_drawn(folder: Path, seed: int) -> list[Path]:
 def _class_files(train: Path, *, progress: bool) -> dict[str, list[str]]:
     if not train.is_dir():
         raise UserError(f"There is no {train}. {ORIGINS['imagenet'].sentence()}")
-    folders = sorted(path for path in train.iterdir() if path.is_dir())
+    folders = [train / name for name in class_names(train)]
     classes: dict[str, list[str]] = {}
     with Progress("read imagenet", total=len(folders), unit="folder", quiet=not progress) as bar:
         for folder in folders:
-            classes[folder.name] = images_below(folder)
+            classes[folder.name] = [f"{folder.name}/{name}" for name in image_names(folder)]
             bar.advance()
     empty = [name for name, files in classes.items() if not files]
-    if empty or not classes:
-        what = f"class folder {empty[0]} is empty" if empty else "no class folder is there"
-        raise UserError(f"{train}: {what}; `twist data check imagenet` says all that is missing.")
+    if empty:
+        raise UserError(
+            f"{train}: class folder {empty[0]} is empty; `twist data check imagenet` says all that is missing."
+        )
     return classes

@@ -23,7 +23,8 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from contracts.errors import UserError
-from contracts.images import EXTENSIONS, UnreadableImage, read_image
+from contracts.image_files import images_of_classes, refuse_other_classes
+from contracts.images import UnreadableImage, read_image
 from transfer.imagenet.recipes import ClassifierRecipe, Recipe
 from transfer.preflight import tree_folder
 
@@ -73,31 +74,16 @@ def open_tree(root: str | os.PathLike[str]) -> tuple[LabelledImages, LabelledIma
     """
     folder = tree_folder(root)
     train, val = read_split(folder / "train"), read_split(folder / "val")
-    if train.classes != val.classes:
-        only_train = sorted(set(train.classes) - set(val.classes))
-        only_val = sorted(set(val.classes) - set(train.classes))
-        first = f"{only_train[0]} is only in train/" if only_train else f"{only_val[0]} is only in val/"
-        raise UserError(
-            f"{folder}: train/ and val/ do not have the same classes ({len(only_train)} only in train/, "
-            f"{len(only_val)} only in val/; {first}): validation images must lie in class folders too."
-        )
+    refuse_other_classes(folder, train.classes, val.classes)
     return train, val
 
 
 def read_split(folder: Path) -> LabelledImages:
     """Every image of `folder`/<class>/ at any depth, sorted; `UserError` for a class without images."""
-    classes = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
-    if not classes:
-        raise UserError(f"{folder} holds no class folders: put each class's images into a folder of its name.")
-    paths: list[bytes] = []
-    counts: list[int] = []
-    for name in classes:
-        found = sorted(_images_below(folder / name, name))
-        if not found:
-            raise UserError(f"The class folder {folder / name} holds no images: remove it in both splits, or fill it.")
-        paths += found
-        counts.append(len(found))
-    return LabelledImages(folder, classes, np.array(paths), np.repeat(np.arange(len(classes)), counts))
+    classes = images_of_classes(folder)
+    counts = [len(images) for images in classes.values()]
+    paths = [os.fsencode(image) for images in classes.values() for image in images]
+    return LabelledImages(folder, tuple(classes), np.array(paths), np.repeat(np.arange(len(classes)), counts))
 
 
 def labelled_subset(train: LabelledImages, recipe: ClassifierRecipe) -> LabelledImages:
@@ -268,13 +254,6 @@ class Batches:
                 f"A process that decodes images died ({str(error).splitlines()[0]}): it ran out of memory or was "
                 f"killed; go on with fewer by --resume machine.workers={self._workers // 2}."
             ) from None
-
-
-def _images_below(folder: Path, name: str) -> Iterator[bytes]:
-    for parent, _, files in os.walk(folder):
-        inside = os.path.relpath(parent, folder)
-        prefix = name if inside == "." else f"{name}/{inside}"
-        yield from (os.fsencode(f"{prefix}/{f}") for f in files if os.path.splitext(f)[1].lower() in EXTENSIONS)
 
 
 def _select(images: LabelledImages, indices: np.ndarray) -> LabelledImages:
