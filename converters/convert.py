@@ -14,8 +14,9 @@ from converters import output_folder
 from converters.detectron2_writer import write_pickle
 from converters.listing import listing
 from converters.output_folder import REPORT, TENSORS
-from converters.proof import TOLERANCE, Kind, Proof, ProofError, prove
+from converters.proof import TOLERANCE, Kind, Proof, prove
 from converters.read import Source, load_source
+from converters.stages import ProofError
 from converters.targets import TARGETS, Target
 
 __all__ = ["Conversion", "ProofError", "convert", "render"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from contracts.weights import Backbone
 from converters.detectron2_writer import WEIGHTS, overlay_name
-from converters.proof import Stages, check_loaded
+from converters.stages import Stages, check_loaded
 
 
 def version() -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from contracts.weights import Backbone
 from converters.mmseg_writer import PREFIX, WEIGHTS
-from converters.proof import Stages, check_loaded
+from converters.stages import Stages, check_loaded
 
 
 def version() -> str:

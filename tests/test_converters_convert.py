@@ -13,7 +13,7 @@ from checkpoint_files import random_tensors
 from contracts.errors import UsageError, UserError
 from contracts.weights import Backbone, read_backbone, write_backbone
 from converters import convert as convert_module
-from converters import detectron2_writer, mmseg_writer, proof
+from converters import detectron2_writer, mmseg_writer, proof, reference, stages
 from converters.convert import ProofError, convert, render
 from converters.output_folder import default_folder
 from converters.read import load_artefact, load_source
@@ -278,20 +278,20 @@ def test_overlay_dictionaries_and_files_agree() -> None:
 
 def test_measure_is_relative_and_strict_about_nan() -> None:
     a = torch.tensor([100.0, -200.0])
-    (difference,) = proof.compare([{"res2": a}], [{"res2": a + 0.001}])
+    (difference,) = stages.compare([{"res2": a}], [{"res2": a + 0.001}])
     assert difference.absolute == pytest.approx(0.001, rel=1e-2)
     assert difference.relative == pytest.approx(5e-6, rel=1e-2)
     nan = torch.tensor([float("nan"), 1.0])
-    assert proof.compare([{"s": nan}], [{"s": nan.clone()}])[0].absolute == 0
-    assert proof.compare([{"s": torch.ones(2)}], [{"s": nan}])[0].absolute > 1e30
+    assert stages.compare([{"s": nan}], [{"s": nan.clone()}])[0].absolute == 0
+    assert stages.compare([{"s": torch.ones(2)}], [{"s": nan}])[0].absolute > 1e30
     with pytest.raises(ProofError, match="res2 is missing"):
-        proof.compare([{"res2": a}], [{}])
+        stages.compare([{"res2": a}], [{}])
 
 
 def test_proof_images_differ_by_channel(tmp_path: Path) -> None:
     from contracts.images import read_image
 
-    for file in proof.write_images(tmp_path, proof.SIZES):
+    for file in reference.write_images(tmp_path, proof.SIZES):
         red, green, blue = read_image(file).float()
         assert min((red - blue).abs().mean(), (red - green).abs().mean()) > 20
 
