@@ -182,7 +182,7 @@ class Run:
         )
         raise UserError(
             f"Loss or gradient was not finite in the last {streak} steps; weights are those before. The failing batch "
-            f"is in {path}: `python -m pretrain.nonfinite {path}` replays it. A new run (another --output) with a "
+            f"is in {path}: `python -m pretrain.replay {path}` replays it. A new run (another --output) with a "
             "lower optim.lr or run.precision=fp32 helps most often."
         )
 

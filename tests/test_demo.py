@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,7 +64,7 @@ def test_what_the_demo_prints_is_what_it_does(
     # A name that a shell would take apart, and that TOML would cut at its comment.
     output = tmp_path / 'my "demo" # 1' if here == "repository" else Path("demo")
 
-    demo.run_demo(output, source="photos", fast=fast)
+    demo.run_demo(output, twist=partial(app, standalone_mode=False), source="photos", fast=fast)
     made, lines = list(calls), capsys.readouterr().err.splitlines()
     commands = [line.strip().removeprefix("$ ") for line in lines if line.strip().startswith("$ ")]
     assert len(commands) == len(made) == 14

@@ -28,8 +28,8 @@ from pretrain.config import PretrainConfig
 from pretrain.data import ViewLoader
 from pretrain.image_source import fingerprint
 from pretrain.monitor import Monitor
-from pretrain.nonfinite import replay
 from pretrain.plan import resolve
+from pretrain.replay import replay
 from pretrain.run import Run
 
 CPU = torch.device("cpu")
@@ -315,7 +315,7 @@ def test_a_streak_ends_the_run_with_a_capture_that_replays(images: Path, tmp_pat
         original(self, batch, views, **options)
 
     monkeypatch.setattr(Run, "stop_if_nonfinite", with_bad_views)
-    with pytest.raises(UserError, match=r"not finite in the last \d steps.*python -m pretrain.nonfinite") as error:
+    with pytest.raises(UserError, match=r"not finite in the last \d steps.*python -m pretrain.replay") as error:
         run(tiny_config(images, run={"max_nonfinite_steps": 3}), tmp_path)
     path = Path(re.search(r"is in (\S+):", str(error.value))[1])
     assert path.exists()

@@ -7,6 +7,7 @@ a proof did not hold, 2 wrong usage, 75 stopped by a signal and ready to be star
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 from enum import StrEnum
@@ -395,7 +396,7 @@ def demo(
     """
     from twist.demo import run_demo
 
-    run_demo(output, source=source.value, fast=fast)
+    run_demo(output, twist=functools.partial(app, standalone_mode=False), source=source.value, fast=fast)
 
 
 def main() -> None:

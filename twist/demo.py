@@ -51,22 +51,21 @@ class Step:
     def command(self) -> str:
         return shlex.join(["twist", *self.arguments])
 
-    def work(self) -> None:
-        from twist.cli import app
 
-        if not self.done():
-            app(list(self.arguments), standalone_mode=False)
+def run_demo(output: Path, *, twist: Callable[[list[str]], object], source: str = "shapes", fast: bool = False) -> Path:
+    """Run every step into `output` and return the path of the HTML page. Finished steps are not repeated.
 
-
-def run_demo(output: Path, *, source: str = "shapes", fast: bool = False) -> Path:
-    """Run every step into `output` and return the path of the HTML page. Finished steps are not repeated."""
+    Args:
+        twist: runs the command line with these arguments.
+    """
     output.mkdir(parents=True, exist_ok=True)
     steps = _plan(output, source=source, fast=fast)
     began = time.monotonic()
     with _Display(steps, log=output / "log.txt") as display:
         for step in steps:
             with display.step(step):
-                step.work()
+                if not step.done():
+                    twist(list(step.arguments))
     _closing_words(output, elapsed_s=time.monotonic() - began)
     return output / "report.html"
 
