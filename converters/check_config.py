@@ -64,7 +64,9 @@ class Mismatch:
     cure: str
 
 
-def check_config(config: Path, weights: Path) -> list[Mismatch]:
+def check_config(
+    config: Path, weights: Path, *, layout: str | None = None, branch: str | None = None
+) -> list[Mismatch]:
     """Every setting of `config` that does not fit `weights` (any checkpoint); empty when all do.
 
     Raises:
@@ -73,7 +75,7 @@ def check_config(config: Path, weights: Path) -> list[Mismatch]:
     config = Path(config)
     if not config.is_file():
         raise UserError(f"There is no config at {config}: check the path.")
-    backbone = load_artefact(Path(weights))[1]
+    backbone = load_artefact(Path(weights), layout=layout, branch=branch)[1]
     if config.suffix in (".yaml", ".yml"):
         return _check_detectron2(_merged(_DETECTRON2_DEFAULTS, _read_yaml(config)), backbone)
     if config.suffix == ".py":
@@ -103,6 +105,9 @@ def _check_detectron2(settings: dict[str, Any], backbone: Backbone) -> list[Mism
     norm = _at(settings, "MODEL.RESNETS.NORM")
     if norm == "FrozenBN":
         cure = "frozen norms with self-supervised weights lose points or diverge; set MODEL.RESNETS.NORM: SyncBN"
+        found.append(Mismatch("MODEL.RESNETS.NORM", norm, "SyncBN", cure))
+    elif norm not in ("BN", "SyncBN", "naiveSyncBN", "naiveSyncBN_N"):
+        cure = "other norms than the weights', whose statistics would be left out; set MODEL.RESNETS.NORM: SyncBN"
         found.append(Mismatch("MODEL.RESNETS.NORM", norm, "SyncBN", cure))
     heads = _at(settings, "MODEL.ROI_HEADS.NAME")
     if _at(settings, "MODEL.BACKBONE.NAME") == "build_resnet_backbone" and heads == "Res5ROIHeads":
@@ -140,10 +145,11 @@ def _check_mmseg(settings: Mapping[str, Any], backbone: Backbone) -> list[Mismat
         found.append(Mismatch("model.pretrained", model["pretrained"], None, cure))
     defaults = {"style": "pytorch", "stem_channels": 64, "base_channels": 64, "num_layers": 12, "embed_dims": 768}
     defaults |= {"num_heads": 12, "patch_bias": False, "patch_size": 16, "norm_cfg": {"type": "LN"}}
+    defaults |= {"deep_stem": False, "avg_down": False}
     keys = (
         ("patch_size", "patch_bias", "embed_dims", "num_layers", "num_heads", "norm_cfg")
         if backbone.is_vit
-        else ("depth", "stem_channels", "base_channels", "style")
+        else ("depth", "stem_channels", "base_channels", "style", "deep_stem", "avg_down")
     )
     for key in keys:
         cure = f"another network than the weights'; set {key}={ours[key]!r}"
@@ -162,6 +168,9 @@ def _check_mmseg(settings: Mapping[str, Any], backbone: Backbone) -> list[Mismat
         cure = "frozen stages keep self-supervised statistics; set frozen_stages=-1"
         found.append(Mismatch("model.backbone.frozen_stages", theirs["frozen_stages"], -1, cure))
     norm = theirs.get("norm_cfg") or {}
+    if not backbone.is_vit and norm.get("type", "BN") not in ("BN", "BN2d", "SyncBN", "MMSyncBN"):
+        cure = "other norms than the weights', whose statistics would be left out; set norm_cfg=dict(type='SyncBN')"
+        found.append(Mismatch("model.backbone.norm_cfg.type", norm["type"], "SyncBN", cure))
     if theirs.get("norm_eval") or (norm.get("requires_grad") is False and not backbone.is_vit):
         cure = "frozen norms with self-supervised weights lose points; set norm_eval=False and requires_grad=True"
         found.append(Mismatch("model.backbone.norm_eval", True, False, cure))

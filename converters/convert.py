@@ -71,7 +71,13 @@ def convert(
     output_folder.check(output, checkpoint)
     writer = TARGETS[target]
     source = load_source(checkpoint, layout=layout, branch=branch, allow_nan=allow_nan)
-    output_folder.check_same_source(output, checkpoint, source.sha256)
+    output_folder.check_same_source(
+        output,
+        checkpoint,
+        sha256=source.sha256,
+        layout=source.backbone.source_layout,
+        branch=source.backbone.source_branch,
+    )
     reason = writer.refuse(source.backbone)
     if reason:
         raise UserError(

@@ -56,7 +56,7 @@ def find(contents: Contents, *, layout: str | None = None, branch: str | None = 
     for row in candidates:
         places = list(_places(row, value, forced=layout is not None))
         if places:
-            if layout is None and row.name in _PLAIN_NAMES:
+            if layout is None:
                 _ask_if_named(contents.path, row)
             return _choose(places, branch, where)
     raise UserError(_why_not(contents, value, layout))
@@ -140,16 +140,23 @@ def _ask_if_ambiguous(contents: Contents, value: dict[str, Any]) -> None:
             )
 
 
-# Layouts that hold nothing but plain names; a file's own name may then say what its contents cannot.
+# A file's own name may say what its contents cannot: word in it, layouts that hold the same names, the layout that is
+# meant, and what would be wrong.
 _PLAIN_NAMES = ("torchvision", "torchvision-training", "backbone")
+_NAMED = (
+    ("simclr", _PLAIN_NAMES, "simclr-torch", "other pixels"),
+    ("byol", _PLAIN_NAMES, "byol-torch", "other padding"),
+    ("pcl", ("moco", "moco-v1"), "pcl", "another method"),
+    ("sela", ("deepcluster-v2", "swav"), "sela-v2", "another method"),
+)
 
 
 def _ask_if_named(path: Path, layout: Layout) -> None:
-    for word, choice, difference in (("simclr", "simclr-torch", "pixels"), ("byol", "byol-torch", "padding")):
-        if word in path.name.lower():
+    for word, layouts, choice, difference in _NAMED:
+        if word in path.name.lower() and layout.name in layouts:
             raise UserError(
-                f"{path} is called {word} but looks like {layout.name}, which has other {difference}: say --from "
-                f"{choice}, or --from {layout.name} if the name misleads."
+                f"{path} is called {word} but looks like {layout.name}, which has {difference}: say --from {choice}, "
+                f"or --from {layout.name} if the name misleads."
             )
 
 
@@ -208,9 +215,10 @@ def _tensors_of(value: dict[Any, Any]) -> dict[str, Tensor]:
 
 
 def _clean(name: str) -> str:
+    name = name.replace("_orig_mod.", "")  # first: a compiled wrapper may be around a distributed one, or inside
     while name.startswith("module."):
         name = name.removeprefix("module.")
-    return name.replace("_orig_mod.", "")
+    return name
 
 
 def _kind(value: Any) -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from contracts.errors import UserError
+from contracts.errors import UsageError, UserError
 from converters import detect, read
 from converters.containers import Contents, read_contents
 from converters.targets import TARGETS
@@ -47,10 +47,11 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(checkpoint: Path) -> Inspection:
-    """Look into `checkpoint`.
+def inspect(checkpoint: Path, *, layout: str | None = None) -> Inspection:
+    """Look into `checkpoint`, as the source layout of that name when one is given.
 
     Raises:
+        UsageError: there is no layout of that name.
         UserError: it is no checkpoint at all, is damaged, or asks for code to be run. What merely cannot be converted
             is among the problems.
     """
@@ -65,7 +66,9 @@ def inspect(checkpoint: Path) -> Inspection:
         "epoch_entry": _epoch(contents),
     }
     try:
-        source = read.account(contents, allow_nan=True)
+        source = read.account(contents, layout=layout, allow_nan=True)
+    except UsageError:
+        raise
     except UserError as error:
         return Inspection(**seen, problems=(str(error),))
     problems = []

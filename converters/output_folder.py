@@ -23,14 +23,20 @@ _ENDINGS = {".pth", ".pt", ".tar", ".pkl", ".ckpt", ".bin", ".npz", ".safetensor
 _COMMON_NAMES = {"backbone", "checkpoint", "last", "latest", "model", "pytorch_model", "weights"}
 
 
-def default_folder(checkpoint: Path, target: str) -> Path:
-    """`<the file's name>-<target>` in the working directory; a name that every run uses becomes its folder's."""
+def name_of(checkpoint: Path) -> str:
+    """What to call the weights of a file: its own name, or its folder's where every run calls its file so."""
     name = checkpoint.name
     while Path(name).suffix.lower() in _ENDINGS:
         name = Path(name).stem
-    if name in _COMMON_NAMES:
-        name = checkpoint.resolve().parent.name or name
-    return Path(f"{name}-{target}")
+    folder = checkpoint.resolve().parent.name
+    if name == "teacher_backbone" and folder:  # beside a student's, in the folder of one run
+        return f"{folder}-teacher"
+    return folder or name if name in _COMMON_NAMES else name
+
+
+def default_folder(checkpoint: Path, target: str) -> Path:
+    """`<name>-<target>` in the working directory."""
+    return Path(f"{name_of(checkpoint)}-{target}")
 
 
 def check(output: Path, checkpoint: Path) -> None:
@@ -49,15 +55,23 @@ def check(output: Path, checkpoint: Path) -> None:
         raise UserError(f"{output} exists and is no earlier conversion{what}: choose another folder with --output.")
 
 
-def check_same_source(output: Path, checkpoint: Path, sha256: str) -> None:
-    """`UserError` when `output` is the conversion of another file: one run's weights must not replace another's."""
+def check_same_source(output: Path, checkpoint: Path, *, sha256: str, layout: str | None, branch: str | None) -> None:
+    """`UserError` when `output` is the conversion of another network: one's weights must not replace another's."""
     source = _earlier(output)
-    if source is not None and source.get("sha256") != sha256:
+    if source is None:
+        return
+    if source.get("sha256") != sha256:
         raise UserError(
             f"{output} holds the conversion of another file ({source.get('file')}, sha256 "
             f"{str(source.get('sha256'))[:8]}…; {checkpoint.name} is {sha256[:8]}…): choose another folder with "
             "--output, or remove that one."
         )
+    for what, theirs, ours in (("layout", source.get("layout"), layout), ("branch", source.get("branch"), branch)):
+        if theirs != ours:
+            raise UserError(
+                f"{output} holds the conversion of this file's {what} {theirs}, and this is {ours}: choose another "
+                "folder with --output, or remove that one."
+            )
 
 
 @contextlib.contextmanager

@@ -266,6 +266,8 @@ def _notes(
             "plain names with a classifier are taken for torchvision's; conversions of BYOL and SimCLR look the same, "
             "and need --from byol-torch or --from simclr-torch"
         )
+    if layout.lookalikes:
+        notes.append(f"the names are those of {layout.lookalikes}, too: if it is one, say --from")
     if geometry.architecture == "vit_small_patch16" and heads is None and not layout.heads_known:
         notes.append("nothing in the file says how many heads this ViT-S has: 6 are taken, MoCo v3's has 12")
     if filled:

@@ -68,6 +68,7 @@ class Layout:
     heads_known: bool = False  # a ViT-S of this layout has the usual 6 attention heads (`converters/settings.py`)
     epoch_is_count: bool = False  # `epoch` holds the number of finished epochs
     detect: bool = True  # False: content cannot tell, only --from can
+    lookalikes: str = ""  # other methods whose files hold the same names, where neither content nor custom tells
     refuse: tuple[tuple[str, str], ...] = ()  # architecture → why it is not this suite's network of that name
     note: str = ""
 
@@ -341,6 +342,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "deepcluster-v2", "deepcluster-v2", _one(ROOT, "") + _one(STATE, ""),
         evidence=("prototypes.prototypes0.*",), drop=("projection_head.*", "prototypes.*"), pixels=SWAV,
         epoch_is_count=True, note="swav main_deepclusterv2.py; SeLa v2 has the same names: name it with --from sela-v2",
+        lookalikes="SeLa v2 (sela-v2) and of SwAV with several heads (swav)",
     ),
     Layout(
         "swav", "swav", _one(ROOT, "") + _one(STATE, ""),

@@ -232,6 +232,7 @@ class PretrainConfig(Config):
     def _together(self) -> PretrainConfig:
         if self.model.backbone.startswith("vit_") and (self.views.global_size % 16 or self.views.local_size % 16):
             raise ValueError("a ViT with 16-pixel patches needs view sizes that are multiples of 16")
+        self._refuse_without_effect()
         if self.run.compile and self.model.activation_checkpointing and not self.model.backbone.startswith("vit_"):
             # The second resolution moves the running statistics that the first one's second forward would start from.
             raise ValueError(
@@ -239,3 +240,19 @@ class PretrainConfig(Config):
                 "keep one of them"
             )
         return self
+
+    def _refuse_without_effect(self) -> None:
+        """A number that somebody sets and that does nothing is a run that is not what its config says."""
+        is_vit, lars = self.model.backbone.startswith("vit_"), self.optim.name == "lars"
+        for key, has_effect, only in (
+            ("model.width", not is_vit, "ResNets are made wider"),
+            ("model.drop_path", is_vit, "ViTs drop paths"),
+            ("model.teacher_momentum", self.model.teacher, "a teacher (model.teacher = true) has it"),
+            ("optim.momentum", lars, "LARS has it, AdamW's are fixed"),
+            ("optim.eta", lars, "LARS has it"),
+        ):
+            section, name = key.split(".")
+            table = getattr(self, section)
+            standard = type(table).model_fields[name].default
+            if not has_effect and getattr(table, name) != standard:
+                raise ValueError(f"{key} = {getattr(table, name)} would have no effect, only {only}: leave it out")

@@ -31,6 +31,10 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def teacher_path(output: Path) -> Path:
+    return output / "teacher_backbone.safetensors"
+
+
 @dataclasses.dataclass
 class Run:
     """What a run consists of, and how it is moved, saved and restored."""
@@ -50,7 +54,7 @@ class Run:
     @classmethod
     def build(cls, config: PretrainConfig, plan: Plan, output: Path, *, device: torch.device) -> Run:
         student, teacher = build_model(config, device=device)
-        return cls(
+        run = cls(
             config,
             plan,
             output,
@@ -61,6 +65,8 @@ class Run:
             torch.amp.GradScaler(device.type) if plan.precision == "fp16" else None,
             NonFiniteGuard([student] if teacher is None else [student, teacher], device=device),
         )
+        run._header("backbone")  # what could not be exported is not trained
+        return run
 
     def learn(self, loss: Tensor) -> Tensor:
         """Backward pass and update; a step with a non-finite loss or gradient changes nothing. Returns the norm."""
@@ -192,13 +198,16 @@ class Run:
         if distributed.rank() == 0:
             self._write(path, self.student)
             if self.teacher is not None:
-                self._write(self.output / "teacher_backbone.safetensors", self.teacher, branch="teacher")
+                self._write(teacher_path(self.output), self.teacher, branch="teacher")
         distributed.barrier()
         return path
 
     def _write(self, path: Path, network: Twist, *, branch: str = "backbone") -> None:
+        write_backbone(path, network.backbone.state_dict(), self._header(branch))
+
+    def _header(self, branch: str) -> Backbone:
         is_vit = self.config.model.backbone.startswith("vit_")
-        header = Backbone(
+        return Backbone(
             architecture=self.config.model.backbone,
             width=self.config.model.width,
             stem="patch16" if is_vit else "conv7x7",
@@ -210,4 +219,3 @@ class Run:
             seed=self.config.run.seed,
             images_sha256=self.plan.images_sha256,
         )
-        write_backbone(path, network.backbone.state_dict(), header)

@@ -2,7 +2,8 @@
 
 config.json            the resolved config          plan.txt             what the run is going to do
 metrics.jsonl          one line a step              tensorboard/         the same as curves
-checkpoints/           to resume from               backbone.safetensors the result, for every later stage
+checkpoints/           to resume from               backbone.safetensors the result, for every later stage (with
+                                                    a teacher, teacher_backbone.safetensors is the one to take)
 lock                   held by the running process
 """
 
@@ -37,6 +38,25 @@ NOT_IDENTITY: dict[str, set[str]] = {
         "device",
     },
 }
+
+
+# What a run writes beside its config; where one of them lies without it, it is somebody else's.
+WRITTEN = (
+    "checkpoints/step_*", "metrics.jsonl", "online_eval.jsonl", "plan.txt", "tensorboard", "*backbone.safetensors",
+)  # fmt: skip
+
+
+def refuse_foreign(folder: Path) -> None:
+    """`UserError` when `folder` holds, without a run's config, what a run there would replace. Touches nothing."""
+    if (folder / "config.json").exists():
+        _read_identity(folder / "config.json")
+        return
+    for pattern in WRITTEN:
+        for found in folder.glob(pattern):
+            raise UserError(
+                f"{folder} holds {found.relative_to(folder)} and no config.json, so it is no run of ours that could go "
+                "on: give another --output, nothing is overwritten."
+            )
 
 
 @contextlib.contextmanager
@@ -103,8 +123,11 @@ def recipe_hash(config: PretrainConfig) -> str:
 
 def _read_identity(existing: Path) -> dict[str, Any]:
     try:
-        return identity(json.loads(existing.read_text()))
-    except (ValueError, AttributeError):
+        values = json.loads(existing.read_text())
+        if "epochs" not in values["run"]:
+            raise ValueError
+        return identity(values)
+    except (ValueError, AttributeError, KeyError, TypeError):
         raise UserError(f"{existing} is not a run's config: give another --output.") from None
 
 

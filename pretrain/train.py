@@ -33,7 +33,7 @@ from pretrain.online_eval import evaluate, labelled
 from pretrain.optim import set_rates
 from pretrain.plan import Plan, resolve
 from pretrain.precision import autocast
-from pretrain.run import Run, say
+from pretrain.run import Run, say, teacher_path
 from pretrain.self_label import self_label_loss
 from pretrain.signals import Requeue, StopFlag, stop_flag
 from pretrain.views import Stage
@@ -65,7 +65,13 @@ def pretrain(config: PretrainConfig, *, output: Path, resume: bool = False) -> P
         run.restore(asked=resume)
         result = _train(config, plan, loader, run, stop=stop)
     if distributed.rank() == 0:
-        say(f"The backbone is {result}: `twist convert` and `twist transfer` take it from there.")
+        if run.teacher is None:
+            say(f"The backbone is {result}: `twist convert` and `twist transfer` take it from there.")
+        else:
+            say(
+                f"The teacher's backbone is {teacher_path(output)}, the one to evaluate; the student's is {result}: "
+                "`twist convert` and `twist transfer` take it from there."
+            )
     return result
 
 
@@ -94,7 +100,7 @@ def _train(config: PretrainConfig, plan: Plan, loader: ViewLoader, run: Run, *, 
                 with autocast(device, config.run.precision):
                     loss = objective(model, run.teacher, views, config=config, stage=stage, quantile=quantile)
                 gradient_norm = run.learn(loss.total)
-                if run.teacher is not None:
+                if run.teacher is not None:  # also after a skipped step: the student is finite, and what it was
                     update_teacher(run.teacher, run.student, momentum=schedule.teacher_momentum(step))
 
                 monitor.note(
@@ -198,6 +204,10 @@ def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, 
 
 
 def _take_folder(stack: contextlib.ExitStack, output: Path, config: PretrainConfig, *, resume: bool) -> None:
+    run_folder.refuse_foreign(output)
+    start = config.run.warm_start
+    if start is not None and not Path(start).is_file() and not any(output.glob("checkpoints/step_*.json")):
+        raise UserError(f"There is no checkpoint at {start}: check run.warm_start.")
     stack.enter_context(run_folder.locked(output))
     run_folder.prepare(output, config, resume=resume)
 

@@ -25,6 +25,7 @@ from contracts.errors import UsageError, UserError
 from contracts.networks import build_backbone
 from contracts.weights import Backbone, write_backbone
 from converters import standins
+from converters.check_config import check_config
 from converters.containers import read_contents
 from converters.convert import convert
 from converters.inspect import inspect, render
@@ -439,6 +440,21 @@ def test_inspect_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is empty"):
         (tmp_path / "e.pth").touch()
         inspect(tmp_path / "e.pth")
+
+
+def test_what_has_to_be_named_is_inspected_and_checked_by_that_name(tmp_path: Path) -> None:
+    file, config = tmp_path / "weights.pth", tmp_path / "mine.yaml"
+    torch.save({"state_dict": {**RESNET, "fc.weight": torch.ones(2, 512)}}, file)
+    config.write_text("MODEL:\n  RESNETS:\n    DEPTH: 18\n")
+    assert "say --from simclr-torch" in inspect(file).problems[0]
+    with pytest.raises(UserError, match="say --from simclr-torch"):
+        check_config(config, file)
+    found = inspect(file, layout="simclr-torch")
+    assert (found.layout, found.std, found.problems) == ("simclr-torch", (1, 1, 1), ())
+    wanted = {mismatch.key: mismatch.wanted for mismatch in check_config(config, file, layout="simclr-torch")}
+    assert wanted["MODEL.PIXEL_STD"] == [255.0, 255.0, 255.0]
+    with pytest.raises(UsageError, match="There is no layout"):
+        inspect(file, layout="simklr")
 
 
 def test_artefact_passes_through_and_is_checked(tmp_path: Path) -> None:

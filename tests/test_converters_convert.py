@@ -173,6 +173,18 @@ def test_another_files_conversion_is_not_replaced(artefact: Path, tmp_path: Path
     assert (tmp_path / "out" / "backbone.safetensors").read_bytes() == before
 
 
+def test_another_branchs_conversion_is_not_replaced(tmp_path: Path) -> None:
+    state = {f"backbone.{name}": tensor for name, tensor in random_tensors().items()}
+    other = {f"backbone.{name}": tensor for name, tensor in random_tensors(seed=1).items()}
+    torch.save({"student": other, "teacher": state}, tmp_path / "dino.pth")
+    for _ in range(2):
+        done = convert(tmp_path / "dino.pth", target="torchvision", output=tmp_path / "out", verify=False)
+    before = done.weights.read_bytes()
+    with pytest.raises(UserError, match="of this file's branch teacher, and this is student"):
+        convert(tmp_path / "dino.pth", target="torchvision", branch="student", output=tmp_path / "out", verify=False)
+    assert done.weights.read_bytes() == before
+
+
 def test_neither_a_link_nor_the_working_directory_is_replaced(
     artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

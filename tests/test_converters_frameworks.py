@@ -384,6 +384,9 @@ def test_check_config_of_detectron2(written: dict[str, Path], tmp_path: Path) ->
     wide = tmp_path / "wide.yaml"
     wide.write_text(text.replace("STEM_OUT_CHANNELS: 64", "STEM_OUT_CHANNELS: 128"))
     assert keys(check_config(wide, weights)) == {"MODEL.RESNETS.STEM_OUT_CHANNELS"}
+    for norm in ("GN", '""', "LN"):
+        wide.write_text(text.replace("NORM: SyncBN", f"NORM: {norm}"))
+        assert keys(check_config(wide, weights)) == {"MODEL.RESNETS.NORM"}
     # Several bases, and a tuple in the place of a list, are Detectron2's own ways of writing.
     (tmp_path / "tuple.yaml").write_text("MODEL:\n  PIXEL_MEAN: (123.675, 116.28, 103.53)\n")
     (tmp_path / "both.yaml").write_text("_BASE_: [mine.yaml, tuple.yaml]\n")
@@ -406,6 +409,11 @@ def test_check_config_of_mmseg(written: dict[str, Path], tmp_path: Path) -> None
     shutil.copy(written["r18-mmseg"] / "overlay.py", tmp_path / "overlay.py")
     mine.write_text(f"_base_ = ['{base}']\n" + (tmp_path / "overlay.py").read_text())
     assert check_config(mine, weights) == []
+    for change in ("deep_stem=True", "avg_down=True", "norm_cfg=dict(type='GN', num_groups=32)"):
+        own = tmp_path / "own.py"
+        own.write_text(f"_base_ = ['mine.py']\nmodel = dict(backbone=dict({change}))\n")
+        (mismatch,) = check_config(own, weights)
+        assert mismatch.key.startswith(f"model.backbone.{change.partition('=')[0]}")
     assert render([]) == "The config fits the weights."
     # And the merged config builds: the recipe's own settings stay.
     from mmengine.config import Config

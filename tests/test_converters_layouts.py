@@ -202,10 +202,31 @@ def test_branches_are_not_mixed_up(name: str, tmp_path: Path) -> None:
     assert not any(same(mine[key], theirs[key]) for key in RESNET18)
 
 
-@pytest.mark.parametrize("wrap", ["module.", "_orig_mod.", "module._orig_mod.", "module.module."])
+@pytest.mark.parametrize("wrap", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."])
 def test_wrappers_are_taken_off(wrap: str, tmp_path: Path) -> None:
     torch.save({wrap + name: tensor for name, tensor in RESNET18.items()}, tmp_path / "x.pth")
     assert list(load_artefact(tmp_path / "x.pth")[0]) == list(RESNET18)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "choice"),
+    [
+        ("moco", "PCL_v2_epoch200.pth.tar", "pcl"),
+        ("moco-v1", "pcl_v1.pth", "pcl"),
+        ("deepcluster-v2", "selav2_400ep_2x224_pretrain.pth.tar", "sela-v2"),
+    ],
+)
+def test_a_file_that_is_called_another_method_is_asked_for(layout: str, name: str, choice: str, tmp_path: Path) -> None:
+    row = BY_NAME[layout]
+    value = checkpoint_value(row, row.branches[0], RESNET18)
+    torch.save(value, tmp_path / name)
+    with pytest.raises(UserError, match=f"looks like {layout}, which has another method: say --from {choice}"):
+        load_artefact(tmp_path / name)
+    assert load_artefact(tmp_path / name, layout=choice)[1].method == choice
+    torch.save(value, tmp_path / "checkpoint.pth")
+    source = load_source(tmp_path / "checkpoint.pth")
+    assert source.backbone.method == row.method
+    assert any("SeLa v2" in note for note in source.notes) == (layout == "deepcluster-v2")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -58,6 +58,7 @@ def test_a_run_writes_what_it_promises(images: Path, tmp_path: Path, capsys) -> 
         "plan.txt", "tensorboard",
     }  # fmt: skip
     assert (tmp_path / "plan.txt").read_text() in said
+    assert f"The teacher's backbone is {tmp_path / 'teacher_backbone.safetensors'}" in said
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(10))
     assert lines[0].keys() == KEYS
@@ -176,6 +177,61 @@ def test_numbers_that_are_none_are_refused(override: str) -> None:
         load_config(CONFIGS / "smoke.toml", PretrainConfig, [override])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["model.backbone=vit_small_patch16", "model.width=2"], "model.width = 2"),
+        (["model.drop_path=0.1"], "model.drop_path = 0.1"),
+        (["model.teacher_momentum=[0.9, 1.0]"], "model.teacher_momentum"),
+        (["optim.name=adamw", "optim.momentum=0.8"], "optim.momentum = 0.8"),
+        (["optim.name=adamw", "optim.eta=0.1"], "optim.eta = 0.1"),
+    ],
+)
+def test_numbers_that_would_do_nothing_are_refused(overrides: list[str], key: str) -> None:
+    views = ["views.global_size=32", "views.local_size=16"]
+    with pytest.raises(UsageError, match=rf"{re.escape(key)}.* would have no effect"):
+        load_config(CONFIGS / "smoke.toml", PretrainConfig, [*views, *overrides])
+
+
+def test_what_could_not_be_exported_is_not_trained(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_, **__):
+        raise ValueError("no such header")
+
+    config = tiny_config(images)
+    monkeypatch.setattr("pretrain.run.Backbone", refused)
+    with pytest.raises(ValueError, match="no such header"):
+        Run.build(config, resolve(config, images=25, world_size=1, device=CPU), images, device=CPU)
+
+
+def test_a_warm_start_that_is_not_there_leaves_no_folder(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"There is no checkpoint at .*absent.pth"):
+        run(tiny_config(images, run={"warm_start": str(tmp_path / "absent.pth")}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoints/step_1000.pt", "metrics.jsonl", "backbone.safetensors", "teacher_backbone.safetensors"]
+)
+def test_a_folder_of_somebody_else_is_left_as_it_is(name: str, images: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("precious")
+    for resume in (False, True):
+        with pytest.raises(UserError, match=rf"holds {re.escape(name)} and no config.json"):
+            run(tiny_config(images), tmp_path / "theirs", resume=resume)
+    assert theirs.read_text() == "precious"
+    assert [path for path in (tmp_path / "theirs").rglob("*") if path.is_file()] == [theirs]
+    (tmp_path / "theirs" / "config.json").write_text('{"architectures": {"0": "BertModel"}}')
+    with pytest.raises(UserError, match="is not a run's config"):
+        run(tiny_config(images), tmp_path / "theirs", resume=True)
+
+
+def test_a_folder_with_a_log_of_ones_own_is_taken(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.log").write_text("mine")
+    run(tiny_config(images), tmp_path)
+    assert (tmp_path / "train.log").read_text() == "mine"
+
+
 def test_shared_memory_that_workers_will_lack_is_named_before_they_die_of_it(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +329,24 @@ def poison(monkeypatch, steps: range, *, in_views: bool) -> None:
         return loss._replace(total=loss.total * math.nan) if bad and not in_views else loss
 
     monkeypatch.setattr(train, "objective", objective)
+
+
+def test_a_teacher_goes_on_towards_a_student_that_skipped(images: Path, tmp_path: Path, monkeypatch) -> None:
+    """As published; what it takes from a skipped step is finite, and the student's as it was."""
+    pairs = []
+    original = Run.advance
+
+    def advance(self, epoch):
+        pairs.append([torch.cat([p.flatten() for p in n.parameters()]).clone() for n in (self.student, self.teacher)])
+        original(self, epoch)
+
+    monkeypatch.setattr(Run, "advance", advance)
+    poison(monkeypatch, range(3, 4), in_views=False)
+    run(tiny_config(images, model={"teacher": True, "teacher_momentum": [0.9, 0.9]}), tmp_path)
+    (student, before), (same_student, after) = pairs[2:4]
+    assert torch.equal(student, same_student)
+    torch.testing.assert_close(after, before.lerp(student, 0.1))
+    assert not torch.equal(after, before)
 
 
 @pytest.mark.parametrize("in_views", [False, True], ids=["loss", "input"])

@@ -389,6 +389,11 @@ def test_weights_are_called_by_their_folder_from_within_it(tmp_path, monkeypatch
     (tmp_path / "r50" / "backbone.safetensors").write_bytes(b"")
     monkeypatch.chdir(tmp_path / "r50")
     assert _find_weights("backbone.safetensors", layout=None, branch=None).name == "r50"
+    assert _find_weights(str(tmp_path / "r50"), layout=None, branch=None).path == tmp_path / "r50/backbone.safetensors"
+    # Of a run with a teacher, its network, and by a name that the student's run does not have.
+    (tmp_path / "r50" / "teacher_backbone.safetensors").write_bytes(b"")
+    found = _find_weights(str(tmp_path / "r50"), layout=None, branch=None)
+    assert (found.path, found.name) == (tmp_path / "r50" / "teacher_backbone.safetensors", "r50-teacher")
 
 
 def test_the_end_compares_with_the_published_rows_of_the_same_method(make_record) -> None:

@@ -26,6 +26,7 @@ from contracts.metrics import METRICS
 from contracts.provenance import git_commit, hardware, software
 from contracts.record import RunRecord, Scale, WeightsProvenance, check_label, name_in, write_record
 from contracts.weights import Backbone, write_backbone
+from converters.output_folder import name_of
 from transfer import folder
 from transfer.data.identity import identify_data
 from transfer.preflight import check_data, find_root
@@ -68,7 +69,8 @@ def transfer(
     """Run `protocol` on `weights` and write one record.
 
     Args:
-        weights: `random`, `torchvision:FILE`, a checkpoint of any layout, or a run folder with `backbone.safetensors`.
+        weights: `random`, `torchvision:FILE`, a checkpoint of any layout, or a run folder (of a run with a
+            teacher, the teacher).
         data: the data root; None takes `DETECTRON2_DATASETS`.
         gpus: GPUs of this node; None takes those of the recipe that are here, 0 one process on the CPU.
         output: the run folder; None makes `runs/<protocol>/<method>-<weights>-seed<seed>`.
@@ -229,11 +231,12 @@ def _find_weights(weights: str, *, layout: str | None, branch: str | None) -> So
         layout = "torchvision"
     path = Path(weights.removeprefix(TORCHVISION)).expanduser().absolute()
     if path.is_dir():
-        path = path / "backbone.safetensors"
+        # Of a run with a teacher, the network that a conversion of its checkpoints takes.
+        teacher = path / "teacher_backbone.safetensors"
+        path = teacher if teacher.is_file() else path / "backbone.safetensors"
     if not path.is_file():
         raise UserError(f"There is no weights file at {path}: check the path, or pass random or torchvision:FILE.")
-    name = (path.parent.name if path.stem == "backbone" else path.stem) or path.stem
-    return Source(path.resolve(), layout, branch, name, sha256_file(path))
+    return Source(path.resolve(), layout, branch, name_of(path), sha256_file(path))
 
 
 def _default_output(row: Protocol, source: Source, label: str | None, seed: int) -> Path:

@@ -120,6 +120,7 @@ def pretrain(
 @app.command()
 def inspect(
     checkpoint: Path,
+    layout: Annotated[str | None, typer.Option("--from", help="Source layout, when it should not be detected.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what is in a checkpoint.
@@ -129,7 +130,7 @@ def inspect(
     from converters.inspect import inspect as look
     from converters.inspect import render
 
-    found = look(checkpoint)
+    found = look(checkpoint, layout=layout)
     print(_json(found.to_json()) if as_json else render(found))
 
 
@@ -159,7 +160,7 @@ def convert(
         file = weights or checkpoint
         if file is None:
             raise UsageError("--check-config needs the weights too: add --weights FILE.")
-        mismatches = check(check_config, file)
+        mismatches = check(check_config, file, layout=layout, branch=branch)
         print(render_mismatches(mismatches))
         raise typer.Exit(1 if mismatches else 0)
     if checkpoint is None or to is None:
