@@ -118,11 +118,12 @@ def test_full_recipes_are_the_published_ones(request_of) -> None:
 
 
 def test_the_frameworks_own_linear_rule_is_ours(request_of) -> None:
+    from transfer import detectron2_config
     from transfer import detectron2_engine as engine
 
-    published = engine._schedule(engine.resolve(request_of("coco-mrcnn-fpn-1x", "keep_batch=true")).config)
+    published = detectron2_config._schedule(engine.resolve(request_of("coco-mrcnn-fpn-1x", "keep_batch=true")).config)
     resolved = engine.resolve(request_of("coco-mrcnn-fpn-1x"))
-    assert engine._schedule(resolved.config) == linear_rule(published, processes=1, reference=8)
+    assert detectron2_config._schedule(resolved.config) == linear_rule(published, processes=1, reference=8)
     assert "linear rule" in resolved.plan
     assert not resolved.reduced  # the same images are seen
     assert engine.resolve(request_of("coco-mrcnn-fpn-1x", "iterations=100")).reduced
@@ -154,6 +155,7 @@ def test_an_override_that_leaves_the_protocol_keeps_the_record_from_published_nu
 
 def test_whatever_an_override_changes_is_recorded(request_of) -> None:
     """Every key of the config, one after the other: only those named here leave the record as it was."""
+    from transfer import detectron2_config
     from transfer import detectron2_engine as engine
 
     def resolved(override: str):
@@ -165,7 +167,7 @@ def test_whatever_an_override_changes_is_recorded(request_of) -> None:
     }  # fmt: skip
     # One iteration of 90,000 more is none; a rate is named by its value.
     schedule = {f"SOLVER.{key}" for key in ("BASE_LR", "MAX_ITER", "WARMUP_ITERS")}
-    found = sweep(engine._tree(resolved("").config), resolved)
+    found = sweep(detectron2_config._tree(resolved("").config), resolved)
     assert found.same_recipe == harmless
     assert found.not_reduced == harmless | schedule
     assert found.unnamed == harmless | schedule | {"SOLVER.IMS_PER_BATCH", "SOLVER.STEPS"}
@@ -263,25 +265,26 @@ def test_weights_that_do_not_arrive_are_found(request_of, weights) -> None:
     from detectron2.modeling import build_model
 
     from transfer import detectron2_engine as engine
+    from transfer import detectron2_outcome
 
     file, _, _ = weights("resnet18")
     for protocol in ("coco-mrcnn-fpn-1x", "voc-frcnn-c4-24k"):
         model = build_model(engine.resolve(request_of(protocol)).config)
         with pytest.raises(UserError, match="did not take the weights"):
-            engine.prove_loaded(model, file)
+            detectron2_outcome.prove_loaded(model, file)
         DetectionCheckpointer(model).load(f"{file}?matching_heuristics=True")
-        engine.prove_loaded(model, file)
+        detectron2_outcome.prove_loaded(model, file)
         # One tensor of the file changed, and one of the file missing.
         loaded = torch.load(file, weights_only=True)
         changed = file.with_name("changed.pth")
         loaded["model"]["res5.1.conv2.weight"] += 1e-6
         torch.save(loaded, changed)
         with pytest.raises(UserError, match=r"1 tensors .* are not in the model, 0 of"):
-            engine.prove_loaded(model, changed)
+            detectron2_outcome.prove_loaded(model, changed)
         del loaded["model"]["res5.1.conv2.weight"]
         torch.save(loaded, changed)
         with pytest.raises(UserError, match=r"0 tensors .* 1 of the backbone's"):
-            engine.prove_loaded(model, changed)
+            detectron2_outcome.prove_loaded(model, changed)
 
 
 def test_an_interrupted_run_continues_from_its_checkpoint(request_of, monkeypatch) -> None:

@@ -71,6 +71,7 @@ def test_every_full_protocol_trains_two_steps_and_is_evaluated(row, request_of) 
 
 def test_full_recipes_are_the_published_ones(request_of) -> None:
     """What a reader of the papers would check, on the resolved configs and at the recipes' own batch."""
+    from transfer import mmseg_config
     from transfer import mmseg_engine as engine
 
     def config(protocol: str):
@@ -111,7 +112,7 @@ def test_full_recipes_are_the_published_ones(request_of) -> None:
         "cityscapes-fcn-d16-90k": Schedule(16, 0.01, 90000, 0, (63000, 81000)),
     }
     for name, schedule in facts.items():
-        assert engine._schedule(config(name), processes=1) == schedule, name
+        assert mmseg_config._schedule(config(name), processes=1) == schedule, name
     city = config("cityscapes-fcn-d8-40k").model
     assert (city.test_cfg.mode, tuple(city.test_cfg.crop_size), tuple(city.test_cfg.stride)) == (
         "slide",
@@ -122,10 +123,11 @@ def test_full_recipes_are_the_published_ones(request_of) -> None:
 
 
 def test_linear_rule_on_one_process(request_of) -> None:
+    from transfer import mmseg_config
     from transfer import mmseg_engine as engine
 
     resolved = engine.resolve(request_of("voc12aug-fcn-d8-20k"))
-    assert engine._schedule(resolved.config, processes=1) == Schedule(4, 0.0025, 80000, 0)
+    assert mmseg_config._schedule(resolved.config, processes=1) == Schedule(4, 0.0025, 80000, 0)
     policy = resolved.config.param_scheduler[0]
     assert (policy.end, policy.eta_min) == (80000, pytest.approx(2.5e-5))
     assert "linear rule" in resolved.plan
@@ -192,6 +194,7 @@ def test_an_override_that_leaves_the_protocol_keeps_the_record_from_published_nu
 
 def test_whatever_an_override_changes_is_recorded(request_of) -> None:
     """Every key of the config, one after the other: only those named here leave the record as it was."""
+    from transfer import mmseg_config
     from transfer import mmseg_engine as engine
 
     def resolved(override: str):
@@ -210,7 +213,7 @@ def test_whatever_an_override_changes_is_recorded(request_of) -> None:
         "train_cfg.max_iters", "optim_wrapper.optimizer.lr",
         "param_scheduler.0.begin", "param_scheduler.0.end", "param_scheduler.0.eta_min",
     }  # fmt: skip
-    found = sweep(engine._tree(resolved("").config), resolved)
+    found = sweep(mmseg_config._tree(resolved("").config), resolved)
     assert found.same_recipe == harmless
     assert found.not_reduced == harmless | schedule
     assert found.unnamed == harmless | schedule | {"train_dataloader.batch_size"}
@@ -314,6 +317,7 @@ def test_weights_that_do_not_arrive_are_found(request_of, weights) -> None:
     from mmseg.utils import register_all_modules
 
     from transfer import mmseg_engine as engine
+    from transfer import mmseg_outcome
 
     register_all_modules(init_default_scope=False)
     init_default_scope("mmseg")
@@ -321,15 +325,15 @@ def test_weights_that_do_not_arrive_are_found(request_of, weights) -> None:
     config = engine.resolve(request_of("voc12aug-fcn-d8-20k")).config
     backbone = MODELS.build(config.model.backbone)
     with pytest.raises(UserError, match="did not take the weights"):
-        engine.prove_loaded(backbone, file)
+        mmseg_outcome.prove_loaded(backbone, file)
     backbone.init_weights()
-    engine.prove_loaded(backbone, file)
+    mmseg_outcome.prove_loaded(backbone, file)
     # The trap of the field: the deep-stem network takes what fits of a plain stem's weights, and says little.
     settings = {k: v for k, v in config.model.backbone.items() if k not in ("deep_stem", "avg_down")}
     deep = MODELS.build({**settings, "type": "ResNetV1c"})
     deep.init_weights()
     with pytest.raises(UserError, match=r"left at random \(first: .*"):
-        engine.prove_loaded(deep, file)
+        mmseg_outcome.prove_loaded(deep, file)
 
 
 def test_an_interrupted_run_continues_from_its_checkpoint(request_of, monkeypatch) -> None:
@@ -428,6 +432,7 @@ def test_iou_by_hand(request_of) -> None:
     from mmseg.utils import register_all_modules
 
     from transfer import mmseg_engine as engine
+    from transfer import mmseg_outcome
 
     register_all_modules(init_default_scope=False)
     config = engine.resolve(request_of("voc12aug-fcn-d8-20k")).config
@@ -437,7 +442,7 @@ def test_iou_by_hand(request_of) -> None:
     found = torch.tensor([[0, 0, 0], [0, 0, 1], [1, 1, 1]])
     sample = {"pred_sem_seg": {"data": found[None]}, "gt_sem_seg": {"data": truth[None]}}
     metric.process({}, [sample])
-    assert engine._metrics(metric.evaluate(size=1)) == {
+    assert mmseg_outcome.metrics_of(metric.evaluate(size=1)) == {
         "miou_percent": 77.5,
         "macc_percent": 87.5,
         "aacc_percent": 87.5,
