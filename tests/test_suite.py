@@ -26,17 +26,9 @@ from contracts.record import RunRecord, find_records, read_record, write_record
 from transfer import suite as suite_module
 from transfer import suite_launch
 from transfer.protocols import PROTOCOLS
-from transfer.suite import (
-    Job,
-    RunsFailed,
-    SuiteConfig,
-    load_suite,
-    make_plan,
-    makespan_s,
-    plan_text,
-    run_suite,
-    transfer_command,
-)
+from transfer.suite import RunsFailed, run_suite, transfer_command
+from transfer.suite_config import SuiteConfig, digest, load_suite
+from transfer.suite_plan import Job, make_plan, makespan_s, plan_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SIMPLE = """
@@ -637,7 +629,7 @@ def test_each_file_is_converted_once_with_what_the_suite_says(world: World, monk
     assert (header.method, header.epochs, header.source_sha256 is not None) == ("moco-v2", 200, True)
     # Other bytes in the file are other weights: their runs are not done.
     checkpoint.write_bytes(b"other weights")
-    suite_module._digest.cache_clear()
+    digest.cache_clear()
     assert len(make_plan(load_suite(world.file, data=world.data), results=world.results, data=world.data).missing) == 4
 
 

@@ -9,33 +9,23 @@ its own (`twist transfer … --resume`), so that a crash in one framework ends o
 from __future__ import annotations
 
 import contextlib
-import heapq
-import itertools
-import json
 import shutil
 import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from contracts.config import Config, parse_override, problems, read_toml, validate
 from contracts.errors import UsageError, UserError, did_you_mean
-from contracts.hashing import sha256_file, sha256_json
-from contracts.record import RunRecord, find_records, name_in, read_record, write_record
-from converters import sources
-from transfer.data.identity import data_of, identify_data
-from transfer.protocols import PROTOCOLS
-from transfer.records import check_protocol
+from contracts.hashing import sha256_json
+from contracts.record import RunRecord, find_records, name_in, write_record
+from transfer.suite_config import RANDOM, SuiteConfig, WeightsEntry, digest, load_suite
 from transfer.suite_display import SuiteDisplay
 from transfer.suite_launch import Handle, Launcher, LocalLauncher, SlurmLauncher, gpu_names
+from transfer.suite_plan import Job, Plan, make_plan, of_its_data, plan_text, read_checked
 
-RANDOM = "random"
 ATTEMPTS = 2
 POLL_S = 0.5
 
@@ -46,81 +36,6 @@ class RunsFailed(UserError):
     def __init__(self, message: str, records: list[RunRecord]) -> None:
         super().__init__(message)
         self.records = records
-
-
-class WeightsEntry(Config):
-    """One set of weights. `file` is a checkpoint that `twist convert` reads (relative to where the suite is started),
-    or `random`. `method` and `epochs` are for files that do not say them; `overrides` go to its runs alone, and `seeds`
-    stand for the suite's (of random weights each is another initialisation, as others are other pretrainings)."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    file: str
-    layout: str | None = None
-    branch: str | None = None
-    method: str | None = None
-    epochs: int | None = Field(default=None, gt=0)
-    seeds: tuple[int, ...] | None = Field(default=None, min_length=1)
-    overrides: tuple[str, ...] = ()
-
-
-class SuiteConfig(Config):
-    """A suite file. `overrides` and `grid` are by protocol; a grid is the product of its lists, one run each."""
-
-    weights: tuple[WeightsEntry, ...] = Field(min_length=1)
-    protocols: tuple[str, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
-    # Other seeds for some protocols: VOC detection is a mean of five in the literature.
-    seeds_of: dict[str, tuple[int, ...]] = Field(default={})
-    overrides: dict[str, tuple[str, ...]] = Field(default={})
-    grid: dict[str, dict[str, tuple[float | int | str | bool, ...]]] = Field(default={})
-    gpus_per_run: int = Field(default=1, gt=0)
-    # submitit's parameters, and how many jobs may be queued or running at a time.
-    slurm: dict[str, Any] = Field(default={})
-    slurm_jobs_at_once: int = Field(default=64, gt=0)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run to be made. `key` identifies it by content: which file, protocol, seed and overrides. `data` names what
-    there is to measure on, None where that is not whole."""
-
-    weights: WeightsEntry
-    protocol: str
-    seed: int
-    overrides: tuple[str, ...]
-    key: str
-    data: str | None
-
-    @property
-    def title(self) -> str:
-        changed = f" [{', '.join(self.overrides)}]" if self.overrides else ""
-        return f"{self.protocol} · {self.weights.name} · seed {self.seed}{changed}"
-
-    @property
-    def note(self) -> str:
-        return f"Run by a suite as job {self.key}."
-
-    def folder(self, output: Path) -> Path:
-        return output / self.protocol / f"{self.weights.name}-seed{self.seed}-{self.key}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every job of a suite, which of them have their record, and how long the rest may take."""
-
-    jobs: tuple[Job, ...]
-    done: Mapping[str, RunRecord]
-    # Protocol → mean wall time of past records, in seconds.
-    wall_s: Mapping[str, float]
-
-    @property
-    def missing(self) -> list[Job]:
-        return [job for job in self.jobs if job.key not in self.done]
-
-    def expected_s(self, job: Job) -> float | None:
-        """From past records of the protocol, else what the protocol's table says was measured, else None."""
-        hours = PROTOCOLS[job.protocol].hours
-        return self.wall_s.get(job.protocol, None if hours is None else hours * 3600)
 
 
 def run_suite(
@@ -188,78 +103,6 @@ def run_suite(
     return ordered
 
 
-def load_suite(path: Path, *, data: Path) -> SuiteConfig:
-    """Read and examine a suite file.
-
-    Raises:
-        UsageError: one message with a sentence for every problem: keys, values, protocols, files, the data folder.
-    """
-    values = read_toml(path)
-    found = problems(values, SuiteConfig, where=str(path))
-    if not found:
-        suite = validate(values, SuiteConfig, where=str(path))
-        found = [f"{path}: {problem}" for problem in _disagreements(suite)]
-    if not data.is_dir():
-        found.append(f"There is no data folder at {data}: make one with `twist data sample`, or check the path.")
-    if found:
-        raise UsageError("\n".join(found))
-    return suite
-
-
-def make_plan(suite: SuiteConfig, *, results: Path, data: Path) -> Plan:
-    """The jobs of `suite` on `data` beside the records under `results`.
-
-    Raises:
-        UserError: a job has its record there, and that is of other data.
-    """
-    jobs = tuple(_jobs(suite, data))
-    records = [_read(file) for file in find_records([results])] if results.is_dir() else []
-    by_note = defaultdict(list)
-    for record in records:
-        for note in record.notes:
-            by_note[note].append(record)
-    done = {job.key: _of_its_data(job, by_note[job.note], results) for job in jobs if job.note in by_note}
-    times = defaultdict(list)
-    for record in records:
-        times[record.protocol].append(record.wall_s)
-    return Plan(jobs, done, {protocol: sum(values) / len(values) for protocol, values in times.items()})
-
-
-def plan_text(plan: Plan, suite: SuiteConfig, *, slots: int, on_gpus: bool) -> str:
-    """The plan as a table, weights × protocols with runs done of runs wanted, and one sentence of how long."""
-    wanted = Counter((job.weights.name, job.protocol) for job in plan.jobs)
-    have = Counter((job.weights.name, job.protocol) for job in plan.jobs if job.key in plan.done)
-    width = max(len(entry.name) for entry in suite.weights)
-    lines = [f"{'':{width}}  " + "  ".join(suite.protocols)]
-    for entry in suite.weights:
-        cells = (
-            f"{have[entry.name, p]}/{wanted[entry.name, p]}".rjust(len(p))
-            if (entry.name, p) in wanted
-            else " " * len(p)
-            for p in suite.protocols
-        )
-        lines.append(f"{entry.name:{width}}  " + "  ".join(cells))
-    known = [seconds for job in plan.missing if (seconds := plan.expected_s(job)) is not None]
-    recorded = sum(job.protocol in plan.wall_s for job in plan.missing)
-    unknown = sorted({job.protocol for job in plan.missing if plan.expected_s(job) is None})
-    where = f"{slots} at a time, {suite.gpus_per_run} GPU each" if on_gpus else "one at a time on the CPU"
-    told = [f"{recorded} from past records"] if recorded else []
-    told += [f"{len(known) - recorded} from the protocols' measured hours"] if len(known) > recorded else []
-    time_text = f"about {makespan_s(known, slots) / 3600:.1f} h for {len(known)} of them ({', '.join(told)})"
-    time_text = time_text if known else ""
-    unknown_text = f"no time is known yet for {', '.join(unknown)}" if unknown else ""
-    sentence = f"{len(plan.jobs)} runs: {len(plan.done)} done, {len(plan.missing)} to run, {where}"
-    return "\n".join([*lines, "", "; ".join(part for part in (sentence, time_text, unknown_text) if part) + "."])
-
-
-def makespan_s(lengths: Sequence[float], slots: int) -> float:
-    """When the last of these jobs ends: each begins in the slot that is free first, the longest before the others."""
-    ends = [0.0] * slots
-    for length in sorted(lengths, reverse=True):
-        heapq.heapreplace(ends, ends[0] + length)
-    return max(ends)
-
-
 def transfer_command(job: Job, weights: Path | str, *, data: Path, gpus: int, output: Path) -> list[str]:
     """The command line of one run; its record goes into the run folder, from where the suite collects it."""
     folder = job.folder(output)
@@ -268,138 +111,6 @@ def transfer_command(job: Job, weights: Path | str, *, data: Path, gpus: int, ou
     command += ["--results", str(folder / "record"), "--resume"]
     command += ["--method", job.weights.method] if job.weights.method else []
     return [*command, *job.overrides]
-
-
-# ── What a suite file may not say ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def _disagreements(suite: SuiteConfig) -> Iterator[str]:
-    for protocol in suite.protocols:
-        if protocol not in PROTOCOLS:
-            yield f'there is no protocol "{protocol}".{did_you_mean(protocol, PROTOCOLS)}'
-    for where, names in (("overrides", suite.overrides), ("grid", suite.grid), ("seeds", suite.seeds_of)):
-        for protocol in names:
-            if protocol not in suite.protocols:
-                yield f'{where} are given for "{protocol}", which is not among the protocols.'
-    lists: dict[str, Sequence[object]] = {
-        "weights name": [entry.name for entry in suite.weights],
-        "protocol": suite.protocols,
-        "seed": suite.seeds,
-        **{f"seed of {entry.name}": entry.seeds or () for entry in suite.weights},
-        **{f"seed of {protocol}": seeds for protocol, seeds in suite.seeds_of.items()},
-        # As overrides spell them: 1, 1.0 and true are equal to Python and three runs here.
-        **{
-            f"grid value of {protocol}, {key} =": [json.dumps(value) for value in values]
-            for protocol, axes in suite.grid.items()
-            for key, values in axes.items()
-        },
-    }
-    for what, listed in lists.items():
-        for name, count in Counter(listed).items():
-            if count > 1:
-                yield f"the {what} {name} is listed {count} times; once is enough."
-    for entry in suite.weights:
-        if entry.file != RANDOM and not Path(entry.file).is_file():
-            yield f"there is no file {entry.file} for the weights {entry.name}; check the path or fetch the file."
-        yield from _layout_disagreements(entry)
-    yield from _equal_weights(suite)
-    every = [
-        *(o for e in suite.weights for o in e.overrides),
-        *(o for values in suite.overrides.values() for o in values),
-    ]
-    for override in every:
-        try:
-            parse_override(override)
-        except UsageError as error:
-            yield str(error)
-
-
-def _equal_weights(suite: SuiteConfig) -> Iterator[str]:
-    """Entries that share a run: both would make it, and the second record would replace the first."""
-    whose: dict[str, str] = {}
-    told = set()
-    there = [entry for entry in suite.weights if entry.file == RANDOM or Path(entry.file).is_file()]
-    for protocol, entry in itertools.product(dict.fromkeys(suite.protocols), there):
-        for seed, _, key in _runs(suite, protocol, entry):
-            pair = (whose.setdefault(key, entry.name), entry.name)
-            if pair[0] != pair[1] and pair not in told:
-                told.add(pair)
-                yield (
-                    f"the weights {pair[0]} and {pair[1]} are the same (the same file, and nothing else that differs), "
-                    f"and both ask for {protocol} with seed {seed}; remove one, or give it `seeds` of its own."
-                )
-
-
-def _layout_disagreements(entry: WeightsEntry) -> Iterator[str]:
-    if entry.layout is None:
-        return
-    layout = sources.BY_NAME.get(entry.layout)
-    if layout is None:
-        near = did_you_mean(entry.layout, sources.BY_NAME)
-        yield f'there is no layout "{entry.layout}" (weights {entry.name}).{near}'
-        return
-    branches = [branch.name for branch in layout.branches]
-    if entry.branch is not None and entry.branch not in branches:
-        yield (
-            f'the layout {entry.layout} has no branch "{entry.branch}" (weights {entry.name}).'
-            f"{did_you_mean(entry.branch, branches)}"
-        )
-
-
-# ── Jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _jobs(suite: SuiteConfig, data: Path) -> Iterator[Job]:
-    found = {protocol: identify_data(PROTOCOLS[protocol], data) for protocol in suite.protocols}
-    for protocol, entry in itertools.product(suite.protocols, suite.weights):
-        for seed, overrides, key in _runs(suite, protocol, entry):
-            yield Job(entry, protocol, seed, overrides, key, found[protocol])
-
-
-def _runs(suite: SuiteConfig, protocol: str, entry: WeightsEntry) -> Iterator[tuple[int, tuple[str, ...], str]]:
-    """Seed, overrides and key of every run of these weights under this protocol."""
-    seeds = entry.seeds or suite.seeds_of.get(protocol, suite.seeds)
-    for seed, point in itertools.product(seeds, _grid(suite.grid.get(protocol, {}))):
-        overrides = (*suite.overrides.get(protocol, ()), *entry.overrides, *point)
-        identity = {
-            "weights": RANDOM if entry.file == RANDOM else _digest(entry.file),
-            "layout": entry.layout,
-            "branch": entry.branch,
-            "method": entry.method,
-            "epochs": entry.epochs,
-            "protocol": protocol,
-            "seed": seed,
-            "overrides": list(overrides),
-        }
-        yield seed, overrides, sha256_json(identity)[:12]
-
-
-def _of_its_data(job: Job, records: Sequence[RunRecord], where: Path) -> RunRecord:
-    """The newest of `records`, which all are of `job` and lie in `where`, that is of the job's data.
-
-    Data that are not whole, and those of records that do not say theirs, are taken for the same.
-    """
-    fitting = [record for record in records if job.data is None or data_of(record) in (None, job.data)]
-    if not fitting:
-        raise UserError(
-            f"{where} holds {job.title}, measured on other data ({data_of(records[0])}; --data holds {job.data}): "
-            "choose another --output and --results, or the same --data as then."
-        )
-    return max(fitting, key=lambda record: record.created)
-
-
-def _grid(axes: Mapping[str, Sequence[Any]]) -> list[tuple[str, ...]]:
-    """Every combination, as overrides; one empty combination when there are no axes."""
-    points = []
-    for values in itertools.product(*axes.values()):
-        # JSON's scalars are TOML's: true, 0.02, "text".
-        points.append(tuple(f"{key}={json.dumps(value)}" for key, value in zip(axes, values)))
-    return points
-
-
-@cache
-def _digest(file: str) -> str:
-    return sha256_file(file)
 
 
 def _gpu_sets(suite: SuiteConfig, gpus: Sequence[int] | None) -> list[list[str]]:
@@ -427,7 +138,7 @@ def _artefact(entry: WeightsEntry, folder: Path) -> Path:
     from contracts.weights import read_header, write_backbone
     from converters.read import load_artefact
 
-    identity = sha256_json([_digest(entry.file), entry.layout, entry.branch, entry.method, entry.epochs])
+    identity = sha256_json([digest(entry.file), entry.layout, entry.branch, entry.method, entry.epochs])
     # The record calls weights by their file's name; what tells two conversions apart is the folder's.
     path = folder / identity[:12] / f"{entry.name}.safetensors"
     if path.exists():
@@ -440,7 +151,7 @@ def _artefact(entry: WeightsEntry, folder: Path) -> Path:
             "take `epochs` out of the suite or correct it."
         )
     said = {"method": entry.method or header.method, "epochs": entry.epochs or header.epochs}
-    origin = {} if header.source_sha256 else {"source_sha256": _digest(entry.file)}
+    origin = {} if header.source_sha256 else {"source_sha256": digest(entry.file)}
     return write_backbone(path, tensors, header.model_copy(update={**said, **origin}))
 
 
@@ -564,7 +275,7 @@ def _left(job: Job, *, output: Path) -> tuple[Path, RunRecord] | None:
         return None
     if len(files) > 1:
         raise UserError(f"{source} holds {len(files)} records and a run has one: remove the folder and start again.")
-    return files[0], _of_its_data(job, [_read(files[0])], source)
+    return files[0], of_its_data(job, [read_checked(files[0])], source)
 
 
 def _collected(job: Job, *, results: Path, output: Path) -> RunRecord | None:
@@ -581,12 +292,6 @@ def _collected(job: Job, *, results: Path, output: Path) -> RunRecord | None:
     collected = record.model_copy(update=kept)
     write_record(collected, results)
     return collected
-
-
-def _read(file: Path) -> RunRecord:
-    record = read_record(file)
-    check_protocol(file, record)
-    return record
 
 
 def _keep(file: Path, name: str, record: RunRecord, results: Path) -> str:
