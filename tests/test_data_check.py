@@ -17,6 +17,7 @@ from tiny_sample import tiny_sample
 from contracts.errors import UsageError, UserError
 from transfer.data import check as module
 from transfer.data.check import check, has_errors, render
+from transfer.data.check_imagenet import IMAGENET_IMAGES, SUBSET_LINES
 from transfer.data.findings import Finding
 from transfer.imagenet.dataset import read_split, read_subset
 
@@ -437,7 +438,7 @@ def test_a_list_is_fine_where_a_run_takes_it(tree: Path, change: Callable[[str],
 
 
 def test_a_polygon_file_without_content_is_found_beside_the_sample(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SAMPLED", 4)  # a fourth of it is read: the first
+    monkeypatch.setattr("transfer.data.check_cityscapes.SAMPLED", 4)  # a fourth of it is read: the first
     replace(max(tree.glob("cityscapes/gtFine/val/*/*_polygons.json")), "{}")
     assert "1 of 2 sampled polygons.json are no annotation" in only_error("cityscapes", tree).message
 
@@ -575,5 +576,5 @@ def test_missing_folders_are_findings_and_no_crash(tmp_path: Path) -> None:
 def test_the_published_counts_are_the_known_ones() -> None:
     assert module.VOC_MAIN["VOC2007"]["train"] + module.VOC_MAIN["VOC2007"]["val"] == 5011
     assert module.VOC_MAIN["VOC2012"]["train"] + module.VOC_MAIN["VOC2012"]["val"] == 11540
-    assert round(module.IMAGENET_IMAGES["train"] / 100) == pytest.approx(module.SUBSET_LINES["1percent.txt"], abs=2)
-    assert round(module.IMAGENET_IMAGES["train"] / 10) == pytest.approx(module.SUBSET_LINES["10percent.txt"], abs=2)
+    assert round(IMAGENET_IMAGES["train"] / 100) == pytest.approx(SUBSET_LINES["1percent.txt"], abs=2)
+    assert round(IMAGENET_IMAGES["train"] / 10) == pytest.approx(SUBSET_LINES["10percent.txt"], abs=2)

@@ -19,6 +19,8 @@ Found = TypeVar("Found")
 
 # Pictures and label maps that are opened in a set.
 SAMPLED = 200
+# Of a label map: pixels of no class.
+VOID = 255
 
 
 def origin(dataset: str) -> str:

@@ -24,11 +24,13 @@ from contracts import atomic
 from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.image_files import class_names, image_names
 from contracts.progress import Progress
-from transfer.data.check import IMAGENET_CLASSES, SUBSET_LINES, VOC_SEGMENTATION, voc_folder
+from transfer.data.check import VOC_SEGMENTATION
+from transfer.data.check_imagenet import IMAGENET_CLASSES, SUBSET_LINES
 from transfer.data.class_folders import find_listed
 from transfer.data.masks import voc_palette
 from transfer.data.origins import ORIGINS
 from transfer.data.polygons import polygons_fault
+from transfer.preflight import voc_folder
 
 
 def prepare(
@@ -75,7 +77,7 @@ def prepare_voc(
     """
     if sbd is None:
         raise UsageError(f"prepare voc needs sbd=FOLDER. {ORIGINS['sbd'].sentence()}")
-    folder = voc_folder(root, "VOC2012")
+    folder = voc_folder(root, 2012)
     boundaries = _sbd_folder(Path(sbd))
     lists = folder / "ImageSets" / "Segmentation"
     train, val = (_read_names(lists / f"{part}.txt", "voc") for part in ("train", "val"))
