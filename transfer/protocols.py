@@ -6,41 +6,48 @@ are not: VOC C4 and VOC FPN are two detectors, FPN with MoCo's 2-fc head and wit
 about one box AP (MoCo v1 38.5 and 39.4, PyContrast `pycontrast/detection/README.md`), and FCN d8 and d16 are two
 segmentation heads.
 
-Numbers are percent, ResNet-50 where nothing else is said. Sources name repository, file and commit where the number
-was read.
+The published numbers are in `published.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from contracts.errors import UsageError, did_you_mean
 from contracts.metrics import METRICS
 from contracts.record import Task
+from transfer.published import (
+    CITYSCAPES_D16_PUBLISHED,
+    CITYSCAPES_INSTANCE_PUBLISHED,
+    CITYSCAPES_INSTANCES,
+    CLASSIFICATION,
+    CLUSTER_PUBLISHED,
+    CLUSTERING,
+    COCO,
+    COCO_C4_1X,
+    COCO_C4_2X,
+    COCO_FPN_1X,
+    COCO_FPN_2X,
+    COCO_INFOMIN_1X,
+    COCO_INFOMIN_2X,
+    FINETUNE_PUBLISHED,
+    KNN_PUBLISHED,
+    LINEAR_PUBLISHED,
+    NEIGHBOURS,
+    SEGMENTATION,
+    SEMI_1_PUBLISHED,
+    SEMI_10_PUBLISHED,
+    VOC,
+    VOC_C4_PUBLISHED,
+    VOC_D8_PUBLISHED,
+    VOC_D16_PUBLISHED,
+    VOC_FPN_PUBLISHED,
+    Neighbour,
+)
 
 Engine = Literal["detectron2", "mmseg", "imagenet"]
 DataSet = Literal["coco", "voc2007", "voc2012", "voc2012-aug", "cityscapes", "imagenet"]
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """One published row; a run of the same method on the same architecture (and of the same epochs) is held against it.
-
-    `tolerance` is what the field knows about run-to-run spread, in percent points for the metrics named; a run further
-    away than that deserves a look. `epochs` None: the source doesn't say, or there is none (random, supervised).
-    `differs` says how the published recipe is another one than the protocol's, or may be: the difference is then shown,
-    and nothing is made of it.
-    """
-
-    method: str
-    values: Mapping[str, float]
-    source: str
-    epochs: int | None = None
-    tolerance: float = 1.0
-    architecture: str = "resnet50"
-    differs: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,272 +127,20 @@ def _hours(hours: float) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Published neighbours. Column order is AP / AP50 / AP75 everywhere (MoCo's own tables print AP50 first).
-
-_VOC = ("voc07_box_ap_percent", "voc07_box_ap50_percent", "voc07_box_ap75_percent")
-_COCO = (
-    "coco_box_ap_percent",
-    "coco_mask_ap_percent",
-    "coco_box_ap50_percent",
-    "coco_box_ap75_percent",
-    "coco_mask_ap50_percent",
-    "coco_mask_ap75_percent",
-)
-_CITYSCAPES_INSTANCES = ("cityscapes_mask_ap_percent", "cityscapes_mask_ap50_percent")
-_SEGMENTATION = ("miou_percent", "macc_percent", "aacc_percent")
-_CLASSIFICATION = ("top1_percent", "top5_percent")
-_NEIGHBOURS = ("knn_top1_percent", "knn_top5_percent")
-_CLUSTERING = ("nmi_percent", "ami_percent", "ari_percent", "cluster_accuracy_percent")
-
-
-def _rows(
-    metrics: tuple[str, ...],
-    source: str,
-    *rows: tuple[str, int | None, tuple[float, ...]],
-    tolerance: float,
-    architecture: str = "resnet50",
-    differs: str = "",
-) -> tuple[Neighbour, ...]:
-    return tuple(
-        Neighbour(method, dict(zip(metrics, values, strict=False)), source, epochs, tolerance, architecture, differs)
-        for method, epochs, values in rows
-    )
-
-
-# Spread: "mean of 5 trials, std AP50 0.2, AP 0.2, AP75 0.4 in most cases" (moco detection/README.md @132aea9); one run
-# may lie three of the small ones away.
-_VOC_C4_PUBLISHED = (
-    *_rows(
-        _VOC,
-        "moco detection/README.md @132aea9, mean of 5",
-        ("supervised", None, (53.5, 81.3, 58.8)),
-        ("moco-v1", 200, (55.9, 81.5, 62.6)),
-        ("moco-v2", 200, (57.0, 82.4, 63.6)),
-        ("moco-v2", 800, (57.4, 82.5, 64.0)),
-        tolerance=0.6,
-    ),
-    *_rows(
-        _VOC,
-        "DetCo Table 6 @adf4947, SimSiam Table 5",
-        ("random", None, (33.8, 60.2, 33.1)),
-        tolerance=0.6,
-    ),
-    *_rows(_VOC, "DetCo Table 6 @adf4947", ("swav", 800, (56.1, 82.6, 62.7)), tolerance=0.6),
-    # BYOL spreads from 49.0 (OpenSelfSup, default lr) to this.
-    *_rows(_VOC, "SimSiam Table 5", ("byol", 200, (55.3, 81.4, 61.1)), tolerance=0.6, differs="lr searched"),
-    *_rows(_VOC, "PixPro README @e390d6b", ("simclr", 1000, (56.3, 81.9, 62.5)), tolerance=0.6),
-)
-_VOC_FPN_PUBLISHED = _rows(
-    # TWIST's own row; no other method's VOC FPN-24k row was found. Trials and std not stated.
-    _VOC,
-    "TWIST README @796d36e",
-    ("twist", None, (58.1, 84.2, 65.4)),
-    tolerance=0.6,
-)
-
-# Spread on COCO: differences of 0.3 AP are noise (moco issue #39).
-_BOX_MASK = ("coco_box_ap_percent", "coco_mask_ap_percent")
-_DETCO = "DetCo Tables 4 and 13 @adf4947"
-_COCO_C4_1X = _rows(
-    _BOX_MASK,
-    _DETCO,
-    ("random", None, (26.4, 29.3)),  # mask above box: the MoCo paper's own values, no misprint of ours
-    ("supervised", None, (38.2, 33.3)),
-    ("moco-v1", None, (38.5, 33.6)),
-    ("moco-v2", None, (38.9, 34.2)),
-    tolerance=0.3,
-) + _rows(_BOX_MASK, "SimSiam Table 5", ("byol", 200, (37.9, 33.2)), tolerance=0.3, differs="lr searched")
-_COCO_C4_2X = _rows(
-    _BOX_MASK,
-    _DETCO,
-    ("random", None, (35.6, 31.4)),
-    ("supervised", None, (40.0, 34.7)),
-    ("moco-v1", None, (40.7, 35.4)),
-    ("moco-v2", None, (41.0, 35.6)),
-    tolerance=0.3,
-) + _rows(_BOX_MASK, "OpenSelfSup docs/MODEL_ZOO.md @1db69ec", ("byol", None, (40.2, 34.9)), tolerance=0.3)
-_COCO_FPN_1X = _rows(
-    _BOX_MASK,
-    _DETCO,
-    ("random", None, (31.0, 28.5)),
-    ("supervised", None, (38.9, 35.4)),
-    ("moco-v1", None, (38.5, 35.1)),
-    ("moco-v2", None, (38.9, 35.5)),
-    tolerance=0.3,
-)
-_COCO_FPN_2X = _rows(
-    _BOX_MASK,
-    _DETCO,
-    ("random", None, (36.7, 33.7)),
-    ("supervised", None, (40.6, 36.8)),
-    ("moco-v1", None, (40.8, 36.9)),
-    ("moco-v2", None, (40.9, 37.0)),
-    tolerance=0.3,
-)
-_PYCONTRAST = "PyContrast detection/README.md @84f94ea"
-_INSTANCELOC = "InstanceLoc MODELZOO @a419bb6"
-_COCO_INFOMIN_1X = (
-    *_rows(
-        _BOX_MASK,
-        _PYCONTRAST,
-        ("random", None, (32.8, 29.9)),
-        ("supervised", None, (39.7, 35.9)),
-        ("moco-v1", None, (39.4, 35.6)),
-        ("infomin", 200, (40.6, 36.7)),
-        tolerance=0.3,
-    ),
-    *_rows(
-        _BOX_MASK,
-        _INSTANCELOC,
-        ("moco-v2", 200, (39.8, 36.1)),
-        ("moco-v2", 800, (40.4, 36.4)),
-        tolerance=0.3,
-    ),
-    *_rows(_BOX_MASK, "PixPro README @e390d6b", ("simclr", 1000, (39.8, 35.9)), tolerance=0.3),
-    *_rows(
-        _BOX_MASK,
-        "TWIST README @796d36e",
-        ("twist", None, (41.9, 37.9)),
-        tolerance=0.3,
-        differs="schedule not printed, 1x is its README's command",
-    ),
-)
-_COCO_INFOMIN_2X = _rows(
-    _BOX_MASK,
-    _PYCONTRAST,
-    ("random", None, (38.4, 34.7)),
-    ("supervised", None, (41.6, 37.6)),
-    ("moco-v1", None, (41.7, 37.5)),
-    ("moco-v2", 200, (41.7, 37.6)),
-    ("infomin", 200, (42.5, 38.4)),
-    tolerance=0.3,
-)
-_CITYSCAPES_INSTANCE_PUBLISHED = _rows(
-    _CITYSCAPES_INSTANCES,
-    "DetCo Table 7 @adf4947",
-    ("random", None, (25.4, 51.1)),
-    ("supervised", None, (32.9, 59.6)),
-    ("moco-v1", None, (32.3, 59.3)),
-    ("moco-v2", None, (33.9, 60.8)),
-    tolerance=0.6,
-)
-
-# Spread of segmentation: the same MoCo v2 weights gave 67.5 (DenseCL), 67.55 (mmselfsup) and 68.49 (EasyCV).
-_VOC_D8_PUBLISHED = _rows(
-    _SEGMENTATION,
-    "mmselfsup method READMEs @80bb3f45",
-    ("moco-v2", 200, (67.55,)),
-    ("byol", 200, (67.16,)),
-    ("simclr", 200, (64.03,)),
-    ("swav", 200, (63.73,)),
-    ("densecl", 200, (69.47,)),
-    tolerance=1.0,
-) + _rows(_SEGMENTATION, "DenseCL README @5d1c456", ("supervised", None, (67.7,)), tolerance=1.0)
-_VOC_D16_PUBLISHED = _rows(
-    _SEGMENTATION,
-    "BYOL Table 4 (secondary copy)",
-    ("supervised", None, (74.4,)),
-    ("moco-v1", None, (72.5,)),
-    tolerance=1.0,
-) + _rows(
-    _SEGMENTATION, "BYOL Table 4 (secondary copy)", ("byol", None, (76.3,)), tolerance=1.0, differs="BYOL's own FCN"
-)
-_CITYSCAPES_D16_PUBLISHED = _rows(
-    _SEGMENTATION,
-    "DetCo Table 7 @adf4947; moco issues #55 and #65 report about 67 with dilation 6",
-    ("random", None, (65.3,)),
-    ("supervised", None, (74.6,)),
-    ("moco-v1", None, (75.3,)),
-    ("moco-v2", None, (75.7,)),
-    tolerance=1.0,
-)
-
-# Spread of a linear probe: MoCo v1 60.8 ± 0.2, v2 67.5 ± 0.1 (moco README @132aea9).
-_TWIST = "TWIST README @796d36e"
-_AUTHORS = "its authors' own probe"
-_LINEAR_PUBLISHED = (
-    *_rows(_CLASSIFICATION, _TWIST, ("twist", 850, (75.5,)), ("twist", 800, (72.6,)), tolerance=0.5),
-    *_rows(_CLASSIFICATION, _TWIST, ("twist", 250, (77.7,)), tolerance=0.5, architecture="resnet50w2"),
-    *_rows(_CLASSIFICATION, _TWIST, ("twist", 300, (76.3,)), tolerance=0.5, architecture="vit_small_patch16"),
-    *_rows(_CLASSIFICATION, _TWIST, ("twist", 300, (78.4,)), tolerance=0.5, architecture="vit_base_patch16"),
-    *_rows(
-        _CLASSIFICATION,
-        "moco README @132aea9",
-        ("moco-v2", 200, (67.7,)),
-        ("moco-v2", 800, (71.1,)),
-        tolerance=0.5,
-        differs=_AUTHORS,
-    ),
-    *_rows(_CLASSIFICATION, "BYOL paper (secondary copy)", ("byol", 1000, (74.3,)), tolerance=0.5, differs=_AUTHORS),
-    *_rows(_CLASSIFICATION, "swav README", ("swav", 800, (75.3,)), tolerance=0.5, differs=_AUTHORS),
-)
-_SEMI_SOURCE = "BYOL Table 2 (secondary copy)"
-_SEMI_DIFFERS = "its authors' own rates and epochs"
-_SEMI_1_PUBLISHED = (
-    *_rows(_CLASSIFICATION, f"{_TWIST}; the paper's abstract v4 says 61.2", ("twist", None, (61.5,)), tolerance=0.5),
-    *_rows(_CLASSIFICATION, _TWIST, ("twist", None, (67.2,)), tolerance=0.5, architecture="resnet50w2"),
-    *_rows(
-        _CLASSIFICATION,
-        _SEMI_SOURCE,
-        ("supervised", None, (25.4, 48.4)),
-        ("byol", None, (53.2, 78.4)),
-        ("simclr", None, (48.3, 75.5)),
-        tolerance=0.5,
-        differs=_SEMI_DIFFERS,
-    ),
-)
-_SEMI_10_PUBLISHED = (
-    *_rows(_CLASSIFICATION, _TWIST, ("twist", None, (71.7,)), tolerance=0.5),
-    *_rows(_CLASSIFICATION, _TWIST, ("twist", None, (75.3,)), tolerance=0.5, architecture="resnet50w2"),
-    *_rows(
-        _CLASSIFICATION,
-        _SEMI_SOURCE,
-        ("supervised", None, (56.4, 80.4)),
-        ("byol", None, (68.8, 89.0)),
-        ("simclr", None, (65.6, 87.8)),
-        tolerance=0.5,
-        differs=_SEMI_DIFFERS,
-    ),
-)
-_FINETUNE_PUBLISHED = (
-    *_rows(_CLASSIFICATION, _TWIST, ("twist", None, (78.4,)), tolerance=0.5),
-    *_rows(_CLASSIFICATION, _TWIST, ("twist", None, (80.3,)), tolerance=0.5, architecture="resnet50w2"),
-    *_rows(_CLASSIFICATION, _SEMI_SOURCE, ("byol", None, (77.7,)), tolerance=0.5, differs=_SEMI_DIFFERS),
-)
-_KNN_PUBLISHED = _rows(_NEIGHBOURS, "dino README", ("dino", None, (67.5,)), tolerance=0.5)
-_CLUSTER_PUBLISHED = _rows(
-    _CLUSTERING,
-    _TWIST,
-    ("twist", 800, (74.4, 57.7, 30.1, 40.5)),
-    tolerance=0.5,
-    differs="TWIST's own head of 1000 classes: by=head with a full checkpoint",
-) + _rows(
-    _CLUSTERING,
-    "Self-Classifier README @3935138",
-    ("moco-v2", 800, (66.6, 45.3, 12.0, 30.6)),
-    ("swav", 800, (64.1, 38.8, 13.4, 28.1)),
-    ("barlow-twins", None, (68.8, 48.3, 14.7, 33.2)),
-    tolerance=0.5,
-    differs="its own k-means",
-)
-
-# ---------------------------------------------------------------------------------------------------------------------
-
 _VOC_SETS: tuple[DataSet, ...] = ("voc2007", "voc2012")
 
 
 def _detection(
     name: str, config: str, data: tuple[DataSet, ...], metrics: tuple[str, ...], recipe: str, **more
 ) -> Protocol:  # type: ignore[no-untyped-def]
-    task: Task = "detection" if metrics == _VOC else "instance-segmentation"
+    task: Task = "detection" if metrics == VOC else "instance-segmentation"
     more = {"gpus": 8, **more}
     return Protocol(name, "detectron2", task, config, data, metrics, recipe=recipe, **more)
 
 
 def _segmentation(name: str, data: tuple[DataSet, ...], gpus: int, recipe: str, **more) -> Protocol:  # type: ignore[no-untyped-def]
     config = name.replace("-", "_") + ".py"
-    return Protocol(name, "mmseg", "segmentation", config, data, _SEGMENTATION, gpus, recipe, **more)
+    return Protocol(name, "mmseg", "segmentation", config, data, SEGMENTATION, gpus, recipe, **more)
 
 
 def _imagenet(name: str, task: Task, metrics: tuple[str, ...], gpus: int, recipe: str, **more) -> Protocol:  # type: ignore[no-untyped-def]
@@ -399,80 +154,80 @@ PROTOCOLS: dict[str, Protocol] = {
             "voc-frcnn-c4-24k",
             "voc_frcnn_c4_24k.yaml",
             _VOC_SETS,
-            _VOC,
+            VOC,
             "MoCo's Faster R-CNN R50-C4 with extra norm, 24k iterations, trainval 07+12 → test 07",
-            expected=_VOC_C4_PUBLISHED,
+            expected=VOC_C4_PUBLISHED,
         ),
         _detection(
             "voc-frcnn-fpn-24k",
             "voc_frcnn_fpn_24k.yaml",
             _VOC_SETS,
-            _VOC,
+            VOC,
             "TWIST's Faster R-CNN R50-FPN, 4conv-1fc head, SyncBN everywhere, 24k iterations, trainval 07+12 → test 07",
-            expected=_VOC_FPN_PUBLISHED,
+            expected=VOC_FPN_PUBLISHED,
         ),
         _detection(
             "coco-mrcnn-c4-1x",
             "coco_mrcnn_c4_1x.yaml",
             ("coco",),
-            _COCO,
+            COCO,
             "MoCo's Mask R-CNN R50-C4 with extra norm, 90k iterations",
-            expected=_COCO_C4_1X,
+            expected=COCO_C4_1X,
         ),
         _detection(
             "coco-mrcnn-c4-2x",
             "coco_mrcnn_c4_2x.yaml",
             ("coco",),
-            _COCO,
+            COCO,
             "MoCo's Mask R-CNN R50-C4 with extra norm, 180k iterations",
-            expected=_COCO_C4_2X,
+            expected=COCO_C4_2X,
         ),
         _detection(
             "coco-mrcnn-fpn-1x",
             "coco_mrcnn_fpn_1x.yaml",
             ("coco",),
-            _COCO,
+            COCO,
             "MoCo-protocol Mask R-CNN R50-FPN, 2-fc head, 90k iterations",
-            expected=_COCO_FPN_1X,
+            expected=COCO_FPN_1X,
         ),
         _detection(
             "coco-mrcnn-fpn-2x",
             "coco_mrcnn_fpn_2x.yaml",
             ("coco",),
-            _COCO,
+            COCO,
             "MoCo-protocol Mask R-CNN R50-FPN, 2-fc head, 180k iterations",
-            expected=_COCO_FPN_2X,
+            expected=COCO_FPN_2X,
         ),
         _detection(
             "coco-mrcnn-fpn-infomin-1x",
             "coco_mrcnn_fpn_infomin_1x.yaml",
             ("coco",),
-            _COCO,
+            COCO,
             "TWIST's (InfoMin's) Mask R-CNN R50-FPN, 4conv-1fc head, SyncBN everywhere, 90k iterations",
-            expected=_COCO_INFOMIN_1X,
+            expected=COCO_INFOMIN_1X,
         ),
         _detection(
             "coco-mrcnn-fpn-infomin-2x",
             "coco_mrcnn_fpn_infomin_2x.yaml",
             ("coco",),
-            _COCO,
+            COCO,
             "TWIST's (InfoMin's) Mask R-CNN R50-FPN, 4conv-1fc head, SyncBN everywhere, 180k iterations",
-            expected=_COCO_INFOMIN_2X,
+            expected=COCO_INFOMIN_2X,
         ),
         _detection(
             "cityscapes-mrcnn-fpn-24k",
             "cityscapes_mrcnn_fpn_24k.yaml",
             ("cityscapes",),
-            _CITYSCAPES_INSTANCES,
+            CITYSCAPES_INSTANCES,
             "DetCo's Mask R-CNN R50-FPN on Cityscapes instances, 24k iterations",
-            expected=_CITYSCAPES_INSTANCE_PUBLISHED,
+            expected=CITYSCAPES_INSTANCE_PUBLISHED,
         ),
         _segmentation(
             "voc12aug-fcn-d8-20k",
             ("voc2012-aug",),
             4,
             "DenseCL's and mmselfsup's FCN R50-d8, 512×512, 20k iterations, train_aug → val 2012",
-            expected=_VOC_D8_PUBLISHED,
+            expected=VOC_D8_PUBLISHED,
         ),
         _segmentation(
             "cityscapes-fcn-d8-40k",
@@ -485,62 +240,62 @@ PROTOCOLS: dict[str, Protocol] = {
             ("voc2012-aug",),
             2,
             "MoCo paper's FCN R50-d16, dilation-6 head, 513×513, 30k iterations, train_aug → val 2012",
-            expected=_VOC_D16_PUBLISHED,
+            expected=VOC_D16_PUBLISHED,
         ),
         _segmentation(
             "cityscapes-fcn-d16-90k",
             ("cityscapes",),
             2,
             "MoCo paper's FCN R50-d16, dilation-6 head, 769×769, 90k iterations, train_fine → val",
-            expected=_CITYSCAPES_D16_PUBLISHED,
+            expected=CITYSCAPES_D16_PUBLISHED,
         ),
         _imagenet(
             "linear",
             "classification",
-            _CLASSIFICATION,
+            CLASSIFICATION,
             8,
             "TWIST's linear probe on frozen features, 100 epochs",
-            expected=_LINEAR_PUBLISHED,
+            expected=LINEAR_PUBLISHED,
         ),
         _imagenet(
             "semi-1pct",
             "classification",
-            _CLASSIFICATION,
+            CLASSIFICATION,
             8,
             "TWIST's fine-tuning on SimCLR's 1 % list (12,811 images), 20 epochs",
-            expected=_SEMI_1_PUBLISHED,
+            expected=SEMI_1_PUBLISHED,
         ),
         _imagenet(
             "semi-10pct",
             "classification",
-            _CLASSIFICATION,
+            CLASSIFICATION,
             8,
             "TWIST's fine-tuning on SimCLR's 10 % list (128,116 images), 20 epochs",
-            expected=_SEMI_10_PUBLISHED,
+            expected=SEMI_10_PUBLISHED,
         ),
         _imagenet(
             "finetune-100pct",
             "classification",
-            _CLASSIFICATION,
+            CLASSIFICATION,
             8,
             "TWIST's fine-tuning on all labels, 30 epochs",
-            expected=_FINETUNE_PUBLISHED,
+            expected=FINETUNE_PUBLISHED,
         ),
         _imagenet(
             "knn",
             "classification",
-            _NEIGHBOURS,
+            NEIGHBOURS,
             1,
             "weighted nearest neighbours on frozen features (k 20, temperature 0.07, as DINO)",
-            expected=_KNN_PUBLISHED,
+            expected=KNN_PUBLISHED,
         ),
         _imagenet(
             "cluster",
             "clustering",
-            _CLUSTERING,
+            CLUSTERING,
             1,
             "unsupervised classification: TWIST's own head, or k-means on frozen features",
-            expected=_CLUSTER_PUBLISHED,
+            expected=CLUSTER_PUBLISHED,
         ),
         # The sample twins: small data from `twist data sample`, small images, a ResNet-18 within minutes on a CPU.
         # Their times are medians of the records in results/photos, on two CPU cores with other work beside them.
@@ -548,7 +303,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "sample-coco-mrcnn-fpn",
             "sample_coco_mrcnn_fpn.yaml",
             ("coco",),
-            _COCO,
+            COCO,
             "coco-mrcnn-fpn-1x at sample size",
             gpus=0,
             hours=130 / 3600,
@@ -558,7 +313,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "sample-voc-frcnn-fpn",
             "sample_voc_frcnn_fpn.yaml",
             _VOC_SETS,
-            _VOC,
+            VOC,
             "voc-frcnn-fpn-24k at sample size",
             gpus=0,
             scale="sample",
@@ -567,7 +322,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "sample-voc-frcnn-c4",
             "sample_voc_frcnn_c4.yaml",
             _VOC_SETS,
-            _VOC,
+            VOC,
             "voc-frcnn-c4-24k at sample size",
             gpus=0,
             scale="sample",
@@ -591,19 +346,17 @@ PROTOCOLS: dict[str, Protocol] = {
         _imagenet(
             "sample-linear",
             "classification",
-            _CLASSIFICATION,
+            CLASSIFICATION,
             0,
             "linear at sample size",
             hours=8 / 3600,
             scale="sample",
         ),
-        _imagenet(
-            "sample-knn", "classification", _NEIGHBOURS, 0, "knn at sample size", hours=13 / 3600, scale="sample"
-        ),
+        _imagenet("sample-knn", "classification", NEIGHBOURS, 0, "knn at sample size", hours=13 / 3600, scale="sample"),
         _imagenet(
             "sample-semi-1pct",
             "classification",
-            _CLASSIFICATION,
+            CLASSIFICATION,
             0,
             "semi-1pct at sample size",
             hours=14 / 3600,
@@ -612,14 +365,14 @@ PROTOCOLS: dict[str, Protocol] = {
         _imagenet(
             "sample-semi-10pct",
             "classification",
-            _CLASSIFICATION,
+            CLASSIFICATION,
             0,
             "semi-10pct at sample size",
             hours=27 / 3600,
             scale="sample",
         ),
         _imagenet(
-            "sample-cluster", "clustering", _CLUSTERING, 0, "cluster at sample size", hours=14 / 3600, scale="sample"
+            "sample-cluster", "clustering", CLUSTERING, 0, "cluster at sample size", hours=14 / 3600, scale="sample"
         ),
     )
 }
