@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from tiny_run import make_images
 
-from twist import doctor
+from twist import cli, doctor
 
 SMOKE = str(Path(__file__).resolve().parent.parent / "configs" / "pretrain" / "smoke.toml")
 
 
-def twist(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def twist_of_its_own(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "twist", *map(str, arguments)], capture_output=True, text=True, check=False
     )
+
+
+def twist(*arguments: str | Path) -> SimpleNamespace:
+    """The same in this process, which spares each call the seconds in which torch is imported."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["twist", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        cli.main()
+    return SimpleNamespace(returncode=ended.value.code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def test_help_names_every_stage_and_imports_no_torch() -> None:
@@ -73,9 +90,12 @@ def test_data_sets_may_be_named_by_the_environment(monkeypatch: pytest.MonkeyPat
 
 
 def test_debug_shows_the_traceback() -> None:
-    done = twist("--debug", "pretrain", "absent.toml")
+    done = twist_of_its_own("--debug", "pretrain", "absent.toml")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+    plain = twist_of_its_own("pretrain", "absent.toml")
+    assert (plain.returncode, plain.stdout) == (2, "")
+    assert plain.stderr.startswith("twist: There is no config at absent.toml")
 
 
 @pytest.mark.slow  # imports both frameworks
