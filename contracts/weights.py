@@ -135,6 +135,16 @@ def read_header(path: str | os.PathLike[str]) -> Backbone:
         raise UserError(f"{path}: the header is not valid ({error.errors()[0]['msg']}).") from None
 
 
+def weights_file(path: str | os.PathLike[str]) -> Path:
+    """`path`, or the result in it where it is a pretraining run's folder: of a run with a teacher, the teacher's."""
+    path = Path(path)
+    if path.is_dir():
+        for name in ("teacher_backbone.safetensors", "backbone.safetensors"):
+            if (path / name).is_file():
+                return path / name
+    return path
+
+
 def read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Backbone]:
     """Tensors and header of an artefact; `UserError` when the file is absent, torn or not ours."""
     from safetensors.torch import load_file

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from contracts.errors import UsageError, UserError
-from contracts.weights import Backbone
+from contracts.weights import Backbone, weights_file
 from converters.detectron2_writer import detectron2_overlay
 from converters.mmseg_writer import mmseg_overlay
 from converters.read import load_artefact
@@ -75,7 +75,7 @@ def check_config(
     config = Path(config)
     if not config.is_file():
         raise UserError(f"There is no config at {config}: check the path.")
-    backbone = load_artefact(Path(weights), layout=layout, branch=branch)[1]
+    backbone = load_artefact(weights_file(weights), layout=layout, branch=branch)[1]
     if config.suffix in (".yaml", ".yml"):
         return _check_detectron2(_merged(_DETECTRON2_DEFAULTS, _read_yaml(config)), backbone)
     if config.suffix == ".py":
@@ -113,7 +113,7 @@ def _check_detectron2(settings: dict[str, Any], backbone: Backbone) -> list[Mism
     if _at(settings, "MODEL.BACKBONE.NAME") == "build_resnet_backbone" and heads == "Res5ROIHeads":
         cure = (
             "the C4 recipe of MoCo puts a norm after res5, without it the unnormalised features diverge; set "
-            "MODEL.ROI_HEADS.NAME: Res5ROIHeadsExtraNorm"
+            "MODEL.ROI_HEADS.NAME: Res5ROIHeadsExtraNorm (`import transfer.detectron2_heads` registers it)"
         )
         found.append(Mismatch("MODEL.ROI_HEADS.NAME", heads, "Res5ROIHeadsExtraNorm", cure))
     path = str(_at(settings, "MODEL.WEIGHTS"))

@@ -63,7 +63,7 @@ def read_contents(path: Path) -> Contents:
 def sniff(path: Path) -> Container:
     """The container by its first bytes; `UserError` for anything that is no checkpoint, with what it is instead."""
     if path.is_dir():
-        raise UserError(f"{path} is a folder: name the checkpoint file in it.")
+        raise UserError(f"{path} is a folder: it holds no backbone.safetensors: name the checkpoint file in it.")
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no regular file: copy what it gives into one first.")
     try:
@@ -96,7 +96,9 @@ def sniff(path: Path) -> Container:
             f"{path} is a tar archive: unpack it and name the checkpoint inside (PyTorch's own tar format of before "
             "2017 cannot be read without running code from the file; save it again with a newer PyTorch)."
         )
-    raise UserError(f"{path} is no checkpoint: its first bytes are of no format that is known; download it again.")
+    if head.lstrip()[:1] == b"{":  # only here: a safetensors file may begin like this, too
+        raise UserError(f"{path} is JSON text, not a checkpoint: name the file with the weights beside it.")
+    raise UserError(f"{path} is no checkpoint, its first bytes are of no format that is known: check the path.")
 
 
 _NOT_CHECKPOINTS = (
@@ -104,6 +106,8 @@ _NOT_CHECKPOINTS = (
     (b"<!doctype", "is an HTML page, not a checkpoint: the download went to a web page, fetch the file itself"),
     (b"<html", "is an HTML page, not a checkpoint: the download went to a web page, fetch the file itself"),
     (b"<?xml", "is an XML document (often a server's error message), not a checkpoint: download it again"),
+    (b"\xff\xd8\xff", "is a JPEG picture, not a checkpoint: check the path"),
+    (b"\x89png", "is a PNG picture, not a checkpoint: check the path"),
     (b"\x1f\x8b", "is compressed with gzip: unpack it first"),
     (b"\xfd7zxz", "is compressed with xz: unpack it first"),
     (b"\x89hdf", "is an HDF5 file (Keras): save its arrays as .npz or a PyTorch state dict first"),

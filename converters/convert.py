@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from contracts import atomic
 from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.provenance import software
-from contracts.weights import Backbone
+from contracts.weights import Backbone, weights_file
 from converters import output_folder
 from converters.detectron2_writer import write_pickle
 from converters.listing import listing
@@ -18,6 +19,7 @@ from converters.proof import TOLERANCE, Kind, Proof, prove
 from converters.read import Source, load_source
 from converters.stages import ProofError
 from converters.targets import TARGETS, Target
+from converters.usage import usage
 
 __all__ = ["Conversion", "ProofError", "convert", "render"]
 TargetName = Literal["detectron2", "mmseg", "torchvision", "timm"]
@@ -62,7 +64,7 @@ def convert(
         ProofError: the target does not compute the source's features; nothing is written.
         UsageError: unknown target or layout, or `pkl` for another target than Detectron2.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint = weights_file(checkpoint)
     if target not in TARGETS:
         raise UsageError(f'There is no target "{target}".{did_you_mean(target, TARGETS)}')
     if pkl and target != "detectron2":
@@ -105,10 +107,10 @@ def convert(
 def render(conversion: Conversion) -> str:
     """What `twist convert` prints: what came out, and what was proven."""
     backbone = conversion.backbone
-    files = [path.name for path in (conversion.weights, conversion.overlay, conversion.report) if path is not None]
+    files = sorted(path.name for path in conversion.output.iterdir())
     difference = (
-        f"largest difference {conversion.max_difference or 0:.2g} of a stage's features (|Δ| "
-        f"{conversion.max_absolute_difference or 0:.2g}), allowed {TOLERANCE:g}"
+        f"every stage's features agree to {conversion.max_difference or 0:.2g} of their largest "
+        f"({conversion.max_absolute_difference or 0:.2g} absolutely); {TOLERANCE:g} is allowed"
     )
     proven = {
         "framework": f"proven with the framework itself: {difference}",
@@ -119,7 +121,8 @@ def render(conversion: Conversion) -> str:
         f"{backbone.method} {backbone.display_name} (layout {backbone.source_layout}, branch {backbone.source_branch}) "
         f"for {TARGETS[conversion.target].title}\n{proven}\n"
         + "".join(f"note: {note}\n" for note in conversion.notes)
-        + f"{conversion.output}/ holds {', '.join(files)} and {TENSORS}"
+        + f"{conversion.output}/ holds {', '.join(files)}. To load it:\n\n"
+        + textwrap.indent(usage(conversion.target, conversion.output, backbone), "    ").rstrip()
     )
 
 

@@ -95,7 +95,8 @@ def overlay_text(backbone: Backbone) -> str:
         return (
             f"# Settings that these weights imply ({origin}).\n# Merge over any R-CNN config: "
             "cfg.merge_from_file(base); cfg.merge_from_file(this file);\n"
-            "# then set MODEL.WEIGHTS to the full path of the weights.\n" + _yaml(overlay)
+            "# then set MODEL.WEIGHTS to the full path of the weights. Norms are the recipe's: the zoo freezes them,\n"
+            "# which does not go with self-supervised weights, so set MODEL.RESNETS.NORM: SyncBN.\n" + _yaml(overlay)
         )
     arguments = "".join(f"    {key}={value!r},\n" for key, value in overlay["backbone"].items())
     return (

@@ -10,6 +10,7 @@ from contracts.weights import Backbone
 from converters.proof import TOLERANCE
 from converters.sources import HALF, IMAGENET, LAYOUTS, MSRA, SWAV, UNIT, Layout, Pixels
 from converters.targets import TARGETS
+from converters.usage import usage
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "conversions.md"
 _PIXELS: dict[Pixels, str] = {
@@ -34,6 +35,13 @@ largest feature. `twist inspect CHECKPOINT` says what a file holds. Nothing from
 
 {targets}
 
+## Loading
+
+{usage}
+
+`twist convert` prints the lines for the file at hand. Where torchvision builds no such network (ViTs, double width,
+"same" padding, the stride in the 1 × 1, BGR), `contracts.networks` does.
+
 ## Networks and targets
 
 {networks}
@@ -54,7 +62,7 @@ widened, which is exact.
 
 def page() -> str:
     """The whole page as Markdown."""
-    tables = {"targets": _targets(), "networks": _networks(), "sources": _sources()}
+    tables = {"targets": _targets(), "usage": _usage(), "networks": _networks(), "sources": _sources()}
     return _PAGE.format(tolerance=TOLERANCE, **{name: "\n".join(rows) for name, rows in tables.items()})
 
 
@@ -66,6 +74,15 @@ def _targets() -> list[str]:
         settings = " or ".join(overlays) or ("`config.json`" if name == "timm" else "in the file's header")
         rows.append(f"| `{name}` | `{target.weights}`, {target.title} | {settings} |")
     return rows
+
+
+def _usage() -> list[str]:
+    """What loads a ResNet-50's conversion, and Detectron2's of a ViT, which is another; then the artefact's own way."""
+    shown = [(f"`{name}`", name, _backbone("resnet50")) for name in TARGETS]
+    shown[1:1] = [("`detectron2`, a ViT", "detectron2", _backbone("vit_base_patch16"))]
+    shown.append(("`torchvision`, any network", "torchvision", _backbone("resnet50", width=2)))
+    blocks = [f"{title}:\n\n```python\n{usage(name, Path('FOLDER'), net)}```\n" for title, name, net in shown]
+    return "\n".join(blocks).rstrip().split("\n")
 
 
 def _networks() -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from contracts.errors import UsageError, UserError
+from contracts.weights import weights_file
 from converters import detect, read
 from converters.containers import Contents, read_contents
 from converters.targets import TARGETS
@@ -39,6 +40,7 @@ class Inspection:
     padding: str | None = None
     stride_in: str | None = None
     dropped: tuple[str, ...] = ()
+    used: tuple[str, ...] = ()  # first parts of the names that the backbone has in the file
     notes: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
@@ -55,7 +57,7 @@ def inspect(checkpoint: Path, *, layout: str | None = None) -> Inspection:
         UserError: it is no checkpoint at all, is damaged, or asks for code to be run. What merely cannot be converted
             is among the problems.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint = weights_file(checkpoint)
     contents = read_contents(checkpoint)
     seen: dict[str, Any] = {
         "file": str(checkpoint),
@@ -100,6 +102,7 @@ def inspect(checkpoint: Path, *, layout: str | None = None) -> Inspection:
         padding=backbone.padding,
         stride_in=None if backbone.is_vit else backbone.stride_in,
         dropped=source.dropped,
+        used=tuple(sorted({name.partition(".")[0] for name in source.names.values()})),
         notes=source.notes,
         targets=tuple(name for name, target in TARGETS.items() if not target.refuse(backbone)),
         problems=tuple(problems),
@@ -125,7 +128,7 @@ def render(inspection: Inspection) -> str:
         ]
         if seen.padding == "same" or seen.stride_in == "1x1":
             rows.append(("network", f"padding {seen.padding}, stride in the {seen.stride_in} convolution"))
-        rows.append(("would drop", _shortened(seen.dropped)))
+        rows.append(("would drop", _shortened(seen.dropped, used=seen.used)))
         rows.append(("converts to", ", ".join(seen.targets)))
     epoch = seen.epochs if seen.epochs is not None else seen.epoch_entry
     if epoch is not None:
@@ -152,10 +155,11 @@ def _is_statistic(name: str) -> bool:
     return name.endswith((".running_mean", ".running_var", ".num_batches_tracked"))
 
 
-def _shortened(names: tuple[str, ...]) -> str:
-    """`encoder_k (320), queue` instead of 321 names."""
+def _shortened(names: tuple[str, ...], *, used: tuple[str, ...]) -> str:
+    """`encoder_k (320), encoder_q.fc (4), queue` instead of 325 names; of a module in use, the part that is not."""
     counts: dict[str, int] = {}
     for name in names:
-        module = name.split(".")[0].split("/")[0]
+        parts = name.split(".")
+        module = ".".join(parts[: 2 if parts[0] in used else 1]).split("/")[0]
         counts[module] = counts.get(module, 0) + 1
     return ", ".join(module + (f" ({count})" if count > 1 else "") for module, count in counts.items()) or "nothing"

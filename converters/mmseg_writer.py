@@ -57,12 +57,12 @@ def overlay_name(backbone: Backbone) -> str:  # noqa: ARG001 (the same for every
 
 
 def overlay_text(backbone: Backbone) -> str:
-    """The overlay as a config file: name it last in `_base_`, or merge it."""
+    """The overlay as a config file, to be merged: bases that both define `model` are refused by mmengine."""
     model = mmseg_overlay(backbone)["model"]
     return (
         f"# Settings that these weights imply ({backbone.method}, {backbone.display_name}, from the layout "
-        f"{backbone.source_layout}).\n# Merge over any config and give init_cfg.checkpoint the full path of the "
-        f"weights.\nmodel = {_literal(model)}\n"
+        f"{backbone.source_layout}).\n# Merge over any config (config.merge_from_dict(Config.fromfile(this "
+        f"file).to_dict())), and give\n# init_cfg.checkpoint the full path of the weights.\nmodel = {_literal(model)}\n"
     )
 
 

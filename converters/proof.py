@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from contracts.weights import Backbone
+from converters.safetensors_writer import is_torchvisions
 from converters.stages import Difference, ProofError, Stages, compare
 
 if TYPE_CHECKING:
@@ -127,8 +128,7 @@ def _runner(target: str, backbone: Backbone) -> tuple[Kind, Runner, str]:
             import timm
 
             return "framework", plain_proof.run_timm, f"timm {timm.__version__}"
-        special = backbone.width > 1 or backbone.stride_in == "1x1" or backbone.padding == "same"
-        if not (special or backbone.channel_order == "BGR" or backbone.architecture == "resnet200"):
+        if is_torchvisions(backbone):
             import torchvision
 
             return "framework", plain_proof.run_torchvision, f"torchvision {torchvision.__version__}"

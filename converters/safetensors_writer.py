@@ -30,6 +30,12 @@ def write_artefact(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone
     write_backbone(path, tensors, backbone)
 
 
+def is_torchvisions(backbone: Backbone) -> bool:
+    """Whether torchvision itself builds this network, and not only one whose names are like its own."""
+    changed = backbone.width > 1 or backbone.stride_in == "1x1" or backbone.padding == "same"
+    return not (backbone.is_vit or changed or backbone.channel_order == "BGR" or backbone.architecture == "resnet200")
+
+
 def refuse_timm(backbone: Backbone) -> str | None:
     """Why timm has no such network, or None."""
     if backbone.width > 1:

@@ -278,6 +278,34 @@ def test_bad_input_gets_one_sentence(name: str, tmp_path: Path, monkeypatch: pyt
     assert not PROOF_OF_RUN.exists()
 
 
+@pytest.mark.parametrize(
+    ("start", "says"),
+    [(b"\xff\xd8\xff\xe0", "is a JPEG picture"), (b"\x89PNG\r\n", "is a PNG picture"), (b' {"a": 1}', "is JSON text")],
+)
+def test_what_is_no_checkpoint_is_named(start: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(start + bytes(600))
+    with pytest.raises(UserError, match=says):
+        read_contents(tmp_path / "x")
+
+
+def test_a_safetensors_file_may_begin_as_json_does(tmp_path: Path) -> None:
+    entries = {"__metadata__": {"note": ""}, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    entries["__metadata__"]["note"] = "n" * (0x7B20 - len(json.dumps(entries)))
+    header = json.dumps(entries).encode()
+    assert len(header).to_bytes(8, "little").lstrip()[:1] == b"{"
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert read_contents(tmp_path / "x.safetensors").container == "safetensors"
+
+
+def test_a_run_folder_stands_for_its_result(tmp_path: Path) -> None:
+    header = Backbone(architecture="resnet18", method="twist")
+    student = write_backbone(tmp_path / "run" / "backbone.safetensors", RESNET, header)
+    assert inspect(tmp_path / "run").file == str(student)
+    assert convert(tmp_path / "run", target="torchvision", output=tmp_path / "a", verify=False).weights.is_file()
+    teacher = write_backbone(tmp_path / "run" / "teacher_backbone.safetensors", RESNET, header)
+    assert inspect(tmp_path / "run").file == str(teacher)
+
+
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no checkpoint"):
         load_source(tmp_path / "none.pth")
@@ -427,7 +455,7 @@ def test_inspect_names_what_is_there(tmp_path: Path) -> None:
     assert found.problems == ()
     assert {name.split(".")[0] for name in found.dropped} == {"encoder_k", "encoder_q", "queue"}
     text = render(found)
-    assert "encoder_k (120)" in text
+    assert "encoder_k (120), encoder_q.fc (2), queue" in text
     json.dumps(found.to_json())
 
 

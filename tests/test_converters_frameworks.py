@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import random_tensors
+from safetensors.torch import load_file
 
 from contracts.networks import build_backbone
 from contracts.weights import Backbone, write_backbone
 from converters import detectron2_writer, manifest, mmseg_writer, proof
 from converters.check_config import Mismatch, check_config, render
 from converters.convert import ProofError, convert
+from converters.convert import render as rendered
 from converters.read import load_artefact, load_source
+from converters.usage import usage
 
 pytestmark = pytest.mark.slow
 SMALL = Backbone(architecture="resnet18", method="twist")
@@ -423,3 +426,79 @@ def test_check_config_of_mmseg(written: dict[str, Path], tmp_path: Path) -> None
     assert (backbone.dilations, backbone.strides, backbone.type) == ((1, 1, 2, 4), (1, 2, 1, 1), "ResNet")
     with torch.device("meta"):
         MODELS.build(backbone)
+
+
+# --- the lines that are printed ---------------------------------------------------------------------------------------
+
+VIT = Backbone(architecture="vit_small_patch16", stem="patch16", image_size=224, method="dino")
+WIDE = Backbone(architecture="resnet18", width=2, method="simclr", mean=(0, 0, 0), std=(1, 1, 1))
+
+
+def vit_tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    return {name: torch.randn_like(t) for name, t in build_backbone("vit_small_patch16").state_dict().items()}
+
+
+def ran(lines: str) -> dict[str, Any]:
+    """The names that the lines leave behind."""
+    names: dict[str, Any] = {}
+    exec(compile(lines, "<printed>", "exec"), names)
+    return names
+
+
+def detectron2_network(names: dict[str, Any]) -> torch.nn.Module:
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.modeling import build_model
+
+    cfg = names["cfg"]
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model.backbone.bottom_up
+
+
+def mmseg_network(names: dict[str, Any]) -> torch.nn.Module:
+    from mmengine.registry import DefaultScope
+    from mmseg.registry import MODELS
+
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        network = MODELS.build(names["config"].model.backbone)
+        network.init_weights()
+    return network
+
+
+@pytest.mark.parametrize(
+    ("target", "header"),
+    [
+        *((target, SMALL) for target in ("detectron2", "mmseg", "torchvision", "timm")),
+        *((target, VIT) for target in ("detectron2", "mmseg", "torchvision", "timm")),
+        *((target, WIDE) for target in ("mmseg", "torchvision")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.display_name,
+)
+def test_the_printed_lines_load_every_tensor(
+    target: Any, header: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tensors = vit_tensors() if header.is_vit else random_tensors(header.architecture, width=header.width)
+    file = write_backbone(tmp_path / "backbone.safetensors", tensors, header)
+    done = convert(file, target=target, output=Path('my "weights"'), verify=False)
+    text = usage(target, done.output, header)
+    assert text.splitlines()[-1] in rendered(done)
+    if target == "mmseg":
+        import mmseg
+
+        base = Path(mmseg.__file__).parent / ".mim/configs/fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py"
+        Path("your_config.py").write_text(f"_base_ = [{str(base)!r}]\n")
+    names = ran(text)
+    if target == "detectron2":
+        network = names["backbone"] if header.is_vit else detectron2_network(names)
+    else:
+        network = mmseg_network(names) if target == "mmseg" else names["network"]
+    value = torch.load(done.weights, weights_only=True) if done.weights.suffix == ".pth" else load_file(done.weights)
+    wanted = {
+        name.removeprefix("backbone."): t for name, t in value.get("model", value.get("state_dict", value)).items()
+    }
+    loaded = network.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
+    assert {name.split(".")[0] for name in loaded.keys() - wanted.keys()} <= {"fc", "head"}

@@ -25,7 +25,7 @@ from contracts.hashing import sha256_file
 from contracts.metrics import METRICS
 from contracts.provenance import git_commit, hardware, software
 from contracts.record import RunRecord, Scale, WeightsProvenance, check_label, name_in, write_record
-from contracts.weights import Backbone, write_backbone
+from contracts.weights import Backbone, weights_file, write_backbone
 from converters.output_folder import name_of
 from transfer import folder
 from transfer.data.identity import identify_data
@@ -230,10 +230,7 @@ def _find_weights(weights: str, *, layout: str | None, branch: str | None) -> So
             raise UsageError(f"{TORCHVISION}FILE is read as torchvision's: leave out the prefix, or --from {layout}.")
         layout = "torchvision"
     path = Path(weights.removeprefix(TORCHVISION)).expanduser().absolute()
-    if path.is_dir():
-        # Of a run with a teacher, the network that a conversion of its checkpoints takes.
-        teacher = path / "teacher_backbone.safetensors"
-        path = teacher if teacher.is_file() else path / "backbone.safetensors"
+    path = weights_file(path)
     if not path.is_file():
         raise UserError(f"There is no weights file at {path}: check the path, or pass random or torchvision:FILE.")
     return Source(path.resolve(), layout, branch, name_of(path), sha256_file(path))
