@@ -49,9 +49,7 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise UsageError(
-            f"There is no config at {path}: check the path, or see configs/ for the ones we ship."
-        ) from None
+        raise UsageError(f"There is no config at {path}: check the path.") from None
     except IsADirectoryError:
         raise UsageError(f"{path} is a folder: name the config file in it.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -6,12 +6,14 @@ Sizes a rank: `batch_size` images; the total batch is that times the number of r
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from contracts.architectures import Architecture
 from contracts.config import Config
+from contracts.errors import UsageError, did_you_mean
 from contracts.seeds import MOST_SEED
 from pretrain.precision import Precision
 
@@ -199,6 +201,26 @@ class RunConfig(Config):
                 f"run.epochs = {self.epochs}: lower it too, it is the part of the epochs before self-labelling"
             )
         return self
+
+
+SHIPPED = Path(__file__).resolve().parent.parent / "configs" / "pretrain"
+
+
+def find_config(path: Path) -> Path:
+    """`path`, or our config of that name: `smoke` is `configs/pretrain/smoke.toml`, wherever it was installed.
+
+    Raises:
+        UsageError: there is neither; the message names the nearest of ours, or all.
+    """
+    ours = SHIPPED / f"{path.name.removesuffix('.toml')}.toml"
+    if path.exists():
+        return path
+    if path.parent == Path() and ours.is_file():
+        return ours
+    names = sorted(file.stem for file in SHIPPED.glob("*.toml"))
+    raise UsageError(
+        f"There is no config at {path}: check the path, or name one of ours.{did_you_mean(path.stem, names)}"
+    )
 
 
 class PretrainConfig(Config):

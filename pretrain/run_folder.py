@@ -4,7 +4,7 @@ config.json            the resolved config          plan.txt             what th
 metrics.jsonl          one line a step              tensorboard/         the same as curves
 checkpoints/           to resume from               backbone.safetensors the result, for every later stage (with
                                                     a teacher, teacher_backbone.safetensors is the one to take)
-lock                   held by the running process
+curves.png             how it went                  lock                 held by the running process
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ NOT_IDENTITY: dict[str, set[str]] = {
 
 # What a run writes beside its config; where one of them lies without it, it is somebody else's.
 WRITTEN = (
-    "checkpoints/step_*", "metrics.jsonl", "online_eval.jsonl", "plan.txt", "tensorboard", "*backbone.safetensors",
+    "checkpoints/step_*", "metrics.jsonl", "online_eval.jsonl", "plan.txt", "tensorboard", "curves.png",
+    "*backbone.safetensors",
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from contracts.errors import UserError
 from pretrain import distributed, run_folder
 from pretrain.checkpoint import Position
 from pretrain.config import PretrainConfig
+from pretrain.curves_picture import draw_curves
 from pretrain.data import ViewLoader, open_images
 from pretrain.image_source import fingerprint_of, order_of
 from pretrain.loss import teacher_loss, twist_loss
@@ -65,6 +66,7 @@ def pretrain(config: PretrainConfig, *, output: Path, resume: bool = False) -> P
         run.restore(asked=resume)
         result = _train(config, plan, loader, run, stop=stop)
     if distributed.rank() == 0:
+        _show_curves(output, config)
         if run.teacher is None:
             say(f"The backbone is {result}: `twist convert` and `twist transfer` take it from there.")
         else:
@@ -201,6 +203,15 @@ def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, 
         world_size=distributed.world_size(),
         device=device,
     )
+
+
+def _show_curves(output: Path, config: PretrainConfig) -> None:
+    try:
+        picture = draw_curves(output, classes=config.model.classes)
+    except OSError as error:  # the result is there; a picture is not worth a failed run
+        say(f"There is no picture of the curves: {error.strerror or error}.")
+        return
+    say(f"How it went: {picture}, and step by step `tensorboard --logdir {output / 'tensorboard'}`.")
 
 
 def _take_folder(stack: contextlib.ExitStack, output: Path, config: PretrainConfig, *, resume: bool) -> None:

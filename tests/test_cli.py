@@ -53,6 +53,8 @@ def test_help_names_every_stage_and_imports_no_torch() -> None:
         (["pretrain", "absent.toml"], 2, "There is no config at absent.toml"),
         (["convert"], 2, "Say what to convert and for whom"),
         (["transfer"], 2, "Say which protocol and which weights"),
+        (["pretrain", "smokey"], 2, 'Did you mean "smoke"?'),
+        (["pretrain", "smoke", "run.seed=-1"], 2, "run.seed = -1 does not fit"),
         (["pretrain", "configs.toml"], 2, "configs.toml is a folder: name the config file in it"),
         (["pretrain", SMOKE, "run.seed=-1"], 2, "run.seed = -1 does not fit"),
         (["pretrain", SMOKE, "data.root=images", "--output", "file"], 1, "file cannot be used (File exists)"),

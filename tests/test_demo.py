@@ -112,6 +112,7 @@ def test_demo_end_to_end(tmp_path: Path) -> None:
 
     header = read_header(output / "pretrain" / "backbone.safetensors")
     assert (header.method, header.architecture) == ("twist", "resnet18")
+    assert (output / "pretrain" / "curves.png").is_file()
     for target in ("detectron2", "mmseg"):
         proof = json.loads((output / f"weights-{target}" / "report.json").read_text())["proof"]
         assert proof["kind"] == "framework", target

@@ -7,12 +7,15 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from host_reads import HostReads
+from PIL import Image
 
 from contracts.errors import UserError
 from pretrain import monitor as monitor_module
+from pretrain.curves_picture import draw_curves, pooled, smoothed
 from pretrain.monitor import (
     DEVICE_VALUES,
     CollapseAlarm,
@@ -193,3 +196,30 @@ def test_an_evaluation_stands_once_whatever_was_resumed(tmp_path: Path) -> None:
     with (tmp_path / "online_eval.jsonl").open("a") as file:
         file.write('{"epoch": 3, "torn')
     assert evaluated(range(1, 4)) == [0, 1, 2, 3]
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+
+def test_curves_are_drawn_whatever_the_run(tmp_path: Path) -> None:
+    row = {"epoch": 0, "total": 1.0, "row_entropy": 1.0, "mean_entropy": 2.0, "agreement": 0.5, "classes_used": 5}
+    skipped = {"total": None, "gradient_norm": None, "row_entropy": None, "mean_entropy": None}
+    stages = ["mutual_information"] * 1500 + ["self_label"] * 1001
+    lines = [
+        {**row, "step": step, "stage": stage, "lr": 0.1, "gradient_norm": 1.0} for step, stage in enumerate(stages)
+    ]
+    lines[3] |= skipped
+    for count in (2501, 1):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:count]))
+        with Image.open(draw_curves(tmp_path, classes=CLASSES)) as picture:
+            assert picture.size == (1100, 560)
+            assert len(picture.convert("RGB").getcolors(10**6)) > 100
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
+
+
+def test_means_of_curves_leave_out_what_is_no_number() -> None:
+    values = [1.0, 3.0, np.nan, 5.0, np.nan, np.nan, 7.0]
+    assert_equal = np.testing.assert_array_equal
+    assert_equal(pooled(values, 2), [2.0, 5.0, np.nan, 7.0])
+    line = smoothed(np.array([*range(49), np.nan], dtype=float))  # two at a time
+    assert_equal(line[[0, 1, 48, 49]], [0.0, 0.5, 47.5, 48.0])

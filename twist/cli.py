@@ -78,7 +78,7 @@ def options(
 
 @app.command()
 def pretrain(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of one of ours.")],
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; default runs/<config's name>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
@@ -94,8 +94,9 @@ def pretrain(
     On many GPUs: torchrun … -m twist pretrain …
     """
     from contracts.config import load_config
-    from pretrain.config import PretrainConfig
+    from pretrain.config import PretrainConfig, find_config
 
+    config = find_config(config)
     settings = load_config(config, PretrainConfig, overrides or [])
     folder = output or Path("runs") / config.stem
     if show_views is not None:
