@@ -52,7 +52,9 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 -m "not slow"
 	$(BIN)/twist compare --check README.md
+	$(BIN)/twist compare --check results/README.md
 	$(BIN)/python -m benchmarks.summary --check README.md
+	$(BIN)/python -m benchmarks.summary --check benchmarks/README.md
 
 test: install
 	$(BIN)/pytest -n 2

@@ -1,7 +1,7 @@
-"""The README's table of speed, from the JSON files that the benchmark programs wrote.
+"""The tables of speed, from the JSON files that the benchmark programs wrote.
 
-    python -m benchmarks.summary                     # print it
-    python -m benchmarks.summary --update README.md  # put it between the markers
+    python -m benchmarks.summary                     # print all; with --headlines the README's few
+    python -m benchmarks.summary --update README.md  # put it between the markers, which say which
     python -m benchmarks.summary --check README.md   # fail when the file's table is another
 
 A figure whose file, or whose part of it, is absent is "not measured". No number in the table is typed by hand.
@@ -24,7 +24,8 @@ from benchmarks.gpu_summary import Found, Reader, Title, spread
 from contracts import atomic
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
-BEGIN, END = "<!-- python -m benchmarks.summary -->", "<!-- end of summary -->"
+BEGIN, END = "<!-- python -m benchmarks.summary{} -->", "<!-- end of summary -->"
+HEADLINES = " --headlines"
 NOT_MEASURED = "not measured"
 
 
@@ -39,6 +40,7 @@ class Figure(NamedTuple):
     goal: str
     program: str
     read: Reader
+    headline: bool = False
 
 
 def _speedup(slow: str, fast: str) -> Callable[[Found], str]:
@@ -146,12 +148,15 @@ def _outside(case: str) -> Title:
 
 _LOSS, _LARS = _speedup("pair by pair", "closed form"), _speedup("tensor by tensor", "ours")
 FIGURES = (
-    Figure("loss, 14 views × 128 × 4096, forward and backward, over pair by pair", "≥ 8 ×", "loss", _LOSS),
+    Figure("loss, 14 views × 128 × 4096, forward and backward, over pair by pair", "≥ 8 ×", "loss", _LOSS,
+           headline=True),
     Figure("LARS step, ResNet-50 and head, over tensor by tensor", "≥ 3 ×", "lars", _LARS),
     Figure("ResNet-18 on a CPU, bfloat16, views of 32 pixels, over torchvision's", "", "small_views",
            _speedup("torchvision, bfloat16", "ours, bfloat16")),
-    Figure("14 views a core, `device` mode, over the PIL chain", "≥ 8 ×", "data", _pipeline("device", "14 views")),
-    Figure("14 views a core, `cpu` mode, over the PIL chain", "≥ 3 ×", "data", _pipeline("cpu", "14 views")),
+    Figure("14 views a core, `device` mode, over the PIL chain", "≥ 8 ×", "data", _pipeline("device", "14 views"),
+           headline=True),
+    Figure("14 views a core, `cpu` mode, over the PIL chain", "≥ 3 ×", "data", _pipeline("cpu", "14 views"),
+           headline=True),
     Figure("the same over lightly's `DINOTransform`, and over torchvision v2 on tensors", "", "data_peers", _peers),
     Figure("images of the ImageNet protocols, test time (resize 256, crop 224), over `ImageFolder` with Pillow", "",
            "features", _features("test images")),
@@ -161,7 +166,7 @@ FIGURES = (
     Figure("`twist demo --fast`", "2 min, 4 GB", "command_line", _demo),
     Figure("`twist convert`, two targets, no proof, over reading and writing alone", "< 2 ×", "convert", _convert),
     Figure("the same, memory", "< 2.5 ×", "convert", _convert_memory),
-    Figure("`twist convert`, two targets, with proof", "< 15 s", "convert", _proof),
+    Figure("`twist convert`, two targets, with proof", "< 15 s", "convert", _proof, headline=True),
     Figure("our Detectron2 engine, time an iteration over its own training loop", "≤ 2 %", "engine_overhead",
            _overhead("detectron2")),
     Figure("our MMSegmentation engine, likewise", "≤ 2 %", "engine_overhead", _overhead("mmseg")),
@@ -169,14 +174,15 @@ FIGURES = (
     Figure("`twist data check`, a healthy tree of real size", "< 60 s", "data_check", _checks),
     Figure("`twist compare`, 10,000 records", "< 3 s", "compare", _compare),
     Figure("step on one GPU, ResNet-50, two views × 256, over the naive step", "≥ 2 ×", "gpu",
-           gpu_summary.speedup("two-views")),
+           gpu_summary.speedup("two-views"), headline=True),
     Figure("step on one GPU, ResNet-50, 14 views × 128, over the naive step", "≥ 2.5 ×", "gpu",
-           gpu_summary.speedup("multi-crop")),
+           gpu_summary.speedup("multi-crop"), headline=True),
     Figure(_outside("two-views"), "≤ 5 %", "gpu", gpu_summary.outside("two-views")),
     Figure(_outside("multi-crop"), "≤ 5 %", "gpu", gpu_summary.outside("multi-crop")),
     Figure(gpu_summary.title("two-views", *["images/s over the bare backbone's, two views"] * 2), "≥ 90 %", "gpu",
            gpu_summary.over_bare("two-views")),
-    Figure("images/s over the bare backbone's, 14 views", "≥ 90 %", "gpu", gpu_summary.over_bare("multi-crop")),
+    Figure("images/s over the bare backbone's, 14 views", "≥ 90 %", "gpu", gpu_summary.over_bare("multi-crop"),
+           headline=True),
     Figure("waiting for data in a run, 14 views, `device` mode", "< 3 %", "gpu", gpu_summary.data_wait),
     Figure("memory an image, 14 views; largest batch", "", "gpu", gpu_summary.memory("plain")),
     Figure("the same with activation checkpointing", "", "gpu", gpu_summary.memory("activation_checkpointing")),
@@ -186,11 +192,13 @@ FIGURES = (
 )  # fmt: skip
 
 
-def render(results: Path = RESULTS) -> str:
-    """The table as Markdown, and below it which machine each row was measured on."""
+def render(results: Path = RESULTS, *, headlines: bool = False) -> str:
+    """The table as Markdown, all of it or the headlines, and below it which machine each row was measured on."""
     rows: list[list[str]] = []
     machines: dict[str, str] = {}
     for figure in FIGURES:
+        if headlines and not figure.headline:
+            continue
         path = results / f"{figure.program}.json"
         found = json.loads(path.read_text()) if path.exists() else {}
         value = figure.read(found) if found else None
@@ -214,16 +222,23 @@ def _machine(found: Found) -> str:
     return f"{name}, {hardware['cores']} cores, torch {about['software']['torch']}"
 
 
-def updated(text: str, table: str) -> str:
-    """`text` with `table` between the markers.
+def updated(text: str, results: Path = RESULTS) -> str:
+    """`text` with the table that its opening marker asks for between the two.
 
     Raises:
         ValueError: `text` does not have the two markers exactly once.
     """
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    if len(pattern.findall(text)) != 1:
-        raise ValueError(f"the file needs {BEGIN} and {END}, once")
-    return pattern.sub(lambda _: f"{BEGIN}\n\n{table}\n\n{END}", text)
+    begin = re.escape(BEGIN).replace(re.escape("{}"), f"({HEADLINES})?")
+    found = re.findall(f"{begin}.*?{re.escape(END)}", text, re.DOTALL)
+    if len(found) != 1:
+        raise ValueError(f"the file needs {BEGIN.format('')} (or {HEADLINES.strip()} in it) and {END}, once")
+    table = render(results, headlines=bool(found[0]))
+    return re.sub(
+        f"{begin}.*?{re.escape(END)}",
+        lambda _: f"{BEGIN.format(found[0])}\n\n{table}\n\n{END}",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def main() -> int:
@@ -231,12 +246,13 @@ def main() -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--check", type=Path, metavar="FILE")
     which.add_argument("--update", type=Path, metavar="FILE")
+    which.add_argument("--headlines", action="store_true")
     given = parser.parse_args()
     if (path := given.check or given.update) is None:
-        print(render())
+        print(render(headlines=given.headlines))
         return 0
     before = path.read_text()
-    after = updated(before, render())
+    after = updated(before)
     if given.update:
         atomic.write_text(path, after)
     elif before != after:

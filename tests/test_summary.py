@@ -188,11 +188,12 @@ def test_rows_include_the_photometric_part_where_it_was_measured_and_say_where_i
     assert {name: found.get(name) for name in expected} == expected
 
 
+@pytest.mark.parametrize("asked", ["", summary.HEADLINES])
 def test_a_stale_table_is_noticed_and_mended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{summary.BEGIN}\n\nold\n\n{summary.END}\nafter\n")
+    page.write_text(f"before\n{summary.BEGIN.format(asked)}\n\nold\n\n{summary.END}\nafter\n")
     for arguments, status in ((["--check"], 1), (["--update"], 0), (["--check"], 0)):
         monkeypatch.setattr("sys.argv", ["summary", *arguments, str(page)])
         assert summary.main() == status
@@ -200,4 +201,6 @@ def test_a_stale_table_is_noticed_and_mended(
     assert page.read_text().startswith("before\n")
     assert page.read_text().endswith("after\n")
     with pytest.raises(ValueError, match="once"):
-        summary.updated("no markers", "table")
+        summary.updated("no markers")
+    assert ("`twist --help`" in page.read_text()) == (not asked)
+    assert "step on one GPU" in page.read_text()
