@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,8 +27,12 @@ class Config(BaseModel):
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
-def load_config(path: str | os.PathLike[str], model: type[ConfigT], overrides: Sequence[str] = ()) -> ConfigT:
+def load_config(
+    path: str | os.PathLike[str], model: type[ConfigT], overrides: Sequence[str] = (), *, beside: Iterable[str] = ()
+) -> ConfigT:
     """Read the TOML file at `path`, apply `overrides`, validate against `model`.
+
+    `beside` are keys that whoever calls takes himself: what a user may have meant by an unknown one.
 
     Raises:
         UsageError: the file is missing or not TOML, a key is unknown, or a value does not fit. One sentence.
@@ -36,7 +40,7 @@ def load_config(path: str | os.PathLike[str], model: type[ConfigT], overrides: S
     values = read_toml(path)
     for override in overrides:
         _apply(values, override)
-    return validate(values, model, where=str(path))
+    return validate(values, model, where=str(path), beside=beside)
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -56,12 +60,12 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UsageError(f"{path} is not valid TOML: {error}.") from None
 
 
-def validate(values: dict[str, Any], model: type[ConfigT], *, where: str) -> ConfigT:
+def validate(values: dict[str, Any], model: type[ConfigT], *, where: str, beside: Iterable[str] = ()) -> ConfigT:
     """`model` built from `values`; pydantic's first error becomes one sentence that names the key and `where`."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UsageError(_sentence(error.errors()[0], model, where)) from None
+        raise UsageError(_sentence(error.errors()[0], model, where, beside)) from None
 
 
 def problems(values: dict[str, Any], model: type[BaseModel], *, where: str) -> list[str]:
@@ -100,11 +104,15 @@ def _apply(values: dict[str, Any], override: str) -> None:
     table[keys[-1]] = value
 
 
-def _sentence(first: Any, model: type[BaseModel], where: str) -> str:
+def _sentence(first: Any, model: type[BaseModel], where: str, beside: Iterable[str] = ()) -> str:
     location = [str(part) for part in first["loc"]]
     name = ".".join(location)
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key {name}.{did_you_mean(location[-1], _fields_at(model, location[:-1]))}"
+        elsewhere = sorted(_paths_to(location[-1], model))
+        if elsewhere:  # the right word, without its section
+            return f"{where}: unknown key {name}. Did you mean {' or '.join(elsewhere)}?"
+        known = [*_fields_at(model, location[:-1]), *(() if location[1:] else beside)]
+        return f"{where}: unknown key {name}.{did_you_mean(location[-1], known)}"
     if first["type"] == "missing":
         return f"{where}: {name} is missing and has no default; add it to the file or pass {name}=value."
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
@@ -117,11 +125,24 @@ def _sentence(first: Any, model: type[BaseModel], where: str) -> str:
 def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
     """The field names of the sub-model at `location`, for the near match."""
     for part in location:
-        field = model.model_fields.get(part)
-        annotation = getattr(field, "annotation", None)
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        models = _models_in(model, part)
         if not models:
             return []
         model = models[0]
     return list(model.model_fields)
+
+
+def _models_in(model: type[BaseModel], name: str) -> list[type[BaseModel]]:
+    """The models that the field `name` may hold."""
+    annotation = getattr(model.model_fields.get(name), "annotation", None)
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+
+
+def _paths_to(name: str, model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted paths, in quotes, of the fields `name` of `model` and its sections."""
+    for field in model.model_fields:
+        if field == name:
+            yield f'"{prefix}{field}"'
+        for section in _models_in(model, field)[:1]:
+            yield from _paths_to(name, section, f"{prefix}{field}.")

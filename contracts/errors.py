@@ -19,9 +19,11 @@ class UsageError(UserError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` Did you mean "x"?` for the nearest known word, or the sorted list of what is known when none is near."""
+    """` Did you mean "x"?` for the nearest known word, or for those that begin with `word`; the sorted list of what is
+    known when none is near."""
     choices = sorted(known)
     near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    near = near or [choice for choice in choices if word and choice.startswith(word)]
     if near:
-        return f' Did you mean "{near[0]}"?'
+        return " Did you mean {}?".format(" or ".join(f'"{choice}"' for choice in near))
     return f" Known: {', '.join(choices)}." if choices else ""

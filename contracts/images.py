@@ -43,7 +43,8 @@ def decode(data: bytes, *, name: str) -> Tensor:
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         image = decode_image(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Its first sentence: what follows advises other functions of torchvision.
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0].rstrip(".")
         raise UnreadableImage(f"Cannot read the image {name}: {reason}") from None
     if image.ndim == 4:
         image = image[0]

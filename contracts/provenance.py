@@ -57,10 +57,15 @@ def hardware() -> dict[str, str | int | None]:
     gpus = 0 if torch is None or not torch.cuda.is_available() else torch.cuda.device_count()
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "gpus": gpus,
         "gpu": torch.cuda.get_device_name(0) if torch is not None and gpus else None,
     }
+
+
+def cores() -> int:
+    """Cores that this process may use, which on a shared machine are fewer than it has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

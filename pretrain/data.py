@@ -245,7 +245,7 @@ class ViewLoader:
     def _count_unreadable(self, unreadable: dict[int, str], bad: set[int]) -> None:
         for index, message in unreadable.items():
             if index not in self._bad:
-                print(f"{message}; another image takes its place.", file=sys.stderr, flush=True)
+                print(f"{message.rstrip('.')}; another image takes its place.", file=sys.stderr, flush=True)
         self._bad.update(unreadable)
         bad.update(unreadable)
         if len(bad) > self._bad_limit:

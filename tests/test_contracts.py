@@ -79,6 +79,8 @@ def test_configs_are_frozen() -> None:
             [],
             'unknown key inner.learnin_rate. Did you mean "learning_rate"?',
         ),
+        ('name = "a"\n', ["learning_rate=1"], 'unknown key learning_rate. Did you mean "inner.learning_rate"?'),
+        ('name = "a"\n', ["inner.learn=1"], 'unknown key inner.learn. Did you mean "learning_rate"?'),
         ("[inner]\n", [], "name is missing"),
         ('name = "a"\n[inner]\nlearning_rate = "fast"\n', [], "inner.learning_rate = 'fast' does not fit"),
         ("name = ", [], "not valid TOML"),

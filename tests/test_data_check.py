@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from imagenet_tree import write_tree
 from PIL import Image
 from tiny_sample import tiny_sample
 
@@ -253,7 +254,7 @@ def test_a_link_to_nothing_is_one_finding_and_no_crash(tree: Path) -> None:
         kept = path.rename(tree / "kept")
         path.symlink_to(tree / "nowhere")
         found = only_error(dataset, tree)
-        assert re.search(f"1 files are links to nothing, .*{path.name} the first", found.message)
+        assert re.search(f"1 files are links to nothing: .*{path.name}$", found.message)
         path.unlink()
         kept.rename(path)
         assert errors(dataset, tree) == []
@@ -355,9 +356,9 @@ def of_cityscapes(root: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda root: replace(of_cityscapes(root, "instanceIds.png"), b""), "1 files are empty, .*instanceIds"),
-        (lambda root: replace(of_cityscapes(root, "labelIds.png"), b""), "1 files are empty, .*labelIds"),
-        (lambda root: replace(of_cityscapes(root, "polygons.json"), b""), "1 files are empty, .*polygons"),
+        (lambda root: replace(of_cityscapes(root, "instanceIds.png"), b""), "1 files are empty: .*instanceIds"),
+        (lambda root: replace(of_cityscapes(root, "labelIds.png"), b""), "1 files are empty: .*labelIds"),
+        (lambda root: replace(of_cityscapes(root, "polygons.json"), b""), "1 files are empty: .*polygons"),
         (
             lambda root: replace(path := of_cityscapes(root, "instanceIds.png"), path.read_bytes()[:60]),
             "1 of 16 sampled pictures cannot be decoded",
@@ -392,7 +393,7 @@ def add_line(root: Path, change: Callable[[str], str]) -> None:
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda root: replace(a_train_image(root), b""), "1 files are empty, .*/.*_00001.jpg"),
+        (lambda root: replace(a_train_image(root), b""), "1 files are empty: .*/.*_00001.jpg"),
         (lambda root: a_train_image(root).rename(root / "kept"), "39 train images, 40 expected"),
         (lambda root: add_line(root, lambda name: f"x/{name}"), "1 of its images are not in train, x/"),
         (lambda root: add_line(root, lambda name: f"{name} 7"), "1 of its images are not in train, .*jpg 7 the first"),
@@ -578,3 +579,110 @@ def test_the_published_counts_are_the_known_ones() -> None:
     assert module.VOC_MAIN["VOC2012"]["train"] + module.VOC_MAIN["VOC2012"]["val"] == 11540
     assert round(IMAGENET_IMAGES["train"] / 100) == pytest.approx(SUBSET_LINES["1percent.txt"], abs=2)
     assert round(IMAGENET_IMAGES["train"] / 10) == pytest.approx(SUBSET_LINES["10percent.txt"], abs=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Class folders of one's own
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    return write_tree(tmp_path / "mine", train=8)
+
+
+def test_class_folders_of_ones_own_are_fine_without_any_count_of_imagenets(folders: Path) -> None:
+    for split in ("train", "val"):
+        (folders / split / ".DS_Store").write_bytes(b"x")
+        (folders / split / ".ipynb_checkpoints").mkdir()
+        (folders / split / "class_0" / "._train_0_000.png").write_bytes(b"x")
+    text = render(check("folders", folders, progress=False))
+    assert "24 images of 3 classes" in text
+    assert "9 images of 3 classes" in text
+    assert text.endswith("Everything is as it should be.")
+    folders.rename(folders.parent / "imagenet")
+    assert not has_errors(check("folders", folders.parent, progress=False))
+
+
+def bad_pictures(root: Path) -> None:
+    for path in sorted((root / "train" / "class_1").iterdir())[:7]:
+        path.write_bytes(b"no picture")
+
+
+def bitmap_called_png(root: Path) -> None:
+    path = root / "val" / "class_2" / "val_2_000.png"
+    with Image.open(path) as image:
+        image.save(path, format="BMP")
+
+
+def hollow_pictures(root: Path) -> None:
+    for path in sorted((root / "val" / "class_1").iterdir())[:2]:
+        path.write_bytes(b"")
+
+
+def lost_class(root: Path) -> None:
+    shutil.rmtree(root / "val" / "class_1")
+
+
+def emptied_class(root: Path) -> None:
+    for path in (root / "val" / "class_1").iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda root: shutil.rmtree(root / "val"), "^is missing$"),
+        (lost_class, "^1 classes are in one of train and val only: class_1$"),
+        (emptied_class, "^1 class folders hold no images: class_1$"),
+        (hollow_pictures, r"^2 files are empty: class_1/val_1_000\.png, class_1/val_1_001\.png$"),
+        (bad_pictures, r"^7 of 24 pictures cannot be decoded: class_1/train_1_000\.png, .*_004\.png and 2 more$"),
+        (bitmap_called_png, r"^1 of 9 pictures hold BMP, which a run does not read, .*: class_2/val_2_000\.png$"),
+    ],
+)
+def test_each_break_of_class_folders_is_the_one_error(
+    folders: Path, break_it: Callable[[Path], None], message: str
+) -> None:
+    break_it(folders)
+    found = only_error("folders", folders)
+    assert re.search(message, found.message), found.message
+    assert "unpack" not in found.remedy or "torn" in found.remedy
+    assert "image-net.org" not in found.remedy
+
+
+def test_what_a_run_leaves_out_without_a_word_is_a_warning(folders: Path) -> None:
+    picture = folders / "train" / "class_0" / "train_0_000.png"
+    shutil.copy(picture, folders / "train" / "stray.png")
+    (folders / "val.tar.gz").write_bytes(b"x")
+    (folders / "val" / "class_0" / "more.zip").write_bytes(b"x")
+    (folders / "val" / "class_0" / "photo.tif").write_bytes(b"x")
+    found = [finding for finding in check("folders", folders, progress=False) if finding.severity != "fine"]
+    assert [(Path(finding.where).name, finding.severity) for finding in found] == [
+        *(("mine", "warning"), ("train", "warning"), ("class_0", "warning"), ("class_0", "warning"))
+    ]
+    said = " | ".join(finding.message for finding in found)
+    for part in ("archives are not unpacked: val.tar.gz", "no class folder: stray.png", "a run reads: photo.tif"):
+        assert part in said
+    read_split(folders / "train")  # it does go
+
+
+def test_every_bad_picture_of_imagenet_is_named_up_to_five(tree: Path) -> None:
+    paths = sorted(min((tree / "imagenet/val").iterdir()).glob("*.jpg"))[:2]
+    for path in paths:
+        replace(path, b"no picture")
+    names = ", ".join(f"{path.parent.name}/{path.name}" for path in paths)
+    assert only_error("imagenet", tree).message.endswith(f"sampled pictures cannot be decoded: {names}")
+
+
+@pytest.mark.parametrize("dataset", ["imagenet", "folders", "voc", "cityscapes"])
+def test_each_file_is_counted_once(healthy: Path, dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    root = healthy / "imagenet" if dataset in ("imagenet", "folders") else healthy
+    check(dataset, root)
+    (counted,) = re.findall(rf"check {dataset}: (\d+) files", capsys.readouterr().err)
+    parts = {
+        "voc": ("*/JPEGImages/*", "*/Annotations/*", "*/SegmentationClass*/*"),
+        "cityscapes": ("cityscapes/**/*.*",),
+    }
+    files = [path for part in parts.get(dataset, ("*/*/*.jpg",)) for path in root.glob(part) if path.is_file()]
+    # Of VOC 2007 the segmentation is not looked at.
+    files = [path for path in files if "VOC2007/Segmentation" not in str(path)]
+    assert int(counted) == len(files)

@@ -220,10 +220,24 @@ def test_recipe_knows_the_protocol_and_not_the_weights(request_of) -> None:
     assert "weights" not in text.lower().replace("bbox_reg_weights", "")
 
 
+def test_no_more_processes_decode_than_there_are_cores(request_of, monkeypatch) -> None:
+    from transfer import detectron2_engine as engine
+
+    request = request_of("coco-mrcnn-fpn-1x", "DATALOADER.NUM_WORKERS=7")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(8)), raising=False)
+    many = engine.resolve(request)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 5}, raising=False)
+    few = engine.resolve(request)
+    assert (many.config.DATALOADER.NUM_WORKERS, few.config.DATALOADER.NUM_WORKERS) == (7, 2)
+    assert few.recipe == many.recipe
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
         ("SOLVER.BASE_LRR=1", r'Detectron2 knows no key SOLVER\.BASE_LRR .* Did you mean "BASE_LR"'),
+        ("BASE_LR=1", r'knows no key BASE_LR .* Did you mean "SOLVER\.BASE_LR"'),
+        ("arch=resnet50", r'knows no key arch .* Did you mean "architecture"'),
         ("SOLVER=1", r"SOLVER is a section"),
         ("SEED=1", r"takes SEED from --seed alone; pass --seed in its place"),
         ("SOLVER.BASE_LR=fast", r"SOLVER\.BASE_LR is .*Type mismatch"),

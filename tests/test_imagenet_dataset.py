@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -227,3 +228,13 @@ def test_workers_change_neither_pixels_nor_the_sentence(tmp_path: Path) -> None:
     (root / "train" / "class_1" / "train_1_001.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"^Cannot read the image [^\n]*train_1_001\.png[^\n]*$"):
         list(Batches(train, small_recipe("machine.workers=2"), batch_size=4).ordered())
+
+
+def test_no_more_processes_decode_than_there_are_cores(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 5}, raising=False)
+    val = read_split(tree / "val")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's, of processes that wait for each other
+        for asked, used in ((8, 2), (1, 1), (0, 0)):
+            batches = Batches(val, small_recipe(f"machine.workers={asked}"), batch_size=4)
+            assert batches._loader.num_workers == used

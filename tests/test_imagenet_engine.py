@@ -81,9 +81,33 @@ def test_published_numbers_of_the_recipes() -> None:
         assert (recipe.batch_size, recipe.weight_decay, recipe.momentum) == (256, 0.0, 0.9)
 
 
+def test_a_batch_larger_than_the_training_set_is_said_with_overrides_that_fit(tree: Path) -> None:
+    def resolved(name: str, *overrides: str, gpus: int = 0) -> engine.Resolved:
+        return resolve(PROTOCOLS[name], RESNET, data=tree, overrides=(*SMALL, *overrides), gpus=gpus)
+
+    said = (
+        "warning: batch_size 1024 is more than the 18 labelled images, so a step sees 18 at rates that are meant for "
+        "1024; batch_size=18 lr_classifier=0.00352 would fit them"
+    )
+    linear = resolved("linear")
+    assert said in linear.notes
+    assert said in linear.plan
+    assert "images a step 18 (18 a process)" in linear.plan
+    assert "batch_size=16 lr_classifier=0.0125 lr_backbone=0.000625 would" in resolved("finetune-100pct", gpus=4).plan
+    fitting = resolved("linear", "batch_size=18", "lr_classifier=0.00352")
+    assert "warning" not in fitting.plan
+
+
 def test_unknown_key_and_unknown_recipe_get_the_near_match() -> None:
     with pytest.raises(UsageError, match=r'unknown key lr_clasifier\. Did you mean "lr_classifier"\?'):
         load_recipe("linear", architecture="resnet50", overrides=["lr_clasifier=0.1"])
+    for override, meant in (
+        ("arch=resnet50", '"architecture"'),
+        ("lr=0.3", '"lr_classifier"'),
+        ("workers=0", '"machine.workers"'),
+    ):
+        with pytest.raises(UsageError, match=rf"unknown key \w+\. Did you mean {meant}\?"):
+            load_recipe("linear", architecture="resnet50", overrides=[override])
     with pytest.raises(UsageError, match=r'no ImageNet recipe "liner"\. Did you mean "linear"\?'):
         load_recipe("liner", architecture="resnet50")
     with pytest.raises(UsageError, match="resize = 24 is smaller than size = 32"):
@@ -340,7 +364,7 @@ def test_plan_says_what_will_be_done(tree: Path) -> None:
         return resolve(PROTOCOLS[name], RESNET, data=tree, overrides=(*SMALL, *overrides), **how).plan
 
     text = plan("semi-10pct", "batch_size=4", "size=33", gpus=2)
-    assert text.startswith("plan: 2 GPUs → the recipe's batch is kept")
+    assert text.startswith("plan: 2 GPUs share the batch\n")
     assert "images a step 4 (2 a process), lr_classifier 0.2, lr_backbone 0.02, 20 epochs of 2 steps" in text
     assert "6 labelled images of 18; 9 validation images of 3 classes at 33 pixels" in text
     assert "nothing is trained" in plan("sample-linear", eval_only=True)

@@ -66,7 +66,7 @@ def test_resume_takes_another_machine_and_no_other_recipe(
     rows = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1]
     assert record.metrics["top1_percent"] == rows[-1]["top1_percent"]
-    assert "plan: 1 process on the CPU → the recipe's batch is kept" in capsys.readouterr().err
+    assert "plan: 1 process on the CPU\n  images a step 9 (9 a process)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -106,4 +106,11 @@ def test_an_evaluation_that_fails_leaves_the_run_finished(
 def test_a_start_that_is_refused_takes_no_folder(tree: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown key lr_clasifier"):
         go(tree, tmp_path / "run", "lr_clasifier=1")
+    (tree / "val" / "class_1" / "torn.png").write_bytes(b"no picture")
+    try:
+        sentence = r"^Cannot read the image \S+torn\.png: Unsupported image file; delete or replace it\.$"
+        with pytest.raises(UserError, match=sentence):
+            go(tree, tmp_path / "other")
+    finally:
+        (tree / "val" / "class_1" / "torn.png").unlink()
     assert not (tmp_path / "run").exists()

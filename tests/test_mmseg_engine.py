@@ -288,10 +288,24 @@ def test_recipe_knows_the_protocol_and_not_the_weights(request_of) -> None:
     assert "init_cfg" not in first["model"]["backbone"]
 
 
+def test_no_more_processes_decode_than_there_are_cores(request_of, monkeypatch) -> None:
+    from transfer import mmseg_engine as engine
+
+    request = request_of("voc12aug-fcn-d8-20k", "train_dataloader.num_workers=7")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(8)), raising=False)
+    many = engine.resolve(request)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 5}, raising=False)
+    few = engine.resolve(request)
+    assert (many.config.train_dataloader.num_workers, few.config.train_dataloader.num_workers) == (7, 2)
+    assert few.recipe == many.recipe
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
         ("optim_wrapper.optimizer.lrr=1", r'has no key optim_wrapper\.optimizer\.lrr .* Did you mean "lr"'),
+        ("lr=0.1", r'has no key lr .* Did you mean "optim_wrapper\.optimizer\.lr"\?'),
+        ("arch=resnet50", r'has no key arch .* Did you mean "architecture"'),
         ("model.decode_head=1", r"model\.decode_head is a section"),
         (
             "val_dataloader.dataset.data_root=/elsewhere",

@@ -156,6 +156,19 @@ def test_the_rule_is_named() -> None:
     assert choose_rule(processes=1, reference=0, keep_batch=False) == "as published"
     assert choose_rule(processes=2, reference=0, keep_batch=False) == "batch kept"
     coco = Schedule(16, 0.02, 90000, 1000, (60000, 80000))
+
+    def plan(planned: Schedule, *, reference: int = 8, changed: tuple[str, ...] = ()) -> str:
+        processes = reference or 1
+        given = {"rule": "as published", "processes": processes, "gpus": reference, "reference": reference}
+        return render_plan(coco, planned, changed=changed, **given)
+
+    assert "8 GPUs → as published\n" in plan(coco).replace("; the recipe is stated for 8 GPUs", "")
+    assert "1 process on the CPU → as in the recipe\n" in plan(coco, reference=0)
+    assert "→ changed from the recipe\n" in plan(stretch(coco, 10))
+    assert "→ changed from the recipe\n" in plan(stretch(coco, 10), reference=0)
+    text = plan(coco, changed=("changed from the protocol: INPUT.CROP.ENABLED False → True",))
+    assert "→ changed from the recipe\n" in text
+    assert text.endswith("\n  changed from the protocol: INPUT.CROP.ENABLED False → True")
     planned = linear_rule(coco, processes=2, reference=8)
     text = render_plan(coco, planned, rule="linear rule", processes=2, gpus=2, reference=8)
     assert "2 GPUs; the recipe is stated for 8 GPUs → linear rule" in text

@@ -19,12 +19,13 @@ from contracts.weights import Backbone, write_backbone
 from transfer import folder
 from transfer.curves import Curves
 from transfer.data.prepare import prepare_cityscapes
+from transfer.end import render_end
 from transfer.failures import guard, raise_failure
 from transfer.pictures import colour_of, draw_classes, draw_instances, plot_losses, save_pair
 from transfer.preflight import check_data, find_root, voc_folder
 from transfer.protocols import PROTOCOLS, find_protocol
 from transfer.request import split_overrides
-from transfer.run import _find_weights, render_end, transfer
+from transfer.run import _find_weights, transfer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is said before anything runs
@@ -149,20 +150,49 @@ def test_cityscapes_without_its_derived_maps_and_with_the_wrong_ones(tmp_path) -
 def test_a_folder_belongs_to_one_run(tmp_path) -> None:
     target = tmp_path / "run"
     run = {"protocol": "knn", "seed": 0, "recipe": {"SOLVER": {"BASE_LR": 0.02}}}
-    assert folder.earlier_run(target, resume=False) is None
+    assert folder.earlier_run(target) is None
     with folder.taken(target):
         folder.note_run(target, run, state=folder.RUNNING)
-    with pytest.raises(UserError, match="pass --resume to continue it"):
-        folder.earlier_run(target, resume=False)
-    earlier = folder.earlier_run(target, resume=True)
+    earlier = folder.earlier_run(target)
     assert earlier is not None
-    folder.check_same_run(target, {k: v for k, v in earlier.items() if k != "state"}, run)
+    with pytest.raises(UserError, match=r"holds this run, unfinished: pass --resume to continue it"):
+        folder.refuse_again(target, earlier)
+    folder.check_same_run(target, earlier, run)
     with pytest.raises(UserError, match=r"recipe\.SOLVER\.BASE_LR was 0\.02 and is 0\.01"):
         folder.check_same_run(target, run, {**run, "recipe": {"SOLVER": {"BASE_LR": 0.01}}})
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").touch()
     with pytest.raises(UserError, match="is not empty and holds no run"):
-        folder.earlier_run(tmp_path / "foreign", resume=True)
+        folder.earlier_run(tmp_path / "foreign")
+
+
+def test_of_what_differs_the_protocol_is_named_first_and_whose_weights_before_their_network(tmp_path) -> None:
+    drawn = {"name": "random", "sha256": None, "architecture": "resnet18", "width": 1}
+    run = {"protocol": "knn", "seed": 0, "weights": drawn, "data": "imagenet a"}
+    with pytest.raises(UserError, match="protocol was 'knn' and is 'linear' now"):
+        folder.check_same_run(tmp_path, run, {**run, "data": "imagenet b", "protocol": "linear"})
+    with pytest.raises(UserError, match=r"weights\.name was 'random' and is 'r50' now"):
+        folder.check_same_run(tmp_path, run, {**run, "weights": {"name": "r50", "sha256": "ab"}})
+    with pytest.raises(UserError, match=r"weights\.architecture was 'resnet18' and is 'resnet50' now"):
+        folder.check_same_run(tmp_path, run, {**run, "weights": {**drawn, "architecture": "resnet50"}})
+
+
+def test_a_run_that_is_done_is_called_so_with_its_record(tmp_path) -> None:
+    record = tmp_path / "run" / "results" / "knn" / "x.json"
+    record.parent.mkdir(parents=True)
+    record.touch()
+    folder.note_run(tmp_path / "run", {"protocol": "knn"}, state=folder.DONE, record=record)
+    (tmp_path / "run").rename(tmp_path / "moved")  # a folder that was moved still says where
+    earlier = folder.earlier_run(tmp_path / "moved")
+    assert earlier is not None
+    there = tmp_path / "moved" / "results" / "knn" / "x.json"
+    assert folder.record_of(tmp_path / "moved", earlier) == there
+    assert folder.record_of(tmp_path / "moved", earlier, results=tmp_path / "other") is None
+    with pytest.raises(UserError, match=rf"holds this run, done \(its record is {there}\): pass --resume to print its"):
+        folder.refuse_again(tmp_path / "moved", earlier)
+    there.unlink()
+    with pytest.raises(UserError, match=r"holds this run, done: pass --resume to collect its .*, --eval-only"):
+        folder.refuse_again(tmp_path / "moved", earlier)
 
 
 def test_a_folder_that_a_failed_start_made_is_gone(tmp_path) -> None:
@@ -186,9 +216,9 @@ def test_a_run_that_was_killed_while_it_started_is_begun_again(tmp_path) -> None
     target, run = tmp_path / "run", {"protocol": "knn", "seed": 0}
     folder.note_run(target, run, state=folder.STARTED)
     (target / "weights").mkdir()
-    earlier = folder.earlier_run(target, resume=True)
+    earlier = folder.earlier_run(target)
     assert earlier is not None
-    assert earlier.pop("state") == folder.STARTED
+    assert earlier["state"] == folder.STARTED
     folder.check_same_run(target, earlier, {**run, "recipe": {"k": 20}})
     with pytest.raises(UserError, match="seed was 0 and is 1"):
         folder.check_same_run(target, earlier, {**run, "seed": 1, "recipe": {"k": 20}})
@@ -349,7 +379,7 @@ def test_two_weights_meet_under_one_recipe_and_records_are_whole(tree, trained, 
 
     # A changed recipe is refused, the same one continues, and the folder is not taken by another run.
     again = {"weights": str(trained), "output": tmp_path / "twist", **common}
-    with pytest.raises(UserError, match="pass --resume"):
+    with pytest.raises(UserError, match=r"holds this run, done \(its record is .*\.json\): pass --resume"):
         transfer(PROTOCOL, overrides=QUICK, **again)
     with pytest.raises(UserError, match=r"optimizer\.lr was .* and is 1\.0"):
         transfer(PROTOCOL, overrides=[*QUICK, "optim_wrapper.optimizer.lr=1.0"], resume=True, **again)
@@ -429,7 +459,7 @@ def make_record():
 
 def test_how_a_checkpoint_is_read_can_be_said(tmp_path) -> None:
     """What `twist convert` takes as --from and --branch; here for a file that two layouts fit."""
-    from transfer.run import _default_output, _find_weights
+    from transfer.run import _default_output
 
     file = tmp_path / "byol_r18.pth"
     torch.save({}, file)
@@ -440,7 +470,7 @@ def test_how_a_checkpoint_is_read_can_be_said(tmp_path) -> None:
         _find_weights(f"torchvision:{file}", layout="moco", branch=None)
     row = find_protocol("sample-knn")
     other = _find_weights(str(file), layout="byol-torch", branch="target")
-    assert _default_output(row, source, None, 0) != _default_output(row, other, None, 0)
+    assert _default_output(row, source, None, 0, None) != _default_output(row, other, None, 0, None)
     for given in ({"layout": "moco", "branch": None}, {"layout": None, "branch": "online"}):
         with pytest.raises(UsageError, match="--weights random reads none"):
             _find_weights("random", **given)
@@ -477,3 +507,92 @@ def test_a_run_is_continued_on_its_own_data_alone(tmp_path) -> None:
     del account["data"]
     (tmp_path / "run" / folder.FILE).write_text(json.dumps(account))
     assert transfer("knn", data=tmp_path / "moved", overrides=quick, **given).data == record.data
+
+
+QUICK_KNN = ("size=32", "resize=36", "machine.workers=0")
+
+
+@pytest.fixture
+def knn(tmp_path, monkeypatch):
+    """`twist transfer knn` of random weights in a working directory with a tree; overrides and options are given."""
+    monkeypatch.chdir(tmp_path)
+    write_tree(tmp_path / "data")
+
+    def run(*overrides: str, **options):
+        options = {"data": tmp_path / "data", "gpus": 0, **options}
+        return transfer("knn", weights="random", overrides=(*QUICK_KNN, *overrides), **options)
+
+    return run
+
+
+def test_random_weights_of_another_network_are_another_run(knn, tmp_path) -> None:
+    out = tmp_path / "out"
+    knn("architecture=resnet18", output=out)
+    began_with = (out / "weights" / "random.safetensors").read_bytes()
+    for resume in (True, False):
+        with pytest.raises(UserError, match=r"weights\.architecture was 'resnet18' and is 'resnet34' now"):
+            knn("architecture=resnet34", output=out, resume=resume)
+        with pytest.raises(UserError, match=r"weights\.width was 1 and is 2 now"):
+            knn("architecture=resnet18", "width=2", output=out, resume=resume)
+    with pytest.raises(UserError, match=r"recipe\.neighbours was 20 and is 3 now"):
+        knn("architecture=resnet18", "neighbours=3", output=out)
+    # Earlier versions noted no network: that of the weights in the folder counts.
+    account = json.loads((out / folder.FILE).read_text())
+    del account["weights"]["architecture"], account["weights"]["width"], account["record"]
+    (out / folder.FILE).write_text(json.dumps(account))
+    with pytest.raises(UserError, match=r"weights\.architecture was 'resnet18' and is 'resnet34' now"):
+        knn("architecture=resnet34", output=out, resume=True)
+    assert (out / "weights" / "random.safetensors").read_bytes() == began_with
+    knn("architecture=resnet18", output=out, resume=True)
+    assert json.loads((out / folder.FILE).read_text())["weights"]["architecture"] == "resnet18"
+    (_,) = find_records([out / "results"])
+
+
+def test_random_weights_of_another_network_have_a_folder_of_their_own(knn, tmp_path) -> None:
+    from transfer.run import _default_output, _find_weights, _random_network
+
+    random = _find_weights("random", layout=None, branch=None)
+
+    def name(protocol: str, *overrides: str) -> str:
+        row, (controls, _) = find_protocol(protocol), split_overrides(overrides)
+        return _default_output(row, random, "random", 0, _random_network(random, controls, row, seed=0)).name
+
+    assert name("sample-knn") == name("sample-knn", "architecture=resnet18") == name("knn") == "random-seed0"
+    assert name("sample-knn", "architecture=resnet50") == "random-resnet50-seed0"
+    assert name("knn", "width=2") == "random-resnet50w2-seed0"
+    knn("architecture=resnet18")
+    (record,) = find_records([tmp_path / "runs" / "knn" / "random-resnet18-seed0" / "results"])
+    assert read_record(record).recipe["architecture"] == "resnet18"
+
+
+def test_a_run_that_is_done_is_not_measured_again_by_a_resume(knn, tmp_path, capsys) -> None:
+    given = {"output": tmp_path / "out"}
+    first = knn("architecture=resnet18", **given)
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"out holds this run, done \(its record is .*\.json\): pass --resume to print"):
+        knn("architecture=resnet18", **given)
+    assert knn("architecture=resnet18", resume=True, **given) == first
+    said = capsys.readouterr().err
+    assert "out is done: this is its record; --eval-only measures it again." in said
+    assert "k-NN top-1" in said
+    assert "plan: " not in said
+    again = knn("architecture=resnet18", eval_only=True, **given)
+    assert again.metrics == first.metrics
+    assert "plan: " in capsys.readouterr().err
+    assert not [note for note in again.notes if "continued from a checkpoint" in note], "there is none"
+    # A record that is gone is made again, and so is one for another folder.
+    (there,) = find_records([tmp_path / "out" / "results"])
+    there.unlink()
+    knn("architecture=resnet18", resume=True, **given)
+    knn("architecture=resnet18", resume=True, results=tmp_path / "elsewhere", **given)
+    assert there.is_file()
+    assert len(list(find_records([tmp_path / "elsewhere"]))) == 1
+
+
+def test_the_end_says_where_everything_is_and_how_to_show_it(knn, tmp_path, capsys) -> None:
+    knn("architecture=resnet18", output=Path("my runs/a"))
+    said = capsys.readouterr().err
+    (there,) = find_records([tmp_path / "my runs" / "a" / "results"])
+    place = f"my runs/a/results/knn/{there.stem}"
+    assert f"  record    {place}.json\n  pictures  {place}/neighbours.png\n" in said
+    assert said.endswith("  show it   twist compare 'my runs/a/results'\n")

@@ -15,9 +15,10 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
 
 from contracts.config import parse_override
-from contracts.errors import UsageError, UserError, did_you_mean
+from contracts.errors import UsageError, UserError
+from contracts.provenance import cores
 from transfer.evaluation import Resolved
-from transfer.overrides import Tree, departures, recorded, refuse_option
+from transfer.overrides import Tree, departures, near_keys, recorded, refuse_option
 from transfer.preflight import read_sample
 from transfer.request import Request
 from transfer.scaling import Rule, Schedule, choose_rule, leaves_protocol, render_plan, searched, stretch
@@ -105,6 +106,7 @@ def resolve(request: Request) -> Resolved:
     for override in request.overrides:
         _override(config, override)
     after = _tree(config)
+    config.DATALOADER.NUM_WORKERS = min(config.DATALOADER.NUM_WORKERS, cores())  # more would wait, and torch warns
     config.MODEL.WEIGHTS = f"{request.weights}?matching_heuristics=True"
     config.MODEL.DEVICE = "cuda" if request.gpus else "cpu"
     config.OUTPUT_DIR = str(request.output)
@@ -117,7 +119,13 @@ def resolve(request: Request) -> Resolved:
         config=config,
         recipe=recorded(before, after, recipe_of=_recipe, harmless=_HARMLESS),
         plan=render_plan(
-            published, planned, rule=rule, processes=request.processes, gpus=request.gpus, reference=reference
+            published,
+            planned,
+            rule=rule,
+            processes=request.processes,
+            gpus=request.gpus,
+            reference=reference,
+            changed=changed,
         ),
         reduced=bool(changed),
         notes=(*_notes(rule, planned, config, request), *searched(ruled, planned), *changed),
@@ -142,9 +150,9 @@ def _override(config: CfgNode, override: str) -> None:
     node: Any = config
     for depth, key in enumerate(keys):
         if not isinstance(node, CfgNode) or key not in node:
-            known = node.keys() if isinstance(node, CfgNode) else ()
             raise UsageError(
-                f'Detectron2 knows no key {".".join(keys[: depth + 1])} (in "{override}").{did_you_mean(key, known)}'
+                f'Detectron2 knows no key {".".join(keys[: depth + 1])} (in "{override}").'
+                f"{near_keys(keys[: depth + 1], _tree(config))}"
             )
         node = node[key]
     if isinstance(node, CfgNode):

@@ -1,7 +1,8 @@
 """The run folder's own account, `run.json`: which run lives here, so that no other one writes into it.
 
 A run is its protocol, weights, data, seed and recipe. A folder is taken by the first run that is planned in it; the
-same run may continue (`--resume`) or be evaluated again, another one is refused with the difference named.
+same run may continue (`--resume`) or be evaluated again, another one is refused with the difference named. Of a run
+that is done the folder says where its record is.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from contracts import atomic
 from contracts.errors import UserError
 
 FILE = "run.json"
+# What makes a run this run, in the order in which a difference is named.
+IDENTITY = ("protocol", "weights", "data", "seed", "recipe")
 # Started: the weights are being converted, the recipe is not known yet.
 STARTED, RUNNING, DONE = "started", "running", "done"
 
@@ -42,44 +45,68 @@ def _state(folder: Path) -> str | None:
     return json.loads(path.read_text()).get("state") if path.exists() else None
 
 
-def earlier_run(folder: Path, *, resume: bool) -> dict[str, Any] | None:
+def earlier_run(folder: Path) -> dict[str, Any] | None:
     """What `run.json` says, or None for a new run in an empty or absent folder.
 
     Raises:
-        UserError: the folder holds a run and `resume` is off, or holds something that is no run of ours.
+        UserError: the folder holds something that is no run of ours.
     """
     path = folder / FILE
     if path.exists():
         try:
-            values = json.loads(path.read_text())
+            return json.loads(path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not JSON ({error}): choose another --output.") from None
-        if not resume:
-            raise UserError(
-                f"{folder} holds a {values.get('state', '?')} run of {values.get('protocol', '?')}: pass --resume to "
-                "continue it, or choose another --output."
-            )
-        return values
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run: choose another --output, nothing is overwritten.")
     return None
 
 
-def note_run(folder: Path, run: dict[str, Any], *, state: str) -> None:
-    """Write `run.json`."""
-    atomic.write_json(folder / FILE, {**run, "state": state})
+def note_run(folder: Path, run: dict[str, Any], *, state: str, record: Path | None = None) -> None:
+    """Write `run.json`; `record` is where a run that is done has its record."""
+    # Relative where it lies in the folder, which may be moved.
+    place = (
+        {} if record is None else {"record": str(record.relative_to(folder) if folder in record.parents else record)}
+    )
+    atomic.write_json(folder / FILE, {**run, "state": state, **place})
 
 
 def check_same_run(folder: Path, earlier: dict[str, Any], run: dict[str, Any]) -> None:
-    """Refuse to continue a run whose protocol, weights, data, seed or recipe have changed; the first is named.
+    """Refuse a run whose protocol, weights, data, seed or recipe are not the earlier one's; the first is named.
 
-    A run that was killed while it started had no recipe yet, so there is none to differ.
+    What either does not say is not compared: a run that was killed while it started had no recipe yet.
     """
-    for path, before, now in differences(earlier, {key: run.get(key) for key in earlier}):
+    for key in (key for key in IDENTITY if key in earlier and key in run):
+        found = list(differences(earlier[key], run[key], key))
+        # Whose weights they are says more than their network.
+        for path, before, now in sorted(found, key=lambda one: one[0] not in ("weights.name", "weights.sha256")):
+            raise UserError(
+                f"{folder} holds another run: {path} was {before!r} and is {now!r} now; a run is resumed as it was "
+                "begun, so choose another --output."
+            )
+
+
+def refuse_again(folder: Path, earlier: dict[str, Any]) -> NoReturn:
+    """Say what the folder holds of the run that was asked for without --resume or --eval-only, and what may be done."""
+    if earlier.get("state") != DONE:
         raise UserError(
-            f"{folder} holds another run: {path} was {before!r} and is {now!r} now; a run is resumed as it was begun, "
-            "so choose another --output."
+            f"{folder} holds this run, unfinished: pass --resume to continue it as it was begun, or choose another "
+            "--output."
         )
+    there = record_of(folder, earlier)
+    raise UserError(
+        f"{folder} holds this run, done{f' (its record is {there})' if there else ''}: pass --resume to "
+        f"{'print' if there else 'collect'} its record again, --eval-only to measure it again, or choose another "
+        "--output."
+    )
+
+
+def record_of(folder: Path, earlier: dict[str, Any], *, results: Path | None = None) -> Path | None:
+    """The record of a run that is done, None where there is none any more, or not in `results`."""
+    if earlier.get("state") != DONE or "record" not in earlier:
+        return None
+    path = folder / earlier["record"]
+    return path if path.is_file() and results in (None, path.parent.parent) else None
 
 
 def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -14,9 +14,10 @@ import mmseg
 from mmengine.config import Config
 
 from contracts.config import parse_override
-from contracts.errors import UsageError, UserError, did_you_mean
+from contracts.errors import UsageError, UserError
+from contracts.provenance import cores
 from transfer.evaluation import Resolved
-from transfer.overrides import Tree, departures, recorded, refuse_option
+from transfer.overrides import Tree, departures, near_keys, recorded, refuse_option
 from transfer.pictures import colour_of
 from transfer.preflight import read_sample, voc_folder
 from transfer.request import Request
@@ -66,6 +67,8 @@ _SCHEDULE = (
     "optim_wrapper.optimizer.lr",
     *(f"param_scheduler.*.{place}" for place in ("begin", "end", "eta_min", "milestones")),
 )
+# Variables of the installed configs, whose values the sections that count have copied.
+_COPIED = ("optimizer", "train_pipeline", "test_pipeline", "tta_pipeline", "tta_model", "crop_size")
 # Of a model and its backbone, what belongs to the weights and not to the protocol.
 _OF_THE_WEIGHTS = ("data_preprocessor", "pretrained")
 _OF_A_BACKBONE = ("init_cfg", "pretrained", "style")
@@ -116,6 +119,7 @@ def resolve(request: Request) -> Resolved:
     _check(config, request)
 
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.num_workers = min(loader.num_workers, cores())  # more would wait for each other, and torch warns
         loader.persistent_workers = loader.num_workers > 0  # torch refuses the one without the other
     config.work_dir = str(request.output)
     config.launcher = "pytorch" if request.processes > 1 else "none"
@@ -137,7 +141,13 @@ def resolve(request: Request) -> Resolved:
         config=config,
         recipe=recorded(before, after, recipe_of=recipe_of, harmless=_HARMLESS),
         plan=render_plan(
-            published, planned, rule=rule, processes=request.processes, gpus=request.gpus, reference=reference
+            published,
+            planned,
+            rule=rule,
+            processes=request.processes,
+            gpus=request.gpus,
+            reference=reference,
+            changed=changed,
         ),
         reduced=bool(changed),
         notes=(*_notes(rule, planned, config, request), *searched(ruled, planned), *changed),
@@ -206,16 +216,9 @@ def _override(config: Config, override: str) -> None:
     for depth, key in enumerate(keys):
         inside = isinstance(node, (list, tuple)) and key.isdigit() and int(key) < len(node)
         if not inside and not (isinstance(node, dict) and key in node):
-            known = (
-                node.keys()
-                if isinstance(node, dict)
-                else [str(i) for i in range(len(node))]
-                if isinstance(node, (list, tuple))
-                else ()
-            )
             raise UsageError(
                 f'The MMSegmentation config has no key {".".join(keys[: depth + 1])} (in "{override}").'
-                f"{did_you_mean(key, map(str, known))}"
+                f"{near_keys(keys[: depth + 1], _tree(config), unused=_COPIED)}"
             )
         node = node[int(key)] if inside else node[key]
     if isinstance(node, dict):

@@ -9,12 +9,13 @@ cannot change the number.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from contracts.errors import UsageError
+from contracts.errors import UsageError, did_you_mean
 from transfer.folder import differences
+from transfer.request import Controls
 
 # A config, or the recipe made of it, as JSON has it.
 Tree = dict[str, Any]
@@ -25,6 +26,32 @@ def refuse_option(override: str, key: str, options: Mapping[str, str]) -> None:
     for name, option in options.items():
         if _under(key, (name,)):
             raise UsageError(f'"{override}": a run takes {key} from {option} alone; pass {option} in its place.')
+
+
+def near_keys(keys: Sequence[str], config: Tree, *, unused: Sequence[str] = ()) -> str:
+    """What may have been meant by `keys`, the last of which its section of `config` does not have.
+
+    The right word without its section, a near one of that section, or one of our own controls. Sections that are
+    `unused` hold what was copied elsewhere when the config was read.
+    """
+    *sections, key = keys
+    used = {name: section for name, section in config.items() if name not in unused}
+    elsewhere = [f'"{path}"' for path in _paths_to(key, used)]
+    if elsewhere and len(elsewhere) <= 3:
+        return f" Did you mean {' or '.join(elsewhere)}?"
+    node: Any = config
+    for part in sections:
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    known = node if isinstance(node, dict) else map(str, range(len(node))) if isinstance(node, list) else ()
+    return did_you_mean(key, [*map(str, known), *(() if sections else Controls.model_fields)])
+
+
+def _paths_to(key: str, node: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted paths of `key` in the sections of `node`; lists hold what belongs together by place, not by name."""
+    for name, value in node.items() if isinstance(node, dict) else ():
+        if name == key:
+            yield f"{prefix}{name}"
+        yield from _paths_to(key, value, f"{prefix}{name}.")
 
 
 def departures(before: Tree, after: Tree, *, free: Sequence[str]) -> list[str]:

@@ -70,7 +70,7 @@ def tree_folder(root: str | os.PathLike[str]) -> Path:
             return folder
     raise UserError(
         f"There is no ImageNet-like tree at {root}: it needs train/<class>/ and val/<class>/, directly or in "
-        f"imagenet/; `twist data check imagenet {root}` says what is missing."
+        f"imagenet/; `twist data check folders {root}` says what is missing."
     )
 
 

@@ -13,30 +13,38 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from contracts import atomic
+from contracts.architectures import Architecture
 from contracts.errors import UsageError, UserError
 from contracts.hashing import sha256_file
-from contracts.metrics import METRICS
 from contracts.provenance import git_commit, hardware, software
-from contracts.record import RunRecord, Scale, WeightsProvenance, check_label, name_in, write_record
-from contracts.weights import Backbone, weights_file, write_backbone
+from contracts.record import RunRecord, Scale, WeightsProvenance, check_label, name_in, read_record, write_record
+from contracts.weights import Backbone, read_header, weights_file, write_backbone
 from converters.output_folder import name_of
 from transfer import folder
 from transfer.data.identity import identify_data
+from transfer.end import render_end, render_places
 from transfer.preflight import check_data, find_root
-from transfer.protocols import Neighbour, Protocol, find_neighbours, find_protocol
+from transfer.protocols import Protocol, find_protocol
 from transfer.quiet import frameworks_quiet
 from transfer.request import Controls, Request, split_overrides
 from transfer.result import EngineResult
 
+if TYPE_CHECKING:
+    from transfer.evaluation import Resolved
+    from transfer.imagenet import engine as imagenet
+
 RANDOM, SUPERVISED = "random", "supervised"
 TORCHVISION = "torchvision:"
+# In the run folder: the random initialisation that the run starts from.
+RANDOM_FILE = Path("weights") / "random.safetensors"
+CONTINUED = "continued from a checkpoint: wall_s counts this start alone"
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,28 @@ class Source:
     branch: str | None
     name: str
     sha256: str | None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A run as it is asked for, before its engine has looked at it; `network` is that of random weights, else None."""
+
+    row: Protocol
+    data: Path
+    source: Source
+    network: Backbone | None
+    controls: Controls
+    overrides: tuple[str, ...]
+    seed: int
+    gpus: int
+    output: Path
+    label: str | None
+    resume: bool
+    eval_only: bool
+
+
+# What a run is, before it starts: the weights' header, recipe and plan, and what starts it.
+_Planned = tuple[Backbone, "Resolved | imagenet.Resolved", Callable[[], EngineResult]]
 
 
 def transfer(
@@ -73,10 +103,12 @@ def transfer(
             teacher, the teacher).
         data: the data root; None takes `DETECTRON2_DATASETS`.
         gpus: GPUs of this node; None takes those of the recipe that are here, 0 one process on the CPU.
-        output: the run folder; None makes `runs/<protocol>/<method>-<weights>-seed<seed>`.
+        output: the run folder; None makes `runs/<protocol>/<method>-<weights>-seed<seed>`, with the network in it where
+            random weights are not of the protocol's usual one.
         results: where records go, `<results>/<protocol>/<run>.json` with pictures and curves beside; None takes
             `<output>/results`.
-        resume: continue what the folder holds. eval_only: evaluate its last checkpoint, without training.
+        resume: continue what the folder holds; of a run that is done, its record is taken. eval_only: evaluate its
+            last checkpoint, without training.
         overrides: `key=value` on the engine's own config, or on `transfer.request.Controls`.
         method: what the record calls the method; None takes what the weights say.
         layout, branch: of the checkpoint, as for `twist convert`; None finds them by its content.
@@ -94,58 +126,53 @@ def transfer(
     if method is not None:
         check_label(method)
     label = method or (SUPERVISED if source.layout == "torchvision" else RANDOM if source.path is None else None)
-    output = (output or _default_output(row, source, label, seed)).resolve()
+    network = _random_network(source, controls, row, seed=seed)
+    output = (output or _default_output(row, source, label, seed, network)).resolve()
+    results = (results or output / "results").resolve()
     began = time.monotonic()
 
     # On several machines the first one keeps the folder's account; the others work in it, or in one of their own.
     leads = controls.node_rank == 0
-    earlier = folder.earlier_run(output, resume=resume or eval_only) if leads else None
+    earlier = _earlier_run(output, network) if leads else None
     if eval_only and leads and earlier is None:
         raise UserError(f"{output} holds no run to evaluate: run the protocol first, or check --output.")
+    goes_on = resume or eval_only
     with folder.taken(output):
         # Another branch of the file is another run; where none was asked for, nothing says so (older folders resume).
         branch_asked = {} if source.branch is None else {"branch": source.branch}
-        weights_given = {"name": source.name, "sha256": source.sha256, **branch_asked}
+        # Of random weights nothing but their network tells two runs apart.
+        drawn = {} if network is None else {"architecture": network.architecture, "width": network.width}
+        weights_given = {"name": source.name, "sha256": source.sha256, **branch_asked, **drawn}
         run = {"protocol": row.name, "seed": seed, "weights": weights_given, "data": data_name}
         if leads and earlier is None:  # a kill during the conversion then leaves a folder that --resume knows
             folder.note_run(output, run, state=folder.STARTED)
-        artefact = _artefact(source, controls, row, seed=seed, output=output)
-        if row.engine == "imagenet":
-            from converters.read import load_artefact
-            from transfer.imagenet import engine as imagenet
-
-            if controls.iterations or controls.nodes > 1:
-                raise UserError(
-                    f"{row.name} is counted in epochs on one machine: iterations and nodes are no keys of it."
-                )
-            tensors, backbone = load_artefact(artefact, layout=source.layout, branch=source.branch)
-            planned = imagenet.resolve(row, backbone, data=root, overrides=rest, gpus=gpus, eval_only=eval_only)
-            print(planned.plan, file=sys.stderr)
-            run = {**run, "recipe": planned.recipe}
-            if earlier is not None:
-                folder.check_same_run(output, _identity(earlier), run)
-            # Whatever becomes of an evaluation, the run stays as finished as it was.
-            if not eval_only:
-                folder.note_run(output, run, state=folder.RUNNING)
-            result = imagenet.run(planned, tensors, seed=seed, output=output, resume=resume)
-            scale: Scale = "sample" if row.scale == "sample" else "reduced" if planned.reduced else "full"
-        else:
-            file, overlay, backbone = _convert(row, source, artefact, output=output, node=controls.node_rank)
-            request = Request(
-                row, root, output, file, overlay, backbone, label or backbone.method, seed, gpus, rest, controls,
-                resume=resume, eval_only=eval_only,
-            )  # fmt: skip
-            engine = _engine(row)
-            with frameworks_quiet():
-                resolved = engine.resolve(request)
-            print(resolved.plan, file=sys.stderr)
-            run = {**run, "recipe": resolved.recipe}
-            if earlier is not None:
-                folder.check_same_run(output, _identity(earlier), run)
-            if leads and not eval_only:
-                folder.note_run(output, run, state=folder.RUNNING)
-            result = engine.run(request, resolved)
-            scale = "sample" if row.scale == "sample" else "reduced" if resolved.reduced else "full"
+        asked = _Asked(
+            row, root, source, network, controls, rest, seed, gpus, output, label, resume=resume, eval_only=eval_only
+        )  # fmt: skip
+        if earlier is not None:  # before anything in the folder is replaced
+            folder.check_same_run(output, earlier, run)
+            if row.engine != "imagenet" and not goes_on:
+                # The recipe of these is known only after a conversion, too long for a refusal.
+                folder.refuse_again(output, earlier)
+        backbone, planned, start = (_plan_imagenet if row.engine == "imagenet" else _plan_framework)(asked)
+        run = {**run, "recipe": planned.recipe}
+        if earlier is not None:
+            folder.check_same_run(output, earlier, run)
+            if not goes_on:
+                folder.refuse_again(output, earlier)
+        # Other nodes have no account of the run and wait for the first, which therefore measures again.
+        if earlier is not None and not eval_only and controls.nodes == 1:
+            there = folder.record_of(output, earlier, results=results)
+            if there is not None and (record := read_record(there)).method == (label or backbone.method):
+                print(f"{output} is done: this is its record; --eval-only measures it again.", file=sys.stderr)
+                _print_end(record, row, backbone, there)
+                return record
+        print(planned.plan, file=sys.stderr)
+        # Whatever becomes of an evaluation, the run stays as finished as it was.
+        if leads and not eval_only:
+            folder.note_run(output, run, state=folder.RUNNING)
+        result = start()
+    scale: Scale = "sample" if row.scale == "sample" else "reduced" if planned.reduced else "full"
 
     record = RunRecord(
         method=label or backbone.method,
@@ -161,49 +188,14 @@ def transfer(
         hardware={**hardware(), "gpus_used": gpus, "nodes": controls.nodes},
         wall_s=round(time.monotonic() - began, 1),
         git_commit=git_commit(),
-        notes=(*result.notes, *(("continued from a checkpoint: wall_s counts this start alone",) if earlier else ())),
+        # What is not trained has no checkpoints, and is measured from the beginning.
+        notes=(*result.notes, *((CONTINUED,) if earlier is not None and result.curves else ())),
     )
-    record = _publish(record, result, (results or output / "results").resolve())
+    record, path = _publish(record, result, results)
     if leads:
-        folder.note_run(output, run, state=folder.DONE)
-    print(render_end(record, row, backbone), file=sys.stderr)
+        folder.note_run(output, run, state=folder.DONE, record=path)
+    _print_end(record, row, backbone, path)
     return record
-
-
-def render_end(record: RunRecord, row: Protocol, backbone: Backbone) -> str:
-    """Measured metrics, beside what was published for the same method and network under this protocol."""
-    neighbours = (
-        find_neighbours(row, record.method, backbone.epochs, backbone.display_name) if record.scale == "full" else []
-    )
-    lines = [f"{row.name} · {record.method} · {record.weights.name} · seed {record.seed} · {record.wall_s:.0f} s"]
-    for name in row.metrics:
-        if name in record.metrics:
-            lines.append(f"  {METRICS[name].label:22} {record.metrics[name]:6.2f} {METRICS[name].unit}")
-            lines += [f"    {text}" for neighbour in neighbours for text in _against(name, record, neighbour)]
-    if record.scale == "full" and not neighbours:
-        lines.append(
-            f"  nothing published for {record.method} on a {backbone.display_name} under this protocol is known here"
-        )
-    elif record.scale != "full":
-        lines.append(f"  {record.scale} scale: not comparable with published numbers")
-    return "\n".join(lines)
-
-
-def _against(name: str, record: RunRecord, neighbour: Neighbour) -> list[str]:
-    if name not in neighbour.values:
-        return []
-    difference = record.metrics[name] - neighbour.values[name]
-    epochs = f", {neighbour.epochs} ep" if neighbour.epochs else ""
-    if neighbour.differs:
-        return [
-            f"published under another recipe ({neighbour.differs}) {neighbour.values[name]:.1f}{epochs}: "
-            f"{difference:+.2f} [{neighbour.source}]"
-        ]
-    verdict = "within" if abs(difference) <= neighbour.tolerance else "OUTSIDE"
-    return [
-        f"published {neighbour.values[name]:.1f} ± {neighbour.tolerance:g}{epochs}: {difference:+.2f}, {verdict} "
-        f"[{neighbour.source}]"
-    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,27 +228,28 @@ def _find_weights(weights: str, *, layout: str | None, branch: str | None) -> So
     return Source(path.resolve(), layout, branch, name_of(path), sha256_file(path))
 
 
-def _default_output(row: Protocol, source: Source, label: str | None, seed: int) -> Path:
+def _default_network(row: Protocol) -> Architecture:
+    return "resnet18" if row.scale == "sample" else "resnet50"
+
+
+def _default_output(row: Protocol, source: Source, label: str | None, seed: int, network: Backbone | None) -> Path:
     weights = f"-{source.sha256[:8]}" if source.sha256 else ""
     branch = f"-{source.branch}" if source.branch else ""
-    return Path("runs") / row.name / f"{label or source.name}{weights}{branch}-seed{seed}"
+    other = f"-{network.display_name}" if network and network.display_name != _default_network(row) else ""
+    return Path("runs") / row.name / f"{label or source.name}{weights}{branch}{other}-seed{seed}"
 
 
-def _artefact(source: Source, controls: Controls, row: Protocol, *, seed: int, output: Path) -> Path:
-    """The file that is converted: the one given, or a random initialisation written as an artefact."""
+def _random_network(source: Source, controls: Controls, row: Protocol, *, seed: int) -> Backbone | None:
+    """The header of the network that `--weights random` stands for; None where a checkpoint is given."""
     if source.path is not None:
         if controls.architecture or controls.width:
             raise UserError("architecture and width are for --weights random: a checkpoint says its own.")
-        return source.path
-    import torch
-
-    from contracts.networks import build_backbone
-
-    architecture = controls.architecture or ("resnet18" if row.scale == "sample" else "resnet50")
+        return None
+    architecture = controls.architecture or _default_network(row)
     vit = architecture.startswith("vit_")
     if vit and controls.width not in (None, 1):
         raise UsageError(f"width={controls.width} is for ResNets: leave it away with architecture={architecture}.")
-    header = Backbone(
+    return Backbone(
         architecture=architecture,
         width=controls.width or 1,
         stem="patch16" if vit else "conv7x7",
@@ -264,10 +257,69 @@ def _artefact(source: Source, controls: Controls, row: Protocol, *, seed: int, o
         method=RANDOM,
         seed=seed,
     )
+
+
+def _earlier_run(output: Path, network: Backbone | None) -> dict[str, Any] | None:
+    """What the folder says of the run in it, with the network of random weights also where an earlier version noted
+    none: the file with its weights says it, and without one nothing contradicts."""
+    earlier = folder.earlier_run(output)
+    weights = (earlier or {}).get("weights", {})
+    if earlier is None or network is None or weights.get("name") != RANDOM or "architecture" in weights:
+        return earlier
+    began_with = read_header(output / RANDOM_FILE) if (output / RANDOM_FILE).is_file() else network
+    drawn = {"architecture": began_with.architecture, "width": began_with.width}
+    return {**earlier, "weights": {**weights, **drawn}}
+
+
+def _artefact(asked: _Asked) -> Path:
+    """The file that is converted: the one given, or a random initialisation written as an artefact."""
+    if asked.network is None:
+        assert asked.source.path is not None
+        return asked.source.path
+    import torch
+
+    from contracts.networks import build_backbone
+
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = build_backbone(header.architecture, width=header.width)
-    return write_backbone(output / "weights" / "random.safetensors", network.state_dict(), header)
+        torch.manual_seed(asked.seed)
+        network = build_backbone(asked.network.architecture, width=asked.network.width)
+    return write_backbone(asked.output / RANDOM_FILE, network.state_dict(), asked.network)
+
+
+def _plan_imagenet(asked: _Asked) -> _Planned:
+    from converters.read import load_artefact
+    from transfer.imagenet import engine as imagenet
+
+    row, controls, source = asked.row, asked.controls, asked.source
+    if controls.iterations or controls.nodes > 1:
+        raise UserError(f"{row.name} is counted in epochs on one machine: iterations and nodes are no keys of it.")
+    if asked.network is None:
+        tensors, backbone = load_artefact(_artefact(asked), layout=source.layout, branch=source.branch)
+    else:
+        tensors, backbone = {}, asked.network
+    planned = imagenet.resolve(
+        row, backbone, data=asked.data, overrides=asked.overrides, gpus=asked.gpus, eval_only=asked.eval_only
+    )
+
+    def start() -> EngineResult:
+        # Random weights are drawn and written only now: a run that is refused leaves the folder as it was.
+        given = tensors or load_artefact(_artefact(asked))[0]
+        return imagenet.run(planned, given, seed=asked.seed, output=asked.output, resume=asked.resume)
+
+    return backbone, planned, start
+
+
+def _plan_framework(asked: _Asked) -> _Planned:
+    row, source, output, controls = asked.row, asked.source, asked.output, asked.controls
+    file, overlay, backbone = _convert(row, source, _artefact(asked), output=output, node=controls.node_rank)
+    request = Request(
+        row, asked.data, output, file, overlay, backbone, asked.label or backbone.method, asked.seed, asked.gpus,
+        asked.overrides, controls, resume=asked.resume, eval_only=asked.eval_only,
+    )  # fmt: skip
+    engine = _engine(row)
+    with frameworks_quiet():
+        resolved: Resolved = engine.resolve(request)
+    return backbone, resolved, lambda: engine.run(request, resolved)
 
 
 def _convert(row: Protocol, source: Source, artefact: Path, *, output: Path, node: int) -> tuple[Path, Path, Backbone]:
@@ -292,10 +344,6 @@ def _convert(row: Protocol, source: Source, artefact: Path, *, output: Path, nod
 def _engine(row: Protocol) -> ModuleType:
     with frameworks_quiet():
         return importlib.import_module(f"transfer.{row.engine}_engine")
-
-
-def _identity(run: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in run.items() if key != "state"}
 
 
 def _provenance(source: Source, backbone: Backbone) -> WeightsProvenance:
@@ -326,7 +374,7 @@ def _recipe(result: EngineResult, backbone: Backbone, sample: dict[str, Any] | N
     return recipe
 
 
-def _publish(record: RunRecord, result: EngineResult, results: Path) -> RunRecord:
+def _publish(record: RunRecord, result: EngineResult, results: Path) -> tuple[RunRecord, Path]:
     """Write the record with pictures and curves beside it, so that a folder of records can be moved and committed."""
     beside = results / record.protocol / name_in(record, results)
     names = []
@@ -336,5 +384,9 @@ def _publish(record: RunRecord, result: EngineResult, results: Path) -> RunRecor
         names.append(os.path.relpath(beside / path.name, results / record.protocol))
     curves = names.pop() if result.curves else None
     record = record.model_copy(update={"media": tuple(names), "curves": curves})
-    write_record(record, results)
-    return record
+    return record, write_record(record, results)
+
+
+def _print_end(record: RunRecord, row: Protocol, backbone: Backbone, path: Path) -> None:
+    print(render_end(record, row, backbone), file=sys.stderr)
+    print(render_places(record, path), file=sys.stderr)

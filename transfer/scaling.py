@@ -7,6 +7,7 @@ multiplied by r, iterations, warm-up and milestones divided by r, so the same nu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -102,13 +103,26 @@ def choose_rule(*, processes: int, reference: int, keep_batch: bool) -> Rule:
 
 
 def render_plan(
-    published: Schedule, planned: Schedule, *, rule: Rule, processes: int, gpus: int, reference: int
+    published: Schedule,
+    planned: Schedule,
+    *,
+    rule: Rule,
+    processes: int,
+    gpus: int,
+    reference: int,
+    changed: Sequence[str] = (),
 ) -> str:
-    """The plan in a few lines, before anything runs."""
+    """The plan in a few lines, before anything runs; `changed` says where it is no longer the protocol."""
+    told: str = rule
+    if rule == "as published":
+        if changed or planned != published:
+            told = "changed from the recipe"
+        elif reference == 0:  # the samples' own: nobody published them
+            told = "as in the recipe"
     where = f"{processes} GPU{'s' * (processes > 1)}" if gpus else "1 process on the CPU"
     stated = f"; the recipe is stated for {reference} GPUs" if reference > 1 else ""
     lines = [
-        f"plan: {where}{stated} → {rule}",
+        f"plan: {where}{stated} → {told}",
         f"  images a step {planned.images_per_step} ({planned.images_per_step / processes:g} a process), "
         f"lr {planned.learning_rate:g}, {planned.iterations} iterations, warm-up {planned.warmup_iterations}"
         + (f", lr ×0.1 at {', '.join(map(str, planned.steps))}" if planned.steps else ""),
@@ -120,6 +134,7 @@ def render_plan(
             + (f", steps {', '.join(map(str, published.steps))}" if published.steps else "")
             + ")"
         )
+    lines += [f"  {line}" for line in changed]
     if rule == "linear rule" and planned.images_per_step < 8:
         lines.append(
             f"  batch norm takes its statistics over {planned.images_per_step} images a step instead of "

@@ -277,7 +277,11 @@ def data_prepare(
 
 @data_app.command("check")
 def data_check(dataset: str, root: DataRoot = None) -> None:
-    """Say everything that is missing or wrong in a data set, at once: coco, voc, cityscapes, imagenet or sample."""
+    """Say everything that is missing or wrong in a data set, at once.
+
+    DATASET is coco, voc, cityscapes, imagenet, sample, or folders: images of your own, in ROOT/train/<class>/ and
+    ROOT/val/<class>/, on which the ImageNet-style protocols run.
+    """
     from transfer.data.check import check, has_errors, render
     from transfer.preflight import find_root
 

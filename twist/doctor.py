@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from contracts.provenance import cores
+
 
 @dataclass(frozen=True)
 class Check:
@@ -196,10 +198,9 @@ def _photos() -> Check:
 
 
 def _machine() -> Check:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     remedy = "" if free >= 2 else "free at least 2 GB: the demo writes about half of that"
-    return Check("machine", f"{cores} cores, {free:.0f} GB free here", remedy, broken=free < 0.5)
+    return Check("machine", f"{cores()} cores, {free:.0f} GB free here", remedy, broken=free < 0.5)
 
 
 def _data() -> Check:

@@ -2,7 +2,8 @@
 
 Lists, counts and file names are looked at completely; pictures and label maps by a sample of `SAMPLED` spread evenly
 over each set, which is enough for mistakes of conversion, since those hit every file. Expected counts are those of the
-published data sets; a sample tree is checked against its own sample.json.
+published data sets; a sample tree is checked against its own sample.json, and class folders of one's own, whose every
+image is decoded, against none.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from PIL import Image
 from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.progress import Progress
 from transfer.data.check_cityscapes import check_cityscapes
+from transfer.data.check_folders import check_folders
 from transfer.data.check_imagenet import check_imagenet
 from transfer.data.coco_file import CocoFile, check_same_categories, read_coco
 from transfer.data.findings import SEVERITIES, Finding, Report, has_errors, render
@@ -62,7 +64,8 @@ def check(dataset: str, root: str | os.PathLike[str], *, progress: bool = True) 
     """Look at a data set below `root` and report everything: errors, warnings, and what is fine.
 
     Args:
-        dataset: "coco", "voc" (2007, 2012 and trainaug), "cityscapes", "imagenet", or "sample" for all of a sample.
+        dataset: "coco", "voc" (2007, 2012 and trainaug), "cityscapes", "imagenet", "folders" (class folders of one's
+            own), or "sample" for all of a sample.
         root: the folder that holds `coco/`, `VOC2007/`, …, or for ImageNet also its own folder.
 
     Raises:
@@ -236,6 +239,7 @@ CHECKS: dict[str, Callable[[Path, dict[str, Any] | None, Report], None]] = {
     "voc": check_voc,
     "cityscapes": check_cityscapes,
     "imagenet": check_imagenet,
+    "folders": check_folders,
     "sample": check_sample,
 }
 

@@ -54,7 +54,8 @@ def check_cityscapes(root: Path, info: dict[str, Any] | None, report: Report) ->
         stems = sorted(name.removesuffix(suffix) for name in photographed)
         expect(pictures, f"{split} images", len(stems), expected, "cityscapes", report)
         annotated = {path.relative_to(truth).as_posix(): size_of(path) for path in truth.glob("*/*_gtFine_*")}
-        report.bar.advance(len(stems) + len(annotated))
+        report.count(pictures, len(stems))
+        report.count(truth, len(annotated))
         report_hollow(pictures, photographed, report)
         report_hollow(truth, annotated, report)
         for kind, remedy in (
@@ -122,7 +123,6 @@ def _check_train_ids(
     differing = []
     chosen = spread(both, SAMPLED // 4)
     for stem in chosen:
-        report.bar.advance()
         try:
             maps = []
             for kind in kinds:

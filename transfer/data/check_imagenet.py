@@ -102,7 +102,7 @@ def _class_folders(place: Path, report: Report) -> tuple[dict[str, list[str]], l
 
     for folder, images in each(images_of, sorted(folders), report):
         classes[folder.name] = images
-        report.bar.advance(len(images))
+        report.count(folder, len(images))
     report_hollow(place, hollow, report)
     return classes, sorted(archives), loose
 

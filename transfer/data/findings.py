@@ -11,6 +11,8 @@ from typing import Literal
 from contracts.progress import Progress
 
 Severity = Literal["error", "warning", "fine"]
+# Names that a finding gives; its count is of all.
+NAMED = 5
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "fine")
 
 
@@ -31,6 +33,12 @@ class Report:
 
     bar: Progress
     findings: list[Finding] = field(default_factory=list)
+    _counted: set[str] = field(default_factory=set)
+
+    def count(self, place: Path, files: int) -> None:
+        """Count the files of `place` in the progress display, once however often they are looked at."""
+        self.bar.advance(0 if str(place) in self._counted else files)
+        self._counted.add(str(place))
 
     def error(self, where: Path | str, message: str, *, remedy: str, count: int = 1) -> None:
         self.findings.append(Finding("error", str(where), message, count, remedy))
@@ -40,6 +48,12 @@ class Report:
 
     def fine(self, where: Path | str, message: str, *, count: int) -> None:
         self.findings.append(Finding("fine", str(where), message, count))
+
+
+def named(names: Sequence[str]) -> str:
+    """The first few of `names`, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:

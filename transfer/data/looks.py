@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from transfer.data.findings import Report
+from transfer.data.findings import Report, named
 from transfer.data.origins import ORIGINS
 
 Found = TypeVar("Found")
@@ -21,11 +21,15 @@ Found = TypeVar("Found")
 SAMPLED = 200
 # Of a label map: pixels of no class.
 VOID = 255
+# Files that are handed to threads at a time.
+AHEAD = 4096
 
 
 def origin(dataset: str) -> str:
     if dataset == "sample":
         return "Remove the sample and make it again with `twist data sample`."
+    if dataset == "folders":
+        return "Images of your own lie in ROOT/train/<class>/ and ROOT/val/<class>/, with the same classes in both."
     return ORIGINS[dataset].sentence()
 
 
@@ -45,7 +49,7 @@ def file_names(folder: Path, endings: tuple[str, ...], dataset: str, report: Rep
         for entry in entries:
             if entry.name.lower().endswith(endings):
                 sizes[entry.name] = size_of(entry)
-    report.bar.advance(len(sizes))
+    report.count(folder, len(sizes))
     report_hollow(folder, sizes, report)
     return set(sizes)
 
@@ -65,14 +69,14 @@ def report_hollow(folder: Path, sizes: Mapping[str, int | None], report: Report)
     if empty:
         report.error(
             folder,
-            f"{len(empty)} files are empty, {min(empty)} the first",
+            f"{len(empty)} files are empty: {named(sorted(empty))}",
             count=len(empty),
             remedy="the disk was full or the archive torn: unpack it again",
         )
     if gone:
         report.error(
             folder,
-            f"{len(gone)} files are links to nothing, {min(gone)} the first",
+            f"{len(gone)} files are links to nothing: {named(sorted(gone))}",
             count=len(gone),
             remedy="what they point to was moved or is not mounted: bring it back, or make the links again",
         )
@@ -129,38 +133,35 @@ def check_pictures(
     complaint: Callable[[Path, Image.Image], str | None] | None,
     dataset: str,
     report: Report,
-    sampled: int = SAMPLED,
+    sampled: int | None = SAMPLED,
 ) -> None:
-    """Decode a sample of pictures whole; `complaint` may add what else is wrong with one.
+    """Decode a sample of pictures whole, or all where `sampled` is None; `complaint` may add what is wrong with one.
 
-    Whoever calls it has looked at all their sizes before: files without content are not reported again.
+    Whoever calls it has looked at all their sizes before: files without content are not reported again. All are counted
+    as they are decoded, which takes longer than to list them.
     """
 
-    def look(path: Path) -> str | OSError | SyntaxError | None:
+    def look(path: Path) -> str | None:
         if not size_of(path):
             return None  # said by `report_hollow`
         try:
             with Image.open(path) as image:
                 image.load()
                 return complaint(path, image) if complaint else None
-        except (OSError, SyntaxError) as error:
-            return error
+        except (OSError, SyntaxError):
+            return "cannot be decoded"
 
     bad: dict[str, list[str]] = {}
-    reason = ""
-    chosen = spread(paths, sampled)
-    for path, said in each(look, chosen, report):
-        if isinstance(said, Exception):
-            reason = reason or str(said)
-            said = f"cannot be decoded (first: {reason})"
+    chosen = spread(paths, len(paths) if sampled is None else sampled)
+    for path, said in each(look, chosen, report, counted=sampled is not None):
         if said:
-            bad.setdefault(said, []).append(path.name)
+            inside = path.relative_to(folder) if path.is_relative_to(folder) else path
+            bad.setdefault(said, []).append(inside.as_posix())
+    what = "pictures" if sampled is None else "sampled pictures"
+    again = "delete or replace them" if dataset == "folders" else f"unpack them again. {origin(dataset)}"
     for said, names in bad.items():
         report.error(
-            folder,
-            f"{len(names)} of {len(chosen)} sampled pictures {said}, {names[0]} the first",
-            count=len(names),
-            remedy=f"unpack them again. {origin(dataset)}",
+            folder, f"{len(names)} of {len(chosen)} {what} {said}: {named(names)}", count=len(names), remedy=again
         )
 
 
@@ -246,12 +247,19 @@ def _is_hollow(path: Path) -> bool:
     return size_of(path) == 0 or (path.is_symlink() and not path.exists())
 
 
-def each(look: Callable[[Path], Found], paths: Sequence[Path], report: Report) -> Iterator[tuple[Path, Found]]:
-    """`look` at every path, in order, several at a time: decoding a picture leaves Python's lock to others."""
+def each(
+    look: Callable[[Path], Found], paths: Sequence[Path], report: Report, *, counted: bool = True
+) -> Iterator[tuple[Path, Found]]:
+    """`look` at every path, in order, several at a time: decoding a picture leaves Python's lock to others.
+
+    Most files are `counted` where they are listed; progress then gets a sign of life alone.
+    """
     with ThreadPoolExecutor() as pool:
-        for path, found in zip(paths, pool.map(look, paths), strict=True):
-            report.bar.advance()
-            yield path, found
+        for start in range(0, len(paths), AHEAD):
+            part = paths[start : start + AHEAD]
+            for path, found in zip(part, pool.map(look, part), strict=True):
+                report.bar.advance(0 if counted else 1)
+                yield path, found
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from contracts import atomic
 from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.progress import Progress
+from contracts.provenance import cores
 from transfer.data.layouts import Item, Size, World, folders, open_source, sets, write_common_files, write_item
 from transfer.data.photos import prepare_photos
 
@@ -167,8 +168,7 @@ def _write(root: Path, settings: dict[str, Any], *, progress: bool) -> Sample:
 
 def _write_items(world: World, items: list[Item]) -> Iterator[tuple[Item, Any]]:
     """Write every item, in as many processes as there are cores; yields in the order of `items`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, 16) if len(items) >= ALONE_BELOW else 1
+    workers = min(cores(), 16) if len(items) >= ALONE_BELOW else 1
     write = functools.partial(write_item, world)
     if workers == 1:
         for item in items:

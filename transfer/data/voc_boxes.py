@@ -24,7 +24,7 @@ def check_voc_boxes(
     difficult: dict[str, int] = {}
     outside = 0
     for name in names:
-        report.bar.advance()
+        report.bar.advance(0)
         try:
             tree = ElementTree.parse(where / f"{name}.xml")
             width, height = (int(tree.findtext(f"size/{side}") or "") for side in ("width", "height"))

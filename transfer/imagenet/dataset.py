@@ -25,6 +25,7 @@ from torchvision.transforms.v2 import functional as F
 from contracts.errors import UserError
 from contracts.image_files import images_of_classes, refuse_other_classes
 from contracts.images import UnreadableImage, read_image
+from contracts.provenance import cores
 from transfer.imagenet.recipes import ClassifierRecipe, Recipe
 from transfer.preflight import tree_folder
 
@@ -202,12 +203,12 @@ class Batches:
         pin_memory: bool = False,
         workers: int | None = None,
     ) -> None:
-        """`workers` None takes the recipe's."""
+        """`workers` None takes the recipe's, at most one a core: more would wait for each other, and torch warns."""
         assert batch_size % world_size == 0
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self._schedule = _Schedule()
-        self._workers = workers = recipe.machine.workers if workers is None else workers
+        self._workers = workers = min(recipe.machine.workers if workers is None else workers, cores())
         self._loader = DataLoader(
             _Decoded(images, recipe, augment=augment, seed=seed),
             batch_sampler=self._schedule,
@@ -245,7 +246,7 @@ class Batches:
         try:
             for images, labels, problem in self._loader:
                 if problem is not None:
-                    raise UnreadableImage(problem)
+                    raise UnreadableImage(f"{problem}; delete or replace it.")
                 yield images, labels
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):

@@ -32,7 +32,7 @@ from transfer.imagenet.linear import train_linear
 from transfer.imagenet.memory import FEATURES, SEARCH, START, memory
 from transfer.imagenet.neighbours import nearest, plan_blocks, vote_ranks
 from transfer.imagenet.panel import Tile, write_panel
-from transfer.imagenet.plan import render_plan
+from transfer.imagenet.plan import batch_too_large, render_plan
 from transfer.imagenet.processes import run_ranks
 from transfer.imagenet.recipes import (
     AnyRecipe,
@@ -111,7 +111,11 @@ def resolve(
         _check_last_batch(config, images=len(labelled), processes=max(gpus, 1))
     recipe = recorded_recipe(config, labelled, val)
     plan = render_plan(config, train=train, labelled=labelled, val=val, gpus=gpus, eval_only=eval_only)
-    notes = (*_departures(protocol, header, recipe), *_torn(protocol, train, val))
+    notes = (
+        *batch_too_large(config, labelled, processes=max(gpus, 1)),
+        *_departures(protocol, header, recipe),
+        *_torn(protocol, train, val),
+    )
     return Resolved(
         protocol, config, header, train, labelled, val, gpus, eval_only, recipe, "\n".join([plan, *notes]),
         reduced=not at_full_scale(protocol, header, recipe), notes=notes,

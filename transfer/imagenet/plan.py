@@ -26,10 +26,11 @@ def render_plan(
         if isinstance(recipe, FinetuneRecipe):
             rates += f", lr_backbone {recipe.lr_backbone:g}"
         steps = -(-len(labelled) // recipe.batch_size)
+        batch = min(recipe.batch_size, len(labelled))
         return "\n".join(
             [
-                f"plan: {where} → the recipe's batch is kept on any number",
-                f"  images a step {recipe.batch_size} ({recipe.batch_size / processes:g} a process), {rates}, "
+                f"plan: {where}{' share the batch' if processes > 1 else ''}",
+                f"  images a step {batch} ({batch / processes:g} a process), {rates}, "
                 f"{recipe.epochs} epochs of {steps} step{'s' * (steps > 1)}",
                 f"  {len(labelled)} labelled images of {len(train)}; {images}",
             ]
@@ -42,3 +43,20 @@ def render_plan(
         found_on = f"{len(train)} training" if recipe.fit_on == "train" else f"{len(val)} validation"
         how = f"k-means ({recipe.algorithm}), {recipe.clusters or len(val.classes)} clusters on {found_on} images"
     return f"plan: {where} → {how}\n  {images}"
+
+
+def batch_too_large(recipe: AnyRecipe, labelled: LabelledImages, *, processes: int) -> list[str]:
+    """Where a step would see fewer images than its rates are meant for, a sentence with overrides that fit."""
+    images = len(labelled)
+    if not isinstance(recipe, ClassifierRecipe) or recipe.batch_size <= images:
+        return []
+    fitting = max(images - images % processes, processes)
+    rates = {"lr_classifier": recipe.lr_classifier}
+    if isinstance(recipe, FinetuneRecipe):
+        rates["lr_backbone"] = recipe.lr_backbone
+    # In proportion to the batch: Goyal et al. 2017, arXiv 1706.02677.
+    fit = " ".join(f"{name}={rate * fitting / recipe.batch_size:.3g}" for name, rate in rates.items())
+    return [
+        f"warning: batch_size {recipe.batch_size} is more than the {images} labelled images, so a step sees {images} "
+        f"at rates that are meant for {recipe.batch_size}; batch_size={fitting} {fit} would fit them"
+    ]

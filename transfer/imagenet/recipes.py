@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 import configs
 from contracts.config import Config, load_config
 from contracts.errors import UsageError, did_you_mean
+from transfer.request import Controls
 
 FOLDER = Path(configs.__path__[0]) / "imagenet"
 
@@ -23,7 +24,7 @@ FOLDER = Path(configs.__path__[0]) / "imagenet"
 class Machine(Config):
     """What may differ between machines without changing the number."""
 
-    # Processes that decode images; 0 decodes in the main process.
+    # Processes that decode images, at most one a core; 0 decodes in the main process.
     workers: int = Field(default=8, ge=0)
     # Images a forward pass where no gradient is kept.
     feature_batch_size: int = Field(default=256, gt=0)
@@ -171,6 +172,6 @@ def load_recipe(name: str, *, architecture: str, overrides: Sequence[str] = ()) 
     if not path.exists():
         raise UsageError(f'There is no ImageNet recipe "{name}".{did_you_mean(name, recipe_names())}')
     kind = tomllib.loads(path.read_text())["kind"]
-    recipe = load_config(path, _KINDS[kind], overrides)
+    recipe = load_config(path, _KINDS[kind], overrides, beside=Controls.model_fields)
     assert isinstance(recipe, LinearRecipe | FinetuneRecipe | NeighboursRecipe | ClusterRecipe)
     return recipe

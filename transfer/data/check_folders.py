@@ -1,0 +1,113 @@
+"""Class folders of one's own: what an ImageNet-style run needs, `train/<class>/` and `val/<class>/`, and nothing more.
+
+What a run refuses is an error; what it leaves out without a word (images outside classes, archives, other files) is a
+warning. Every image is decoded, as a run does: one that cannot be ends it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from contracts.image_files import EXTENSIONS, image_entries, is_image
+from transfer.data.findings import Report, named
+from transfer.data.looks import check_pictures, each, origin, report_hollow, size_of
+
+SPLITS = ("train", "val")
+# What `contracts.images` decodes, by Pillow's names; MPO is a JPEG with more behind it, as cameras write it.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF")
+ARCHIVES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zip", ".7z", ".rar")
+
+
+def check_folders(root: Path, _info: dict[str, Any] | None, report: Report) -> None:
+    """Look at the class folders below `root`, or below `root`/imagenet where both splits are there, as a run does."""
+    inner = root / "imagenet"
+    folder = inner if all((inner / split).is_dir() for split in SPLITS) else root
+    if folder == root:
+        _check_left_out(root, report)
+    classes = {}
+    for split in SPLITS:
+        if (folder / split).is_dir():
+            classes[split] = _check_split(folder / split, report)
+        else:
+            report.error(folder / split, "is missing", remedy=origin("folders"))
+    if len(classes) == 2 and classes["train"] != classes["val"]:
+        differing = sorted(classes["train"] ^ classes["val"])
+        report.error(
+            folder,
+            f"{len(differing)} classes are in one of train and val only: {named(differing)}",
+            count=len(differing),
+            remedy="labels are numbered by sorted folder names, so both must have the same: complete the other one",
+        )
+
+
+def _check_split(place: Path, report: Report) -> set[str]:
+    """The classes of one split, its images looked at."""
+    names = sorted(entry.name for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        report.error(place, "holds no class folders", remedy=origin("folders"))
+    _check_left_out(place, report)
+    images: list[str] = []
+    sizes: dict[str, int | None] = {}
+    empty = []
+
+    def images_of(name: str) -> dict[str, int | None]:
+        return {f"{name}/{image}": size_of(entry) for image, entry in image_entries(place / name)}
+
+    for folder, found in each(lambda folder: images_of(folder.name), [place / name for name in names], report):
+        sizes |= {image: size for image, size in found.items() if not size}
+        images += sorted(found)
+        if not found:
+            empty.append(folder.name)
+        _check_left_out(folder, report, images=False)
+    report.fine(place, f"{len(images)} images of {len(names)} classes", count=len(images))
+    if empty:
+        report.error(
+            place,
+            f"{len(empty)} class folders hold no images: {named(empty)}",
+            count=len(empty),
+            remedy="remove them in both splits, or fill them",
+        )
+    report_hollow(place, sizes, report)
+    paths = [place / image for image in images]
+    check_pictures(place, paths, _unread_format, "folders", report, sampled=None)
+    return set(names)
+
+
+def _unread_format(_path: Path, image: Image.Image) -> str | None:
+    said = f"hold {image.format}, which a run does not read, whatever their names say"
+    return None if image.format in FORMATS else said
+
+
+def _check_left_out(folder: Path, report: Report, *, images: bool = True) -> None:
+    """Warn of files directly in `folder` that a run passes over: archives, and `images` or else what is none."""
+    files = sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir() and not entry.name.startswith("."))
+    archives = [name for name in files if name.lower().endswith(ARCHIVES)]
+    if archives:
+        report.warning(
+            folder,
+            f"{len(archives)} archives are not unpacked: {named(archives)}",
+            count=len(archives),
+            remedy="a run does not look into them: unpack them into class folders, and remove them",
+        )
+    if images:
+        loose = [name for name in files if is_image(name)]
+        if loose:
+            report.warning(
+                folder,
+                f"{len(loose)} images lie in no class folder: {named(loose)}",
+                count=len(loose),
+                remedy="a run leaves them out: move each into the folder of its class",
+            )
+    else:
+        others = [name for name in files if not is_image(name) and name not in archives]
+        if others:
+            report.warning(
+                folder,
+                f"{len(others)} files are none that a run reads: {named(others)}",
+                count=len(others),
+                remedy=f"it reads {', '.join(sorted(EXTENSIONS))} and leaves the rest out: convert or remove them",
+            )
