@@ -1,33 +1,43 @@
-"""A table as text: terminal, Markdown, CSV, JSON, LaTeX; and the tables of a README kept current between markers.
+"""A table as text: terminal, Markdown, CSV, JSON, LaTeX, chosen by a name or by the file that it goes to.
 
-What a reader sees is written in `compare.text`; here are the formats for programs and the markers.
+What a reader sees is written in `compare.text`; here are the formats for programs.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
 import os
-import re
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from compare.comparison import Choice, Comparison, Reader, compare
+from compare.comparison import Comparison
 from compare.table import PUBLISHED, Cell, Measured, Published, Table
 from compare.text import latex, markdown, plain
-from contracts import atomic
-from contracts.errors import UsageError, UserError, did_you_mean
-from contracts.record import read_records
+from contracts.errors import UsageError, did_you_mean
 
-# Where `twist transfer`, `suite` and `compare` look for records when nobody says where.
-RESULTS = "results"
-_OPEN = re.compile(r"^<!-- twist compare\b(?P<arguments>.*?)-->\s*$")
-_CLOSE = re.compile(r"^<!-- end -->\s*$")
+# A suffix that is not here says nothing of what is in the file.
+SUFFIXES = {
+    ".md": "markdown", ".markdown": "markdown", ".html": "html", ".htm": "html", ".csv": "csv", ".json": "json",
+    ".tex": "latex",
+}  # fmt: skip
+
+
+def format_for(output: Path | None, asked: str | None) -> str:
+    """The format that is asked for, else the one that the name of `output` says, else the terminal's.
+
+    Raises:
+        UsageError: what is asked for and the name contradict each other.
+    """
+    named = None if output is None else SUFFIXES.get(output.suffix.lower())
+    if asked and named and asked != named:
+        raise UsageError(
+            f"{output} is {named} by its name, and --format says {asked}: leave out --format, or give --output a name "
+            "that fits."
+        )
+    return asked or named or "table"
 
 
 def render(table: Table, format: str) -> str:
@@ -95,6 +105,7 @@ def as_json(table: Table) -> dict[str, Any]:
         "sources": [{"text": source.text, "read": source.read} for source in table.sources],
         "baseline": table.baseline,
         "comparisons": table.comparisons,
+        "notes": list(table.notes),
     }
 
 
@@ -176,103 +187,3 @@ def _measured_json(measured: Measured) -> dict[str, Any]:
 
 def _published_json(value: Published) -> dict[str, Any]:
     return {"value": value.value, "sd": value.sd, "trials": value.trials, "source": value.source, "note": value.note}
-
-
-# ── Tables in a README ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def markdown_from_arguments(arguments: Sequence[str], *, root: Path, read: Reader = read_records) -> str:
-    """The Markdown table of `twist compare ARGUMENTS`, record paths taken relative to `root`.
-
-    Raises:
-        UsageError: an unknown argument.
-        UserError: a path without records, or records that may not meet.
-    """
-    parser = _Parser(prog="twist compare", add_help=False)
-    parser.add_argument("records", nargs="*")
-    parser.add_argument("--baseline")
-    parser.add_argument("--published", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--published-only", action="store_true")
-    parser.add_argument("--same-methods", action="store_true")
-    parser.add_argument("--allow-mixed", action="store_true")
-    parser.add_argument("--metric", action="append", default=[])
-    chosen = parser.parse_args(list(arguments))
-    choice = Choice(
-        baseline=chosen.baseline,
-        allow_mixed=chosen.allow_mixed,
-        published=chosen.published,
-        published_only=chosen.published_only,
-        same_methods=chosen.same_methods,
-        metrics=tuple(chosen.metric),
-    )
-    names = chosen.records or ([] if chosen.published_only else [RESULTS])
-    return render_all(compare([root / name for name in names], choice, read=read), "markdown", root=root)
-
-
-def check_markers(readme: Path, *, read: Reader = read_records) -> list[str]:
-    """The opening markers of `readme` whose tables are stale: made again, they would read otherwise. Empty: current.
-
-    A table lies between `<!-- twist compare ARGUMENTS -->` and `<!-- end -->`, each on a line of its own; the marker
-    holds the very arguments that the table is made with, paths relative to the README's folder.
-
-    Raises:
-        UserError: the file is absent or a marker has no end.
-    """
-    return [block.marker for block in _marked(readme, read) if block.current != block.wanted]
-
-
-def update_markers(readme: Path, *, read: Reader = read_records) -> list[str]:
-    """Rewrite the stale tables of `readme` in place, atomically; the opening markers of those rewritten."""
-    blocks = _marked(readme, read)
-    stale = [block for block in blocks if block.current != block.wanted]
-    if stale:
-        lines = readme.read_text(encoding="utf-8").splitlines(keepends=True)
-        for block in reversed(stale):
-            lines[block.start : block.end] = [block.wanted]
-        atomic.write_text(readme, "".join(lines))
-    return [block.marker for block in stale]
-
-
-@dataclass(frozen=True)
-class _Marked:
-    marker: str
-    start: int
-    end: int
-    current: str
-    wanted: str
-
-
-def _marked(readme: Path, read: Reader) -> list[_Marked]:
-    try:
-        lines = readme.read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        raise UserError(f"There is no file at {readme}: --check and --update take a Markdown file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"Cannot read {readme} ({reason}): --check and --update take a Markdown file.") from None
-    blocks = []
-    opened: tuple[int, str, str] | None = None
-    fenced = False
-    for number, line in enumerate(lines):
-        # A marker inside a code fence is an example of one.
-        fenced ^= line.startswith("```")
-        if fenced:
-            continue
-        match = _OPEN.match(line)
-        if match and opened:
-            raise UserError(f"{readme}, line {opened[0] + 1}: the marker has no <!-- end --> before the next one.")
-        if match:
-            opened = (number, line.strip(), match["arguments"])
-        elif _CLOSE.match(line) and opened:
-            start, marker, arguments = opened
-            wanted = "\n" + markdown_from_arguments(shlex.split(arguments), root=readme.parent, read=read) + "\n"
-            blocks.append(_Marked(marker, start + 1, number, "".join(lines[start + 1 : number]), wanted))
-            opened = None
-    if opened:
-        raise UserError(f"{readme}, line {opened[0] + 1}: the marker has no <!-- end --> line; add it.")
-    return blocks
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"twist compare in a marker: {message}.")

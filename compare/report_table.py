@@ -124,6 +124,7 @@ def legend(table: Table) -> str:
             items.append("? no test: n too small, or no spread between runs")
     if len(table.cells) < len(table.rows) * len(table.columns):
         items.append("– absent")
+    items += [html.escape(note.rstrip(".")) for note in table.notes]
     return '<ul class="legend">' + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
 
 

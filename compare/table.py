@@ -7,18 +7,21 @@ scale, is the protocol's only one, and was measured on the same architecture; el
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from pathlib import Path
+from typing import Any, get_args
 
+from compare.asked_metrics import check_known, metrics_in
+from compare.duplicates import left_out
+from compare.mixtures import conditions_of, mixed_sentence, mixtures
+from compare.pretrainings import architecture_of, pretraining, variant_names, weights_key
 from compare.published import PublishedRow, display_name, select
 from compare.statistics import Difference, difference, mean, standard_deviation
 from contracts.errors import UsageError, UserError, did_you_mean
-from contracts.hashing import sha256_json
 from contracts.metrics import METRICS, Metric
-from contracts.record import RunRecord, Task, WeightsProvenance
+from contracts.record import RunRecord, Task
 
 TASKS: tuple[str, ...] = get_args(Task)
 PUBLISHED = "published"
@@ -113,13 +116,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows × columns; `cells` holds only what exists. `baseline` is the row against which differences are taken."""
+    """Rows × columns; `cells` holds only what exists. `baseline` is the row against which differences are taken.
+
+    `notes` are sentences about what is not in the table; `left_out` the indexes of records that repeat others.
+    """
 
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     cells: dict[tuple[int, int], Cell]
     sources: tuple[Source, ...] = ()
     baseline: int | None = None
+    notes: tuple[str, ...] = ()
+    left_out: frozenset[int] = frozenset()
 
     @property
     def comparisons(self) -> int:
@@ -134,30 +142,32 @@ def build_table(
     baseline: str | None = None,
     allow_mixed: bool = False,
     metrics: Sequence[str] = (),
+    paths: Sequence[Path] = (),
 ) -> Table:
     """The table of `records` beside `published`, with differences to the rows of `baseline` (a method or row label).
 
     Of the published rows those of the measured protocols, and the foreign ones beside them, are shown; all of them
-    when there are no records. `metrics` restricts the columns; empty shows every metric.
+    when there are no records. `metrics` restricts the columns; empty shows every metric. `paths` are the records'
+    files, for messages.
 
     Raises:
-        UserError: two records of one run, or (without `allow_mixed`) a protocol with several recipes, scales or data.
+        UserError: two records of one run that differ, or (without `allow_mixed`) a protocol with several recipes,
+            scales or data.
         UsageError: nothing in the table is called `baseline`, or several rows are; an unknown metric is asked for.
     """
-    for name in metrics:
-        if name not in METRICS:
-            raise UsageError(f'There is no metric "{name}".{did_you_mean(name, METRICS)}')
     wanted = set(metrics) or METRICS.keys()
-    _refuse_duplicates(records)
-    mixed = _mixtures(records)
+    copies, notes = left_out(records, paths)
+    records = [record for index, record in enumerate(records) if index not in copies]
+    mixed = mixtures(records)
     if mixed and not allow_mixed:
-        raise UserError(_mixed_sentence(mixed))
+        raise UserError(mixed_sentence(mixed))
     shown = select(published, {record.protocol for record in records}) if records else list(published)
+    check_known(metrics, metrics_in(records, shown))
 
     values: dict[tuple[_RowKey, Column], list[RunRecord]] = defaultdict(list)
-    variants, conditions = _variants(records), _conditions(records)
+    variants, conditions = variant_names(records), conditions_of(records)
     for record, condition in zip(records, conditions, strict=True):
-        key = _RowKey(record.method, _architecture(record), record.weights.epochs, variants[_weights_key(record)])
+        key = _RowKey(record.method, architecture_of(record), record.weights.epochs, variants[weights_key(record)])
         apart = mixed.get(record.protocol, {}).get(condition, "")
         for metric in record.metrics.keys() & wanted:
             column = Column(record.protocol, metric, record.task, record.recipe_hash, record.scale, apart)
@@ -179,13 +189,14 @@ def build_table(
     beside = {row.protocol: row.beside for row in shown if row.beside}
     places = [*values, *printed]
     columns = sorted({column for _, column in places}, key=lambda column: _column_order(column, beside))
-    keys = sorted({key for key, _ in places}, key=_row_order)
+    measured = {key for key, _ in values}
+    keys = sorted({key for key, _ in places}, key=lambda key: (key not in measured, *_row_order(key)))
     rows = _labelled(keys)
     cells = _cells(keys, columns, values, printed)
     chosen = None if baseline is None else _baseline(baseline, rows, cells)
     if chosen is not None:
         cells = _with_differences(cells, chosen)
-    return Table(tuple(columns), tuple(rows), cells, tuple(sources), chosen)
+    return Table(tuple(columns), tuple(rows), cells, tuple(sources), chosen, notes, copies)
 
 
 @dataclass(frozen=True)
@@ -196,146 +207,6 @@ class _RowKey:
     variant: str
 
 
-def _refuse_duplicates(records: Iterable[RunRecord]) -> None:
-    seen: dict[tuple[Any, ...], RunRecord] = {}
-    for record in records:
-        key = (_pretraining(record), record.protocol, record.seed, record.recipe_hash, record.data)
-        if key in seen:
-            times = " and ".join(str(one.created) for one in (seen[key], record))
-            raise UserError(
-                f"Two records of one run ({record.method}, {record.protocol}, seed {record.seed}, recipe "
-                f"{record.recipe_hash[:8]}, the same pretraining; created {times}): a run counts once, so remove "
-                f"one of the two files; one is {record.protocol}/{record.run_name}.json."
-            )
-        seen[key] = record
-
-
-class _Condition(NamedTuple):
-    """What runs that may share a column agree in. `data` is None where all that say theirs say the same."""
-
-    recipe_hash: str
-    scale: str
-    data: str | None
-
-
-def _conditions(records: Sequence[RunRecord]) -> list[_Condition]:
-    # Older records do not say their data: alone with one kind they are taken for it, beside two they stand apart.
-    known: dict[tuple[str, str, str], set[str]] = defaultdict(set)
-    for record in records:
-        if record.data is not None:
-            known[record.protocol, record.recipe_hash, record.scale].add(record.data)
-    return [
-        _Condition(
-            record.recipe_hash,
-            record.scale,
-            (record.data or "not said") if len(known[record.protocol, record.recipe_hash, record.scale]) > 1 else None,
-        )
-        for record in records
-    ]
-
-
-def _mixtures(records: Sequence[RunRecord]) -> dict[str, dict[_Condition, str]]:
-    """Protocol → condition → what sets it apart, for the protocols that hold more than one."""
-    recipes: dict[str, dict[_Condition, dict[str, Any]]] = defaultdict(dict)
-    for record, condition in zip(records, _conditions(records), strict=True):
-        recipes[record.protocol].setdefault(condition, record.recipe)
-    return {protocol: _set_apart(groups) for protocol, groups in recipes.items() if len(groups) > 1}
-
-
-def _set_apart(groups: dict[_Condition, dict[str, Any]]) -> dict[_Condition, str]:
-    flat = {group: dict(_flatten(recipe)) for group, recipe in groups.items()}
-    names = sorted({name for values in flat.values() for name in values})
-    differing = [name for name in names if len({values.get(name, "absent") for values in flat.values()}) > 1]
-    scales = len({group.scale for group in groups}) > 1
-    apart = {}
-    for group, values in flat.items():
-        parts = [f"scale {group.scale}"] if scales else []
-        parts += [f"data {group.data}"] if group.data is not None else []
-        parts += [f"{name} = {_short(values.get(name, 'absent'))}" for name in differing[:3]]
-        parts += [f"{len(differing) - 3} more"] if len(differing) > 3 else []
-        apart[group] = ", ".join(parts) or f"recipe {group.recipe_hash[:8]}"
-    return apart
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        for name, part in value.items():
-            yield from _flatten(part, f"{prefix}.{name}" if prefix else str(name))
-    else:
-        yield prefix, json.dumps(value, sort_keys=True)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 32 else text[:31] + "…"
-
-
-def _mixed_sentence(mixed: dict[str, dict[_Condition, str]]) -> str:
-    protocol, groups = next(iter(sorted(mixed.items())))
-    others = f" (and {len(mixed) - 1} more protocols)" if len(mixed) > 1 else ""
-    described = " against ".join(f"[{text}]" for text in sorted(groups.values())[:3])
-    return (
-        f"The records of {protocol}{others} come from {len(groups)} recipes, scales or data, {described}: they may not "
-        "share a column; choose records of one, or pass --allow-mixed to see them in columns apart."
-    )
-
-
-def _architecture(record: RunRecord) -> str | None:
-    if record.weights.architecture is not None:
-        return record.weights.architecture
-    named = record.recipe.get("architecture")
-    return named if isinstance(named, str) else None
-
-
-def _weights_key(record: RunRecord) -> tuple[Any, ...]:
-    """What agrees in runs that repeat one another: pretraining seeds of one config on the same images do, different
-    files do not."""
-    # Every seed draws another random initialisation; they are repeats although their bytes differ.
-    kind = None if record.method == "random" else _kind(record.weights)
-    return record.method, _architecture(record), record.weights.epochs, kind
-
-
-def _kind(weights: WeightsProvenance) -> str | None:
-    """How weights came to be, whatever the seed. An artefact's own bytes change when it is written anew, so its file
-    counts only where nothing else is known."""
-    origin = weights.pretrain_config_hash or weights.source_sha256 or weights.sha256
-    images = weights.pretrain_images_sha256
-    # "backbone" is the branch of whatever has only one, and of records from before it was told.
-    branch = None if weights.branch == "backbone" else weights.branch
-    return origin if images is None and branch is None else sha256_json([origin, images, branch])
-
-
-def _pretraining(record: RunRecord) -> tuple[Any, ...]:
-    """What agrees in runs that started from the same weights: one pretraining, or one random initialisation."""
-    weights = record.weights
-    if record.method == "random":
-        own: str | int | None = weights.sha256 or f"seed {record.seed}"
-    elif weights.pretrain_config_hash is None:
-        own = None
-    elif weights.pretrain_seed is not None:
-        own = weights.pretrain_seed
-    else:
-        own = weights.source_sha256 or weights.sha256
-    return (*_weights_key(record), own)
-
-
-def _variants(records: Sequence[RunRecord]) -> dict[tuple[Any, ...], str]:
-    """A name for each kind of weights, empty where method, architecture and epochs already tell it apart."""
-    names: dict[tuple[Any, ...], str] = {}
-    for record in records:
-        names.setdefault(_weights_key(record), record.weights.name)
-    families: dict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
-    for key in names:
-        families[key[:-1]].append(key)
-    variants = {}
-    for keys in families.values():
-        distinct = len({names[key] for key in keys}) == len(keys)
-        for key in keys:
-            name = names[key] if distinct else f"{names[key]} {str(key[-1])[:8]}"
-            # "unknown" names no method: which weights they are is all that can be said.
-            variants[key] = name if len(keys) > 1 or key[0] == "unknown" else ""
-    return variants
-
-
 def _joinable_columns(
     columns: Iterable[Column], records: Sequence[RunRecord]
 ) -> dict[tuple[str, str, str | None], Column]:
@@ -343,7 +214,7 @@ def _joinable_columns(
     columns = list(columns)
     architectures: dict[tuple[str, str], set[str | None]] = defaultdict(set)
     for record in records:
-        architectures[record.protocol, record.recipe_hash].add(_architecture(record))
+        architectures[record.protocol, record.recipe_hash].add(architecture_of(record))
     return {
         (column.protocol, column.metric, architecture): column
         for column in columns
@@ -410,7 +281,7 @@ def _cells(
 def _measured(runs: Sequence[RunRecord], metric: str) -> Measured:
     by_pretraining: dict[tuple[Any, ...], list[RunRecord]] = defaultdict(list)
     for run in runs:
-        by_pretraining[_pretraining(run)].append(run)
+        by_pretraining[pretraining(run)].append(run)
     counted = [_without_repeats(group) for group in by_pretraining.values()]
     values = [[run.metrics[metric] for run in group] for group in counted]
     return Measured(

@@ -161,7 +161,7 @@ def _notes(table: Table, blocks: Sequence[_Block], write: Callable[[str], str] =
         notes.append(
             "Mixed: columns of one protocol with different recipes, scales or data; do not compare across them."
         )
-    return notes
+    return [*notes, *map(write, table.notes)]
 
 
 def _footnote_texts(table: Table, marks: dict[Published, str]) -> list[tuple[str, str]]:

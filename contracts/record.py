@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from contracts import atomic
 from contracts.config import Config
-from contracts.errors import UsageError, UserError
+from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.hashing import sha256_json
 from contracts.metrics import check_metrics, check_values
 
@@ -24,6 +24,11 @@ SCHEMA_VERSION: Final = 1
 # Fields that a record has and other results do not. JSON with none of them (a benchmark's figures, a table) is no
 # record; with any one of them it is, and what it lacks is an error: no damage that leaves JSON takes all seven away.
 MARKS: Final = ("schema_version", "method", "protocol", "metrics", "weights", "recipe", "recipe_hash")
+# A run folder's account of itself (transfer/folder.py), what else it holds that shares fields with a record, and the
+# folder of its records.
+RUN_ACCOUNT: Final = "run.json"
+RUN_FILES: Final = (RUN_ACCOUNT, "recipe.json", "evaluation.json", "failure.json")
+RESULTS: Final = "results"
 Scale = Literal["full", "reduced", "sample"]
 Task = Literal["detection", "instance-segmentation", "segmentation", "classification", "clustering"]
 
@@ -151,13 +156,35 @@ def read_record(path: str | os.PathLike[str]) -> RunRecord:
         raise UserError(
             f"{path}: record schema {version!r} is unknown, this version reads {SCHEMA_VERSION}; update the suite."
         )
+    if wrong := [place for place, value in _numbers(values) if isinstance(value, str | bool)]:
+        raise UserError(f"{path}: {wrong[0]} has to be a number, and a JSON one, without quotes; run it again.")
     try:
         return RunRecord.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ").rstrip(".")
-        raise UserError(f"{path}: {place + ': ' if place else ''}{message}.") from None
+        raise UserError(_what_is_wrong(path, error.errors()[0])) from None
+
+
+def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What has to be a number in a record; pydantic alone would take the word "55" for one."""
+    yield from ((name, values.get(name)) for name in ("seed", "wall_s"))
+    for section in ("metrics", "weights"):
+        inner = values.get(section)
+        for name, value in inner.items() if isinstance(inner, dict) else ():
+            if section == "metrics" or name in ("epochs", "pretrain_seed"):
+                yield f"{section}.{name}", value
+
+
+def _what_is_wrong(path: Path, first: Any) -> str:
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return (
+            f"{path} lacks {place}, which every record has: it was not written by this suite, or edited; run it again."
+        )
+    if first["type"] == "extra_forbidden":
+        known = did_you_mean(str(first["loc"][-1]), RunRecord.model_fields) if len(first["loc"]) == 1 else ""
+        return f"{path} has {place}, which is no field of a record.{known} Remove it, or update the suite."
+    message = first["msg"].removeprefix("Value error, ").rstrip(".")
+    return f"{path}: {place + ': ' if place else ''}{message}."
 
 
 def find_records(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
@@ -182,21 +209,75 @@ def read_records(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[Path, Ru
     Raises:
         UserError: a path is absent or holds no record, or a record is not valid.
     """
-    read = []
+    read: dict[str, tuple[Path, RunRecord]] = {}
     for path in map(Path, paths):
-        files = list(find_records([path]))
+        files = _files_under(path)
         if not files:
             raise UserError(_none_under(path))
-        read += [(file, read_record(file)) for file in files]
-    return read
+        for file in files:
+            # A file that two of the paths lead to is one record.
+            if (place := os.path.abspath(file)) not in read:
+                read[place] = file, read_record(file)
+    return list(read.values())
 
 
 def find_collections(folder: Path) -> list[Path]:
-    """`folder` where it holds records itself, else the folders in it that do: studies kept side by side."""
-    if any(find_records([folder])):
+    """The folders at or below `folder` whose records make a table each.
+
+    `folder` itself where it holds records. Else the studies side by side in it (an inner folder or its `results`), and
+    `folder` again where it holds runs of `twist transfer`: these make one table (`record_folders`). What a suite keeps
+    of its runs counts only where there is nothing else, for it has collected those records elsewhere.
+    """
+    if _is_run(folder):
+        return [place for place in (folder / RESULTS,) if _holds_records(place)]
+    if _holds_records(folder):
         return [folder]
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return [path for path in inner if any(find_records([path]))]
+    studies = [
+        place for path in inner if not _is_run(path) for place in (path, path / RESULTS) if _holds_records(place)
+    ]
+    runs = [folder] if _of_runs(folder) else []
+    if found := [*studies, *runs]:
+        return found
+    return [folder] if _of_suite(folder) else [place for place in inner if _of_suite(place)]
+
+
+def record_folders(folder: Path) -> list[Path]:
+    """Where the records of the runs in `folder` are, when it holds none itself: each run's `results`, else a suite's
+    copies."""
+    return [] if _holds_records(folder) else _of_runs(folder) or _of_suite(folder)
+
+
+def _of_runs(folder: Path) -> list[Path]:
+    # runs/<protocol>/<name>/results, as `twist transfer` writes them.
+    found = [
+        place for pattern in ("*", "*/*") for place in folder.glob(f"{pattern}/{RESULTS}") if _is_run(place.parent)
+    ]
+    return sorted(filter(_holds_records, found))
+
+
+def _of_suite(folder: Path) -> list[Path]:
+    # <output>/<protocol>/<name>/record, beside the run itself (transfer/suite.py).
+    found = [place for pattern in ("*", "*/*") for place in folder.glob(f"{pattern}/record")]
+    return sorted(place for place in found if _is_run(place.parent / "run") and _holds_records(place))
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / RUN_ACCOUNT).is_file()
+
+
+def _holds_records(folder: Path) -> bool:
+    return folder.is_dir() and any(find_records([folder]))
+
+
+def _files_under(path: Path) -> list[Path]:
+    if path.is_dir() and (_is_run(path) or not _holds_records(path)):
+        places = find_collections(path)
+        if places == [path]:
+            return list(find_records(record_folders(path)))
+        if places and _is_run(path):
+            return list(find_records(places))
+    return list(find_records([path]))
 
 
 def _none_under(path: Path) -> str:
@@ -214,9 +295,8 @@ def _is_marked(values: Any) -> bool:
 
 
 def _may_be_record(file: Path) -> bool:
-    # A name that begins with a dot is a record that another process is writing (contracts.atomic); run.json is a run
-    # folder's account of itself (transfer/folder.py), which shares fields with a record.
-    if file.name.startswith(".") or file.name == "run.json":
+    # A name that begins with a dot is a record that another process is writing (contracts.atomic).
+    if file.name.startswith(".") or file.name in RUN_FILES:
         return False
     try:
         data = file.read_bytes()

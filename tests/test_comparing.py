@@ -78,6 +78,99 @@ def test_a_path_without_records_is_a_sentence_and_not_the_published_collection(t
         twist("compare", tmp_path / "absent")
 
 
+def test_without_results_the_runs_are_taken_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no record or folder of records at results"):
+        twist("compare")
+    run = tmp_path / "runs" / "sample-knn" / "twist-seed0"
+    write_record(make_record(), run / "results")
+    (run / "run.json").write_text("{}")
+    twist("compare")
+    printed = capsys.readouterr()
+    assert "50.0 (1)" in printed.out
+    assert printed.err == "There is no results: these are the records under runs.\n"
+    write_record(make_record("byol"), tmp_path / "results")
+    twist("compare")
+    assert "TWIST" not in capsys.readouterr().out
+
+
+def test_runs_in_their_folders_are_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (0, 1):
+        run = tmp_path / "sample-knn" / f"twist-seed{seed}"
+        write_record(make_record(seed=seed, metrics={"knn_top1_percent": 50.0 + seed}), run / "results")
+        (run / "run.json").write_text("{}")
+    twist("compare", tmp_path)
+    text = capsys.readouterr().out
+    assert "50.5 ± 0.7 (2)" in text
+    assert "━━" not in text
+
+
+def test_a_metric_that_nothing_has_is_refused_with_the_ones_that_are_there(results: Path) -> None:
+    with pytest.raises(UsageError, match=r'metric "miou_percent"\. What is here has knn_top1_percent\.$'):
+        twist("compare", results, "--metric", "miou_percent")
+    # The published rows of a protocol are not there as long as they are not shown.
+    write_record(make_record(protocol="linear", scale="reduced", metrics={"top1_percent": 9.0}), results)
+    with pytest.raises(UsageError, match=r'metric "top5_percent"\. What is here has top1_percent, knn_top1_percent\.$'):
+        twist("compare", results, "--metric", "top5_percent")
+
+
+def test_a_metric_of_one_study_leaves_out_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_record(make_record(), tmp_path / "a")
+    write_record(make_record(protocol="sample-linear", metrics={"top1_percent": 60.0}), tmp_path / "b")
+    twist("compare", tmp_path, "--metric", "top1_percent")
+    text = capsys.readouterr().out
+    assert "60.0 (1)" in text
+    assert "No records" not in text
+
+
+def test_published_numbers_stand_beside_runs_at_full_scale_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(*options: str) -> str:
+        twist("compare", tmp_path, "--format", "markdown", *options)
+        return capsys.readouterr().out
+
+    write_record(make_record(protocol="knn", scale="reduced"), tmp_path)
+    note = "Published numbers of knn are left out: no record of it is at full scale, so none may be compared with them"
+    assert note in shown()
+    assert "DINO" not in shown()
+    assert note not in shown("--no-published")
+    asked = shown("--published")
+    assert "DINO" in asked
+    assert note not in asked
+    write_record(make_record(protocol="linear", scale="full", metrics={"top1_percent": 70.0}), tmp_path)
+    both = shown()
+    assert "SwAV" in both
+    assert note in both
+    assert "k-NN top-1" in both
+    assert "lightly repository" not in both.split("k-NN top-1")[1].split("\n\n")[0]
+
+
+def test_two_records_that_agree_are_one_run_on_the_page_too(tmp_path: Path) -> None:
+    """A file measured twice, under two names: the older record counts, its file is named, and so is the other's."""
+    for name, created in (("plain", "2026-01-02T00:00:00+00:00"), ("torchvision", "2026-01-03T00:00:00+00:00")):
+        write_record(make_record(created=created), tmp_path / name)
+    page = tmp_path / "page.html"
+    twist("compare", tmp_path / "torchvision", tmp_path / "plain", "--output", page)
+    text = page.read_text()
+    assert "1 run of 1 method under 1 protocol" in text
+    assert "1 record left out" in text
+    assert '"path": "plain/sample-knn/' in text
+    write_record(make_record(metrics={"knn_top1_percent": 51.0}), tmp_path / "torchvision")
+    with pytest.raises(UserError, match=f"differ in knn_top1_percent: {tmp_path}/.* and {tmp_path}/.*remove one"):
+        twist("compare", tmp_path / "torchvision", tmp_path / "plain")
+
+
+def test_a_file_without_a_table_is_said_to_have_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "README.md").write_text("nothing here\n")
+    for status, look in ((1, comparing.check_markers), (0, comparing.update_markers)):
+        assert look(tmp_path / "README.md") == status
+        said = capsys.readouterr().out
+        assert "README.md: 0 tables found; a table lies between a line `<!-- twist compare ARGUMENTS -->`" in said
+
+
 def test_the_published_numbers_alone(capsys: pytest.CaptureFixture[str]) -> None:
     twist("compare", "--published-only", "--metric", "miou_percent")
     text = capsys.readouterr().out
@@ -106,6 +199,31 @@ def test_a_page_has_the_headline_that_it_is_given(results: Path, tmp_path: Path)
 def test_output_goes_into_a_folder_that_is_not_there_yet(results: Path, tmp_path: Path) -> None:
     twist("compare", results, "--no-published", "--output", tmp_path / "new" / "table.txt")
     assert "TWIST" in (tmp_path / "new" / "table.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"),
+    [
+        ("t.md", "| method |"),
+        ("t.csv", "method,row,"),
+        ("t.json", "{"),
+        ("t.tex", "% needs"),
+        ("T.HTML", "<!doctype html>"),
+        ("t.txt", " "),
+        ("t", " "),
+    ],
+)
+def test_the_suffix_of_the_output_is_its_format(results: Path, tmp_path: Path, name: str, begins: str) -> None:
+    twist("compare", results, "--output", tmp_path / name)
+    assert (tmp_path / name).read_text().startswith(begins)
+
+
+def test_a_suffix_that_contradicts_the_format_is_refused(results: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"t\.md is markdown by its name, and --format says csv: leave out --format"):
+        twist("compare", results, "--format", "csv", "--output", tmp_path / "t.md")
+    assert not (tmp_path / "t.md").exists()
+    twist("compare", results, "--format", "csv", "--output", tmp_path / "t.txt")
+    assert (tmp_path / "t.txt").read_text().startswith("method,row,")
 
 
 @pytest.mark.parametrize("name", ["table", "html"])

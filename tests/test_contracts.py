@@ -37,6 +37,7 @@ from contracts.record import (
     find_records,
     read_record,
     read_records,
+    record_folders,
     write_record,
 )
 from contracts.weights import Backbone, read_backbone, read_header, write_backbone
@@ -339,7 +340,13 @@ def test_runs_on_two_data_sets_have_files_of_their_own(tmp_path: Path) -> None:
         ({"schema_version": 7}, "record schema 7 is unknown"),
         ({"recipe": {"k": 1}}, "recipe_hash does not belong to the recipe"),
         ({"scale": "huge"}, "scale"),
-        ({"surprise": 1}, "surprise"),
+        ({"surprise": 1}, "has surprise, which is no field of a record"),
+        ({"sed": 1}, 'has sed, which is no field of a record. Did you mean "seed"? Remove it, or update the suite.'),
+        ({"metrics": {"knn_top1_percent": "55"}}, "metrics.knn_top1_percent has to be a number, and a JSON one"),
+        ({"seed": "0"}, "seed has to be a number"),
+        ({"seed": True}, "seed has to be a number"),
+        ({"wall_s": "1.0"}, "wall_s has to be a number"),
+        ({"weights": {"name": "w", "epochs": "200"}}, "weights.epochs has to be a number"),
         ({"metrics": {}}, "metrics is empty"),
         ({"method": "../../elsewhere"}, "cannot be part of a file's name"),
         ({"protocol": "a/b"}, "cannot be part of a file's name"),
@@ -355,6 +362,16 @@ def test_a_tampered_record_is_refused_by_name(tmp_path: Path, change: dict[str, 
         read_record(path)
     assert message in str(error.value)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["seed", "task", "wall_s"])
+def test_a_record_without_a_field_is_a_sentence_with_a_remedy(tmp_path: Path, field: str) -> None:
+    path = write_record(record(), tmp_path)
+    values = json.loads(path.read_text())
+    del values[field]
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=rf"^{path} lacks {field}, which every record has: .*; run it again\.$"):
+        read_record(path)
 
 
 def test_chance_may_do_better_than_clusters() -> None:
@@ -395,6 +412,48 @@ def test_records_are_found_in_a_protocols_folder_and_below_its_parent(tmp_path: 
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no run records under .*empty: .*--published-only"):
         read_records([tmp_path / "study", tmp_path / "empty"])
+
+
+def make_run(folder: Path, *, results: str = "results", **changes: object) -> Path:
+    """A run folder as `twist transfer` leaves it, with the files that look like a record and are none."""
+    (folder / "weights").mkdir(parents=True)
+    for name in ("run.json", "evaluation.json", "recipe.json", "failure.json"):
+        write(folder / name, json.dumps({"metrics": {"knn_top1_percent": 1.0}, "recipe": {}, "protocol": "knn"}))
+    write(folder / "weights" / "proof.json", json.dumps({"metrics": {}}))
+    return write_record(record(**changes), folder / results)
+
+
+def test_records_are_found_where_transfer_writes_them(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    made = [make_run(runs / "knn" / f"twist-seed{seed}", seed=seed) for seed in (0, 1)]
+    made.append(make_run(runs / "linear" / "twist-seed0", protocol="linear", metrics={"top1_percent": 60.0}))
+    assert find_collections(runs) == [runs]
+    assert [file for file, _ in read_records([runs])] == made
+    assert [file for file, _ in read_records([runs / "knn"])] == made[:2]
+    assert [file for file, _ in read_records([runs / "knn" / "twist-seed0"])] == made[:1]
+    # Whatever leads to a file twice, it is one record.
+    assert len(read_records([runs / "knn", runs, made[0], tmp_path / "runs" / ".." / "runs"])) == 3
+
+
+def test_studies_beside_runs_keep_a_table_of_their_own(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "knn" / "twist-seed0")
+    write_record(record(seed=1), tmp_path / "study" / "results")
+    assert find_collections(tmp_path) == [tmp_path / "study" / "results", tmp_path]
+    assert record_folders(tmp_path) == [run.parent.parent]
+    assert record_folders(tmp_path / "study" / "results") == []
+
+
+def test_a_suites_copies_of_its_records_count_only_where_they_are_alone(tmp_path: Path) -> None:
+    suite = tmp_path / "suite"
+    for seed in (0, 1):
+        job = suite / "knn" / f"twist-seed{seed}-abc"
+        make_run(job / "run", results="../record", seed=seed)
+        write_record(record(seed=seed), tmp_path / "results")
+    assert len(list(suite.rglob("record/knn/*.json"))) == 2
+    assert find_collections(tmp_path) == [tmp_path / "results"]
+    for asked in (suite, suite / "knn"):
+        assert find_collections(asked) == [asked]
+        assert sorted(record.seed for _, record in read_records([asked])) == [0, 1]
 
 
 def test_files_of_earlier_versions_stay_readable(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from made_records import make_record, runs
 
+from compare.markers import check_markers, update_markers
 from compare.published import load_published
-from compare.render import check_markers, render, update_markers
+from compare.render import render
 from compare.table import Table, build_table
 from compare.text import footnote_mark, plain, printed_text
 from contracts.errors import UsageError, UserError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import scipy.stats
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from made_records import make_record, runs
 
 from compare.published import PublishedRow, load_published
+from compare.render import render
+from compare.report_table import legend
 from compare.statistics import difference, p_text
 from compare.table import Cell, Table, build_table, short_architecture
 from contracts.errors import UsageError, UserError
@@ -142,6 +145,16 @@ def test_different_scales_are_refused() -> None:
         build_table([make_record(), make_record("byol", scale="reduced")])
 
 
+def test_other_mixed_protocols_are_counted() -> None:
+    def mixed(*protocols: str) -> list:  # type: ignore[type-arg]
+        return [make_record(protocol=name, recipe={"lr": lr}) for name in protocols for lr in (0.1, 0.2)]
+
+    with pytest.raises(UserError, match=r"of a \(and 1 more protocol\) come from"):
+        build_table(mixed("a", "b"))
+    with pytest.raises(UserError, match=r"of a \(and 2 more protocols\) come from"):
+        build_table(mixed("a", "b", "c"))
+
+
 def test_mixed_recipes_stand_in_columns_apart_and_marked() -> None:
     records = [make_record(recipe={"lr": 0.1}), make_record("byol", recipe={"lr": 0.2})]
     table = build_table(records, allow_mixed=True)
@@ -172,9 +185,44 @@ def test_a_column_never_holds_two_recipes_and_order_is_nothing(
     assert build_table(shuffled, allow_mixed=True) == table
 
 
-def test_two_records_of_one_run_are_refused() -> None:
+OTHER = {KNN: 51.0}
+
+
+def test_two_records_of_one_run_that_differ_are_refused_with_both_files() -> None:
+    records, paths = [make_record(), make_record(metrics=OTHER)], [Path("a/knn/x.json"), Path("b/knn/x.json")]
     with pytest.raises(UserError, match=r"Two records of one run \(twist, sample-knn, seed 0"):
-        build_table([make_record(), make_record(wall_s=3.0)])
+        build_table(records)
+    with pytest.raises(
+        UserError, match=r"differ in knn_top1_percent: a/knn/x.json and b/knn/x.json; a run counts once"
+    ):
+        build_table(records, paths=paths)
+
+
+def test_of_two_records_of_one_run_that_agree_the_older_is_kept() -> None:
+    records = [make_record(created="2026-02-02T00:00:00+00:00", notes=("again",)), make_record(), make_record(seed=1)]
+    paths = [Path(f"/home/somebody/{name}/knn/x.json") for name in ("again", "first", "seed1")]
+    table = build_table(records, paths=paths)
+    measured = table.cells[0, 0].measured
+    assert measured is not None
+    assert [(run.seed, run.notes) for run in measured.records] == [(0, ()), (1, ())]
+    assert table.left_out == {0}
+    (note,) = table.notes
+    # The files are told apart, and the machine's folders are nobody's business.
+    assert note.endswith("in every metric (again/knn/x.json, kept first/knn/x.json).")
+    for name in ("table", "markdown", "latex", "json"):
+        assert "1 record left out: it repeats an older one" in render(table, name)
+    assert "1 record left out" in legend(table)
+    backwards = build_table(records[::-1], paths=paths[::-1])
+    assert (backwards.cells, backwards.notes) == (table.cells, table.notes)
+    assert build_table(records[1:]).notes == ()
+
+
+def test_a_note_on_many_repeated_records_names_a_few() -> None:
+    records = [make_record(seed=seed) for seed in range(5)] * 2
+    paths = [Path(f"{folder}/{seed}.json") for folder in "ab" for seed in range(5)]
+    (note,) = build_table(records, paths=paths).notes
+    assert note.startswith("5 records left out: each repeats an older one")
+    assert "b/2.json, kept a/2.json, and 2 more)" in note
 
 
 OURS = {"pretrain_config_hash": "c" * 64, "pretrain_seed": 0}
@@ -190,14 +238,15 @@ OURS = {"pretrain_config_hash": "c" * 64, "pretrain_seed": 0}
     ids=["our run", "our run, with its images", "another's checkpoint"],
 )
 def test_an_artefact_that_was_written_anew_is_the_same_run(provenance: dict[str, object]) -> None:
-    records = [make_record(weights={**provenance, "sha256": letter * 64}) for letter in "ab"]
+    metrics = {"a": None, "b": OTHER}
+    records = [make_record(weights={**provenance, "sha256": x * 64}, metrics=made) for x, made in metrics.items()]
     with pytest.raises(UserError, match=r"Two records of one run .* the same pretraining"):
         build_table(records)
 
 
 def test_a_checkpoint_and_its_artefact_are_the_same_weights() -> None:
     direct = make_record(weights={"sha256": "e" * 64})
-    converted = make_record(weights={"sha256": "f" * 64, "source_sha256": "e" * 64})
+    converted = make_record(weights={"sha256": "f" * 64, "source_sha256": "e" * 64}, metrics=OTHER)
     with pytest.raises(UserError, match="Two records of one run"):
         build_table([direct, converted])
 
@@ -205,8 +254,25 @@ def test_a_checkpoint_and_its_artefact_are_the_same_weights() -> None:
 def test_metrics_choose_the_columns() -> None:
     record = make_record(metrics={KNN: 50.0, "knn_top5_percent": 80.0})
     assert [c.metric for c in build_table([record], metrics=["knn_top5_percent"]).columns] == ["knn_top5_percent"]
-    with pytest.raises(UsageError, match='Did you mean "knn_top5_percent"'):
-        build_table([record], metrics=["knn_top5"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("knn_top5", "knn_top5_percent"),
+        ("top1", "top1_percent"),
+        ("mIoU", "miou_percent"),
+        ("box AP", "coco_box_ap_percent"),
+    ],
+)
+def test_a_metric_may_be_called_without_its_unit_or_as_its_column_and_is_then_suggested(asked: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=f'There is no metric "{asked}". Did you mean "{meant}"'):
+        build_table([make_record()], metrics=[asked])
+
+
+def test_a_metric_that_is_like_no_other_brings_the_ones_that_are_here() -> None:
+    with pytest.raises(UsageError, match=r'There is no metric "zzz"\. What is here has knn_top1_percent\.$'):
+        build_table([make_record()], metrics=["zzz"])
 
 
 # ── Rows ──
@@ -347,6 +413,12 @@ def test_a_published_value_has_a_column_of_its_own_else(records: list) -> None: 
     assert len(places) == 1
     assert table.columns[places[0]].recipe_hash is None
     assert not any(entry.measured for (_, column), entry in table.cells.items() if column == places[0])
+
+
+def test_measured_rows_stand_before_published_ones() -> None:
+    rows = [published("random"), published("supervised"), published("twist", epochs=800)]
+    table = build_table([*full("twist", [70.0]), *full("vicreg", [60.0])], published=rows)
+    assert [row.label for row in table.rows] == ["TWIST", "VICReg", "random init", "supervised", "TWIST · 800 ep"]
 
 
 def test_a_published_row_is_no_baseline_for_a_test() -> None:

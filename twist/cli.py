@@ -329,10 +329,15 @@ def suite(
 def compare(
     records: Annotated[list[Path] | None, typer.Argument(show_default=False)] = None,
     baseline: Annotated[str | None, typer.Option(help="Method to which differences are taken.")] = None,
-    table_format: Annotated[TableFormat, typer.Option("--format")] = TableFormat.table,
+    table_format: Annotated[
+        TableFormat | None, typer.Option("--format", help="Default: what --output ends in, else table.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="File to write instead of the terminal.")] = None,
     allow_mixed: Annotated[bool, typer.Option("--allow-mixed", help="Show different recipes apart, marked.")] = False,
-    published: Annotated[bool, typer.Option("--published/--no-published", help="Published rows too.")] = True,
+    published: Annotated[
+        bool | None,
+        typer.Option("--published/--no-published", help="Published rows too; default beside full-scale runs."),
+    ] = None,
     same_methods: Annotated[
         bool, typer.Option("--same-methods", help="Published rows of the measured methods only.")
     ] = False,
@@ -352,7 +357,7 @@ def compare(
 ) -> None:
     """Records → a table that cannot lie, or an HTML page.
 
-    RECORDS are files, folders of a protocol's records, or folders of these; default results.
+    RECORDS are files, folders of records or of runs; default results, else runs.
     """
     from compare.comparison import Choice
     from twist import comparing
@@ -372,7 +377,7 @@ def compare(
     comparing.compare(
         records or [],
         choice,
-        table_format=table_format.value,
+        table_format=None if table_format is None else table_format.value,
         output=output,
         pretrain_runs=pretrain_runs or [],
         title=title,

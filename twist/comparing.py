@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from compare.comparison import Choice
 from compare.comparison import compare as compare_records
-from compare.render import RESULTS, render, render_all
-from compare.render import check_markers as stale_markers
-from compare.render import update_markers as rewrite_markers
+from compare.markers import check_markers as stale_markers
+from compare.markers import find_markers
+from compare.markers import update_markers as rewrite_markers
+from compare.render import format_for, render, render_all
 from compare.report import HEADLINE, write_report
 from compare.table import build_table
 from contracts import atomic
 from contracts.errors import UserError
-from contracts.record import RunRecord
+from contracts.record import RESULTS, RunRecord
 from transfer.records import read_known_records
+
+# Where `twist transfer` makes its run folders when nobody says where.
+RUNS = "runs"
 
 
 def compare(
     paths: Sequence[Path],
     choice: Choice,
     *,
-    table_format: str,
+    table_format: str | None,
     output: Path | None,
     pretrain_runs: Sequence[Path] = (),
     title: str | None = None,
     pictures: Sequence[tuple[str, Path]] = (),
 ) -> None:
-    """Read the records under `paths` (none: those of `results`) and print or write the tables of what they hold."""
+    """Read the records under `paths` and print or write the tables of what they hold.
+
+    Without paths it is those of `results`, or of `runs` where there is no such folder. Without a format it is the one
+    that the suffix of `output` says.
+    """
+    table_format = format_for(output, table_format)
     if not paths and not choice.published_only:
-        paths = [Path(RESULTS)]
+        paths = [_default_folder()]
     comparisons = compare_records(paths, choice, read=read_known_records)
     if table_format == "html" and len(comparisons) == 1:
         (one,) = comparisons
@@ -76,7 +86,10 @@ def suite_table(records: Sequence[RunRecord]) -> str:
 
 
 def check_markers(file: Path) -> int:
-    """Exit status 0 when every table in `file` is what its marker's arguments give today, else 1."""
+    """Exit status 0 when every table in `file` is what its marker's arguments give today, else 1; 1 without tables."""
+    if not find_markers(file):
+        print(_no_tables(file))
+        return 1
     stale = stale_markers(file, read=read_known_records)
     for block in stale:
         print(f"{file}: the table of `{block}` is stale; run `twist compare --update {file}`.")
@@ -85,9 +98,26 @@ def check_markers(file: Path) -> int:
 
 def update_markers(file: Path) -> int:
     """Rewrite the stale tables of `file`; always 0."""
+    if not find_markers(file):
+        print(_no_tables(file))
     for block in rewrite_markers(file, read=read_known_records):
         print(f"{file}: rewrote the table of `{block}`.")
     return 0
+
+
+def _no_tables(file: Path) -> str:
+    return (
+        f"{file}: 0 tables found; a table lies between a line `<!-- twist compare ARGUMENTS -->` and a line "
+        "`<!-- end -->`: write the two, and `twist compare --update` fills them."
+    )
+
+
+def _default_folder() -> Path:
+    results, runs = Path(RESULTS), Path(RUNS)
+    if results.exists() or not runs.is_dir():
+        return results
+    print(f"There is no {results}: these are the records under {runs}.", file=sys.stderr)
+    return runs
 
 
 def _refuse_folder(output: Path) -> None:
