@@ -23,6 +23,7 @@ from contracts.weights import Backbone
 from transfer.imagenet import engine
 from transfer.imagenet.dataset import LabelledImages, open_tree
 from transfer.imagenet.engine import _check_last_batch, at_full_scale, recorded_recipe, resolve, run
+from transfer.imagenet.panel import Tile, write_panel
 from transfer.imagenet.recipes import FOLDER, FinetuneRecipe, LinearRecipe, load_recipe, recipe_names
 from transfer.protocols import PROTOCOLS
 from transfer.result import EngineResult
@@ -142,6 +143,7 @@ def measure(
 def test_knn(name: str, tree: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:
     result = measure(name, tree, weights, tmp_path)
     assert result.metrics["knn_top5_percent"] == 100.0, "three classes, 18 neighbours of each"
+    assert "Top-5 of 3 classes is 100 whatever the weights: it says nothing here." in result.notes
     assert "bit-equal before and after" in result.notes[0]
     assert Image.open(result.media[0]).size[0] > 200
     assert result.media[0].stat().st_size < 200_000
@@ -357,6 +359,39 @@ def test_predictions_are_framed_by_whether_they_are_right(tree: Path, tmp_path: 
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
     blue, orange = ((np.abs(pixels - colour).sum(axis=1) < 30).sum() for colour in ((0, 114, 178), (213, 94, 0)))
     assert 1.5 * orange < blue < 6 * orange, "two whole frames and one broken one"
+
+
+@pytest.mark.parametrize("columns", [1, 7])
+def test_a_panel_has_room_for_its_legend(columns: int, tree: Path, tmp_path: Path) -> None:
+    """What is written to the right edge of the picture would be cut off in it."""
+    _, val = open_tree(tree)
+    rows = [[Tile(val.path(0), "x")] * columns]
+    legends = ["left the query, then its nearest: blue frame of its class, broken orange frame of another", None]
+    widths = []
+    for number, legend in enumerate(legends):
+        with Image.open(write_panel(tmp_path / f"{number}.png", rows, legend=legend)) as picture:
+            widths.append(picture.width)
+            if legend:
+                heading = np.asarray(picture.convert("L"))[:16]
+                assert (heading < 128).any(), "it is written"
+                assert (heading[:, -6:] > 128).all(), "and not to the very edge"
+    assert widths[0] >= widths[1]
+
+
+def test_neighbours_and_clusters_are_drawn_below_what_their_frames_mean(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Any] = []
+
+    def written(path: Path, rows: Any, **how: Any) -> Path:
+        said.append(how.get("legend"))
+        return write_panel(path, rows, **how)
+
+    monkeypatch.setattr(engine, "write_panel", written)
+    train, val = open_tree(tree)
+    engine._neighbour_panel(tmp_path / "n.png", train, val, torch.zeros(len(val), 6, dtype=torch.int64))
+    engine._cluster_panel(tmp_path / "c.png", val, np.zeros(len(val), dtype=int))
+    assert all("blue frame" in legend and "broken orange frame" in legend for legend in said)
 
 
 def test_plan_says_what_will_be_done(tree: Path) -> None:

@@ -21,7 +21,7 @@ from transfer.curves import Curves
 from transfer.data.prepare import prepare_cityscapes
 from transfer.end import render_end
 from transfer.failures import guard, raise_failure
-from transfer.pictures import colour_of, draw_classes, draw_instances, plot_losses, save_pair
+from transfer.pictures import colour_of, draw_classes, draw_instances, legend_of, plot_losses, save_pair
 from transfer.preflight import check_data, find_root, voc_folder
 from transfer.protocols import PROTOCOLS, find_protocol
 from transfer.request import split_overrides
@@ -307,6 +307,27 @@ def test_pictures_are_small_and_coloured_by_class(tmp_path) -> None:
     assert np.abs(panel[100, 50] - (0.45 * 100 + 0.55 * np.array(colour_of(3)))).max() <= 1
 
 
+def test_the_legend_of_a_pair_names_the_classes_in_it(tmp_path) -> None:
+    truth, prediction = np.full((48, 64), 255, np.uint8), np.full((48, 64), 255, np.uint8)
+    truth[:9], prediction[:9] = 2, 0
+    names = ["background", "cat", "dog"]
+    legend = legend_of([truth, prediction], names)
+    assert legend == [((0, 0, 0), "background"), (colour_of(2), "dog")]  # neither the absent nor what is ignored
+    panel = draw_classes(np.full((48, 64, 3), 255, np.uint8), truth)
+    plain, named = (
+        Image.open(save_pair(panel, panel, tmp_path / f"{number}.png", legend=given)).convert("RGB")
+        for number, given in enumerate(([], legend))
+    )
+    assert named.height > plain.height
+    strip = np.asarray(named)[plain.height :].reshape(-1, 3).astype(int)
+    assert (np.abs(strip - colour_of(2)).max(axis=1) <= 8).sum() >= 80, "a swatch of the class's colour"
+    many = [(colour_of(number), f"a class called {number}") for number in range(30)]
+    with Image.open(save_pair(panel, panel, tmp_path / "many.png", legend=many)) as picture:
+        strip = np.asarray(picture.convert("L"))[plain.height :]
+    assert strip.shape[0] > 18 * 3, "as many rows as they need"
+    assert (strip[:, -2:] > 200).all(), "none beyond the edge"
+
+
 def test_losses_are_plotted(tmp_path) -> None:
     curves = Curves(tmp_path / "metrics.jsonl")
     for step in range(1, 20):
@@ -575,6 +596,7 @@ def test_a_run_that_is_done_is_not_measured_again_by_a_resume(knn, tmp_path, cap
     said = capsys.readouterr().err
     assert "out is done: this is its record; --eval-only measures it again." in said
     assert "k-NN top-1" in said
+    assert "k-NN top-5" not in said, "of three classes it is always 100"
     assert "plan: " not in said
     again = knn("architecture=resnet18", eval_only=True, **given)
     assert again.metrics == first.metrics

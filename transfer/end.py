@@ -20,7 +20,10 @@ def render_end(record: RunRecord, row: Protocol, backbone: Backbone) -> str:
         find_neighbours(row, record.method, backbone.epochs, backbone.display_name) if record.scale == "full" else []
     )
     lines = [f"{row.name} · {record.method} · {record.weights.name} · seed {record.seed} · {record.wall_s:.0f} s"]
+    classes = record.recipe.get("images", {}).get("classes", 1000)
     for name in row.metrics:
+        if "top5" in name and classes <= 5:
+            continue  # 100 whatever the weights
         if name in record.metrics:
             lines.append(f"  {METRICS[name].label:22} {record.metrics[name]:6.2f} {METRICS[name].unit}")
             lines += [f"    {text}" for neighbour in neighbours for text in _against(name, record, neighbour)]

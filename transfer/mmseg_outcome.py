@@ -14,7 +14,7 @@ from torch import nn
 
 from contracts.errors import UserError
 from contracts.images import read_image
-from transfer.pictures import draw_classes, save_pair
+from transfer.pictures import draw_classes, legend_of, save_pair
 
 PICTURES = 4
 _METRICS = {"miou_percent": "mIoU", "macc_percent": "mAcc", "aacc_percent": "aAcc"}
@@ -67,7 +67,8 @@ def draw(runner: Runner, output: Path) -> list[Path]:
             np.asarray(part.data[0].cpu()) for part in (item["data_samples"].gt_sem_seg, found.pred_sem_seg)
         )
         path = output / f"prediction-{number + 1}.png"
-        paths.append(save_pair(draw_classes(image, truth), draw_classes(image, prediction), path))
+        legend = legend_of([truth, prediction], dataset.metainfo["classes"])
+        paths.append(save_pair(draw_classes(image, truth), draw_classes(image, prediction), path, legend=legend))
     return paths
 
 

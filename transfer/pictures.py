@@ -21,6 +21,7 @@ PANEL_PIXELS = 352
 IGNORE = 255
 _CAPTION_PIXELS = 18
 _GAP_PIXELS = 4
+_SWATCH_PIXELS = 10
 
 
 def colour_of(index: int) -> tuple[int, int, int]:
@@ -58,6 +59,20 @@ def draw_instances(
     return panel
 
 
+# Colour and class name, in the order in which a legend shows them.
+Legend = Sequence[tuple[tuple[int, int, int], str]]
+
+
+def legend_of(class_maps: Sequence[np.ndarray], names: Sequence[str]) -> Legend:
+    """The classes that are in any of the maps, in the colours that `draw_classes` lays over them."""
+    present = sorted({int(index) for class_map in class_maps for index in np.unique(class_map)} - {IGNORE})
+    return [(_laid_over(index), names[index]) for index in present]
+
+
+def _laid_over(index: int) -> tuple[int, int, int]:
+    return colour_of(index) if index else (0, 0, 0)
+
+
 def draw_classes(image: np.ndarray, class_map: np.ndarray) -> Image.Image:
     """`image` with the class map half-transparent over it; what is ignored stays as it is, class 0 is darkened."""
     scale = PANEL_PIXELS / max(image.shape[:2])
@@ -66,24 +81,45 @@ def draw_classes(image: np.ndarray, class_map: np.ndarray) -> Image.Image:
         if index == IGNORE:
             continue
         where = class_map == index
-        colour = np.array(colour_of(int(index)) if index else (0, 0, 0), dtype=np.float32)
+        colour = np.array(_laid_over(int(index)), dtype=np.float32)
         pixels[where] = 0.45 * pixels[where] + 0.55 * colour
     size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
     return Image.fromarray(pixels.round().astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
 
 
-def save_pair(truth: Image.Image, prediction: Image.Image, path: Path) -> Path:
-    """Both panels side by side with captions, as a 256-colour PNG at `path`."""
+def save_pair(truth: Image.Image, prediction: Image.Image, path: Path, *, legend: Legend = ()) -> Path:
+    """Both panels side by side with captions, and below them the `legend`, as a 256-colour PNG at `path`."""
     width = truth.width + prediction.width + _GAP_PIXELS
-    canvas = Image.new("RGB", (width, max(truth.height, prediction.height) + _CAPTION_PIXELS), "white")
+    below = max(truth.height, prediction.height) + _CAPTION_PIXELS
+    rows = _rows_of(legend, width)
+    canvas = Image.new("RGB", (width, below + _CAPTION_PIXELS * len(rows)), "white")
     canvas.paste(truth, (0, _CAPTION_PIXELS))
     canvas.paste(prediction, (truth.width + _GAP_PIXELS, _CAPTION_PIXELS))
     draw, font = ImageDraw.Draw(canvas), _font(13)
     draw.text((2, 1), "truth", fill="black", font=font)
     draw.text((truth.width + _GAP_PIXELS + 2, 1), "prediction", fill="black", font=font)
+    for number, row in enumerate(rows):
+        top = below + number * _CAPTION_PIXELS
+        for left, colour, name in row:
+            draw.rectangle((left, top + 4, left + _SWATCH_PIXELS, top + 4 + _SWATCH_PIXELS), fill=colour)
+            draw.text((left + _SWATCH_PIXELS + 4, top + 2), name, fill="black", font=_font(12))
     with atomic.atomic_path(path) as temporary:
         canvas.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(temporary, format="PNG", optimize=True)
     return path
+
+
+def _rows_of(legend: Legend, width: int) -> list[list[tuple[int, tuple[int, int, int], str]]]:
+    """The entries with the pixel at which each begins, in as many rows as a picture of `width` needs."""
+    rows: list[list[tuple[int, tuple[int, int, int], str]]] = []
+    left = width
+    for colour, name in legend:
+        size = _SWATCH_PIXELS + 4 + round(_font(12).getlength(name)) + 12
+        if left + size > width:
+            rows.append([])
+            left = 2
+        rows[-1].append((left, colour, name))
+        left += size
+    return rows
 
 
 def plot_losses(curves: Path, path: Path, *, title: str) -> Path:

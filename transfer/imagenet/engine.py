@@ -168,7 +168,15 @@ def run(
         log(output, f"stopped: {error}")
         raise
     log(output, "result: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
-    return dataclasses.replace(result, notes=[*result.notes, *resolved.notes])
+    return dataclasses.replace(result, notes=[*result.notes, *_empty_top5(resolved, result), *resolved.notes])
+
+
+def _empty_top5(resolved: Resolved, result: EngineResult) -> list[str]:
+    """Of at most five classes every answer is among the first five; the record keeps its protocol's metrics."""
+    classes = len(resolved.train.classes)
+    if classes > 5 or not any("top5" in name for name in result.metrics):
+        return []
+    return [f"Top-5 of {classes} classes is 100 whatever the weights: it says nothing here."]
 
 
 def recorded_recipe(recipe: AnyRecipe, train: LabelledImages, val: LabelledImages) -> dict[str, Any]:
@@ -388,7 +396,8 @@ def _neighbour_panel(path: Path, train: LabelledImages, val: LabelledImages, ind
             other = int(train.labels[position])
             row.append(Tile(train.path(position), train.classes[other], right=other == label))
         rows.append(row)
-    return write_panel(path, rows, first_apart=True)
+    legend = "left the query, then its nearest: blue frame of its class, broken orange frame of another"
+    return write_panel(path, rows, first_apart=True, legend=legend)
 
 
 def _cluster_panel(path: Path, val: LabelledImages, assignment: np.ndarray) -> Path:
@@ -402,4 +411,6 @@ def _cluster_panel(path: Path, val: LabelledImages, assignment: np.ndarray) -> P
         rows.append(
             [Tile(val.path(int(i)), val.classes[val.labels[i]], right=int(val.labels[i]) == commonest) for i in shown]
         )
-    return write_panel(path, rows)
+    return write_panel(
+        path, rows, legend="a row a cluster: blue frame its commonest class, broken orange frame another"
+    )

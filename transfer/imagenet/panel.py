@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from contracts import atomic
 from contracts.images import read_image
 
 RIGHT, WRONG, PLAIN = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's blue and vermilion
 _TEXT = "#222222"
-_SIDE, _GAP, _LINE = 72, 6, 14
+_SIDE, _GAP, _LINE, _FONT = 72, 6, 14, 11
 _MOST_BYTES = 200_000
 
 
@@ -44,11 +44,13 @@ def write_panel(
     captions = _LINE * (2 if any(tile.predicted is not None for row in rows for tile in row) else 1) + 2
     above = _LINE + _GAP if legend else _GAP
     width = max(len(row) for row in rows) * (_SIDE + _GAP) + _GAP + apart
+    if legend:  # of few images in a row it may be longer than they are
+        width = max(width, round(ImageFont.load_default(_FONT).getlength(legend)) + 2 * _GAP)
     height = len(rows) * (_SIDE + captions + _GAP) + above
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     if legend:
-        draw.text((_GAP, 2), legend, fill=_TEXT, font_size=11)
+        draw.text((_GAP, 2), legend, fill=_TEXT, font_size=_FONT)
     for number, row in enumerate(rows):
         top = above + number * (_SIDE + captions + _GAP)
         for column, tile in enumerate(row):
@@ -77,10 +79,10 @@ def _tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int, 
         draw.rectangle(box, outline=RIGHT, width=3)
     else:
         _broken_rectangle(draw, box)
-    draw.text((left, top + _SIDE + 2), _short(tile.caption), fill=_TEXT, font_size=11)
+    draw.text((left, top + _SIDE + 2), _short(tile.caption), fill=_TEXT, font_size=_FONT)
     if tile.predicted is not None:
         colour = {True: RIGHT, False: WRONG, None: _TEXT}[tile.right]
-        draw.text((left, top + _SIDE + 2 + _LINE), _short(tile.predicted), fill=colour, font_size=11)
+        draw.text((left, top + _SIDE + 2 + _LINE), _short(tile.predicted), fill=colour, font_size=_FONT)
 
 
 def _short(text: str) -> str:
