@@ -47,6 +47,7 @@ def test_copies_elsewhere_are_the_same_data(row, made: Path, tree: Path) -> None
         for file in files:
             os.utime(Path(folder, file), (0, time.time() - 1000))
         Path(folder, ".DS_Store").touch()
+    (tree / "imagenet" / "train" / ".ipynb_checkpoints").mkdir()
     found = identify_data(row, tree)
     assert found is not None
     assert found.startswith(" + ".join(row.data) + " ")

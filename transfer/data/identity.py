@@ -86,7 +86,8 @@ def _facts(name: DataSet, root: Path, protocol: Protocol) -> Iterator[Any]:
 def _imagenet_facts(root: Path, protocol: Protocol) -> Iterator[Any]:
     tree = tree_folder(root)
     for split in ("train", "val"):
-        classes = sorted(entry.name for entry in os.scandir(tree / split) if entry.is_dir())
+        entries = (entry for entry in os.scandir(tree / split) if not entry.name.startswith("."))
+        classes = sorted(entry.name for entry in entries if entry.is_dir())
         yield classes
         for label in spread(classes, LISTED):
             yield _names_and_sizes(tree / split / label, _files_in(tree / split / label))
