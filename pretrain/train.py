@@ -208,8 +208,8 @@ def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, 
 def _show_curves(output: Path, config: PretrainConfig) -> None:
     try:
         picture = draw_curves(output, classes=config.model.classes)
-    except OSError as error:  # the result is there; a picture is not worth a failed run
-        say(f"There is no picture of the curves: {error.strerror or error}.")
+    except (OSError, ImportError) as error:  # the result is there; a picture is not worth a failed run
+        say(f"There is no picture of the curves: {getattr(error, 'strerror', None) or error}.")
         return
     say(f"How it went: {picture}, and step by step `tensorboard --logdir {output / 'tensorboard'}`.")
 

@@ -34,6 +34,7 @@ def test_what_is_saved_reads_back(tmp_path: Path) -> None:
     assert found[0] == path
     assert found[1].position == Position(7, 1, 8)
     assert (found[1].images, found[1].world_size) == (20, 2)
+    assert (found[1].images_sha256, found[1].names_sha256, found[1].format_version) == ("x", "y", 1)
     assert differing(checkpoint.load(path, device=torch.device("cpu")), STATE) == []
     assert said == []
 
@@ -51,6 +52,19 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 
 def test_an_empty_folder_has_none(tmp_path: Path) -> None:
     assert checkpoint.newest_valid(tmp_path, say=print) is None
+    assert Position() == Position(steps=0, epoch=0, samples=0)
+
+
+def test_a_state_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
+    before, newest = save(tmp_path, 1), save(tmp_path, 2)
+    newest.unlink()
+    said: list[str] = []
+    found = checkpoint.newest_valid(tmp_path, say=said.append)
+    assert found is not None
+    assert found[0] == before
+    assert said == [f"Checkpoint {newest} is not valid (the file is gone); falling back to the one before it."]
+    save(tmp_path, 3, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003.json", "step_00000003.pt"]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -89,12 +103,14 @@ def test_a_damaged_manifest_counts_as_damage(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="None of the 2 checkpoint"):
         checkpoint.newest_valid(tmp_path, say=said.append)
     assert "format 99" in said[-1]
+    assert "falling back" not in said[-1]
 
 
 def test_a_state_without_manifest_is_an_unfinished_write(tmp_path: Path) -> None:
     whole, unfinished = save(tmp_path, 1), save(tmp_path, 2)
     unfinished.with_suffix(".json").unlink()
-    (tmp_path / ".step_00000003.pt.abc.pt").write_bytes(b"half")
+    for name in (".step_00000003.pt.abc.pt", ".step_00000003.json.abc.json"):
+        (tmp_path / name).write_bytes(b"half")
     found = checkpoint.newest_valid(tmp_path, say=print)
     assert found is not None
     assert found[0] == whole

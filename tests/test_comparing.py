@@ -181,6 +181,33 @@ def test_the_published_numbers_alone(capsys: pytest.CaptureFixture[str]) -> None
             twist("compare", "--published-only", *wrong)
 
 
+def test_several_paths_make_one_table_and_a_lone_study_is_found_in_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_record(make_record(), tmp_path / "one" / "study")
+    write_record(make_record("byol"), tmp_path / "two")
+    twist("compare", tmp_path / "one" / "study", tmp_path / "two")
+    both = capsys.readouterr().out
+    assert "TWIST" in both
+    assert "BYOL" in both
+    twist("compare", tmp_path / "one")
+    alone = capsys.readouterr().out
+    assert "TWIST" in alone
+    assert "━━" not in alone
+
+
+def test_records_of_two_recipes_meet_only_when_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, method in enumerate(("twist", "byol")):
+        write_record(make_record(method, recipe={"lr": number}), tmp_path)
+    assert not Choice().allow_mixed
+    with pytest.raises(UserError, match="pass --allow-mixed"):
+        twist("compare", tmp_path)
+    twist("compare", tmp_path, "--allow-mixed")
+    assert "lr = 1" in capsys.readouterr().out
+
+
 def test_one_table_formats_take_one_study(tmp_path: Path) -> None:
     for study in "ab":
         write_record(make_record(), tmp_path / study)

@@ -182,6 +182,16 @@ def test_epochs_and_seeds_have_other_orders() -> None:
 def test_fewer_images_than_a_batch_is_the_users_error(images: ImageSource) -> None:
     with pytest.raises(UserError, match=r"24 images, fewer than one total batch of 32 \(16 a rank on 2 ranks\).*12"):
         loader(images, batch_size=16, world_size=2)
+    sampler.require_one_batch(24, batch_size=12, world_size=2)
+
+
+def test_each_image_has_replacements_of_its_own() -> None:
+    def walk(index: int, epoch: int = 0, seed: int = 0) -> tuple[int, ...]:
+        return tuple(sampler.replacements(1000, seed=seed, epoch=epoch, index=index))
+
+    assert walk(1) == walk(1)
+    assert len({walk(1), walk(2), walk(1, epoch=1), walk(1, seed=1)}) == 4
+    assert set(walk(1)) <= set(range(1000))
 
 
 # Workers

@@ -63,6 +63,24 @@ def test_blocks_of_any_size_equal_brute_force(clouds: tuple[Tensor, Tensor, Tens
     assert 20.0 < top_percent(ranks)[0] < 95.0, "a task on which nothing can go wrong proves nothing"
 
 
+@pytest.mark.parametrize("blocks", [Blocks(2 * READ + 70, READ + 40), Blocks(READ + 1, READ + 39)])
+def test_blocks_of_more_rows_than_are_read_at_a_time_are_whole(blocks: Blocks) -> None:
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (torch.randn(rows, 6, generator=generator).double() for rows in (2 * READ + 70, READ + 40))
+    similarity, index = nearest(
+        lambda a, b: queries[a:b],
+        lambda a, b: bank[a:b],
+        query_count=len(queries),
+        bank_count=len(bank),
+        neighbours=5,
+        blocks=blocks,
+        quiet=True,
+    )
+    expected = (F.normalize(queries) @ F.normalize(bank).T).topk(5)
+    assert torch.allclose(similarity, expected.values, atol=1e-12)
+    assert torch.equal(index, expected.indices)
+
+
 def test_similarity_is_cosine_not_dot_product() -> None:
     bank = torch.tensor([[10.0, 10.0], [1.0, 0.0]])
     _, index = nearest(

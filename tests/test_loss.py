@@ -112,6 +112,24 @@ def test_teacher_gives_the_published_values_and_gradients() -> None:
     assert teacher.grad is None
 
 
+@pytest.mark.parametrize("views", [2, 4])
+@pytest.mark.parametrize("given", [{}, {"lam1": -0.6, "lam2": 1.5, "tau": 0.5}])
+def test_a_teacher_meets_every_other_view_at_one_temperature(views: int, given: dict[str, float]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(n, 5, 6, generator=generator, dtype=torch.float64) for n in (views, 2))
+    terms = teacher_loss(student, teacher, **given)
+    tau, eps = given.get("tau", 1.0), 1e-5
+    s, t = (student / tau).softmax(-1), (teacher / tau).softmax(-1)
+    log_s, log_t = (s + eps).log(), (t + eps).log()
+    pairs = [(i, j) for i in (0, 1) for j in range(views) if j != i]
+    consistency = torch.stack([(t[i] * (log_t[i] - log_s[j])).sum(-1).mean() for i, j in pairs]).mean()
+    sharpness = -(s * log_s).sum(-1).mean()
+    diversity = -(s.mean(1) * (s.mean(1) + eps).log()).sum(-1).mean()
+    total = consistency + (1 + given.get("lam1", 0.0)) * sharpness - given.get("lam2", 1.0) * diversity
+    expected = [float(term) for term in (consistency, sharpness, diversity, total)]
+    assert [float(term) for term in terms] == pytest.approx(expected, abs=1e-12)
+
+
 def test_one_collective_for_everything() -> None:
     calls = []
 
@@ -169,6 +187,11 @@ def test_closed_form_is_the_mean_over_pairs(views, rows, classes, tau, lam1, lam
     assert (ours.grad - theirs.grad).abs().max() < 1e-11
 
 
+def test_without_another_word_the_weights_are_one_and_there_is_no_temperature() -> None:
+    logits = torch.randn(3, 4, 5, dtype=torch.float64)
+    assert twist_loss(logits).total.item() == pytest.approx(pair_by_pair(logits).item(), abs=1e-11)
+
+
 def test_limits_of_the_terms() -> None:
     classes, rows = 8, 8
     one_hot = 60.0 * torch.eye(classes, dtype=torch.float64)
@@ -214,3 +237,5 @@ def test_wrong_shapes_are_refused(logits: Tensor) -> None:
         twist_loss(logits)
     with pytest.raises(ValueError, match="teacher"):
         teacher_loss(torch.randn(3, 2, 4), torch.randn(3, 2, 4))
+    with pytest.raises(ValueError, match="teacher_loss takes ≥ 2 student"):
+        teacher_loss(torch.randn(1, 2, 4), torch.randn(2, 2, 4))

@@ -46,6 +46,23 @@ def test_a_zero_norm_has_rate_one(zero: str) -> None:
     assert torch.allclose(weight, before - 0.1 * (gradient + 0.5 * before), atol=1e-7)
 
 
+def test_small_norms_have_a_rate_of_their_own() -> None:
+    weight = nn.Parameter(torch.tensor([[0.003, 0.004]]))
+    weight.grad = torch.tensor([[0.06, 0.08]])
+    LARS([weight], lr=2.0, weight_decay=10.0, eta=0.03).step()
+    # ‖w‖ = 0.005, ‖g‖ = 0.1: rate = 2 · 0.03 · 0.005 / (0.1 + 10 · 0.005) = 0.002, on g + 10 w = (0.09, 0.12).
+    assert weight.tolist()[0] == pytest.approx([0.003 - 0.00018, 0.004 - 0.00024], rel=1e-6)
+
+
+def test_a_parameter_without_a_gradient_stays_as_it_is() -> None:
+    used, unused, alone = (nn.Parameter(torch.ones(2, 2)) for _ in range(3))
+    used.grad = torch.ones(2, 2)
+    LARS([{"params": [used, unused]}, {"params": [alone]}], lr=0.1, weight_decay=0.5).step()
+    assert (unused == 1).all()
+    assert (alone == 1).all()
+    assert (used != 1).all()
+
+
 def test_memory_layout_does_not_matter() -> None:
     torch.manual_seed(0)
     shapes = [(8, 4, 3, 3), (8, 4, 1, 1), (8, 8, 3, 3)]
@@ -116,6 +133,23 @@ def test_a_parameter_under_two_rules_is_refused() -> None:
         parameter_groups(Tied(), weight_decay=0.1)
     with pytest.raises(UserError, match="no trainable parameter"):
         parameter_groups(nn.ReLU(), weight_decay=0.1)
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    groups = parameter_groups(model, weight_decay=0.1)
+    assert [[p.shape for p in group["params"]] for group in groups] == [[(2, 3)], [(2,)]]
+
+
+def test_the_configured_optimiser_has_the_configured_numbers() -> None:
+    model = nn.Linear(4, 3)
+    lars = build_optimizer(OptimConfig(name="lars", momentum=0.8, eta=0.02, weight_decay=0.3), model)
+    assert type(lars) is LARS
+    for group in lars.param_groups:
+        assert (group["momentum"], group["eta"]) == (0.8, 0.02)
+    assert lars.param_groups[0]["weight_decay"] == 0.3
+    assert type(build_optimizer(OptimConfig(name="adamw"), model)) is torch.optim.AdamW
 
 
 def test_rates_reach_the_right_groups() -> None:

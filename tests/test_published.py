@@ -144,6 +144,12 @@ def broken(change: Any) -> dict[str, Any]:
         (lambda v: v["tables"][0]["rows"][0].update(values=[1.0, 2.0]), "one value a metric"),
         (lambda v: v["tables"][0]["rows"][0].update(values=[0.755 * 1000]), "percent"),
         (lambda v: v["tables"][0]["rows"][0].update(values=["-"]), "at least one"),
+        (
+            lambda v: v["tables"][0].update(
+                metrics=["top1_percent", "top5_percent"], rows=[{"method": "twist", "values": [75.5, 925.0]}]
+            ),
+            "between 0 and 100",
+        ),
         (lambda v: v["tables"][0]["rows"][0].update(method="nobody"), "no display name for nobody"),
         (lambda v: v["tables"][0].update(read="remembered"), "remembered"),
         (lambda v: v["tables"][0].update(beside="knn"), "only foreign"),

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from made_records import make_record, runs
 
 from compare.published import load_published
 from compare.report import write_report
-from compare.report_curves import CURVE_POINTS, label_families
-from compare.report_table import legend
+from compare.report_curves import CURVE_POINTS, _points, curve_groups, identity, label_families
+from compare.report_table import legend, measured_switch, results_table, sources
 from compare.table import build_table
 from contracts import atomic
 from contracts.errors import UserError
@@ -173,6 +174,100 @@ def test_the_legend_counts_pretrainings_and_speaks_of_tests_only_where_there_are
     three = legend(build_table([*runs("random", [40.0, 41, 42]), *runs("twist", [50.0, 51, 52])], baseline="random"))
     assert "not corrected for the table’s 1 comparison<" in three
     assert "Several runs of one pretraining show the spread of the transfer alone: TWIST<" in three
+
+
+def test_a_row_draws_its_first_runs_where_their_losses_are_numbers(tmp_path: Path) -> None:
+    lines = [
+        {"step": 0, "lr": 0.5, "loss": 9.0, "total_loss": 2.0},
+        {"step": 1, "total_loss": float("nan")},
+        {"step": 2, "total_loss": True},
+        {"loss": 7.0, "total_loss": 7.0},
+        {"step": 3, "total_loss": 1},
+        {"step": 4, "lr": 0.5},
+    ]
+    found = []
+    for seed in (4, 3, 2, 1, 0):
+        record = make_record(seed=seed, curves=f"{seed}.jsonl")
+        path = write_record(record, tmp_path)
+        told = lines if seed else [{"step": 0, "lr": 0.5}]  # the first run tells no loss
+        (path.parent / f"{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+        found.append((path, record))
+    without = make_record("byol")
+    found.append((write_record(without, tmp_path), without))
+    (group,) = curve_groups(found, {identity(record): 5 for _, record in found})
+    points = [[0, 2.0], [3, 1.0]]
+    assert group == {
+        "protocol": "sample-knn",
+        "task": "classification",
+        "lines": [{"row": 5, "seed": seed, "points": points} for seed in (1, 2, 3)],
+    }
+
+
+@pytest.mark.parametrize("count", [0, 1, 240, 241, 481, 1000])
+def test_a_thinned_curve_has_even_steps_and_both_ends(count: int) -> None:
+    points = _points([{"step": step, "loss": -step} for step in range(count)], "loss")
+    assert len(points) <= CURVE_POINTS + 1
+    assert all(step == -value for step, value in points)
+    steps = [step for step, _ in points]
+    assert steps[:1] + steps[-1:] == [0, count - 1][: 2 * (count > 0)]
+    gaps = [after - before for before, after in pairwise(steps)]
+    assert len(set(gaps[:-1])) <= 1
+    assert all(0 < gap <= gaps[0] for gap in gaps)
+
+
+def test_label_curves_have_means_and_spreads_and_mixed_recipes_have_none() -> None:
+    records = [
+        *runs("twist", [50.0, 52.0], "top1_percent", protocol="semi-1pct"),
+        *runs("twist", [60.0], "top1_percent", protocol="semi-10pct"),
+    ]
+    (family,) = label_families(build_table(records))
+    assert family["lines"] == [{"row": 0, "published": False, "points": [[1, 51.0, 2**0.5], [10, 60.0, 0.0]]}]
+    other = make_record("byol", "semi-1pct", metrics={"top1_percent": 40.0}, recipe={"k": 21})
+    assert label_families(build_table([*records, other], allow_mixed=True)) == []
+
+
+def test_cells_say_what_was_measured_what_was_printed_and_the_difference() -> None:
+    values = {"random": [60.0, 61, 62], "twist": [50.0, 51, 52], "byol": [70.0, 71, 72], "moco-v2": [60.99]}
+    records = [record for method, means in values.items() for record in runs(method, means)]
+    records += runs("twist", [40.0], "nmi_percent", protocol="sample-cluster", task="clustering")
+    table = build_table(records, baseline="random")
+    cells = re.findall(r"<td.*?>(.*?)</td>", results_table(table))
+
+    def three(mean: str) -> str:
+        return f'<span class="measured">{mean}<span class="sd"> ± 1.0 (3)</span></span>'
+
+    assert cells == [
+        three("61.0"),
+        "–",
+        three("71.0") + '<span class="gap up">+10.0*</span>',
+        "–",
+        '<span class="measured">61.0<span class="sd"> (1)</span></span><span class="gap ">+0.0?</span>',
+        "–",
+        three("51.0") + '<span class="gap down">−10.0*</span>',
+        '<span class="measured">40.0<span class="sd"> (1)</span></span>',
+    ]
+    assert re.findall(r'<tr( class="baseline")? data-row="(\d)">', results_table(table)) == [
+        (' class="baseline"', "0"), ("", "1"), ("", "2"), ("", "3"),
+    ]  # fmt: skip
+    assert measured_switch(table) == ""
+    assert "– absent" in legend(table)
+    assert "published by others" not in legend(table)
+
+
+def test_printed_numbers_are_told_from_measured_ones() -> None:
+    records = runs("twist", [70.0], protocol="knn", scale="full", weights={"epochs": 300})
+    table = build_table(records, published=[row for row in load_published() if row.method in ("twist", "dino")])
+    text = results_table(table)
+    assert "<small>" in text
+    assert '<span class="tag">full · recipe' in text
+    own, others = (re.findall(rf'<th scope="col"[^>]*data-column="{n}"[^>]*>', text) for n in (0, r"[^0]\d*"))
+    assert "data-printed" not in own[0]
+    assert all("data-printed" in head for head in others)
+    assert re.search(r'data-column="0" data-value="67.5"[^>]*><span class="printed">67.5<sup>\w', text)
+    assert 'id="measured-only"' in measured_switch(table)
+    assert "published by others" in legend(table)
+    assert "<dt>k-NN top-1</dt>" in sources(table)
+    assert "– absent" not in legend(build_table(records))
 
 
 def test_a_table_without_records_is_a_page_too(tmp_path: Path) -> None:

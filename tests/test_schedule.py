@@ -70,6 +70,11 @@ def test_warmup_follows_the_published_rule(epochs: int, expected: int) -> None:
     assert warmup_epochs(config(run={"epochs": epochs, "mutual_information_epochs": epochs})) == expected
 
 
+def test_a_warmup_that_is_given_is_taken() -> None:
+    run = {"epochs": 100, "mutual_information_epochs": 100}
+    assert [warmup_epochs(config(run=run, optim={"warmup_epochs": epochs})) for epochs in (0, 2)] == [0, 2]
+
+
 def test_rates_scale_with_the_total_batch() -> None:
     assert scaled_lr(0.5, 2048) == 4.0  # 16 GPUs × 128 images, the published run
 

@@ -79,12 +79,21 @@ def test_welch_equals_scipys() -> None:
     assert got.p_value != pytest.approx(scipy.stats.ttest_ind(a, b).pvalue, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("shift", "said"), [(1.1, "not significant, p = 0.054"), (1.2, "significant, p = 0.042"), (-1.2, "significant, p")]
+)
+def test_significant_is_a_p_below_five_percent(shift: float, said: str) -> None:
+    got = difference([40.0 + shift, 40.5 + shift, 41.0 + shift], [40.0, 40.5, 41.0])
+    assert got.said.startswith(said)
+    assert got.significant is said.startswith("significant")
+
+
 @pytest.mark.parametrize("values", [([50.0], [40.0, 41.0]), ([50.0, 51.0], [40.0])])
 def test_too_few_runs_are_said_plainly(values: tuple[list[float], list[float]]) -> None:
     got = difference(*values)
     assert got.p_value is None
     assert got.significant is None
-    assert "n too small" in got.said
+    assert "n too small for a test: 1 run" in got.said
 
 
 @pytest.mark.parametrize(("value", "baseline"), [(50.0, 40.0), (90 / 7, 10.0), (0.1 + 0.2, 1 / 3)])
@@ -138,6 +147,19 @@ def test_different_recipes_are_refused_with_what_differs() -> None:
     ]
     with pytest.raises(UserError, match=r"optim.lr = 0.1\] against \[optim.lr = 0.2.*--allow-mixed"):
         build_table(records)
+
+
+def test_what_differs_is_said_in_short() -> None:
+    records = [
+        make_record(method, protocol, recipe={**dict.fromkeys("abcd", number), "e": f"{number}" * 40})
+        for protocol in ("sample-knn", "sample-linear")
+        for number, method in enumerate(("twist", "byol"))
+    ]
+    with pytest.raises(UserError, match=r"sample-knn \(and 1 more protocols\) .*\[a = 0, b = 0, c = 0, 2 more\]"):
+        build_table(records)
+    names = [make_record("twist", recipe={"e": "1" * 40}), make_record("byol", recipe={"e": "2" * 40})]
+    with pytest.raises(UserError, match=f'e = "{"1" * 30}…] against .*: they may not share'):
+        build_table(names)
 
 
 def test_different_scales_are_refused() -> None:
@@ -234,8 +256,9 @@ OURS = {"pretrain_config_hash": "c" * 64, "pretrain_seed": 0}
         OURS,
         {**OURS, "pretrain_images_sha256": "d" * 64, "branch": "backbone"},
         {"source_sha256": "e" * 64, "branch": "momentum"},
+        {"source_sha256": "e" * 64, "pretrain_config_hash": "c" * 64},
     ],
-    ids=["our run", "our run, with its images", "another's checkpoint"],
+    ids=["our run", "our run, with its images", "another's checkpoint", "our run, its seed not known"],
 )
 def test_an_artefact_that_was_written_anew_is_the_same_run(provenance: dict[str, object]) -> None:
     metrics = {"a": None, "b": OTHER}
@@ -316,6 +339,11 @@ def test_other_images_or_another_branch_are_never_pooled(other: dict[str, str]) 
     assert len({row.label for row in build_table(same_name).rows}) == 2
 
 
+def test_two_branches_of_anothers_checkpoint_are_never_pooled() -> None:
+    records = [make_record(weights={"source_sha256": "e" * 64, "branch": branch}) for branch in ("query", "momentum")]
+    assert len(build_table(records).rows) == 2
+
+
 def test_runs_on_other_data_share_no_column() -> None:
     """The same recipe on another COCO (half of it, another year's) is another measurement."""
     whole, half, older = make_record(data="coco 1"), make_record("byol", data="coco 2"), make_record("moco-v2")
@@ -335,6 +363,26 @@ def test_random_initialisations_are_repeats(weights: dict[str, str]) -> None:
     measured = build_table(records).cells[0, 0].measured
     # Equal values of several initialisations are three results, not one repeated.
     assert (measured.n, measured.pretrainings, measured.repeated) == (3, 3, False)  # type: ignore[union-attr]
+
+
+def test_one_random_file_is_one_initialisation_whatever_the_seed() -> None:
+    file = {"sha256": "r" * 64}
+    records = [make_record("random", seed=seed, metrics={KNN: 40.0 + seed}, weights=file) for seed in range(2)]
+    measured = build_table(records).cells[0, 0].measured
+    assert (measured.n, measured.pretrainings) == (2, 1)  # type: ignore[union-attr]
+    drawn = build_table([*records, make_record("random")]).cells[0, 0].measured
+    assert (drawn.n, drawn.pretrainings) == (2, 2)  # type: ignore[union-attr]
+
+
+def test_an_architecture_is_the_recipes_where_the_weights_have_none() -> None:
+    records = [
+        make_record("random", recipe={"architecture": name}, weights={"architecture": None})
+        for name in ("resnet18", "resnet50")
+    ]
+    table = build_table(records, allow_mixed=True)
+    assert [row.label for row in table.rows] == ["random init · R18", "random init · R50"]
+    unknown = [make_record("random", weights={"architecture": name}) for name in ("resnet18", None)]
+    assert [row.architecture for row in build_table(unknown).rows] == [None, "resnet18"]
 
 
 # ── What n counts ──

@@ -81,15 +81,20 @@ def test_a_run_writes_what_it_promises(images: Path, tmp_path: Path, capsys) -> 
     assert differing(tensors, teacher) != []
 
 
-def test_a_picture_that_cannot_be_written_costs_no_result(images: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), ModuleNotFoundError("No module named 'matplotlib'")], ids=repr
+)
+def test_a_picture_that_cannot_be_drawn_costs_no_result(
+    error: Exception, images: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def fails(*_, **__):
+        raise error
 
     with tiny_networks():
-        monkeypatch.setattr(train, "draw_curves", full)
+        monkeypatch.setattr(train, "draw_curves", fails)
         path = train.pretrain(tiny_config(images), output=tmp_path / "run")
     assert path.is_file()
-    assert "There is no picture of the curves: No space left on device." in capsys.readouterr().err
+    assert f"There is no picture of the curves: {error.args[-1]}." in capsys.readouterr().err
 
 
 def test_waiting_for_data_is_in_the_rows_and_in_the_progress_line(images: Path, tmp_path: Path, monkeypatch, capsys):

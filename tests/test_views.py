@@ -86,6 +86,7 @@ def test_plan_has_two_global_views_then_the_local_ones_and_a_harder_second_stage
     assert [view.scale for view in views[1:3]] == [(0.4, 1.0), (0.05, 0.4)]
     assert [view.scale for view in plan_views(ViewsConfig(), "self_label")[1:3]] == [(0.14, 1.0), (0.05, 0.14)]
     assert resolutions(plan_views(ViewsConfig(kind="moco", local_count=0))) == [(2, 224)]
+    assert resolutions(plan_views(ViewsConfig(local_count=1))) == [(2, 224), (1, 96)]
 
 
 def test_a_kind_without_local_crops_has_its_own_published_scale() -> None:
@@ -146,7 +147,7 @@ def test_every_corner_is_reached_and_equally_likely() -> None:
     assert corners == list(itertools.product(range(3), repeat=2))
 
 
-@pytest.mark.parametrize(("height", "width"), [(10, 200), (200, 10), (10, 10), (30, 40), (1, 1)])
+@pytest.mark.parametrize(("height", "width"), [(10, 200), (200, 10), (11, 200), (200, 11), (30, 40), (1, 1)])
 def test_no_fitting_try_takes_torchvisions_central_crop(height: int, width: int) -> None:
     # A scale above 1 never fits: torchvision then takes its central crop too.
     theirs = RandomResizedCrop.get_params(torch.empty(3, height, width), [50.0, 60.0], [3 / 4, 4 / 3])
@@ -235,20 +236,39 @@ def test_a_view_depends_on_seed_epoch_image_and_view_alone(
 
 def test_seed_epoch_image_and_purpose_each_change_the_numbers() -> None:
     philox = Philox()
-    base = philox.at(1, VIEW_STREAM, epoch=2, index=3).random(8)
-    assert (philox.at(1, VIEW_STREAM, epoch=2, index=3).random(8) == base).all()
+
+    def numbers(seed: int = 1, stream: int = VIEW_STREAM, *, epoch: int = 2, index: int = 3) -> np.ndarray:
+        return philox.at(seed, stream, epoch=epoch, index=index).random(8)
+
+    base = numbers()
+    assert (numbers() == base).all()
     for other in (
-        philox.at(2, VIEW_STREAM, epoch=2, index=3),
-        philox.at(1, VIEW_STREAM + 1, epoch=2, index=3),
-        philox.at(1, VIEW_STREAM, epoch=3, index=3),
-        philox.at(1, VIEW_STREAM, epoch=2, index=4),
+        numbers(2),
+        numbers(1 + 2**7),
+        numbers(1 + 2**31),
+        numbers(stream=VIEW_STREAM + 1),
+        numbers(epoch=3),
+        numbers(index=4),
     ):
-        assert not (other.random(8) == base).any()
+        assert not (other == base).any()
 
 
 def test_the_stream_is_numpys_philox() -> None:
     fresh = np.random.Generator(np.random.Philox(key=[5, VIEW_STREAM], counter=[0, 11, 7, 0]))
     assert (Philox().at(5, VIEW_STREAM, epoch=7, index=11).random(100) == fresh.random(100)).all()
+
+
+def test_a_seed_means_the_same_views_in_every_version() -> None:
+    draw = ViewSampler(plan_views(ViewsConfig(local_count=1))).draw(7, epoch=3, indices=np.array([5, 11]))
+    first, second = (draw.place(row, height=375, width=500) for row in (0, 1))
+    assert first["box"].tolist() == [[41, 72, 330, 383], [36, 42, 281, 317], [109, 167, 221, 242]]
+    assert first["flip"].tolist() == [True, True, False]
+    assert first["order"].tolist() == [[2, 3, 0, 1], [1, 2, 3, 0], [2, 3, 1, 0]]
+    assert first["factors"][0].tolist() == pytest.approx([0.8822878, 0.66339546, 1.1131651, 0.048788443])
+    assert first["sigma"].tolist() == pytest.approx([1.006911, 0, 1.5330656])
+    assert second["box"].tolist() == [[84, 8, 280, 335], [2, 11, 284, 322], [98, 36, 169, 146]]
+    assert second["grey"].tolist() == [True, False, False]
+    assert second["order"][1].tolist() == [NO_OPERATION] * 4
 
 
 @pytest.mark.parametrize(("box", "size"), [((10, 20, 90, 120), 64), ((0, 0, 120, 160), 96), ((30, 40, 25, 31), 48)])
