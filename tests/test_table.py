@@ -155,7 +155,7 @@ def test_what_differs_is_said_in_short() -> None:
         for protocol in ("sample-knn", "sample-linear")
         for number, method in enumerate(("twist", "byol"))
     ]
-    with pytest.raises(UserError, match=r"sample-knn \(and 1 more protocols\) .*\[a = 0, b = 0, c = 0, 2 more\]"):
+    with pytest.raises(UserError, match=r"sample-knn \(and 1 more protocol\) .*\[a = 0, b = 0, c = 0, 2 more\]"):
         build_table(records)
     names = [make_record("twist", recipe={"e": "1" * 40}), make_record("byol", recipe={"e": "2" * 40})]
     with pytest.raises(UserError, match=f'e = "{"1" * 30}…] against .*: they may not share'):
