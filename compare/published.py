@@ -89,6 +89,7 @@ class _SourceTable(Config):
 
 class _Collection(Config):
     names: dict[str, Text]
+    titles: dict[str, Text]
     tables: tuple[_SourceTable, ...]
 
     @model_validator(mode="after")
@@ -96,6 +97,9 @@ class _Collection(Config):
         unnamed = sorted({row.method for table in self.tables for row in table.rows} - self.names.keys())
         if unnamed:
             raise ValueError(f"no display name for {', '.join(unnamed)}: add it to [names]")
+        foreign = {table.protocol for table in self.tables if table.protocol.startswith(FOREIGN)}
+        if odd := sorted(foreign ^ self.titles.keys()):
+            raise ValueError(f"[titles] has one for each foreign protocol and no other: see {', '.join(odd)}")
         return self
 
 
@@ -117,6 +121,21 @@ def load_published() -> list[PublishedRow]:
 def display_name(method: str) -> str:
     """`moco-v2` → `MoCo v2`; a method that the collection does not know keeps the name its record gives it."""
     return _collection().names.get(method, method)
+
+
+def protocol_title(protocol: str) -> str:
+    """What a table calls a protocol: ours by their names, foreign ones by a title that says what they are."""
+    return _collection().titles.get(protocol, protocol)
+
+
+def home_of(protocol: str) -> str:
+    """The protocol of ours that a foreign one stands beside; any other is its own home."""
+    return _homes().get(protocol) or protocol
+
+
+@cache
+def _homes() -> dict[str, str | None]:
+    return {table.protocol: table.beside for table in _collection().tables}
 
 
 def select(rows: Iterable[PublishedRow], protocols: Iterable[str]) -> list[PublishedRow]:

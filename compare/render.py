@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from compare.comparison import Comparison
+from compare.latex import latex
+from compare.published import protocol_title
 from compare.table import PUBLISHED, Cell, Measured, Published, Table
-from compare.text import latex, markdown, plain
+from compare.text import markdown, plain
 from contracts.errors import UsageError, did_you_mean
 
 # A suffix that is not here says nothing of what is in the file.
@@ -78,6 +80,7 @@ def as_json(table: Table) -> dict[str, Any]:
         "columns": [
             {
                 "protocol": column.protocol,
+                "title": protocol_title(column.protocol),
                 "metric": column.metric,
                 "label": column.definition.label,
                 "unit": column.definition.unit,

@@ -1,4 +1,5 @@
-// The page's behaviour: sort, filter by task, provenance of a cell, charts drawn as SVG. No library, no network.
+// The page's behaviour: filter by task and protocol, sort, provenance of a cell. No library, no network; the charts are
+// in report_charts.js.
 "use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -62,6 +63,7 @@ showTheme();
 const table = $("table.results");
 const everyMetric = $("#every-metric");
 const measuredOnly = $("#measured-only");
+const protocols = $("#protocol");
 let task = "all";
 
 // Of the heads, and of the cells, one each is where Tab stops.
@@ -70,13 +72,22 @@ function stopAt(wanted) {
   for (const other of $$(kind, table)) other.tabIndex = other === wanted ? 0 : -1;
 }
 
-function filter(wanted) {
+// `home` is one of our protocols, with the foreign ones beside it, or "" for all of them.
+function filter(wanted, home = protocols?.value ?? "") {
   task = wanted;
+  if (protocols) {
+    protocols.value = home;
+    for (const group of $$("optgroup", protocols)) group.hidden = task !== "all" && group.dataset.task !== task;
+  }
   for (const chip of $$(".chips button")) chip.setAttribute("aria-pressed", String(chip.dataset.task === task));
   for (const marked of $$("[data-of-task]")) {
     const folded = ("minor" in marked.dataset && !everyMetric.checked) || ("printed" in marked.dataset && measuredOnly?.checked);
-    marked.hidden = folded || (task !== "all" && marked.dataset.ofTask !== task);
+    const elsewhere = home && "ofHome" in marked.dataset && marked.dataset.ofHome !== home;
+    marked.hidden = folded || elsewhere || (task !== "all" && marked.dataset.ofTask !== task);
   }
+  // A column goes with its head.
+  const gone = new Set($$("thead th[data-column]", table).filter((head) => head.hidden).map((head) => head.dataset.column));
+  for (const cell of $$("tbody td", table)) cell.hidden = gone.has(cell.dataset.column);
   for (const row of $$("tbody tr", table)) {
     const kind = measuredOnly?.checked ? ".measured" : ".measured, .printed";
     row.hidden = !$$("td", row).some((cell) => !cell.hidden && $(kind, cell));
@@ -89,8 +100,22 @@ function filter(wanted) {
   stopAt(places()[0]);
   stopAt(heads()[0]);
   draw();
+  tellMore();
 }
-for (const chip of $$(".chips button")) chip.addEventListener("click", () => filter(chip.dataset.task));
+for (const chip of $$(".chips button")) chip.addEventListener("click", () => filter(chip.dataset.task, ""));
+protocols?.addEventListener("change", () => {
+  const group = protocols.selectedOptions[0].closest("optgroup");
+  filter(group ? group.dataset.task : task, protocols.value);
+});
+
+// A table that is wider than its window fades out where it goes on, and says that it scrolls.
+const scroller = $(".scroll");
+function tellMore() {
+  const beyond = scroller.scrollWidth - scroller.clientWidth;
+  scroller.parentElement.classList.toggle("goes-on", beyond - scroller.scrollLeft > 2);
+  $("#wider").hidden = beyond <= 2;
+}
+scroller.addEventListener("scroll", tellMore, { passive: true });
 
 // ── Sort ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -144,7 +169,7 @@ function facts(pairs) {
   const list = element("dl");
   for (const [name, value] of pairs) {
     if (value === null || value === undefined || value === "") continue;
-    list.append(element("dt", {}, name), element("dd", {}, String(value)));
+    list.append(element("dt", {}, name), element("dd", name === "run on" ? { class: "date" } : {}, String(value)));
   }
   return list;
 }
@@ -152,6 +177,7 @@ function facts(pairs) {
 function describe(cell) {
   const column = data.columns[cell.column];
   const parts = [facts([
+    ["protocol", column.title === column.protocol ? "" : column.protocol],
     ["metric", column.definition],
     ["scale", column.scale === "published" ? "" : column.scale],
     ["recipe", column.recipe_hash?.slice(0, 12)],
@@ -206,7 +232,7 @@ function showProvenance(place) {
   shown = place;
   place.setAttribute("aria-expanded", "true");
   const column = data.columns[cell.column];
-  $("h3", panel).textContent = `${data.rows[cell.row].label} · ${column.protocol} · ${column.label}`;
+  $("h3", panel).textContent = `${data.rows[cell.row].label} · ${column.title} · ${column.label}`;
   $(".body", panel).replaceChildren(...describe(cell));
   $(".body", panel).scrollTop = 0;
   panel.hidden = false;
@@ -299,166 +325,6 @@ document.addEventListener("click", (event) => {
 });
 $(".close", panel).addEventListener("click", closeProvenance);
 
-// ── Charts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-function ticks(low, high, wanted) {
-  const rough = (high - low) / wanted || 1;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
-  const made = [];
-  for (let tick = Math.ceil(low / step - 1e-9) * step; tick <= high + step * 1e-9; tick += step) made.push(Number(tick.toPrecision(12)));
-  return made;
-}
-
-const short = (number) => {
-  const size = Math.abs(number);
-  if (size >= 10000) return `${Number((number / 1000).toPrecision(3))}k`;
-  return size !== 0 && size < 0.001 ? number.toExponential(0) : String(Number(number.toPrecision(4)));
-};
-
-function canvas(host, height, label) {
-  const width = host.clientWidth;
-  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": label });
-  host.replaceChildren(svg);
-  return [svg, width];
-}
-
-// One metric: a dot and its error bar for every row, the runs as faint dots, published values as open diamonds.
-function dotPlot(host, columnIndex) {
-  const column = data.columns[columnIndex];
-  const lines = data.rows.map((_, row) => cells.get(`${row},${columnIndex}`)).filter(Boolean);
-  const numbers = lines.flatMap((cell) => [
-    ...(cell.measured ? [...cell.measured.values, cell.measured.mean - (cell.measured.sd ?? 0), cell.measured.mean + (cell.measured.sd ?? 0)] : []),
-    ...cell.published.map((value) => value.value),
-  ]);
-  let [low, high] = [Math.min(...numbers), Math.max(...numbers)];
-  const pad = Math.max((high - low) * 0.08, 0.25);
-  [low, high] = [low - pad, high + pad];
-  const pitch = 25;
-  const height = lines.length * pitch + 30;
-  const summary = lines.filter((cell) => cell.measured).map((cell) => `${data.rows[cell.row].label} ${cell.measured.mean.toFixed(1)}`).join(", ");
-  const [svg, width] = canvas(host, height, `${column.protocol}, ${column.label}: ${summary}`);
-  const names = Math.min(190, width * 0.44);
-  const x = (value) => names + ((value - low) / (high - low)) * (width - names - 12);
-  for (const tick of ticks(low, high, 4)) {
-    svg.append(shape("line", { class: "grid-line", x1: x(tick), x2: x(tick), y1: 0, y2: height - 24 }));
-    svg.append(shape("text", { x: x(tick), y: height - 8, "text-anchor": "middle" }, short(tick)));
-  }
-  const base = data.baseline === null ? null : cells.get(`${data.baseline},${columnIndex}`)?.measured;
-  if (base) svg.append(shape("line", { class: "baseline-line", x1: x(base.mean), x2: x(base.mean), y1: 0, y2: height - 24 }));
-  lines.forEach((cell, index) => {
-    const y = index * pitch + 14;
-    const { colour } = look(cell.row);
-    const label = data.rows[cell.row].label;
-    const room = Math.floor(names / 6.6);
-    const name = shape("text", { class: "name", x: 0, y: y + 4 }, label.length > room ? `${label.slice(0, room - 1)}…` : label);
-    name.append(shape("title", {}, label));
-    svg.append(name);
-    if (cell.measured) {
-      const m = cell.measured;
-      for (const value of m.values) svg.append(shape("circle", { cx: x(value), cy: y, r: 2.6, fill: colour, opacity: 0.35 }));
-      if (m.sd !== null) svg.append(shape("line", { x1: x(m.mean - m.sd), x2: x(m.mean + m.sd), y1: y, y2: y, stroke: colour, "stroke-width": 2 }));
-      const dot = shape("circle", { cx: x(m.mean), cy: y, r: 5, fill: colour });
-      dot.append(shape("title", {}, `${label}: ${m.mean.toFixed(2)}${m.sd === null ? "" : ` ± ${m.sd.toFixed(2)}`} (${m.n})`));
-      svg.append(dot);
-    }
-    for (const value of cell.published) {
-      const [cx, cy] = [x(value.value), y];
-      const mark = shape("path", { d: `M${cx} ${cy - 5}l5 5l-5 5l-5 -5z`, fill: "var(--paper)", stroke: "var(--published)", "stroke-width": 1.6 });
-      mark.append(shape("title", {}, `${label}, published: ${value.value} (${data.sources[value.source].text})`));
-      svg.append(mark);
-    }
-  });
-}
-
-// Lines over a common axis: series = [{points: [[x, y, sd?], …], colour, dash, name, open}].
-function linePlot(host, series, { xLabel = "", yLabel = "", logX = false, xTicks = null, marks = [], dots = false, label = "" }) {
-  const all = series.flatMap((one) => one.points);
-  if (!all.length) return;
-  const height = 210;
-  const [svg, width] = canvas(host, height, label);
-  const [left, right, top, bottom] = [44, 10, 10, 36];
-  const xs = all.map((point) => point[0]);
-  const ys = all.flatMap((point) => [point[1] - (point[2] ?? 0), point[1] + (point[2] ?? 0)]);
-  const scale = logX ? Math.log10 : (value) => value;
-  const [x0, x1] = [scale(Math.min(...xs)), scale(Math.max(...xs))];
-  let [y0, y1] = [Math.min(...ys), Math.max(...ys)];
-  const pad = (y1 - y0) * 0.06 || Math.abs(y1) * 0.05 || 1;
-  [y0, y1] = [y0 - pad, y1 + pad];
-  const inset = dots ? 14 : 0;
-  const x = (value) => left + inset + ((scale(value) - x0) / (x1 - x0 || 1)) * (width - left - right - 2 * inset);
-  const y = (value) => top + (1 - (value - y0) / (y1 - y0)) * (height - top - bottom);
-  for (const tick of ticks(y0, y1, 4)) {
-    svg.append(shape("line", { class: "grid-line", x1: left, x2: width - right, y1: y(tick), y2: y(tick) }));
-    svg.append(shape("text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, short(tick)));
-  }
-  const under = xTicks ?? ticks(x0, x1, Math.max(2, Math.floor(width / 110))).map((tick) => [tick, short(tick)]);
-  for (const [value, text] of under) svg.append(shape("text", { x: x(value), y: height - bottom + 16, "text-anchor": "middle" }, text));
-  svg.append(shape("line", { class: "axis", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom }));
-  svg.append(shape("text", { x: (left + width - right) / 2, y: height - 3, "text-anchor": "middle" }, xLabel));
-  for (const [value, text] of marks) {
-    svg.append(shape("line", { class: "baseline-line", x1: x(value), x2: x(value), y1: top, y2: height - bottom }));
-    const late = x(value) > width * 0.6;
-    svg.append(shape("text", { x: x(value) + (late ? -5 : 5), y: height - bottom - 6, "text-anchor": late ? "end" : "start" }, text));
-  }
-  for (const one of series) {
-    const path = one.points.map(([px, py], index) => `${index ? "L" : "M"}${x(px).toFixed(1)} ${y(py).toFixed(1)}`).join("");
-    const line = shape("path", { d: path, fill: "none", stroke: one.colour, "stroke-width": 1.7, "stroke-dasharray": one.dash ?? "", opacity: one.faint ? 0.55 : 1, "stroke-linejoin": "round" });
-    line.append(shape("title", {}, one.name));
-    svg.append(line);
-    if (!dots) continue;
-    for (const [px, py, sd] of one.points) {
-      if (sd) svg.append(shape("line", { x1: x(px), x2: x(px), y1: y(py - sd), y2: y(py + sd), stroke: one.colour, "stroke-width": 2 }));
-      const dot = shape("circle", { cx: x(px), cy: y(py), r: 4, fill: one.open ? "var(--paper)" : one.colour, stroke: one.colour, "stroke-width": 1.6 });
-      dot.append(shape("title", {}, `${one.name}: ${py.toFixed(2)}${sd ? ` ± ${sd.toFixed(2)}` : ""}`));
-      svg.append(dot);
-    }
-  }
-  if (yLabel) svg.append(shape("text", { x: 0, y: top - 1 }, yLabel));
-}
-
-function keys(list, entries) {
-  list.replaceChildren(...entries.map(({ name, colour, dash }) => {
-    const swatch = shape("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" });
-    swatch.append(shape("line", { x1: 0, x2: 26, y1: 5, y2: 5, stroke: colour, "stroke-width": 2.4, "stroke-dasharray": dash ?? "" }));
-    return element("li", {}, swatch, name);
-  }));
-}
-
-const rowKey = (row) => ({ name: data.rows[row].label, ...look(row) });
-const runColours = ["var(--c0)", "var(--c1)", "var(--c2)", "var(--c3)", "var(--c4)", "var(--c5)"];
-const runKey = (index) => ({ name: data.pretrain[index].name, colour: runColours[index % runColours.length], dash: DASHES[Math.floor(index / runColours.length) % DASHES.length] });
-
-function draw() {
-  for (const host of $$(".chart:not([hidden]) .plot")) {
-    if (!host.clientWidth) continue;
-    const { kind, index } = host.dataset;
-    if (kind === "dots") dotPlot(host, Number(index));
-    if (kind === "labels") {
-      const family = data.labels[index];
-      const shares = [...new Set(family.lines.flatMap((line) => line.points.map((point) => point[0])))].sort((a, b) => a - b);
-      linePlot(host, family.lines.map((line) => ({ ...rowKey(line.row), points: line.points, open: line.published })),
-        { logX: true, dots: true, xLabel: "share of labels", xTicks: shares.map((share) => [share, `${share} %`]), label: family.title });
-    }
-    if (kind === "curves") {
-      const group = data.curves[index];
-      linePlot(host, group.lines.map((line) => ({ ...rowKey(line.row), name: `${data.rows[line.row].label}, seed ${line.seed}`, points: line.points, faint: true })),
-        { xLabel: "step", label: `Training loss, ${group.protocol}` });
-    }
-    if (kind === "pretrain") {
-      linePlot(host, data.pretrain.map((run, number) => ({ ...runKey(number), points: run.series[index] ?? [] })).filter((one) => one.points.length),
-        { xLabel: "step", label: index, marks: data.pretrain.length === 1 ? data.pretrain[0].stages : [] });
-    }
-  }
-}
-
-for (const list of $$(".keys")) {
-  if (list.dataset.kind === "pretrain") keys(list, data.pretrain.map((_, index) => runKey(index)));
-  else keys(list, JSON.parse(list.dataset.rows).map(rowKey));
-}
-
-for (const box of [everyMetric, measuredOnly]) box?.addEventListener("change", () => filter(task));
-
 // ── Pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 const dialog = $("#picture");
@@ -471,13 +337,3 @@ for (const button of $$(".pictures button")) {
   });
 }
 dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
-
-let drawnWidth = 0;
-new ResizeObserver(([entry]) => {
-  // Drawing changes the height; only another width asks for another drawing.
-  if (entry.contentRect.width === drawnWidth) return;
-  drawnWidth = entry.contentRect.width;
-  draw();
-}).observe($("main"));
-addEventListener("resize", () => { if (shown) putBeside(shown); });
-filter("all");

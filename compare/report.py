@@ -1,6 +1,6 @@
 """The comparison as one self-contained HTML page: table, charts, curves, pictures, and where each number comes from.
 
-Python writes the table and the data, `report.js` makes them live; nothing is fetched from anywhere. Everything that
+Python writes the table and the data, the scripts make them live; nothing is fetched from anywhere. Everything that
 comes from a record or a file is escaped on its way into the page.
 """
 
@@ -18,9 +18,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from compare.published import protocol_title
 from compare.render import as_json
 from compare.report_curves import (
     CURVE_RUNS,
+    FROM_ZERO,
     PRETRAIN_KEYS,
     beside,
     curve_groups,
@@ -30,12 +32,15 @@ from compare.report_curves import (
 )
 from compare.report_table import (
     count,
+    filter_marks,
     legend,
     measured_columns,
     measured_switch,
+    protocol_choice,
     protocol_group,
     results_table,
     sources,
+    task_name,
 )
 from compare.table import TASKS, Table
 from contracts import atomic
@@ -94,6 +99,7 @@ def write_report(
             "title": html.escape(title),
             "lede": _lede(table, records_with_paths),
             "chips": _chips(table),
+            "choice": protocol_choice(table),
             "how": _how(table),
             "switch": measured_switch(table),
             "table": results_table(table),
@@ -101,7 +107,7 @@ def write_report(
             "sections": "\n".join(filter(None, sections)),
             "sources": sources(table),
             "style": _resource("report.css"),
-            "script": _resource("report.js"),
+            "script": _resource("report.js") + _resource("report_charts.js"),
             # "<" would end the script element early.
             "data": json.dumps(values, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
         },
@@ -131,7 +137,7 @@ def _resource(name: str) -> str:
 
 
 def _lede(table: Table, records: Sequence[tuple[Path, RunRecord]]) -> str:
-    day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    day = f'<span class="date">{datetime.datetime.now(datetime.UTC).date().isoformat()}</span>'
     if not records:
         return f"{len(table.rows)} published rows, each with its source. Written {day}."
     methods = len({record.method for _, record in records})
@@ -145,7 +151,7 @@ def _lede(table: Table, records: Sequence[tuple[Path, RunRecord]]) -> str:
 
 def _chips(table: Table) -> str:
     tasks = [task for task in TASKS if any(column.task == task for column in table.columns)]
-    chips = [("all", "All"), *((task, task.replace("-", " ").capitalize()) for task in tasks)]
+    chips = [("all", "All"), *((task, task_name(task)) for task in tasks)]
     return "".join(
         f'<button type="button" data-task="{task}" aria-pressed="{str(task == "all").lower()}">{name}</button>'
         for task, name in (chips if len(tasks) > 1 else chips[:1])
@@ -161,11 +167,13 @@ def _how(table: Table) -> str:
     return text
 
 
-# ── Charts: places for them, drawn by report.js ───────────────────────────────────────────────────────────────────────
+# ── Charts: places for them, drawn by report_charts.js ────────────────────────────────────────────────────────────────
 
 
-def _chart(title: str, subtitle: str, kind: str, index: int | str, *, task: str = "", minor: bool = False) -> str:
-    marked = f' data-of-task="{task}"' if task else ""
+def _chart(
+    title: str, subtitle: str, kind: str, index: int | str, *, task: str = "", marks: str = "", minor: bool = False
+) -> str:
+    marked = f' data-of-task="{task}"' if task else marks
     folded = " data-minor hidden" if minor else ""
     small = f"<small>{html.escape(subtitle)}</small>" if subtitle else ""
     return (
@@ -190,14 +198,14 @@ def _dots_section(table: Table) -> str:
     measured = measured_columns(table)
     for _, group in groupby(enumerate(table.columns), key=lambda pair: protocol_group(pair[1])):
         for place, (index, column) in enumerate(group):
-            subtitle = column.protocol + (f" · mixed: {column.mixed}" if column.mixed else "")
+            subtitle = protocol_title(column.protocol) + (f" · mixed: {column.mixed}" if column.mixed else "")
             charts.append(
                 _chart(
                     column.definition.label,
                     subtitle,
                     "dots",
                     index,
-                    task=column.task,
+                    marks=filter_marks(column),
                     minor=place > 0 or bool(measured and index not in measured),
                 )
             )
@@ -237,7 +245,12 @@ def _pretrain_section(runs: list[dict[str, Any]]) -> str:
     present = [key for key in PRETRAIN_KEYS if any(key in run["series"] for run in runs)]
     if not present:
         return ""
-    charts = "".join(_chart(key.replace("_", " "), PRETRAIN_KEYS[key], "pretrain", key) for key in present)
+    charts = "".join(
+        _chart(
+            key.replace("_", " "), PRETRAIN_KEYS[key], "pretrain", key, marks=" data-zero" if key in FROM_ZERO else ""
+        )
+        for key in present
+    )
     keys = '<ul class="keys" data-kind="pretrain"></ul>'
     return _section("pretraining", "Pretraining", "", f'{keys}<div class="grid">{charts}</div>')
 

@@ -18,20 +18,23 @@ from contracts.record import RunRecord
 CURVE_POINTS = 240
 # Runs whose curves are drawn for one row and protocol.
 CURVE_RUNS = 3
-# Keys of a pretraining run's metrics.jsonl in the order of the page, each with what a reader wants to know.
+# Keys of a pretraining run's metrics.jsonl in the order of the page, each with what its curve does in a healthy run. At
+# first the loss pays for sharpness with consistency; diversity begins at its largest and is to stay there.
 PRETRAIN_KEYS = {
-    "total": "the loss that is minimised",
-    "consistency": "how far apart the views' distributions are: to fall",
-    "sharpness": "entropy of an image's distribution: to fall",
-    "diversity": "entropy of the batch's mean distribution: to rise",
-    "mean_entropy": "of the batch's mean distribution, nats",
-    "row_entropy": "of an image's distribution, nats",
-    "agreement": "share of images whose two views agree on the class",
-    "classes_used": "of the head's K",
+    "total": "the loss that is minimised: falls",
+    "consistency": "how far apart the views' distributions are: grows while they sharpen, then settles or falls",
+    "sharpness": "entropy of an image's distribution: falls",
+    "diversity": "entropy of the batch's mean distribution: stays near ln K; towards 0 is collapse",
+    "mean_entropy": "of the batch's mean distribution, nats: stays near ln K",
+    "row_entropy": "of an image's distribution, nats: falls",
+    "agreement": "share of images whose two views agree on the class: rises",
+    "classes_used": "of the head's K: few is collapse",
     "knn_top1_percent": "k-NN top-1 during pretraining, percent",
     "nmi_percent": "NMI during pretraining, percent",
     "lr": "learning rate",
 }
+# Drawn from zero: what these say lies in their height, and a hundredth of it is no fall.
+FROM_ZERO = ("diversity", "mean_entropy", "classes_used")
 LABEL_SHARES = {"semi-1pct": 1, "semi-10pct": 10, "finetune-100pct": 100}
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import html
 from itertools import groupby
 
+from compare.blocks import footnote_mark, printed_values, repeats_notes
+from compare.published import home_of, protocol_title
 from compare.statistics import SIGNIFICANT
 from compare.table import PUBLISHED, Cell, Column, Table
-from compare.text import footnote_mark, printed_values, repeats_notes
+
+# From here on a list of protocols is worth its place on the page.
+MANY_PROTOCOLS = 8
 
 
 def results_table(table: Table) -> str:
@@ -17,15 +21,18 @@ def results_table(table: Table) -> str:
     ]
     starts = {group[0][0] for _, group in groups}
     measured = measured_columns(table)
-    marked = ["" if index in measured else " data-printed" for index in range(len(table.columns))]
+    marked = [
+        filter_marks(column) + ("" if index in measured else " data-printed")
+        for index, column in enumerate(table.columns)
+    ]
     top = "".join(
-        f'<th colspan="{len(group)}" scope="colgroup" data-of-task="{group[0][1].task}"{marked[group[0][0]]}>'
-        f"{html.escape(group[0][1].protocol)}{_column_tag(group[0][1])}</th>"
+        f'<th colspan="{len(group)}" scope="colgroup"{marked[group[0][0]]}>'
+        f"{html.escape(protocol_title(group[0][1].protocol))}{_column_tag(group[0][1])}</th>"
         for _, group in groups
     )
     second = "".join(
         f'<th scope="col" class="{"first" if index in starts else ""}" data-column="{index}" '
-        f'data-of-task="{column.task}"{marked[index]} aria-sort="none" '
+        f'{marked[index]} aria-sort="none" '
         f'title="{html.escape(column.definition.definition)}">'
         f'<button type="button">{html.escape(column.definition.label)}</button></th>'
         for index, column in enumerate(table.columns)
@@ -34,8 +41,8 @@ def results_table(table: Table) -> str:
     body = []
     for row, named in enumerate(table.rows):
         cells = "".join(
-            _table_cell(table.cells.get((row, index)), row, index, column, index in starts, marks, marked[index])
-            for index, column in enumerate(table.columns)
+            _table_cell(table.cells.get((row, index)), row, index, index in starts, marks)
+            for index in range(len(table.columns))
         )
         name, *rest = named.label.split(" · ")
         small = f"<small>{html.escape(' · '.join(rest))}</small>" if rest else ""
@@ -47,9 +54,38 @@ def results_table(table: Table) -> str:
     )
     head = f"<tr>{corner}{top}</tr><tr>{second}</tr>"
     return (
-        '<div class="scroll" role="region" aria-labelledby="table-title"><table class="results" role="grid">'
-        f"<thead>{head}</thead><tbody>{''.join(body)}</tbody></table></div>"
+        '<p id="wider" hidden>The table scrolls sideways →</p>'
+        '<div class="scroller"><div class="scroll" role="region" aria-labelledby="table-title">'
+        f'<table class="results" role="grid"><thead>{head}</thead><tbody>{"".join(body)}</tbody></table></div></div>'
     )
+
+
+def filter_marks(column: Column) -> str:
+    """What the page's filters look at: a column's task, and the protocol of ours that it is of or beside."""
+    return f' data-of-task="{column.task}" data-of-home="{html.escape(home_of(column.protocol))}"'
+
+
+def protocol_choice(table: Table) -> str:
+    """A list of the protocols to show one of; nothing for a table that has few of them."""
+    homes: dict[str, dict[str, None]] = {}
+    for column in table.columns:
+        homes.setdefault(column.task, {})[home_of(column.protocol)] = None
+    if sum(map(len, homes.values())) < MANY_PROTOCOLS:
+        return ""
+    groups = "".join(
+        f'<optgroup data-task="{task}" label="{task_name(task)}">'
+        + "".join(f'<option value="{html.escape(home)}">{html.escape(protocol_title(home))}</option>' for home in names)
+        + "</optgroup>"
+        for task, names in homes.items()
+    )
+    return (
+        '<div class="choice"><label for="protocol">protocol</label> '
+        f'<select id="protocol"><option value="">every one</option>{groups}</select></div>'
+    )
+
+
+def task_name(task: str) -> str:
+    return task.replace("-", " ").capitalize()
 
 
 def measured_switch(table: Table) -> str:
@@ -78,12 +114,10 @@ def _column_tag(column: Column) -> str:
     return f'<span class="tag">{column.scale} · recipe {str(column.recipe_hash)[:8]}</span>'
 
 
-def _table_cell(
-    cell: Cell | None, row: int, index: int, column: Column, first: bool, marks: dict[int, str], marked: str
-) -> str:
+def _table_cell(cell: Cell | None, row: int, index: int, first: bool, marks: dict[int, str]) -> str:
     kind = "first" if first else ""
     if cell is None:
-        return f'<td class="{kind} absent" data-column="{index}" data-of-task="{column.task}"{marked}>–</td>'
+        return f'<td class="{kind} absent" data-column="{index}">–</td>'
     parts = []
     if cell.measured:
         sd = "" if cell.measured.sd is None else f" ± {cell.measured.sd:.1f}"
@@ -101,7 +135,7 @@ def _table_cell(
     value = cell.measured.mean if cell.measured else cell.published[0].value
     return (
         f'<td class="{kind}" tabindex="-1" role="gridcell" aria-expanded="false" data-row="{row}" '
-        f'data-column="{index}" data-value="{value}" data-of-task="{column.task}"{marked}>{"".join(parts)}</td>'
+        f'data-column="{index}" data-value="{value}">{"".join(parts)}</td>'
     )
 
 

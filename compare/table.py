@@ -17,7 +17,7 @@ from compare.asked_metrics import check_known, metrics_in
 from compare.duplicates import left_out
 from compare.mixtures import conditions_of, mixed_sentence, mixtures
 from compare.pretrainings import architecture_of, pretraining, variant_names, weights_key
-from compare.published import PublishedRow, display_name, select
+from compare.published import FOREIGN, PublishedRow, display_name, select
 from compare.statistics import Difference, difference, mean, standard_deviation
 from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.metrics import METRICS, Metric
@@ -227,6 +227,8 @@ def _column_order(column: Column, beside: dict[str, str]) -> tuple[Any, ...]:
     home = beside.get(column.protocol, column.protocol)
     return (
         TASKS.index(column.task),
+        # Ours and their neighbours first, then what has no neighbour here.
+        home.startswith(FOREIGN),
         home,
         column.protocol != home,
         column.protocol,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from compare.published import _Collection, display_name, load_published, select
+from compare.published import _Collection, display_name, load_published, protocol_title, select
 from contracts.config import validate
 from contracts.errors import UsageError
 from contracts.metrics import METRICS
@@ -124,6 +124,14 @@ def test_select_takes_neighbours() -> None:
     assert not any("coco" in protocol for protocol in protocols)
 
 
+def test_every_foreign_protocol_has_a_title_of_its_own() -> None:
+    foreign = {row.protocol for row in ROWS if row.is_foreign}
+    titles = [protocol_title(protocol) for protocol in foreign]
+    assert len(set(titles)) == len(foreign)
+    assert not any(title.startswith("foreign:") or " · " in title for title in titles)
+    assert protocol_title("linear") == "linear"
+
+
 def test_display_names() -> None:
     assert display_name("moco-v2") == "MoCo v2"
     assert display_name("my-method") == "my-method"
@@ -153,6 +161,8 @@ def broken(change: Any) -> dict[str, Any]:
         (lambda v: v["tables"][0]["rows"][0].update(method="nobody"), "no display name for nobody"),
         (lambda v: v["tables"][0].update(read="remembered"), "remembered"),
         (lambda v: v["tables"][0].update(beside="knn"), "only foreign"),
+        (lambda v: v["titles"].pop("foreign:adelaidet-fcos"), "one for each foreign protocol .*adelaidet-fcos"),
+        (lambda v: v["titles"].update(linear="Linear"), "one for each foreign protocol .*linear"),
     ],
 )
 def test_a_broken_collection_is_refused(change: Any, said: str) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from made_records import make_record, runs
 
+from compare.blocks import footnote_mark, printed_text
 from compare.markers import check_markers, update_markers
 from compare.published import load_published
 from compare.render import render
 from compare.table import Table, build_table
-from compare.text import footnote_mark, plain, printed_text
+from compare.text import plain
 from contracts.errors import UsageError, UserError
 from contracts.record import write_record
 
@@ -115,6 +116,36 @@ def test_mixed_columns_are_marked_everywhere() -> None:
         assert "[mixed: lr = 0.1]" in text
         assert "do not compare across" in text
     assert {row["mixed"] for row in csv.DictReader(io.StringIO(render(table, "csv")))} == {"lr = 0.1", "lr = 0.2"}
+
+
+def test_what_is_mixed_is_told_once_over_each_protocol() -> None:
+    metrics = {"knn_top1_percent": 50.0, "knn_top5_percent": 80.0}
+    records = [
+        make_record(method, metrics=metrics, recipe={"lr": lr}) for method, lr in (("twist", 0.1), ("byol", 0.2))
+    ]
+    table = build_table(records, allow_mixed=True)
+    for name in ("table", "markdown", "latex"):
+        text = render(table, name)
+        assert text.count("mixed: lr = 0.1") == text.count("mixed: lr = 0.2") == 1, name
+    assert "| sample-knn · k-NN top-5 [mixed] |" in render(table, "markdown")
+
+
+def test_foreign_protocols_are_called_by_a_title_and_keep_their_key() -> None:
+    table = build_table([], published=load_published())
+    for name in ("table", "markdown", "latex"):
+        assert "foreign:" not in render(table, name)
+        assert "Cityscapes, protocol not stated" in render(table, name)
+    rows = csv.DictReader(io.StringIO(render(table, "csv")))
+    assert "foreign:cityscapes-protocol-not-found" in {row["protocol"] for row in rows}
+    titles = {column["protocol"]: column["title"] for column in json.loads(render(table, "json"))["columns"]}
+    assert titles["foreign:adelaidet-fcos"] == "COCO FCOS, AdelaiDet"
+    assert titles["linear"] == "linear"
+
+
+def test_a_long_title_makes_a_terminal_go_on_below() -> None:
+    rows = [row for row in load_published() if row.protocol.startswith("foreign:mmseg-zoo")]
+    text = plain(build_table([], published=rows), width=100)
+    assert max(map(len, text.split("\n\na: ")[0].splitlines())) <= 100
 
 
 ONE = "Several runs of one pretraining show the spread of the transfer alone: TWIST."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,12 +17,22 @@ from made_records import make_record, runs
 
 from compare.published import load_published
 from compare.report import write_report
-from compare.report_curves import CURVE_POINTS, _points, curve_groups, identity, label_families
+from compare.report_curves import (
+    CURVE_POINTS,
+    PRETRAIN_KEYS,
+    _points,
+    curve_groups,
+    identity,
+    label_families,
+    pretrain_run,
+)
 from compare.report_table import legend, measured_switch, results_table, sources
 from compare.table import build_table
 from contracts import atomic
 from contracts.errors import UserError
 from contracts.record import RunRecord, find_records, read_record, write_record
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # One pixel, the smallest PNG there is.
 PIXEL = bytes.fromhex(
@@ -142,6 +153,28 @@ def test_curves_are_thinned_and_keep_their_end(page: Path) -> None:
     assert run["series"]["total"][-1] == [999, -0.999]
     assert run["stages"] == [[701, "self label"]]
     assert run["series"]["knn_top1_percent"] == [[199, 33.0]]
+
+
+@pytest.mark.parametrize("study", ["study", "photos", "fashion-mnist", "demo-photos"])
+def test_captions_say_what_the_curves_of_healthy_runs_do(study: str) -> None:
+    run = pretrain_run(ROOT / "results" / study / "pretrain")
+    # Self-labelling is another loss, and begins anew.
+    until = run["stages"][0][0] if run["stages"] else math.inf
+    for key, caption in PRETRAIN_KEYS.items():
+        if key not in run["series"]:
+            continue
+        values = [value for step, value in run["series"][key] if step < until]
+        fifth = len(values) // 5
+        first, last = sum(values[:fifth]) / fifth, sum(values[-fifth:]) / fifth
+        if caption.endswith(": falls"):
+            assert last < first, key
+        if caption.endswith(": rises") or ": grows" in caption:
+            assert last > first, key
+        if "stays near ln K" in caption:
+            assert min(values) > 0.95 * math.log(64), key
+    claimed = " ".join(PRETRAIN_KEYS.values())
+    assert claimed.count(": falls") == 3
+    assert claimed.count("stays near ln K") == 2
 
 
 def test_label_curve_has_both_shares(page: Path) -> None:
@@ -335,6 +368,21 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(browser: Any, page: Path) -> Iterator[Any]:
+    yield from shown(browser, page)
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    page = tmp_path_factory.mktemp("published") / "page.html"
+    return write_report(page, build_table([], published=load_published()), [])
+
+
+@pytest.fixture
+def published_alone(browser: Any, collection: Path) -> Iterator[Any]:
+    yield from shown(browser, collection)
+
+
+def shown(browser: Any, page: Path) -> Iterator[Any]:
     sheet = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
     sheet.troubles = []
     sheet.on("pageerror", lambda error: sheet.troubles.append(str(error)))
@@ -402,11 +450,74 @@ def test_filtering_by_task(opened: Any) -> None:
 
 
 @pytest.mark.slow
+def test_the_published_collection_opens_on_one_protocol_without_empty_rows(published_alone: Any) -> None:
+    groups = published_alone.locator(".results thead tr:first-child th[colspan]:visible")
+    heads = groups.all_inner_texts()
+    assert heads[0].startswith("voc-frcnn-c4-24k")
+    assert any(head.startswith("VOC07+12 C4 24k, MMDetection") for head in heads)
+    assert not any("COCO" in head or "foreign:" in head for head in heads)
+    rows = published_alone.locator(".results tbody tr:visible")
+    assert 0 < rows.count() < 60
+    assert all(row.locator(".printed:visible").count() for row in rows.all())
+    published_alone.get_by_label("protocol", exact=True).select_option("linear")
+    assert published_alone.locator('.chips [aria-pressed="true"]').inner_text() == "Classification"
+    assert groups.all_inner_texts()[0].startswith("linear")
+    # A task shows all its protocols again, and lists no others.
+    published_alone.get_by_role("button", name="Clustering").click()
+    assert published_alone.get_by_label("protocol", exact=True).input_value() == ""
+    assert published_alone.locator("#protocol optgroup:not([hidden])").count() == 1
+    published_alone.get_by_role("button", name="All", exact=True).click()
+    assert published_alone.locator(".results tbody tr:visible").count() > 120
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_table_that_is_wider_than_the_window_says_so(published_alone: Any, width: int) -> None:
+    published_alone.set_viewport_size({"width": width, "height": 844})
+    assert published_alone.evaluate("document.documentElement.scrollWidth") <= width
+    assert published_alone.locator("#wider").is_visible()
+    assert published_alone.locator(".scroller.goes-on").count() == 1
+    published_alone.evaluate("document.querySelector('.scroll').scrollLeft = 1e6")
+    published_alone.wait_for_selector(".scroller:not(.goes-on)")
+    # Three columns fit a desk's window, and say nothing there.
+    published_alone.get_by_label("protocol", exact=True).select_option("voc-frcnn-fpn-24k")
+    assert published_alone.locator("#wider").is_visible() == (width == 390)
+
+
+@pytest.mark.slow
+def test_axes_have_two_ticks_and_none_for_what_is_constant(opened: Any) -> None:
+    for low, high, wanted in ((5, 12, 2), (1, 9, 2), (0, 1.1, 2), (3e6, 1.08e7, 3), (99.1, 99.4, 4), (0, 15000, 3)):
+        assert opened.evaluate(f"ticks({low}, {high}, {wanted}).length") >= 2, (low, high)
+    assert opened.evaluate("[10000, 12500, 1e6, 1e7, 2.5e9, 0.25, 0].map(short)") == [
+        "10k", "12.5k", "1M", "10M", "2.5e9", "0.25", "0"
+    ]  # fmt: skip
+    constant = opened.evaluate(
+        "(() => { const host = document.querySelector('.plot');"
+        "linePlot(host, [{points: [[0, 100], [5, 100]], colour: 'red', name: 'x'}], {});"
+        "return [...host.querySelectorAll('text[text-anchor=end]')].map((text) => text.textContent); })()"
+    )
+    assert constant == ["100"]
+
+
+@pytest.mark.slow
+def test_a_percentage_that_never_changes_has_one_tick_and_none_beyond_100(browser: Any, tmp_path: Path) -> None:
+    metrics = {"knn_top1_percent": 100.0}
+    flat = build_table([make_record(seed=seed, metrics=metrics) for seed in range(2)])
+    high = build_table([*runs("twist", [99.9, 100.0]), *runs("byol", [99.0, 99.5])])
+    for table, wanted in ((flat, ["100"]), (high, None)):
+        sheet = next(pages := shown(browser, write_report(tmp_path / "page.html", table, [])))
+        ticks = sheet.locator("#metrics svg text[text-anchor=middle]").all_text_contents()
+        assert ticks == wanted if wanted else len(ticks) >= 2 and max(map(float, ticks)) <= 100
+        pages.close()
+
+
+@pytest.mark.slow
 def test_only_what_was_measured(opened: Any) -> None:
     assert "DINO" in names(opened)
+    assert opened.locator(".results thead th:visible", has_text="lightly").count() == 1
     opened.get_by_label("only rows and columns that were measured here").check()
     assert names(opened) == ["random init", "MoCo v2", "TWIST"]
-    assert opened.locator(".results thead th:visible", has_text="foreign:").count() == 0
+    assert opened.locator(".results thead th:visible", has_text="lightly").count() == 0
 
 
 @pytest.mark.slow

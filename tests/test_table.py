@@ -15,7 +15,7 @@ from compare.published import PublishedRow, load_published
 from compare.render import render
 from compare.report_table import legend
 from compare.statistics import difference, p_text
-from compare.table import Cell, Table, build_table, short_architecture
+from compare.table import TASKS, Cell, Table, build_table, short_architecture
 from contracts.errors import UsageError, UserError
 
 KNN = "knn_top1_percent"
@@ -479,6 +479,16 @@ def test_published_rows_of_the_measured_protocols_alone() -> None:
     table = build_table(full("twist", [70.0]), published=rows)
     assert [column.protocol for column in table.columns] == ["knn", "foreign:their-knn"]
     assert len(build_table([], published=rows).columns) == 3
+
+
+def test_our_protocols_and_their_neighbours_stand_before_the_others() -> None:
+    table = build_table([], published=load_published())
+    beside = {row.protocol: row.beside for row in load_published()}
+    for task in TASKS:
+        alone = [
+            beside[c.protocol] is None and c.protocol.startswith("foreign:") for c in table.columns if c.task == task
+        ]
+        assert alone == sorted(alone), task
 
 
 def test_the_whole_collection_makes_a_table() -> None:
