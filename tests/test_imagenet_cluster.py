@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.preprocessing import normalize
 
 from contracts.errors import UsageError, UserError
 from contracts.metrics import check_metrics
@@ -63,6 +65,41 @@ def test_kmeans_finds_separate_clouds(overrides: tuple[str, ...]) -> None:
     assignment = kmeans(rows, rows[::2], clusters=4, recipe=recipe, seed=0)
     assert matched_accuracy(truth[::2], assignment) == 1.0
     assert np.array_equal(assignment, kmeans(rows, rows[::2], clusters=4, recipe=recipe, seed=0))
+
+
+def test_restarts_and_passes_are_those_of_the_recipe() -> None:
+    rows = normalize(np.random.default_rng(0).normal(size=(300, 8)))
+    recipe = cluster_recipe("restarts=4", "max_passes=3")
+    found = kmeans(rows, rows, clusters=9, recipe=recipe, seed=5)
+    assert np.array_equal(found, KMeans(9, n_init=4, max_iter=3, random_state=5).fit_predict(rows))
+    for other in ({"n_init": 1, "max_iter": 3}, {"n_init": 4, "max_iter": 300}):
+        assert not np.array_equal(found, KMeans(9, random_state=5, **other).fit_predict(rows))
+
+
+def test_a_minibatch_pass_takes_whole_blocks_of_shuffled_images_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks: list[np.ndarray] = []
+    monkeypatch.setattr(MiniBatchKMeans, "partial_fit", lambda _self, rows: blocks.append(rows[:, 0]))
+    monkeypatch.setattr(MiniBatchKMeans, "predict", lambda _self, rows: np.zeros(len(rows), dtype=np.int32))
+    options = ("algorithm=minibatch", "restarts=1", "max_passes=2", "step_size=40", "normalise=false")
+    rows = np.arange(120.0)[:, None]
+    for count, steps in ((119, 2), (120, 3)):
+        blocks.clear()
+        kmeans(rows[:count], rows[:1], clusters=4, recipe=cluster_recipe(*options), seed=0)
+        assert [len(block) for block in blocks] == [40] * 2 * steps
+        first, second = np.concatenate(blocks[:steps]), np.concatenate(blocks[steps:])
+        assert len(set(first)) == len(set(second)) == 40 * steps
+        assert not np.array_equal(first, second)
+    blocks.clear()
+    kmeans(rows, rows[:1], clusters=50, recipe=cluster_recipe(*options), seed=0)
+    assert [len(block) for block in blocks] == [50] * 4, "a first block holds a row a cluster"
+    blocks.clear()
+    kmeans(rows, rows, clusters=4, recipe=cluster_recipe("normalise=false"), seed=0)
+    assert not blocks
+
+
+def test_as_many_images_as_clusters_are_enough() -> None:
+    found = kmeans(np.eye(3), np.eye(3), clusters=3, recipe=cluster_recipe(), seed=0)
+    assert sorted(found) == [0, 1, 2]
 
 
 def test_too_few_images_and_half_a_head_are_refused() -> None:

@@ -63,6 +63,24 @@ def test_blocks_of_any_size_equal_brute_force(clouds: tuple[Tensor, Tensor, Tens
     assert 20.0 < top_percent(ranks)[0] < 95.0, "a task on which nothing can go wrong proves nothing"
 
 
+@pytest.mark.parametrize("blocks", [Blocks(2 * READ + 70, READ + 40), Blocks(READ + 1, READ + 39)])
+def test_blocks_of_more_rows_than_are_read_at_a_time_are_whole(blocks: Blocks) -> None:
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (torch.randn(rows, 6, generator=generator).double() for rows in (2 * READ + 70, READ + 40))
+    similarity, index = nearest(
+        lambda a, b: queries[a:b],
+        lambda a, b: bank[a:b],
+        query_count=len(queries),
+        bank_count=len(bank),
+        neighbours=5,
+        blocks=blocks,
+        quiet=True,
+    )
+    expected = (F.normalize(queries) @ F.normalize(bank).T).topk(5)
+    assert torch.allclose(similarity, expected.values, atol=1e-12)
+    assert torch.equal(index, expected.indices)
+
+
 def test_similarity_is_cosine_not_dot_product() -> None:
     bank = torch.tensor([[10.0, 10.0], [1.0, 0.0]])
     _, index = nearest(
@@ -178,8 +196,10 @@ def test_too_little_memory_says_how_much_is_needed() -> None:
 def test_ties_go_to_the_lower_class_and_nan_is_refused() -> None:
     scores = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
     assert label_ranks(scores, torch.tensor([0, 1])).tolist() == [0, 1]
-    with pytest.raises(UserError, match="not finite"):
-        label_ranks(torch.full((1, 3), float("nan")), torch.tensor([0]))
+    for bad in (float("nan"), float("inf")):
+        scores[1, 2] = bad
+        with pytest.raises(UserError, match="not finite"):
+            label_ranks(scores, torch.tensor([0, 1]))
 
 
 def test_top_percent_agrees_with_topk_where_there_are_no_ties() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from contracts.errors import UsageError
 from contracts.metrics import METRICS
 from transfer.protocols import PROTOCOLS, find_neighbours, find_protocol, list_protocols
-from transfer.scaling import Schedule, choose_rule, linear_rule, render_plan, stretch
+from transfer.scaling import Schedule, choose_rule, leaves_protocol, linear_rule, render_plan, searched, stretch
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = [
@@ -120,6 +120,10 @@ def test_linear_rule_in_numbers() -> None:
     assert linear_rule(coco, processes=1, reference=8) == Schedule(2, 0.0025, 720000, 8000, (480000, 640000))
     assert linear_rule(coco, processes=16, reference=8) == Schedule(32, 0.04, 45000, 500, (30000, 40000))
     assert linear_rule(coco, processes=8, reference=8) == coco
+    assert linear_rule(coco, processes=3, reference=8) == Schedule(6, 0.0075, 240000, 2667, (160000, 213333))
+    assert linear_rule(coco, processes=29, reference=16) == Schedule(29, 0.03625, 49655, 552, (33103, 44138))
+    assert linear_rule(coco, processes=23, reference=16).iterations == 62609
+    assert linear_rule(Schedule(100, 1.0, 100, 0), processes=29, reference=100).images_per_step == 29
     with pytest.raises(UsageError, match="do not divide"):
         linear_rule(Schedule(15, 0.02, 10, 0), processes=1, reference=8)
 
@@ -136,8 +140,40 @@ def test_linear_rule_keeps_images_seen_and_lr_an_image(processes, reference, ima
 def test_stretch_keeps_the_form_and_drops_what_falls_together() -> None:
     coco = Schedule(16, 0.02, 90000, 1000, (60000, 80000))
     assert stretch(coco, 900) == Schedule(16, 0.02, 900, 10, (600, 800))
+    assert stretch(coco, 1000) == Schedule(16, 0.02, 1000, 11, (667, 889))
+    assert stretch(coco, 550).warmup_iterations == 6
     assert stretch(coco, 2).steps == (1,)
     assert stretch(coco, 1).steps == ()
+
+
+@pytest.mark.parametrize(
+    ("planned", "said"),
+    [
+        (Schedule(16, 5.0, 90000, 0, (60000, 80000)), []),
+        (Schedule(32, 0.02, 45000, 500, (30000, 40000)), []),
+        (Schedule(16, 0.02, 90800, 1000, (60000, 80000)), []),
+        (Schedule(16, 0.02, 91000, 1000, (60000, 80000)), ["sees 1,456,000 images, and the protocol 1,440,000"]),
+        (Schedule(16, 0.02, 89000, 1000, (60000, 80000)), ["sees 1,424,000 images, and the protocol 1,440,000"]),
+        (
+            Schedule(16, 0.02, 90000, 1000, (60000, 81000)),
+            ["the rate drops at 67%, 90% of the run, and in the protocol at 67%, 89%"],
+        ),
+        (
+            Schedule(16, 0.02, 90000, 1000, (60000,)),
+            ["the rate drops at 67% of the run, and in the protocol at 67%, 89%"],
+        ),
+        (Schedule(16, 0.02, 90000, 1000), ["the rate drops at never of the run, and in the protocol at 67%, 89%"]),
+    ],
+)
+def test_images_seen_and_the_drops_of_the_rate_make_the_protocol(planned: Schedule, said: list[str]) -> None:
+    coco = Schedule(16, 0.02, 90000, 1000, (60000, 80000))
+    assert leaves_protocol(coco, planned) == said
+
+
+def test_a_rate_that_the_rule_did_not_set_is_said() -> None:
+    ruled = Schedule(2, 0.0025, 720000, 8000)
+    assert searched(ruled, Schedule(2, 0.0025, 10, 0)) == []
+    assert searched(ruled, Schedule(2, 0.01, 720000, 8000)) == ["lr 0.01 by an override; the protocol's is 0.0025 here"]
 
 
 def test_the_paper_suite_keeps_every_recipe() -> None:
@@ -152,6 +188,7 @@ def test_the_paper_suite_keeps_every_recipe() -> None:
 def test_the_rule_is_named() -> None:
     assert choose_rule(processes=8, reference=8, keep_batch=False) == "as published"
     assert choose_rule(processes=2, reference=8, keep_batch=False) == "linear rule"
+    assert choose_rule(processes=1, reference=8, keep_batch=False) == "linear rule"
     assert choose_rule(processes=2, reference=8, keep_batch=True) == "batch kept"
     assert choose_rule(processes=1, reference=0, keep_batch=False) == "as published"
     assert choose_rule(processes=2, reference=0, keep_batch=False) == "batch kept"
@@ -160,4 +197,9 @@ def test_the_rule_is_named() -> None:
     text = render_plan(coco, planned, rule="linear rule", processes=2, gpus=2, reference=8)
     assert "2 GPUs; the recipe is stated for 8 GPUs → linear rule" in text
     assert "lr 0.005" in text
+    assert "images a step 4 (2 a process), lr 0.005, 360000 iterations, warm-up 4000, lr ×0.1 at 240000, 320000" in text
+    assert "(recipe: images a step 16, lr 0.02, 90000 iterations, warm-up 1000, steps 60000, 80000)" in text
     assert "batch norm takes its statistics over 4 images a step instead of 16" in text
+    same = render_plan(coco, coco, rule="as published", processes=8, gpus=8, reference=8)
+    assert "recipe:" not in same
+    assert "batch norm" not in same
