@@ -82,6 +82,8 @@ def test_configs_are_frozen() -> None:
         ("[inner]\n", [], "name is missing"),
         ('name = "a"\n[inner]\nlearning_rate = "fast"\n', [], "inner.learning_rate = 'fast' does not fit"),
         ("name = ", [], "not valid TOML"),
+        ('name = "a"\n', ["inner.learning_rate=inf"], "inner.learning_rate = inf does not fit"),
+        ('name = "a"\n', ["inner.scales=[0.1, nan]"], "inner.scales.1 = nan does not fit"),
         ('name = "a"\n', ["inner.learning_rate"], "not an override"),
         ('name = "a"\n', ["name.x=1"], "name is a value, not a section"),
     ],
@@ -98,6 +100,9 @@ def test_missing_config_and_wrong_ending(tmp_path: Path) -> None:
         load_config(tmp_path / "absent.toml", Outer)
     with pytest.raises(UsageError, match="TOML"):
         load_config(write(tmp_path / "c.yaml", ""), Outer)
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(UsageError, match="is a folder"):
+        load_config(tmp_path / "folder.toml", Outer)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**53), 2**53))
@@ -126,6 +131,35 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> No
     assert target.read_text() == "old"
 
 
+def test_a_write_is_beside_its_target_and_on_the_disk_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    with atomic.atomic_path(tmp_path / "new" / "x.json") as temporary:
+        temporary.write_text("whole")
+        assert temporary.parent == tmp_path / "new"
+        assert temporary.name.startswith(".x.json.")
+        assert temporary.suffix == ".json"
+        assert synced == []
+    assert synced == [str(temporary), str(tmp_path / "new")]
+
+
+def test_equal_values_are_equal_bytes(tmp_path: Path) -> None:
+    atomic.write_json(tmp_path / "x.json", {"b": 1, "a": "é"})
+    assert (tmp_path / "x.json").read_text() == '{\n  "a": "é",\n  "b": 1\n}\n'
+
+
+def test_a_result_has_the_rights_that_the_user_gives_files(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        atomic.write_text(tmp_path / "x", "")
+        assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+
+
 # The artefact
 
 
@@ -148,6 +182,13 @@ def test_artefact_round_trip_is_exact_and_reproducible(tmp_path: Path, resnet18:
     assert all(torch.equal(reread[name], tensors[name]) for name in tensors)
 
 
+def test_pixels_are_normalised_as_torchvisions_weights_want_them() -> None:
+    from torchvision.models import ResNet50_Weights
+
+    theirs = ResNet50_Weights.DEFAULT.transforms()
+    assert (HEADER.mean, HEADER.std) == (tuple(theirs.mean), tuple(theirs.std))
+
+
 def test_what_is_no_artefact_is_refused_in_a_sentence(tmp_path: Path, resnet18: nn.Module) -> None:
     from safetensors.torch import save_file
 
@@ -162,6 +203,34 @@ def test_what_is_no_artefact_is_refused_in_a_sentence(tmp_path: Path, resnet18: 
         network_of(Backbone(architecture="resnet50", method="x"), resnet18.state_dict())
     with pytest.raises(ValueError, match="does not belong"):
         Backbone(architecture="vit_small_patch16", method="x", image_size=224)
+    for lacking in ({"image_size": 224, "width": 2}, {}):
+        with pytest.raises(ValueError, match="a ViT has width 1 and states the image size"):
+            Backbone(architecture="vit_small_patch16", stem="patch16", method="x", **lacking)
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={"twist": '{"format_version": 1}'})
+    with pytest.raises(UserError, match="the header is not valid"):
+        read_header(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tensors: {**tensors, "a": tensors["a"] + 1},
+        lambda tensors: {**tensors, "a": tensors["a"].view(torch.int32)},
+        lambda tensors: {**tensors, "a": tensors["a"][None]},
+        lambda tensors: {"a": tensors["a"]},
+    ],
+    ids=["a value", "a number format", "a shape", "a tensor less"],
+)
+def test_an_artefact_that_does_not_read_back_is_not_written(
+    damage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    save_file = safetensors.torch.save_file
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda tensors, *a, **k: save_file(damage(tensors), *a, **k))
+    with pytest.raises(OSError, match="does not read back equal"):
+        write_backbone(tmp_path / "a.safetensors", {"a": torch.ones(2), "b": torch.ones(1)}, HEADER)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Networks
@@ -328,6 +397,7 @@ def test_runs_on_two_data_sets_have_files_of_their_own(tmp_path: Path) -> None:
     assert [read_record(path).data for path in (here, there)] == ["imagenet 1", "imagenet 2"]
     assert write_record(record(data="imagenet 2"), tmp_path) == there, "the same run again stands in its own place"
     assert write_record(record(data="imagenet 1"), tmp_path) == here == write_record(record(), tmp_path)
+    assert write_record(record(data="imagenet 1"), tmp_path) == here, "an older record does not say its data"
 
 
 @pytest.mark.parametrize(
@@ -342,6 +412,8 @@ def test_runs_on_two_data_sets_have_files_of_their_own(tmp_path: Path) -> None:
         ({"method": "../../elsewhere"}, "cannot be part of a file's name"),
         ({"protocol": "a/b"}, "cannot be part of a file's name"),
         ({"method": ".hidden"}, "cannot be part of a file's name"),
+        ({"method": "  "}, "cannot be part of a file's name"),
+        ({"method": "a\x1b[31m"}, "cannot be part of a file's name"),
         ({"metrics": {"miou_percent": 150.0}}, "miou_percent is 150, which mIoU cannot be"),
         ({"metrics": {"knn_top1_percent": -1.0}}, "knn_top1_percent is -1, which k-NN top-1 cannot be"),
     ],
@@ -353,6 +425,13 @@ def test_a_tampered_record_is_refused_by_name(tmp_path: Path, change: dict[str, 
         read_record(path)
     assert message in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_none_and_all_are_values() -> None:
+    for share in (0.0, 100.0):
+        assert record(metrics={"knn_top1_percent": share}).metrics == {"knn_top1_percent": share}
+    with pytest.raises(ValueError, match="which k-NN top-1 cannot be"):
+        record(metrics={"knn_top1_percent": 100.5})
 
 
 def test_chance_may_do_better_than_clusters() -> None:
@@ -381,6 +460,8 @@ def test_figures_beside_records_are_passed_over_and_damaged_records_never(tmp_pa
 def test_a_file_that_is_no_record_is_said_to_be_none_when_it_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run record: it has none of a record's fields"):
         read_records([write(tmp_path / "speed.json", '{"speedup": 4.0}')])
+    with pytest.raises(UserError, match=r"Cannot read the record .* \(Is a directory\)"):
+        read_record(tmp_path)
 
 
 def test_records_are_found_in_a_protocols_folder_and_below_its_parent(tmp_path: Path) -> None:

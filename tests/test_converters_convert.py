@@ -300,6 +300,90 @@ def test_measure_is_relative_and_strict_about_nan() -> None:
         stages.compare([{"res2": a}], [{}])
 
 
+def test_the_measure_is_the_worst_of_all_images() -> None:
+    ours = [{"s": torch.tensor([1.0])}, {"s": torch.tensor([-4.0])}, {"s": torch.tensor([2.0])}]
+    theirs = [{"s": torch.tensor([1.5])}, {"s": torch.tensor([-4.0])}, {"s": torch.tensor([1.75])}]
+    (difference,) = stages.compare(ours, theirs)
+    assert (difference.absolute, difference.feature, difference.relative) == (0.5, 4.0, 0.125)
+    assert stages.Difference("s", 0.5, 0.0).relative == 0.5
+    with pytest.raises(ValueError, match="shorter"):
+        stages.compare(ours, theirs[:2])
+    with pytest.raises(ProofError, match=r"s is \(2,\), expected \(1,\)"):
+        stages.compare(ours[:1], [{"s": torch.ones(2)}])
+
+
+@pytest.mark.parametrize(("difference", "holds"), [(0.9e-5, True), (1.1e-5, False)])
+def test_features_may_differ_by_a_hundred_thousandth(
+    difference: float, holds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = {"res2": torch.ones(2).double(), "res3": torch.tensor([3.0, -4.0]).double()}
+    theirs = {"res2": ours["res2"], "res3": ours["res3"] * (1 + difference)}
+    monkeypatch.setattr(reference, "reference", lambda *_: ([ours], (), ("a note",)))
+    monkeypatch.setattr(proof, "_runner", lambda *_: ("framework", lambda *_: [theirs], "X 1"))
+    if holds:
+        found = proof.prove("mmseg", tmp_path, HEADER, {})
+        assert (found.kind, found.by, found.notes) == ("framework", "X 1", ("a note",))
+        assert found.max_difference == pytest.approx(difference)
+        assert found.max_absolute_difference == pytest.approx(4 * difference)
+    else:
+        with pytest.raises(ProofError, match=r"at res3 the features of X 1 differ .* by 1.1e-05"):
+            proof.prove("mmseg", tmp_path, HEADER, {})
+
+
+@pytest.mark.parametrize(
+    ("target", "header", "kind", "by"),
+    [
+        ("torchvision", {"architecture": "resnet50"}, "framework", "torchvision "),
+        ("torchvision", {"architecture": "resnet50", "width": 2}, "manifest", "torchvision has no such network"),
+        ("torchvision", {"architecture": "resnet50", "stride_in": "1x1"}, "manifest", "no such network"),
+        ("torchvision", {"architecture": "resnet50", "padding": "same"}, "manifest", "no such network"),
+        ("torchvision", {"architecture": "resnet50", "channel_order": "BGR"}, "manifest", "no such network"),
+        ("torchvision", {"architecture": "resnet200"}, "manifest", "no such network"),
+        (
+            "torchvision",
+            {"architecture": "vit_small_patch16", "stem": "patch16", "image_size": 224},
+            "framework",
+            "timm ",
+        ),
+        ("timm", {"architecture": "resnet50"}, "framework", "timm "),
+        ("detectron2", {"architecture": "resnet50"}, "manifest", "detectron2 is not installed"),
+        ("mmseg", {"architecture": "resnet50"}, "manifest", "mmseg is not installed"),
+    ],
+)
+def test_a_proof_says_whose_network_ran(
+    target: str, header: dict, kind: str, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "installed", lambda _: False)
+    found = proof._runner(target, Backbone(method="x", **header))
+    assert found[0] == kind
+    assert by in found[2]
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ({}, "2 tensors 1 are not filled and 0 have another shape, and 0 have no place in it \\(first: b"),
+        ({"b": (3,), "c": (1,)}, "0 are not filled and 0 have another shape, and 1 have no place in it \\(first: c"),
+        ({"b": (4,)}, "0 are not filled and 1 have another shape, and 0 have no place in it \\(first: b"),
+    ],
+)
+def test_every_tensor_of_the_target_is_filled(found: dict[str, tuple[int, ...]], says: str) -> None:
+    expected = {"a": (1, 2), "b": (3,)}
+    stages.check_filled(expected, expected)
+    with pytest.raises(ProofError, match=says):
+        stages.check_filled(expected, {"a": (1, 2), **found})
+
+
+def test_a_loaded_network_holds_the_written_bits() -> None:
+    written = {"a": torch.tensor([float("nan"), 0.0]), "b": torch.ones(2, 2)}
+    stages.check_loaded(written, {name: tensor.clone() for name, tensor in written.items()})
+    for other in (torch.tensor([float("nan"), -0.0]), torch.tensor([1.0, 0.0])):
+        with pytest.raises(ProofError, match=r"1 tensors of the loaded network are not the written ones \(first: a"):
+            stages.check_loaded(written, {**written, "a": other})
+    with pytest.raises(ProofError, match=r"1 have no place in it \(first: c"):
+        stages.check_loaded(written, {**written, "c": torch.ones(1)})
+
+
 def test_proof_images_differ_by_channel(tmp_path: Path) -> None:
     from contracts.images import read_image
 

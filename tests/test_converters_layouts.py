@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,12 @@ from safetensors.torch import save_file
 from contracts.architectures import ARCHITECTURES, RESNETS, VITS
 from contracts.errors import UsageError, UserError
 from contracts.networks import build_backbone
-from converters import manifest, rename
+from converters import manifest, read, rename
 from converters.containers import read_contents
 from converters.detect import find, matches
 from converters.read import load_artefact, load_source
 from converters.sources import BY_NAME, LAYOUTS, Branch, Layout
-from converters.tables import TABLES, TIMM_VIT, TORCHVISION
+from converters.tables import CAFFE2, TABLES, TIMM_VIT, TORCHVISION
 
 RESNET18 = flat_tensors()
 RESNET50 = flat_tensors("resnet50")
@@ -57,6 +58,13 @@ def test_manifest_is_the_networks(architecture: str) -> None:
         geometry = manifest.Geometry(architecture, width, size)
         assert manifest.shapes_of(geometry) == expected
         assert manifest.recognise(expected, where="it") == geometry
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("architecture", RESNETS)
+def test_shapes_tell_every_depth_and_width(architecture: str, width: int) -> None:
+    geometry = manifest.Geometry(architecture, width)
+    assert manifest.recognise(manifest.shapes_of(geometry), where="x") == geometry
 
 
 def test_thirty_four_rows_cover_a_resnet50() -> None:
@@ -152,6 +160,20 @@ def test_layouts_are_told_apart_by_content(layout: Layout, tmp_path: Path) -> No
         assert matches(name, (*layout.drop, *(f"{b.prefix}*" for b in layout.branches))), name
 
 
+@pytest.mark.parametrize("blobs", [False, True])
+def test_detectrons_pickles_are_known_by_caffe2s_names(blobs: bool, tmp_path: Path) -> None:
+    layout = BY_NAME["detectron2-caffe2"]
+    value = checkpoint_value(layout, layout.branches[0], RESNET18)
+    arrays = {name: tensor.contiguous().numpy() for name, tensor in value.items()}
+    with (tmp_path / "R.pkl").open("wb") as file:
+        pickle.dump({"blobs": arrays} if blobs else arrays, file, protocol=2)
+    source = load_source(tmp_path / "R.pkl", allow_nan=True)
+    header = source.backbone
+    assert (header.source_layout, header.method) == ("detectron2-caffe2", "supervised")
+    assert (header.channel_order, header.input_range, header.std) == ("BGR", 255, (1, 1, 1))
+    assert torch.equal(source.tensors["conv1.weight"], RESNET18["conv1.weight"])
+
+
 def test_deepmind_byol_without_jax(tmp_path: Path) -> None:
     file = write_checkpoint(
         tmp_path / "pretrain.pkl", BY_NAME["byol-deepmind"], BY_NAME["byol-deepmind"].branches[0], RESNET18
@@ -165,6 +187,24 @@ def test_deepmind_byol_without_jax(tmp_path: Path) -> None:
     contents = read_contents(file)
     target = find(contents, branch="target")
     assert float(target.state["initial_conv/w"].flatten()[0]) >= 9000
+
+
+@pytest.mark.parametrize("kept", [(), (".running_var",)])
+def test_statistics_that_a_layout_does_not_keep_change_nothing(kept: tuple[str, ...]) -> None:
+    lacking = [name for name in RESNET18 if "num_batches" in name or ("running" in name and not name.endswith(kept))]
+    tensors = {name: tensor for name, tensor in RESNET18.items() if name not in lacking}
+    assert read._fill(tensors, manifest.Geometry("resnet18"), CAFFE2) == lacking
+    for name in lacking:
+        assert tensors[name].shape == RESNET18[name].shape
+        assert (tensors[name] == name.endswith(".running_var")).all(), name
+    assert all(same(tensors[name], RESNET18[name]) for name in RESNET18 if name not in lacking)
+
+
+def test_statistics_that_are_half_there_are_not_made_up() -> None:
+    gone = "layer1.0.bn1.running_mean"
+    tensors = {name: tensor for name, tensor in RESNET18.items() if name != gone}
+    assert read._fill(tensors, manifest.Geometry("resnet18"), CAFFE2) == []
+    assert gone not in tensors
 
 
 def test_haiku_axes_are_permuted() -> None:
@@ -227,6 +267,13 @@ def test_a_file_that_is_called_another_method_is_asked_for(layout: str, name: st
     source = load_source(tmp_path / "checkpoint.pth")
     assert source.backbone.method == row.method
     assert any("SeLa v2" in note for note in source.notes) == (layout == "deepcluster-v2")
+
+
+@pytest.mark.parametrize(("layout", "name"), [("simclr-v2-torch", "r18_simclr.pth"), ("openselfsup-byol", "byol.pth")])
+def test_a_file_that_is_called_what_it_is_is_read(layout: str, name: str, tmp_path: Path) -> None:
+    row = BY_NAME[layout]
+    torch.save(checkpoint_value(row, row.branches[0], RESNET18), tmp_path / name)
+    assert load_artefact(tmp_path / name)[1].source_layout == layout
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
