@@ -306,6 +306,10 @@ def test_the_measure_is_the_worst_of_all_images() -> None:
     (difference,) = stages.compare(ours, theirs)
     assert (difference.absolute, difference.feature, difference.relative) == (0.5, 4.0, 0.125)
     assert stages.Difference("s", 0.5, 0.0).relative == 0.5
+    with pytest.raises(ValueError, match="shorter"):
+        stages.compare(ours, theirs[:2])
+    with pytest.raises(ProofError, match=r"s is \(2,\), expected \(1,\)"):
+        stages.compare(ours[:1], [{"s": torch.ones(2)}])
 
 
 @pytest.mark.parametrize(("difference", "holds"), [(0.9e-5, True), (1.1e-5, False)])
@@ -376,6 +380,8 @@ def test_a_loaded_network_holds_the_written_bits() -> None:
     for other in (torch.tensor([float("nan"), -0.0]), torch.tensor([1.0, 0.0])):
         with pytest.raises(ProofError, match=r"1 tensors of the loaded network are not the written ones \(first: a"):
             stages.check_loaded(written, {**written, "a": other})
+    with pytest.raises(ProofError, match=r"1 have no place in it \(first: c"):
+        stages.check_loaded(written, {**written, "c": torch.ones(1)})
 
 
 def test_proof_images_differ_by_channel(tmp_path: Path) -> None:

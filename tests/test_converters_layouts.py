@@ -60,6 +60,13 @@ def test_manifest_is_the_networks(architecture: str) -> None:
         assert manifest.recognise(expected, where="it") == geometry
 
 
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("architecture", RESNETS)
+def test_shapes_tell_every_depth_and_width(architecture: str, width: int) -> None:
+    geometry = manifest.Geometry(architecture, width)
+    assert manifest.recognise(manifest.shapes_of(geometry), where="x") == geometry
+
+
 def test_thirty_four_rows_cover_a_resnet50() -> None:
     assert len(TORCHVISION.rows) == 34
     assert len(rename.inwards(TORCHVISION, RESNET50)) == 318
@@ -260,6 +267,13 @@ def test_a_file_that_is_called_another_method_is_asked_for(layout: str, name: st
     source = load_source(tmp_path / "checkpoint.pth")
     assert source.backbone.method == row.method
     assert any("SeLa v2" in note for note in source.notes) == (layout == "deepcluster-v2")
+
+
+@pytest.mark.parametrize(("layout", "name"), [("simclr-v2-torch", "r18_simclr.pth"), ("openselfsup-byol", "byol.pth")])
+def test_a_file_that_is_called_what_it_is_is_read(layout: str, name: str, tmp_path: Path) -> None:
+    row = BY_NAME[layout]
+    torch.save(checkpoint_value(row, row.branches[0], RESNET18), tmp_path / name)
+    assert load_artefact(tmp_path / name)[1].source_layout == layout
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

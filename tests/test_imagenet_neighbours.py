@@ -196,8 +196,10 @@ def test_too_little_memory_says_how_much_is_needed() -> None:
 def test_ties_go_to_the_lower_class_and_nan_is_refused() -> None:
     scores = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
     assert label_ranks(scores, torch.tensor([0, 1])).tolist() == [0, 1]
-    with pytest.raises(UserError, match="not finite"):
-        label_ranks(torch.full((1, 3), float("nan")), torch.tensor([0]))
+    for bad in (float("nan"), float("inf")):
+        scores[1, 2] = bad
+        with pytest.raises(UserError, match="not finite"):
+            label_ranks(scores, torch.tensor([0, 1]))
 
 
 def test_top_percent_agrees_with_topk_where_there_are_no_ties() -> None:
