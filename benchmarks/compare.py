@@ -24,7 +24,8 @@ from compare.report import write_report
 from compare.table import build_table
 from contracts import provenance
 from contracts.hashing import sha256_json
-from contracts.record import RunRecord, WeightsProvenance, find_records, read_record
+from contracts.record import RunRecord, WeightsProvenance, read_record
+from contracts.record_files import find_records
 
 METHODS = ("twist", "moco-v2", "byol", "swav", "simclr", "dino", "vicreg", "barlow-twins", "supervised", "random")
 PROTOCOLS = 20

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from contracts import atomic
 from contracts.errors import UserError
-from contracts.record import find_records, read_record, write_record
+from contracts.record import read_record, write_record
+from contracts.record_files import find_records
 
 CURVES = "metrics.jsonl"
 ROWS = 500

@@ -10,10 +10,11 @@ from compare.asked_metrics import check_present, metrics_in
 from compare.published import PublishedRow, load_published, select
 from compare.table import Table, build_table
 from contracts.errors import UsageError
-from contracts.record import RunRecord, find_collections, record_folders
+from contracts.record import RunRecord
+from contracts.record_files import find_collections, record_folders
 
 Found = list[tuple[Path, RunRecord]]
-# `contracts.record.read_records`, or a reader that knows more of what a record may say.
+# `contracts.record_files.read_records`, or a reader that knows more of what a record may say.
 Reader = Callable[[Iterable[Path]], Found]
 
 

@@ -14,7 +14,7 @@ from compare.comparison import Choice, Reader, compare
 from compare.render import render_all
 from contracts import atomic
 from contracts.errors import UsageError, UserError
-from contracts.record import RESULTS, read_records
+from contracts.record_files import RESULTS, read_records
 
 _OPEN = re.compile(r"^<!-- twist compare\b(?P<arguments>.*?)-->\s*$")
 _CLOSE = re.compile(r"^<!-- end -->\s*$")

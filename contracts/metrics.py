@@ -1,4 +1,4 @@
-"""The vocabulary of metrics: every name that a record may hold, its unit, its definition, and which way is better.
+"""The vocabulary of metrics: every name that a record may hold, its unit, and its definition.
 
 The unit stands in the name, and so does the definition where the field uses one word for two things: VOC07's
 11-point AP50 is not COCO's AP50. `transfer/protocols.py` chooses from this list and `compare/` reads it; the list
@@ -25,7 +25,6 @@ class Metric:
     label: str
     unit: Literal["percent", "nats", "s", "images_per_s"]
     definition: str
-    higher_is_better: bool = True
     lowest: float = 0.0
 
     @property

@@ -12,7 +12,8 @@ import transfer.suite
 from compare.comparison import Choice
 from contracts import atomic
 from contracts.errors import UsageError, UserError
-from contracts.record import RunRecord, find_records, write_record
+from contracts.record import RunRecord, write_record
+from contracts.record_files import find_records
 from transfer.protocols import PROTOCOLS
 from transfer.records import read_known_records
 from twist import comparing

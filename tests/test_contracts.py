@@ -29,17 +29,8 @@ from contracts.networks import (
     normalise,
     stage_features,
 )
-from contracts.record import (
-    MARKS,
-    RunRecord,
-    WeightsProvenance,
-    find_collections,
-    find_records,
-    read_record,
-    read_records,
-    record_folders,
-    write_record,
-)
+from contracts.record import MARKS, RunRecord, WeightsProvenance, read_record, write_record
+from contracts.record_files import find_collections, find_records, read_records, record_folders
 from contracts.weights import Backbone, read_backbone, read_header, write_backbone
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from contracts.record import find_records, read_record
+from contracts.record import read_record
+from contracts.record_files import find_records
 from contracts.weights import read_header
 from twist import demo
 from twist.cli import app

@@ -11,7 +11,8 @@ import torch
 from imagenet_tree import write_tree
 
 from contracts.errors import UserError
-from contracts.record import find_records, read_record
+from contracts.record import read_record
+from contracts.record_files import find_records
 from transfer import folder
 from transfer.imagenet import training
 from transfer.run import transfer

@@ -9,7 +9,8 @@ from made_records import make_record
 
 from benchmarks.publish import publish
 from contracts.errors import UserError
-from contracts.record import find_records, read_record, write_record
+from contracts.record import read_record, write_record
+from contracts.record_files import find_records
 
 
 def test_records_and_curves_come_along_and_pictures_stay(tmp_path: Path) -> None:

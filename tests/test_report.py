@@ -30,7 +30,8 @@ from compare.report_table import legend, measured_switch, results_table, sources
 from compare.table import build_table
 from contracts import atomic
 from contracts.errors import UserError
-from contracts.record import RunRecord, find_records, read_record, write_record
+from contracts.record import RunRecord, read_record, write_record
+from contracts.record_files import find_records
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -22,7 +22,8 @@ from made_records import make_record
 
 from contracts.config import read_toml, validate
 from contracts.errors import UsageError, UserError
-from contracts.record import RunRecord, find_records, read_record, write_record
+from contracts.record import RunRecord, read_record, write_record
+from contracts.record_files import find_records
 from transfer import suite as suite_module
 from transfer import suite_launch
 from transfer.protocols import PROTOCOLS

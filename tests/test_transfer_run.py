@@ -14,7 +14,8 @@ from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_
 
 from contracts.errors import UsageError, UserError
 from contracts.networks import build_backbone
-from contracts.record import find_records, read_record
+from contracts.record import read_record
+from contracts.record_files import find_records
 from contracts.weights import Backbone, write_backbone
 from transfer import folder
 from transfer.curves import Curves

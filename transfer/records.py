@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from contracts.errors import UserError
-from contracts.record import RunRecord, read_records
+from contracts.record import RunRecord
+from contracts.record_files import read_records
 from transfer.protocols import PROTOCOLS
 
 
 def read_known_records(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[Path, RunRecord]]:
-    """`contracts.record.read_records`, each checked by `check_protocol`."""
+    """`contracts.record_files.read_records`, each checked by `check_protocol`."""
     found = read_records(paths)
     for path, record in found:
         check_protocol(path, record)

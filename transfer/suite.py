@@ -20,7 +20,8 @@ from typing import Literal
 
 from contracts.errors import UsageError, UserError, did_you_mean
 from contracts.hashing import sha256_json
-from contracts.record import RunRecord, find_records, name_in, write_record
+from contracts.record import RunRecord, name_in, write_record
+from contracts.record_files import find_records
 from transfer.suite_config import RANDOM, SuiteConfig, WeightsEntry, digest, load_suite
 from transfer.suite_display import SuiteDisplay
 from transfer.suite_launch import Handle, Launcher, LocalLauncher, SlurmLauncher, gpu_names

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contracts.errors import UserError
-from contracts.record import RunRecord, find_records, read_record
+from contracts.record import RunRecord, read_record
+from contracts.record_files import find_records
 from transfer.data.identity import data_of, identify_data
 from transfer.protocols import PROTOCOLS
 from transfer.records import check_protocol

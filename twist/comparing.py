@@ -16,7 +16,8 @@ from compare.report import HEADLINE, write_report
 from compare.table import build_table
 from contracts import atomic
 from contracts.errors import UserError
-from contracts.record import RESULTS, RunRecord
+from contracts.record import RunRecord
+from contracts.record_files import RESULTS
 from transfer.records import read_known_records
 
 # Where `twist transfer` makes its run folders when nobody says where.

@@ -123,7 +123,8 @@ def _override(key: str, value: str) -> str:
 
 
 def _records(output: Path) -> list[tuple[Path, Any]]:
-    from contracts.record import find_records, read_record
+    from contracts.record import read_record
+    from contracts.record_files import find_records
 
     results = output / "results"
     return [(path, read_record(path)) for path in find_records([results])] if results.is_dir() else []
