@@ -31,18 +31,23 @@ def image_names(root: str | os.PathLike[str]) -> list[str]:
     return sorted(name for name, _ in image_entries(root))
 
 
+def folder_names(root: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The folders in `root`, sorted: its classes, where it is one split of an ImageNet-like tree."""
+    with os.scandir(root) as entries:
+        return tuple(sorted(entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith(".")))
+
+
 def class_names(root: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The folders in `root`, sorted, as in ImageNet's train/<class>/; `UserError` when there is none."""
+    """`folder_names`; `UserError` when there is no `root`, or no folder in it."""
     try:
-        with os.scandir(root) as entries:
-            names = sorted(entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith("."))
+        names = folder_names(root)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"There is no class folder at {root}: an ImageNet-like tree has train/<class>/ and val/<class>/."
         ) from None
     if not names:
         raise UserError(f"{root} holds no class folders: put each class's images into a folder of its name.")
-    return tuple(names)
+    return names
 
 
 def images_of_classes(root: str | os.PathLike[str]) -> dict[str, list[str]]:

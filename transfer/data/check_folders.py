@@ -12,9 +12,10 @@ from typing import Any
 
 from PIL import Image
 
-from contracts.image_files import EXTENSIONS, image_entries, is_image
+from contracts.image_files import EXTENSIONS, folder_names, is_image
+from transfer.data.class_folders import check_same_classes, images_by_class
 from transfer.data.findings import Report, named
-from transfer.data.looks import check_pictures, each, origin, report_hollow, size_of
+from transfer.data.looks import check_pictures, origin
 
 SPLITS = ("train", "val")
 # What `contracts.images` decodes, by Pillow's names; MPO is a JPEG with more behind it, as cameras write it.
@@ -34,36 +35,22 @@ def check_folders(root: Path, _info: dict[str, Any] | None, report: Report) -> N
             classes[split] = _check_split(folder / split, report)
         else:
             report.error(folder / split, "is missing", remedy=origin("folders"))
-    if len(classes) == 2 and classes["train"] != classes["val"]:
-        differing = sorted(classes["train"] ^ classes["val"])
-        report.error(
-            folder,
-            f"{len(differing)} classes are in one of train and val only: {named(differing)}",
-            count=len(differing),
-            remedy="labels are numbered by sorted folder names, so both must have the same: complete the other one",
-        )
+    if len(classes) == 2:
+        check_same_classes(folder, classes["train"], classes["val"], report)
 
 
 def _check_split(place: Path, report: Report) -> set[str]:
     """The classes of one split, its images looked at."""
-    names = sorted(entry.name for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith("."))
+    names = folder_names(place)
     if not names:
         report.error(place, "holds no class folders", remedy=origin("folders"))
     _check_left_out(place, report)
-    images: list[str] = []
-    sizes: dict[str, int | None] = {}
-    empty = []
-
-    def images_of(name: str) -> dict[str, int | None]:
-        return {f"{name}/{image}": size_of(entry) for image, entry in image_entries(place / name)}
-
-    for folder, found in each(lambda folder: images_of(folder.name), [place / name for name in names], report):
-        sizes |= {image: size for image, size in found.items() if not size}
-        images += sorted(found)
-        if not found:
-            empty.append(folder.name)
-        _check_left_out(folder, report, images=False)
+    for name in names:
+        _check_left_out(place / name, report, images=False)
+    classes = images_by_class(place, names, report, counted=False)
+    images = [image for found in classes.values() for image in found]
     report.fine(place, f"{len(images)} images of {len(names)} classes", count=len(images))
+    empty = [name for name, found in classes.items() if not found]
     if empty:
         report.error(
             place,
@@ -71,9 +58,7 @@ def _check_split(place: Path, report: Report) -> set[str]:
             count=len(empty),
             remedy="remove them in both splits, or fill them",
         )
-    report_hollow(place, sizes, report)
-    paths = [place / image for image in images]
-    check_pictures(place, paths, _unread_format, "folders", report, sampled=None)
+    check_pictures(place, [place / image for image in images], _unread_format, "folders", report, sampled=None)
     return set(names)
 
 

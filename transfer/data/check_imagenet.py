@@ -6,19 +6,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from contracts.image_files import image_entries, is_image
-from transfer.data.class_folders import find_listed
+from contracts.image_files import folder_names, is_image
+from transfer.data.class_folders import check_same_classes, find_listed, images_by_class
 from transfer.data.findings import Report
 from transfer.data.looks import (
     SAMPLED,
     check_pictures,
-    each,
     expect,
     is_there,
     origin,
     read_list,
-    report_hollow,
-    size_of,
     spread,
 )
 
@@ -65,14 +62,8 @@ def check_imagenet(root: Path, info: dict[str, Any] | None, report: Report) -> N
             )
         pictures = [place / image for image in spread(every, SAMPLED)]
         check_pictures(place, pictures, None, "imagenet", report)
-    if len(classes) == 2 and classes["train"].keys() != classes["val"].keys():
-        differing = sorted(classes["train"].keys() ^ classes["val"].keys())
-        report.error(
-            folder,
-            f"{len(differing)} classes are in one of train and val only, {differing[0]} the first",
-            count=len(differing),
-            remedy="labels are numbered by sorted folder names, so both must have the same: complete the other one",
-        )
+    if len(classes) == 2:
+        check_same_classes(folder, classes["train"], classes["val"], report)
     train = [image for found in classes.get("train", {}).values() for image in found]
     for name, lines in SUBSET_LINES.items():
         _check_subset(folder, name, lines if info is None else None, train, report)
@@ -80,31 +71,10 @@ def check_imagenet(root: Path, info: dict[str, Any] | None, report: Report) -> N
 
 def _class_folders(place: Path, report: Report) -> tuple[dict[str, list[str]], list[str], int]:
     """Images of each class, archives that were not unpacked, and how many images lie in no class."""
-    folders: list[Path] = []
-    archives: list[str] = []
-    loose = 0
     with os.scandir(place) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                if not entry.name.startswith("."):
-                    folders.append(place / entry.name)
-            elif entry.name.endswith(".tar"):
-                archives.append(entry.name)
-            else:
-                loose += is_image(entry.name)
-    classes: dict[str, list[str]] = {}
-    hollow: dict[str, int | None] = {}
-
-    def images_of(folder: Path) -> list[str]:
-        found = [(f"{folder.name}/{name}", entry) for name, entry in image_entries(folder)]
-        hollow.update({name: size for name, entry in found if not (size := size_of(entry))})
-        return sorted(name for name, _ in found)
-
-    for folder, images in each(images_of, sorted(folders), report):
-        classes[folder.name] = images
-        report.count(folder, len(images))
-    report_hollow(place, hollow, report)
-    return classes, sorted(archives), loose
+        files = sorted(entry.name for entry in entries if not entry.is_dir())
+    archives = [name for name in files if name.endswith(".tar")]
+    return images_by_class(place, folder_names(place), report), archives, sum(map(is_image, files))
 
 
 def _check_subset(folder: Path, name: str, lines: int | None, train: list[str], report: Report) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from contracts.errors import UserError
 from contracts.hashing import sha256_file, sha256_json
+from contracts.image_files import folder_names
 from contracts.record import RunRecord
 from transfer.data.looks import spread
 from transfer.preflight import read_sample, tree_folder, voc_folder
@@ -86,8 +87,7 @@ def _facts(name: DataSet, root: Path, protocol: Protocol) -> Iterator[Any]:
 def _imagenet_facts(root: Path, protocol: Protocol) -> Iterator[Any]:
     tree = tree_folder(root)
     for split in ("train", "val"):
-        entries = (entry for entry in os.scandir(tree / split) if not entry.name.startswith("."))
-        classes = sorted(entry.name for entry in entries if entry.is_dir())
+        classes = list(folder_names(tree / split))
         yield classes
         for label in spread(classes, LISTED):
             yield _names_and_sizes(tree / split / label, _files_in(tree / split / label))
