@@ -21,6 +21,12 @@ export MPLBACKEND ?= Agg
 # Two pytest workers with one thread each: two threads each would fight for the cores.
 check test: export OMP_NUM_THREADS ?= 1
 
+# mypy does not follow setuptools' package-dir, so it gets a folder in which the rooms lie as they are imported.
+ROOMS := contracts pretrain converters transfer compare
+define types
+@rm -rf .types && mkdir -p .types/twist && ln -s $(abspath $(wildcard twist/*.py) $(ROOMS)) .types/twist/
+endef
+
 .PHONY: install demo demo-photos check test bench lock format clean
 
 install: $(INSTALLED)
@@ -37,7 +43,7 @@ $(INSTALLED): requirements.lock pyproject.toml $(wildcard third_party/detectron2
 	  || $(UV) pip install --python $(BIN)/python --quiet --compile-bytecode --no-deps ./third_party/detectron2
 	$(UV) pip install --python $(BIN)/python --quiet --no-deps --editable .
 	@# What numba compiles is kept; the first run and the tests' processes, all at once, would each spend seconds on it.
-	-$(BIN)/python -c 'from pretrain import photometric_cpu; photometric_cpu.compile_it()'
+	-$(BIN)/python -c 'from twist.pretrain import photometric_cpu; photometric_cpu.compile_it()'
 	@touch $@
 
 demo: install
@@ -49,7 +55,8 @@ demo-photos: install
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(types)
+	MYPYPATH=.types $(BIN)/mypy -p twist
 	$(BIN)/pytest -n 2 -m "not slow"
 	$(BIN)/twist compare --check README.md
 	$(BIN)/twist compare --check results/README.md

@@ -19,7 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from contracts.provenance import hardware, software
+from twist.contracts.machine import hardware
+from twist.contracts.provenance import software
 
 _WRITE_RESNET50 = """
 import sys, torch, torchvision

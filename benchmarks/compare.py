@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compare.published import load_published
-from compare.render import render
-from compare.report import write_report
-from compare.table import build_table
-from contracts import provenance
-from contracts.hashing import sha256_json
-from contracts.record import RunRecord, WeightsProvenance, read_record
-from contracts.record_files import find_records
+from twist.compare.published import load_published
+from twist.compare.render import render
+from twist.compare.report import write_report
+from twist.compare.table import build_table
+from twist.contracts import machine, provenance
+from twist.contracts.hashing import sha256_json
+from twist.contracts.record import RunRecord, WeightsProvenance, read_record
+from twist.contracts.record_files import find_records
 
 METHODS = ("twist", "moco-v2", "byol", "swav", "simclr", "dino", "vicreg", "barlow-twins", "supervised", "random")
 PROTOCOLS = 20
@@ -52,7 +52,7 @@ def main() -> None:
                 times[name].append(value)
         page_bytes = (root / "page.html").stat().st_size
 
-    hardware, software = provenance.hardware(), provenance.software()
+    hardware, software = machine.hardware(), provenance.software()
     print(
         f"{hardware['processor']}, {hardware['cores']} cores, Python {software['python']}; {arguments.records} records"
     )

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.side_by_side import Times, heading, table, write
-from converters.manifest import Geometry, shapes_of
+from twist.converters.manifest import Geometry, shapes_of
 
 TARGETS = ("detectron2", "mmseg")
 # Peak and current resident memory in bytes; Linux's own counters, as `resource` cannot be reset.
@@ -41,7 +41,7 @@ for name in ("a", "b"):
 """
 _CONVERT = """
 from pathlib import Path
-from converters.convert import convert
+from twist.converters.convert import convert
 for target in ("detectron2", "mmseg"):
     convert(Path(file), target=target, output=Path(folder) / target, verify=%r)
 """

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.side_by_side import write
-from pretrain.bench_data import bench, render
-from pretrain.config import DataConfig, PretrainConfig, RunConfig, ViewsConfig
 from tests.photographs import write_folder
+from twist.pretrain.bench_data import bench, render
+from twist.pretrain.config import DataConfig, PretrainConfig, RunConfig, ViewsConfig
 
 CASES: dict[str, tuple[ViewsConfig, tuple[int, int]]] = {
     "14 views": (ViewsConfig(), (375, 500)),

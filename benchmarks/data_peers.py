@@ -29,12 +29,12 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from benchmarks.side_by_side import heading, rates_a_core, rates_table, write
-from contracts.weights import IMAGENET_MEAN, IMAGENET_STD
-from pretrain.config import DataConfig, ViewsConfig
-from pretrain.data import BUFFERS
-from pretrain.image_source import open_images
-from pretrain.view_maker import Request, ViewMaker
 from tests.photographs import write_folder
+from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD
+from twist.pretrain.config import DataConfig, ViewsConfig
+from twist.pretrain.data import BUFFERS
+from twist.pretrain.image_source import open_images
+from twist.pretrain.view_maker import Request, ViewMaker
 
 BATCH = 8
 Transform = Callable[[bytes], list[Tensor]]

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from benchmarks.side_by_side import heading, write
-from contracts.networks import build_backbone
-from contracts.weights import Backbone
-from transfer.data.sample import make_sample
-from transfer.protocols import find_protocol
-from transfer.quiet import frameworks_quiet
-from transfer.request import Controls, Request
+from twist.contracts.networks import build_backbone
+from twist.contracts.weights import Backbone
+from twist.transfer.data.sample import make_sample
+from twist.transfer.protocols import find_protocol
+from twist.transfer.quiet import frameworks_quiet
+from twist.transfer.request import Controls, Request
 
 # Iterations at the start that are not counted: allocators, caches and loaders fill.
 WARM_UP = 5
@@ -95,15 +95,15 @@ def _request(name: str, arguments: argparse.Namespace, folder: Path, writer: Any
 
 
 def _detectron2(arguments: argparse.Namespace, is_ours: bool) -> float:
-    from converters import detectron2_writer
+    from twist.converters import detectron2_writer
 
     with _folder() as folder, frameworks_quiet(folder / "log.txt"):
         from detectron2.engine import DefaultTrainer, HookBase
         from detectron2.utils.env import seed_all_rng
 
-        from transfer import detectron2_engine as engine
-        from transfer.detectron2_data import register_data
-        from transfer.preflight import read_sample
+        from twist.transfer import detectron2_engine as engine
+        from twist.transfer.detectron2_data import register_data
+        from twist.transfer.preflight import read_sample
 
         class Clock(HookBase):
             def after_step(self) -> None:
@@ -131,7 +131,7 @@ def _detectron2(arguments: argparse.Namespace, is_ours: bool) -> float:
 
 
 def _mmseg(arguments: argparse.Namespace, is_ours: bool) -> float:
-    from converters import mmseg_writer
+    from twist.converters import mmseg_writer
 
     with _folder() as folder, frameworks_quiet():
         from mmengine.hooks import Hook
@@ -139,7 +139,7 @@ def _mmseg(arguments: argparse.Namespace, is_ours: bool) -> float:
         from mmengine.runner import Runner
         from mmseg.utils import register_all_modules
 
-        from transfer import mmseg_engine as engine
+        from twist.transfer import mmseg_engine as engine
 
         class Clock(Hook):
             priority = "LOWEST"

@@ -46,10 +46,10 @@ from benchmarks import gpu_memory, gpu_pipeline, lars, loss, step
 from benchmarks.gpu_compiled import check as check_compiled_backbone
 from benchmarks.gpu_compiled import compiler_for
 from benchmarks.side_by_side import heading, machine, plain
-from contracts import atomic, provenance
-from pretrain.batch_norm import SynchronisedBatchNorm
-from pretrain.loss import twist_loss
-from pretrain.optim import LARS
+from twist.contracts import atomic, provenance
+from twist.pretrain.batch_norm import SynchronisedBatchNorm
+from twist.pretrain.loss import twist_loss
+from twist.pretrain.optim import LARS
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = ROOT / "tests" / "goldens"

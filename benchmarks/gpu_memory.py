@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks import step
-from pretrain.config import PretrainConfig
+from twist.pretrain.config import PretrainConfig
 
 # Of the card's memory, what allocations may come to: the rest is the driver's, and lost between blocks.
 USABLE = 0.95

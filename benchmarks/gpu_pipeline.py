@@ -11,7 +11,7 @@ import os
 import runpy
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,12 @@ from torch import Tensor
 
 from benchmarks import step
 from benchmarks.side_by_side import measure
-from contracts.weights import IMAGENET_STD
-from pretrain import photometric
-from pretrain.config import PretrainConfig
-from pretrain.image_source import open_images
-from pretrain.photometric_choice import fastest
-from pretrain.train import pretrain
-from pretrain.view_maker import Made, Request, ViewMaker, finish_on_cpu
+from twist.contracts.weights import IMAGENET_STD
+from twist.pretrain import photometric
+from twist.pretrain.config import PretrainConfig
+from twist.pretrain.image_source import open_images
+from twist.pretrain.train import pretrain
+from twist.pretrain.view_maker import Made, Request, ViewMaker, finish_on_cpu
 
 # Read as a file: `tests` is no package, and a machine may have an installed one of that name.
 PHOTOGRAPHS = Path(__file__).resolve().parent.parent / "tests" / "photographs.py"
@@ -41,7 +40,7 @@ WARM_UP_WINDOWS = 2
 
 
 def check_photometric(device: torch.device, tiny: bool) -> dict[str, Any]:
-    """The photometric part on this device, in both its forms, against the CPU's, on the same crops with the same draws;
+    """The photometric part on this device against the CPU's, on the same crops with the same draws;
     it never waits."""
     batch = 4 if tiny else 16
     with tempfile.TemporaryDirectory() as folder:
@@ -49,34 +48,32 @@ def check_photometric(device: torch.device, tiny: bool) -> dict[str, Any]:
             "multi-crop", Path(folder), photographs=batch, images=batch, batch=batch, tiny=tiny, device=device
         )
         made = _made(config)
-    apart: dict[str, list[float]] = {}
+    apart: list[float] = []
     expected = finish_on_cpu(made.groups, made.records, batch=batch)
-    crops, parameters = _on(device, made)
-    for name, form in _forms(device, crops, parameters).items():
-        for group, part, right in zip(crops, parameters, expected):
-            form(group, part)  # the first call copies constants to the device or compiles, which waits
+    for group, part, right in zip(*_on(device, made), expected):
+        photometric.apply(group, part)  # the first call copies constants to the device, which waits
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            ours = photometric.apply(group, part)
+        finally:
             if device.type == "cuda":
-                torch.cuda.set_sync_debug_mode("error")
-            try:
-                ours = form(group, part)
-            finally:
-                if device.type == "cuda":
-                    torch.cuda.set_sync_debug_mode("default")
-            in_levels = 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)
-            apart.setdefault(name, []).append(float(((ours.cpu() - right).abs() * in_levels).max()))
-    assert max(most for of_form in apart.values() for most in of_form) < LARGEST_DIFFERENCE, apart
-    return {"largest_difference_levels": apart, "views": sum(len(group) for group in crops)}
+                torch.cuda.set_sync_debug_mode("default")
+        in_levels = 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)
+        apart.append(float(((ours.cpu() - right).abs() * in_levels).max()))
+    assert max(apart) < LARGEST_DIFFERENCE, apart
+    return {"largest_difference_levels": apart, "views": sum(len(group) for group in made.groups)}
 
 
 def photometric_of_two_views(device: torch.device, tiny: bool) -> dict[str, Any]:
-    """`times`: seconds of the photometric part of a step with the published two views; `kernels` as in `run`."""
+    """`times`: seconds of the photometric part of a step with the published two views."""
     batch, photographs = (4, 4) if tiny else (256, 32)
     with tempfile.TemporaryDirectory() as folder:
         config = _config(
             "two-views", Path(folder), photographs=photographs, images=batch, batch=batch, tiny=tiny, device=device
         )
         times = _photometric_times(config, device, calls=1 if tiny else 10)
-    return {"times": times, "kernels": "operation by operation" in times, "batch_size": batch}
+    return {"times": times, "batch_size": batch}
 
 
 def run(device: torch.device, tiny: bool, *, compiled: bool) -> dict[str, Any]:
@@ -85,7 +82,7 @@ def run(device: torch.device, tiny: bool, *, compiled: bool) -> dict[str, Any]:
     Returns:
         `images_per_s` and `data_wait_share`: median, least, most of `n` log windows. `times`: seconds of a step's
         photometric part alone on the device, where it runs beside the step before; `photometric_share`: of the time of
-        a step; `kernels`: whether Triton's did it.
+        a step.
     """
     batch, photographs, windows, every = (4, 8, 2, 3) if tiny else (128, 256, 5, 8)
     images = batch * every * (WARM_UP_WINDOWS + windows)
@@ -104,7 +101,6 @@ def run(device: torch.device, tiny: bool, *, compiled: bool) -> dict[str, Any]:
         "times": times,
         "images_per_s": _spread(rates),
         "data_wait_share": _spread([row["data_wait_share"] for row in rows]),
-        "kernels": "operation by operation" in times,
         "photometric_share": times["photometric part"].median_s / (batch / statistics.median(rates)),
         "batch_size": batch,
         "steps_a_window": every,
@@ -158,27 +154,11 @@ def _on(device: torch.device, made: Made) -> tuple[list[Tensor], list[photometri
 
 def _photometric_times(config: PretrainConfig, device: torch.device, *, calls: int) -> dict[str, Any]:
     crops, parameters = _on(device, _made(config))
-    forms = _forms(device, crops, parameters)
     return measure(
-        {
-            name: lambda form=form: [form(*group) for group in zip(crops, parameters)]  # type: ignore[misc]
-            for name, form in forms.items()
-        },
+        {"photometric part": lambda: [photometric.apply(*group) for group in zip(crops, parameters)]},
         rounds=5,
         calls=calls,
     )
-
-
-def _forms(
-    device: torch.device, crops: list[Tensor], parameters: list[photometric.Photometric]
-) -> dict[str, Callable[[Tensor, photometric.Photometric], Tensor]]:
-    """What a run uses, and beside it on a GPU, where that is another, torch's operations one by one."""
-    if device.type != "cuda":
-        return {"photometric part": photometric.apply}
-    chosen = fastest(crops, parameters)
-    if chosen is photometric.apply:
-        return {"photometric part": chosen}
-    return {"photometric part": chosen, "operation by operation": photometric.apply}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

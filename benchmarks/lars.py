@@ -16,10 +16,10 @@ from torch import nn
 
 from benchmarks.naive_step import per_tensor_lars
 from benchmarks.side_by_side import heading, measure, ratio, table, write
-from contracts.networks import build_backbone
-from pretrain.config import ModelConfig
-from pretrain.model import Twist, build_head
-from pretrain.optim import LARS, parameter_groups
+from twist.contracts.networks import build_backbone
+from twist.pretrain.config import ModelConfig
+from twist.pretrain.model import Twist, build_head
+from twist.pretrain.optim import LARS, parameter_groups
 
 LR = 0.5
 

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.naive_step import pair_by_pair_loss
 from benchmarks.side_by_side import heading, measure, ratio, table, write
-from pretrain.loss import twist_loss
+from twist.pretrain.loss import twist_loss
 
 
 def figures(*, views: int, batch: int, classes: int, device: str, rounds: int, calls: int = 1) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from contracts import atomic
-from contracts.errors import UserError
-from contracts.record import read_record, write_record
-from contracts.record_files import find_records
+from twist.contracts import atomic
+from twist.contracts.errors import UserError
+from twist.contracts.record import read_record, write_record
+from twist.contracts.record_files import find_records
 
 CURVES = "metrics.jsonl"
 ROWS = 500

@@ -29,12 +29,12 @@ from torch import nn
 from benchmarks.gpu_summary import parts
 from benchmarks.nccl_time import Cluster, all_gather_s, all_reduce_s
 from benchmarks.side_by_side import write
-from contracts.config import load_config
-from contracts.errors import UserError
-from contracts.networks import build_backbone
-from pretrain.config import PretrainConfig
-from pretrain.distributed import ranks_per_bunch
-from pretrain.model import build_head
+from twist.contracts.config import load_config
+from twist.contracts.errors import UserError
+from twist.contracts.networks import build_backbone
+from twist.pretrain.config import PretrainConfig
+from twist.pretrain.distributed import ranks_per_bunch
+from twist.pretrain.model import build_head
 
 FLOAT = 4  # bytes: statistics, loss and gradients are float32
 # DistributedDataParallel's defaults: the first bucket is small, so that sending begins early.

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from contracts import atomic, provenance
+from twist.contracts import atomic, provenance
+from twist.contracts.machine import hardware
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def rates_table(found: Mapping[str, Any]) -> str:
 def machine() -> dict[str, Any]:
     """What a figure must not stand without."""
     return {
-        "hardware": provenance.hardware(),
+        "hardware": hardware(),
         "software": provenance.software(),
         "threads": torch.get_num_threads(),
         "git_commit": provenance.git_commit(),

@@ -18,8 +18,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 from benchmarks.side_by_side import heading, measure, ratio, table, write
-from contracts.networks import build_backbone
-from pretrain.precision import Precision, autocast, precision_on
+from twist.contracts.networks import build_backbone
+from twist.pretrain.precision import Precision, autocast, precision_on
 
 CPU = torch.device("cpu")
 

@@ -20,16 +20,16 @@ from torch import Tensor
 
 from benchmarks.naive_step import NaiveStep
 from benchmarks.side_by_side import heading, measure, ratio, table, write
-from contracts import atomic
-from contracts.config import validate
-from pretrain.config import PretrainConfig
-from pretrain.model import Twist, build_model
-from pretrain.monitor import observe
-from pretrain.optim import set_rates
-from pretrain.plan import resolve
-from pretrain.precision import autocast, precision_on
-from pretrain.run import Run
-from pretrain.train import in_layout, objective
+from twist.contracts import atomic
+from twist.contracts.config import validate
+from twist.pretrain.config import PretrainConfig
+from twist.pretrain.model import Twist, build_model
+from twist.pretrain.monitor import observe
+from twist.pretrain.optim import set_rates
+from twist.pretrain.plan import resolve
+from twist.pretrain.precision import autocast, precision_on
+from twist.pretrain.run import Run
+from twist.pretrain.train import in_layout, objective
 
 IMAGENET_IMAGES = 1_281_167  # the training set's size; only schedules depend on it
 LONGEST_SEARCH = 20  # steps in which a loss scaler that starts at 2^16 must have found a scale without an overflow

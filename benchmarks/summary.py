@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from benchmarks import gpu_summary
 from benchmarks.gpu_summary import Found, Reader, Title, spread
-from contracts import atomic
+from twist.contracts import atomic
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 BEGIN, END = "<!-- python -m benchmarks.summary{} -->", "<!-- end of summary -->"

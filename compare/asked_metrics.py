@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable
 
-from compare.published import PublishedRow
-from contracts.errors import UsageError
-from contracts.metrics import METRICS
-from contracts.record import RunRecord
+from twist.compare.published import PublishedRow
+from twist.contracts.errors import UsageError
+from twist.contracts.metrics import METRICS
+from twist.contracts.record import RunRecord
 
 
 def metrics_in(records: Iterable[RunRecord], published: Iterable[PublishedRow]) -> list[str]:

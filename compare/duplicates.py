@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compare.pretrainings import pretraining
-from contracts.errors import UserError
-from contracts.record import RunRecord
+from twist.compare.pretrainings import pretraining
+from twist.contracts.errors import UserError
+from twist.contracts.record import RunRecord
 
 # Files that a note names; it counts the rest.
 NAMED = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from compare.blocks import (
+from twist.compare.blocks import (
     PAGE_COLUMNS,
     blocks_of,
     difference_text,
@@ -18,7 +18,7 @@ from compare.blocks import (
     printed_values,
     protocol_key,
 )
-from compare.table import Cell, Published, Table
+from twist.compare.table import Cell, Published, Table
 
 _LATEX = str.maketrans(
     {

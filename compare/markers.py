@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from compare.comparison import Choice, Reader, compare
-from compare.render import render_all
-from contracts import atomic
-from contracts.errors import UsageError, UserError
-from contracts.record_files import RESULTS, read_records
+from twist.compare.comparison import Choice, Reader, compare
+from twist.compare.render import render_all
+from twist.contracts import atomic
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.record_files import RESULTS, read_records
 
 _OPEN = re.compile(r"^<!-- twist compare\b(?P<arguments>.*?)-->\s*$")
 _CLOSE = re.compile(r"^<!-- end -->\s*$")

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from contracts.record import RunRecord
+from twist.contracts.record import RunRecord
 
 
 class Condition(NamedTuple):

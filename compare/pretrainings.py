@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from contracts.hashing import sha256_json
-from contracts.record import RunRecord, WeightsProvenance
+from twist.contracts.hashing import sha256_json
+from twist.contracts.record import RunRecord, WeightsProvenance
 
 
 def architecture_of(record: RunRecord) -> str | None:

@@ -16,9 +16,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from contracts.config import Config, validate
-from contracts.metrics import check_metrics
-from contracts.record import Task
+from twist.contracts.config import Config, validate
+from twist.contracts.metrics import check_metrics
+from twist.contracts.record import Task
 
 FOREIGN = "foreign:"
 Text = Annotated[str, Field(min_length=1)]
@@ -105,7 +105,7 @@ class _Collection(Config):
 
 @cache
 def _collection() -> _Collection:
-    file = resources.files("compare") / "published.toml"
+    file = resources.files("twist.compare") / "published.toml"
     return validate(tomllib.loads(file.read_text(encoding="utf-8")), _Collection, where="compare/published.toml")
 
 

@@ -1,6 +1,6 @@
 """A table as text: terminal, Markdown, CSV, JSON, LaTeX, chosen by a name or by the file that it goes to.
 
-What a reader sees is written in `compare.text`; here are the formats for programs.
+What a reader sees is written in `twist.compare.text`; here are the formats for programs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compare.comparison import Comparison
-from compare.latex import latex
-from compare.published import protocol_title
-from compare.table import PUBLISHED, Cell, Measured, Published, Table
-from compare.text import markdown, plain
-from contracts.errors import UsageError, did_you_mean
+from twist.compare.comparison import Comparison
+from twist.compare.latex import latex
+from twist.compare.published import protocol_title
+from twist.compare.table import PUBLISHED, Cell, Measured, Published, Table
+from twist.compare.text import markdown, plain
+from twist.contracts.errors import UsageError, did_you_mean
 
 # A suffix that is not here says nothing of what is in the file.
 SUFFIXES = {

@@ -18,9 +18,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from compare.published import protocol_title
-from compare.render import as_json
-from compare.report_curves import (
+from twist.compare.published import protocol_title
+from twist.compare.render import as_json
+from twist.compare.report_curves import (
     CURVE_RUNS,
     FROM_ZERO,
     PRETRAIN_KEYS,
@@ -30,7 +30,7 @@ from compare.report_curves import (
     label_families,
     pretrain_run,
 )
-from compare.report_table import (
+from twist.compare.report_table import (
     count,
     filter_marks,
     legend,
@@ -42,10 +42,10 @@ from compare.report_table import (
     sources,
     task_name,
 )
-from compare.table import TASKS, Table
-from contracts import atomic
-from contracts.errors import UserError
-from contracts.record import RunRecord
+from twist.compare.table import TASKS, Table
+from twist.contracts import atomic
+from twist.contracts.errors import UserError
+from twist.contracts.record import RunRecord
 
 HEADLINE = "Self-supervised backbones, compared"
 # Runs whose pictures are shown for one row and protocol.
@@ -133,7 +133,7 @@ def _fill(template: str, parts: dict[str, str]) -> str:
 
 
 def _resource(name: str) -> str:
-    return (resources.files("compare") / name).read_text(encoding="utf-8")
+    return (resources.files("twist.compare") / name).read_text(encoding="utf-8")
 
 
 def _lede(table: Table, records: Sequence[tuple[Path, RunRecord]]) -> str:

@@ -10,9 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from compare.table import Table
-from contracts.errors import UserError
-from contracts.record import RunRecord
+from twist.compare.table import Table
+from twist.contracts.errors import UserError
+from twist.contracts.record import RunRecord
 
 # A curve keeps this many points: more than a chart has pixels to show them.
 CURVE_POINTS = 240

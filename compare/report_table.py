@@ -5,10 +5,10 @@ from __future__ import annotations
 import html
 from itertools import groupby
 
-from compare.blocks import footnote_mark, printed_values, repeats_notes
-from compare.published import home_of, protocol_title
-from compare.statistics import SIGNIFICANT
-from compare.table import PUBLISHED, Cell, Column, Table
+from twist.compare.blocks import footnote_mark, printed_values, repeats_notes
+from twist.compare.published import home_of, protocol_title
+from twist.compare.statistics import SIGNIFICANT
+from twist.compare.table import PUBLISHED, Cell, Column, Table
 
 # From here on a list of protocols is worth its place on the page.
 MANY_PROTOCOLS = 8

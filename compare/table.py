@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from compare.asked_metrics import check_known, metrics_in
-from compare.duplicates import left_out
-from compare.mixtures import conditions_of, mixed_sentence, mixtures
-from compare.pretrainings import architecture_of, pretraining, variant_names, weights_key
-from compare.published import FOREIGN, PublishedRow, display_name, select
-from compare.statistics import Difference, difference, mean, standard_deviation
-from contracts.errors import UsageError, UserError, did_you_mean
-from contracts.metrics import METRICS, Metric
-from contracts.record import RunRecord, Task
+from twist.compare.asked_metrics import check_known, metrics_in
+from twist.compare.duplicates import left_out
+from twist.compare.mixtures import conditions_of, mixed_sentence, mixtures
+from twist.compare.pretrainings import architecture_of, pretraining, variant_names, weights_key
+from twist.compare.published import FOREIGN, PublishedRow, display_name, select
+from twist.compare.statistics import Difference, difference, mean, standard_deviation
+from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.metrics import METRICS, Metric
+from twist.contracts.record import RunRecord, Task
 
 TASKS: tuple[str, ...] = get_args(Task)
 PUBLISHED = "published"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from compare.blocks import (
+from twist.compare.blocks import (
     ABSENT,
     PAGE_COLUMNS,
     blocks_of,
@@ -26,7 +26,7 @@ from compare.blocks import (
     one_line_heads,
     printed_values,
 )
-from compare.table import Cell, Published, Table
+from twist.compare.table import Cell, Published, Table
 
 # Of text that no terminal takes: a pipe, a file.
 PLAIN_WIDTH = 120

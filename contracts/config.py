@@ -14,8 +14,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from contracts.errors import UsageError, did_you_mean
-from contracts.hashing import sha256_json
+from twist.contracts.errors import UsageError, did_you_mean
+from twist.contracts.hashing import sha256_json
+
+# Our own configs, in a clone and in an installed package alike: `configs` stands where `contracts` does.
+SHIPPED = Path(__file__).resolve().parent.parent / "configs"
 
 
 class Config(BaseModel):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from contracts.errors import UserError
+from twist.contracts.errors import UserError
 
 
 class UnreadableImage(UserError):

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from contracts.errors import UserError, did_you_mean
+from twist.contracts.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)

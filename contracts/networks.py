@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet as tv
 
-from contracts.architectures import ARCHITECTURES, RESNETS, VITS
-from contracts.errors import UserError
-from contracts.weights import Backbone
+from twist.contracts.architectures import ARCHITECTURES, RESNETS, VITS
+from twist.contracts.errors import UserError
+from twist.contracts.weights import Backbone
 
 # timm's names of the ViTs.
 _VITS = {name: f"{name}_224" for name in VITS}

@@ -1,12 +1,10 @@
-"""Where a result comes from: git commit, software versions, hardware. Nothing here imports torch by itself."""
+"""Where a result comes from: git commit and software versions (hardware: `machine.py`)."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import subprocess
-import sys
 from pathlib import Path
 
 PACKAGES = (
@@ -19,7 +17,6 @@ PACKAGES = (
     "mmsegmentation",
     "numpy",
     "numba",
-    "triton",
 )
 
 
@@ -49,30 +46,3 @@ def software() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def hardware() -> dict[str, str | int | None]:
-    """Processor, cores this process may use, and the GPUs that an already imported torch sees."""
-    torch = sys.modules.get("torch")
-    gpus = 0 if torch is None or not torch.cuda.is_available() else torch.cuda.device_count()
-    return {
-        "processor": _processor(),
-        "cores": cores(),
-        "gpus": gpus,
-        "gpu": torch.cuda.get_device_name(0) if torch is not None and gpus else None,
-    }
-
-
-def cores() -> int:
-    """Cores that this process may use, which on a shared machine are fewer than it has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -14,11 +14,11 @@ from typing import Any, Final, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from contracts import atomic
-from contracts.config import Config
-from contracts.errors import UsageError, UserError, did_you_mean
-from contracts.hashing import sha256_json
-from contracts.metrics import check_metrics, check_values
+from twist.contracts import atomic
+from twist.contracts.config import Config
+from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.hashing import sha256_json
+from twist.contracts.metrics import check_metrics, check_values
 
 SCHEMA_VERSION: Final = 1
 # Fields that a record has and other results do not. JSON with none of them (a benchmark's figures, a table) is no
@@ -49,7 +49,7 @@ class WeightsProvenance(Config):
 
 
 class RunRecord(Config):
-    """One measured run. Metric names are those of `contracts.metrics`; units are in the names.
+    """One measured run. Metric names are those of `twist.contracts.metrics`; units are in the names.
 
     `recipe` is the resolved recipe without weights, paths and seed; `recipe_hash` is derived from it and never given.
     `data` names what the run read, wherever it lay (transfer/data/identity.py); records of earlier versions lack it.

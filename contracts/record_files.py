@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from contracts.errors import UserError
-from contracts.record import RunRecord, is_marked, read_record
+from twist.contracts.errors import UserError
+from twist.contracts.record import RunRecord, is_marked, read_record
 
 # A run folder's account of itself (transfer/folder.py), what else it holds that shares fields with a record, and the
 # folder of its records.

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from contracts.architectures import Architecture
-from contracts.atomic import atomic_path
-from contracts.config import Config
-from contracts.errors import UserError
+from twist.contracts.architectures import Architecture
+from twist.contracts.atomic import atomic_path
+from twist.contracts.config import Config
+from twist.contracts.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

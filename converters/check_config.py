@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contracts.errors import UsageError, UserError
-from contracts.weights import Backbone, weights_file
-from converters.detectron2_writer import detectron2_overlay
-from converters.mmseg_writer import mmseg_overlay
-from converters.read import load_artefact
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.weights import Backbone, weights_file
+from twist.converters.detectron2_writer import detectron2_overlay
+from twist.converters.mmseg_writer import mmseg_overlay
+from twist.converters.read import load_artefact
 
 # detectron2 config/defaults.py (v2): what a YAML that says nothing gets.
 _DETECTRON2_DEFAULTS: dict[str, Any] = {
@@ -113,7 +113,7 @@ def _check_detectron2(settings: dict[str, Any], backbone: Backbone) -> list[Mism
     if _at(settings, "MODEL.BACKBONE.NAME") == "build_resnet_backbone" and heads == "Res5ROIHeads":
         cure = (
             "the C4 recipe of MoCo puts a norm after res5, without it the unnormalised features diverge; set "
-            "MODEL.ROI_HEADS.NAME: Res5ROIHeadsExtraNorm (`import transfer.detectron2_heads` registers it)"
+            "MODEL.ROI_HEADS.NAME: Res5ROIHeadsExtraNorm (`import twist.transfer.detectron2_heads` registers it)"
         )
         found.append(Mismatch("MODEL.ROI_HEADS.NAME", heads, "Res5ROIHeadsExtraNorm", cure))
     path = str(_at(settings, "MODEL.WEIGHTS"))

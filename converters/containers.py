@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from contracts.errors import UserError
-from contracts.hashing import sha256_file
-from converters import standins
+from twist.contracts.errors import UserError
+from twist.contracts.hashing import sha256_file
+from twist.converters import standins
 
 Container = Literal["torch", "torch-stream", "pickle", "safetensors", "npz"]
 # More than any published checkpoint; a file that claims more is damaged or meant to exhaust the machine.

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from contracts import atomic
-from contracts.errors import UsageError, UserError, did_you_mean
-from contracts.provenance import software
-from contracts.weights import Backbone, weights_file
-from converters import output_folder
-from converters.detectron2_writer import write_pickle
-from converters.listing import listing
-from converters.output_folder import REPORT, TENSORS
-from converters.proof import TOLERANCE, Kind, Proof, prove
-from converters.read import Source, load_source
-from converters.stages import ProofError
-from converters.targets import TARGETS, Target
-from converters.usage import usage
+from twist.contracts import atomic
+from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.provenance import software
+from twist.contracts.weights import Backbone, weights_file
+from twist.converters import output_folder
+from twist.converters.detectron2_writer import write_pickle
+from twist.converters.listing import listing
+from twist.converters.output_folder import REPORT, TENSORS
+from twist.converters.proof import TOLERANCE, Kind, Proof, prove
+from twist.converters.read import Source, load_source
+from twist.converters.stages import ProofError
+from twist.converters.targets import TARGETS, Target
+from twist.converters.usage import usage
 
 __all__ = ["Conversion", "ProofError", "convert", "render"]
 TargetName = Literal["detectron2", "mmseg", "torchvision", "timm"]

@@ -11,13 +11,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contracts.errors import UsageError, UserError, did_you_mean
-from contracts.weights import METADATA_KEY
-from converters import haiku, hub, manifest, sources
-from converters.containers import Contents
-from converters.rename import Table
-from converters.sources import Branch, Layout
-from converters.tables import DETECTRON2, MMSEG_VIT, TIMM_VIT, TORCHVISION
+from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.weights import METADATA_KEY
+from twist.converters import haiku, hub, manifest, sources
+from twist.converters.containers import Contents
+from twist.converters.rename import Table
+from twist.converters.sources import Branch, Layout
+from twist.converters.tables import DETECTRON2, MMSEG_VIT, TIMM_VIT, TORCHVISION
 
 if TYPE_CHECKING:
     from torch import Tensor

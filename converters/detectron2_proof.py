@@ -17,9 +17,9 @@ from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from contracts.weights import Backbone
-from converters.detectron2_writer import WEIGHTS, overlay_name
-from converters.stages import Stages, check_loaded
+from twist.contracts.weights import Backbone
+from twist.converters.detectron2_writer import WEIGHTS, overlay_name
+from twist.converters.stages import Stages, check_loaded
 
 
 def version() -> str:

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contracts.architectures import VIT_BLOCKS, VITS, depth_of
-from contracts.atomic import atomic_path
-from contracts.weights import METADATA_KEY, Backbone
-from converters import manifest, rename, tables
-from converters.containers import read_contents
-from converters.torch_file import same_bytes, write_torch
+from twist.contracts.architectures import VIT_BLOCKS, VITS, depth_of
+from twist.contracts.atomic import atomic_path
+from twist.contracts.weights import METADATA_KEY, Backbone
+from twist.converters import manifest, rename, tables
+from twist.converters.containers import read_contents
+from twist.converters.torch_file import same_bytes, write_torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,16 +1,16 @@
-"""`docs/conversions.md`, written from the tables: `python -m converters.document`. A test keeps the page current."""
+"""`docs/conversions.md`, written from the tables by `python -m twist.converters.document`. A test keeps it current."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from contracts.architectures import ARCHITECTURES
-from contracts.atomic import write_text
-from contracts.weights import Backbone
-from converters.proof import TOLERANCE
-from converters.sources import HALF, IMAGENET, LAYOUTS, MSRA, SWAV, UNIT, Layout, Pixels
-from converters.targets import TARGETS
-from converters.usage import usage
+from twist.contracts.architectures import ARCHITECTURES
+from twist.contracts.atomic import write_text
+from twist.contracts.weights import Backbone
+from twist.converters.proof import TOLERANCE
+from twist.converters.sources import HALF, IMAGENET, LAYOUTS, MSRA, SWAV, UNIT, Layout, Pixels
+from twist.converters.targets import TARGETS
+from twist.converters.usage import usage
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "conversions.md"
 _PIXELS: dict[Pixels, str] = {
@@ -23,7 +23,7 @@ _PIXELS: dict[Pixels, str] = {
 
 
 _PAGE = """\
-<!-- Written by `python -m converters.document`; change the tables in converters/, not this page. -->
+<!-- Written by `python -m twist.converters.document`; change the tables in converters/, not this page. -->
 # Conversions
 
 `twist convert CHECKPOINT --to TARGET` reads a checkpoint, finds out by its contents which layout it has, takes one
@@ -40,7 +40,7 @@ largest feature. `twist inspect CHECKPOINT` says what a file holds. Nothing from
 {usage}
 
 `twist convert` prints the lines for the file at hand. Where torchvision builds no such network (ViTs, double width,
-"same" padding, the stride in the 1 × 1, BGR), `contracts.networks` does.
+"same" padding, the stride in the 1 × 1, BGR), `twist.contracts.networks` does.
 
 ## Networks and targets
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from converters.sources import Pixels
+from twist.converters.sources import Pixels
 
 # timm's names of the networks that an artefact describes; others (resnetaa50, resnet50_gn) may have the same tensors.
 TIMM_NAMES = re.compile(

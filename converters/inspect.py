@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from contracts.errors import UsageError, UserError
-from contracts.weights import weights_file
-from converters import detect, read
-from converters.containers import Contents, read_contents
-from converters.targets import TARGETS
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.weights import weights_file
+from twist.converters import detect, read
+from twist.converters.containers import Contents, read_contents
+from twist.converters.targets import TARGETS
 
 
 @dataclass(frozen=True)

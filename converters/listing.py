@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import groupby
 
-from converters.read import Source
+from twist.converters.read import Source
 
 _FILLED, _DROPPED = "(filled)", "(dropped)"
 

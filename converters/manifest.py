@@ -1,7 +1,7 @@
 """Names and shapes of every architecture an artefact can hold, and the way back: which architecture has these shapes.
 
 Plain numbers, so that reading and checking a checkpoint needs neither torchvision nor timm (importing them takes
-longer than the whole conversion). A test holds them against the networks of `contracts.networks`.
+longer than the whole conversion). A test holds them against the networks of `twist.contracts.networks`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from contracts.architectures import RESNETS, VIT_BLOCKS, VITS
-from contracts.errors import UserError
+from twist.contracts.architectures import RESNETS, VIT_BLOCKS, VITS
+from twist.contracts.errors import UserError
 
 Shape = tuple[int, ...]
 

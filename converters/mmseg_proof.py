@@ -18,9 +18,9 @@ from mmseg.models import SegDataPreProcessor
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from contracts.weights import Backbone
-from converters.mmseg_writer import PREFIX, WEIGHTS
-from converters.stages import Stages, check_loaded
+from twist.contracts.weights import Backbone
+from twist.converters.mmseg_writer import PREFIX, WEIGHTS
+from twist.converters.stages import Stages, check_loaded
 
 
 def version() -> str:

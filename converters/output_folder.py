@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from contracts.errors import UserError
+from twist.contracts.errors import UserError
 
 REPORT, TENSORS = "report.json", "tensors.txt"
 # All that a conversion writes, whatever the target; a folder with anything else is not ours to replace.

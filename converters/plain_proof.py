@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
-from contracts.weights import Backbone
-from converters import manifest
-from converters.containers import read_contents
-from converters.detect import state_dicts
-from converters.read import load_source
-from converters.reference import features, pixels_of, reference_network
-from converters.safetensors_writer import timm_config
-from converters.stages import Stages, check_filled
-from converters.targets import TARGETS
+from twist.contracts.weights import Backbone
+from twist.converters import manifest
+from twist.converters.containers import read_contents
+from twist.converters.detect import state_dicts
+from twist.converters.read import load_source
+from twist.converters.reference import features, pixels_of, reference_network
+from twist.converters.safetensors_writer import timm_config
+from twist.converters.stages import Stages, check_filled
+from twist.converters.targets import TARGETS
 
 
 def run_torchvision(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:

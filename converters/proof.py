@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from contracts.weights import Backbone
-from converters.safetensors_writer import is_torchvisions
-from converters.stages import Difference, ProofError, Stages, compare
+from twist.contracts.weights import Backbone
+from twist.converters.safetensors_writer import is_torchvisions
+from twist.converters.stages import Difference, ProofError, Stages, compare
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +76,7 @@ def prove(target: str, folder: Path, backbone: Backbone, tensors: Mapping[str, T
     """
     import torch
 
-    from converters.reference import reference, write_images
+    from twist.converters.reference import reference, write_images
 
     with warnings.catch_warnings():
         # mmcv says at import that its compiled operators are missing; no backbone here needs one.
@@ -113,14 +113,14 @@ def installed(framework: str) -> bool:
 def _runner(target: str, backbone: Backbone) -> tuple[Kind, Runner, str]:
     """The target's own network, or what replaces it; the last says which."""
     if target == "detectron2" and installed("detectron2"):
-        from converters import detectron2_proof
+        from twist.converters import detectron2_proof
 
         return "framework", detectron2_proof.run, f"Detectron2 {detectron2_proof.version()}"
     if target == "mmseg" and installed("mmseg"):
-        from converters import mmseg_proof
+        from twist.converters import mmseg_proof
 
         return "framework", mmseg_proof.run, f"MMSegmentation {mmseg_proof.version()}"
-    from converters import plain_proof
+    from twist.converters import plain_proof
 
     lack = f"{target} is not installed"
     if target not in ("detectron2", "mmseg"):

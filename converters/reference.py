@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from contracts.images import read_image
-from contracts.networks import network_of, normalise, stage_features
-from contracts.weights import Backbone
-from converters.stages import Difference, Stages, compare
+from twist.contracts.images import read_image
+from twist.contracts.networks import network_of, normalise, stage_features
+from twist.contracts.weights import Backbone
+from twist.converters.stages import Difference, Stages, compare
 
 
 def reference(

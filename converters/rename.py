@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from contracts.errors import UserError
+from twist.contracts.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contracts.architectures import RESNETS, VITS
-from contracts.atomic import atomic_path, write_json
-from contracts.weights import Backbone, write_backbone
-from converters import manifest
-from converters.torch_file import same_bytes
+from twist.contracts.architectures import RESNETS, VITS
+from twist.contracts.atomic import atomic_path, write_json
+from twist.contracts.weights import Backbone, write_backbone
+from twist.converters import manifest
+from twist.converters.torch_file import same_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor

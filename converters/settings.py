@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from converters.standins import Opaque
+from twist.converters.standins import Opaque
 
 # A ViT-S of timm, DeiT, DINO and mmpretrain has 6 heads of 64 channels; MoCo v3's has 12 (moco-v3 vits.py,
 # mmselfsup and mmpretrain `arch='mocov3-small'`). The weights have the same names and shapes.

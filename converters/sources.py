@@ -11,10 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from contracts.weights import IMAGENET_MEAN, IMAGENET_STD
-from converters.rename import Table
-from converters.tables import CAFFE2, DETECTRON2, HAIKU, MMPRETRAIN_VIT, MMSEG_VIT, SEQUENTIAL, SIMCLR_V2, TIMM_VIT
-from converters.tables import TORCHVISION as TV
+from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD
+from twist.converters.rename import Table
+from twist.converters.tables import (
+    CAFFE2,
+    DETECTRON2,
+    HAIKU,
+    MMPRETRAIN_VIT,
+    MMSEG_VIT,
+    SEQUENTIAL,
+    SIMCLR_V2,
+    TIMM_VIT,
+)
+from twist.converters.tables import TORCHVISION as TV
 
 Triple = tuple[float, float, float]
 PLAIN = (TV, TIMM_VIT)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from contracts.errors import UserError
+from twist.contracts.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,7 @@ def check_filled(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tu
 
 def check_loaded(expected: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
     """`ProofError` unless every tensor of the network that was loaded is the written one, bit for bit."""
-    from converters.torch_file import same_bytes
+    from twist.converters.torch_file import same_bytes
 
     check_filled(
         {name: tuple(tensor.shape) for name, tensor in expected.items()},

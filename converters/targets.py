@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contracts.weights import Backbone
-from converters import detectron2_writer, mmseg_writer, safetensors_writer
+from twist.contracts.weights import Backbone
+from twist.converters import detectron2_writer, mmseg_writer, safetensors_writer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from contracts.weights import Backbone
-from converters.safetensors_writer import is_torchvisions
+from twist.contracts.weights import Backbone
+from twist.converters.safetensors_writer import is_torchvisions
 
 
 def usage(target: str, folder: Path, backbone: Backbone) -> str:
@@ -76,8 +76,8 @@ network.load_state_dict(load_file({_text(folder / "backbone.safetensors")}), str
 
 def _ours(folder: Path, backbone: Backbone) -> str:
     return f"""\
-from contracts.networks import network_of
-from contracts.weights import read_backbone
+from twist.contracts.networks import network_of
+from twist.contracts.weights import read_backbone
 
 tensors, header = read_backbone({_text(folder / "backbone.safetensors")})
 network = network_of(header)

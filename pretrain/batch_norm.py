@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain import distributed
-from pretrain.distributed import Group
+from twist.pretrain import distributed
+from twist.pretrain.distributed import Group
 
 
 class _Normalise(torch.autograd.Function):

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from contracts import provenance
-from contracts.errors import UserError
-from contracts.images import UnreadableImage
-from pretrain import photometric_cpu, pil_reference
-from pretrain.config import PretrainConfig, ViewsConfig
-from pretrain.data import BUFFERS, ImageStream, open_images
-from pretrain.image_source import ImageSource
-from pretrain.view_maker import PipelineName, Request, ViewMaker, picture
-from pretrain.views import ViewSampler, cut, plan_views, resolutions
+from twist.contracts import machine, provenance
+from twist.contracts.errors import UserError
+from twist.contracts.images import UnreadableImage
+from twist.pretrain import photometric_cpu, pil_reference
+from twist.pretrain.config import PretrainConfig, ViewsConfig
+from twist.pretrain.data import BUFFERS, ImageStream, open_images
+from twist.pretrain.image_source import ImageSource
+from twist.pretrain.view_maker import PipelineName, Request, ViewMaker, picture
+from twist.pretrain.views import ViewSampler, cut, plan_views, resolutions
 
 ROUNDS = 7
 WARM_UP_ROUNDS = 1
@@ -76,7 +76,7 @@ def bench(config: PretrainConfig, *, images: int | None = None) -> dict[str, Any
         "median_size": _median_size(source, chosen),
         "rounds": ROUNDS,
         "seconds": "CPU time of one process with one thread",
-        "hardware": provenance.hardware(),
+        "hardware": machine.hardware(),
         "software": provenance.software(),
     }
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from contracts import atomic
-from contracts.errors import UserError
-from contracts.hashing import sha256_file
+from twist.contracts import atomic
+from twist.contracts.errors import UserError
+from twist.contracts.hashing import sha256_file
 
 FORMAT_VERSION = 1
 

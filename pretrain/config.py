@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from contracts.architectures import Architecture
-from contracts.config import Config
-from contracts.errors import UsageError, did_you_mean
-from contracts.seeds import MOST_SEED
-from pretrain.precision import Precision
+from twist.contracts.architectures import Architecture
+from twist.contracts.config import SHIPPED, Config
+from twist.contracts.errors import UsageError, did_you_mean
+from twist.contracts.seeds import MOST_SEED
+from twist.pretrain.precision import Precision
 
 Positive = Field(gt=0)
 Scale = tuple[float, float]
@@ -203,7 +203,7 @@ class RunConfig(Config):
         return self
 
 
-SHIPPED = Path(__file__).resolve().parent.parent / "configs" / "pretrain"
+RECIPES = SHIPPED / "pretrain"
 
 
 def find_config(path: Path) -> Path:
@@ -212,12 +212,12 @@ def find_config(path: Path) -> Path:
     Raises:
         UsageError: there is neither; the message names the nearest of ours, or all.
     """
-    ours = SHIPPED / f"{path.name.removesuffix('.toml')}.toml"
+    ours = RECIPES / f"{path.name.removesuffix('.toml')}.toml"
     if path.exists():
         return path
     if path.parent == Path() and ours.is_file():
         return ours
-    names = sorted(file.stem for file in SHIPPED.glob("*.toml"))
+    names = sorted(file.stem for file in RECIPES.glob("*.toml"))
     raise UsageError(
         f"There is no config at {path}: check the path, or name one of ours.{did_you_mean(path.stem, names)}"
     )

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from contracts.atomic import atomic_path
-from contracts.errors import UserError
-from pretrain.config import PretrainConfig
-from pretrain.data import ImageStream, ViewLoader, open_images
-from pretrain.photometric import denormalise
-from pretrain.views import Stage, View, ViewSampler, plan_views
+from twist.contracts.atomic import atomic_path
+from twist.contracts.errors import UserError
+from twist.pretrain.config import PretrainConfig
+from twist.pretrain.data import ImageStream, ViewLoader, open_images
+from twist.pretrain.photometric import denormalise
+from twist.pretrain.views import Stage, View, ViewSampler, plan_views
 
 GAP = 8  # pixels between pictures
 LABEL_HEIGHT = 16

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from contracts import atomic
+from twist.contracts import atomic
 
 # A long run has a million rows: each point of a panel is the mean of its share of them …
 POINTS = 1000

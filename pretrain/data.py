@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -28,15 +28,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from contracts.errors import UserError
-from pretrain import photometric, sampler
-from pretrain.config import DataConfig, ViewsConfig
-from pretrain.image_source import ImageSource, is_stream
-from pretrain.image_source import open_images as open_by_number
-from pretrain.image_stream import ImageStream
-from pretrain.photometric_choice import fastest
-from pretrain.view_maker import Made, PipelineName, Request, ViewMaker, finish_on_cpu
-from pretrain.views import STAGES, Stage
+from twist.contracts.errors import UserError
+from twist.pretrain import photometric, sampler
+from twist.pretrain.config import DataConfig, ViewsConfig
+from twist.pretrain.image_source import ImageSource, is_stream
+from twist.pretrain.image_source import open_images as open_by_number
+from twist.pretrain.image_stream import ImageStream
+from twist.pretrain.view_maker import Made, PipelineName, Request, ViewMaker, finish_on_cpu
+from twist.pretrain.views import STAGES, Stage
 
 __all__ = ["Batch", "ImageSource", "ImageStream", "ViewLoader", "open_images"]
 
@@ -121,7 +120,6 @@ class ViewLoader:
         self._bad: set[int] = set()
         self._requests = _Requests()
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._colour: Callable[[Tensor, photometric.Photometric], Tensor] | None = None  # chosen by the first batch
         self._loader: DataLoader[Made] = DataLoader(
             ViewMaker(  # type: ignore[arg-type]
                 None if isinstance(images, ImageStream) else images,
@@ -272,8 +270,7 @@ class ViewLoader:
             views = [group.to(self._device, non_blocking=True) for group in made.groups]
             if self._pipeline == "device":
                 parameters = [photometric.prepare(records).to(self._device) for records in made.records]
-                self._colour = self._colour or fastest(views, parameters)
-                views = [self._colour(crops, part) for crops, part in zip(views, parameters)]
+                views = [photometric.apply(crops, part) for crops, part in zip(views, parameters)]
             ready = torch.cuda.Event()
             ready.record(self._copy_stream)
         return views, ready

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from contracts.errors import UserError
+from twist.contracts.errors import UserError
 
 Value = TypeVar("Value")
 Group = ProcessGroup | None  # None: all ranks

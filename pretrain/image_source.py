@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from contracts.errors import UsageError, UserError
-from contracts.image_files import EXTENSIONS, image_names
-from contracts.images import UnreadableImage, decode
-from pretrain.config import DataConfig
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.image_files import EXTENSIONS, image_names
+from twist.contracts.images import UnreadableImage, decode
+from twist.pretrain.config import DataConfig
 
 # Sizes asked for at a time: on a network file system each is a round trip.
 STAT_THREADS, STAT_PART = 16, 4096
@@ -53,7 +53,7 @@ def open_images(config: DataConfig) -> ImageSource:
 
 
 def is_stream(config: DataConfig) -> bool:
-    """Whether `config` asks for a stream, which has no numbers: `pretrain.image_stream.ImageStream`."""
+    """Whether `config` asks for a stream, which has no numbers: `twist.pretrain.image_stream.ImageStream`."""
     return config.format == "datasets" and bool(config.dataset_options.get("streaming"))
 
 

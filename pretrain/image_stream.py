@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from contracts.errors import UserError
-from contracts.images import UnreadableImage, decode
-from pretrain.config import DataConfig
-from pretrain.image_source import class_column, image_bytes, load_rows
-from pretrain.sampler import steps
-from pretrain.view_maker import Request
-from pretrain.views import ORDER_STREAM, Philox, Stage
+from twist.contracts.errors import UserError
+from twist.contracts.images import UnreadableImage, decode
+from twist.pretrain.config import DataConfig
+from twist.pretrain.image_source import class_column, image_bytes, load_rows
+from twist.pretrain.sampler import steps
+from twist.pretrain.view_maker import Request
+from twist.pretrain.views import ORDER_STREAM, Philox, Stage
 
 # Batches that the reading thread is ahead of the workers.
 BATCHES_AHEAD = 2

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from contracts.head import Head
-from contracts.networks import ResNet, build_backbone
-from pretrain import distributed
-from pretrain.batch_norm import synchronise
-from pretrain.config import ModelConfig, PretrainConfig
+from twist.contracts.head import Head
+from twist.contracts.networks import ResNet, build_backbone
+from twist.pretrain import distributed
+from twist.pretrain.batch_norm import synchronise
+from twist.pretrain.config import ModelConfig, PretrainConfig
 
 
 class Twist(nn.Module):

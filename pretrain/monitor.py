@@ -17,10 +17,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from contracts import atomic
-from contracts.errors import UserError
-from contracts.progress import Progress
-from pretrain import distributed
+from twist.contracts import atomic
+from twist.contracts.errors import UserError
+from twist.contracts.progress import Progress
+from twist.pretrain import distributed
 
 # In nats, except agreement (a share) and gradient_norm; NaN where a stage has no such quantity.
 DEVICE_VALUES = (

@@ -3,7 +3,7 @@
 Every decision is taken on the device, so no step waits for another: the backward pass of a non-finite loss is seeded
 with NaN, which DDP spreads to every rank; a gradient norm that is not finite makes the optimiser skip (`found_inf`) and
 puts the batch norms' running statistics back. After too many such steps in a row the run ends and leaves a capture:
-the state and the batch that fail, to be replayed (`python -m pretrain.replay CAPTURE`).
+the state and the batch that fail, to be replayed (`python -m twist.pretrain.replay CAPTURE`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contracts import atomic
+from twist.contracts import atomic
 
 
 class NonFiniteGuard:

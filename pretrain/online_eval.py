@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
-from contracts.image_files import images_of_classes, refuse_other_classes
-from contracts.images import read_image
-from contracts.weights import IMAGENET_MEAN, IMAGENET_STD
-from pretrain import distributed
-from pretrain.config import PretrainConfig
-from pretrain.model import Twist
+from twist.contracts.image_files import images_of_classes, refuse_other_classes
+from twist.contracts.images import read_image
+from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD
+from twist.pretrain import distributed
+from twist.pretrain.config import PretrainConfig
+from twist.pretrain.model import Twist
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contracts.errors import UserError
-from pretrain.config import OptimConfig
+from twist.contracts.errors import UserError
+from twist.pretrain.config import OptimConfig
 
 NEVER_DECAYED = ("pos_embed", "cls_token")
 

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contracts.weights import IMAGENET_MEAN, IMAGENET_STD
-from pretrain.views import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD
+from twist.pretrain.views import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
 # ITU-R 601 luma in Pillow's fixed-point weights (its "L" mode).
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
@@ -121,8 +121,8 @@ def _slot_of(order: np.ndarray, operation: int) -> np.ndarray:
 def apply(crops: Tensor, parameters: Photometric) -> Tensor:
     """uint8 crops (N, 3, S, S) → float32 (N, 3, S, S), normalised with ImageNet's mean and standard deviation.
 
-    All views at once, for a device that is fast at much data and slow at many calls. `photometric_gpu.apply` does the
-    same in fewer passes, `photometric_cpu.apply_each` a view at a time: this is what both are checked against.
+    All views at once, for a device that is fast at much data and slow at many calls. `photometric_cpu.apply_each`
+    does the same a view at a time: this is what it is checked against.
     """
     size = crops.shape[-2:]
     flipped, *hue_shifted, grey, blurred, solarised = parameters.rows.split(parameters.splits)

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.photometric import blur_kernels
-from pretrain.views import VIEW
+from twist.pretrain.photometric import blur_kernels
+from twist.pretrain.views import VIEW
 
 # Pixels that go through all operations together: three planes of them stay in the first-level cache.
 BLOCK = 1024

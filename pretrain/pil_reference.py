@@ -16,8 +16,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from contracts.weights import IMAGENET_MEAN, IMAGENET_STD
-from pretrain.views import NO_OPERATION
+from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD
+from twist.pretrain.views import NO_OPERATION
 
 SOLARISE_THRESHOLD = 128
 

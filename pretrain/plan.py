@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from pretrain import distributed
-from pretrain.config import PretrainConfig
-from pretrain.data import BUFFERS
-from pretrain.precision import Precision, precision_on
-from pretrain.schedule import Schedule, scaled_lr, warmup_epochs
-from pretrain.views import plan_views, resolutions
+from twist.contracts import machine
+from twist.pretrain import distributed
+from twist.pretrain.config import PretrainConfig
+from twist.pretrain.data import BUFFERS
+from twist.pretrain.precision import Precision, precision_on
+from twist.pretrain.schedule import Schedule, scaled_lr, warmup_epochs
+from twist.pretrain.views import plan_views, resolutions
 
 
 @dataclass(frozen=True)
@@ -44,15 +43,16 @@ class Plan:
         per_value = 1 if self.config.data.pipeline == "device" else 4  # bytes, or float32
         return self.config.data.workers * BUFFERS * self.config.run.batch_size * values * per_value
 
-    def lack_of_shared_memory(self, folder: Path = Path("/dev/shm")) -> str | None:
-        """A sentence where `folder` has less room than all workers of this machine may take, or None."""
+    def lack_of_shared_memory(self) -> str | None:
+        """A sentence where shared memory has less room than all workers of this machine may take, or None."""
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if not folder.is_dir() or self.loader_bytes * ranks <= (free := shutil.disk_usage(folder).free):
+        free = machine.free_shared_memory()
+        if free is None or self.loader_bytes * ranks <= free:
             return None
         return (
             f"The data workers of {ranks} rank(s) may take {_gigabytes(self.loader_bytes * ranks)} of shared memory, "
-            f"and {folder} has {_gigabytes(free)} free: give the container more (docker run --shm-size), or lower "
-            "data.workers."
+            f"and {machine.SHARED_MEMORY} has {_gigabytes(free)} free: give the container more (docker run "
+            "--shm-size), or lower data.workers."
         )
 
     def render(self) -> str:

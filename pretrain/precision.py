@@ -7,19 +7,18 @@ from typing import Any, Literal
 
 import torch
 
+from twist.contracts import machine
+
 Precision = Literal["bf16", "fp16", "fp32"]
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Instructions that multiply bfloat16 numbers. A processor without them converts each one, which is slower than float32.
-_NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def precision_on(device: torch.device, asked: Precision) -> Precision:
     """CUDA does all three; a CPU bf16 where it has the instructions (`benchmarks/small_views.py`), else float32."""
     if device.type == "cuda":
         return asked
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if asked == "bf16" and any(capabilities.get(name) for name in _NATIVE_BF16) else "fp32"
+    return "bf16" if asked == "bf16" and machine.cpu_has_bf16() else "fp32"
 
 
 def autocast(device: torch.device, asked: Precision) -> contextlib.AbstractContextManager[Any]:

@@ -1,4 +1,4 @@
-"""Run again what a run of non-finite steps left behind: `python -m pretrain.replay CAPTURE.pt`."""
+"""Run again what a run of non-finite steps left behind: `python -m twist.pretrain.replay CAPTURE.pt`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from contracts.config import validate
-from contracts.errors import UsageError
-from pretrain.config import PretrainConfig
-from pretrain.model import build_model
-from pretrain.train import objective
+from twist.contracts.config import validate
+from twist.contracts.errors import UsageError
+from twist.pretrain.config import PretrainConfig
+from twist.pretrain.model import build_model
+from twist.pretrain.train import objective
 
 
 def replay(path: Path) -> dict[str, Any]:
@@ -42,6 +42,6 @@ def replay(path: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        raise SystemExit(str(UsageError("usage: python -m pretrain.replay CAPTURE.pt")))
+        raise SystemExit(str(UsageError("usage: python -m twist.pretrain.replay CAPTURE.pt")))
     for name, value in replay(Path(sys.argv[1])).items():
         print(f"{name}: {value}")

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contracts.errors import UserError
-from contracts.weights import Backbone, write_backbone
-from pretrain import checkpoint, distributed
-from pretrain.checkpoint import Position
-from pretrain.config import PretrainConfig
-from pretrain.data import Batch
-from pretrain.model import Twist, build_model
-from pretrain.nonfinite import NonFiniteGuard, write_capture
-from pretrain.optim import build_optimizer
-from pretrain.plan import Plan
-from pretrain.run_folder import recipe_hash
-from pretrain.views import Stage
-from pretrain.warm_start import warm_start
+from twist.contracts.errors import UserError
+from twist.contracts.weights import Backbone, write_backbone
+from twist.pretrain import checkpoint, distributed
+from twist.pretrain.checkpoint import Position
+from twist.pretrain.config import PretrainConfig
+from twist.pretrain.data import Batch
+from twist.pretrain.model import Twist, build_model
+from twist.pretrain.nonfinite import NonFiniteGuard, write_capture
+from twist.pretrain.optim import build_optimizer
+from twist.pretrain.plan import Plan
+from twist.pretrain.run_folder import recipe_hash
+from twist.pretrain.views import Stage
+from twist.pretrain.warm_start import warm_start
 
 
 def say(text: str) -> None:
@@ -188,7 +188,7 @@ class Run:
         )
         raise UserError(
             f"Loss or gradient was not finite in the last {streak} steps; weights are those before. The failing batch "
-            f"is in {path}: `python -m pretrain.replay {path}` replays it. A new run (another --output) with a "
+            f"is in {path}: `python -m twist.pretrain.replay {path}` replays it. A new run (another --output) with a "
             "lower optim.lr or run.precision=fp32 helps most often."
         )
 

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from contracts import atomic
-from contracts.errors import UserError
-from contracts.hashing import sha256_json
-from pretrain import checkpoint
-from pretrain.config import PretrainConfig
+from twist.contracts import atomic
+from twist.contracts.errors import UserError
+from twist.contracts.hashing import sha256_json
+from twist.pretrain import checkpoint
+from twist.pretrain.config import PretrainConfig
 
 # What may change between two starts of one run: where the data lie, how fast they come, what is kept and said.
 NOT_IDENTITY: dict[str, set[str]] = {

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from contracts.errors import UserError
-from pretrain.views import ORDER_STREAM, REPLACEMENT_STREAM, Philox
+from twist.contracts.errors import UserError
+from twist.pretrain.views import ORDER_STREAM, REPLACEMENT_STREAM, Philox
 
 # Unreadable images in a row after which a replacement is no longer looked for.
 REPLACEMENT_TRIES = 100

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fvcore.common.param_scheduler import CosineParamScheduler, LinearParamScheduler
 
-from pretrain.config import PretrainConfig
+from twist.pretrain.config import PretrainConfig
 
 
 def cosine(step: int, *, start: float, end: float, steps: int) -> float:

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contracts.config import load_config
-from contracts.errors import UsageError, did_you_mean
-from pretrain.config import PretrainConfig
+from twist.contracts.config import load_config
+from twist.contracts.errors import UsageError, did_you_mean
+from twist.pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
     import submitit
@@ -58,8 +58,8 @@ class PretrainJob:
     def __call__(self) -> str:
         import submitit
 
-        from pretrain.signals import Requeue
-        from pretrain.train import pretrain
+        from twist.pretrain.signals import Requeue
+        from twist.pretrain.train import pretrain
 
         if submitit.JobEnvironment().num_tasks > 1:
             # RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun would set them.

@@ -20,24 +20,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from contracts.errors import UserError
-from pretrain import distributed, run_folder
-from pretrain.checkpoint import Position
-from pretrain.config import PretrainConfig
-from pretrain.curves_picture import draw_curves
-from pretrain.data import ViewLoader, open_images
-from pretrain.image_source import fingerprint_of, order_of
-from pretrain.loss import teacher_loss, twist_loss
-from pretrain.model import Twist, update_teacher
-from pretrain.monitor import Monitor, StepNote, observe
-from pretrain.online_eval import evaluate, labelled
-from pretrain.optim import set_rates
-from pretrain.plan import Plan, resolve
-from pretrain.precision import autocast
-from pretrain.run import Run, say, teacher_path
-from pretrain.self_label import self_label_loss
-from pretrain.signals import Requeue, StopFlag, stop_flag
-from pretrain.views import Stage
+from twist.contracts.errors import UserError
+from twist.pretrain import distributed, run_folder
+from twist.pretrain.checkpoint import Position
+from twist.pretrain.config import PretrainConfig
+from twist.pretrain.curves_picture import draw_curves
+from twist.pretrain.data import ViewLoader, open_images
+from twist.pretrain.image_source import fingerprint_of, order_of
+from twist.pretrain.loss import teacher_loss, twist_loss
+from twist.pretrain.model import Twist, update_teacher
+from twist.pretrain.monitor import Monitor, StepNote, observe
+from twist.pretrain.online_eval import evaluate, labelled
+from twist.pretrain.optim import set_rates
+from twist.pretrain.plan import Plan, resolve
+from twist.pretrain.precision import autocast
+from twist.pretrain.run import Run, say, teacher_path
+from twist.pretrain.self_label import self_label_loss
+from twist.pretrain.signals import Requeue, StopFlag, stop_flag
+from twist.pretrain.views import Stage
 
 __all__ = ["Requeue", "pretrain"]
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from contracts.errors import UserError
-from contracts.images import UnreadableImage, decode
-from pretrain.config import ViewsConfig
-from pretrain.image_source import ImageSource
-from pretrain.reduced_decode import decode_reduced, divisor, shrink_boxes, upright_size
-from pretrain.sampler import replacements
-from pretrain.views import STAGES, VIEW, Draw, Stage, ViewSampler, cut, plan_views, resolutions
+from twist.contracts.errors import UserError
+from twist.contracts.images import UnreadableImage, decode
+from twist.pretrain.config import ViewsConfig
+from twist.pretrain.image_source import ImageSource
+from twist.pretrain.reduced_decode import decode_reduced, divisor, shrink_boxes, upright_size
+from twist.pretrain.sampler import replacements
+from twist.pretrain.views import STAGES, VIEW, Draw, Stage, ViewSampler, cut, plan_views, resolutions
 
 PipelineName = Literal["device", "cpu"]
 
@@ -231,7 +231,7 @@ class _Buffers:
 
 def _photometric_cpu() -> ModuleType:
     """The compiler that it needs takes a second to import: not for those whose GPU does that part."""
-    from pretrain import photometric_cpu
+    from twist.pretrain import photometric_cpu
 
     photometric_cpu.compile_it()
     return photometric_cpu

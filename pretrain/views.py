@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.config import ViewsConfig
+from twist.pretrain.config import ViewsConfig
 
 Stage = Literal["mutual_information", "self_label"]
 STAGES: tuple[Stage, ...] = ("mutual_information", "self_label")

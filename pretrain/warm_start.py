@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contracts.errors import UserError
-from contracts.head import PUBLISHED_NAMES
-from pretrain.model import Twist
+from twist.contracts.errors import UserError
+from twist.contracts.head import PUBLISHED_NAMES
+from twist.pretrain.model import Twist
 
 # Module prefixes, theirs → ours.
 PREFIXES = {"backbone.": "backbone.", **{theirs: f"head.{ours}" for theirs, ours in PUBLISHED_NAMES.items()}}

@@ -1,4 +1,4 @@
-"""Checkpoint files built to every layout of `converters.sources`, for the tests of the converters.
+"""Checkpoint files built to every layout of `twist.converters.sources`, for the tests of the converters.
 
 The tensors are views of one number each, so a file of a ResNet-50 has the real names and shapes in a few hundred
 kilobytes; names of heads and other branches come from the layout's own patterns.
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converters import manifest, rename
-from converters.detect import matches
-from converters.sources import Branch, Layout
-from converters.tables import CAFFE2, HAIKU, TIMM_VIT
+from twist.converters import manifest, rename
+from twist.converters.detect import matches
+from twist.converters.sources import Branch, Layout
+from twist.converters.tables import CAFFE2, HAIKU, TIMM_VIT
 
 
 def flat_tensors(architecture: str = "resnet18", *, seed: int = 1, **geometry: Any) -> dict[str, Tensor]:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from contracts.errors import UsageError
-from contracts.networks import build_backbone
-from contracts.record import RunRecord, read_record
-from contracts.weights import Backbone
-from transfer.protocols import find_protocol
-from transfer.request import Request, split_overrides
+from twist.contracts.errors import UsageError
+from twist.contracts.networks import build_backbone
+from twist.contracts.record import RunRecord, read_record
+from twist.contracts.weights import Backbone
+from twist.transfer.protocols import find_protocol
+from twist.transfer.request import Request, split_overrides
 
 ROOT = Path(__file__).resolve().parent.parent
 Written = tuple[Path, Path, Backbone]

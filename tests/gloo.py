@@ -22,7 +22,7 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any)
 
     `function` must be importable (no closure). An exception on a rank is raised here.
     """
-    multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "pretrain.train", "hypothesis"])
+    multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "twist.pretrain.train", "hypothesis"])
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
             _on_rank, args=(world_size, folder, function, arguments), nprocs=world_size, start_method="forkserver"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from contracts.errors import UserError
+from twist.contracts.errors import UserError
 
 
 def write_tree(root: Path, *, classes: int = 3, train: int = 6, val: int = 3, side: int = 40) -> Path:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from contracts.hashing import sha256_json
-from contracts.record import RunRecord, WeightsProvenance
+from twist.contracts.hashing import sha256_json
+from twist.contracts.record import RunRecord, WeightsProvenance
 
 
 def make_record(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from gloo import run_on_ranks
 from torch import Tensor, nn
 
-from pretrain.batch_norm import SynchronisedBatchNorm
+from twist.pretrain.batch_norm import SynchronisedBatchNorm
 
 ROWS = 6
 

@@ -11,12 +11,12 @@ import pytest
 from photographs import write_folder
 from PIL import Image
 
-from contracts.errors import UserError
-from pretrain import photometric_cpu, pil_reference, view_maker
-from pretrain.bench_data import bench, modes, render, shares_of_ours
-from pretrain.config import DataConfig, PretrainConfig, RunConfig, ViewsConfig
-from pretrain.contact_sheet import contact_sheet
-from pretrain.image_source import open_images
+from twist.contracts.errors import UserError
+from twist.pretrain import photometric_cpu, pil_reference, view_maker
+from twist.pretrain.bench_data import bench, modes, render, shares_of_ours
+from twist.pretrain.config import DataConfig, PretrainConfig, RunConfig, ViewsConfig
+from twist.pretrain.contact_sheet import contact_sheet
+from twist.pretrain.image_source import open_images
 
 
 @pytest.fixture(scope="module")

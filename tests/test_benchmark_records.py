@@ -15,7 +15,7 @@ from benchmarks import engine_overhead, knn
 from benchmarks.__main__ import PROGRAMS
 from benchmarks.side_by_side import Times, write
 from benchmarks.summary import RESULTS
-from contracts import provenance
+from twist.contracts import provenance
 
 SOURCES = Path(benchmarks.__file__).parent
 

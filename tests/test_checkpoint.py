@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_run import Crash, crash_after, differing, final_state, make_images, rows, run, tiny_config
 
-from contracts.errors import UserError
-from pretrain import checkpoint, run_folder
-from pretrain.checkpoint import Position
+from twist.contracts.errors import UserError
+from twist.pretrain import checkpoint, run_folder
+from twist.pretrain.checkpoint import Position
 
 STATE = {"model": {"w": torch.arange(200.0)}, "optimizer": {"param_groups": [{"lr": 0.1, "name": "decayed"}]}}
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from made_records import make_record, runs
 
-import transfer.suite
-from compare.comparison import Choice
-from contracts import atomic
-from contracts.errors import UsageError, UserError
-from contracts.record import RunRecord, write_record
-from contracts.record_files import find_records
-from transfer.protocols import PROTOCOLS
-from transfer.records import read_known_records
 from twist import comparing
 from twist.cli import app
+from twist.compare.comparison import Choice
+from twist.contracts import atomic
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.record import RunRecord, write_record
+from twist.contracts.record_files import find_records
+from twist.transfer import suite
+from twist.transfer.protocols import PROTOCOLS
+from twist.transfer.records import read_known_records
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -323,9 +323,9 @@ def test_the_table_of_what_was_made_comes_before_the_failure(
     made: list[RunRecord] = [*runs("random", [40.0, 40.5]), *runs("twist", [50.0, 50.5])]
 
     def fail(*_: object, **__: object) -> list[RunRecord]:
-        raise transfer.suite.RunsFailed("1 of 5 runs failed: …", made)
+        raise suite.RunsFailed("1 of 5 runs failed: …", made)
 
-    monkeypatch.setattr(transfer.suite, "run_suite", fail)
+    monkeypatch.setattr(suite, "run_suite", fail)
     with pytest.raises(UserError, match="1 of 5 runs failed"):
         twist("suite", tmp_path / "suite.toml", "--data", tmp_path)
     assert "[+10.0*]" in capsys.readouterr().out

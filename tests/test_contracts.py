@@ -15,23 +15,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from contracts import atomic
-from contracts.architectures import ARCHITECTURES
-from contracts.config import Config, config_hash, load_config, parse_override
-from contracts.errors import UsageError, UserError
-from contracts.image_files import class_names, image_names, images_of_classes, refuse_other_classes
-from contracts.images import UnreadableImage, read_image
-from contracts.metrics import METRICS
-from contracts.networks import (
+from twist.contracts import atomic
+from twist.contracts.architectures import ARCHITECTURES
+from twist.contracts.config import Config, config_hash, load_config, parse_override
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.image_files import class_names, image_names, images_of_classes, refuse_other_classes
+from twist.contracts.images import UnreadableImage, read_image
+from twist.contracts.metrics import METRICS
+from twist.contracts.networks import (
     SameConv2d,
     build_backbone,
     network_of,
     normalise,
     stage_features,
 )
-from contracts.record import MARKS, RunRecord, WeightsProvenance, read_record, write_record
-from contracts.record_files import find_collections, find_records, read_records, record_folders
-from contracts.weights import Backbone, read_backbone, read_header, write_backbone
+from twist.contracts.record import MARKS, RunRecord, WeightsProvenance, read_record, write_record
+from twist.contracts.record_files import find_collections, find_records, read_records, record_folders
+from twist.contracts.weights import Backbone, read_backbone, read_header, write_backbone
 
 
 class Inner(Config):
@@ -546,5 +546,5 @@ def test_metric_names_carry_their_unit() -> None:
 
 def test_no_torch_at_import() -> None:
     modules = ["config", "weights", "record", "metrics", "errors", "atomic", "hashing", "progress", "provenance"]
-    code = f"import sys; {'; '.join(f'import contracts.{m}' for m in modules)}; sys.exit('torch' in sys.modules)"
+    code = f"import sys; {'; '.join(f'import twist.contracts.{m}' for m in modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

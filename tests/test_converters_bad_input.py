@@ -21,15 +21,15 @@ import torch
 from checkpoint_files import flat_tensors
 from safetensors.torch import save_file
 
-from contracts.errors import UsageError, UserError
-from contracts.networks import build_backbone
-from contracts.weights import Backbone, write_backbone
-from converters import standins
-from converters.check_config import check_config
-from converters.containers import read_contents
-from converters.convert import convert
-from converters.inspect import inspect, render
-from converters.read import load_artefact, load_source
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.networks import build_backbone
+from twist.contracts.weights import Backbone, write_backbone
+from twist.converters import standins
+from twist.converters.check_config import check_config
+from twist.converters.containers import read_contents
+from twist.converters.convert import convert
+from twist.converters.inspect import inspect, render
+from twist.converters.read import load_artefact, load_source
 
 RESNET = flat_tensors()
 PROOF_OF_RUN = Path("ran.txt")
@@ -421,7 +421,7 @@ def test_object_arrays_are_nothing(tmp_path: Path) -> None:
 
 def test_stand_ins_never_lead_to_the_real_thing() -> None:
     for name, stand_in in {**standins.NUMPY, **standins.TORCH_EXTRAS, **standins.HAIKU}.items():
-        assert stand_in.__module__ == "converters.standins", name
+        assert stand_in.__module__ == "twist.converters.standins", name
 
 
 def test_containers(tmp_path: Path) -> None:

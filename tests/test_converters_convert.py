@@ -10,15 +10,15 @@ import pytest
 import torch
 from checkpoint_files import random_tensors
 
-from contracts.errors import UsageError, UserError
-from contracts.weights import Backbone, read_backbone, write_backbone
-from converters import convert as convert_module
-from converters import detectron2_writer, mmseg_writer, proof, reference, stages
-from converters.convert import ProofError, convert, render
-from converters.output_folder import default_folder
-from converters.read import load_artefact, load_source
-from converters.sources import BY_NAME
-from converters.targets import TARGETS
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.weights import Backbone, read_backbone, write_backbone
+from twist.converters import convert as convert_module
+from twist.converters import detectron2_writer, mmseg_writer, proof, reference, stages
+from twist.converters.convert import ProofError, convert, render
+from twist.converters.output_folder import default_folder
+from twist.converters.read import load_artefact, load_source
+from twist.converters.sources import BY_NAME
+from twist.converters.targets import TARGETS
 
 HEADER = Backbone(architecture="resnet18", method="twist", epochs=3, std=(0.228, 0.224, 0.225))
 
@@ -385,7 +385,7 @@ def test_a_loaded_network_holds_the_written_bits() -> None:
 
 
 def test_proof_images_differ_by_channel(tmp_path: Path) -> None:
-    from contracts.images import read_image
+    from twist.contracts.images import read_image
 
     for file in reference.write_images(tmp_path, proof.SIZES):
         red, green, blue = read_image(file).float()
@@ -393,7 +393,7 @@ def test_proof_images_differ_by_channel(tmp_path: Path) -> None:
 
 
 def test_the_page_is_current() -> None:
-    from converters import document
+    from twist.converters import document
 
-    assert document.PAGE.read_text() == document.page(), "run `python -m converters.document`"
+    assert document.PAGE.read_text() == document.page(), "run `python -m twist.converters.document`"
     assert all(f"| `{layout}` |" in document.page() for layout in BY_NAME)

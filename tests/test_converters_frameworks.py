@@ -13,14 +13,14 @@ import torch
 from checkpoint_files import random_tensors
 from safetensors.torch import load_file
 
-from contracts.networks import build_backbone
-from contracts.weights import Backbone, write_backbone
-from converters import detectron2_writer, manifest, mmseg_writer, proof
-from converters.check_config import Mismatch, check_config, render
-from converters.convert import ProofError, convert
-from converters.convert import render as rendered
-from converters.read import load_artefact, load_source
-from converters.usage import usage
+from twist.contracts.networks import build_backbone
+from twist.contracts.weights import Backbone, write_backbone
+from twist.converters import detectron2_writer, manifest, mmseg_writer, proof
+from twist.converters.check_config import Mismatch, check_config, render
+from twist.converters.convert import ProofError, convert
+from twist.converters.convert import render as rendered
+from twist.converters.read import load_artefact, load_source
+from twist.converters.usage import usage
 
 pytestmark = pytest.mark.slow
 SMALL = Backbone(architecture="resnet18", method="twist")

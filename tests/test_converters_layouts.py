@@ -21,15 +21,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from contracts.architectures import ARCHITECTURES, RESNETS, VITS
-from contracts.errors import UsageError, UserError
-from contracts.networks import build_backbone
-from converters import manifest, read, rename
-from converters.containers import read_contents
-from converters.detect import find, matches
-from converters.read import load_artefact, load_source
-from converters.sources import BY_NAME, LAYOUTS, Branch, Layout
-from converters.tables import CAFFE2, TABLES, TIMM_VIT, TORCHVISION
+from twist.contracts.architectures import ARCHITECTURES, RESNETS, VITS
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.networks import build_backbone
+from twist.converters import manifest, read, rename
+from twist.converters.containers import read_contents
+from twist.converters.detect import find, matches
+from twist.converters.read import load_artefact, load_source
+from twist.converters.sources import BY_NAME, LAYOUTS, Branch, Layout
+from twist.converters.tables import CAFFE2, TABLES, TIMM_VIT, TORCHVISION
 
 RESNET18 = flat_tensors()
 RESNET50 = flat_tensors("resnet50")

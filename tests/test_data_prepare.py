@@ -14,12 +14,12 @@ from PIL import Image
 from scipy.io import savemat
 from tiny_sample import tiny_sample
 
-from contracts.errors import UsageError, UserError
-from transfer.data.check import check, has_errors
-from transfer.data.masks import voc_palette
-from transfer.data.prepare import prepare
-from transfer.imagenet.dataset import labelled_subset, open_tree, read_subset
-from transfer.imagenet.recipes import ClassifierRecipe, load_recipe
+from twist.contracts.errors import UsageError, UserError
+from twist.transfer.data.check import check, has_errors
+from twist.transfer.data.masks import voc_palette
+from twist.transfer.data.prepare import prepare
+from twist.transfer.imagenet.dataset import labelled_subset, open_tree, read_subset
+from twist.transfer.imagenet.recipes import ClassifierRecipe, load_recipe
 
 
 def digests(root: Path) -> dict[Path, str]:

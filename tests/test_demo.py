@@ -16,20 +16,20 @@ from typing import Any
 
 import pytest
 
-from contracts.record import read_record
-from contracts.record_files import find_records
-from contracts.weights import read_header
 from twist import demo
 from twist.cli import app
+from twist.contracts.record import read_record
+from twist.contracts.record_files import find_records
+from twist.contracts.weights import read_header
 from twist.demo import CONFIG, PROTOCOLS
 
 # Where each command of the demo does its work.
 WORKERS = (
-    ("transfer.data.sample", "make_sample"),
-    ("pretrain.contact_sheet", "contact_sheet"),
-    ("pretrain.train", "pretrain"),
-    ("converters.convert", "convert"),
-    ("transfer.run", "transfer"),
+    ("twist.transfer.data.sample", "make_sample"),
+    ("twist.pretrain.contact_sheet", "contact_sheet"),
+    ("twist.pretrain.train", "pretrain"),
+    ("twist.converters.convert", "convert"),
+    ("twist.transfer.run", "transfer"),
     ("twist.comparing", "compare"),
 )
 
@@ -59,7 +59,7 @@ def test_what_the_demo_prints_is_what_it_does(
     for module, name in WORKERS:
         replace_by_recorder(monkeypatch, module, name, calls)
     monkeypatch.setattr(demo, "_closing_words", lambda *_, **__: None)
-    monkeypatch.setattr("converters.convert.render", lambda _: "")
+    monkeypatch.setattr("twist.converters.convert.render", lambda _: "")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.chdir(tmp_path if here == "elsewhere" else CONFIG.parent.parent.parent)
     # A name that a shell would take apart, and that TOML would cut at its comment.

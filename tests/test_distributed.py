@@ -8,14 +8,14 @@ import torch.distributed as dist
 from gloo import run_on_ranks
 from torch import Tensor, nn
 
-from contracts.config import validate
-from contracts.errors import UserError
-from pretrain import distributed
-from pretrain.batch_norm import SynchronisedBatchNorm, synchronise
-from pretrain.config import PretrainConfig
-from pretrain.model import build_model
-from pretrain.optim import LARS, parameter_groups
-from pretrain.train import objective
+from twist.contracts.config import validate
+from twist.contracts.errors import UserError
+from twist.pretrain import distributed
+from twist.pretrain.batch_norm import SynchronisedBatchNorm, synchronise
+from twist.pretrain.config import PretrainConfig
+from twist.pretrain.model import build_model
+from twist.pretrain.optim import LARS, parameter_groups
+from twist.pretrain.train import objective
 
 CPU = torch.device("cpu")
 ROWS = 4

@@ -9,10 +9,10 @@ import pytest
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.preprocessing import normalize
 
-from contracts.errors import UsageError, UserError
-from contracts.metrics import check_metrics
-from transfer.imagenet.cluster import cluster_metrics, kmeans, matched_accuracy
-from transfer.imagenet.recipes import ClusterRecipe, load_recipe
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.metrics import check_metrics
+from twist.transfer.imagenet.cluster import cluster_metrics, kmeans, matched_accuracy
+from twist.transfer.imagenet.recipes import ClusterRecipe, load_recipe
 
 GOLDENS = Path(__file__).parent / "goldens"
 

@@ -11,9 +11,9 @@ import torch
 from imagenet_tree import write_tree
 from torchvision.transforms import InterpolationMode, v2
 
-from contracts.errors import UserError
-from contracts.images import read_image
-from transfer.imagenet.dataset import (
+from twist.contracts.errors import UserError
+from twist.contracts.images import read_image
+from twist.transfer.imagenet.dataset import (
     Batches,
     draw_subset,
     epoch_batches,
@@ -24,7 +24,7 @@ from transfer.imagenet.dataset import (
     read_split,
     read_subset,
 )
-from transfer.imagenet.recipes import ClassifierRecipe, load_recipe
+from twist.transfer.imagenet.recipes import ClassifierRecipe, load_recipe
 
 
 @pytest.fixture(scope="module")

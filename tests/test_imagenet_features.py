@@ -9,10 +9,10 @@ import torch
 from imagenet_tree import write_tree
 from torch import nn
 
-from contracts.networks import build_backbone, normalise
-from contracts.weights import Backbone
-from transfer.imagenet.dataset import Batches, read_split
-from transfer.imagenet.features import (
+from twist.contracts.networks import build_backbone, normalise
+from twist.contracts.weights import Backbone
+from twist.transfer.imagenet.dataset import Batches, read_split
+from twist.transfer.imagenet.features import (
     FrozenBackboneChanged,
     extract,
     feature_dimension,
@@ -20,7 +20,7 @@ from transfer.imagenet.features import (
     frozen,
     state_digest,
 )
-from transfer.imagenet.recipes import load_recipe
+from twist.transfer.imagenet.recipes import load_recipe
 
 CPU = torch.device("cpu")
 

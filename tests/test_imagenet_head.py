@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contracts.errors import UserError
-from transfer.imagenet.head import head_classes, read_head
+from twist.contracts.errors import UserError
+from twist.transfer.imagenet.head import head_classes, read_head
 
 D, H, K = 5, 7, 4
 

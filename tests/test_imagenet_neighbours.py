@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from contracts.errors import UsageError, UserError
-from transfer.imagenet.accuracy import label_ranks, top_percent
-from transfer.imagenet.neighbours import READ, RESERVE_MB, Blocks, nearest, plan_blocks, vote_ranks, votes
+from twist.contracts.errors import UsageError, UserError
+from twist.transfer.imagenet.accuracy import label_ranks, top_percent
+from twist.transfer.imagenet.neighbours import READ, RESERVE_MB, Blocks, nearest, plan_blocks, vote_ranks, votes
 
 
 def brute_force_scores(

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pretrain import distributed
-from pretrain.loss import LossTerms, identity, teacher_loss, twist_loss
+from twist.pretrain import distributed
+from twist.pretrain.loss import LossTerms, identity, teacher_loss, twist_loss
 
 LOSSES = ["loss_two_views_1rank", "loss_two_views_2ranks", "loss_multicrop_2ranks", "loss_multicrop_3ranks_tau"]
 TERMS = LossTerms._fields

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from contracts.config import validate
-from contracts.errors import UsageError, UserError
-from pretrain.config import PretrainConfig
-from pretrain.model import Twist, build_model, update_teacher
-from pretrain.warm_start import warm_start
+from twist.contracts.config import validate
+from twist.contracts.errors import UsageError, UserError
+from twist.pretrain.config import PretrainConfig
+from twist.pretrain.model import Twist, build_model, update_teacher
+from twist.pretrain.warm_start import warm_start
 
 CPU = torch.device("cpu")
 

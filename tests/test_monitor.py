@@ -13,10 +13,10 @@ import torch
 from host_reads import HostReads
 from PIL import Image
 
-from contracts.errors import UserError
-from pretrain import monitor as monitor_module
-from pretrain.curves_picture import draw_curves, pooled, smoothed
-from pretrain.monitor import (
+from twist.contracts.errors import UserError
+from twist.pretrain import monitor as monitor_module
+from twist.pretrain.curves_picture import draw_curves, pooled, smoothed
+from twist.pretrain.monitor import (
     DEVICE_VALUES,
     CollapseAlarm,
     Monitor,

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from contracts import networks
-from contracts.networks import Conv3x3, build_backbone
+from twist.contracts import networks
+from twist.contracts.networks import Conv3x3, build_backbone
 
 
 @pytest.mark.parametrize(

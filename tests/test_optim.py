@@ -8,10 +8,10 @@ from golden import golden
 from host_reads import HostReads
 from torch import nn
 
-from contracts.errors import UserError
-from contracts.networks import build_backbone
-from pretrain.config import OptimConfig
-from pretrain.optim import LARS, build_optimizer, parameter_groups, set_rates
+from twist.contracts.errors import UserError
+from twist.contracts.networks import build_backbone
+from twist.pretrain.config import OptimConfig
+from twist.pretrain.optim import LARS, build_optimizer, parameter_groups, set_rates
 
 NAMES = ("conv.weight", "fc.weight", "bn.weight", "fc.bias")
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from contracts.errors import UsageError
-from contracts.hashing import sha256_json
-from transfer.folder import differences
-from transfer.overrides import departures, recorded, refuse_option
+from twist.contracts.errors import UsageError
+from twist.contracts.hashing import sha256_json
+from twist.transfer.folder import differences
+from twist.transfer.overrides import departures, recorded, refuse_option
 
 BEFORE: dict[str, Any] = {
     "model": {"width": 1, "mean": [0.5, 0.5], "style": "a"},

@@ -19,12 +19,12 @@ from photographs import photograph
 from PIL import Image
 from torch import Tensor
 
-from contracts.weights import IMAGENET_MEAN, IMAGENET_STD
-from pretrain import photometric as fast
-from pretrain import photometric_cpu as on_cpu
-from pretrain import pil_reference as pil
-from pretrain.config import ViewsConfig
-from pretrain.views import BRIGHTNESS, CONTRAST, HUE, NO_OPERATION, SATURATION, VIEW, ViewSampler, plan_views
+from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD
+from twist.pretrain import photometric as fast
+from twist.pretrain import photometric_cpu as on_cpu
+from twist.pretrain import pil_reference as pil
+from twist.pretrain.config import ViewsConfig
+from twist.pretrain.views import BRIGHTNESS, CONTRAST, HUE, NO_OPERATION, SATURATION, VIEW, ViewSampler, plan_views
 
 ROOT = Path(__file__).parent.parent
 SIDE = 96
@@ -230,8 +230,8 @@ def full(*_):
     raise OSError(28, "No space left on device")
 caching.IndexDataCacheFile.save = full
 import numpy as np, torch
-from pretrain import photometric_cpu
-from pretrain.views import VIEW
+from twist.pretrain import photometric_cpu
+from twist.pretrain.views import VIEW
 photometric_cpu.compile_it()
 views, out = np.zeros(1, VIEW), torch.full((1, 3, 8, 8), torch.nan)
 photometric_cpu.apply_each([torch.zeros(8, 8, 3, dtype=torch.uint8).permute(2, 0, 1)], views, out)

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contracts.errors import UserError
-from transfer.data import debian, layouts, photos, scene
-from transfer.data.qt_resources import read_rcc
-from transfer.data.sample import make_sample
+from twist.contracts.errors import UserError
+from twist.transfer.data import debian, layouts, photos, scene
+from twist.transfer.data.qt_resources import read_rcc
+from twist.transfer.data.sample import make_sample
 
 
 def resource_file(files: dict[str, tuple[bytes, int]]) -> bytes:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.precision import autocast, precision_on
+from twist.contracts import machine
+from twist.pretrain.precision import autocast, precision_on
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -17,12 +18,18 @@ def test_cuda_does_what_is_asked(asked: str) -> None:
 
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
-    [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx512_bf16": False}, "fp32"), ({}, "fp32")],
+    [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_bf16": False}, False), ({}, False)],
 )
-def test_a_cpu_does_bf16_only_with_the_instructions(
-    capabilities: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+def test_bf16_is_a_matter_of_instructions(
+    capabilities: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert machine.cpu_has_bf16() is expected
+
+
+@pytest.mark.parametrize("expected", ["bf16", "fp32"])
+def test_a_cpu_does_bf16_only_with_the_instructions(expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cpu_has_bf16", lambda: expected == "bf16")
     assert precision_on(CPU, "bf16") == expected
     assert precision_on(CPU, "fp16") == "fp32"
     assert precision_on(CPU, "fp32") == "fp32"

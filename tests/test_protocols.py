@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contracts.errors import UsageError
-from contracts.metrics import METRICS
-from transfer.protocols import PROTOCOLS, find_neighbours, find_protocol, list_protocols
-from transfer.scaling import Schedule, choose_rule, leaves_protocol, linear_rule, render_plan, searched, stretch
+from twist.contracts.errors import UsageError
+from twist.contracts.metrics import METRICS
+from twist.transfer.protocols import PROTOCOLS, find_neighbours, find_protocol, list_protocols
+from twist.transfer.scaling import Schedule, choose_rule, leaves_protocol, linear_rule, render_plan, searched, stretch
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = [

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from made_records import make_record, runs
 
-from compare.blocks import footnote_mark, printed_text
-from compare.markers import check_markers, update_markers
-from compare.published import load_published
-from compare.render import render
-from compare.table import Table, build_table
-from compare.text import plain
-from contracts.errors import UsageError, UserError
-from contracts.record import write_record
+from twist.compare.blocks import footnote_mark, printed_text
+from twist.compare.markers import check_markers, update_markers
+from twist.compare.published import load_published
+from twist.compare.render import render
+from twist.compare.table import Table, build_table
+from twist.compare.text import plain
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.record import write_record
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from made_records import make_record, runs
 
-from compare.published import load_published
-from compare.report import write_report
-from compare.report_curves import (
+from twist.compare.published import load_published
+from twist.compare.report import write_report
+from twist.compare.report_curves import (
     CURVE_POINTS,
     PRETRAIN_KEYS,
     _points,
@@ -26,12 +26,12 @@ from compare.report_curves import (
     label_families,
     pretrain_run,
 )
-from compare.report_table import legend, measured_switch, results_table, sources
-from compare.table import build_table
-from contracts import atomic
-from contracts.errors import UserError
-from contracts.record import RunRecord, read_record, write_record
-from contracts.record_files import find_records
+from twist.compare.report_table import legend, measured_switch, results_table, sources
+from twist.compare.table import build_table
+from twist.contracts import atomic
+from twist.contracts.errors import UserError
+from twist.contracts.record import RunRecord, read_record, write_record
+from twist.contracts.record_files import find_records
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,12 +14,12 @@ import torch
 from gloo import run_on_ranks
 from tiny_run import Crash, crash_after, differing, final_state, make_images, rows, run, tiny_config, tiny_networks
 
-from contracts.errors import UserError
-from contracts.weights import read_backbone
-from pretrain import run_folder
-from pretrain.data import ViewLoader
-from pretrain.signals import stop_flag
-from pretrain.train import Requeue, pretrain
+from twist.contracts.errors import UserError
+from twist.contracts.weights import read_backbone
+from twist.pretrain import run_folder
+from twist.pretrain.data import ViewLoader
+from twist.pretrain.signals import stop_flag
+from twist.pretrain.train import Requeue, pretrain
 
 KINDS = {
     "two-crop": {"views": {"kind": "barlow", "local_count": 0}},
@@ -143,7 +143,7 @@ def train_in_child(config, folder: Path, resume: bool) -> None:
 
 
 def started(config, folder: Path, *, resume: bool = False):
-    multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "pretrain.train", "hypothesis"])
+    multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "twist.pretrain.train", "hypothesis"])
     child = multiprocessing.get_context("forkserver").Process(target=train_in_child, args=(config, folder, resume))
     child.start()
     return child
@@ -193,7 +193,7 @@ def test_a_signal_saves_and_asks_for_requeue(number: int, images: Path, tmp_path
 
 
 def test_a_signal_in_the_loop_is_heeded_at_the_step(images: Path, whole, tmp_path: Path, monkeypatch) -> None:
-    from pretrain.run import Run
+    from twist.pretrain.run import Run
 
     original = Run.learn
 
@@ -217,7 +217,7 @@ def test_a_signal_in_the_loop_is_heeded_at_the_step(images: Path, whole, tmp_pat
 def test_signals_that_come_together_are_one_and_a_later_one_ends(monkeypatch, capfd) -> None:
     """torchrun hands on what its workers have got from the terminal; a person who presses again means it."""
     now = 100.0
-    monkeypatch.setattr("pretrain.signals.time.monotonic", lambda: now)
+    monkeypatch.setattr("twist.pretrain.signals.time.monotonic", lambda: now)
     with pytest.raises(KeyboardInterrupt), stop_flag() as flag:
         os.kill(os.getpid(), signal.SIGINT)
         assert flag.raised
@@ -247,7 +247,7 @@ def test_ctrl_c_that_a_background_job_ignores_stays_ignored() -> None:
 
 def recorded(rank: int, config, folder: Path, resume: bool, signal_at: int | None) -> dict[str, object]:
     """Train, keep the image numbers of every batch, and tell how it ended."""
-    from pretrain.run import Run
+    from twist.pretrain.run import Run
 
     seen: list[tuple[int, list[int]]] = []
     epochs, learn = ViewLoader.epoch, Run.learn

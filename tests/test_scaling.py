@@ -17,12 +17,12 @@ from torch import Tensor
 from benchmarks import scaling
 from benchmarks.nccl_time import Cluster, all_gather_s, all_reduce_s
 from benchmarks.scaling import BUCKET, FIRST_BUCKET, Traffic, buckets, lost, measured_step_s, model_ms, seconds, traffic
-from contracts.config import validate
-from contracts.errors import UserError
-from pretrain import distributed
-from pretrain.config import PretrainConfig
-from pretrain.model import build_model
-from pretrain.train import objective
+from twist.contracts.config import validate
+from twist.contracts.errors import UserError
+from twist.pretrain import distributed
+from twist.pretrain.config import PretrainConfig
+from twist.pretrain.model import build_model
+from twist.pretrain.train import objective
 
 CPU = torch.device("cpu")
 BATCH = 4

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from golden import golden
 
-from contracts.config import validate
-from contracts.errors import UsageError
-from pretrain.config import PretrainConfig
-from pretrain.schedule import Schedule, cosine, scaled_lr, warmup_epochs
+from twist.contracts.config import validate
+from twist.contracts.errors import UsageError
+from twist.pretrain.config import PretrainConfig
+from twist.pretrain.schedule import Schedule, cosine, scaled_lr, warmup_epochs
 
 
 def config(**sections) -> PretrainConfig:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from golden import golden
 
-from pretrain.self_label import self_label_loss
+from twist.pretrain.self_label import self_label_loss
 
 
 @pytest.mark.parametrize("quantile", [0.5, 0.6])

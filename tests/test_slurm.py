@@ -11,8 +11,8 @@ import pytest
 import submitit
 from tiny_run import make_images, rows
 
-from contracts.errors import UsageError
-from pretrain import slurm
+from twist.contracts.errors import UsageError
+from twist.pretrain import slurm
 
 CONFIG = Path(slurm.__file__).resolve().parent.parent / "configs" / "pretrain" / "smoke.toml"
 
@@ -61,8 +61,8 @@ def test_a_requeued_job_resumes() -> None:
 
 def test_a_stopped_run_is_handed_to_submitits_handler(tmp_path: Path, monkeypatch) -> None:
     # What submitit's handler gets: called after the run has saved and left, with the signal it waits for.
-    from pretrain import train
-    from pretrain.signals import Requeue
+    from twist.pretrain import train
+    from twist.pretrain.signals import Requeue
 
     called = []
     number = submitit.JobEnvironment._usr_sig()

@@ -13,14 +13,14 @@ import pytest
 import torch
 from tiny_run import make_images, tiny_config
 
-from contracts.config import load_config
-from contracts.errors import UserError
-from contracts.hashing import sha256_file
-from contracts.weights import read_header
-from converters.convert import convert
-from converters.read import load_source
-from pretrain.config import PretrainConfig
-from pretrain.image_source import fingerprint
+from twist.contracts.config import load_config
+from twist.contracts.errors import UserError
+from twist.contracts.hashing import sha256_file
+from twist.contracts.weights import read_header
+from twist.converters.convert import convert
+from twist.converters.read import load_source
+from twist.pretrain.config import PretrainConfig
+from twist.pretrain.image_source import fingerprint
 
 pytestmark = pytest.mark.slow  # lightly brings Lightning along: seconds of imports
 

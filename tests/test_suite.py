@@ -20,16 +20,16 @@ from typing import Any
 import pytest
 from made_records import make_record
 
-from contracts.config import read_toml, validate
-from contracts.errors import UsageError, UserError
-from contracts.record import RunRecord, read_record, write_record
-from contracts.record_files import find_records
-from transfer import suite as suite_module
-from transfer import suite_launch
-from transfer.protocols import PROTOCOLS
-from transfer.suite import RunsFailed, run_suite, transfer_command
-from transfer.suite_config import SuiteConfig, digest, load_suite
-from transfer.suite_plan import Job, make_plan, makespan_s, plan_text
+from twist.contracts.config import read_toml, validate
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.record import RunRecord, read_record, write_record
+from twist.contracts.record_files import find_records
+from twist.transfer import suite as suite_module
+from twist.transfer import suite_launch
+from twist.transfer.protocols import PROTOCOLS
+from twist.transfer.suite import RunsFailed, run_suite, transfer_command
+from twist.transfer.suite_config import SuiteConfig, digest, load_suite
+from twist.transfer.suite_plan import Job, make_plan, makespan_s, plan_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SIMPLE = """
@@ -580,7 +580,7 @@ def alive(pid: int) -> bool:
 
 def test_a_suite_that_is_killed_leaves_a_run_that_keeps_its_lock(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from transfer.suite_launch import LocalLauncher\n"
+        "import sys, time; from pathlib import Path; from twist.transfer.suite_launch import LocalLauncher\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "LocalLauncher([]).start(['sleep', '60'], folder=folder, log=folder / 'log', slot=0)\n"
         "print('started', flush=True); time.sleep(60)"
@@ -608,7 +608,7 @@ def test_a_suite_that_is_killed_leaves_a_run_that_keeps_its_lock(tmp_path: Path)
 @pytest.mark.slow
 def test_each_file_is_converted_once_with_what_the_suite_says(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    from contracts.weights import Backbone, read_header
+    from twist.contracts.weights import Backbone, read_header
 
     calls = []
 
@@ -616,9 +616,9 @@ def test_each_file_is_converted_once_with_what_the_suite_says(world: World, monk
         calls.append((checkpoint.name, layout, branch))
         return {"conv1.weight": torch.zeros(2)}, Backbone(architecture="resnet18", method="unknown")
 
-    read = type(sys)("converters.read")
+    read = type(sys)("twist.converters.read")
     read.load_artefact = load  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "converters.read", read)
+    monkeypatch.setitem(sys.modules, "twist.converters.read", read)
     checkpoint = world.root / "moco.pth"
     checkpoint.write_bytes(b"weights")
     entry = f'[[weights]]\nname = "moco"\nfile = "{checkpoint}"\nlayout = "moco"\nmethod = "moco-v2"\nepochs = 200\n'

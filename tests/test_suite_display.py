@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from transfer.suite_display import SuiteDisplay, duration, last_words
+from twist.transfer.suite_display import SuiteDisplay, duration, last_words
 
 # What `twist suite` does to its display, with a run's log growing meanwhile.
 SCRIPT = """
 import sys
 from pathlib import Path
-from transfer.suite_display import SuiteDisplay
+from twist.transfer.suite_display import SuiteDisplay
 
 log = Path(sys.argv[1])
 with SuiteDisplay(total=3) as display:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,17 +19,18 @@ from host_reads import HostReads
 from tiny_run import differing, final_state, make_images, rows, run, tiny_config, tiny_networks
 from torch import nn
 
-from contracts.config import load_config
-from contracts.errors import UsageError, UserError
-from contracts.weights import read_backbone
-from pretrain import distributed, train
-from pretrain.config import PretrainConfig
-from pretrain.data import ViewLoader
-from pretrain.image_source import fingerprint
-from pretrain.monitor import Monitor
-from pretrain.plan import resolve
-from pretrain.replay import replay
-from pretrain.run import Run
+from twist.contracts import machine
+from twist.contracts.config import load_config
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.weights import read_backbone
+from twist.pretrain import distributed, train
+from twist.pretrain.config import PretrainConfig
+from twist.pretrain.data import ViewLoader
+from twist.pretrain.image_source import fingerprint
+from twist.pretrain.monitor import Monitor
+from twist.pretrain.plan import resolve
+from twist.pretrain.replay import replay
+from twist.pretrain.run import Run
 
 CPU = torch.device("cpu")
 
@@ -214,7 +214,7 @@ def test_what_could_not_be_exported_is_not_trained(images: Path, monkeypatch: py
         raise ValueError("no such header")
 
     config = tiny_config(images)
-    monkeypatch.setattr("pretrain.run.Backbone", refused)
+    monkeypatch.setattr("twist.pretrain.run.Backbone", refused)
     with pytest.raises(ValueError, match="no such header"):
         Run.build(config, resolve(config, images=25, world_size=1, device=CPU), images, device=CPU)
 
@@ -249,7 +249,7 @@ def test_a_folder_with_a_log_of_ones_own_is_taken(images: Path, tmp_path: Path) 
 
 
 def test_shared_memory_that_workers_will_lack_is_named_before_they_die_of_it(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     views = {"global_size": 224, "local_count": 12, "local_size": 96}
     config = tiny_config(images, views=views, data={"workers": 8}, run={"batch_size": 128})
@@ -257,16 +257,15 @@ def test_shared_memory_that_workers_will_lack_is_named_before_they_die_of_it(
     # 8 workers × 3 batches × 128 images × (2 · 224² + 12 · 96²) pixels × 3 bytes.
     assert plan.loader_bytes == 8 * 3 * 128 * 210_944 * 3
     assert "1.9 GB of shared memory a rank" in plan.render()
-    room = {"free": 64_000_000}
-    monkeypatch.setattr("pretrain.plan.shutil.disk_usage", lambda _: SimpleNamespace(**room))
+    monkeypatch.setattr(machine, "free_shared_memory", lambda: 64_000_000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    lack = plan.lack_of_shared_memory(tmp_path)
+    lack = plan.lack_of_shared_memory()
     assert lack is not None
     assert "8 rank(s) may take 15.6 GB" in lack
     assert "has 0.1 GB free" in lack
-    room["free"] = 16_000_000_000
-    assert plan.lack_of_shared_memory(tmp_path) is None
-    assert plan.lack_of_shared_memory(tmp_path / "absent") is None
+    for enough in (16_000_000_000, None):
+        monkeypatch.setattr(machine, "free_shared_memory", lambda enough=enough: enough)
+        assert plan.lack_of_shared_memory() is None
 
 
 @pytest.mark.slow
@@ -405,7 +404,7 @@ def test_a_streak_ends_the_run_with_a_capture_that_replays(images: Path, tmp_pat
         original(self, batch, views, **options)
 
     monkeypatch.setattr(Run, "stop_if_nonfinite", with_bad_views)
-    with pytest.raises(UserError, match=r"not finite in the last \d steps.*python -m pretrain.replay") as error:
+    with pytest.raises(UserError, match=r"not finite in the last \d steps.*python -m twist.pretrain.replay") as error:
         run(tiny_config(images, run={"max_nonfinite_steps": 3}), tmp_path)
     path = Path(re.search(r"is in (\S+):", str(error.value))[1])
     assert path.exists()
@@ -458,7 +457,7 @@ class Constant(nn.Module):
 
 @pytest.mark.parametrize("reaction", ["warn", "stop"])
 def test_a_constant_network_raises_the_alarm(images: Path, tmp_path: Path, monkeypatch, capsys, reaction) -> None:
-    from pretrain import model
+    from twist.pretrain import model
 
     monkeypatch.setattr(model, "build_backbone", Constant)
     config = tiny_config(images, run={"epochs": 5, "mutual_information_epochs": 5, "on_collapse": reaction})
@@ -617,7 +616,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(
 
 
 def test_labels_of_the_two_splits_mean_the_same(tmp_path: Path) -> None:
-    from pretrain.online_eval import labelled
+    from twist.pretrain.online_eval import labelled
 
     for split in ("train", "val"):
         for name in ("a", "b"):
@@ -629,7 +628,7 @@ def test_labels_of_the_two_splits_mean_the_same(tmp_path: Path) -> None:
 
 
 def test_neighbours_vote_by_similarity(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pretrain import online_eval
+    from twist.pretrain import online_eval
 
     bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
     queries, labels = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]]), torch.tensor([0, 0, 1])

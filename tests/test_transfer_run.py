@@ -12,21 +12,21 @@ from imagenet_tree import write_tree
 from PIL import Image
 from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_segmentation
 
-from contracts.errors import UsageError, UserError
-from contracts.networks import build_backbone
-from contracts.record import read_record
-from contracts.record_files import find_records
-from contracts.weights import Backbone, write_backbone
-from transfer import folder
-from transfer.curves import Curves
-from transfer.data.prepare import prepare_cityscapes
-from transfer.end import render_end
-from transfer.failures import guard, raise_failure
-from transfer.pictures import colour_of, draw_classes, draw_instances, legend_of, plot_losses, save_pair
-from transfer.preflight import check_data, find_root, voc_folder
-from transfer.protocols import PROTOCOLS, find_protocol
-from transfer.request import split_overrides
-from transfer.run import _find_weights, transfer
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.networks import build_backbone
+from twist.contracts.record import read_record
+from twist.contracts.record_files import find_records
+from twist.contracts.weights import Backbone, write_backbone
+from twist.transfer import folder
+from twist.transfer.curves import Curves
+from twist.transfer.data.prepare import prepare_cityscapes
+from twist.transfer.end import render_end
+from twist.transfer.failures import guard, raise_failure
+from twist.transfer.pictures import colour_of, draw_classes, draw_instances, legend_of, plot_losses, save_pair
+from twist.transfer.preflight import check_data, find_root, voc_folder
+from twist.transfer.protocols import PROTOCOLS, find_protocol
+from twist.transfer.request import split_overrides
+from twist.transfer.run import _find_weights, transfer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is said before anything runs
@@ -364,7 +364,7 @@ def tree(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """An artefact that is no random initialisation of ours, with pixels of its own."""
-    from contracts.networks import build_backbone
+    from twist.contracts.networks import build_backbone
 
     torch.manual_seed(7)
     header = Backbone(architecture="resnet18", method="twist", epochs=3, seed=7, mean=(0.4, 0.4, 0.4), config_hash="ab")
@@ -467,7 +467,7 @@ def test_the_end_compares_with_the_published_rows_of_the_same_method(make_record
 
 @pytest.fixture
 def make_record():
-    from contracts.record import RunRecord, WeightsProvenance
+    from twist.contracts.record import RunRecord, WeightsProvenance
 
     def make(*, method: str, value: float, scale: str = "full") -> RunRecord:
         return RunRecord(
@@ -481,7 +481,7 @@ def make_record():
 
 def test_how_a_checkpoint_is_read_can_be_said(tmp_path) -> None:
     """What `twist convert` takes as --from and --branch; here for a file that two layouts fit."""
-    from transfer.run import _default_output
+    from twist.transfer.run import _default_output
 
     file = tmp_path / "byol_r18.pth"
     torch.save({}, file)
@@ -571,7 +571,7 @@ def test_random_weights_of_another_network_are_another_run(knn, tmp_path) -> Non
 
 
 def test_random_weights_of_another_network_have_a_folder_of_their_own(knn, tmp_path) -> None:
-    from transfer.run import _default_output, _find_weights, _random_network
+    from twist.transfer.run import _default_output, _find_weights, _random_network
 
     random = _find_weights("random", layout=None, branch=None)
 

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from contracts.config import validate
-from pretrain import checkpoint, train
-from pretrain import model as networks
-from pretrain.config import PretrainConfig
-from pretrain.train import pretrain
+from twist.contracts.config import validate
+from twist.pretrain import checkpoint, train
+from twist.pretrain import model as networks
+from twist.pretrain.config import PretrainConfig
+from twist.pretrain.train import pretrain
 
 # What a machine's speed decides, and what does not belong to a comparison of runs.
 TIMES = ("images_per_s", "data_wait_share")
@@ -116,7 +116,7 @@ class Crash(Exception):
 @contextlib.contextmanager
 def crash_after(steps: int) -> Iterator[None]:
     """The loop dies after its `steps`-th step of this start, once the step's checkpoint is written."""
-    from pretrain.run import Run
+    from twist.pretrain.run import Run
 
     original, taken = Run.save, [0]
 

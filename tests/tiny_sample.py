@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from transfer.data.sample import Sample, make_sample
+from twist.transfer.data.sample import Sample, make_sample
 
 
 @functools.cache

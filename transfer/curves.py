@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from contracts import atomic
+from twist.contracts import atomic
 
 
 class Curves:

@@ -14,21 +14,21 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
 
-from contracts.config import parse_override
-from contracts.errors import UsageError, UserError
-from contracts.provenance import cores
-from transfer.evaluation import Resolved
-from transfer.overrides import Tree, departures, near_keys, recorded, refuse_option
-from transfer.preflight import read_sample
-from transfer.request import Request
-from transfer.scaling import Rule, Schedule, choose_rule, leaves_protocol, render_plan, searched, stretch
+from twist.contracts.config import SHIPPED, parse_override
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.machine import cores
+from twist.transfer.evaluation import Resolved
+from twist.transfer.overrides import Tree, departures, near_keys, recorded, refuse_option
+from twist.transfer.preflight import read_sample
+from twist.transfer.request import Request
+from twist.transfer.scaling import Rule, Schedule, choose_rule, leaves_protocol, render_plan, searched, stretch
 
 with warnings.catch_warnings():
     # It imports pkg_resources, which complains about itself, in every worker again.
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
     from detectron2 import model_zoo
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "detectron2"
+CONFIGS = SHIPPED / "detectron2"
 
 # Keys that an option of the command line decides; overridden, they would be ignored or work against it.
 _OPTIONS = {

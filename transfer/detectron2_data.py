@@ -19,8 +19,8 @@ from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 from detectron2.data.datasets.cityscapes import load_cityscapes_instances
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASS_NAMES
 
-from contracts.errors import UserError
-from transfer.preflight import voc_folder
+from twist.contracts.errors import UserError
+from twist.transfer.preflight import voc_folder
 
 _COCO = ("train", "val")
 _VOC = ((2007, "trainval"), (2007, "test"), (2012, "trainval"))

@@ -27,19 +27,19 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage, has_event_storage
 
-import transfer.detectron2_heads  # noqa: F401  (registers Res5ROIHeadsExtraNorm)
-from contracts import atomic
-from contracts.progress import Progress
-from transfer.curves import Curves
-from transfer.detectron2_config import resolve
-from transfer.detectron2_data import count_images, register_data
-from transfer.detectron2_outcome import bare, draw, metrics_of, prove_loaded
-from transfer.evaluation import CURVES, Resolved, collect, leave, require_finished
-from transfer.failures import guard, raise_failure
-from transfer.preflight import read_sample
-from transfer.quiet import frameworks_quiet
-from transfer.request import Request
-from transfer.result import EngineResult
+import twist.transfer.detectron2_heads  # noqa: F401  (registers Res5ROIHeadsExtraNorm)
+from twist.contracts import atomic
+from twist.contracts.progress import Progress
+from twist.transfer.curves import Curves
+from twist.transfer.detectron2_config import resolve
+from twist.transfer.detectron2_data import count_images, register_data
+from twist.transfer.detectron2_outcome import bare, draw, metrics_of, prove_loaded
+from twist.transfer.evaluation import CURVES, Resolved, collect, leave, require_finished
+from twist.transfer.failures import guard, raise_failure
+from twist.transfer.preflight import read_sample
+from twist.transfer.quiet import frameworks_quiet
+from twist.transfer.request import Request
+from twist.transfer.result import EngineResult
 
 __all__ = ["resolve", "run"]
 KNOB = "SOLVER.IMS_PER_BATCH and SOLVER.BASE_LR by one factor and raise iterations by it"

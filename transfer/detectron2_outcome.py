@@ -11,9 +11,9 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import annotations_to_instances, read_image
 from torch import Tensor, nn
 
-from contracts.errors import UserError
-from transfer.pictures import draw_instances, save_pair
-from transfer.request import Request
+from twist.contracts.errors import UserError
+from twist.transfer.pictures import draw_instances, save_pair
+from twist.transfer.request import Request
 
 PICTURES = 4
 # Detections below this score would hide a picture; the evaluation uses all of them.
@@ -57,7 +57,7 @@ def _is_backbone(key: str) -> bool:
 
 
 def metrics_of(results: dict[str, dict[str, float]], request: Request) -> tuple[dict[str, float], list[str]]:
-    """Detectron2's results under the names of `contracts.metrics`."""
+    """Detectron2's results under the names of `twist.contracts.metrics`."""
     metrics, notes = {}, []
     for name in request.protocol.metrics:
         _, kind, which, _ = name.rsplit("_", 3)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from contracts.metrics import METRICS
-from contracts.record import RunRecord
-from contracts.weights import Backbone
-from transfer.protocols import Neighbour, Protocol, find_neighbours
+from twist.contracts.metrics import METRICS
+from twist.contracts.record import RunRecord
+from twist.contracts.weights import Backbone
+from twist.transfer.protocols import Neighbour, Protocol, find_neighbours
 
 
 def render_end(record: RunRecord, row: Protocol, backbone: Backbone) -> str:

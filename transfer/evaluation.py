@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contracts import atomic
-from contracts.errors import UserError
-from transfer.pictures import plot_losses
-from transfer.request import Request
-from transfer.result import EngineResult
+from twist.contracts import atomic
+from twist.contracts.errors import UserError
+from twist.transfer.pictures import plot_losses
+from twist.transfer.request import Request
+from twist.transfer.result import EngineResult
 
 CURVES = "metrics.jsonl"
 _FILE = "evaluation.json"

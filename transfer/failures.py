@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from contracts import atomic
-from contracts.errors import UsageError, UserError
+from twist.contracts import atomic
+from twist.contracts.errors import UsageError, UserError
 
 _FILE = "failure.json"
 # How a collective fails where a peer is gone (gloo, NCCL); the parent may learn of that before it learns of the death.

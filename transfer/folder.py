@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from contracts import atomic
-from contracts.errors import UserError
+from twist.contracts import atomic
+from twist.contracts.errors import UserError
 
 FILE = "run.json"
 # What makes a run this run, in the order in which a difference is named.

@@ -13,15 +13,15 @@ from typing import Any
 import mmseg
 from mmengine.config import Config
 
-from contracts.config import parse_override
-from contracts.errors import UsageError, UserError
-from contracts.provenance import cores
-from transfer.evaluation import Resolved
-from transfer.overrides import Tree, departures, near_keys, recorded, refuse_option
-from transfer.pictures import colour_of
-from transfer.preflight import read_sample, voc_folder
-from transfer.request import Request
-from transfer.scaling import (
+from twist.contracts.config import SHIPPED, parse_override
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.machine import cores
+from twist.transfer.evaluation import Resolved
+from twist.transfer.overrides import Tree, departures, near_keys, recorded, refuse_option
+from twist.transfer.pictures import colour_of
+from twist.transfer.preflight import read_sample, voc_folder
+from twist.transfer.request import Request
+from twist.transfer.scaling import (
     TOLERANCE,
     Rule,
     Schedule,
@@ -33,7 +33,7 @@ from transfer.scaling import (
     stretch,
 )
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "mmseg"
+CONFIGS = SHIPPED / "mmseg"
 # Where the installed MMSegmentation keeps its own configs; ours name it in `_base_` through this variable.
 BASES_VARIABLE = "MMSEG_CONFIGS"
 # Keys that an option of the command line decides; overridden, they would be ignored or work against it.

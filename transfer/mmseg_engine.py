@@ -23,16 +23,16 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from mmseg.utils import register_all_modules
 from torch import Tensor, nn
 
-from contracts.errors import UserError
-from contracts.progress import Progress
-from transfer.curves import Curves
-from transfer.evaluation import CURVES, Resolved, collect, leave, require_finished
-from transfer.failures import guard, raise_failure
-from transfer.mmseg_config import resolve
-from transfer.mmseg_outcome import bare, draw, metrics_of, prove_loaded
-from transfer.quiet import frameworks_quiet
-from transfer.request import Request
-from transfer.result import EngineResult
+from twist.contracts.errors import UserError
+from twist.contracts.progress import Progress
+from twist.transfer.curves import Curves
+from twist.transfer.evaluation import CURVES, Resolved, collect, leave, require_finished
+from twist.transfer.failures import guard, raise_failure
+from twist.transfer.mmseg_config import resolve
+from twist.transfer.mmseg_outcome import bare, draw, metrics_of, prove_loaded
+from twist.transfer.quiet import frameworks_quiet
+from twist.transfer.request import Request
+from twist.transfer.result import EngineResult
 
 __all__ = ["resolve", "run"]
 KNOB = "train_dataloader.batch_size and optim_wrapper.optimizer.lr by one factor and raise iterations by it"

@@ -12,9 +12,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
-from contracts.errors import UserError
-from contracts.images import read_image
-from transfer.pictures import draw_classes, legend_of, save_pair
+from twist.contracts.errors import UserError
+from twist.contracts.images import read_image
+from twist.transfer.pictures import draw_classes, legend_of, save_pair
 
 PICTURES = 4
 _METRICS = {"miou_percent": "mIoU", "macc_percent": "mAcc", "aacc_percent": "aAcc"}

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from contracts.errors import UsageError, did_you_mean
-from transfer.folder import differences
-from transfer.request import Controls
+from twist.contracts.errors import UsageError, did_you_mean
+from twist.transfer.folder import differences
+from twist.transfer.request import Controls
 
 # A config, or the recipe made of it, as JSON has it.
 Tree = dict[str, Any]

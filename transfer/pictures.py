@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from contracts import atomic
+from twist.contracts import atomic
 
 # Longest side of one panel: two of them stay below 200 KB as a 256-colour PNG.
 PANEL_PIXELS = 352

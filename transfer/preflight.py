@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from contracts.errors import UserError
-from transfer.protocols import DataSet, Protocol
+from twist.contracts.errors import UserError
+from twist.transfer.protocols import DataSet, Protocol
 
 # Label maps whose values are looked at; spread evenly over the set, so a half-converted tree shows.
 LABEL_SAMPLES = 20

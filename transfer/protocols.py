@@ -14,10 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from contracts.errors import UsageError, did_you_mean
-from contracts.metrics import METRICS
-from contracts.record import Task
-from transfer.published import (
+from twist.contracts.errors import UsageError, did_you_mean
+from twist.contracts.metrics import METRICS
+from twist.contracts.record import Task
+from twist.transfer.published import (
     CITYSCAPES_D16_PUBLISHED,
     CITYSCAPES_INSTANCE_PUBLISHED,
     CITYSCAPES_INSTANCES,

@@ -1,6 +1,6 @@
 """Records read beside the table of protocols: a metric that its protocol does not measure is refused.
 
-`contracts.record` knows the vocabulary of metrics; which protocol measures which is known on this floor alone.
+`twist.contracts.record` knows the vocabulary of metrics; which protocol measures which is known on this floor alone.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from contracts.errors import UserError
-from contracts.record import RunRecord
-from contracts.record_files import read_records
-from transfer.protocols import PROTOCOLS
+from twist.contracts.errors import UserError
+from twist.contracts.record import RunRecord
+from twist.contracts.record_files import read_records
+from twist.transfer.protocols import PROTOCOLS
 
 
 def read_known_records(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[Path, RunRecord]]:
-    """`contracts.record_files.read_records`, each checked by `check_protocol`."""
+    """`twist.contracts.record_files.read_records`, each checked by `check_protocol`."""
     found = read_records(paths)
     for path, record in found:
         check_protocol(path, record)

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from contracts.architectures import Architecture
-from contracts.config import Config, parse_override, validate
-from contracts.weights import Backbone
-from transfer.protocols import Protocol
+from twist.contracts.architectures import Architecture
+from twist.contracts.config import Config, parse_override, validate
+from twist.contracts.weights import Backbone
+from twist.transfer.protocols import Protocol
 
 
 class Controls(Config):

@@ -19,26 +19,27 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from contracts import atomic
-from contracts.architectures import Architecture
-from contracts.errors import UsageError, UserError
-from contracts.hashing import sha256_file
-from contracts.provenance import git_commit, hardware, software
-from contracts.record import RunRecord, Scale, WeightsProvenance, check_label, name_in, read_record, write_record
-from contracts.weights import Backbone, read_header, weights_file, write_backbone
-from converters.output_folder import name_of
-from transfer import folder
-from transfer.data.identity import identify_data
-from transfer.end import render_end, render_places
-from transfer.preflight import check_data, find_root
-from transfer.protocols import Protocol, find_protocol
-from transfer.quiet import frameworks_quiet
-from transfer.request import Controls, Request, split_overrides
-from transfer.result import EngineResult
+from twist.contracts import atomic
+from twist.contracts.architectures import Architecture
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.hashing import sha256_file
+from twist.contracts.machine import hardware
+from twist.contracts.provenance import git_commit, software
+from twist.contracts.record import RunRecord, Scale, WeightsProvenance, check_label, name_in, read_record, write_record
+from twist.contracts.weights import Backbone, read_header, weights_file, write_backbone
+from twist.converters.output_folder import name_of
+from twist.transfer import folder
+from twist.transfer.data.identity import identify_data
+from twist.transfer.end import render_end, render_places
+from twist.transfer.preflight import check_data, find_root
+from twist.transfer.protocols import Protocol, find_protocol
+from twist.transfer.quiet import frameworks_quiet
+from twist.transfer.request import Controls, Request, split_overrides
+from twist.transfer.result import EngineResult
 
 if TYPE_CHECKING:
-    from transfer.evaluation import Resolved
-    from transfer.imagenet import engine as imagenet
+    from twist.transfer.evaluation import Resolved
+    from twist.transfer.imagenet import engine as imagenet
 
 RANDOM, SUPERVISED = "random", "supervised"
 TORCHVISION = "torchvision:"
@@ -109,7 +110,7 @@ def transfer(
             `<output>/results`.
         resume: continue what the folder holds; of a run that is done, its record is taken. eval_only: evaluate its
             last checkpoint, without training.
-        overrides: `key=value` on the engine's own config, or on `transfer.request.Controls`.
+        overrides: `key=value` on the engine's own config, or on `twist.transfer.request.Controls`.
         method: what the record calls the method; None takes what the weights say.
         layout, branch: of the checkpoint, as for `twist convert`; None finds them by its content.
 
@@ -278,7 +279,7 @@ def _artefact(asked: _Asked) -> Path:
         return asked.source.path
     import torch
 
-    from contracts.networks import build_backbone
+    from twist.contracts.networks import build_backbone
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(asked.seed)
@@ -287,8 +288,8 @@ def _artefact(asked: _Asked) -> Path:
 
 
 def _plan_imagenet(asked: _Asked) -> _Planned:
-    from converters.read import load_artefact
-    from transfer.imagenet import engine as imagenet
+    from twist.converters.read import load_artefact
+    from twist.transfer.imagenet import engine as imagenet
 
     row, controls, source = asked.row, asked.controls, asked.source
     if controls.iterations or controls.nodes > 1:
@@ -324,7 +325,7 @@ def _plan_framework(asked: _Asked) -> _Planned:
 
 def _convert(row: Protocol, source: Source, artefact: Path, *, output: Path, node: int) -> tuple[Path, Path, Backbone]:
     """Weights and overlay for the protocol's framework, the proof held on the way."""
-    from converters.convert import convert
+    from twist.converters.convert import convert
 
     target = output / "weights" / (row.engine if node == 0 else f"{row.engine}-node{node}")
     if target.exists():  # a continued run: the conversion is deterministic, so it is made anew rather than trusted

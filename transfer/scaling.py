@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from contracts.errors import UsageError
+from twist.contracts.errors import UsageError
 
 # Shares within which a schedule is the same: rounding to whole iterations, and no more.
 TOLERANCE = 0.01

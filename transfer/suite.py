@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from contracts.errors import UsageError, UserError, did_you_mean
-from contracts.hashing import sha256_json
-from contracts.record import RunRecord, name_in, write_record
-from contracts.record_files import find_records
-from transfer.suite_config import RANDOM, SuiteConfig, WeightsEntry, digest, load_suite
-from transfer.suite_display import SuiteDisplay
-from transfer.suite_launch import Handle, Launcher, LocalLauncher, SlurmLauncher, gpu_names
-from transfer.suite_plan import Job, Plan, make_plan, of_its_data, plan_text, read_checked
+from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.hashing import sha256_json
+from twist.contracts.record import RunRecord, name_in, write_record
+from twist.contracts.record_files import find_records
+from twist.transfer.suite_config import RANDOM, SuiteConfig, WeightsEntry, digest, load_suite
+from twist.transfer.suite_display import SuiteDisplay
+from twist.transfer.suite_launch import Handle, Launcher, LocalLauncher, SlurmLauncher, gpu_names
+from twist.transfer.suite_plan import Job, Plan, make_plan, of_its_data, plan_text, read_checked
 
 ATTEMPTS = 2
 POLL_S = 0.5
@@ -136,8 +136,8 @@ def _convert_each(jobs: Sequence[Job], *, output: Path) -> dict[str, Path | str]
 
 
 def _artefact(entry: WeightsEntry, folder: Path) -> Path:
-    from contracts.weights import read_header, write_backbone
-    from converters.read import load_artefact
+    from twist.contracts.weights import read_header, write_backbone
+    from twist.converters.read import load_artefact
 
     identity = sha256_json([digest(entry.file), entry.layout, entry.branch, entry.method, entry.epochs])
     # The record calls weights by their file's name; what tells two conversions apart is the folder's.

@@ -12,11 +12,11 @@ from typing import Any
 
 from pydantic import Field
 
-from contracts.config import Config, parse_override, problems, read_toml, validate
-from contracts.errors import UsageError, did_you_mean
-from contracts.hashing import sha256_file, sha256_json
-from converters import sources
-from transfer.protocols import PROTOCOLS
+from twist.contracts.config import Config, parse_override, problems, read_toml, validate
+from twist.contracts.errors import UsageError, did_you_mean
+from twist.contracts.hashing import sha256_file, sha256_json
+from twist.converters import sources
+from twist.transfer.protocols import PROTOCOLS
 
 RANDOM = "random"
 

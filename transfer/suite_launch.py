@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from contracts import atomic
-from contracts.errors import UsageError, UserError
+from twist.contracts import atomic
+from twist.contracts.errors import UsageError, UserError
 
 
 class Handle(Protocol):

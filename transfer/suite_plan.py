@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from contracts.errors import UserError
-from contracts.record import RunRecord, read_record
-from contracts.record_files import find_records
-from transfer.data.identity import data_of, identify_data
-from transfer.protocols import PROTOCOLS
-from transfer.records import check_protocol
-from transfer.suite_config import SuiteConfig, WeightsEntry, runs_of
+from twist.contracts.errors import UserError
+from twist.contracts.record import RunRecord, read_record
+from twist.contracts.record_files import find_records
+from twist.transfer.data.identity import data_of, identify_data
+from twist.transfer.protocols import PROTOCOLS
+from twist.transfer.records import check_protocol
+from twist.transfer.suite_config import SuiteConfig, WeightsEntry, runs_of
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
-from contracts.errors import UsageError, UserError
-from contracts.seeds import MOST_SEED
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.seeds import MOST_SEED
 
 app = typer.Typer(
     name="twist",
@@ -93,27 +93,27 @@ def pretrain(
 
     On many GPUs: torchrun … -m twist pretrain …
     """
-    from contracts.config import load_config
-    from pretrain.config import PretrainConfig, find_config
+    from twist.contracts.config import load_config
+    from twist.pretrain.config import PretrainConfig, find_config
 
     config = find_config(config)
     settings = load_config(config, PretrainConfig, overrides or [])
     folder = output or Path("runs") / config.stem
     if show_views is not None:
-        from pretrain.contact_sheet import contact_sheet
+        from twist.pretrain.contact_sheet import contact_sheet
 
         print(contact_sheet(settings, show_views, folder / "views.png"))
     elif bench_data:
-        from pretrain.bench_data import bench, render
+        from twist.pretrain.bench_data import bench, render
 
         result = bench(settings)
         print(_json(result) if as_json else render(result))
     elif slurm:
-        from pretrain.slurm import submit
+        from twist.pretrain.slurm import submit
 
         print(submit(config, overrides or [], output=folder, options=slurm))
     else:
-        from pretrain.train import pretrain as run
+        from twist.pretrain.train import pretrain as run
 
         run(settings, output=folder, resume=resume)
 
@@ -128,8 +128,8 @@ def inspect(
 
     Method, architecture, layout, branches, problems. Nothing from the file is ever run.
     """
-    from converters.inspect import inspect as look
-    from converters.inspect import render
+    from twist.converters.inspect import inspect as look
+    from twist.converters.inspect import render
 
     found = look(checkpoint, layout=layout)
     print(_json(found.to_json()) if as_json else render(found))
@@ -155,8 +155,8 @@ def convert(
     Writes weights and the settings they imply, once the target network computes the same features.
     """
     if check_config is not None:
-        from converters.check_config import check_config as check
-        from converters.check_config import render as render_mismatches
+        from twist.converters.check_config import check_config as check
+        from twist.converters.check_config import render as render_mismatches
 
         file = weights or checkpoint
         if file is None:
@@ -166,8 +166,8 @@ def convert(
         raise typer.Exit(1 if mismatches else 0)
     if checkpoint is None or to is None:
         raise UsageError("Say what to convert and for whom: twist convert CHECKPOINT --to detectron2.")
-    from converters.convert import convert as run
-    from converters.convert import render as render_conversion
+    from twist.converters.convert import convert as run
+    from twist.converters.convert import render as render_conversion
 
     done = run(
         checkpoint,
@@ -213,7 +213,7 @@ def transfer(
     width (of random weights), keep_batch, iterations, nodes, node_rank, master.
     """
     if list_protocols:
-        from transfer.protocols import list_protocols as table
+        from twist.transfer.protocols import list_protocols as table
 
         print(table())
         return
@@ -221,7 +221,7 @@ def transfer(
         raise UsageError(
             "Say which protocol and which weights: twist transfer PROTOCOL --weights FILE (--list shows all)."
         )
-    from transfer.run import transfer as run
+    from twist.transfer.run import transfer as run
 
     run(
         protocol,
@@ -248,7 +248,7 @@ def data_sample(
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 0,
 ) -> None:
     """Write a small world in the real layouts: images, COCO, VOC, Cityscapes, ImageNet-like."""
-    from transfer.data.sample import make_sample
+    from twist.transfer.data.sample import make_sample
 
     sample = make_sample(root, source=source.value, size=size.value, seed=seed)
     print(sample.summary())
@@ -265,8 +265,8 @@ def data_prepare(
     voc: trainaug (sbd=FOLDER). cityscapes: the trainIds. imagenet: the 1 % and 10 % lists (lists=FOLDER or seed=N).
     detectron2: one tree of links (coco=, VOC2007=, VOC2012=, cityscapes=, imagenet=FOLDER). coco needs nothing.
     """
-    from contracts.config import parse_override
-    from transfer.data.prepare import prepare
+    from twist.contracts.config import parse_override
+    from twist.transfer.data.prepare import prepare
 
     if root is not None and "=" in str(root) and not root.exists():  # the root was left out: this is the first option
         root, overrides = None, [str(root), *(overrides or [])]
@@ -282,8 +282,8 @@ def data_check(dataset: str, root: DataRoot = None) -> None:
     DATASET is coco, voc, cityscapes, imagenet, sample, or folders: images of your own, in ROOT/train/<class>/ and
     ROOT/val/<class>/, on which the ImageNet-style protocols run.
     """
-    from transfer.data.check import check, has_errors, render
-    from transfer.preflight import find_root
+    from twist.transfer.data.check import check, has_errors, render
+    from twist.transfer.preflight import find_root
 
     findings = check(dataset, find_root(None) if root is None else root)
     print(render(findings))
@@ -306,9 +306,9 @@ def suite(
 
     Resumable; what is done is skipped.
     """
-    from transfer.preflight import find_root
-    from transfer.suite import RunsFailed, run_suite
     from twist.comparing import suite_table
+    from twist.transfer.preflight import find_root
+    from twist.transfer.suite import RunsFailed, run_suite
 
     devices = None if gpus is None else _device_numbers(gpus)
     data = find_root(None) if data is None else data
@@ -359,8 +359,8 @@ def compare(
 
     RECORDS are files, folders of records or of runs; default results, else runs.
     """
-    from compare.comparison import Choice
     from twist import comparing
+    from twist.compare.comparison import Choice
 
     if check is not None:
         raise typer.Exit(comparing.check_markers(check))

@@ -6,19 +6,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from compare.comparison import Choice
-from compare.comparison import compare as compare_records
-from compare.markers import check_markers as stale_markers
-from compare.markers import find_markers
-from compare.markers import update_markers as rewrite_markers
-from compare.render import format_for, render, render_all
-from compare.report import HEADLINE, write_report
-from compare.table import build_table
-from contracts import atomic
-from contracts.errors import UserError
-from contracts.record import RunRecord
-from contracts.record_files import RESULTS
-from transfer.records import read_known_records
+from twist.compare.comparison import Choice
+from twist.compare.comparison import compare as compare_records
+from twist.compare.markers import check_markers as stale_markers
+from twist.compare.markers import find_markers
+from twist.compare.markers import update_markers as rewrite_markers
+from twist.compare.render import format_for, render, render_all
+from twist.compare.report import HEADLINE, write_report
+from twist.compare.table import build_table
+from twist.contracts import atomic
+from twist.contracts.errors import UserError
+from twist.contracts.record import RunRecord
+from twist.contracts.record_files import RESULTS
+from twist.transfer.records import read_known_records
 
 # Where `twist transfer` makes its run folders when nobody says where.
 RUNS = "runs"

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from contracts import progress
-from contracts.config import parse_override
+from twist.contracts import progress
+from twist.contracts.config import SHIPPED, parse_override
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "pretrain" / "sample.toml"
+CONFIG = SHIPPED / "pretrain" / "sample.toml"
 # Two epochs of two steps.
 FAST = ("run.epochs=2", "run.batch_size=20", "optim.warmup_epochs=0")
 # What the demo compares, with the overrides that make it fit into two minutes.
@@ -123,16 +123,16 @@ def _override(key: str, value: str) -> str:
 
 
 def _records(output: Path) -> list[tuple[Path, Any]]:
-    from contracts.record import read_record
-    from contracts.record_files import find_records
+    from twist.contracts.record import read_record
+    from twist.contracts.record_files import find_records
 
     results = output / "results"
     return [(path, read_record(path)) for path in find_records([results])] if results.is_dir() else []
 
 
 def _closing_words(output: Path, *, elapsed_s: float) -> None:
-    from compare.render import render
-    from compare.table import build_table
+    from twist.compare.render import render
+    from twist.compare.table import build_table
 
     print(render(build_table([record for _, record in _records(output)], baseline="random", metrics=METRICS), "table"))
     print(f"\nThe page, with curves and pictures: {output / 'report.html'}   ({elapsed_s / 60:.1f} minutes)")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from contracts.provenance import cores
+from twist.contracts.machine import c_compiler, cores
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def examine() -> list[Check]:
         lambda: _package("fvcore", "schedules"),
         lambda: _package("safetensors", "the weights artefact"),
         lambda: _package("numba", "views on a CPU"),
-        _triton,
+        _compiler,
         _detectron2,
         _mmseg,
         lambda: _optional("datasets", "Parquet, tar shards and hubs as image source", "hub"),
@@ -145,14 +145,11 @@ def _package(name: str, purpose: str) -> Check:
     return Check(name, _version(module))
 
 
-def _triton() -> Check:
-    module, why = _import("triton")
-    if module is None:
-        return Check("Triton", f"{why}; a GPU colours views the slower way", "install a torch build for CUDA")
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+def _compiler() -> Check:
+    compiler = c_compiler()
     if compiler is None:
-        return Check("Triton", f"{_version(module)}, no C compiler for it", "install gcc, or set CC")
-    return Check("Triton", _version(module))
+        return Check("C compiler", "none; run.compile needs one on a GPU", "install gcc, or set CC")
+    return Check("C compiler", compiler)
 
 
 def _optional(name: str, purpose: str, extra: str) -> Check:

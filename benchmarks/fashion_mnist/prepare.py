@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from contracts import atomic
-from contracts.errors import UserError
-from contracts.progress import Progress
-from transfer.data.debian import cache_folder, fetch
+from twist.contracts import atomic
+from twist.contracts.errors import UserError
+from twist.contracts.progress import Progress
+from twist.transfer.data.debian import cache_folder, fetch
 
 PACKAGE, CACHE = "dataset-fashion-mnist", "fashion-mnist"
 FOLDER = Path("usr/share/datasets/fashion-mnist")

@@ -35,19 +35,19 @@ from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Trans
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from contracts import atomic
-from contracts.config import load_config
-from contracts.errors import UserError
-from contracts.hashing import sha256_json
-from contracts.networks import build_backbone
-from contracts.progress import Progress
-from contracts.weights import write_backbone
-from converters.read import load_artefact
-from pretrain.config import PretrainConfig
-from pretrain.image_source import fingerprint
-from pretrain.precision import autocast
-from pretrain.run_folder import locked, recipe_hash
-from pretrain.schedule import warmup_epochs, warmup_then_cosine
+from twist.contracts import atomic
+from twist.contracts.config import load_config
+from twist.contracts.errors import UserError
+from twist.contracts.hashing import sha256_json
+from twist.contracts.networks import build_backbone
+from twist.contracts.progress import Progress
+from twist.contracts.weights import write_backbone
+from twist.converters.read import load_artefact
+from twist.pretrain.config import PretrainConfig
+from twist.pretrain.image_source import fingerprint
+from twist.pretrain.precision import autocast
+from twist.pretrain.run_folder import locked, recipe_hash
+from twist.pretrain.schedule import warmup_epochs, warmup_then_cosine
 
 # Of the moving average; a smaller one than for ImageNet, because runs are short (lightly's benchmark).
 MOMENTUM = 0.99

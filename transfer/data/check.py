@@ -15,15 +15,15 @@ from typing import Any
 
 from PIL import Image
 
-from contracts.errors import UsageError, UserError, did_you_mean
-from contracts.progress import Progress
-from transfer.data.check_cityscapes import check_cityscapes
-from transfer.data.check_folders import check_folders
-from transfer.data.check_imagenet import check_imagenet
-from transfer.data.coco_file import CocoFile, check_same_categories, read_coco
-from transfer.data.findings import SEVERITIES, Finding, Report, has_errors, render
-from transfer.data.layouts import sets
-from transfer.data.looks import (
+from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.progress import Progress
+from twist.transfer.data.check_cityscapes import check_cityscapes
+from twist.transfer.data.check_folders import check_folders
+from twist.transfer.data.check_imagenet import check_imagenet
+from twist.transfer.data.coco_file import CocoFile, check_same_categories, read_coco
+from twist.transfer.data.findings import SEVERITIES, Finding, Report, has_errors, render
+from twist.transfer.data.layouts import sets
+from twist.transfer.data.looks import (
     VOID,
     check_maps,
     check_pictures,
@@ -34,10 +34,10 @@ from transfer.data.looks import (
     origin,
     read_list,
 )
-from transfer.data.masks import voc_palette
-from transfer.data.sample import SAMPLE_JSON, SIZES, read_sample_json
-from transfer.data.voc_boxes import check_voc_boxes
-from transfer.preflight import voc_folder
+from twist.transfer.data.masks import voc_palette
+from twist.transfer.data.sample import SAMPLE_JSON, SIZES, read_sample_json
+from twist.transfer.data.voc_boxes import check_voc_boxes
+from twist.transfer.preflight import voc_folder
 
 __all__ = ["Finding", "check", "has_errors", "render"]
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from transfer.data.findings import Report
-from transfer.data.looks import (
+from twist.transfer.data.findings import Report
+from twist.transfer.data.looks import (
     SAMPLED,
     VOID,
     check_maps,
@@ -24,7 +24,7 @@ from transfer.data.looks import (
     size_of,
     spread,
 )
-from transfer.data.polygons import polygons_fault
+from twist.transfer.data.polygons import polygons_fault
 
 # cityscapes-dataset.com, fine annotations.
 CITYSCAPES_IMAGES = {"train": 2_975, "val": 500}

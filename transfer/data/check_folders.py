@@ -12,13 +12,13 @@ from typing import Any
 
 from PIL import Image
 
-from contracts.image_files import EXTENSIONS, folder_names, is_image
-from transfer.data.class_folders import check_same_classes, images_by_class
-from transfer.data.findings import Report, named
-from transfer.data.looks import check_pictures, origin
+from twist.contracts.image_files import EXTENSIONS, folder_names, is_image
+from twist.transfer.data.class_folders import check_same_classes, images_by_class
+from twist.transfer.data.findings import Report, named
+from twist.transfer.data.looks import check_pictures, origin
 
 SPLITS = ("train", "val")
-# What `contracts.images` decodes, by Pillow's names; MPO is a JPEG with more behind it, as cameras write it.
+# What `twist.contracts.images` decodes, by Pillow's names; MPO is a JPEG with more behind it, as cameras write it.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF")
 ARCHIVES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zip", ".7z", ".rar")
 

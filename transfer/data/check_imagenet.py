@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from contracts.image_files import folder_names, is_image
-from transfer.data.class_folders import check_same_classes, find_listed, images_by_class
-from transfer.data.findings import Report
-from transfer.data.looks import (
+from twist.contracts.image_files import folder_names, is_image
+from twist.transfer.data.class_folders import check_same_classes, find_listed, images_by_class
+from twist.transfer.data.findings import Report
+from twist.transfer.data.looks import (
     SAMPLED,
     check_pictures,
     expect,

@@ -1,4 +1,4 @@
-"""Class folders and the lists of ImageNet's subsets, read as `transfer.imagenet.dataset` reads them for a run.
+"""Class folders and the lists of ImageNet's subsets, read as `twist.transfer.imagenet.dataset` reads them for a run.
 
 That module brings torch along, which takes seconds; the tests compare the two.
 """
@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from contracts.image_files import image_entries
-from transfer.data.findings import Report, named
-from transfer.data.looks import each, report_hollow, size_of
+from twist.contracts.image_files import image_entries
+from twist.transfer.data.findings import Report, named
+from twist.transfer.data.looks import each, report_hollow, size_of
 
 
 def images_by_class(

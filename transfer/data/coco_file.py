@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transfer.data.findings import Report
-from transfer.data.looks import expect, origin
+from twist.transfer.data.findings import Report
+from twist.transfer.data.looks import expect, origin
 
 # By how many pixels a box may reach out of its image: outlines are rounded.
 TOLERANCE = 1.0

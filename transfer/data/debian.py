@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from contracts.errors import UserError
-from contracts.hashing import sha256_file
+from twist.contracts.errors import UserError
+from twist.contracts.hashing import sha256_file
 
 TIMEOUT_S = 900
 

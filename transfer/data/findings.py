@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from contracts.progress import Progress
+from twist.contracts.progress import Progress
 
 Severity = Literal["error", "warning", "fine"]
 # Names that a finding gives; its count is of all.

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from contracts.errors import UserError
-from contracts.hashing import sha256_file, sha256_json
-from contracts.image_files import folder_names
-from contracts.record import RunRecord
-from transfer.data.looks import spread
-from transfer.preflight import read_sample, tree_folder, voc_folder
-from transfer.protocols import DataSet, Protocol
+from twist.contracts.errors import UserError
+from twist.contracts.hashing import sha256_file, sha256_json
+from twist.contracts.image_files import folder_names
+from twist.contracts.record import RunRecord
+from twist.transfer.data.looks import spread
+from twist.transfer.preflight import read_sample, tree_folder, voc_folder
+from twist.transfer.protocols import DataSet, Protocol
 
 # Files of a folder whose sizes are looked at, and classes of an ImageNet-like tree that are listed.
 SIZED, LISTED = 16, 16

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from transfer.data import masks
-from transfer.data.scene import DISTRACTOR, Instance, Scene, Source, Split, compose, gathering, portrait
+from twist.transfer.data import masks
+from twist.transfer.data.scene import DISTRACTOR, Instance, Scene, Source, Split, compose, gathering, portrait
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,10 @@ def write_common_files(world: World, returned: dict[str, list[Any]]) -> None:
 def open_source(name: str) -> Source:
     """The source of a name, opened once a process."""
     if name == "shapes":
-        from transfer.data.shapes import Shapes
+        from twist.transfer.data.shapes import Shapes
 
         return Shapes()
-    from transfer.data.photos import Photos
+    from twist.transfer.data.photos import Photos
 
     return Photos()
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from transfer.data.findings import Report, named
-from transfer.data.origins import ORIGINS
+from twist.transfer.data.findings import Report, named
+from twist.transfer.data.origins import ORIGINS
 
 Found = TypeVar("Found")
 

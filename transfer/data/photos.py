@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter, UnidentifiedImageError
 
-from contracts import atomic
-from contracts.errors import UserError
-from contracts.progress import Progress
-from transfer.data.debian import cache_folder, fetch
-from transfer.data.qt_resources import read_rcc
-from transfer.data.scene import DISTRACTOR, Cutout, Split
-from transfer.data.textures import Array
+from twist.contracts import atomic
+from twist.contracts.errors import UserError
+from twist.contracts.progress import Progress
+from twist.transfer.data.debian import cache_folder, fetch
+from twist.transfer.data.qt_resources import read_rcc
+from twist.transfer.data.scene import DISTRACTOR, Cutout, Split
+from twist.transfer.data.textures import Array
 
 PACKAGES = (
     "tuxpaint-stamps-default",

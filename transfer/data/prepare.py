@@ -20,17 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from contracts import atomic
-from contracts.errors import UsageError, UserError, did_you_mean
-from contracts.image_files import class_names, image_names
-from contracts.progress import Progress
-from transfer.data.check import VOC_SEGMENTATION
-from transfer.data.check_imagenet import IMAGENET_CLASSES, SUBSET_LINES
-from transfer.data.class_folders import find_listed
-from transfer.data.masks import voc_palette
-from transfer.data.origins import ORIGINS
-from transfer.data.polygons import polygons_fault
-from transfer.preflight import voc_folder
+from twist.contracts import atomic
+from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.image_files import class_names, image_names
+from twist.contracts.progress import Progress
+from twist.transfer.data.check import VOC_SEGMENTATION
+from twist.transfer.data.check_imagenet import IMAGENET_CLASSES, SUBSET_LINES
+from twist.transfer.data.class_folders import find_listed
+from twist.transfer.data.masks import voc_palette
+from twist.transfer.data.origins import ORIGINS
+from twist.transfer.data.polygons import polygons_fault
+from twist.transfer.preflight import voc_folder
 
 
 def prepare(
@@ -310,7 +310,7 @@ def _equal(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
 
 def _write_drawn(folder: Path, seed: int) -> list[Path]:
     # Here, because it brings torch along, which takes seconds and only this preparation needs.
-    from transfer.imagenet.dataset import SUBSETS, draw_subset, list_lines, read_split
+    from twist.transfer.imagenet.dataset import SUBSETS, draw_subset, list_lines, read_split
 
     if not isinstance(seed, int) or seed < 0:
         raise UsageError(f"seed={seed} is no seed: give a whole number, 0 or more, as labels_seed takes it.")

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from contracts.errors import UserError
+from twist.contracts.errors import UserError
 
 MAGIC = b"qres"
 ENTRY = struct.Struct(">IHIIQ")  # name offset, flags, two numbers, time: 22 bytes

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from contracts import atomic
-from contracts.errors import UsageError, UserError, did_you_mean
-from contracts.progress import Progress
-from contracts.provenance import cores
-from transfer.data.layouts import Item, Size, World, folders, open_source, sets, write_common_files, write_item
-from transfer.data.photos import prepare_photos
+from twist.contracts import atomic
+from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.machine import cores
+from twist.contracts.progress import Progress
+from twist.transfer.data.layouts import Item, Size, World, folders, open_source, sets, write_common_files, write_item
+from twist.transfer.data.photos import prepare_photos
 
 FORMAT_VERSION = 2
 SAMPLE_JSON = "sample.json"

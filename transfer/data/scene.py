@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from transfer.data.textures import Array, smooth_noise
+from twist.transfer.data.textures import Array, smooth_noise
 
 Split = Literal["train", "val"]
 Mask = NDArray[np.bool_]

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from transfer.data.scene import DISTRACTOR, Cutout, Split
-from transfer.data.textures import (
+from twist.transfer.data.scene import DISTRACTOR, Cutout, Split
+from twist.transfer.data.textures import (
     Array,
     Material,
     bricks,

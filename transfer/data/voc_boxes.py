@@ -6,8 +6,8 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
-from transfer.data.findings import Report
-from transfer.data.looks import origin
+from twist.transfer.data.findings import Report
+from twist.transfer.data.looks import origin
 
 # Of the lists in ImageSets/Main, those that models are trained on or measured with; train and val are parts of them.
 PARTS = ("trainval", "test")

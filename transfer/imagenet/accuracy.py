@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from contracts.errors import UserError
+from twist.contracts.errors import UserError
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:

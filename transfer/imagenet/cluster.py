@@ -14,13 +14,13 @@ from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, nor
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.preprocessing import normalize
 
-from contracts.errors import UserError
-from transfer.imagenet.dataset import epoch_order
-from transfer.imagenet.recipes import ClusterRecipe
+from twist.contracts.errors import UserError
+from twist.transfer.imagenet.dataset import epoch_order
+from twist.transfer.imagenet.recipes import ClusterRecipe
 
 
 def cluster_metrics(labels: np.ndarray, assignment: np.ndarray) -> dict[str, float]:
-    """The four metrics in percent, by their names in `contracts.metrics`.
+    """The four metrics in percent, by their names in `twist.contracts.metrics`.
 
     Args:
         labels: (N,) class of each image.

@@ -22,12 +22,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from contracts.errors import UserError
-from contracts.image_files import images_of_classes, refuse_other_classes
-from contracts.images import UnreadableImage, read_image
-from contracts.provenance import cores
-from transfer.imagenet.recipes import ClassifierRecipe, Recipe
-from transfer.preflight import tree_folder
+from twist.contracts.errors import UserError
+from twist.contracts.image_files import images_of_classes, refuse_other_classes
+from twist.contracts.images import UnreadableImage, read_image
+from twist.contracts.machine import cores
+from twist.transfer.imagenet.recipes import ClassifierRecipe, Recipe
+from twist.transfer.preflight import tree_folder
 
 # Names of SimCLR's lists (google-research/simclr, imagenet_subsets/) and the share of each class a drawn subset has.
 SUBSETS = {"1percent": ("1percent.txt", 0.01), "10percent": ("10percent.txt", 0.10)}

@@ -17,24 +17,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contracts import atomic
-from contracts.errors import UsageError
-from contracts.hashing import sha256_json
-from contracts.networks import network_of
-from contracts.weights import Backbone
-from transfer.imagenet.accuracy import top_percent
-from transfer.imagenet.dataset import LabelledImages, labelled_subset, open_tree
-from transfer.imagenet.features import extract, frozen, state_digest
-from transfer.imagenet.finetune import train_finetune
-from transfer.imagenet.head import head_classes, read_head
-from transfer.imagenet.journal import log
-from transfer.imagenet.linear import train_linear
-from transfer.imagenet.memory import FEATURES, SEARCH, START, memory
-from transfer.imagenet.neighbours import nearest, plan_blocks, vote_ranks
-from transfer.imagenet.panel import Tile, write_panel
-from transfer.imagenet.plan import batch_too_large, render_plan
-from transfer.imagenet.processes import run_ranks
-from transfer.imagenet.recipes import (
+from twist.contracts import atomic
+from twist.contracts.errors import UsageError
+from twist.contracts.hashing import sha256_json
+from twist.contracts.networks import network_of
+from twist.contracts.weights import Backbone
+from twist.transfer.imagenet.accuracy import top_percent
+from twist.transfer.imagenet.dataset import LabelledImages, labelled_subset, open_tree
+from twist.transfer.imagenet.features import extract, frozen, state_digest
+from twist.transfer.imagenet.finetune import train_finetune
+from twist.transfer.imagenet.head import head_classes, read_head
+from twist.transfer.imagenet.journal import log
+from twist.transfer.imagenet.linear import train_linear
+from twist.transfer.imagenet.memory import FEATURES, SEARCH, START, memory
+from twist.transfer.imagenet.neighbours import nearest, plan_blocks, vote_ranks
+from twist.transfer.imagenet.panel import Tile, write_panel
+from twist.transfer.imagenet.plan import batch_too_large, render_plan
+from twist.transfer.imagenet.processes import run_ranks
+from twist.transfer.imagenet.recipes import (
     AnyRecipe,
     ClassifierRecipe,
     ClusterRecipe,
@@ -43,13 +43,13 @@ from transfer.imagenet.recipes import (
     NeighboursRecipe,
     load_recipe,
 )
-from transfer.imagenet.training import CURVES, PICTURED, Job, require_finished
-from transfer.overrides import departures
-from transfer.pictures import plot_losses
-from transfer.result import EngineResult
+from twist.transfer.imagenet.training import CURVES, PICTURED, Job, require_finished
+from twist.transfer.overrides import departures
+from twist.transfer.pictures import plot_losses
+from twist.transfer.result import EngineResult
 
 if TYPE_CHECKING:
-    from transfer.protocols import Protocol
+    from twist.transfer.protocols import Protocol
 
 RECIPE = "recipe.json"
 # ILSVRC 2012's training images by which of them have labels: all, or the lines of SimCLR's lists.
@@ -333,7 +333,7 @@ def _cluster(
     device: torch.device,
 ) -> EngineResult:
     # Here, because scikit-learn takes seconds to import and only this protocol needs it.
-    from transfer.imagenet.cluster import cluster_metrics, kmeans
+    from twist.transfer.imagenet.cluster import cluster_metrics, kmeans
 
     header, train, val = resolved.header, resolved.train, resolved.val
     network = network_of(header, tensors).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

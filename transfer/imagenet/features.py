@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from contracts import atomic
-from contracts.hashing import sha256_json
-from contracts.networks import ResNet, normalise
-from contracts.progress import Progress
-from contracts.weights import Backbone
-from transfer.imagenet.dataset import Batches, LabelledImages
-from transfer.imagenet.memory import FEATURES, memory
-from transfer.imagenet.recipes import Recipe
+from twist.contracts import atomic
+from twist.contracts.hashing import sha256_json
+from twist.contracts.networks import ResNet, normalise
+from twist.contracts.progress import Progress
+from twist.contracts.weights import Backbone
+from twist.transfer.imagenet.dataset import Batches, LabelledImages
+from twist.transfer.imagenet.memory import FEATURES, memory
+from twist.transfer.imagenet.recipes import Recipe
 
 
 class FrozenBackboneChanged(RuntimeError):

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contracts.networks import network_of, normalise
-from transfer.imagenet.dataset import Batches
-from transfer.imagenet.features import feature_dimension
-from transfer.imagenet.processes import Rank
-from transfer.imagenet.recipes import FinetuneRecipe
-from transfer.imagenet.training import PICTURED, Job, Source, image_batches, new_classifier, train_classifier
+from twist.contracts.networks import network_of, normalise
+from twist.transfer.imagenet.dataset import Batches
+from twist.transfer.imagenet.features import feature_dimension
+from twist.transfer.imagenet.processes import Rank
+from twist.transfer.imagenet.recipes import FinetuneRecipe
+from twist.transfer.imagenet.training import PICTURED, Job, Source, image_batches, new_classifier, train_classifier
 
 
 def train_finetune(rank: Rank, job: Job) -> dict[str, Any]:

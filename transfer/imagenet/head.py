@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from contracts.errors import UserError
-from contracts.head import PUBLISHED_NAMES, Head
-from converters.containers import read_contents
+from twist.contracts.errors import UserError
+from twist.contracts.head import PUBLISHED_NAMES, Head
+from twist.converters.containers import read_contents
 
 Activation = Literal["relu", "gelu"]
 # Module prefixes in a checkpoint → the head's own names: of our run folders, and of published files.

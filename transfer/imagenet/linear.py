@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contracts.networks import network_of
-from transfer.imagenet.dataset import Batches, LabelledImages, epoch_batches
-from transfer.imagenet.features import FeatureFile, extract, feature_batches, feature_dimension, frozen
-from transfer.imagenet.memory import TRAINING
-from transfer.imagenet.processes import Rank
-from transfer.imagenet.recipes import LinearRecipe
-from transfer.imagenet.training import PICTURED, Job, Source, image_batches, new_classifier, train_classifier
+from twist.contracts.networks import network_of
+from twist.transfer.imagenet.dataset import Batches, LabelledImages, epoch_batches
+from twist.transfer.imagenet.features import FeatureFile, extract, feature_batches, feature_dimension, frozen
+from twist.transfer.imagenet.memory import TRAINING
+from twist.transfer.imagenet.processes import Rank
+from twist.transfer.imagenet.recipes import LinearRecipe
+from twist.transfer.imagenet.training import PICTURED, Job, Source, image_batches, new_classifier, train_classifier
 
 
 def train_linear(rank: Rank, job: Job) -> dict[str, Any]:

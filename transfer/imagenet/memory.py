@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from contracts.errors import UserError
+from twist.contracts.errors import UserError
 
 FEATURES = "go on with --resume and a lower machine.feature_batch_size"
 SEARCH = "go on with --resume and a lower machine.max_memory_mb"

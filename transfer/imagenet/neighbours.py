@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from contracts.errors import UsageError
-from contracts.progress import Progress
-from transfer.imagenet.accuracy import label_ranks
+from twist.contracts.errors import UsageError
+from twist.contracts.progress import Progress
+from twist.transfer.imagenet.accuracy import label_ranks
 
 # Reads rows [start, stop) of a feature matrix: a `FeatureFile`'s method, or a slice of a tensor.
 Rows = Callable[[int, int], Tensor]

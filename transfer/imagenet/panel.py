@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from contracts import atomic
-from contracts.images import read_image
+from twist.contracts import atomic
+from twist.contracts.images import read_image
 
 RIGHT, WRONG, PLAIN = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's blue and vermilion
 _TEXT = "#222222"

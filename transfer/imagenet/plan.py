@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from transfer.imagenet.dataset import LabelledImages
-from transfer.imagenet.recipes import AnyRecipe, ClassifierRecipe, FinetuneRecipe, NeighboursRecipe
+from twist.transfer.imagenet.dataset import LabelledImages
+from twist.transfer.imagenet.recipes import AnyRecipe, ClassifierRecipe, FinetuneRecipe, NeighboursRecipe
 
 
 def render_plan(

@@ -19,9 +19,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from contracts.errors import UsageError
-from transfer.failures import guard, raise_failure
-from transfer.imagenet.memory import START, memory
+from twist.contracts.errors import UsageError
+from twist.transfer.failures import guard, raise_failure
+from twist.transfer.imagenet.memory import START, memory
 
 # How long a process waits for the others. Features of ImageNet take the first one hours, torch would give up after ten
 # minutes; a process that dies is the launcher's to notice, at once.

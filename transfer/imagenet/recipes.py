@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-import configs
-from contracts.config import Config, load_config
-from contracts.errors import UsageError, did_you_mean
-from transfer.request import Controls
+from twist.contracts.config import SHIPPED, Config, load_config
+from twist.contracts.errors import UsageError, did_you_mean
+from twist.transfer.request import Controls
 
-FOLDER = Path(configs.__path__[0]) / "imagenet"
+FOLDER = SHIPPED / "imagenet"
 
 
 class Machine(Config):

@@ -20,17 +20,17 @@ from fvcore.common.param_scheduler import CosineParamScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from contracts import atomic
-from contracts.errors import UserError
-from contracts.progress import Progress
-from contracts.weights import Backbone
-from transfer.imagenet.accuracy import label_ranks
-from transfer.imagenet.dataset import Batches, LabelledImages
-from transfer.imagenet.features import autocast
-from transfer.imagenet.journal import Journal
-from transfer.imagenet.memory import FEATURES, TRAINING, memory
-from transfer.imagenet.processes import Rank
-from transfer.imagenet.recipes import ClassifierRecipe, FinetuneRecipe, LinearRecipe
+from twist.contracts import atomic
+from twist.contracts.errors import UserError
+from twist.contracts.progress import Progress
+from twist.contracts.weights import Backbone
+from twist.transfer.imagenet.accuracy import label_ranks
+from twist.transfer.imagenet.dataset import Batches, LabelledImages
+from twist.transfer.imagenet.features import autocast
+from twist.transfer.imagenet.journal import Journal
+from twist.transfer.imagenet.memory import FEATURES, TRAINING, memory
+from twist.transfer.imagenet.processes import Rank
+from twist.transfer.imagenet.recipes import ClassifierRecipe, FinetuneRecipe, LinearRecipe
 
 CHECKPOINT = "checkpoint.pth"
 CURVES = "metrics.jsonl"

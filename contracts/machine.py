@@ -1,0 +1,58 @@
+"""What this machine can do: the one place that asks, so that a test can give the other answer. No torch at import."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+SHARED_MEMORY = Path("/dev/shm")
+# Instructions that multiply bfloat16 numbers, as `torch.cpu.get_capabilities` calls them.
+_NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+def cores() -> int:
+    """Cores that this process may use, which on a shared machine are fewer than it has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16; without that each number is converted, slower than float32."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in _NATIVE_BF16)
+
+
+def free_shared_memory() -> int | None:
+    """Bytes left for the batches that data workers hand over; None where the system has no such folder."""
+    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
+
+
+def c_compiler() -> str | None:
+    """The compiler that `torch.compile` uses: $CC, or the first that is on the path."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+
+
+def hardware() -> dict[str, str | int | None]:
+    """Processor, cores this process may use, and the GPUs that an already imported torch sees."""
+    torch = sys.modules.get("torch")
+    gpus = 0 if torch is None or not torch.cuda.is_available() else torch.cuda.device_count()
+    return {
+        "processor": _processor(),
+        "cores": cores(),
+        "gpus": gpus,
+        "gpu": torch.cuda.get_device_name(0) if torch is not None and gpus else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
