@@ -22,7 +22,7 @@ export MPLBACKEND ?= Agg
 check test: export OMP_NUM_THREADS ?= 1
 
 # mypy does not follow setuptools' package-dir, so it gets a folder in which the rooms lie as they are imported.
-ROOMS := contracts pretrain converters transfer compare
+ROOMS := contracts catalog pretrain converters transfer compare
 define types
 @rm -rf .types && mkdir -p .types/twist && ln -s $(abspath $(wildcard twist/*.py) $(ROOMS)) .types/twist/
 endef
@@ -58,8 +58,8 @@ check: install
 	$(types)
 	MYPYPATH=.types $(BIN)/mypy -p twist
 	$(BIN)/pytest -n 2 -m "not slow"
-	$(BIN)/twist compare --check README.md
-	$(BIN)/twist compare --check results/README.md
+	$(BIN)/python -m twist compare --check README.md
+	$(BIN)/python -m twist compare --check results/README.md
 	$(BIN)/python -m benchmarks.summary --check README.md
 	$(BIN)/python -m benchmarks.summary --check benchmarks/README.md
 

@@ -19,8 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from twist.contracts.machine import hardware
-from twist.contracts.provenance import software
+from twist.contracts.machine import hardware, software
 
 _WRITE_RESNET50 = """
 import sys, torch, torchvision

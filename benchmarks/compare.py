@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twist.compare.published import load_published
 from twist.compare.render import render
 from twist.compare.report import write_report
 from twist.compare.table import build_table
-from twist.contracts import machine, provenance
-from twist.contracts.hashing import sha256_json
-from twist.contracts.record import RunRecord, WeightsProvenance, read_record
-from twist.contracts.record_files import find_records
+from twist.contracts import machine
+from twist.contracts.files import sha256_json
+from twist.contracts.published import load_published
+from twist.contracts.record import RunRecord, WeightsProvenance, find_records, read_record
 
 METHODS = ("twist", "moco-v2", "byol", "swav", "simclr", "dino", "vicreg", "barlow-twins", "supervised", "random")
 PROTOCOLS = 20
@@ -52,7 +51,7 @@ def main() -> None:
                 times[name].append(value)
         page_bytes = (root / "page.html").stat().st_size
 
-    hardware, software = machine.hardware(), provenance.software()
+    hardware, software = machine.hardware(), machine.software()
     print(
         f"{hardware['processor']}, {hardware['cores']} cores, Python {software['python']}; {arguments.records} records"
     )

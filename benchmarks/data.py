@@ -17,8 +17,8 @@ from typing import Any
 
 from benchmarks.side_by_side import write
 from tests.photographs import write_folder
-from twist.pretrain.bench_data import bench, render
 from twist.pretrain.config import DataConfig, PretrainConfig, RunConfig, ViewsConfig
+from twist.pretrain.data.bench_data import bench, render
 
 CASES: dict[str, tuple[ViewsConfig, tuple[int, int]]] = {
     "14 views": (ViewsConfig(), (375, 500)),

@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.side_by_side import Times, heading, write
-from twist.transfer.data.check import COCO_IMAGES, VOC_CLASSES, VOC_MAIN, VOC_SEGMENTATION
-from twist.transfer.data.check_cityscapes import CITYSCAPES_IMAGES
-from twist.transfer.data.check_imagenet import IMAGENET_CLASSES, IMAGENET_IMAGES, SUBSET_LINES
-from twist.transfer.data.masks import voc_palette
+from twist.catalog.check import COCO_IMAGES, VOC_CLASSES, VOC_MAIN, VOC_SEGMENTATION
+from twist.catalog.check_cityscapes import CITYSCAPES_IMAGES
+from twist.catalog.check_imagenet import IMAGENET_CLASSES, IMAGENET_IMAGES, SUBSET_LINES
+from twist.catalog.masks import voc_palette
 
 # Annotations of the published files, and numbers in an outline such that train's has the published 450 MB.
 COCO_ANNOTATIONS = {"train2017": 860_001, "val2017": 36_781}

@@ -32,9 +32,9 @@ from benchmarks.side_by_side import heading, rates_a_core, rates_table, write
 from tests.photographs import write_folder
 from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD
 from twist.pretrain.config import DataConfig, ViewsConfig
-from twist.pretrain.data import BUFFERS
-from twist.pretrain.image_source import open_images
-from twist.pretrain.view_maker import Request, ViewMaker
+from twist.pretrain.data.loader import BUFFERS
+from twist.pretrain.data.source import open_images
+from twist.pretrain.data.view_maker import Request, ViewMaker
 
 BATCH = 8
 Transform = Callable[[bytes], list[Tensor]]

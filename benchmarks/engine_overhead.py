@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from benchmarks.side_by_side import heading, write
+from twist.catalog.sample.make import make_sample
 from twist.contracts.networks import build_backbone
 from twist.contracts.weights import Backbone
-from twist.transfer.data.sample import make_sample
 from twist.transfer.protocols import find_protocol
 from twist.transfer.quiet import frameworks_quiet
 from twist.transfer.request import Controls, Request
@@ -95,15 +95,15 @@ def _request(name: str, arguments: argparse.Namespace, folder: Path, writer: Any
 
 
 def _detectron2(arguments: argparse.Namespace, is_ours: bool) -> float:
-    from twist.converters import detectron2_writer
+    from twist.converters.targets import detectron2
 
     with _folder() as folder, frameworks_quiet(folder / "log.txt"):
         from detectron2.engine import DefaultTrainer, HookBase
         from detectron2.utils.env import seed_all_rng
 
-        from twist.transfer import detectron2_engine as engine
-        from twist.transfer.detectron2_data import register_data
-        from twist.transfer.preflight import read_sample
+        from twist.catalog.roots import read_sample
+        from twist.transfer.engines.detectron2 import engine as engine
+        from twist.transfer.engines.detectron2.data import register_data
 
         class Clock(HookBase):
             def after_step(self) -> None:
@@ -112,7 +112,7 @@ def _detectron2(arguments: argparse.Namespace, is_ours: bool) -> float:
                 if self.trainer.iter + 1 == self.trainer.max_iter:
                     self.wall_s = time.perf_counter() - self.began
 
-        request = _request("sample-coco-mrcnn-fpn", arguments, folder, detectron2_writer)
+        request = _request("sample-coco-mrcnn-fpn", arguments, folder, detectron2)
         config = engine.resolve(request).config.clone()
         config.defrost()
         config.DATASETS.TEST = ()
@@ -131,7 +131,7 @@ def _detectron2(arguments: argparse.Namespace, is_ours: bool) -> float:
 
 
 def _mmseg(arguments: argparse.Namespace, is_ours: bool) -> float:
-    from twist.converters import mmseg_writer
+    from twist.converters.targets import mmseg
 
     with _folder() as folder, frameworks_quiet():
         from mmengine.hooks import Hook
@@ -139,7 +139,7 @@ def _mmseg(arguments: argparse.Namespace, is_ours: bool) -> float:
         from mmengine.runner import Runner
         from mmseg.utils import register_all_modules
 
-        from twist.transfer import mmseg_engine as engine
+        from twist.transfer.engines.mmseg import engine as engine
 
         class Clock(Hook):
             priority = "LOWEST"
@@ -152,7 +152,7 @@ def _mmseg(arguments: argparse.Namespace, is_ours: bool) -> float:
 
         register_all_modules(init_default_scope=False)
         init_default_scope("mmseg")
-        request = _request("sample-voc-fcn-d8", arguments, folder, mmseg_writer)
+        request = _request("sample-voc-fcn-d8", arguments, folder, mmseg)
         config = engine.resolve(request).config
         for key in ("val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg"):
             config[key] = None

@@ -23,8 +23,9 @@ from torchvision.transforms import InterpolationMode, v2
 
 from benchmarks.side_by_side import heading, rates_a_core, rates_table, write
 from tests.photographs import write_folder
-from twist.transfer.imagenet.dataset import Batches, read_split
-from twist.transfer.imagenet.recipes import load_recipe
+from twist.catalog.labelled import read_split
+from twist.transfer.engines.imagenet.dataset import Batches
+from twist.transfer.engines.imagenet.recipes import load_recipe
 
 BATCH = 16
 

@@ -46,7 +46,8 @@ from benchmarks import gpu_memory, gpu_pipeline, lars, loss, step
 from benchmarks.gpu_compiled import check as check_compiled_backbone
 from benchmarks.gpu_compiled import compiler_for
 from benchmarks.side_by_side import heading, machine, plain
-from twist.contracts import atomic, provenance
+from twist.contracts import files
+from twist.contracts import machine as this_machine
 from twist.pretrain.batch_norm import SynchronisedBatchNorm
 from twist.pretrain.loss import twist_loss
 from twist.pretrain.optim import LARS
@@ -258,14 +259,14 @@ def take(names: Sequence[str], device: torch.device, *, tiny: bool, budget_s: fl
         else:
             part = _one(PARTS[name], device, tiny) | {
                 "wall_s": round(time.monotonic() - since, 1),
-                "git_commit": provenance.git_commit(),
+                "git_commit": this_machine.git_commit(),
             }
         right &= part["ok"]
         if not ("skipped" in part and name in results["parts"]):
             results["parts"][name] = part
         verdict = "ok" if part["ok"] else "skipped" if "skipped" in part else "FAILED"
         print(f"{name}: {verdict}, {time.monotonic() - since:.1f} s", flush=True)
-        atomic.write_json(path, results)
+        files.write_json(path, results)
     return right
 
 

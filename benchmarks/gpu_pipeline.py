@@ -23,11 +23,11 @@ from torch import Tensor
 from benchmarks import step
 from benchmarks.side_by_side import measure
 from twist.contracts.weights import IMAGENET_STD
-from twist.pretrain import photometric
 from twist.pretrain.config import PretrainConfig
-from twist.pretrain.image_source import open_images
+from twist.pretrain.data import photometric
+from twist.pretrain.data.source import open_images
+from twist.pretrain.data.view_maker import Made, Request, ViewMaker, finish_on_cpu
 from twist.pretrain.train import pretrain
-from twist.pretrain.view_maker import Made, Request, ViewMaker, finish_on_cpu
 
 # Read as a file: `tests` is no package, and a machine may have an installed one of that name.
 PHOTOGRAPHS = Path(__file__).resolve().parent.parent / "tests" / "photographs.py"

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.side_by_side import heading, write
-from twist.transfer.imagenet.features import FeatureFile
-from twist.transfer.imagenet.neighbours import nearest, plan_blocks
+from twist.transfer.engines.imagenet.features import FeatureFile
+from twist.transfer.engines.imagenet.neighbours import nearest, plan_blocks
 
 DIMENSION, NEIGHBOURS = 2048, 20
 Runs = dict[str, dict[str, Any]]

@@ -14,10 +14,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from twist.contracts import atomic
+from twist.contracts import files
 from twist.contracts.errors import UserError
-from twist.contracts.record import read_record, write_record
-from twist.contracts.record_files import find_records
+from twist.contracts.record import find_records, read_record, write_record
 
 CURVES = "metrics.jsonl"
 ROWS = 500
@@ -50,7 +49,7 @@ def _copy(source: Path, target: Path) -> None:
         rows = source.read_text().splitlines(keepends=True)
         every = -(-len(rows) // ROWS)
         # Counted from the end: a curve's last row is what the run ended with.
-        atomic.write_text(target, "".join(rows[::-1][:: max(every, 1)][::-1]))
+        files.write_text(target, "".join(rows[::-1][:: max(every, 1)][::-1]))
 
 
 def main() -> int:

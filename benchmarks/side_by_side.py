@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from twist.contracts import atomic, provenance
+from twist.contracts import files
+from twist.contracts import machine as this_machine
 from twist.contracts.machine import hardware
 
 
@@ -80,9 +81,9 @@ def machine() -> dict[str, Any]:
     """What a figure must not stand without."""
     return {
         "hardware": hardware(),
-        "software": provenance.software(),
+        "software": this_machine.software(),
         "threads": torch.get_num_threads(),
-        "git_commit": provenance.git_commit(),
+        "git_commit": this_machine.git_commit(),
     }
 
 
@@ -103,7 +104,7 @@ def table(times: Mapping[str, Times]) -> str:
 def write(path: Path | None, figures: Mapping[str, Any]) -> None:
     """Write `figures` with the machine and the commit they were measured on, as JSON, when a path is given."""
     if path is not None:
-        atomic.write_json(path, {"machine": machine(), **plain(figures)})
+        files.write_json(path, {"machine": machine(), **plain(figures)})
 
 
 def plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.naive_step import NaiveStep
 from benchmarks.side_by_side import heading, measure, ratio, table, write
-from twist.contracts import atomic
+from twist.contracts import files
 from twist.contracts.config import validate
 from twist.pretrain.config import PretrainConfig
 from twist.pretrain.model import Twist, build_model
@@ -190,7 +190,7 @@ def main() -> None:
         run__compile=arguments.compile,
     )
     if arguments.profile is not None:
-        atomic.write_text(arguments.profile, profile(config, device=torch.device(arguments.device)))
+        files.write_text(arguments.profile, profile(config, device=torch.device(arguments.device)))
         return
     found = figures(config, device=torch.device(arguments.device), rounds=arguments.rounds, calls=1)
     print(render(arguments.case, found))

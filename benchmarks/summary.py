@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from benchmarks import gpu_summary
 from benchmarks.gpu_summary import Found, Reader, Title, spread
-from twist.contracts import atomic
+from twist.contracts import files
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 BEGIN, END = "<!-- python -m benchmarks.summary{} -->", "<!-- end of summary -->"
@@ -254,7 +254,7 @@ def main() -> int:
     before = path.read_text()
     after = updated(before)
     if given.update:
-        atomic.write_text(path, after)
+        files.write_text(path, after)
     elif before != after:
         print(
             f"{path}: the table of speed is stale; run `python -m benchmarks.summary --update {path}`.", file=sys.stderr

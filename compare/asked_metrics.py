@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable
 
-from twist.compare.published import PublishedRow
 from twist.contracts.errors import UsageError
 from twist.contracts.metrics import METRICS
+from twist.contracts.published import PublishedRow
 from twist.contracts.record import RunRecord
 
 

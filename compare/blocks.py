@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from twist.compare.published import protocol_title
 from twist.compare.statistics import SIGNIFICANT
 from twist.compare.table import Cell, Column, Measured, Published, Table
+from twist.contracts.published import protocol_title
 
 ABSENT = "–"
 # What a page holds; a terminal cuts by its width.

@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from twist.compare.asked_metrics import check_present, metrics_in
-from twist.compare.published import PublishedRow, load_published, select
 from twist.compare.table import Table, build_table
 from twist.contracts.errors import UsageError
-from twist.contracts.record import RunRecord
-from twist.contracts.record_files import find_collections, record_folders
+from twist.contracts.published import PublishedRow, load_published, select
+from twist.contracts.record import RunRecord, find_collections, record_folders
 
 Found = list[tuple[Path, RunRecord]]
-# `twist.contracts.record_files.read_records`, or a reader that knows more of what a record may say.
+# `twist.contracts.record.read_records`, or a reader that knows more of what a record may say.
 Reader = Callable[[Iterable[Path]], Found]
 
 

@@ -12,9 +12,9 @@ from typing import NoReturn
 
 from twist.compare.comparison import Choice, Reader, compare
 from twist.compare.render import render_all
-from twist.contracts import atomic
+from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError
-from twist.contracts.record_files import RESULTS, read_records
+from twist.contracts.record import RESULTS, read_records
 
 _OPEN = re.compile(r"^<!-- twist compare\b(?P<arguments>.*?)-->\s*$")
 _CLOSE = re.compile(r"^<!-- end -->\s*$")
@@ -68,7 +68,7 @@ def update_markers(readme: Path, *, read: Reader = read_records) -> list[str]:
         lines = readme.read_text(encoding="utf-8").splitlines(keepends=True)
         for block in reversed(stale):
             lines[block.start : block.end] = [block.wanted]
-        atomic.write_text(readme, "".join(lines))
+        files.write_text(readme, "".join(lines))
     return [block.marker for block in stale]
 
 

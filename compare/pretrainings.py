@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from twist.contracts.hashing import sha256_json
+from twist.contracts.files import sha256_json
 from twist.contracts.record import RunRecord, WeightsProvenance
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from twist.compare.comparison import Comparison
 from twist.compare.latex import latex
-from twist.compare.published import protocol_title
 from twist.compare.table import PUBLISHED, Cell, Measured, Published, Table
 from twist.compare.text import markdown, plain
 from twist.contracts.errors import UsageError, did_you_mean
+from twist.contracts.published import protocol_title
 
 # A suffix that is not here says nothing of what is in the file.
 SUFFIXES = {

@@ -18,7 +18,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from twist.compare.published import protocol_title
 from twist.compare.render import as_json
 from twist.compare.report_curves import (
     CURVE_RUNS,
@@ -43,8 +42,9 @@ from twist.compare.report_table import (
     task_name,
 )
 from twist.compare.table import TASKS, Table
-from twist.contracts import atomic
+from twist.contracts import files
 from twist.contracts.errors import UserError
+from twist.contracts.published import protocol_title
 from twist.contracts.record import RunRecord
 
 HEADLINE = "Self-supervised backbones, compared"
@@ -113,7 +113,7 @@ def write_report(
         },
     )
     try:
-        atomic.write_text(path, page)
+        files.write_text(path, page)
     except OSError as error:
         raise UserError(
             f"Cannot write the page {path} ({error.strerror}): check the path and the room there, or give another "

@@ -6,9 +6,9 @@ import html
 from itertools import groupby
 
 from twist.compare.blocks import footnote_mark, printed_values, repeats_notes
-from twist.compare.published import home_of, protocol_title
 from twist.compare.statistics import SIGNIFICANT
 from twist.compare.table import PUBLISHED, Cell, Column, Table
+from twist.contracts.published import home_of, protocol_title
 
 # From here on a list of protocols is worth its place on the page.
 MANY_PROTOCOLS = 8

@@ -17,10 +17,10 @@ from twist.compare.asked_metrics import check_known, metrics_in
 from twist.compare.duplicates import left_out
 from twist.compare.mixtures import conditions_of, mixed_sentence, mixtures
 from twist.compare.pretrainings import architecture_of, pretraining, variant_names, weights_key
-from twist.compare.published import FOREIGN, PublishedRow, display_name, select
 from twist.compare.statistics import Difference, difference, mean, standard_deviation
 from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.metrics import METRICS, Metric
+from twist.contracts.published import FOREIGN, PublishedRow, display_name, select
 from twist.contracts.record import RunRecord, Task
 
 TASKS: tuple[str, ...] = get_args(Task)

@@ -10,12 +10,12 @@ import os
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from twist.contracts.errors import UsageError, did_you_mean
-from twist.contracts.hashing import sha256_json
+from twist.contracts.files import sha256_json
 
 # Our own configs, in a clone and in an installed package alike: `configs` stands where `contracts` does.
 SHIPPED = Path(__file__).resolve().parent.parent / "configs"
@@ -149,3 +149,6 @@ def _paths_to(name: str, model: type[BaseModel], prefix: str = "") -> Iterator[s
             yield f'"{prefix}{field}"'
         for section in _models_in(model, field)[:1]:
             yield from _paths_to(name, section, f"{prefix}{field}.")
+
+
+MOST_SEED: Final = 2**32 - 1

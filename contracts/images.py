@@ -1,16 +1,112 @@
-"""Decoding image files, and naming the one that cannot be read."""
+"""Which files of a folder are its images, which of its folders are classes, and decoding one; no torch at import.
+
+Names that begin with a dot are none: `.ipynb_checkpoints`, `._photo.jpg` and their like are other programs' notes.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-
-import torch
-from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+from typing import TYPE_CHECKING
 
 from twist.contracts.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif"})
+
+
+def is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+
+
+def image_entries(root: str | os.PathLike[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """(path below `root`, entry) of every image at any depth, in no order. Links are followed, but not in a circle.
+
+    Files are known from folders without a stat for each, which on a network file system is most of the time.
+    """
+    yield from _below(os.fspath(root), "", (_identity(root),))
+
+
+def image_names(root: str | os.PathLike[str]) -> list[str]:
+    """The path below `root` of every image at any depth, sorted."""
+    return sorted(name for name, _ in image_entries(root))
+
+
+def folder_names(root: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The folders in `root`, sorted: its classes, where it is one split of an ImageNet-like tree."""
+    with os.scandir(root) as entries:
+        return tuple(sorted(entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith(".")))
+
+
+def class_names(root: str | os.PathLike[str]) -> tuple[str, ...]:
+    """`folder_names`; `UserError` when there is no `root`, or no folder in it."""
+    try:
+        names = folder_names(root)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"There is no class folder at {root}: an ImageNet-like tree has train/<class>/ and val/<class>/."
+        ) from None
+    if not names:
+        raise UserError(f"{root} holds no class folders: put each class's images into a folder of its name.")
+    return names
+
+
+def images_of_classes(root: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """<class>/…/<file> of every image of each class in `root`, sorted; `UserError` for a class without images."""
+    found = {}
+    for name in class_names(root):
+        images = image_names(os.path.join(root, name))
+        if not images:
+            raise UserError(
+                f"The class folder {os.path.join(root, name)} holds no images: remove it in both splits, or fill it."
+            )
+        found[name] = [f"{name}/{image}" for image in images]
+    return found
+
+
+def refuse_other_classes(folder: Path, train: tuple[str, ...], val: tuple[str, ...]) -> None:
+    """`UserError` when the two splits below `folder` do not have the same classes: labels would mean others."""
+    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+    if only_train or only_val:
+        first = f"{only_train[0]} is only in train/" if only_train else f"{only_val[0]} is only in val/"
+        raise UserError(
+            f"{folder}: train/ and val/ do not have the same classes ({len(only_train)} only in train/, "
+            f"{len(only_val)} only in val/; {first}): validation images must lie in class folders too."
+        )
+
+
+def _below(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    folders = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    folders.append(entry)
+                elif is_image(entry.name):
+                    yield prefix + entry.name, entry
+    except OSError as error:  # left out in silence, its images would be missed by nobody
+        raise UserError(f"Cannot look into the folder {folder}: {error.strerror or error}.") from None
+    for entry in folders:
+        identity = _identity(entry.path)
+        if identity not in above:
+            yield from _below(entry.path, f"{prefix}{entry.name}/", (*above, identity))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _identity(folder: str | os.PathLike[str]) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 class UnreadableImage(UserError):
@@ -36,6 +132,9 @@ def decode(data: bytes, *, name: str) -> Tensor:
     Raises:
         UnreadableImage: the bytes are empty, truncated or of no known format; the message says `name`.
     """
+    import torch
+    from torchvision.io import ImageReadMode, decode_image
+
     if not data:
         raise UnreadableImage(f"Cannot read the image {name}: the file is empty")
     try:
@@ -51,8 +150,3 @@ def decode(data: bytes, *, name: str) -> Tensor:
     if image.dtype == torch.uint16:  # a PNG of 16 bits a channel
         image = (image.to(torch.int32) >> 8).to(torch.uint8)
     return image
-
-
-def read_images(paths: Sequence[str | os.PathLike[str]]) -> list[Tensor]:
-    """`read_image` of each path."""
-    return [read_image(path) for path in paths]

@@ -1,10 +1,15 @@
-"""What this machine can do: the one place that asks, so that a test can give the other answer. No torch at import."""
+"""What this machine can do and what is installed: the one place that asks, so that a test can give the other answer.
+
+Nothing here imports torch by itself but `cpu_has_bf16`, which needs it.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,3 +61,44 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "detectron2",
+    "onedl-mmsegmentation",
+    "onedl-mmengine",
+    "mmsegmentation",
+    "numpy",
+    "numba",
+)
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with `+changes` when the tree differs from it; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def software() -> dict[str, str]:
+    """Versions of Python and of those of our packages that are installed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -8,15 +8,15 @@ protocols read their features. `B` images, `D` features.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet as tv
 
-from twist.contracts.architectures import ARCHITECTURES, RESNETS, VITS
 from twist.contracts.errors import UserError
-from twist.contracts.weights import Backbone
+from twist.contracts.weights import ARCHITECTURES, RESNETS, VITS, Backbone
 
 # timm's names of the ViTs.
 _VITS = {name: f"{name}_224" for name in VITS}
@@ -185,3 +185,43 @@ def _same_padding(x: Tensor, kernel: int, stride: int) -> tuple[int, int, int, i
         return total // 2, total - total // 2
 
     return (*one(x.shape[-1]), *one(x.shape[-2]))
+
+
+# Module prefixes of published checkpoints → the names here. Their number 3 is a dropout that ours does without; early
+# files call the last two layers `cls_heads`.
+PUBLISHED_NAMES: Final = {
+    "projection_heads.projection_head.0.": "hidden.0.",
+    "projection_heads.projection_head.1.": "hidden.1.",
+    "projection_heads.projection_head.4.": "hidden.3.",
+    "projection_heads.projection_head.5.": "hidden.4.",
+    "projection_heads.last_linear.": "output.",
+    "projection_heads.norm.": "norm.",
+    "projection_heads.cls_heads.0.0.": "output.",
+    "projection_heads.cls_heads.0.1.": "norm.",
+}
+_ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
+
+
+class Head(nn.Module):
+    """Linear–BN–act–Linear–BN–act–Linear, then batch norm without affine parameters: (N, D) → (N, K) logits."""
+
+    def __init__(self, features: int, hidden: int, classes: int, *, activation: Literal["relu", "gelu"]) -> None:
+        super().__init__()
+        act = _ACTIVATIONS[activation]
+        self.hidden = nn.Sequential(
+            nn.Linear(features, hidden),
+            nn.BatchNorm1d(hidden),
+            act(),
+            nn.Linear(hidden, hidden),
+            nn.BatchNorm1d(hidden),
+            act(),
+        )
+        self.output = nn.Linear(hidden, classes)
+        # The paper's normalisation before the softmax; in training over a bunch of images.
+        self.norm: nn.Module = nn.BatchNorm1d(classes, affine=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        raw = self.output(self.hidden(features))
+        # Never in half precision: what follows is a softmax over thousands of classes.
+        with torch.autocast(raw.device.type, enabled=False):
+            return self.norm(raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw)

@@ -16,9 +16,9 @@ from typing import Any
 
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.weights import Backbone, weights_file
-from twist.converters.detectron2_writer import detectron2_overlay
-from twist.converters.mmseg_writer import mmseg_overlay
 from twist.converters.read import load_artefact
+from twist.converters.targets.detectron2 import detectron2_overlay
+from twist.converters.targets.mmseg import mmseg_overlay
 
 # detectron2 config/defaults.py (v2): what a YAML that says nothing gets.
 _DETECTRON2_DEFAULTS: dict[str, Any] = {

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from twist.contracts.errors import UserError
-from twist.contracts.hashing import sha256_file
+from twist.contracts.files import sha256_file
 from twist.converters import standins
 
 Container = Literal["torch", "torch-stream", "pickle", "safetensors", "npz"]

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from twist.contracts import atomic
+from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, did_you_mean
-from twist.contracts.provenance import software
+from twist.contracts.machine import software
 from twist.contracts.weights import Backbone, weights_file
 from twist.converters import output_folder
-from twist.converters.detectron2_writer import write_pickle
 from twist.converters.listing import listing
 from twist.converters.output_folder import REPORT, TENSORS
 from twist.converters.proof import TOLERANCE, Kind, Proof, prove
 from twist.converters.read import Source, load_source
 from twist.converters.stages import ProofError
-from twist.converters.targets import TARGETS, Target
+from twist.converters.targets.detectron2 import write_pickle
+from twist.converters.targets.registry import TARGETS, Target
 from twist.converters.usage import usage
 
 __all__ = ["Conversion", "ProofError", "convert", "render"]
@@ -132,11 +132,11 @@ def _build(folder: Path, writer: Target, source: Source, checkpoint: Path, *, ve
     if pkl:
         write_pickle(folder / "weights.pkl", source.tensors, backbone)
     if writer.overlay_name and writer.overlay_text:
-        atomic.write_text(folder / writer.overlay_name(backbone), writer.overlay_text(backbone))
+        files.write_text(folder / writer.overlay_name(backbone), writer.overlay_text(backbone))
     names = writer.names(backbone)
-    atomic.write_text(folder / TENSORS, listing(source, names))
+    files.write_text(folder / TENSORS, listing(source, names))
     proof = prove(writer.name, folder, backbone, source.tensors) if verify else Proof("none", "nothing: --no-verify")
-    atomic.write_json(folder / REPORT, _report(writer, source, checkpoint, names, proof))
+    files.write_json(folder / REPORT, _report(writer, source, checkpoint, names, proof))
     return proof
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.rename import Table
 from twist.contracts.weights import METADATA_KEY
 from twist.converters import haiku, hub, manifest, sources
 from twist.converters.containers import Contents
-from twist.converters.rename import Table
 from twist.converters.sources import Branch, Layout
 from twist.converters.tables import DETECTRON2, MMSEG_VIT, TIMM_VIT, TORCHVISION
 

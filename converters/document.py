@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from twist.contracts.architectures import ARCHITECTURES
-from twist.contracts.atomic import write_text
-from twist.contracts.weights import Backbone
+from twist.contracts.files import write_text
+from twist.contracts.weights import ARCHITECTURES, Backbone
 from twist.converters.proof import TOLERANCE
 from twist.converters.sources import HALF, IMAGENET, LAYOUTS, MSRA, SWAV, UNIT, Layout, Pixels
-from twist.converters.targets import TARGETS
+from twist.converters.targets.registry import TARGETS
 from twist.converters.usage import usage
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "conversions.md"

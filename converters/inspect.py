@@ -10,7 +10,7 @@ from twist.contracts.errors import UsageError, UserError
 from twist.contracts.weights import weights_file
 from twist.converters import detect, read
 from twist.converters.containers import Contents, read_contents
-from twist.converters.targets import TARGETS
+from twist.converters.targets.registry import TARGETS
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from twist.contracts.architectures import RESNETS, VIT_BLOCKS, VITS
 from twist.contracts.errors import UserError
+from twist.contracts.weights import RESNETS, VIT_BLOCKS, VITS
 
 Shape = tuple[int, ...]
 

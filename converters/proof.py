@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from twist.contracts.weights import Backbone
-from twist.converters.safetensors_writer import is_torchvisions
 from twist.converters.stages import Difference, ProofError, Stages, compare
+from twist.converters.targets.safetensors_writer import is_torchvisions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,14 +113,14 @@ def installed(framework: str) -> bool:
 def _runner(target: str, backbone: Backbone) -> tuple[Kind, Runner, str]:
     """The target's own network, or what replaces it; the last says which."""
     if target == "detectron2" and installed("detectron2"):
-        from twist.converters import detectron2_proof
+        from twist.converters.targets import detectron2_proof
 
         return "framework", detectron2_proof.run, f"Detectron2 {detectron2_proof.version()}"
     if target == "mmseg" and installed("mmseg"):
-        from twist.converters import mmseg_proof
+        from twist.converters.targets import mmseg_proof
 
         return "framework", mmseg_proof.run, f"MMSegmentation {mmseg_proof.version()}"
-    from twist.converters import plain_proof
+    from twist.converters.targets import plain_proof
 
     lack = f"{target} is not installed"
     if target not in ("detectron2", "mmseg"):

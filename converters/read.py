@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from twist.contracts import rename
 from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.rename import Table
 from twist.contracts.weights import METADATA_KEY, Backbone, read_header
-from twist.converters import hub, manifest, rename, settings, sources
+from twist.converters import hub, manifest, settings, sources
 from twist.converters.containers import Contents, read_contents
 from twist.converters.detect import CONVERTED, Found, find, matches, state_dicts
-from twist.converters.rename import Table
 from twist.converters.sources import Branch, Layout
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from twist.contracts.rename import Table
 from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD
-from twist.converters.rename import Table
 from twist.converters.tables import (
     CAFFE2,
     DETECTRON2,

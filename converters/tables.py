@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from twist.converters.rename import TORCH_LEAVES, Kind, Leaves, Table
+from twist.contracts.rename import TORCH_LEAVES, Kind, Leaves, Table
 
 Rows = tuple[tuple[Kind, str, str], ...]
 

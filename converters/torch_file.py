@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twist.contracts.atomic import atomic_path
+from twist.contracts.files import atomic_path
 
 if TYPE_CHECKING:
     from torch import Tensor

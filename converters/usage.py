@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from twist.contracts.weights import Backbone
-from twist.converters.safetensors_writer import is_torchvisions
+from twist.converters.targets.safetensors_writer import is_torchvisions
 
 
 def usage(target: str, folder: Path, backbone: Backbone) -> str:

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from twist.contracts import atomic
+from twist.contracts import files
 from twist.contracts.errors import UserError
-from twist.contracts.hashing import sha256_file
+from twist.contracts.files import sha256_file
 
 FORMAT_VERSION = 1
 
@@ -64,7 +64,7 @@ def save(
     """Write `state` and its manifest into `folder`, then drop all but the newest `keep`; returns the state's path."""
     path = folder / f"step_{position.steps:08d}.pt"
     manifest = path.with_suffix(".json")
-    with atomic.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         torch.save(state, temporary)
         digest, size = sha256_file(temporary), temporary.stat().st_size
         # Only now: a disk that is full until here costs no state. A state is valid with its own manifest alone.
@@ -72,7 +72,7 @@ def save(
     written = Manifest(
         position, images, world_size, size, digest, images_sha256=images_sha256, names_sha256=names_sha256
     )
-    atomic.write_json(manifest, asdict(written))
+    files.write_json(manifest, asdict(written))
     _prune(folder, keep=keep)
     return path
 
@@ -80,7 +80,7 @@ def save(
 def place(path: Path, position: Position) -> None:
     """Say that the state at `path`, just written, stands at `position`: its step is also the end of an epoch."""
     manifest = path.with_suffix(".json")
-    atomic.write_json(manifest, {**json.loads(manifest.read_text()), "position": asdict(position)})
+    files.write_json(manifest, {**json.loads(manifest.read_text()), "position": asdict(position)})
 
 
 def newest_valid(folder: Path, *, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:

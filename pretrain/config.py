@@ -11,10 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from twist.contracts.architectures import Architecture
-from twist.contracts.config import SHIPPED, Config
+from twist.contracts.config import MOST_SEED, SHIPPED, Config
 from twist.contracts.errors import UsageError, did_you_mean
-from twist.contracts.seeds import MOST_SEED
+from twist.contracts.weights import Architecture
 from twist.pretrain.precision import Precision
 
 Positive = Field(gt=0)
@@ -50,7 +49,7 @@ class DataConfig(Config):
 
 
 class ViewsConfig(Config):
-    """Which views of an image are made. The photometric numbers of each kind are the method's: `pretrain/views.py`."""
+    """Which views of an image are made. The photometric numbers of each kind are the method's: `data/views.py`."""
 
     kind: Literal["multicrop", "barlow", "moco"] = "multicrop"
     global_size: int = Field(default=224, gt=0)
@@ -58,7 +57,7 @@ class ViewsConfig(Config):
     local_count: int = Field(default=12, ge=0)
     local_size: int = Field(default=96, gt=0)
     local_scale: Scale = (0.05, 0.4)
-    # None: the kind's own (`pretrain/views.py`). The published blur, σ of 0.1 to 2 pixels, is meant for views of 96
+    # None: the kind's own (`data/views.py`). The published blur, σ of 0.1 to 2 pixels, is meant for views of 96
     # pixels and more: at 40 it wipes out what a view shows. More greyscale keeps colour from being all that is learned.
     blur_sigma: tuple[float, float] | None = None
     grey_probability: float | None = Field(default=None, ge=0, le=1)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twist.contracts import atomic
+from twist.contracts import files
 
 # A long run has a million rows: each point of a panel is the mean of its share of them …
 POINTS = 1000
@@ -60,7 +60,7 @@ def draw_curves(folder: Path, *, classes: int) -> Path:
     panel("gradient norm", {"gradient_norm": "norm"}, yscale="log")
     panel("learning rate", {"lr": "lr"}, smooth=False, ylim=(0, None))
     path = folder / "curves.png"
-    with atomic.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
     return path
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from twist.contracts.head import Head
-from twist.contracts.networks import ResNet, build_backbone
+from twist.contracts.networks import Head, ResNet, build_backbone
 from twist.pretrain import distributed
 from twist.pretrain.batch_norm import synchronise
 from twist.pretrain.config import ModelConfig, PretrainConfig

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from twist.contracts import atomic
+from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.progress import Progress
 from twist.pretrain import distributed
@@ -284,7 +284,7 @@ def keep_rows_before(path: Path, **first: int) -> None:
             break  # torn: nothing after it was written
         if row[name] < number:
             kept.append(line)
-    atomic.write_text(path, "".join(line + "\n" for line in kept))
+    files.write_text(path, "".join(line + "\n" for line in kept))
 
 
 def _entropy(p: Tensor) -> Tensor:

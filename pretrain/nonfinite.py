@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twist.contracts import atomic
+from twist.contracts import files
 
 
 class NonFiniteGuard:
@@ -58,6 +58,6 @@ class NonFiniteGuard:
 
 def write_capture(path: Path, *, config: dict[str, Any], state: dict[str, Any], batch: dict[str, Any]) -> Path:
     """Write what fails: the resolved config, the state before the step, and this rank's batch."""
-    with atomic.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         torch.save({"config": config, "state": state, "batch": batch}, temporary)
     return path

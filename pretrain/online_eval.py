@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
-from twist.contracts.image_files import images_of_classes, refuse_other_classes
-from twist.contracts.images import read_image
+from twist.contracts.images import images_of_classes, read_image, refuse_other_classes
 from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD
 from twist.pretrain import distributed
 from twist.pretrain.config import PretrainConfig

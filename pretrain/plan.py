@@ -10,10 +10,10 @@ import torch
 from twist.contracts import machine
 from twist.pretrain import distributed
 from twist.pretrain.config import PretrainConfig
-from twist.pretrain.data import BUFFERS
+from twist.pretrain.data.loader import BUFFERS
+from twist.pretrain.data.views import plan_views, resolutions
 from twist.pretrain.precision import Precision, precision_on
 from twist.pretrain.schedule import Schedule, scaled_lr, warmup_epochs
-from twist.pretrain.views import plan_views, resolutions
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Plan:
     ranks_per_bunch: int
     precision: Precision
     schedule: Schedule
-    # Which images, by names and sizes (`pretrain.image_source.fingerprint`), and by names in their order.
+    # Which images, by names and sizes (`pretrain.data.source.fingerprint`), and by names in their order.
     images_sha256: str | None = None
     names_sha256: str | None = None
 

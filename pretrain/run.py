@@ -16,13 +16,13 @@ from twist.contracts.weights import Backbone, write_backbone
 from twist.pretrain import checkpoint, distributed
 from twist.pretrain.checkpoint import Position
 from twist.pretrain.config import PretrainConfig
-from twist.pretrain.data import Batch
+from twist.pretrain.data.loader import Batch
+from twist.pretrain.data.views import Stage
 from twist.pretrain.model import Twist, build_model
 from twist.pretrain.nonfinite import NonFiniteGuard, write_capture
 from twist.pretrain.optim import build_optimizer
 from twist.pretrain.plan import Plan
 from twist.pretrain.run_folder import recipe_hash
-from twist.pretrain.views import Stage
 from twist.pretrain.warm_start import warm_start
 
 

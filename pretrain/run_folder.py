@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from twist.contracts import atomic
+from twist.contracts import files
 from twist.contracts.errors import UserError
-from twist.contracts.hashing import sha256_json
+from twist.contracts.files import sha256_json
 from twist.pretrain import checkpoint
 from twist.pretrain.config import PretrainConfig
 
@@ -102,7 +102,7 @@ def prepare(folder: Path, config: PretrainConfig, *, resume: bool) -> None:
             )
     (folder / "checkpoints").mkdir(exist_ok=True)
     checkpoint.clean(folder / "checkpoints")
-    atomic.write_json(existing, config.model_dump(mode="json"))
+    files.write_json(existing, config.model_dump(mode="json"))
 
 
 def identity(values: dict[str, Any]) -> dict[str, Any]:

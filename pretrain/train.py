@@ -25,8 +25,9 @@ from twist.pretrain import distributed, run_folder
 from twist.pretrain.checkpoint import Position
 from twist.pretrain.config import PretrainConfig
 from twist.pretrain.curves_picture import draw_curves
-from twist.pretrain.data import ViewLoader, open_images
-from twist.pretrain.image_source import fingerprint_of, order_of
+from twist.pretrain.data.loader import ViewLoader, open_images
+from twist.pretrain.data.source import fingerprint_of, order_of
+from twist.pretrain.data.views import Stage
 from twist.pretrain.loss import teacher_loss, twist_loss
 from twist.pretrain.model import Twist, update_teacher
 from twist.pretrain.monitor import Monitor, StepNote, observe
@@ -37,7 +38,6 @@ from twist.pretrain.precision import autocast
 from twist.pretrain.run import Run, say, teacher_path
 from twist.pretrain.self_label import self_label_loss
 from twist.pretrain.signals import Requeue, StopFlag, stop_flag
-from twist.pretrain.views import Stage
 
 __all__ = ["Requeue", "pretrain"]
 

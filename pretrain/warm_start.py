@@ -1,7 +1,7 @@
 """Start from a full checkpoint of the published TWIST code: backbone, head and, when the recipe has one, teacher.
 
 Layout (published code, commit 796d36e, `train.py`): `model` and `teacher` are state dicts with `backbone.` and
-`projection_heads.` (`contracts/head.py`). `args` is an argparse.Namespace, the one global that the safe unpickler is
+`projection_heads.` (contracts/networks.py). `args` is an argparse.Namespace, the one global that the safe unpickler is
 allowed here. Every tensor of the file is accounted for, and every one of ours is filled.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from twist.contracts.errors import UserError
-from twist.contracts.head import PUBLISHED_NAMES
+from twist.contracts.networks import PUBLISHED_NAMES
 from twist.pretrain.model import Twist
 
 # Module prefixes, theirs → ours.

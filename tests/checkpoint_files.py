@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twist.converters import manifest, rename
+from twist.contracts import rename
+from twist.converters import manifest
 from twist.converters.detect import matches
 from twist.converters.sources import Branch, Layout
 from twist.converters.tables import CAFFE2, HAIKU, TIMM_VIT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from twist.contracts.hashing import sha256_json
+from twist.contracts.files import sha256_json
 from twist.contracts.record import RunRecord, WeightsProvenance
 
 

@@ -12,11 +12,11 @@ from photographs import write_folder
 from PIL import Image
 
 from twist.contracts.errors import UserError
-from twist.pretrain import photometric_cpu, pil_reference, view_maker
-from twist.pretrain.bench_data import bench, modes, render, shares_of_ours
 from twist.pretrain.config import DataConfig, PretrainConfig, RunConfig, ViewsConfig
-from twist.pretrain.contact_sheet import contact_sheet
-from twist.pretrain.image_source import open_images
+from twist.pretrain.data import photometric_cpu, pil_reference, view_maker
+from twist.pretrain.data.bench_data import bench, modes, render, shares_of_ours
+from twist.pretrain.data.contact_sheet import contact_sheet
+from twist.pretrain.data.source import open_images
 
 
 @pytest.fixture(scope="module")

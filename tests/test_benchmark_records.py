@@ -15,13 +15,13 @@ from benchmarks import engine_overhead, knn
 from benchmarks.__main__ import PROGRAMS
 from benchmarks.side_by_side import Times, write
 from benchmarks.summary import RESULTS
-from twist.contracts import provenance
+from twist.contracts import machine
 
 SOURCES = Path(benchmarks.__file__).parent
 
 
 def test_a_record_says_machine_and_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "git_commit", lambda: "5d1fe47+changes")
+    monkeypatch.setattr(machine, "git_commit", lambda: "5d1fe47+changes")
     path = tmp_path / "record.json"
     write(path, {"times": {"ours": Times(1.0, 0.5, 2.0, 3), "each": [Times(1.0, 1.0, 1.0, 1)]}, "n": 3})
     found = json.loads(path.read_text())

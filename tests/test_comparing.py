@@ -11,13 +11,12 @@ from made_records import make_record, runs
 from twist import comparing
 from twist.cli import app
 from twist.compare.comparison import Choice
-from twist.contracts import atomic
+from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError
-from twist.contracts.record import RunRecord, write_record
-from twist.contracts.record_files import find_records
-from twist.transfer import suite
+from twist.contracts.record import RunRecord, find_records, write_record
 from twist.transfer.protocols import PROTOCOLS
 from twist.transfer.records import read_known_records
+from twist.transfer.suite import run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -270,7 +269,7 @@ def test_an_output_that_cannot_be_written_is_one_sentence(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(atomic, "write_text", full)
+    monkeypatch.setattr(files, "write_text", full)
     with pytest.raises(UserError, match=r"\(No space left on device\)"):
         write(tmp_path / "table.txt")
 
@@ -323,9 +322,9 @@ def test_the_table_of_what_was_made_comes_before_the_failure(
     made: list[RunRecord] = [*runs("random", [40.0, 40.5]), *runs("twist", [50.0, 50.5])]
 
     def fail(*_: object, **__: object) -> list[RunRecord]:
-        raise suite.RunsFailed("1 of 5 runs failed: …", made)
+        raise run.RunsFailed("1 of 5 runs failed: …", made)
 
-    monkeypatch.setattr(suite, "run_suite", fail)
+    monkeypatch.setattr(run, "run_suite", fail)
     with pytest.raises(UserError, match="1 of 5 runs failed"):
         twist("suite", tmp_path / "suite.toml", "--data", tmp_path)
     assert "[+10.0*]" in capsys.readouterr().out

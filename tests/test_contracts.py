@@ -15,12 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from twist.contracts import atomic
-from twist.contracts.architectures import ARCHITECTURES
+from twist.contracts import files
 from twist.contracts.config import Config, config_hash, load_config, parse_override
 from twist.contracts.errors import UsageError, UserError
-from twist.contracts.image_files import class_names, image_names, images_of_classes, refuse_other_classes
-from twist.contracts.images import UnreadableImage, read_image
+from twist.contracts.images import (
+    UnreadableImage,
+    class_names,
+    image_names,
+    images_of_classes,
+    read_image,
+    refuse_other_classes,
+)
 from twist.contracts.metrics import METRICS
 from twist.contracts.networks import (
     SameConv2d,
@@ -29,9 +34,18 @@ from twist.contracts.networks import (
     normalise,
     stage_features,
 )
-from twist.contracts.record import MARKS, RunRecord, WeightsProvenance, read_record, write_record
-from twist.contracts.record_files import find_collections, find_records, read_records, record_folders
-from twist.contracts.weights import Backbone, read_backbone, read_header, write_backbone
+from twist.contracts.record import (
+    MARKS,
+    RunRecord,
+    WeightsProvenance,
+    find_collections,
+    find_records,
+    read_record,
+    read_records,
+    record_folders,
+    write_record,
+)
+from twist.contracts.weights import ARCHITECTURES, Backbone, read_backbone, read_header, write_backbone
 
 
 class Inner(Config):
@@ -115,13 +129,13 @@ def test_config_hash_sees_values_not_spelling() -> None:
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None:
     target = write(tmp_path / "x.json", "old")
-    with pytest.raises(RuntimeError), atomic.atomic_path(target) as temporary:
+    with pytest.raises(RuntimeError), files.atomic_path(target) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
     with pytest.raises(ValueError, match="JSON"):
-        atomic.write_json(target, {"a": float("nan")})
+        files.write_json(target, {"a": float("nan")})
     assert target.read_text() == "old"
 
 
@@ -130,7 +144,7 @@ def test_a_write_is_beside_its_target_and_on_the_disk_before_it_counts(
 ) -> None:
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
-    with atomic.atomic_path(tmp_path / "new" / "x.json") as temporary:
+    with files.atomic_path(tmp_path / "new" / "x.json") as temporary:
         temporary.write_text("whole")
         assert temporary.parent == tmp_path / "new"
         assert temporary.name.startswith(".x.json.")
@@ -140,14 +154,14 @@ def test_a_write_is_beside_its_target_and_on_the_disk_before_it_counts(
 
 
 def test_equal_values_are_equal_bytes(tmp_path: Path) -> None:
-    atomic.write_json(tmp_path / "x.json", {"b": 1, "a": "é"})
+    files.write_json(tmp_path / "x.json", {"b": 1, "a": "é"})
     assert (tmp_path / "x.json").read_text() == '{\n  "a": "é",\n  "b": 1\n}\n'
 
 
 def test_a_result_has_the_rights_that_the_user_gives_files(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        atomic.write_text(tmp_path / "x", "")
+        files.write_text(tmp_path / "x", "")
         assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
         assert os.umask(0o027) == 0o027
     finally:
@@ -545,6 +559,6 @@ def test_metric_names_carry_their_unit() -> None:
 
 
 def test_no_torch_at_import() -> None:
-    modules = ["config", "weights", "record", "metrics", "errors", "atomic", "hashing", "progress", "provenance"]
+    modules = ["config", "weights", "record", "metrics", "errors", "files", "images", "progress", "machine"]
     code = f"import sys; {'; '.join(f'import twist.contracts.{m}' for m in modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,12 +13,13 @@ from checkpoint_files import random_tensors
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.weights import Backbone, read_backbone, write_backbone
 from twist.converters import convert as convert_module
-from twist.converters import detectron2_writer, mmseg_writer, proof, reference, stages
+from twist.converters import proof, reference, stages
 from twist.converters.convert import ProofError, convert, render
 from twist.converters.output_folder import default_folder
 from twist.converters.read import load_artefact, load_source
 from twist.converters.sources import BY_NAME
-from twist.converters.targets import TARGETS
+from twist.converters.targets import detectron2, mmseg
+from twist.converters.targets.registry import TARGETS
 
 HEADER = Backbone(architecture="resnet18", method="twist", epochs=3, std=(0.228, 0.224, 0.225))
 
@@ -92,12 +93,12 @@ def test_without_frameworks_the_manifest_proves(target: str, artefact: Path, tmp
 def test_a_wrong_writer_is_caught_and_leaves_nothing(
     change: str, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = detectron2_writer.write_torch
+    real = detectron2.write_torch
 
     def wrong(path: Path, tensors: dict, **options: object) -> None:
         real(path, mutate(tensors, change), **options)
 
-    monkeypatch.setattr(detectron2_writer, "write_torch", wrong)
+    monkeypatch.setattr(detectron2, "write_torch", wrong)
     with pytest.raises(UserError):
         convert(artefact, target="detectron2", output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -278,14 +279,14 @@ def test_listing_names_every_tensor(tmp_path: Path) -> None:
 def test_overlay_dictionaries_and_files_agree() -> None:
     yaml = pytest.importorskip("yaml")
     for header in (HEADER, Backbone(architecture="resnet50", width=2, method="simclr", mean=(0, 0, 0), std=(1, 1, 1))):
-        assert yaml.safe_load(detectron2_writer.overlay_text(header)) == detectron2_writer.detectron2_overlay(header)
-    overlay = detectron2_writer.detectron2_overlay(header)
+        assert yaml.safe_load(detectron2.overlay_text(header)) == detectron2.detectron2_overlay(header)
+    overlay = detectron2.detectron2_overlay(header)
     assert overlay["MODEL"]["PIXEL_STD"] == [255, 255, 255]
     assert overlay["MODEL"]["RESNETS"] == {
         "DEPTH": 50, "STRIDE_IN_1X1": False, "NUM_GROUPS": 1, "WIDTH_PER_GROUP": 128, "STEM_OUT_CHANNELS": 128,
         "RES2_OUT_CHANNELS": 512,
     }  # fmt: skip
-    assert mmseg_writer.mmseg_overlay(header)["model"]["backbone"]["base_channels"] == 128
+    assert mmseg.mmseg_overlay(header)["model"]["backbone"]["base_channels"] == 128
 
 
 def test_measure_is_relative_and_strict_about_nan() -> None:

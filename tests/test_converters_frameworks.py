@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 from twist.contracts.networks import build_backbone
 from twist.contracts.weights import Backbone, write_backbone
-from twist.converters import detectron2_writer, manifest, mmseg_writer, proof
+from twist.converters import manifest, proof
 from twist.converters.check_config import Mismatch, check_config, render
 from twist.converters.convert import ProofError, convert
 from twist.converters.convert import render as rendered
 from twist.converters.read import load_artefact, load_source
+from twist.converters.targets import detectron2, mmseg
 from twist.converters.usage import usage
 
 pytestmark = pytest.mark.slow
@@ -71,10 +72,10 @@ def test_manifests_are_the_frameworks(geometry: manifest.Geometry, tmp_path: Pat
     """The recorded names and shapes of every architecture, against networks built by the overlays."""
     header = header_of(geometry)
     shapes = manifest.shapes_of(geometry)
-    if detectron2_writer.refuse(header) is None:
-        expected = {new: shapes[old] for old, new in detectron2_writer.names(header).items()}
+    if detectron2.refuse(header) is None:
+        expected = {new: shapes[old] for old, new in detectron2.names(header).items()}
         assert built_by_detectron2(header, tmp_path) == expected
-    expected = {new.removeprefix("backbone."): shapes[old] for old, new in mmseg_writer.names(header).items()}
+    expected = {new.removeprefix("backbone."): shapes[old] for old, new in mmseg.names(header).items()}
     assert built_by_mmseg(header) == expected
 
 
@@ -83,8 +84,8 @@ def built_by_detectron2(header: Backbone, folder: Path) -> dict[str, tuple[int, 
     from detectron2.layers import ShapeSpec
     from detectron2.modeling.backbone import build_resnet_backbone
 
-    file = folder / detectron2_writer.overlay_name(header)
-    file.write_text(detectron2_writer.overlay_text(header))
+    file = folder / detectron2.overlay_name(header)
+    file.write_text(detectron2.overlay_text(header))
     if header.is_vit:  # its constructor asks for values, so it cannot be built without memory
         network = instantiate(LazyConfig.load(str(file)).backbone)
     else:
@@ -100,7 +101,7 @@ def built_by_detectron2(header: Backbone, folder: Path) -> dict[str, tuple[int, 
 def built_by_mmseg(header: Backbone) -> dict[str, tuple[int, ...]]:
     from mmseg.models import ResNet, VisionTransformer
 
-    settings = mmseg_writer.mmseg_overlay(header)["model"]["backbone"]
+    settings = mmseg.mmseg_overlay(header)["model"]["backbone"]
     kind = {"ResNet": ResNet, "VisionTransformer": VisionTransformer}[settings["type"]]
     with torch.device("cpu" if header.is_vit else "meta"):
         network = kind(**{key: value for key, value in settings.items() if key not in ("type", "_delete_")})

@@ -21,10 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from twist.contracts.architectures import ARCHITECTURES, RESNETS, VITS
+from twist.contracts import rename
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.networks import build_backbone
-from twist.converters import manifest, read, rename
+from twist.contracts.weights import ARCHITECTURES, RESNETS, VITS
+from twist.converters import manifest, read
 from twist.converters.containers import read_contents
 from twist.converters.detect import find, matches
 from twist.converters.read import load_artefact, load_source

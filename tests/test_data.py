@@ -25,15 +25,15 @@ from PIL import Image
 
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.images import UnreadableImage
-from twist.pretrain import pil_reference, sampler
 from twist.pretrain.config import DataConfig, ViewsConfig
-from twist.pretrain.data import BUFFERS, Batch, ViewLoader, open_images
-from twist.pretrain.image_source import ImageSource, Names, fingerprint
-from twist.pretrain.image_stream import ImageStream, image_number
-from twist.pretrain.photometric import denormalise
-from twist.pretrain.reduced_decode import PROBE_FROM_BYTES, decode_reduced, divisor, shrink_boxes, upright_size
-from twist.pretrain.view_maker import Request, ViewMaker, _Buffers
-from twist.pretrain.views import ViewSampler, plan_views
+from twist.pretrain.data import pil_reference, sampler
+from twist.pretrain.data.loader import BUFFERS, Batch, ViewLoader, open_images
+from twist.pretrain.data.photometric import denormalise
+from twist.pretrain.data.reduced_decode import PROBE_FROM_BYTES, decode_reduced, divisor, shrink_boxes, upright_size
+from twist.pretrain.data.source import ImageSource, Names, fingerprint
+from twist.pretrain.data.stream import ImageStream, image_number
+from twist.pretrain.data.view_maker import Request, ViewMaker, _Buffers
+from twist.pretrain.data.views import ViewSampler, plan_views
 
 VIEWS = ViewsConfig(global_size=32, local_size=16, local_count=3)
 IMAGES = 24
@@ -588,9 +588,9 @@ def test_what_pillow_stumbles_over_is_left_to_the_full_decode(error: type, monke
     def stumbles(*_: object) -> None:
         raise error("odd")
 
-    monkeypatch.setattr("twist.pretrain.reduced_decode.ImageOps.exif_transpose", stumbles)
+    monkeypatch.setattr("twist.pretrain.data.reduced_decode.ImageOps.exif_transpose", stumbles)
     assert decode_reduced(data, 2) is None
-    monkeypatch.setattr("twist.pretrain.reduced_decode.Image.open", stumbles)
+    monkeypatch.setattr("twist.pretrain.data.reduced_decode.Image.open", stumbles)
     assert upright_size(data) is None
 
 

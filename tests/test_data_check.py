@@ -15,12 +15,12 @@ from imagenet_tree import write_tree
 from PIL import Image
 from tiny_sample import tiny_sample
 
+from twist.catalog import check as module
+from twist.catalog.check import check, has_errors, render
+from twist.catalog.check_imagenet import IMAGENET_IMAGES, SUBSET_LINES
+from twist.catalog.findings import Finding
+from twist.catalog.labelled import read_split, read_subset
 from twist.contracts.errors import UsageError, UserError
-from twist.transfer.data import check as module
-from twist.transfer.data.check import check, has_errors, render
-from twist.transfer.data.check_imagenet import IMAGENET_IMAGES, SUBSET_LINES
-from twist.transfer.data.findings import Finding
-from twist.transfer.imagenet.dataset import read_split, read_subset
 
 
 @pytest.fixture(scope="module")
@@ -439,7 +439,7 @@ def test_a_list_is_fine_where_a_run_takes_it(tree: Path, change: Callable[[str],
 
 
 def test_a_polygon_file_without_content_is_found_beside_the_sample(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("twist.transfer.data.check_cityscapes.SAMPLED", 4)  # a fourth of it is read: the first
+    monkeypatch.setattr("twist.catalog.check_cityscapes.SAMPLED", 4)  # a fourth of it is read: the first
     replace(max(tree.glob("cityscapes/gtFine/val/*/*_polygons.json")), "{}")
     assert "1 of 2 sampled polygons.json are no annotation" in only_error("cityscapes", tree).message
 

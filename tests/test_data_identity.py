@@ -14,7 +14,7 @@ from imagenet_tree import write_tree
 from made_records import make_record
 from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_segmentation
 
-from twist.transfer.data.identity import data_of, identify_data
+from twist.transfer.identity import data_of, identify_data
 from twist.transfer.protocols import PROTOCOLS, find_protocol
 
 FULL = [row for row in PROTOCOLS.values() if row.scale == "full"]

@@ -14,12 +14,13 @@ from PIL import Image
 from scipy.io import savemat
 from tiny_sample import tiny_sample
 
+from twist.catalog.check import check, has_errors
+from twist.catalog.labelled import open_tree, read_subset
+from twist.catalog.masks import voc_palette
+from twist.catalog.prepare import prepare
 from twist.contracts.errors import UsageError, UserError
-from twist.transfer.data.check import check, has_errors
-from twist.transfer.data.masks import voc_palette
-from twist.transfer.data.prepare import prepare
-from twist.transfer.imagenet.dataset import labelled_subset, open_tree, read_subset
-from twist.transfer.imagenet.recipes import ClassifierRecipe, load_recipe
+from twist.transfer.engines.imagenet.dataset import labelled_subset
+from twist.transfer.engines.imagenet.recipes import ClassifierRecipe, load_recipe
 
 
 def digests(root: Path) -> dict[Path, str]:

@@ -18,15 +18,14 @@ import pytest
 
 from twist import demo
 from twist.cli import app
-from twist.contracts.record import read_record
-from twist.contracts.record_files import find_records
+from twist.contracts.record import find_records, read_record
 from twist.contracts.weights import read_header
 from twist.demo import CONFIG, PROTOCOLS
 
 # Where each command of the demo does its work.
 WORKERS = (
-    ("twist.transfer.data.sample", "make_sample"),
-    ("twist.pretrain.contact_sheet", "contact_sheet"),
+    ("twist.catalog.sample.make", "make_sample"),
+    ("twist.pretrain.data.contact_sheet", "contact_sheet"),
     ("twist.pretrain.train", "pretrain"),
     ("twist.converters.convert", "convert"),
     ("twist.transfer.run", "transfer"),

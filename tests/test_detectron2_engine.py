@@ -47,9 +47,9 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    from twist.converters import detectron2_writer
+    from twist.converters.targets import detectron2
 
-    return weights_maker(tmp_path_factory.mktemp("weights"), detectron2_writer, suffix=".yaml")
+    return weights_maker(tmp_path_factory.mktemp("weights"), detectron2, suffix=".yaml")
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def request_of(tree, weights, tmp_path):
 
 @pytest.mark.parametrize("row", FULL, ids=lambda row: row.name)
 def test_every_full_protocol_trains_two_steps_and_is_evaluated(row, request_of) -> None:
-    from twist.transfer import detectron2_engine as engine
+    from twist.transfer.engines.detectron2 import engine as engine
 
     # ResNet-50 once, on the head that is built of its own res5; ResNet-18 elsewhere, for time.
     architecture = "resnet50" if row.name == "voc-frcnn-c4-24k" else "resnet18"
@@ -83,7 +83,7 @@ def test_every_full_protocol_trains_two_steps_and_is_evaluated(row, request_of) 
 
 def test_full_recipes_are_the_published_ones(request_of) -> None:
     """What a reader of the papers would check, on the resolved configs and at the recipes' eight GPUs."""
-    from twist.transfer import detectron2_engine as engine
+    from twist.transfer.engines.detectron2 import engine as engine
 
     def config(protocol: str):
         return engine.resolve(request_of(protocol, "keep_batch=true", architecture="resnet50")).config
@@ -118,19 +118,19 @@ def test_full_recipes_are_the_published_ones(request_of) -> None:
 
 
 def test_the_frameworks_own_linear_rule_is_ours(request_of) -> None:
-    from twist.transfer import detectron2_config
-    from twist.transfer import detectron2_engine as engine
+    from twist.transfer.engines.detectron2 import config
+    from twist.transfer.engines.detectron2 import engine as engine
 
-    published = detectron2_config._schedule(engine.resolve(request_of("coco-mrcnn-fpn-1x", "keep_batch=true")).config)
+    published = config._schedule(engine.resolve(request_of("coco-mrcnn-fpn-1x", "keep_batch=true")).config)
     resolved = engine.resolve(request_of("coco-mrcnn-fpn-1x"))
-    assert detectron2_config._schedule(resolved.config) == linear_rule(published, processes=1, reference=8)
+    assert config._schedule(resolved.config) == linear_rule(published, processes=1, reference=8)
     assert "linear rule" in resolved.plan
     assert not resolved.reduced  # the same images are seen
     assert engine.resolve(request_of("coco-mrcnn-fpn-1x", "iterations=100")).reduced
 
 
 def test_an_override_that_leaves_the_protocol_keeps_the_record_from_published_numbers(request_of) -> None:
-    from twist.transfer import detectron2_engine as engine
+    from twist.transfer.engines.detectron2 import engine as engine
 
     def resolved(*overrides: str):
         return engine.resolve(request_of("coco-mrcnn-fpn-1x", "keep_batch=true", *overrides))
@@ -155,8 +155,8 @@ def test_an_override_that_leaves_the_protocol_keeps_the_record_from_published_nu
 
 def test_whatever_an_override_changes_is_recorded(request_of) -> None:
     """Every key of the config, one after the other: only those named here leave the record as it was."""
-    from twist.transfer import detectron2_config
-    from twist.transfer import detectron2_engine as engine
+    from twist.transfer.engines.detectron2 import config
+    from twist.transfer.engines.detectron2 import engine as engine
 
     def resolved(override: str):
         return engine.resolve(request_of("coco-mrcnn-fpn-1x", "keep_batch=true", *filter(None, [override])))
@@ -167,7 +167,7 @@ def test_whatever_an_override_changes_is_recorded(request_of) -> None:
     }  # fmt: skip
     # One iteration of 90,000 more is none; a rate is named by its value.
     schedule = {f"SOLVER.{key}" for key in ("BASE_LR", "MAX_ITER", "WARMUP_ITERS")}
-    found = sweep(detectron2_config._tree(resolved("").config), resolved)
+    found = sweep(config._tree(resolved("").config), resolved)
     assert found.same_recipe == harmless
     assert found.not_reduced == harmless | schedule
     assert found.unnamed == harmless | schedule | {"SOLVER.IMS_PER_BATCH", "SOLVER.STEPS"}
@@ -177,7 +177,7 @@ def test_whatever_an_override_changes_is_recorded(request_of) -> None:
 
 
 def test_an_override_of_what_comes_with_the_weights_is_the_users(request_of) -> None:
-    from twist.transfer import detectron2_engine as engine
+    from twist.transfer.engines.detectron2 import engine as engine
 
     def recipe(*overrides: str, protocol: str = "coco-mrcnn-fpn-1x"):
         return engine.resolve(request_of(protocol, *overrides)).recipe
@@ -200,7 +200,7 @@ def test_an_override_of_what_comes_with_the_weights_is_the_users(request_of) -> 
 
 @pytest.mark.parametrize("folder", ["demo-photos", "study-40", "study"])
 def test_recipes_of_committed_records_are_still_these(folder, weights, tmp_path) -> None:
-    from twist.transfer import detectron2_engine as engine
+    from twist.transfer.engines.detectron2 import engine as engine
 
     record = committed("sample-coco-mrcnn-fpn", folder)
     request = request_maker(sample_root(record, tmp_path / "sample"), weights, tmp_path / "run")(record.protocol)
@@ -208,7 +208,7 @@ def test_recipes_of_committed_records_are_still_these(folder, weights, tmp_path)
 
 
 def test_recipe_knows_the_protocol_and_not_the_weights(request_of) -> None:
-    from twist.transfer import detectron2_engine as engine
+    from twist.transfer.engines.detectron2 import engine as engine
 
     first = engine.resolve(request_of("coco-mrcnn-fpn-1x", seed=0)).recipe
     second = engine.resolve(request_of("coco-mrcnn-fpn-1x", "DATALOADER.NUM_WORKERS=1", seed=5, method="random")).recipe
@@ -221,7 +221,7 @@ def test_recipe_knows_the_protocol_and_not_the_weights(request_of) -> None:
 
 
 def test_no_more_processes_decode_than_there_are_cores(request_of, monkeypatch) -> None:
-    from twist.transfer import detectron2_engine as engine
+    from twist.transfer.engines.detectron2 import engine as engine
 
     request = request_of("coco-mrcnn-fpn-1x", "DATALOADER.NUM_WORKERS=7")
     monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(8)), raising=False)
@@ -246,7 +246,7 @@ def test_no_more_processes_decode_than_there_are_cores(request_of, monkeypatch) 
     ],
 )
 def test_impossible_overrides_are_one_sentence(request_of, override, sentence) -> None:
-    from twist.transfer import detectron2_engine as engine
+    from twist.transfer.engines.detectron2 import engine as engine
 
     with pytest.raises(UsageError, match=sentence) as caught:
         engine.resolve(request_of("coco-mrcnn-fpn-1x", override))
@@ -254,7 +254,7 @@ def test_impossible_overrides_are_one_sentence(request_of, override, sentence) -
 
 
 def test_supervised_weights_may_be_frozen(request_of) -> None:
-    from twist.transfer import detectron2_engine as engine
+    from twist.transfer.engines.detectron2 import engine as engine
 
     request = request_of("coco-mrcnn-fpn-1x", "MODEL.BACKBONE.FREEZE_AT=2", method="supervised")
     assert engine.resolve(request).config.MODEL.BACKBONE.FREEZE_AT == 2
@@ -263,7 +263,7 @@ def test_supervised_weights_may_be_frozen(request_of) -> None:
 def test_extra_norm_stands_behind_res5(request_of) -> None:
     from detectron2.modeling import build_model
 
-    from twist.transfer import detectron2_engine as engine
+    from twist.transfer.engines.detectron2 import engine as engine
 
     for architecture, blocks in (("resnet18", 2), ("resnet50", 3)):
         model = build_model(engine.resolve(request_of("voc-frcnn-c4-24k", architecture=architecture)).config)
@@ -278,32 +278,32 @@ def test_weights_that_do_not_arrive_are_found(request_of, weights) -> None:
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.modeling import build_model
 
-    from twist.transfer import detectron2_engine as engine
-    from twist.transfer import detectron2_outcome
+    from twist.transfer.engines.detectron2 import engine as engine
+    from twist.transfer.engines.detectron2 import outcome
 
     file, _, _ = weights("resnet18")
     for protocol in ("coco-mrcnn-fpn-1x", "voc-frcnn-c4-24k"):
         model = build_model(engine.resolve(request_of(protocol)).config)
         with pytest.raises(UserError, match="did not take the weights"):
-            detectron2_outcome.prove_loaded(model, file)
+            outcome.prove_loaded(model, file)
         DetectionCheckpointer(model).load(f"{file}?matching_heuristics=True")
-        detectron2_outcome.prove_loaded(model, file)
+        outcome.prove_loaded(model, file)
         # One tensor of the file changed, and one of the file missing.
         loaded = torch.load(file, weights_only=True)
         changed = file.with_name("changed.pth")
         loaded["model"]["res5.1.conv2.weight"] += 1e-6
         torch.save(loaded, changed)
         with pytest.raises(UserError, match=r"1 tensors .* are not in the model, 0 of"):
-            detectron2_outcome.prove_loaded(model, changed)
+            outcome.prove_loaded(model, changed)
         del loaded["model"]["res5.1.conv2.weight"]
         torch.save(loaded, changed)
         with pytest.raises(UserError, match=r"0 tensors .* 1 of the backbone's"):
-            detectron2_outcome.prove_loaded(model, changed)
+            outcome.prove_loaded(model, changed)
 
 
 def test_an_interrupted_run_continues_from_its_checkpoint(request_of, monkeypatch) -> None:
     """Stopped after its second step of four; the continued run takes the last two and ends like any other."""
-    from twist.transfer import detectron2_engine as engine
+    from twist.transfer.engines.detectron2 import engine as engine
 
     options = (*QUICK, "iterations=4", "SOLVER.CHECKPOINT_PERIOD=2")
     request = request_of("voc-frcnn-fpn-24k", *options)
@@ -336,7 +336,7 @@ def _worker_on_cpu(request: Request, dumped: str) -> None:
     from detectron2.engine import defaults
     from torch.nn.parallel import DistributedDataParallel
 
-    from twist.transfer import detectron2_engine as engine
+    from twist.transfer.engines.detectron2 import engine as engine
 
     torch.set_num_threads(1)
     defaults.create_ddp_model = lambda model, **options: DistributedDataParallel(model, **options)
@@ -347,7 +347,7 @@ def test_two_processes_train_and_evaluate_together(request_of) -> None:
     """Detectron2's launcher with two gloo ranks: MoCo's naiveSyncBN runs on CPUs, so the path can be tested here."""
     from detectron2.engine import launch
 
-    from twist.transfer import detectron2_engine as engine
+    from twist.transfer.engines.detectron2 import engine as engine
 
     request = request_of("voc-frcnn-c4-24k", *QUICK)
     resolved = engine.resolve(request)
@@ -361,7 +361,7 @@ def test_two_processes_train_and_evaluate_together(request_of) -> None:
 
 
 def test_images_that_an_annotation_file_names_must_be_there(tmp_path) -> None:
-    from twist.transfer.detectron2_data import count_images, register_data
+    from twist.transfer.engines.detectron2.data import count_images, register_data
 
     make_coco(tmp_path)
     register_data(tmp_path, ["coco_2017_val"], sample_classes=None)
@@ -394,8 +394,8 @@ def test_voc_evaluation_is_the_11_point_one(tmp_path) -> None:
     0 … 0.5 have precision 1, the rest 0: AP50 = 6/11. The area under the curve, which VOC 2012 takes, would be 1/2.
     The other 19 classes have no object and no detection: AP 0. The box is off by design at IoU .75.
     """
-    from twist.transfer.detectron2_data import register_data
-    from twist.transfer.detectron2_engine import Trainer
+    from twist.transfer.engines.detectron2.data import register_data
+    from twist.transfer.engines.detectron2.engine import Trainer
 
     folder = tmp_path / "VOC2007"
     (folder / "Annotations").mkdir(parents=True)
@@ -433,8 +433,8 @@ def test_coco_evaluation_is_pycocotools(tmp_path) -> None:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval as OfficialScores
 
-    from twist.transfer.detectron2_data import register_data
-    from twist.transfer.detectron2_engine import Trainer
+    from twist.transfer.engines.detectron2.data import register_data
+    from twist.transfer.engines.detectron2.engine import Trainer
 
     make_coco(tmp_path, images=6)
     register_data(tmp_path, ["coco_2017_val"], sample_classes=None)
@@ -490,8 +490,8 @@ def test_cityscapes_evaluation_by_hand(tmp_path, monkeypatch) -> None:
     With P true cars and as many false ones ranked above, precision at the i-th hit is i / (P + i); cityscapesScripts
     integrates with its own step rule, so the bounds are what is asserted: perfect is 100, the ranking must cost.
     """
-    from twist.transfer.detectron2_data import register_data
-    from twist.transfer.detectron2_engine import Trainer
+    from twist.transfer.engines.detectron2.data import register_data
+    from twist.transfer.engines.detectron2.engine import Trainer
 
     monkeypatch.chdir(tmp_path)
     make_cityscapes(tmp_path, size=(256, 128))

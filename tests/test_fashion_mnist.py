@@ -10,9 +10,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from twist.catalog.labelled import open_tree, read_subset
 from twist.contracts.errors import UserError
 from twist.contracts.images import read_image
-from twist.transfer.imagenet.dataset import open_tree, read_subset
 
 PATH = Path(__file__).parent.parent / "benchmarks" / "fashion_mnist" / "prepare.py"
 

@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks import gpu, gpu_compiled, gpu_memory, gpu_pipeline, step, summary
 from benchmarks.naive_step import NaiveStep
 from benchmarks.side_by_side import Times
-from twist.pretrain import photometric
+from twist.pretrain.data import photometric
 
 CPU = torch.device("cpu")
 # Takes away every installed package that is not allowed, and the suite itself; at the end it tells what was imported.

@@ -11,8 +11,8 @@ from sklearn.preprocessing import normalize
 
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.metrics import check_metrics
-from twist.transfer.imagenet.cluster import cluster_metrics, kmeans, matched_accuracy
-from twist.transfer.imagenet.recipes import ClusterRecipe, load_recipe
+from twist.transfer.engines.imagenet.cluster import cluster_metrics, kmeans, matched_accuracy
+from twist.transfer.engines.imagenet.recipes import ClusterRecipe, load_recipe
 
 GOLDENS = Path(__file__).parent / "goldens"
 

@@ -11,20 +11,11 @@ import torch
 from imagenet_tree import write_tree
 from torchvision.transforms import InterpolationMode, v2
 
+from twist.catalog.labelled import draw_subset, list_lines, open_tree, read_split, read_subset
 from twist.contracts.errors import UserError
 from twist.contracts.images import read_image
-from twist.transfer.imagenet.dataset import (
-    Batches,
-    draw_subset,
-    epoch_batches,
-    epoch_order,
-    labelled_subset,
-    list_lines,
-    open_tree,
-    read_split,
-    read_subset,
-)
-from twist.transfer.imagenet.recipes import ClassifierRecipe, load_recipe
+from twist.transfer.engines.imagenet.dataset import Batches, epoch_batches, epoch_order, labelled_subset
+from twist.transfer.engines.imagenet.recipes import ClassifierRecipe, load_recipe
 
 
 @pytest.fixture(scope="module")

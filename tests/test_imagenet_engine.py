@@ -15,16 +15,16 @@ from imagenet_tree import write_tree
 from PIL import Image
 from torch import Tensor
 
+from twist.catalog.labelled import LabelledImages, open_tree
 from twist.contracts.errors import UsageError, UserError
-from twist.contracts.hashing import sha256_json
+from twist.contracts.files import sha256_json
 from twist.contracts.metrics import check_metrics
 from twist.contracts.networks import build_backbone
 from twist.contracts.weights import Backbone
-from twist.transfer.imagenet import engine
-from twist.transfer.imagenet.dataset import LabelledImages, open_tree
-from twist.transfer.imagenet.engine import _check_last_batch, at_full_scale, recorded_recipe, resolve, run
-from twist.transfer.imagenet.panel import Tile, write_panel
-from twist.transfer.imagenet.recipes import FOLDER, FinetuneRecipe, LinearRecipe, load_recipe, recipe_names
+from twist.transfer.engines.imagenet import engine
+from twist.transfer.engines.imagenet.engine import _check_last_batch, at_full_scale, recorded_recipe, resolve, run
+from twist.transfer.engines.imagenet.panel import Tile, write_panel
+from twist.transfer.engines.imagenet.recipes import FOLDER, FinetuneRecipe, LinearRecipe, load_recipe, recipe_names
 from twist.transfer.protocols import PROTOCOLS
 from twist.transfer.result import EngineResult
 
@@ -410,13 +410,17 @@ def test_plan_says_what_will_be_done(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "place", "sentence"),
     [
-        ("sample-knn", "twist.transfer.imagenet.features.features_of", "a lower machine.feature_batch_size"),
-        ("sample-cluster", "twist.transfer.imagenet.features.features_of", "a lower machine.feature_batch_size"),
-        ("sample-linear", "twist.transfer.imagenet.features.features_of", "a lower machine.feature_batch_size"),
-        ("linear", "twist.transfer.imagenet.features.features_of", "a lower machine.feature_batch_size"),
-        ("sample-knn", "twist.transfer.imagenet.engine.nearest", "a lower machine.max_memory_mb"),
-        ("sample-knn", "twist.transfer.imagenet.engine.network_of", "free the device of other processes"),
-        ("sample-semi-1pct", "twist.transfer.imagenet.finetune.normalise", "lower batch_size and every lr_*"),
+        ("sample-knn", "twist.transfer.engines.imagenet.features.features_of", "a lower machine.feature_batch_size"),
+        (
+            "sample-cluster",
+            "twist.transfer.engines.imagenet.features.features_of",
+            "a lower machine.feature_batch_size",
+        ),
+        ("sample-linear", "twist.transfer.engines.imagenet.features.features_of", "a lower machine.feature_batch_size"),
+        ("linear", "twist.transfer.engines.imagenet.features.features_of", "a lower machine.feature_batch_size"),
+        ("sample-knn", "twist.transfer.engines.imagenet.engine.nearest", "a lower machine.max_memory_mb"),
+        ("sample-knn", "twist.transfer.engines.imagenet.engine.network_of", "free the device of other processes"),
+        ("sample-semi-1pct", "twist.transfer.engines.imagenet.finetune.normalise", "lower batch_size and every lr_*"),
     ],
 )
 def test_memory_that_runs_out_is_one_sentence_with_the_setting(
@@ -447,7 +451,7 @@ def test_clusters_that_do_not_fit_the_machine_say_what_needs_less(
     def run_out(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("twist.transfer.imagenet.cluster.kmeans", run_out)
+    monkeypatch.setattr("twist.transfer.engines.imagenet.cluster.kmeans", run_out)
     with pytest.raises(UserError, match=r"^The machine ran out of memory \(.*\): take algorithm=minibatch restarts=1"):
         measure("sample-cluster", tree, weights, tmp_path)
 

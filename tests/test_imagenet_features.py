@@ -9,10 +9,11 @@ import torch
 from imagenet_tree import write_tree
 from torch import nn
 
+from twist.catalog.labelled import read_split
 from twist.contracts.networks import build_backbone, normalise
 from twist.contracts.weights import Backbone
-from twist.transfer.imagenet.dataset import Batches, read_split
-from twist.transfer.imagenet.features import (
+from twist.transfer.engines.imagenet.dataset import Batches
+from twist.transfer.engines.imagenet.features import (
     FrozenBackboneChanged,
     extract,
     feature_dimension,
@@ -20,7 +21,7 @@ from twist.transfer.imagenet.features import (
     frozen,
     state_digest,
 )
-from twist.transfer.imagenet.recipes import load_recipe
+from twist.transfer.engines.imagenet.recipes import load_recipe
 
 CPU = torch.device("cpu")
 

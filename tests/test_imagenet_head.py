@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from twist.contracts.errors import UserError
-from twist.transfer.imagenet.head import head_classes, read_head
+from twist.transfer.engines.imagenet.head import head_classes, read_head
 
 D, H, K = 5, 7, 4
 

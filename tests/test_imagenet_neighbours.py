@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from twist.contracts.errors import UsageError, UserError
-from twist.transfer.imagenet.accuracy import label_ranks, top_percent
-from twist.transfer.imagenet.neighbours import READ, RESERVE_MB, Blocks, nearest, plan_blocks, vote_ranks, votes
+from twist.transfer.engines.imagenet.accuracy import label_ranks, top_percent
+from twist.transfer.engines.imagenet.neighbours import READ, RESERVE_MB, Blocks, nearest, plan_blocks, vote_ranks, votes
 
 
 def brute_force_scores(

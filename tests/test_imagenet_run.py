@@ -11,10 +11,9 @@ import torch
 from imagenet_tree import write_tree
 
 from twist.contracts.errors import UserError
-from twist.contracts.record import read_record
-from twist.contracts.record_files import find_records
+from twist.contracts.record import find_records, read_record
 from twist.transfer import folder
-from twist.transfer.imagenet import training
+from twist.transfer.engines.imagenet import training
 from twist.transfer.run import transfer
 
 QUICK = ["architecture=resnet18", "size=32", "resize=36", "batch_size=9", "epochs=2"]
@@ -98,7 +97,7 @@ def test_an_evaluation_that_fails_leaves_the_run_finished(
     def run_out(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("twist.transfer.imagenet.features.features_of", run_out)
+    monkeypatch.setattr("twist.transfer.engines.imagenet.features.features_of", run_out)
     with pytest.raises(UserError, match=r"lower machine\.feature_batch_size\.$"):
         go(tree, tmp_path / "run", eval_only=True)
     assert state_of(tmp_path / "run") == folder.DONE

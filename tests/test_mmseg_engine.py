@@ -38,9 +38,9 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    from twist.converters import mmseg_writer
+    from twist.converters.targets import mmseg
 
-    return weights_maker(tmp_path_factory.mktemp("weights"), mmseg_writer, suffix=".py")
+    return weights_maker(tmp_path_factory.mktemp("weights"), mmseg, suffix=".py")
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def request_of(tree, weights, tmp_path):
 
 @pytest.mark.parametrize("row", FULL, ids=lambda row: row.name)
 def test_every_full_protocol_trains_two_steps_and_is_evaluated(row, request_of) -> None:
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import engine as engine
 
     slide = ("model.test_cfg.crop_size=[65, 65]", "model.test_cfg.stride=[43, 43]") if "cityscapes" in row.name else ()
     architecture = "resnet50" if row.name == "voc12aug-fcn-d8-20k" else "resnet18"
@@ -71,8 +71,8 @@ def test_every_full_protocol_trains_two_steps_and_is_evaluated(row, request_of) 
 
 def test_full_recipes_are_the_published_ones(request_of) -> None:
     """What a reader of the papers would check, on the resolved configs and at the recipes' own batch."""
-    from twist.transfer import mmseg_config
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import config as module
+    from twist.transfer.engines.mmseg import engine as engine
 
     def config(protocol: str):
         return engine.resolve(request_of(protocol, "keep_batch=true", architecture="resnet50")).config
@@ -112,7 +112,7 @@ def test_full_recipes_are_the_published_ones(request_of) -> None:
         "cityscapes-fcn-d16-90k": Schedule(16, 0.01, 90000, 0, (63000, 81000)),
     }
     for name, schedule in facts.items():
-        assert mmseg_config._schedule(config(name), processes=1) == schedule, name
+        assert module._schedule(config(name), processes=1) == schedule, name
     city = config("cityscapes-fcn-d8-40k").model
     assert (city.test_cfg.mode, tuple(city.test_cfg.crop_size), tuple(city.test_cfg.stride)) == (
         "slide",
@@ -123,11 +123,11 @@ def test_full_recipes_are_the_published_ones(request_of) -> None:
 
 
 def test_linear_rule_on_one_process(request_of) -> None:
-    from twist.transfer import mmseg_config
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import config
+    from twist.transfer.engines.mmseg import engine as engine
 
     resolved = engine.resolve(request_of("voc12aug-fcn-d8-20k"))
-    assert mmseg_config._schedule(resolved.config, processes=1) == Schedule(4, 0.0025, 80000, 0)
+    assert config._schedule(resolved.config, processes=1) == Schedule(4, 0.0025, 80000, 0)
     policy = resolved.config.param_scheduler[0]
     assert (policy.end, policy.eta_min) == (80000, pytest.approx(2.5e-5))
     assert "linear rule" in resolved.plan
@@ -138,7 +138,7 @@ def test_linear_rule_on_one_process(request_of) -> None:
 
 @pytest.mark.parametrize(("word", "value"), [("false", False), ("False", False), ("true", True), ("True", True)])
 def test_a_switch_is_a_switch_however_it_is_written(word: str, value: bool, request_of) -> None:
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import engine as engine
 
     config = engine.resolve(request_of("voc12aug-fcn-d8-20k", f"model.decode_head.concat_input={word}")).config
     assert config.model.decode_head.concat_input is value
@@ -146,7 +146,7 @@ def test_a_switch_is_a_switch_however_it_is_written(word: str, value: bool, requ
 
 @pytest.mark.parametrize("word", ["no", "0", "fals"])
 def test_what_is_no_switch_is_refused(word: str, request_of) -> None:
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import engine as engine
 
     with pytest.raises(UsageError, match=r"concat_input is (True|False); write true or false"):
         engine.resolve(request_of("voc12aug-fcn-d8-20k", f"model.decode_head.concat_input={word}"))
@@ -154,7 +154,7 @@ def test_what_is_no_switch_is_refused(word: str, request_of) -> None:
 
 def test_the_last_checkpoint_is_the_folders_own(tmp_path: Path) -> None:
     """mmengine notes a whole path; a folder that was moved or copied would evaluate another run's weights."""
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import engine as engine
 
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
@@ -171,7 +171,7 @@ def test_the_last_checkpoint_is_the_folders_own(tmp_path: Path) -> None:
 
 
 def test_an_override_that_leaves_the_protocol_keeps_the_record_from_published_numbers(request_of) -> None:
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import engine as engine
 
     def resolved(*overrides: str):
         return engine.resolve(request_of("voc12aug-fcn-d8-20k", "keep_batch=true", *overrides))
@@ -194,8 +194,8 @@ def test_an_override_that_leaves_the_protocol_keeps_the_record_from_published_nu
 
 def test_whatever_an_override_changes_is_recorded(request_of) -> None:
     """Every key of the config, one after the other: only those named here leave the record as it was."""
-    from twist.transfer import mmseg_config
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import config
+    from twist.transfer.engines.mmseg import engine as engine
 
     def resolved(override: str):
         return engine.resolve(request_of("voc12aug-fcn-d8-20k", "keep_batch=true", *filter(None, [override])))
@@ -213,7 +213,7 @@ def test_whatever_an_override_changes_is_recorded(request_of) -> None:
         "train_cfg.max_iters", "optim_wrapper.optimizer.lr",
         "param_scheduler.0.begin", "param_scheduler.0.end", "param_scheduler.0.eta_min",
     }  # fmt: skip
-    found = sweep(mmseg_config._tree(resolved("").config), resolved)
+    found = sweep(config._tree(resolved("").config), resolved)
     assert found.same_recipe == harmless
     assert found.not_reduced == harmless | schedule
     assert found.unnamed == harmless | schedule | {"train_dataloader.batch_size"}
@@ -227,7 +227,7 @@ def test_whatever_an_override_changes_is_recorded(request_of) -> None:
 
 
 def test_an_override_of_what_the_recipe_leaves_out_enters_it(request_of) -> None:
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import engine as engine
 
     def resolved(*overrides: str):
         return engine.resolve(request_of("voc12aug-fcn-d8-20k", "keep_batch=true", *overrides))
@@ -254,7 +254,7 @@ def test_an_override_of_what_the_recipe_leaves_out_enters_it(request_of) -> None
     ],
 )
 def test_recipes_of_committed_records_are_still_these(protocol, folder, overrides, weights, tmp_path) -> None:
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import engine as engine
 
     record = committed(protocol, folder)
     request = request_maker(sample_root(record, tmp_path / "sample"), weights, tmp_path / "run")(protocol, *overrides)
@@ -262,7 +262,7 @@ def test_recipes_of_committed_records_are_still_these(protocol, folder, override
 
 
 def test_a_loss_that_is_no_number_ends_the_run(request_of) -> None:
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import engine as engine
 
     request = request_of("voc12aug-fcn-d8-20k", *QUICK, "iterations=2", "optim_wrapper.optimizer.lr=1e30")
     with pytest.raises(UserError, match="lower the learning rate"):
@@ -270,7 +270,7 @@ def test_a_loss_that_is_no_number_ends_the_run(request_of) -> None:
 
 
 def test_heads_follow_the_backbone(request_of) -> None:
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import engine as engine
 
     for architecture, channels in (("resnet18", (512, 256)), ("resnet50", (2048, 1024))):
         model = engine.resolve(request_of("voc12aug-fcn-d8-20k", architecture=architecture)).config.model
@@ -278,7 +278,7 @@ def test_heads_follow_the_backbone(request_of) -> None:
 
 
 def test_recipe_knows_the_protocol_and_not_the_weights(request_of) -> None:
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import engine as engine
 
     first = engine.resolve(request_of("voc12aug-fcn-d8-20k", seed=0)).recipe
     second = engine.resolve(request_of("voc12aug-fcn-d8-20k", "train_dataloader.num_workers=1", seed=5)).recipe
@@ -289,7 +289,7 @@ def test_recipe_knows_the_protocol_and_not_the_weights(request_of) -> None:
 
 
 def test_no_more_processes_decode_than_there_are_cores(request_of, monkeypatch) -> None:
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import engine as engine
 
     request = request_of("voc12aug-fcn-d8-20k", "train_dataloader.num_workers=7")
     monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(8)), raising=False)
@@ -318,7 +318,7 @@ def test_no_more_processes_decode_than_there_are_cores(request_of, monkeypatch) 
     ],
 )
 def test_impossible_overrides_are_one_sentence(request_of, override, sentence) -> None:
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import engine as engine
 
     with pytest.raises(UsageError, match=sentence) as caught:
         engine.resolve(request_of("voc12aug-fcn-d8-20k", override))
@@ -330,8 +330,8 @@ def test_weights_that_do_not_arrive_are_found(request_of, weights) -> None:
     from mmseg.registry import MODELS
     from mmseg.utils import register_all_modules
 
-    from twist.transfer import mmseg_engine as engine
-    from twist.transfer import mmseg_outcome
+    from twist.transfer.engines.mmseg import engine as engine
+    from twist.transfer.engines.mmseg import outcome
 
     register_all_modules(init_default_scope=False)
     init_default_scope("mmseg")
@@ -339,20 +339,20 @@ def test_weights_that_do_not_arrive_are_found(request_of, weights) -> None:
     config = engine.resolve(request_of("voc12aug-fcn-d8-20k")).config
     backbone = MODELS.build(config.model.backbone)
     with pytest.raises(UserError, match="did not take the weights"):
-        mmseg_outcome.prove_loaded(backbone, file)
+        outcome.prove_loaded(backbone, file)
     backbone.init_weights()
-    mmseg_outcome.prove_loaded(backbone, file)
+    outcome.prove_loaded(backbone, file)
     # The trap of the field: the deep-stem network takes what fits of a plain stem's weights, and says little.
     settings = {k: v for k, v in config.model.backbone.items() if k not in ("deep_stem", "avg_down")}
     deep = MODELS.build({**settings, "type": "ResNetV1c"})
     deep.init_weights()
     with pytest.raises(UserError, match=r"left at random \(first: .*"):
-        mmseg_outcome.prove_loaded(deep, file)
+        outcome.prove_loaded(deep, file)
 
 
 def test_an_interrupted_run_continues_from_its_checkpoint(request_of, monkeypatch) -> None:
     """Stopped in its fourth step of four; the continued run takes the last two and ends like any other."""
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import engine as engine
 
     options = (*QUICK, "iterations=4", "default_hooks.checkpoint.interval=2")
     request = request_of("voc12aug-fcn-d16-30k", *options)
@@ -383,7 +383,7 @@ def _worker_on_cpu(local_rank: int, request: Request, address: str) -> None:
     from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 
     from twist.pretrain.batch_norm import synchronise
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import engine as engine
 
     torch.set_num_threads(1)
     runners, seen = [], []
@@ -410,7 +410,7 @@ def test_two_processes_train_and_evaluate_together(request_of) -> None:
 
     Three images do not divide over two ranks, so the metric must drop the one that the sampler repeats.
     """
-    from twist.transfer import mmseg_engine as engine
+    from twist.transfer.engines.mmseg import engine as engine
 
     request = request_of("voc12aug-fcn-d16-30k", *QUICK)
     config = engine.resolve(request).config
@@ -445,8 +445,8 @@ def test_iou_by_hand(request_of) -> None:
     from mmseg.registry import METRICS
     from mmseg.utils import register_all_modules
 
-    from twist.transfer import mmseg_engine as engine
-    from twist.transfer import mmseg_outcome
+    from twist.transfer.engines.mmseg import engine as engine
+    from twist.transfer.engines.mmseg import outcome
 
     register_all_modules(init_default_scope=False)
     config = engine.resolve(request_of("voc12aug-fcn-d8-20k")).config
@@ -456,7 +456,7 @@ def test_iou_by_hand(request_of) -> None:
     found = torch.tensor([[0, 0, 0], [0, 0, 1], [1, 1, 1]])
     sample = {"pred_sem_seg": {"data": found[None]}, "gt_sem_seg": {"data": truth[None]}}
     metric.process({}, [sample])
-    assert mmseg_outcome.metrics_of(metric.evaluate(size=1)) == {
+    assert outcome.metrics_of(metric.evaluate(size=1)) == {
         "miou_percent": 77.5,
         "macc_percent": 87.5,
         "aacc_percent": 87.5,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from twist.contracts.errors import UsageError
-from twist.contracts.hashing import sha256_json
+from twist.contracts.files import sha256_json
 from twist.transfer.folder import differences
 from twist.transfer.overrides import departures, recorded, refuse_option
 

@@ -1,6 +1,6 @@
 """The photometric part against Pillow, operation by operation and as a whole, and its two forms against each other.
 
-The bounds are in levels of 255 and the ones that `pretrain/photometric.py` states.
+The bounds are in levels of 255 and the ones that `pretrain/data/photometric.py` states.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD
-from twist.pretrain import photometric as fast
-from twist.pretrain import photometric_cpu as on_cpu
-from twist.pretrain import pil_reference as pil
 from twist.pretrain.config import ViewsConfig
-from twist.pretrain.views import BRIGHTNESS, CONTRAST, HUE, NO_OPERATION, SATURATION, VIEW, ViewSampler, plan_views
+from twist.pretrain.data import photometric as fast
+from twist.pretrain.data import photometric_cpu as on_cpu
+from twist.pretrain.data import pil_reference as pil
+from twist.pretrain.data.views import BRIGHTNESS, CONTRAST, HUE, NO_OPERATION, SATURATION, VIEW, ViewSampler, plan_views
 
 ROOT = Path(__file__).parent.parent
 SIDE = 96

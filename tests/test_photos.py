@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from twist.catalog.sample import debian, layouts, photos, scene
+from twist.catalog.sample.make import make_sample
+from twist.catalog.sample.qt_resources import read_rcc
 from twist.contracts.errors import UserError
-from twist.transfer.data import debian, layouts, photos, scene
-from twist.transfer.data.qt_resources import read_rcc
-from twist.transfer.data.sample import make_sample
 
 
 def resource_file(files: dict[str, tuple[bytes, int]]) -> bytes:

@@ -86,8 +86,8 @@ def test_lookups() -> None:
 
 
 def test_what_is_said_to_be_published_under_a_protocol_stands_there_in_the_published_tables() -> None:
-    """`compare/published.toml` calls the rest foreign; here it has to say how it differs."""
-    tables = tomllib.loads((ROOT / "compare" / "published.toml").read_text())["tables"]
+    """`contracts/published.toml` calls the rest foreign; here it has to say how it differs."""
+    tables = tomllib.loads((ROOT / "contracts" / "published.toml").read_text())["tables"]
     published = {
         (table["protocol"], row["method"], row.get("architecture", "resnet50"), metric, value)
         for table in tables

@@ -9,8 +9,7 @@ from made_records import make_record
 
 from benchmarks.publish import publish
 from twist.contracts.errors import UserError
-from twist.contracts.record import read_record, write_record
-from twist.contracts.record_files import find_records
+from twist.contracts.record import find_records, read_record, write_record
 
 
 def test_records_and_curves_come_along_and_pictures_stay(tmp_path: Path) -> None:

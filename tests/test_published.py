@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from twist.compare.published import _Collection, display_name, load_published, protocol_title, select
 from twist.contracts.config import validate
 from twist.contracts.errors import UsageError
 from twist.contracts.metrics import METRICS
+from twist.contracts.published import _Collection, display_name, load_published, protocol_title, select
 from twist.transfer.protocols import PROTOCOLS
 
 ROWS = load_published()
-RAW = tomllib.loads((resources.files("twist.compare") / "published.toml").read_text(encoding="utf-8"))
+RAW = tomllib.loads((resources.files("twist.contracts") / "published.toml").read_text(encoding="utf-8"))
 
 
 # A file or table of a repository, a table or the abstract of a paper, or the address of an archive's entry.

@@ -13,11 +13,11 @@ from made_records import make_record, runs
 
 from twist.compare.blocks import footnote_mark, printed_text
 from twist.compare.markers import check_markers, update_markers
-from twist.compare.published import load_published
 from twist.compare.render import render
 from twist.compare.table import Table, build_table
 from twist.compare.text import plain
 from twist.contracts.errors import UsageError, UserError
+from twist.contracts.published import load_published
 from twist.contracts.record import write_record
 
 

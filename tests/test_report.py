@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from made_records import make_record, runs
 
-from twist.compare.published import load_published
 from twist.compare.report import write_report
 from twist.compare.report_curves import (
     CURVE_POINTS,
@@ -28,10 +27,10 @@ from twist.compare.report_curves import (
 )
 from twist.compare.report_table import legend, measured_switch, results_table, sources
 from twist.compare.table import build_table
-from twist.contracts import atomic
+from twist.contracts import files
 from twist.contracts.errors import UserError
-from twist.contracts.record import RunRecord, read_record, write_record
-from twist.contracts.record_files import find_records
+from twist.contracts.published import load_published
+from twist.contracts.record import RunRecord, find_records, read_record, write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -338,7 +337,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(atomic, "write_text", full)
+    monkeypatch.setattr(files, "write_text", full)
     with pytest.raises(UserError, match=r"Cannot write the page .* \(No space left on device\)"):
         write_report(tmp_path / "page.html", build_table([make_record()]), [])
 

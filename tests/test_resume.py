@@ -17,7 +17,7 @@ from tiny_run import Crash, crash_after, differing, final_state, make_images, ro
 from twist.contracts.errors import UserError
 from twist.contracts.weights import read_backbone
 from twist.pretrain import run_folder
-from twist.pretrain.data import ViewLoader
+from twist.pretrain.data.loader import ViewLoader
 from twist.pretrain.signals import stop_flag
 from twist.pretrain.train import Requeue, pretrain
 

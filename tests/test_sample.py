@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_sample import tiny_sample
 
+from twist.catalog import masks
+from twist.catalog.sample import layouts, scene, shapes
+from twist.catalog.sample.make import Sample, make_sample, open_sample, read_sample_json
 from twist.contracts.errors import UsageError, UserError
-from twist.transfer.data import layouts, masks, scene, shapes
-from twist.transfer.data.sample import Sample, make_sample, open_sample, read_sample_json
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def digest(root: Path) -> dict[str, str]:
 def test_equal_settings_give_equal_bytes_in_any_number_of_processes(
     sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("twist.transfer.data.sample.ALONE_BELOW", 1)
+    monkeypatch.setattr("twist.catalog.sample.make.ALONE_BELOW", 1)
     monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1, 2}, raising=False)
     again = make_sample(tmp_path / "again", size="tiny", seed=0, progress=False)
     assert digest(again.root) == digest(sample.root)
@@ -90,7 +91,7 @@ def test_nothing_is_left_of_a_sample_that_fails(tmp_path: Path, monkeypatch: pyt
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("twist.transfer.data.sample.write_item", full_disk)
+    monkeypatch.setattr("twist.catalog.sample.make.write_item", full_disk)
     with pytest.raises(OSError, match="No space left"):
         make_sample(tmp_path / "root", size="tiny", progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -165,7 +166,7 @@ def test_run_lengths_and_outlines_describe_any_mask(seed: int, height: int, widt
 @given(st.integers(0, 2**32 - 1))
 def test_polygons_cover_their_mask_holes_included(seed: int) -> None:
     coco = pytest.importorskip("pycocotools.mask")
-    from twist.transfer.data.textures import fractal_noise
+    from twist.catalog.sample.textures import fractal_noise
 
     mask = fractal_noise(np.random.default_rng(seed), 60, 70, cells=5) > 0.5
     found = [polygon.ravel().tolist() for polygon in masks.polygons(mask)]

@@ -15,12 +15,12 @@ from tiny_run import make_images, tiny_config
 
 from twist.contracts.config import load_config
 from twist.contracts.errors import UserError
-from twist.contracts.hashing import sha256_file
+from twist.contracts.files import sha256_file
 from twist.contracts.weights import read_header
 from twist.converters.convert import convert
 from twist.converters.read import load_source
 from twist.pretrain.config import PretrainConfig
-from twist.pretrain.image_source import fingerprint
+from twist.pretrain.data.source import fingerprint
 
 pytestmark = pytest.mark.slow  # lightly brings Lightning along: seconds of imports
 

@@ -22,14 +22,13 @@ from made_records import make_record
 
 from twist.contracts.config import read_toml, validate
 from twist.contracts.errors import UsageError, UserError
-from twist.contracts.record import RunRecord, read_record, write_record
-from twist.contracts.record_files import find_records
-from twist.transfer import suite as suite_module
-from twist.transfer import suite_launch
+from twist.contracts.record import RunRecord, find_records, read_record, write_record
 from twist.transfer.protocols import PROTOCOLS
-from twist.transfer.suite import RunsFailed, run_suite, transfer_command
-from twist.transfer.suite_config import SuiteConfig, digest, load_suite
-from twist.transfer.suite_plan import Job, make_plan, makespan_s, plan_text
+from twist.transfer.suite import launch
+from twist.transfer.suite import run as suite_module
+from twist.transfer.suite.config import SuiteConfig, digest, load_suite
+from twist.transfer.suite.plan import Job, make_plan, makespan_s, plan_text
+from twist.transfer.suite.run import RunsFailed, run_suite, transfer_command
 
 ROOT = Path(__file__).resolve().parent.parent
 SIMPLE = """
@@ -591,7 +590,7 @@ def test_a_suite_that_is_killed_leaves_a_run_that_keeps_its_lock(tmp_path: Path)
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    launcher = suite_launch.LocalLauncher([])
+    launcher = launch.LocalLauncher([])
     assert launcher.start(["true"], folder=tmp_path, log=tmp_path / "log", slot=0) is None
     os.kill(int(children[0]), signal.SIGKILL)
     for _ in range(200):
@@ -654,11 +653,11 @@ def test_through_submitit(world: World, monkeypatch: pytest.MonkeyPatch) -> None
         def update_parameters(self, **options: Any) -> None:
             assert options == {"gpus_per_node": 1, "slurm_partition": "big"}
 
-    monkeypatch.setattr(suite_launch, "slurm_executor", lambda folder: OnThisMachine(folder=folder))
+    monkeypatch.setattr(launch, "slurm_executor", lambda folder: OnThisMachine(folder=folder))
     world.file.write_text(SIMPLE.replace("seeds = [0, 1]", "seeds = [0]\nslurm = { slurm_partition = 'big' }"))
     assert len(world.run(executor="slurm")) == 2
     # A job that is still queued or running when a second suite looks is not queued twice.
-    launcher = suite_launch.SlurmLauncher(folder=world.root, gpus=1, options={"slurm_partition": "big"}, at_once=1)
+    launcher = launch.SlurmLauncher(folder=world.root, gpus=1, options={"slurm_partition": "big"}, at_once=1)
     (folder,) = (path.parent for path in world.output.glob("sample-knn/*/slurm-job.txt"))
     for done in (False, True):
         monkeypatch.setattr(submitit, "SlurmJob", lambda done=done, **_: SimpleNamespace(done=lambda: done))
@@ -669,7 +668,7 @@ def test_through_submitit(world: World, monkeypatch: pytest.MonkeyPatch) -> None
     def start() -> Any:
         return launcher.start(["true"], folder=folder, log=folder / "log-1.txt", slot=0)
 
-    lock = suite_launch._lock(folder)
+    lock = launch._lock(folder)
     assert lock is not None
     assert start() is None
     os.close(lock)
@@ -689,13 +688,13 @@ class Cluster:
         self.jobs: dict[str, subprocess.Popen[bytes]] = {}
         self.cancelled: list[str] = []
         submitit = pytest.importorskip("submitit")
-        monkeypatch.setattr(suite_launch, "slurm_executor", lambda _: self)
+        monkeypatch.setattr(launch, "slurm_executor", lambda _: self)
         monkeypatch.setattr(submitit, "SlurmJob", lambda *, job_id, **_: self.job(job_id))
 
     def update_parameters(self, **_: Any) -> None:
         pass
 
-    def submit(self, command: suite_launch.Command) -> SimpleNamespace:
+    def submit(self, command: launch.Command) -> SimpleNamespace:
         number = str(101 + len(self.jobs))
         self.jobs[number] = subprocess.Popen(command.command)
         return self.job(number)
@@ -750,7 +749,7 @@ def test_slurm_jobs_outlive_their_suite(
 
 def test_a_second_interruption_leaves_no_local_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of two runs ignores TERM; Ctrl-C while it is waited for ends both."""
-    launcher, running = suite_launch.LocalLauncher([["0"], ["1"]]), []
+    launcher, running = launch.LocalLauncher([["0"], ["1"]]), []
     for slot in (0, 1):
         folder = tmp_path / str(slot)
         script = ["/bin/sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done"]
@@ -779,7 +778,7 @@ def test_a_second_interruption_leaves_no_local_run(tmp_path: Path, monkeypatch: 
 
 def test_a_preempted_slurm_job_queues_the_same_command(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
-    command = suite_launch.Command(["true"], tmp_path / "log")
+    command = launch.Command(["true"], tmp_path / "log")
     again = command.checkpoint()
     assert again.function is command
     assert command() == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from twist.transfer.suite_display import SuiteDisplay, duration, last_words
+from twist.transfer.suite.display import SuiteDisplay, duration, last_words
 
 # What `twist suite` does to its display, with a run's log growing meanwhile.
 SCRIPT = """

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_records import make_record, runs
 
-from twist.compare.published import PublishedRow, load_published
 from twist.compare.render import render
 from twist.compare.report_table import legend
 from twist.compare.statistics import difference, p_text
 from twist.compare.table import TASKS, Cell, Table, build_table, short_architecture
 from twist.contracts.errors import UsageError, UserError
+from twist.contracts.published import PublishedRow, load_published
 
 KNN = "knn_top1_percent"
 

@@ -25,8 +25,8 @@ from twist.contracts.errors import UsageError, UserError
 from twist.contracts.weights import read_backbone
 from twist.pretrain import distributed, train
 from twist.pretrain.config import PretrainConfig
-from twist.pretrain.data import ViewLoader
-from twist.pretrain.image_source import fingerprint
+from twist.pretrain.data.loader import ViewLoader
+from twist.pretrain.data.source import fingerprint
 from twist.pretrain.monitor import Monitor
 from twist.pretrain.plan import resolve
 from twist.pretrain.replay import replay

@@ -12,18 +12,18 @@ from imagenet_tree import write_tree
 from PIL import Image
 from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_segmentation
 
+from twist.catalog.prepare import prepare_cityscapes
+from twist.catalog.roots import find_root, voc_folder
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.networks import build_backbone
-from twist.contracts.record import read_record
-from twist.contracts.record_files import find_records
+from twist.contracts.record import find_records, read_record
 from twist.contracts.weights import Backbone, write_backbone
 from twist.transfer import folder
 from twist.transfer.curves import Curves
-from twist.transfer.data.prepare import prepare_cityscapes
 from twist.transfer.end import render_end
 from twist.transfer.failures import guard, raise_failure
 from twist.transfer.pictures import colour_of, draw_classes, draw_instances, legend_of, plot_losses, save_pair
-from twist.transfer.preflight import check_data, find_root, voc_folder
+from twist.transfer.preflight import check_data
 from twist.transfer.protocols import PROTOCOLS, find_protocol
 from twist.transfer.request import split_overrides
 from twist.transfer.run import _find_weights, transfer

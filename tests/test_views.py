@@ -16,9 +16,9 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from twist.pretrain import pil_reference
 from twist.pretrain.config import ViewsConfig
-from twist.pretrain.views import (
+from twist.pretrain.data import pil_reference
+from twist.pretrain.data.views import (
     BRIGHTNESS,
     CONTRAST,
     HUE,

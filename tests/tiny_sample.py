@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from twist.transfer.data.sample import Sample, make_sample
+from twist.catalog.sample.make import Sample, make_sample
 
 
 @functools.cache

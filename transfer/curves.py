@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from twist.contracts import atomic
+from twist.contracts import files
 
 
 class Curves:
@@ -26,7 +26,7 @@ class Curves:
                     continue
                 if row["step"] <= start:
                     kept.append(line + "\n")
-        atomic.write_text(path, "".join(kept))
+        files.write_text(path, "".join(kept))
         self._file = path.open("a")
 
     def add(self, step: int, values: Mapping[str, float]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twist.contracts import atomic
+from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.transfer.pictures import plot_losses
 from twist.transfer.request import Request
@@ -58,7 +58,7 @@ def leave(
 ) -> None:
     """In a worker: write what was measured. `images` counts those of each set."""
     values = {"metrics": dict(metrics), "images": dict(images), "media": [str(p) for p in media], "notes": list(notes)}
-    atomic.write_json(output / _FILE, values)
+    files.write_json(output / _FILE, values)
 
 
 def collect(request: Request, resolved: Resolved) -> EngineResult:

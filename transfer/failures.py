@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from twist.contracts import atomic
+from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError
 
 _FILE = "failure.json"
@@ -28,14 +28,14 @@ def guard(output: Path, *, knob: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        atomic.write_json(output / _FILE, {"message": str(error), "usage": isinstance(error, UsageError)})
+        files.write_json(output / _FILE, {"message": str(error), "usage": isinstance(error, UsageError)})
         raise
     except Exception as error:
         sentence = _sentence(error, knob)
         if sentence is None:
             raise
         if not (output / _FILE).exists():  # the first to fail has said why; that its peers lose it follows from that
-            atomic.write_json(output / _FILE, {"message": sentence, "usage": False})
+            files.write_json(output / _FILE, {"message": sentence, "usage": False})
         raise UserError(sentence) from error
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from twist.contracts import atomic
+from twist.contracts import files
 from twist.contracts.errors import UserError
 
 FILE = "run.json"
@@ -68,7 +68,7 @@ def note_run(folder: Path, run: dict[str, Any], *, state: str, record: Path | No
     place = (
         {} if record is None else {"record": str(record.relative_to(folder) if folder in record.parents else record)}
     )
-    atomic.write_json(folder / FILE, {**run, "state": state, **place})
+    files.write_json(folder / FILE, {**run, "state": state, **place})
 
 
 def check_same_run(folder: Path, earlier: dict[str, Any], run: dict[str, Any]) -> None:

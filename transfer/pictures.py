@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from twist.contracts import atomic
+from twist.contracts import files
 
 # Longest side of one panel: two of them stay below 200 KB as a 256-colour PNG.
 PANEL_PIXELS = 352
@@ -103,7 +103,7 @@ def save_pair(truth: Image.Image, prediction: Image.Image, path: Path, *, legend
         for left, colour, name in row:
             draw.rectangle((left, top + 4, left + _SWATCH_PIXELS, top + 4 + _SWATCH_PIXELS), fill=colour)
             draw.text((left + _SWATCH_PIXELS + 4, top + 2), name, fill="black", font=_font(12))
-    with atomic.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         canvas.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(temporary, format="PNG", optimize=True)
     return path
 
@@ -137,7 +137,7 @@ def plot_losses(curves: Path, path: Path, *, title: str) -> Path:
     axes.grid(alpha=0.3)
     if names:
         axes.legend(fontsize=8)
-    with atomic.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
     return path
 

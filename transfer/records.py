@@ -10,13 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from twist.contracts.errors import UserError
-from twist.contracts.record import RunRecord
-from twist.contracts.record_files import read_records
+from twist.contracts.record import RunRecord, read_records
 from twist.transfer.protocols import PROTOCOLS
 
 
 def read_known_records(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[Path, RunRecord]]:
-    """`twist.contracts.record_files.read_records`, each checked by `check_protocol`."""
+    """`twist.contracts.record.read_records`, each checked by `check_protocol`."""
     found = read_records(paths)
     for path, record in found:
         check_protocol(path, record)

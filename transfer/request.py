@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from twist.contracts.architectures import Architecture
 from twist.contracts.config import Config, parse_override, validate
-from twist.contracts.weights import Backbone
+from twist.contracts.weights import Architecture, Backbone
 from twist.transfer.protocols import Protocol
 
 

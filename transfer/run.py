@@ -19,27 +19,26 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from twist.contracts import atomic
-from twist.contracts.architectures import Architecture
+from twist.catalog.roots import find_root
+from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError
-from twist.contracts.hashing import sha256_file
-from twist.contracts.machine import hardware
-from twist.contracts.provenance import git_commit, software
+from twist.contracts.files import sha256_file
+from twist.contracts.machine import git_commit, hardware, software
 from twist.contracts.record import RunRecord, Scale, WeightsProvenance, check_label, name_in, read_record, write_record
-from twist.contracts.weights import Backbone, read_header, weights_file, write_backbone
+from twist.contracts.weights import Architecture, Backbone, read_header, weights_file, write_backbone
 from twist.converters.output_folder import name_of
 from twist.transfer import folder
-from twist.transfer.data.identity import identify_data
 from twist.transfer.end import render_end, render_places
-from twist.transfer.preflight import check_data, find_root
+from twist.transfer.identity import identify_data
+from twist.transfer.preflight import check_data
 from twist.transfer.protocols import Protocol, find_protocol
 from twist.transfer.quiet import frameworks_quiet
 from twist.transfer.request import Controls, Request, split_overrides
 from twist.transfer.result import EngineResult
 
 if TYPE_CHECKING:
+    from twist.transfer.engines.imagenet import engine as imagenet
     from twist.transfer.evaluation import Resolved
-    from twist.transfer.imagenet import engine as imagenet
 
 RANDOM, SUPERVISED = "random", "supervised"
 TORCHVISION = "torchvision:"
@@ -289,7 +288,7 @@ def _artefact(asked: _Asked) -> Path:
 
 def _plan_imagenet(asked: _Asked) -> _Planned:
     from twist.converters.read import load_artefact
-    from twist.transfer.imagenet import engine as imagenet
+    from twist.transfer.engines.imagenet import engine as imagenet
 
     row, controls, source = asked.row, asked.controls, asked.source
     if controls.iterations or controls.nodes > 1:
@@ -344,7 +343,7 @@ def _convert(row: Protocol, source: Source, artefact: Path, *, output: Path, nod
 
 def _engine(row: Protocol) -> ModuleType:
     with frameworks_quiet():
-        return importlib.import_module(f"transfer.{row.engine}_engine")
+        return importlib.import_module(f"twist.transfer.engines.{row.engine}.engine")
 
 
 def _provenance(source: Source, backbone: Backbone) -> WeightsProvenance:
@@ -380,7 +379,7 @@ def _publish(record: RunRecord, result: EngineResult, results: Path) -> tuple[Ru
     beside = results / record.protocol / name_in(record, results)
     names = []
     for path in [*result.media, *([result.curves] if result.curves else [])]:
-        with atomic.atomic_path(beside / path.name) as temporary:
+        with files.atomic_path(beside / path.name) as temporary:
             shutil.copyfile(path, temporary)
         names.append(os.path.relpath(beside / path.name, results / record.protocol))
     curves = names.pop() if result.curves else None

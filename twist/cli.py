@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
+from twist.contracts.config import MOST_SEED
 from twist.contracts.errors import UsageError, UserError
-from twist.contracts.seeds import MOST_SEED
 
 app = typer.Typer(
     name="twist",
@@ -100,11 +100,11 @@ def pretrain(
     settings = load_config(config, PretrainConfig, overrides or [])
     folder = output or Path("runs") / config.stem
     if show_views is not None:
-        from twist.pretrain.contact_sheet import contact_sheet
+        from twist.pretrain.data.contact_sheet import contact_sheet
 
         print(contact_sheet(settings, show_views, folder / "views.png"))
     elif bench_data:
-        from twist.pretrain.bench_data import bench, render
+        from twist.pretrain.data.bench_data import bench, render
 
         result = bench(settings)
         print(_json(result) if as_json else render(result))
@@ -248,7 +248,7 @@ def data_sample(
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 0,
 ) -> None:
     """Write a small world in the real layouts: images, COCO, VOC, Cityscapes, ImageNet-like."""
-    from twist.transfer.data.sample import make_sample
+    from twist.catalog.sample.make import make_sample
 
     sample = make_sample(root, source=source.value, size=size.value, seed=seed)
     print(sample.summary())
@@ -265,8 +265,8 @@ def data_prepare(
     voc: trainaug (sbd=FOLDER). cityscapes: the trainIds. imagenet: the 1 % and 10 % lists (lists=FOLDER or seed=N).
     detectron2: one tree of links (coco=, VOC2007=, VOC2012=, cityscapes=, imagenet=FOLDER). coco needs nothing.
     """
+    from twist.catalog.prepare import prepare
     from twist.contracts.config import parse_override
-    from twist.transfer.data.prepare import prepare
 
     if root is not None and "=" in str(root) and not root.exists():  # the root was left out: this is the first option
         root, overrides = None, [str(root), *(overrides or [])]
@@ -282,8 +282,8 @@ def data_check(dataset: str, root: DataRoot = None) -> None:
     DATASET is coco, voc, cityscapes, imagenet, sample, or folders: images of your own, in ROOT/train/<class>/ and
     ROOT/val/<class>/, on which the ImageNet-style protocols run.
     """
-    from twist.transfer.data.check import check, has_errors, render
-    from twist.transfer.preflight import find_root
+    from twist.catalog.check import check, has_errors, render
+    from twist.catalog.roots import find_root
 
     findings = check(dataset, find_root(None) if root is None else root)
     print(render(findings))
@@ -306,9 +306,9 @@ def suite(
 
     Resumable; what is done is skipped.
     """
+    from twist.catalog.roots import find_root
     from twist.comparing import suite_table
-    from twist.transfer.preflight import find_root
-    from twist.transfer.suite import RunsFailed, run_suite
+    from twist.transfer.suite.run import RunsFailed, run_suite
 
     devices = None if gpus is None else _device_numbers(gpus)
     data = find_root(None) if data is None else data

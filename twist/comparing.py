@@ -14,10 +14,9 @@ from twist.compare.markers import update_markers as rewrite_markers
 from twist.compare.render import format_for, render, render_all
 from twist.compare.report import HEADLINE, write_report
 from twist.compare.table import build_table
-from twist.contracts import atomic
+from twist.contracts import files
 from twist.contracts.errors import UserError
-from twist.contracts.record import RunRecord
-from twist.contracts.record_files import RESULTS
+from twist.contracts.record import RESULTS, RunRecord
 from twist.transfer.records import read_known_records
 
 # Where `twist transfer` makes its run folders when nobody says where.
@@ -64,7 +63,7 @@ def compare(
         return
     _refuse_folder(output)
     try:
-        atomic.write_text(output, text.rstrip("\n") + "\n")
+        files.write_text(output, text.rstrip("\n") + "\n")
     except OSError as error:
         raise UserError(
             f"Cannot write the table {output} ({error.strerror}): check the path and the room there, or give another "

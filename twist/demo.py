@@ -123,8 +123,7 @@ def _override(key: str, value: str) -> str:
 
 
 def _records(output: Path) -> list[tuple[Path, Any]]:
-    from twist.contracts.record import read_record
-    from twist.contracts.record_files import find_records
+    from twist.contracts.record import find_records, read_record
 
     results = output / "results"
     return [(path, read_record(path)) for path in find_records([results])] if results.is_dir() else []

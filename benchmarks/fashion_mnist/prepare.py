@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from twist.contracts import atomic
+from twist.catalog.sample.debian import cache_folder, fetch
+from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.progress import Progress
-from twist.transfer.data.debian import cache_folder, fetch
 
 PACKAGE, CACHE = "dataset-fashion-mnist", "fashion-mnist"
 FOLDER = Path("usr/share/datasets/fashion-mnist")
@@ -58,7 +58,7 @@ def fetch_package() -> tuple[Path, dict[str, Any]]:
     if not about.exists():
         target.mkdir(parents=True, exist_ok=True)
         (package,) = fetch([PACKAGE], target)
-        atomic.write_json(about, package)
+        files.write_json(about, package)
     return target / "root" / FOLDER, json.loads(about.read_text())
 
 
@@ -87,7 +87,7 @@ def write_tree(
         for name, share in SUBSETS.items():
             _write_subset(work / "imagenet", name, share)
         about = {**settings, "counts": counts, "classes": list(CLASSES)}
-        atomic.write_json(work / ABOUT, about)
+        files.write_json(work / ABOUT, about)
         work.chmod(0o755)  # mkdtemp's is for the owner alone
         if root.exists():
             root.rmdir()
@@ -139,10 +139,10 @@ def _write_subset(folder: Path, name: str, share: float) -> None:
     rng = np.random.Generator(np.random.Philox(key=SUBSET_SEED))
     lines = []
     for label in CLASSES:
-        files = sorted(path.name for path in (folder / "train" / label).iterdir())
-        order = rng.permutation(len(files))
-        lines += sorted(files[i] for i in order[: max(1, round(share * len(files)))])
-    atomic.write_text(folder / name, "\n".join(lines) + "\n")
+        names = sorted(path.name for path in (folder / "train" / label).iterdir())
+        order = rng.permutation(len(names))
+        lines += sorted(names[i] for i in order[: max(1, round(share * len(names)))])
+    files.write_text(folder / name, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

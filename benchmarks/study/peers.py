@@ -35,16 +35,16 @@ from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Trans
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from twist.contracts import atomic
+from twist.contracts import files
 from twist.contracts.config import load_config
 from twist.contracts.errors import UserError
-from twist.contracts.hashing import sha256_json
+from twist.contracts.files import sha256_json
 from twist.contracts.networks import build_backbone
 from twist.contracts.progress import Progress
 from twist.contracts.weights import write_backbone
 from twist.converters.read import load_artefact
 from twist.pretrain.config import PretrainConfig
-from twist.pretrain.image_source import fingerprint
+from twist.pretrain.data.source import fingerprint
 from twist.pretrain.precision import autocast
 from twist.pretrain.run_folder import locked, recipe_hash
 from twist.pretrain.schedule import warmup_epochs, warmup_then_cosine
@@ -271,7 +271,7 @@ def _optimizer(name: str, parameters: list[nn.Parameter], weight_decay: float) -
 def _save(
     path: Path, run: dict[str, Any], model: nn.Module, learner: torch.optim.Optimizer, *, epoch: int, seconds: float
 ) -> None:
-    with atomic.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         torch.save(
             {
                 "epoch": epoch,

@@ -1,0 +1,183 @@
+"""The built-in sample: a small world in the real on-disk layouts, made from a seed.
+
+`make_sample(root)` writes unlabelled images and small COCO, VOC, Cityscapes and ImageNet trees below one root, which
+serves as Detectron2's `DETECTRON2_DATASETS` and as MMSegmentation's data root. Two sources: `shapes` (drawn, no
+download) and `photos` (real cut-outs on real photographs, from Debian packages). Equal source, size and seed give equal
+bytes with equal versions of numpy and Pillow.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from twist.catalog.sample.layouts import Item, Size, World, folders, open_source, sets, write_common_files, write_item
+from twist.catalog.sample.photos import prepare_photos
+from twist.contracts import files
+from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.machine import cores
+from twist.contracts.progress import Progress
+
+FORMAT_VERSION = 2
+SAMPLE_JSON = "sample.json"
+SIZES = {
+    "tiny": Size(40, 64, 24, 16, 96, 4, 2),
+    "small": Size(2000, 128, 240, 80, 192, 60, 30),
+    "medium": Size(10000, 128, 1200, 400, 192, 300, 100),
+}
+SOURCES = ("shapes", "photos")
+# Below this many images a second process costs more than it saves.
+ALONE_BELOW = 400
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A complete sample on disk. `info` is the content of its sample.json."""
+
+    root: Path
+    info: dict[str, Any]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The ten class names, in the order of every label in the sample."""
+        return tuple(self.info["classes"])
+
+    def summary(self) -> str:
+        """One line: what was made, of how many images, where."""
+        total = sum(self.info["counts"].values())
+        return (
+            f"Sample of {self.info['source']} ({self.info['size']}, seed {self.info['seed']}): {total} images of "
+            f"{', '.join(self.classes)} in {self.root}"
+        )
+
+    @property
+    def unlabelled(self) -> Path:
+        return self.root / "unlabelled"
+
+    @property
+    def coco(self) -> Path:
+        return self.root / "coco"
+
+    @property
+    def voc2007(self) -> Path:
+        return self.root / "VOC2007"
+
+    @property
+    def voc2012(self) -> Path:
+        return self.root / "VOC2012"
+
+    @property
+    def cityscapes(self) -> Path:
+        return self.root / "cityscapes"
+
+    @property
+    def imagenet(self) -> Path:
+        return self.root / "imagenet"
+
+
+def make_sample(
+    root: str | os.PathLike[str],
+    *,
+    source: Literal["shapes", "photos"] | str = "shapes",
+    size: Literal["tiny", "small", "medium"] | str = "small",
+    seed: int = 0,
+    progress: bool = True,
+) -> Sample:
+    """Write a sample to `root`, or return the one that is there if it was made with the same settings.
+
+    It is written beside `root` and moved there when it is whole, so `root` is absent or complete at any moment.
+
+    Raises:
+        UsageError: no such source or size.
+        UserError: `root` holds something else; for `photos`, the packages cannot be had.
+    """
+    for kind, value, known in (("source", source, SOURCES), ("size", size, SIZES)):
+        if value not in known:
+            raise UsageError(f'There is no sample {kind} "{value}".{did_you_mean(value, known)}')
+    root = Path(root)
+    settings = {"format_version": FORMAT_VERSION, "source": source, "size": size, "seed": seed}
+    if (root / SAMPLE_JSON).exists():
+        info = read_sample_json(root)
+        differing = [key for key in settings if info.get(key) != settings[key]]
+        if differing:
+            what = ", ".join(f"{key} {info.get(key)} and not {settings[key]}" for key in differing)
+            raise UserError(f"{root} holds another sample, of {what}: choose another folder, or remove that one.")
+        return Sample(root, info)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(f"{root} exists and is no sample: choose an empty or new folder, nothing is overwritten.")
+    return _write(root, settings, progress=progress)
+
+
+def read_sample_json(root: str | os.PathLike[str]) -> dict[str, Any]:
+    """The sample.json at `root`: source, size, seed, classes, counts; `UserError` when it is absent or damaged."""
+    path = Path(root) / SAMPLE_JSON
+    try:
+        info = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"There is no sample at {root} ({SAMPLE_JSON} is missing): make one with `twist data sample {root}`."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove the sample and make it again.") from None
+    if not isinstance(info, dict) or info.get("format_version") != FORMAT_VERSION or "classes" not in info:
+        raise UserError(f"{path} is of another format than this version's ({FORMAT_VERSION}): make the sample again.")
+    return info
+
+
+def open_sample(root: str | os.PathLike[str]) -> Sample:
+    """The sample at `root`; `UserError` when there is none."""
+    return Sample(Path(root), read_sample_json(root))
+
+
+def _write(root: Path, settings: dict[str, Any], *, progress: bool) -> Sample:
+    if settings["source"] == "photos":
+        prepare_photos(progress=progress)  # downloads, before anything is written
+    source = open_source(settings["source"])
+    size = SIZES[settings["size"]]
+    root.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+    try:
+        world = World(temporary, settings["source"], settings["seed"], size, source.classes)
+        for folder in folders(world):
+            folder.mkdir(parents=True)
+        counts = sets(size)
+        returned: dict[str, list[Any]] = {name: [] for name in counts}
+        with Progress(f"sample of {world.source}", total=sum(counts.values()), unit="image", quiet=not progress) as bar:
+            for item, value in _write_items(world, [Item(name, i) for name, n in counts.items() for i in range(n)]):
+                returned[item.set_name].append(value)
+                bar.advance()
+        write_common_files(world, returned)
+        info = {**settings, "classes": list(source.classes), "counts": counts, **source.provenance()}
+        files.write_json(temporary / SAMPLE_JSON, info)
+        temporary.chmod(0o755)  # mkdtemp makes 0700
+        temporary.replace(root)
+    finally:
+        # After the move there is nothing left under the temporary name.
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Sample(root, info)
+
+
+def _write_items(world: World, items: list[Item]) -> Iterator[tuple[Item, Any]]:
+    """Write every item, in as many processes as there are cores; yields in the order of `items`."""
+    workers = min(cores(), 16) if len(items) >= ALONE_BELOW else 1
+    write = functools.partial(write_item, world)
+    if workers == 1:
+        for item in items:
+            yield item, write(item)
+        return
+    # As torch's DataLoader does: fork where it exists, so that a caller needs no `if __name__ == "__main__"`.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method))
+    try:
+        yield from zip(items, pool.map(write, items, chunksize=16))
+    finally:
+        pool.shutdown(cancel_futures=True)

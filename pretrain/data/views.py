@@ -1,0 +1,254 @@
+"""Which views of an image are made: the numbers of each kind, the random draw of one view, and the cutting of its crop.
+
+From the paper's Section 4 and the published transforms (TWIST repository, commit 796d36e); boxes as torchvision's
+RandomResizedCrop draws them. A view is one small record (`VIEW`), drawn from (seed, epoch, image index, view) by a
+counter-based generator, so it does not depend on workers, ranks, batch or order. The same record drives the CPU mode,
+the device mode and the PIL chain (`pretrain/data/pil_reference.py`), which is how they can be compared.
+
+Shapes: `B` images a rank, `V` views of an image (globals first), `S` side of a view; `H W` the image's own size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twist.pretrain.config import ViewsConfig
+
+Stage = Literal["mutual_information", "self_label"]
+STAGES: tuple[Stage, ...] = ("mutual_information", "self_label")
+
+# The four operations of the colour jitter, in torchvision's numbering.
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+NO_OPERATION = -1
+
+# One view. `box` is top, left, height, width in pixels of the upright image; `order[k]` is the jitter operation done
+# as number k, NO_OPERATION everywhere when the view is not jittered; `factors` belong to the operations, hue in turns;
+# `sigma` in pixels of the view, 0 when it is not blurred.
+VIEW = np.dtype(
+    [
+        ("box", np.int32, 4),
+        ("flip", np.bool_),
+        ("order", np.int8, 4),
+        ("factors", np.float32, 4),
+        ("grey", np.bool_),
+        ("sigma", np.float32),
+        ("solarise", np.bool_),
+    ]
+)
+
+ASPECT = (3 / 4, 4 / 3)  # torchvision RandomResizedCrop
+CROP_TRIES = 10  # torchvision RandomResizedCrop
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The probabilities and ranges of one view's photometric part; what is not listed is the same everywhere."""
+
+    blur_probability: float
+    solarise_probability: float = 0.0
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter_probability: float = 0.8
+    flip_probability: float = 0.5
+    grey_probability: float = 0.2
+    sigma: tuple[float, float] = (0.1, 2.0)
+
+
+# kind → the two global pipelines and the local one. Source: published transforms, see method.md "Views".
+_GLOBAL_1 = Pipeline(blur_probability=1.0)
+_GLOBAL_2 = Pipeline(blur_probability=0.1, solarise_probability=0.2)
+_LOCAL = Pipeline(blur_probability=0.5)
+_MOCO = Pipeline(blur_probability=0.5, jitter=(0.4, 0.4, 0.4, 0.1))
+KINDS: dict[str, tuple[Pipeline, Pipeline, Pipeline | None]] = {
+    "multicrop": (_GLOBAL_1, _GLOBAL_2, _LOCAL),
+    "barlow": (_GLOBAL_1, _GLOBAL_2, None),
+    "moco": (_MOCO, _MOCO, None),
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """One of the V views: its side in pixels, its share of the image's area, its photometric numbers."""
+
+    name: str
+    size: int
+    scale: tuple[float, float]
+    pipeline: Pipeline
+
+
+def plan_views(config: ViewsConfig, stage: Stage = "mutual_information") -> tuple[View, ...]:
+    """The V views of an image, globals first; the self-labelling stage has its own, harder scales."""
+    assert stage in STAGES, stage
+    changes: dict[str, Any] = {}
+    if config.blur_sigma is not None:
+        changes["sigma"] = config.blur_sigma
+    if config.grey_probability is not None:
+        changes["grey_probability"] = config.grey_probability
+    first, second, local = (pipeline and replace(pipeline, **changes) for pipeline in KINDS[config.kind])
+    assert first
+    assert second
+    harder = stage == "self_label"
+    global_scale = config.self_label_global_scale if harder else config.global_scale
+    local_scale = config.self_label_local_scale if harder else config.local_scale
+    views = [
+        View("global 1", config.global_size, global_scale, first),
+        View("global 2", config.global_size, global_scale, second),
+    ]
+    if local is not None:
+        views += [
+            View(f"local {number}", config.local_size, local_scale, local)
+            for number in range(1, config.local_count + 1)
+        ]
+    return tuple(views)
+
+
+def resolutions(views: tuple[View, ...]) -> list[tuple[int, int]]:
+    """(number of views, side) of each group that goes through the backbone as one batch: globals, then locals."""
+    locals_ = views[2:]
+    return [(2, views[0].size)] + ([(len(locals_), locals_[0].size)] if locals_ else [])
+
+
+# Uniform numbers a view draws, by position. The count is fixed and a view never draws fewer, so view v's numbers are
+# the v-th stretch of the image's stream whatever the other views do.
+_AREA = slice(0, CROP_TRIES)
+_RATIO = slice(CROP_TRIES, 2 * CROP_TRIES)
+_TOP, _LEFT, _FLIP, _JITTER, _GREY, _BLUR, _SIGMA, _SOLARISE = range(2 * CROP_TRIES, 2 * CROP_TRIES + 8)
+_FACTORS = slice(_SOLARISE + 1, _SOLARISE + 5)
+_ORDER = slice(_SOLARISE + 5, _SOLARISE + 9)
+UNIFORMS = _SOLARISE + 9
+
+# Second word of the generator's key: what the numbers are for, so that no two uses share a stream.
+VIEW_STREAM, REPLACEMENT_STREAM, ORDER_STREAM = range(3)
+
+
+class Philox:
+    """numpy's Philox 4×64, set to any place of its stream at once: no state to carry, no numbers to skip.
+
+    One generator is kept and moved, because numpy asks the operating system for entropy whenever it makes one, also
+    when the key is given, and that takes longer than the numbers of a whole image.
+    """
+
+    def __init__(self) -> None:
+        self._bits = np.random.Philox(0)
+        self._generator = np.random.Generator(self._bits)
+        self._state: dict[str, Any] = dict(self._bits.state)
+
+    def at(self, seed: int, stream: int, *, epoch: int, index: int = 0) -> np.random.Generator:
+        """The generator at the place that (seed, stream, epoch, index) names; valid until the next call."""
+        # Word 0 of the counter counts the blocks drawn from here, the other words are the place.
+        self._state["state"]["key"][:] = seed % 2**64, stream
+        self._state["state"]["counter"][:] = 0, index, epoch, 0
+        self._state.update(buffer_pos=4, has_uint32=0, uinteger=0)
+        self._bits.state = self._state  # type: ignore[assignment]
+        return self._generator
+
+
+class ViewSampler:
+    """Draws the records of images' V views; holds the numbers of the plan as arrays, nothing that changes."""
+
+    def __init__(self, views: tuple[View, ...]) -> None:
+        pipelines = [view.pipeline for view in views]
+        self.views = views
+        self._philox = Philox()
+        self._area_low = np.array([[view.scale[0]] for view in views])  # (V, 1)
+        self._area_span = np.array([[view.scale[1] - view.scale[0]] for view in views])
+        self._sigma_low = np.array([p.sigma[0] for p in pipelines])  # (V,)
+        self._sigma_span = np.array([p.sigma[1] - p.sigma[0] for p in pipelines])
+        jitter = np.array([p.jitter for p in pipelines])  # (V, 4)
+        # Factors of brightness, contrast and saturation lie around 1 and never below 0, hue's around 0.
+        low, high = np.maximum(1 - jitter, 0), 1 + jitter
+        low[:, HUE], high[:, HUE] = -jitter[:, HUE], jitter[:, HUE]
+        self._factor_low, self._factor_span = low, high - low
+        self._flip = np.array([p.flip_probability for p in pipelines])
+        self._jitter = np.array([p.jitter_probability for p in pipelines])
+        self._grey = np.array([p.grey_probability for p in pipelines])
+        self._blur = np.array([p.blur_probability for p in pipelines])
+        self._solarise = np.array([p.solarise_probability for p in pipelines])
+
+    def draw(self, seed: int, *, epoch: int, indices: np.ndarray) -> Draw:
+        """Everything about the views of the images `indices` (B,) but the boxes, which need the images' sizes."""
+        u = np.stack([self._uniforms(seed, epoch, int(index)) for index in indices])  # (B, V, UNIFORMS)
+        drawn = np.zeros(u.shape[:2], dtype=VIEW)
+        drawn["flip"] = u[..., _FLIP] < self._flip
+        # Ranks of four independent uniform numbers: every order has the same probability.
+        jittered = u[..., _JITTER] < self._jitter
+        drawn["order"] = np.where(jittered[..., None], u[..., _ORDER].argsort(axis=-1), NO_OPERATION)
+        drawn["factors"] = self._factor_low + u[..., _FACTORS] * self._factor_span
+        drawn["grey"] = u[..., _GREY] < self._grey
+        sigma = self._sigma_low + u[..., _SIGMA] * self._sigma_span
+        drawn["sigma"] = np.where(u[..., _BLUR] < self._blur, sigma, 0)
+        drawn["solarise"] = u[..., _SOLARISE] < self._solarise
+        area = self._area_low + u[..., _AREA] * self._area_span  # (B, V, tries)
+        log_low, log_high = math.log(ASPECT[0]), math.log(ASPECT[1])
+        root_aspect = np.exp(0.5 * (log_low + u[..., _RATIO] * (log_high - log_low)))  # (B, V, tries)
+        return Draw(drawn, area, root_aspect, u[..., [_TOP, _LEFT]])
+
+    def _uniforms(self, seed: int, epoch: int, index: int) -> np.ndarray:
+        # Row v is the same for any V > v: the stream is filled view by view.
+        return self._philox.at(seed, VIEW_STREAM, epoch=epoch, index=index).random((len(self.views), UNIFORMS))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The views of B images before their sizes are known: records (B, V) whose boxes `place` fills in."""
+
+    records: np.ndarray
+    area: np.ndarray  # (B, V, tries), shares of the image's area
+    root_aspect: np.ndarray  # (B, V, tries)
+    corner: np.ndarray  # (B, V, 2) in [0, 1): where top and left lie in their range
+
+    def place(self, row: int, *, height: int, width: int) -> np.ndarray:
+        """The records (V,) of image `row`, an upright image of `height` × `width` pixels."""
+        records = self.records[row]
+        records["box"] = [
+            crop_box(*tries, height=height, width=width)
+            for tries in zip(self.area[row].tolist(), self.root_aspect[row].tolist(), self.corner[row].tolist())
+        ]
+        return records
+
+
+def crop_box(
+    areas: list[float], root_aspects: list[float], corner: list[float], *, height: int, width: int
+) -> tuple[int, int, int, int]:
+    """torchvision's RandomResizedCrop: top, left, height, width.
+
+    Of ten tries of an area share and an aspect that is log-uniform in (3/4, 4/3), the first that fits into the image,
+    anywhere in it; when none fits, the largest central crop whose aspect lies within the bounds.
+    """
+    for area, root_aspect in zip(areas, root_aspects):
+        side = math.sqrt(area * (height * width))
+        box_height, box_width = round(side / root_aspect), round(side * root_aspect)
+        if 0 < box_height <= height and 0 < box_width <= width:
+            top, left = corner
+            return int(top * (height - box_height + 1)), int(left * (width - box_width + 1)), box_height, box_width
+    return central_box(height, width)
+
+
+def central_box(height: int, width: int) -> tuple[int, int, int, int]:
+    """The largest central crop with an aspect in (3/4, 4/3): what RandomResizedCrop falls back to."""
+    box_height, box_width = height, width
+    if width / height < ASPECT[0]:
+        box_height = round(width / ASPECT[0])
+    elif width / height > ASPECT[1]:
+        box_width = round(height * ASPECT[1])
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def cut(image: Tensor, box: Sequence[int], *, out: Tensor) -> Tensor:
+    """The crop `box` of `image` uint8 (3, H, W), resized bicubically with antialiasing into `out` (3, S, S).
+
+    Differs from Pillow's resize by at most two levels (fixed-point weights of another width), mostly by none.
+    torchvision decodes to pixels that lie together (channels last in memory), and torch's resize is vectorised for
+    exactly that; the copy of the crop keeps it so and costs a fifth of what the plain layout would. `out` should lie
+    so, too: `F.interpolate` computes the same, and to copy its result takes a tenth as long again.
+    """
+    top, left, height, width = box
+    crop = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
+    torch.ops.aten._upsample_bicubic2d_aa.out(crop, out.shape[1:], False, None, None, out=out[None])
+    return out
