@@ -1,20 +1,19 @@
-"""What `twist compare` is asked for → records and published rows → tables: one a study."""
+"""The options of `twist compare` → records and published rows → tables: one a study."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import difflib
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from twist.compare.asked_metrics import check_present, metrics_in
 from twist.compare.table import Table, build_table
 from twist.contracts.errors import UsageError
+from twist.contracts.metrics import METRICS
 from twist.contracts.published import PublishedRow, load_published, select
-from twist.contracts.record import RunRecord, find_collections, record_folders
+from twist.contracts.record import RunRecord, find_collections, read_records
 
 Found = list[tuple[Path, RunRecord]]
-# `twist.contracts.record.read_records`, or a reader that knows more of what a record may say.
-Reader = Callable[[Iterable[Path]], Found]
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,13 @@ class Comparison:
     folder: Path | None = None
 
 
-def compare(paths: Sequence[Path], choice: Choice, *, read: Reader) -> list[Comparison]:
-    """The comparison of the records under `paths`: one, or, where a single folder holds several studies side by side
+def compare(
+    paths: Sequence[Path], choice: Choice, *, check: Callable[[Path, RunRecord], None] = lambda *_: None
+) -> list[Comparison]:
+    """The comparison of the records under `paths`: one, or, where a single folder holds several studies
     (`results/photos`, `results/demo-photos`), one each. Studies repeat each other's runs, so they never share a table.
+
+    `check` raises for a record that may not be shown.
 
     Raises:
         UsageError: options that exclude each other, an unknown metric or baseline, a metric that nothing has.
@@ -55,56 +58,74 @@ def compare(paths: Sequence[Path], choice: Choice, *, read: Reader) -> list[Comp
         if choice.published is False:
             raise UsageError("--published-only and --no-published leave nothing to show: leave out one of them.")
         rows = load_published()
-        check_present(choice.metrics, metrics_in([], rows))
-        return [Comparison(_table([], rows, choice), [])]
-    studies = find_collections(paths[0]) if len(paths) == 1 and paths[0].is_dir() else []
-    read_of: list[tuple[Path | None, Found]] = [(study, read(record_folders(study) or [study])) for study in studies]
-    read_of = read_of or [(None, read(paths))]
-    records = [record for _, found in read_of for _, record in found]
-    # What none of several studies has is a mistake; what one of them has is left out of the others.
-    check_present(choice.metrics, metrics_in(records, _beside(records, choice)[0]))
-    made = [_comparison(found, choice, study if len(studies) > 1 else None) for study, found in read_of]
+        _check_metrics(choice.metrics, _metrics_in([], rows))
+        return [Comparison(build_table([], published=rows, baseline=choice.baseline, metrics=choice.metrics), [])]
+    studies = find_collections(paths[0]) if len(paths) == 1 and paths[0].is_dir() else {}
+    read = [(study, read_records(folders)) for study, folders in studies.items()] or [(None, read_records(paths))]
+    records = []
+    for path, record in (pair for _, found in read for pair in found):
+        check(path, record)
+        records.append(record)
+    # A metric that no study has is a mistake; the studies without it are left out.
+    _check_metrics(choice.metrics, _metrics_in(records, _published_for(records, choice)[0]))
+    made = [_comparison(found, choice, study if len(studies) > 1 else None) for study, found in read]
     return [one for one in made if one.table.columns] or made
 
 
 def _comparison(found: Found, choice: Choice, folder: Path | None) -> Comparison:
-    rows, left_out = _beside([record for _, record in found], choice)
-    table = _table(found, rows, choice)
-    kept = [pair for index, pair in enumerate(found) if index not in table.left_out]
-    return Comparison(replace(table, notes=(*table.notes, *left_out)), kept, folder)
-
-
-def _beside(records: Sequence[RunRecord], choice: Choice) -> tuple[list[PublishedRow], list[str]]:
-    """The published rows that stand beside `records`, and the sentence that says which do not."""
-    if choice.published is False:
-        return [], []
-    rows = select(load_published(), {record.protocol for record in records})
-    if choice.same_methods:
-        methods = {record.method for record in records}
-        rows = [row for row in rows if row.method in methods]
-    if choice.published:
-        return rows, []
-    full = select(rows, {record.protocol for record in records if record.scale == "full"})
-    return full, [] if len(full) == len(rows) else [_left_out(records, rows)]
-
-
-def _left_out(records: Sequence[RunRecord], rows: Sequence[PublishedRow]) -> str:
-    at_full = {record.protocol for record in records if record.scale == "full"}
-    protocols = {record.protocol for record in records} - at_full
-    named = sorted(protocol for protocol in protocols if select(rows, [protocol]))
-    these = "these" if len(named) > 1 else "it"
-    return (
-        f"Published numbers of {', '.join(named)} are left out: no record of {these} is at full scale, so none may be "
-        "compared with them; --published shows them."
-    )
-
-
-def _table(found: Found, rows: Sequence[PublishedRow], choice: Choice) -> Table:
-    return build_table(
-        [record for _, record in found],
+    records = [record for _, record in found]
+    rows, notes = _published_for(records, choice)
+    table = build_table(
+        records,
         published=rows,
         baseline=choice.baseline,
         allow_mixed=choice.allow_mixed,
         metrics=choice.metrics,
         paths=[path for path, _ in found],
     )
+    kept = [pair for index, pair in enumerate(found) if index not in table.left_out]
+    return Comparison(replace(table, notes=(*table.notes, *notes)), kept, folder)
+
+
+def _published_for(records: Sequence[RunRecord], choice: Choice) -> tuple[list[PublishedRow], list[str]]:
+    """The published rows to show with `records`, and the sentence that names the protocols whose rows are left out."""
+    if choice.published is False:
+        return [], []
+    rows = select(load_published(), {record.protocol for record in records})
+    if choice.same_methods:
+        methods = {record.method for record in records}
+        rows = [row for row in rows if row.method in methods]
+    at_full = {record.protocol for record in records if record.scale == "full"}
+    left_out = sorted(name for name in {record.protocol for record in records} - at_full if select(rows, [name]))
+    if choice.published or not left_out:
+        return rows, []
+    sentence = (
+        f"Published numbers of {', '.join(left_out)} are left out: no record of {'these' if left_out[1:] else 'it'} is "
+        "at full scale, so none may be compared with them; --published shows them."
+    )
+    return select(rows, at_full), [sentence]
+
+
+def _metrics_in(records: Iterable[RunRecord], published: Iterable[PublishedRow]) -> list[str]:
+    """The metrics that these have, in the vocabulary's order."""
+    there = {name for row in (*records, *published) for name in row.metrics}
+    return [name for name in METRICS if name in there]
+
+
+def _check_metrics(asked: Iterable[str], there: Collection[str]) -> None:
+    """`UsageError` for a name in `asked` that is no metric, or that none of `there` is."""
+    listed = f" What is here has {', '.join(there)}." if there else ""
+    for name in asked:
+        if name not in METRICS:
+            near = _nearest_metric(name)
+            raise UsageError(f'There is no metric "{name}".' + (f' Did you mean "{near}"?' if near else listed))
+        if name not in there:
+            raise UsageError(f'Nothing here has the metric "{name}".{listed}')
+
+
+def _nearest_metric(name: str) -> str | None:
+    """The metric called `name` without its unit (`top1`) or in the head of its column (`k-NN top-1`), or nearly so."""
+    known = {metric.name.removesuffix("_percent"): metric.name for metric in METRICS.values()}
+    known |= {metric.label.casefold(): metric.name for metric in METRICS.values()}
+    near = difflib.get_close_matches(name.removesuffix("_percent").casefold(), known, n=1)
+    return known[near[0]] if near else None

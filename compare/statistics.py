@@ -6,6 +6,7 @@ Welch, because two methods need not spread alike; Student's pooled variance woul
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ def standard_deviation(values: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean minus the baseline's mean, and what can be said about it. `p_value` is None when there is no test."""
+    """A mean minus the baseline's mean, and the test's result in words. `p_value` is None when there is no test."""
 
     value: float
     p_value: float | None
@@ -44,27 +45,19 @@ class Difference:
 def difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
     """`values` against `baseline` by Welch's two-sided t-test (B. L. Welch, Biometrika 34, 1947)."""
     gap = mean(values) - mean(baseline)
-    spread, baseline_spread = standard_deviation(values), standard_deviation(baseline)
-    if spread is None or baseline_spread is None:
-        short = min(len(values), len(baseline))
+    if (short := min(len(values), len(baseline))) < 2:
         return Difference(gap, None, f"n too small for a test: {short} run where two are needed")
-    a, b = spread**2 / len(values), baseline_spread**2 / len(baseline)
-    if a + b == 0:
+    if standard_deviation(values) == standard_deviation(baseline) == 0:
         return Difference(gap, None, "no test: neither side varies from run to run")
-    # Welch-Satterthwaite degrees of freedom.
-    freedom = (a + b) ** 2 / (a**2 / (len(values) - 1) + b**2 / (len(baseline) - 1))
-    p_value = _two_sided_p(gap / math.sqrt(a + b), freedom)
+    from scipy.stats import ttest_ind  # half a second to import
+
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # one side may be constant
+        test = ttest_ind(values, baseline, equal_var=False)
+    p_value = float(test.pvalue)
     verdict = "significant" if p_value < SIGNIFICANT else "not significant"
-    return Difference(gap, p_value, f"{verdict}, {p_text(p_value)} (Welch's t, {freedom:.1f} degrees of freedom)")
+    return Difference(gap, p_value, f"{verdict}, {p_text(p_value)} (Welch's t, {test.df:.1f} degrees of freedom)")
 
 
 def p_text(p_value: float) -> str:
     """`p = 0.031`, `p < 0.001`."""
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}" if p_value < 0.1 else f"p = {p_value:.2f}"
-
-
-def _two_sided_p(t: float, freedom: float) -> float:
-    # scipy.special alone: scipy.stats takes a second to import, longer than everything else that compare does.
-    from scipy.special import stdtr
-
-    return float(2 * stdtr(freedom, -abs(t)))

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from twist.compare.asked_metrics import check_known, metrics_in
-from twist.compare.duplicates import left_out
-from twist.compare.mixtures import conditions_of, mixed_sentence, mixtures
-from twist.compare.pretrainings import architecture_of, pretraining, variant_names, weights_key
+from twist.compare.grouping import (
+    architecture_of,
+    conditions_of,
+    find_copies,
+    find_mixtures,
+    mixture_sentence,
+    pretraining,
+    variant_names,
+    weights_key,
+)
 from twist.compare.statistics import Difference, difference, mean, standard_deviation
 from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.metrics import METRICS, Metric
@@ -25,6 +31,7 @@ from twist.contracts.record import RunRecord, Task
 
 TASKS: tuple[str, ...] = get_args(Task)
 PUBLISHED = "published"
+_ARCHITECTURES = {"vit_small_patch16": "ViT-S/16", "vit_base_patch16": "ViT-B/16"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Column:
     task: str
     recipe_hash: str | None
     scale: str
-    # What sets this recipe apart from the protocol's other ones in a mixed table; empty where it is the only one.
+    # How this recipe differs from the protocol's other ones in a mixed table; empty where it is the only one.
     mixed: str = ""
 
     @property
@@ -46,7 +53,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """One method with one kind of weights: what differs in architecture, length or origin is another row."""
+    """One method with one kind of weights: another architecture, length or origin is another row."""
 
     method: str
     label: str
@@ -57,14 +64,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
-    """The runs behind a cell, and what of them counts: mean and sample standard deviation in the metric's unit.
+    """The runs behind a cell and what of them counts, in the metric's unit.
 
     Runs of one pretraining are repeats of the transfer alone, and count each. Where there are several pretrainings (or
     random initialisations) these are the repeats: each counts once, by the mean of its runs, which are not independent
     of one another. Runs that repeat a result exactly, in every metric and from the same weights, are one result.
     """
 
-    # What counts as repeats, and the metric of each record.
+    # The repeats, and the metric of each record.
     values: tuple[float, ...]
     run_values: tuple[float, ...]
     records: tuple[RunRecord, ...]
@@ -107,7 +114,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Cell:
-    """What is known of one row in one column; a cell without either kind of value is absent, never zero."""
+    """The values of one row in one column; a cell without any value is absent, never zero."""
 
     measured: Measured | None = None
     published: tuple[Published, ...] = ()
@@ -131,8 +138,11 @@ class Table:
 
     @property
     def comparisons(self) -> int:
-        """How many tests the table holds: p-values are not corrected for it, so it is printed beside them."""
+        """The number of tests in the table, for which the p-values are not corrected."""
         return sum(c.difference is not None and c.difference.p_value is not None for c in self.cells.values())
+
+
+_Place = tuple[Row, Column]
 
 
 def build_table(
@@ -144,7 +154,7 @@ def build_table(
     metrics: Sequence[str] = (),
     paths: Sequence[Path] = (),
 ) -> Table:
-    """The table of `records` beside `published`, with differences to the rows of `baseline` (a method or row label).
+    """The table of `records` and `published`, with differences to the row of `baseline` (a method or row label).
 
     Of the published rows those of the measured protocols, and the foreign ones beside them, are shown; all of them
     when there are no records. `metrics` restricts the columns; empty shows every metric. `paths` are the records'
@@ -153,81 +163,80 @@ def build_table(
     Raises:
         UserError: two records of one run that differ, or (without `allow_mixed`) a protocol with several recipes,
             scales or data.
-        UsageError: nothing in the table is called `baseline`, or several rows are; an unknown metric is asked for.
+        UsageError: nothing in the table is called `baseline`, or several rows are.
     """
     wanted = set(metrics) or METRICS.keys()
-    copies, notes = left_out(records, paths)
+    copies = find_copies(records, paths)
     records = [record for index, record in enumerate(records) if index not in copies]
-    mixed = mixtures(records)
-    if mixed and not allow_mixed:
-        raise UserError(mixed_sentence(mixed))
+    conditions = conditions_of(records)
+    mixtures = find_mixtures(records, conditions)
+    if mixtures and not allow_mixed:
+        raise UserError(mixture_sentence(mixtures))
     shown = select(published, {record.protocol for record in records}) if records else list(published)
-    check_known(metrics, metrics_in(records, shown))
 
-    values: dict[tuple[_RowKey, Column], list[RunRecord]] = defaultdict(list)
-    variants, conditions = variant_names(records), conditions_of(records)
+    runs: dict[_Place, list[RunRecord]] = defaultdict(list)
+    variants = variant_names(records)
     for record, condition in zip(records, conditions, strict=True):
-        key = _RowKey(record.method, architecture_of(record), record.weights.epochs, variants[weights_key(record)])
-        apart = mixed.get(record.protocol, {}).get(condition, "")
+        variant = variants[weights_key(record)]
+        row = Row(record.method, "", architecture_of(record), record.weights.epochs, variant)
+        mixed = mixtures.get(record.protocol, {}).get(condition, "")
         for metric in record.metrics.keys() & wanted:
-            column = Column(record.protocol, metric, record.task, record.recipe_hash, record.scale, apart)
-            values[key, column].append(record)
+            column = Column(record.protocol, metric, record.task, record.recipe_hash, record.scale, mixed)
+            runs[row, column].append(record)
 
     sources: dict[Source, int] = {}
-    printed: dict[tuple[_RowKey, Column], list[Published]] = defaultdict(list)
-    joined = _joinable_columns({column for _, column in values}, records)
-    for row in shown:
-        key = _RowKey(row.method, row.architecture, row.epochs, row.variant)
-        source = sources.setdefault(Source(row.source, row.read), len(sources))
-        for metric, value in row.metrics.items():
-            if metric not in wanted:
-                continue
-            own = Column(row.protocol, metric, row.task, None, PUBLISHED)
-            column = joined.get((row.protocol, metric, row.architecture), own)
-            printed[key, column].append(Published(value, row.sd.get(metric), row.trials, source, row.note))
+    printed: dict[_Place, list[Published]] = defaultdict(list)
+    joined = _joinable_columns({column for _, column in runs}, records)
+    for line in shown:
+        row = Row(line.method, "", line.architecture, line.epochs, line.variant)
+        source = sources.setdefault(Source(line.source, line.read), len(sources))
+        for metric in (metric for metric in line.metrics if metric in wanted):
+            own = Column(line.protocol, metric, line.task, None, PUBLISHED)
+            column = joined.get((line.protocol, metric, line.architecture), own)
+            value = Published(line.metrics[metric], line.sd.get(metric), line.trials, source, line.note)
+            printed[row, column].append(value)
 
-    beside = {row.protocol: row.beside for row in shown if row.beside}
-    places = [*values, *printed]
-    columns = sorted({column for _, column in places}, key=lambda column: _column_order(column, beside))
-    measured = {key for key, _ in values}
-    keys = sorted({key for key, _ in places}, key=lambda key: (key not in measured, *_row_order(key)))
-    rows = _labelled(keys)
-    cells = _cells(keys, columns, values, printed)
-    chosen = None if baseline is None else _baseline(baseline, rows, cells)
+    homes = {line.protocol: line.beside for line in shown if line.beside}
+    places = [*runs, *printed]
+    columns = sorted({column for _, column in places}, key=lambda column: _column_order(column, homes))
+    measured = {row for row, _ in runs}
+    rows = sorted({row for row, _ in places}, key=lambda row: (row not in measured, *_row_order(row)))
+    row_index, column_index = {row: i for i, row in enumerate(rows)}, {column: i for i, column in enumerate(columns)}
+    cells = {
+        (row_index[row], column_index[column]): Cell(
+            _measured(runs[row, column], column.metric) if (row, column) in runs else None,
+            tuple(printed.get((row, column), ())),
+        )
+        for row, column in dict.fromkeys(places)
+    }
+    labelled = _labelled(rows)
+    chosen = None if baseline is None else _find_baseline(baseline, labelled, cells)
     if chosen is not None:
-        cells = _with_differences(cells, chosen)
-    return Table(tuple(columns), tuple(rows), cells, tuple(sources), chosen, notes, copies)
-
-
-@dataclass(frozen=True)
-class _RowKey:
-    method: str
-    architecture: str | None
-    epochs: int | None
-    variant: str
+        cells = {place: _with_difference(cell, place, cells, chosen) for place, cell in cells.items()}
+    notes = (_copies_note(len(copies)),) if copies else ()
+    return Table(tuple(columns), tuple(labelled), cells, tuple(sources), chosen, notes, copies)
 
 
 def _joinable_columns(
     columns: Iterable[Column], records: Sequence[RunRecord]
 ) -> dict[tuple[str, str, str | None], Column]:
     """(protocol, metric, architecture) → the measured column that a published value of these may stand in."""
-    columns = list(columns)
-    architectures: dict[tuple[str, str], set[str | None]] = defaultdict(set)
+    architectures: dict[tuple[str, str | None], set[str | None]] = defaultdict(set)
     for record in records:
         architectures[record.protocol, record.recipe_hash].add(architecture_of(record))
     return {
         (column.protocol, column.metric, architecture): column
         for column in columns
-        if column.scale == "full" and not column.mixed and column.recipe_hash is not None
+        if column.scale == "full" and not column.mixed
         for architecture in architectures[column.protocol, column.recipe_hash]
     }
 
 
-def _column_order(column: Column, beside: dict[str, str]) -> tuple[Any, ...]:
-    home = beside.get(column.protocol, column.protocol)
+def _column_order(column: Column, homes: dict[str, str]) -> tuple[Any, ...]:
+    home = homes.get(column.protocol, column.protocol)
     return (
         TASKS.index(column.task),
-        # Ours and their neighbours first, then what has no neighbour here.
+        # Ours and the foreign ones beside them first, then the other foreign ones.
         home.startswith(FOREIGN),
         home,
         column.protocol != home,
@@ -240,51 +249,37 @@ def _column_order(column: Column, beside: dict[str, str]) -> tuple[Any, ...]:
     )
 
 
-def _row_order(key: _RowKey) -> tuple[Any, ...]:
-    # The two that everything is measured against stand first, the rest by name.
-    first = {"random": 0, "supervised": 1}.get(key.method, 2)
-    return first, display_name(key.method).lower(), key.architecture or "", key.epochs or 0, key.variant
+def _row_order(row: Row) -> tuple[Any, ...]:
+    # The usual baselines stand first, the rest by name.
+    first = {"random": 0, "supervised": 1}.get(row.method, 2)
+    return first, display_name(row.method).lower(), row.architecture or "", row.epochs or 0, row.variant
 
 
-def short_architecture(architecture: str) -> str:
-    """`resnet50w2` → `R50w2`, `vit_small_patch16` → `ViT-S/16`: as papers write them."""
-    named = {"vit_small_patch16": "ViT-S/16", "vit_base_patch16": "ViT-B/16"}
-    return named.get(architecture, architecture.replace("resnet", "R"))
+def _labelled(rows: Sequence[Row]) -> list[Row]:
+    several = len({row.architecture for row in rows if row.architecture}) > 1
+    return [replace(row, label=_label(row, architecture=several)) for row in rows]
 
 
-def _labelled(keys: Sequence[_RowKey]) -> list[Row]:
-    several = len({key.architecture for key in keys if key.architecture}) > 1
-    rows = []
-    for key in keys:
-        architecture = short_architecture(key.architecture) if several and key.architecture else ""
-        epochs = f"{key.epochs} ep" if key.epochs else ""
-        label = " · ".join(part for part in (display_name(key.method), architecture, epochs, key.variant) if part)
-        # A record may come from anybody: no line break or terminal code gets into a table.
-        label = "".join(letter if letter.isprintable() else " " for letter in label)
-        rows.append(Row(key.method, label, key.architecture, key.epochs, key.variant))
-    return rows
-
-
-def _cells(
-    keys: Sequence[_RowKey],
-    columns: Sequence[Column],
-    values: dict[tuple[_RowKey, Column], list[RunRecord]],
-    printed: dict[tuple[_RowKey, Column], list[Published]],
-) -> dict[tuple[int, int], Cell]:
-    cells = {}
-    row_index, column_index = {k: i for i, k in enumerate(keys)}, {c: i for i, c in enumerate(columns)}
-    for key, column in {**values, **printed}:
-        runs = sorted(values.get((key, column), ()), key=lambda run: (run.seed, run.weights.sha256 or ""))
-        measured = _measured(runs, column.metric) if runs else None
-        cells[row_index[key], column_index[column]] = Cell(measured, tuple(printed.get((key, column), ())))
-    return cells
+def _label(row: Row, *, architecture: bool) -> str:
+    """`TWIST · R50w2 · 100 ep · variant`, the architecture where it is asked for."""
+    network = row.architecture if architecture and row.architecture else ""
+    network = _ARCHITECTURES.get(network, network.replace("resnet", "R"))  # as papers write them
+    epochs = f"{row.epochs} ep" if row.epochs else ""
+    label = " · ".join(part for part in (display_name(row.method), network, epochs, row.variant) if part)
+    # A record may come from anybody: no line break or terminal code gets into a table.
+    return "".join(letter if letter.isprintable() else " " for letter in label)
 
 
 def _measured(runs: Sequence[RunRecord], metric: str) -> Measured:
+    runs = sorted(runs, key=lambda run: (run.seed, run.weights.sha256 or ""))
     by_pretraining: dict[tuple[Any, ...], list[RunRecord]] = defaultdict(list)
     for run in runs:
         by_pretraining[pretraining(run)].append(run)
-    counted = [_without_repeats(group) for group in by_pretraining.values()]
+    # One run of those that the seed does not change (k-NN): all metrics agree, for one of them may by chance.
+    counted = [
+        group[:1] if all(run.metrics == group[0].metrics for run in group) else group
+        for group in by_pretraining.values()
+    ]
     values = [[run.metrics[metric] for run in group] for group in counted]
     return Measured(
         values=tuple(values[0] if len(values) == 1 else map(mean, values)),
@@ -295,36 +290,30 @@ def _measured(runs: Sequence[RunRecord], metric: str) -> Measured:
     )
 
 
-def _without_repeats(runs: list[RunRecord]) -> list[RunRecord]:
-    """The first run alone where the seed changes nothing (k-NN): all metrics agree, for one of them may by chance."""
-    return runs[:1] if all(run.metrics == runs[0].metrics for run in runs) else runs
-
-
-def _names(row: Row) -> tuple[str, str]:
-    """What a row may be called, in lower case: as its records say it (moco-v2), and as the table does (MoCo v2)."""
-    return row.method.casefold(), row.label.split(" · ")[0].casefold()
-
-
-def _baseline(name: str, rows: Sequence[Row], cells: dict[tuple[int, int], Cell]) -> int:
-    measured = {row for (row, _), cell in cells.items() if cell.measured}
-    by_label = [index for index in measured if rows[index].label == name]
-    found = by_label or [index for index in measured if name.casefold() in _names(rows[index])]
+def _find_baseline(name: str, rows: Sequence[Row], cells: dict[tuple[int, int], Cell]) -> int:
+    """The measured row called `name`: its label, or its method as in records (moco-v2) or in tables (MoCo v2)."""
+    measured = sorted({row for (row, _), cell in cells.items() if cell.measured})
+    found = [index for index in measured if rows[index].label == name] or [
+        index
+        for index in measured
+        if name.casefold() in (rows[index].method.casefold(), display_name(rows[index].method).casefold())
+    ]
     if len(found) == 1:
         return found[0]
     if found:
-        labels = ", ".join(f'"{rows[index].label}"' for index in sorted(found))
+        labels = ", ".join(f'"{rows[index].label}"' for index in found)
         raise UsageError(f'--baseline "{name}" is several rows, {labels}: give one of these labels.')
     known = {rows[index].method for index in measured}
     raise UsageError(f'--baseline "{name}": no measured row is called that.{did_you_mean(name, known)}')
 
 
-def _with_differences(cells: dict[tuple[int, int], Cell], baseline: int) -> dict[tuple[int, int], Cell]:
-    compared = {}
-    for (row, column), cell in cells.items():
-        against = cells.get((baseline, column), Cell()).measured
-        if row != baseline and cell.measured is not None and against is not None:
-            gap = difference(cell.measured.values, against.values)
-            compared[row, column] = Cell(cell.measured, cell.published, gap)
-        else:
-            compared[row, column] = cell
-    return compared
+def _with_difference(cell: Cell, place: tuple[int, int], cells: dict[tuple[int, int], Cell], baseline: int) -> Cell:
+    against = cells.get((baseline, place[1]), Cell()).measured
+    if place[0] == baseline or cell.measured is None or against is None:
+        return cell
+    return replace(cell, difference=difference(cell.measured.values, against.values))
+
+
+def _copies_note(count: int) -> str:
+    which = "1 record left out: it repeats" if count == 1 else f"{count} records left out: each repeats"
+    return f"{which} an older one of the same run in every metric."

@@ -1,15 +1,15 @@
 """The vocabulary of metrics: every name that a record may hold, its unit, and its definition.
 
 The unit stands in the name, and so does the definition where the field uses one word for two things: VOC07's
-11-point AP50 is not COCO's AP50. `transfer/protocols.py` chooses from this list and `compare/` reads it; the list
-lies here, below both, because a record must be checked where it is written *and* where it is read.
+11-point AP50 is not COCO's AP50. `transfer/protocols.toml` chooses from this list, and a record is checked against it
+where it is written and where it is read.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from twist.contracts.errors import UserError, did_you_mean
 
@@ -18,22 +18,18 @@ from twist.contracts.errors import UserError, did_you_mean
 class Metric:
     """One metric: full name with unit, short label for a column head, definition in a sentence.
 
-    `lowest` is the least value it can take; what is adjusted for chance falls below zero where chance does better.
+    `lowest` is the least value it can take: AMI and ARI can be negative. All of them are percent.
     """
 
     name: str
     label: str
-    unit: Literal["percent", "nats", "s", "images_per_s"]
     definition: str
     lowest: float = 0.0
-
-    @property
-    def highest(self) -> float:
-        return 100.0 if self.unit == "percent" else math.inf
+    unit: str = "percent"
 
 
 def _percent(name: str, label: str, definition: str, *, lowest: float = 0.0) -> Metric:
-    return Metric(f"{name}_percent", label, "percent", definition, lowest=lowest)
+    return Metric(f"{name}_percent", label, definition, lowest)
 
 
 _COCO = "COCO evaluation (101-point, IoU .50:.95, at most 100 detections an image)"
@@ -90,9 +86,9 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def check_metrics(metrics: dict[str, float], *, where: str) -> None:
+def check_metrics(names: Iterable[str], *, where: str) -> None:
     """Raise `UserError` when a name is not in the vocabulary."""
-    for name in metrics:
+    for name in names:
         if name not in METRICS:
             raise UserError(f'{where}: unknown metric "{name}".{did_you_mean(name, METRICS)}')
 
@@ -103,7 +99,5 @@ def check_values(metrics: dict[str, float]) -> None:
         raise UserError("metrics is empty: a record holds at least one value; run it again")
     for name, value in metrics.items():
         metric = METRICS[name]
-        if not math.isfinite(value):
-            raise UserError(f"{name} is {value}: a record holds finite numbers only")
-        if not metric.lowest <= value <= metric.highest:
+        if not (math.isfinite(value) and metric.lowest <= value <= 100):
             raise UserError(f"{name} is {value:g}, which {metric.label} cannot be; run it again")

@@ -1,15 +1,14 @@
-"""Published numbers: `published.toml` read into rows that each name their source.
+"""Published numbers: `published.toml`, the one place that has them, read into rows that each name their source.
 
 The file groups rows as papers do, one table of a source at a time; here they become flat rows. A row's protocol is one
-of ours only where the source followed that recipe; everything else is `foreign:<name>` and, with `beside`, names the
-protocol of ours whose neighbour it is, so that it is shown near it in a column of its own.
+of ours only where the source followed that recipe. Every other is `foreign:<name>`, with a column of its own, and
+`beside` names the protocol of ours that it is shown next to.
 """
 
 from __future__ import annotations
 
-import math
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import resources
 from typing import Annotated, Literal
@@ -22,6 +21,7 @@ from twist.contracts.record import Task
 
 FOREIGN = "foreign:"
 Text = Annotated[str, Field(min_length=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 class PublishedRow(Config):
@@ -31,29 +31,25 @@ class PublishedRow(Config):
     secondary copy. `variant` tells apart weights of one method and length: other pretraining data, another code base.
     """
 
-    method: Text
-    architecture: Text
+    method: str
+    architecture: str
     epochs: int | None
     variant: str
-    protocol: Text
+    protocol: str
     beside: str | None
     task: Task
     metrics: dict[str, float]
     sd: dict[str, float]
     trials: int | None
-    source: Text
+    source: str
     read: Literal["primary", "secondary"]
     note: str
-
-    @property
-    def is_foreign(self) -> bool:
-        return self.protocol.startswith(FOREIGN)
 
 
 class _Row(Config):
     method: Text
     # A dash where the source prints nothing; TOML has no null.
-    values: tuple[float | Literal["-"], ...]
+    values: tuple[Percent | Literal["-"], ...]
     sd: tuple[float, ...] = ()
     architecture: Text = "resnet50"
     epochs: int | None = Field(default=None, gt=0)
@@ -74,26 +70,37 @@ class _SourceTable(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> _SourceTable:
-        check_metrics(dict.fromkeys(self.metrics, 0.0), where=self.protocol)
+        check_metrics(self.metrics, where=self.protocol)
         if self.beside is not None and not self.protocol.startswith(FOREIGN):
             raise ValueError(f"{self.protocol} has its own column: only foreign protocols stand beside another")
         for row in self.rows:
             where = f"{self.protocol}, {row.method}, {self.source}"
             if len(row.values) != len(self.metrics) or len(row.sd) not in (0, len(self.metrics)):
                 raise ValueError(f"{where}: one value a metric is needed ({len(self.metrics)})")
-            numbers = [value for value in row.values if value != "-"]
-            if not numbers or not all(0 <= value <= 100 and math.isfinite(value) for value in numbers):
-                raise ValueError(f"{where}: values are percent, between 0 and 100, at least one a row")
+            if set(row.values) == {"-"}:
+                raise ValueError(f"{where}: at least one value a row is needed")
         return self
 
+    def flat(self) -> Iterator[PublishedRow]:
+        for row in self.rows:
+            yield PublishedRow(
+                **row.model_dump(include={"method", "architecture", "epochs", "variant"}),
+                **self.model_dump(include={"protocol", "beside", "task", "trials", "source", "read"}),
+                metrics={name: value for name, value in zip(self.metrics, row.values) if value != "-"},
+                sd=dict(zip(self.metrics, row.sd)),
+                note=" ".join(part for part in (self.note, row.note) if part),
+            )
 
-class _Collection(Config):
+
+class Collection(Config):
+    """`published.toml`: display names of methods, titles of foreign protocols, and the tables."""
+
     names: dict[str, Text]
     titles: dict[str, Text]
     tables: tuple[_SourceTable, ...]
 
     @model_validator(mode="after")
-    def _named(self) -> _Collection:
+    def _named(self) -> Collection:
         unnamed = sorted({row.method for table in self.tables for row in table.rows} - self.names.keys())
         if unnamed:
             raise ValueError(f"no display name for {', '.join(unnamed)}: add it to [names]")
@@ -104,22 +111,23 @@ class _Collection(Config):
 
 
 @cache
-def _collection() -> _Collection:
+def _collection() -> Collection:
     file = resources.files("twist.contracts") / "published.toml"
-    return validate(tomllib.loads(file.read_text(encoding="utf-8")), _Collection, where="contracts/published.toml")
+    return validate(tomllib.loads(file.read_text(encoding="utf-8")), Collection, where="contracts/published.toml")
 
 
-def load_published() -> list[PublishedRow]:
-    """Every published row of the collection, in the file's order.
+@cache
+def load_published() -> tuple[PublishedRow, ...]:
+    """Every published row, in the file's order.
 
     Raises:
         UsageError: the file does not follow its schema (a row without source, an unknown metric, …).
     """
-    return [_flat(table, row) for table in _collection().tables for row in table.rows]
+    return tuple(row for table in _collection().tables for row in table.flat())
 
 
 def display_name(method: str) -> str:
-    """`moco-v2` → `MoCo v2`; a method that the collection does not know keeps the name its record gives it."""
+    """`moco-v2` → `MoCo v2`; an unknown method keeps the name that its record gives it."""
     return _collection().names.get(method, method)
 
 
@@ -130,12 +138,7 @@ def protocol_title(protocol: str) -> str:
 
 def home_of(protocol: str) -> str:
     """The protocol of ours that a foreign one stands beside; any other is its own home."""
-    return _homes().get(protocol) or protocol
-
-
-@cache
-def _homes() -> dict[str, str | None]:
-    return {table.protocol: table.beside for table in _collection().tables}
+    return next((row.beside for row in load_published() if row.protocol == protocol and row.beside), protocol)
 
 
 def select(rows: Iterable[PublishedRow], protocols: Iterable[str]) -> list[PublishedRow]:
@@ -144,20 +147,21 @@ def select(rows: Iterable[PublishedRow], protocols: Iterable[str]) -> list[Publi
     return [row for row in rows if row.protocol in wanted or row.beside in wanted]
 
 
-def _flat(table: _SourceTable, row: _Row) -> PublishedRow:
-    printed = {name: value for name, value in zip(table.metrics, row.values) if value != "-"}
-    return PublishedRow(
-        method=row.method,
-        architecture=row.architecture,
-        epochs=row.epochs,
-        variant=row.variant,
-        protocol=table.protocol,
-        beside=table.beside,
-        task=table.task,
-        metrics=printed,
-        sd=dict(zip(table.metrics, row.sd)),
-        trials=table.trials,
-        source=table.source,
-        read=table.read,
-        note=" ".join(part for part in (table.note, row.note) if part),
-    )
+def find_neighbours(protocol: str) -> list[PublishedRow]:
+    """The published rows that a run of `protocol` may be compared with, in the file's order.
+
+    Of each method, architecture and number of epochs: the authors' own weights, else others' (`variant`), under this
+    very protocol, else under the foreign ones beside it, which differ as their titles say.
+    """
+
+    def kind(row: PublishedRow) -> tuple[str, str, int | None]:
+        return row.method, row.architecture, row.epochs
+
+    def distance(row: PublishedRow) -> tuple[bool, bool]:
+        return bool(row.variant), row.protocol != protocol
+
+    rows = select(load_published(), [protocol])
+    nearest: dict[tuple[str, str, int | None], tuple[bool, bool]] = {}
+    for row in rows:
+        nearest[kind(row)] = min(distance(row), nearest.get(kind(row), (True, True)))
+    return [row for row in rows if distance(row) == nearest[kind(row)]]

@@ -10,9 +10,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, Strict, ValidationError, model_validator
 
 from twist.contracts import files
 from twist.contracts.config import Config
@@ -21,30 +21,32 @@ from twist.contracts.files import sha256_json
 from twist.contracts.metrics import check_metrics, check_values
 
 SCHEMA_VERSION: Final = 1
-# Fields that a record has and other results do not. JSON with none of them (a benchmark's figures, a table) is no
-# record; with any one of them it is, and what it lacks is an error: no damage that leaves JSON takes all seven away.
+# JSON with none of these fields (a benchmark's figures, a table) is no record; with any of them it is one.
 MARKS: Final = ("schema_version", "method", "protocol", "metrics", "weights", "recipe", "recipe_hash")
 Scale = Literal["full", "reduced", "sample"]
 Task = Literal["detection", "instance-segmentation", "segmentation", "classification", "clustering"]
+# Numbers of JSON: pydantic alone would accept the string "55".
+Integer = Annotated[int, Strict()]
+Real = Annotated[float, Strict()]
 
 
 class WeightsProvenance(Config):
     """Which weights a run started from; everything but `name` is None for random initialisation.
 
-    `sha256` is of the file that the run was given, which is written anew by each conversion; what stays is
-    `source_sha256` (the file that was first read) with its `branch`, and for our own runs the pretraining's config,
-    seed and images. Records of earlier versions lack some of these.
+    `sha256` is of the file that the run was given, which each conversion writes anew. What stays the same is
+    `source_sha256` (the original checkpoint) with its `branch`, and for our own runs the pretraining's config, seed
+    and images. Records of earlier versions lack some of these.
     """
 
     name: str
     sha256: str | None = None
     architecture: str | None = None
-    epochs: int | None = None
+    epochs: Integer | None = None
     layout: str | None = None
     branch: str | None = None
     source_sha256: str | None = None
     pretrain_config_hash: str | None = None
-    pretrain_seed: int | None = None
+    pretrain_seed: Integer | None = None
     pretrain_images_sha256: str | None = None
 
 
@@ -52,8 +54,9 @@ class RunRecord(Config):
     """One measured run. Metric names are those of `twist.contracts.metrics`; units are in the names.
 
     `recipe` is the resolved recipe without weights, paths and seed; `recipe_hash` is derived from it and never given.
-    `data` names what the run read, wherever it lay (transfer/identity.py); records of earlier versions lack it.
-    `media` and `curves` are paths relative to the record's own folder (pictures for the page, a `metrics.jsonl`).
+    `data` names what the run read, wherever it lay (transfer/identity.py); `job` is the key of a suite's run. Records
+    of earlier versions lack both. `media` and `curves` are paths relative to the record's own folder (pictures for the
+    page, a `metrics.jsonl`).
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -61,15 +64,16 @@ class RunRecord(Config):
     protocol: str
     task: Task
     scale: Scale
-    seed: int
-    metrics: dict[str, float]
+    seed: Integer
+    metrics: dict[str, Real]
     weights: WeightsProvenance
     recipe: dict[str, Any]
     recipe_hash: str = ""
     data: str | None = None
+    job: str | None = None
     software: dict[str, str]
     hardware: dict[str, str | int | None]
-    wall_s: float = Field(ge=0)
+    wall_s: Real = Field(ge=0)
     git_commit: str | None
     created: str = Field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     notes: tuple[str, ...] = ()
@@ -102,7 +106,7 @@ class RunRecord(Config):
 
 
 def check_label(text: str) -> None:
-    """`UsageError` unless `text`, which becomes part of a file's name, is one name and leads nowhere else."""
+    """`UsageError` unless `text`, which becomes part of a file's name, is one name without a path."""
     if not text.strip() or text.startswith(".") or "/" in text or "\\" in text or not text.isprintable():
         raise UsageError(
             f"{text!r} cannot be part of a file's name: call the method by letters, digits, spaces and . _ - + ( )."
@@ -117,17 +121,19 @@ def write_record(record: RunRecord, root: str | os.PathLike[str]) -> Path:
 
 
 def name_in(record: RunRecord, root: str | os.PathLike[str]) -> str:
-    """What `record` is called under `root`: its run name, and its branch or a digest of its data where a run of another
-    branch of the file, or on other data, is called that already. The same run again keeps its name."""
-    there = Path(root) / record.protocol / f"{record.run_name}.json"
+    """The file name of `record` under `root`, without suffix. The same run again keeps its name.
+
+    It is the run name; where a run of another branch of the file, or on other data, has that name already, the branch
+    or a digest of the data is added.
+    """
+    name, branch = record.run_name, record.weights.branch or "backbone"
     try:
-        values = json.loads(there.read_text())
-        branch, data = values["weights"]["branch"], values.get("data")
+        there = json.loads((Path(root) / record.protocol / f"{name}.json").read_text())
+        other_branch, data = there["weights"]["branch"], there.get("data")
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return record.run_name  # nothing there, or nothing that would be a loss
-    name, own = record.run_name, record.weights.branch or "backbone"
-    if (branch or "backbone") != own:
-        name += f"-{own}"
+        return name  # no record there
+    if (other_branch or "backbone") != branch:
+        name += f"-{branch}"
     if data is not None and record.data is not None and data != record.data:
         name += f"-{sha256_json(record.data)[:8]}"
     return name
@@ -137,69 +143,50 @@ def read_record(path: str | os.PathLike[str]) -> RunRecord:
     """Read and check one record; `UserError` with the file's name when it is not a valid record."""
     path = Path(path)
     try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"There is no record at {path}: run `twist transfer` first, or check the path.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): it is no run record.") from None
     except OSError as error:
-        raise UserError(f"Cannot read the record {path} ({error.strerror}): check its permissions.") from None
-    if not is_marked(values):
+        raise UserError(f"Cannot read the record {path} ({error.strerror}): check the path.") from None
+    if not _is_marked(values):
         raise UserError(f"{path} is no run record: it has none of a record's fields ({', '.join(MARKS)}).")
     version = values.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{path}: record schema {version!r} is unknown, this version reads {SCHEMA_VERSION}; update the suite."
         )
-    if wrong := [place for place, value in _numbers(values) if isinstance(value, str | bool)]:
-        raise UserError(f"{path}: {wrong[0]} has to be a number, and a JSON one, without quotes; run it again.")
     try:
         return RunRecord.model_validate(values)
     except ValidationError as error:
-        raise UserError(_what_is_wrong(path, error.errors()[0])) from None
+        raise UserError(f"{path}: {_what_is_wrong(error.errors()[0])}") from None
 
 
-def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What has to be a number in a record; pydantic alone would take the word "55" for one."""
-    yield from ((name, values.get(name)) for name in ("seed", "wall_s"))
-    for section in ("metrics", "weights"):
-        inner = values.get(section)
-        for name, value in inner.items() if isinstance(inner, dict) else ():
-            if section == "metrics" or name in ("epochs", "pretrain_seed"):
-                yield f"{section}.{name}", value
-
-
-def _what_is_wrong(path: Path, first: Any) -> str:
+def _what_is_wrong(first: Any) -> str:
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
-        return (
-            f"{path} lacks {place}, which every record has: it was not written by this suite, or edited; run it again."
-        )
+        return f"{place} is missing, which every record has; run it again."
     if first["type"] == "extra_forbidden":
-        known = did_you_mean(str(first["loc"][-1]), RunRecord.model_fields) if len(first["loc"]) == 1 else ""
-        return f"{path} has {place}, which is no field of a record.{known} Remove it, or update the suite."
+        known = did_you_mean(place, RunRecord.model_fields)
+        return f"{place} is no field of a record.{known} Remove it, or update the suite."
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
-    return f"{path}: {place + ': ' if place else ''}{message}."
+    return f"{place + ': ' if place else ''}{message}; run it again."
 
 
-def is_marked(values: Any) -> bool:
-    """Whether JSON has any of a record's fields."""
+def _is_marked(values: Any) -> bool:
     return isinstance(values, dict) and any(name in values for name in MARKS)
 
 
-# A run folder's account of itself (transfer/folder.py), what else it holds that shares fields with a record, and the
-# folder of its records.
+# The state of a run folder, its other files that share fields with a record, and the folder of its records.
 RUN_ACCOUNT: Final = "run.json"
 RUN_FILES: Final = (RUN_ACCOUNT, "recipe.json", "evaluation.json", "failure.json")
 RESULTS: Final = "results"
 
 
 def find_records(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
-    """The record files under `paths`: a file as it is, a folder searched as `<folder>/<protocol>/*.json`.
+    """The record files under `paths`: a file as it is, a folder searched as `*.json` and `<protocol>/*.json`.
 
-    A folder of one protocol (`results/sample-knn`) is searched as `<folder>/*.json`. JSON without any of a record's
-    fields is passed over; a file that is not JSON, or that has some of them, is yielded and is for `read_record` to
-    refuse.
+    JSON without any of a record's fields is skipped; a file that is not JSON, or that has some of them, is yielded and
+    is for `read_record` to refuse.
     """
     for path in map(Path, paths):
         if path.is_dir():
@@ -210,63 +197,75 @@ def find_records(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
             raise UserError(f"There is no record or folder of records at {path}.")
 
 
+def _may_be_record(file: Path) -> bool:
+    # A name that begins with a dot is a record that another process is writing (contracts/files.py).
+    if file.name.startswith(".") or file.name in RUN_FILES:
+        return False
+    try:
+        data = file.read_bytes()
+        # Nearly every file is a record: do not parse it twice.
+        values = {"schema_version": None} if b'"schema_version"' in data else json.loads(data)
+    except (OSError, ValueError):
+        return True  # `read_record` says what is wrong
+    return _is_marked(values) or values == {}
+
+
 def read_records(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[Path, RunRecord]]:
-    """Every record under `paths` with its file.
+    """Every record under `paths` with its file, a file that several paths lead to once.
 
     Raises:
         UserError: a path is absent or holds no record, or a record is not valid.
     """
-    read: dict[str, tuple[Path, RunRecord]] = {}
-    for path in map(Path, paths):
-        files = _files_under(path)
-        if not files:
-            raise UserError(_none_under(path))
-        for file in files:
-            # A file that two of the paths lead to is one record.
-            if (place := os.path.abspath(file)) not in read:
-                read[place] = file, read_record(file)
-    return list(read.values())
+    found = {os.path.abspath(file): file for path in map(Path, paths) for file in _files_under(path)}
+    return [(file, read_record(file)) for file in found.values()]
 
 
-def find_collections(folder: Path) -> list[Path]:
-    """The folders at or below `folder` whose records make a table each.
+def _files_under(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return list(find_records([path]))
+    collections = find_collections(path)
+    if not collections:
+        raise UserError(
+            f"There are no run records under {path}: `twist transfer` and `twist suite` write them; `twist compare "
+            "--published-only` shows the published numbers alone."
+        )
+    if (path not in collections and not _is_run(path)) or len(collections) > 1:
+        listed = " and ".join(map(str, collections))
+        raise UserError(f"There are no run records in {path} itself, but in {listed}: name the folders that you mean.")
+    return [file for folders in collections.values() for file in find_records(folders)]
 
-    `folder` itself where it holds records. Else the studies side by side in it (an inner folder or its `results`), and
-    `folder` again where it holds runs of `twist transfer`: these make one table (`record_folders`). What a suite keeps
-    of its runs counts only where there is nothing else, for it has collected those records elsewhere.
+
+def find_collections(folder: Path) -> dict[Path, list[Path]]:
+    """For each table that the records at or below `folder` make: its folder → the folders of its records.
+
+    That is `folder` itself where it holds records. Else each study in it (an inner folder or its `results`), and
+    `folder` again where it holds runs of `twist transfer`, which make one table. A suite's own copies of its records
+    count only where there is nothing else, for it has collected them elsewhere.
     """
     if _is_run(folder):
-        return [place for place in (folder / RESULTS,) if _holds_records(place)]
+        folder = folder / RESULTS
     if _holds_records(folder):
-        return [folder]
-    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    studies = [
-        place for path in inner if not _is_run(path) for place in (path, path / RESULTS) if _holds_records(place)
-    ]
-    runs = [folder] if _of_runs(folder) else []
-    if found := [*studies, *runs]:
-        return found
-    return [folder] if _of_suite(folder) else [place for place in inner if _of_suite(place)]
-
-
-def record_folders(folder: Path) -> list[Path]:
-    """Where the records of the runs in `folder` are, when it holds none itself: each run's `results`, else a suite's
-    copies."""
-    return [] if _holds_records(folder) else _of_runs(folder) or _of_suite(folder)
-
-
-def _of_runs(folder: Path) -> list[Path]:
+        return {folder: [folder]}
+    inner = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
+    places = [place for path in inner if not _is_run(path) for place in (path, path / RESULTS)]
+    found = {place: [place] for place in places if _holds_records(place)}
     # runs/<protocol>/<name>/results, as `twist transfer` writes them.
-    found = [
-        place for pattern in ("*", "*/*") for place in folder.glob(f"{pattern}/{RESULTS}") if _is_run(place.parent)
-    ]
-    return sorted(filter(_holds_records, found))
+    if runs := [place for place in _at_depth_2(folder, RESULTS) if _is_run(place.parent)]:
+        found[folder] = runs
+    if found:
+        return found
+    copies = {place: records for place in (folder, *inner) if (records := _suites_copies(place))}
+    return {folder: copies[folder]} if folder in copies else copies
 
 
-def _of_suite(folder: Path) -> list[Path]:
+def _suites_copies(folder: Path) -> list[Path]:
     # <output>/<protocol>/<name>/record, beside the run itself (transfer/suite/run.py).
-    found = [place for pattern in ("*", "*/*") for place in folder.glob(f"{pattern}/record")]
-    return sorted(place for place in found if _is_run(place.parent / "run") and _holds_records(place))
+    return [place for place in _at_depth_2(folder, "record") if _is_run(place.parent / "run")]
+
+
+def _at_depth_2(folder: Path, name: str) -> list[Path]:
+    """Folders of records called `name`, one or two folders below `folder`."""
+    return sorted(filter(_holds_records, (*folder.glob(f"*/{name}"), *folder.glob(f"*/*/{name}"))))
 
 
 def _is_run(folder: Path) -> bool:
@@ -275,39 +274,3 @@ def _is_run(folder: Path) -> bool:
 
 def _holds_records(folder: Path) -> bool:
     return folder.is_dir() and any(find_records([folder]))
-
-
-def _files_under(path: Path) -> list[Path]:
-    if path.is_dir() and (_is_run(path) or not _holds_records(path)):
-        places = find_collections(path)
-        if places == [path]:
-            return list(find_records(record_folders(path)))
-        if places and _is_run(path):
-            return list(find_records(places))
-    return list(find_records([path]))
-
-
-def _none_under(path: Path) -> str:
-    if studies := find_collections(path):
-        listed = " and ".join(map(str, studies))
-        return f"There are no run records in {path} itself, but in {listed}: name the folders that you mean."
-    return (
-        f"There are no run records under {path}: `twist transfer` and `twist suite` write them; `twist compare "
-        "--published-only` shows the published numbers alone."
-    )
-
-
-def _may_be_record(file: Path) -> bool:
-    # A name that begins with a dot is a record that another process is writing (contracts.atomic).
-    if file.name.startswith(".") or file.name in RUN_FILES:
-        return False
-    try:
-        data = file.read_bytes()
-        # Nearly every file is a record: what says so is not parsed twice.
-        if b'"schema_version"' in data:
-            return True
-        values = json.loads(data)
-    except (OSError, ValueError):
-        return True  # reading it says what is wrong
-    # `{}` says nothing about what it was.
-    return is_marked(values) or values == {}

@@ -1,4 +1,4 @@
-"""`twist compare` and the end of `twist suite`, as a user of a clone meets them."""
+"""`twist compare`, the tables of a README and the end of `twist suite`, as a user of a clone meets them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from made_records import make_record, runs
 
 from twist import comparing
 from twist.cli import app
-from twist.compare.comparison import Choice
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError
-from twist.contracts.record import RunRecord, find_records, write_record
-from twist.transfer.protocols import PROTOCOLS
-from twist.transfer.records import read_known_records
+from twist.contracts.record import RunRecord, find_records, read_records, write_record
+from twist.transfer.protocols import PROTOCOLS, check_protocol
 from twist.transfer.suite import run
 
 ROOT = Path(__file__).resolve().parent.parent
+STUDIES = [path for path in (ROOT / "results").iterdir() if path.is_dir() and any(find_records([path]))]
 
 
 def twist(*arguments: str | Path) -> None:
@@ -39,22 +38,20 @@ def test_without_arguments_each_committed_study_has_its_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    twist("compare")
-    plain = capsys.readouterr().out
-    twist("compare", "--format", "markdown")
-    marked = capsys.readouterr().out
-    studies = [path for path in (ROOT / "results").iterdir() if path.is_dir() and any(find_records([path]))]
-    assert len(studies) > 1
-    for study in studies:
-        assert f"━━ results/{study.name} ━━" in plain
-        assert f"### `results/{study.name}`" in marked
-    assert "results/benchmarks" not in plain + marked
-    assert "No records" not in plain + marked
+    assert len(STUDIES) > 1
+    for name, head in (("table", "━━ results/{} ━━"), ("markdown", "### `results/{}`")):
+        twist("compare", "--format", name)
+        text = capsys.readouterr().out
+        assert all(head.format(study.name) in text for study in STUDIES)
+        assert "results/benchmarks" not in text
+        assert "No records" not in text
 
 
 def test_every_committed_record_is_one_that_its_protocol_can_give() -> None:
-    studies = [path for path in (ROOT / "results").iterdir() if path.is_dir() and any(find_records([path]))]
-    assert len(read_known_records(studies)) > 40
+    found = read_records(STUDIES)
+    assert len(found) > 40
+    for path, record in found:
+        check_protocol(path, record)
 
 
 def test_a_committed_protocol_folder_is_a_table(
@@ -84,36 +81,37 @@ def test_without_results_the_runs_are_taken_and_said(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no record or folder of records at results"):
         twist("compare")
-    run = tmp_path / "runs" / "sample-knn" / "twist-seed0"
-    write_record(make_record(), run / "results")
-    (run / "run.json").write_text("{}")
+    for seed in (0, 1):
+        run = tmp_path / "runs" / "sample-knn" / f"twist-seed{seed}"
+        write_record(make_record(seed=seed, metrics={"knn_top1_percent": 50.0 + seed}), run / "results")
+        (run / "run.json").write_text("{}")
     twist("compare")
     printed = capsys.readouterr()
-    assert "50.0 (1)" in printed.out
+    assert "50.5 ± 0.7 (2)" in printed.out
+    assert "━━" not in printed.out
     assert printed.err == "There is no results: these are the records under runs.\n"
     write_record(make_record("byol"), tmp_path / "results")
     twist("compare")
     assert "TWIST" not in capsys.readouterr().out
 
 
-def test_runs_in_their_folders_are_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for seed in (0, 1):
-        run = tmp_path / "sample-knn" / f"twist-seed{seed}"
-        write_record(make_record(seed=seed, metrics={"knn_top1_percent": 50.0 + seed}), run / "results")
-        (run / "run.json").write_text("{}")
-    twist("compare", tmp_path)
-    text = capsys.readouterr().out
-    assert "50.5 ± 0.7 (2)" in text
-    assert "━━" not in text
-
-
-def test_a_metric_that_nothing_has_is_refused_with_the_ones_that_are_there(results: Path) -> None:
-    with pytest.raises(UsageError, match=r'metric "miou_percent"\. What is here has knn_top1_percent\.$'):
-        twist("compare", results, "--metric", "miou_percent")
-    # The published rows of a protocol are not there as long as they are not shown.
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("knn_top5", 'Did you mean "knn_top5_percent"'),
+        ("top1", 'Did you mean "top1_percent"'),
+        ("mIoU", 'Did you mean "miou_percent"'),
+        ("box AP", 'Did you mean "coco_box_ap_percent"'),
+        ("zzz", r"What is here has top1_percent, knn_top1_percent\.$"),
+        ("miou_percent", r"What is here has top1_percent, knn_top1_percent\.$"),
+        # The published rows of a protocol are not here as long as they are not shown.
+        ("top5_percent", r"What is here has top1_percent, knn_top1_percent\.$"),
+    ],
+)
+def test_a_metric_that_is_none_or_not_here_is_refused(results: Path, asked: str, said: str) -> None:
     write_record(make_record(protocol="linear", scale="reduced", metrics={"top1_percent": 9.0}), results)
-    with pytest.raises(UsageError, match=r'metric "top5_percent"\. What is here has top1_percent, knn_top1_percent\.$'):
-        twist("compare", results, "--metric", "top5_percent")
+    with pytest.raises(UsageError, match=rf'metric "{asked}"\. {said}'):
+        twist("compare", results, "--metric", asked)
 
 
 def test_a_metric_of_one_study_leaves_out_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +131,7 @@ def test_published_numbers_stand_beside_runs_at_full_scale_alone(
         return capsys.readouterr().out
 
     write_record(make_record(protocol="knn", scale="reduced"), tmp_path)
-    note = "Published numbers of knn are left out: no record of it is at full scale, so none may be compared with them"
+    note = "Published numbers of knn are left out: no record of it is at full scale"
     assert note in shown()
     assert "DINO" not in shown()
     assert note not in shown("--no-published")
@@ -144,12 +142,26 @@ def test_published_numbers_stand_beside_runs_at_full_scale_alone(
     both = shown()
     assert "SwAV" in both
     assert note in both
-    assert "k-NN top-1" in both
     assert "lightly repository" not in both.split("k-NN top-1")[1].split("\n\n")[0]
 
 
+def test_published_rows_can_be_left_out_or_kept_to_the_measured_methods(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for record in runs("swav", [65.0, 66.0], protocol="knn", scale="full"):
+        write_record(record, tmp_path)
+    text = {}
+    for choice in ("--published", "--same-methods", "--no-published"):
+        twist("compare", tmp_path, choice, "--format", "markdown")
+        text[choice] = capsys.readouterr().out
+    assert "DINO" in text["--published"]
+    assert "DINO" not in text["--same-methods"]
+    assert "lightly" in text["--same-methods"]
+    assert "*" not in text["--no-published"]
+
+
 def test_two_records_that_agree_are_one_run_on_the_page_too(tmp_path: Path) -> None:
-    """A file measured twice, under two names: the older record counts, its file is named, and so is the other's."""
+    """A file measured twice, under two names: the older record counts."""
     for name, created in (("plain", "2026-01-02T00:00:00+00:00"), ("torchvision", "2026-01-03T00:00:00+00:00")):
         write_record(make_record(created=created), tmp_path / name)
     page = tmp_path / "page.html"
@@ -161,14 +173,6 @@ def test_two_records_that_agree_are_one_run_on_the_page_too(tmp_path: Path) -> N
     write_record(make_record(metrics={"knn_top1_percent": 51.0}), tmp_path / "torchvision")
     with pytest.raises(UserError, match=f"differ in knn_top1_percent: {tmp_path}/.* and {tmp_path}/.*remove one"):
         twist("compare", tmp_path / "torchvision", tmp_path / "plain")
-
-
-def test_a_file_without_a_table_is_said_to_have_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "README.md").write_text("nothing here\n")
-    for status, look in ((1, comparing.check_markers), (0, comparing.update_markers)):
-        assert look(tmp_path / "README.md") == status
-        said = capsys.readouterr().out
-        assert "README.md: 0 tables found; a table lies between a line `<!-- twist compare ARGUMENTS -->`" in said
 
 
 def test_the_published_numbers_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,19 +205,43 @@ def test_records_of_two_recipes_meet_only_when_that_is_asked_for(
 ) -> None:
     for number, method in enumerate(("twist", "byol")):
         write_record(make_record(method, recipe={"lr": number}), tmp_path)
-    assert not Choice().allow_mixed
     with pytest.raises(UserError, match="pass --allow-mixed"):
         twist("compare", tmp_path)
     twist("compare", tmp_path, "--allow-mixed")
     assert "lr = 1" in capsys.readouterr().out
 
 
-def test_one_table_formats_take_one_study(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["csv", "json", "html"])
+def test_one_table_formats_take_one_study(tmp_path: Path, name: str) -> None:
     for study in "ab":
         write_record(make_record(), tmp_path / study)
-    for name in ("csv", "json", "html"):
-        with pytest.raises(UsageError, match=f"The format {name} holds one table, and there are 2 studies"):
-            twist("compare", tmp_path, "--format", name)
+    with pytest.raises(UsageError, match=f"The format {name} holds one table, and there are 2 studies"):
+        twist("compare", tmp_path, "--format", name)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"metrics": {"top1_percent": 50.0}}, "sample-knn does not measure top1_percent"),
+        ({"task": "clustering"}, "sample-knn is classification, and the record says clustering"),
+    ],
+)
+def test_a_record_that_its_protocol_cannot_give_is_refused(
+    tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    path = write_record(make_record(**change), tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"{path}: {said}"):
+        twist("compare", tmp_path)
+
+
+def test_a_protocol_that_is_not_in_the_table_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_record(make_record(protocol="knn-of-tomorrow"), tmp_path)
+    assert "knn-of-tomorrow" not in PROTOCOLS
+    twist("compare", tmp_path)
+    assert "knn-of-tomorrow" in capsys.readouterr().out
+
+
+# ── Where it is written ──
 
 
 def test_a_page_has_the_headline_that_it_is_given(results: Path, tmp_path: Path) -> None:
@@ -223,15 +251,10 @@ def test_a_page_has_the_headline_that_it_is_given(results: Path, tmp_path: Path)
     assert "<h1>Ours &amp; theirs</h1>" in page.read_text()
 
 
-def test_output_goes_into_a_folder_that_is_not_there_yet(results: Path, tmp_path: Path) -> None:
-    twist("compare", results, "--no-published", "--output", tmp_path / "new" / "table.txt")
-    assert "TWIST" in (tmp_path / "new" / "table.txt").read_text()
-
-
 @pytest.mark.parametrize(
     ("name", "begins"),
     [
-        ("t.md", "| method |"),
+        ("new/t.md", "| method |"),
         ("t.csv", "method,row,"),
         ("t.json", "{"),
         ("t.tex", "% needs"),
@@ -246,7 +269,7 @@ def test_the_suffix_of_the_output_is_its_format(results: Path, tmp_path: Path, n
 
 
 def test_a_suffix_that_contradicts_the_format_is_refused(results: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"t\.md is markdown by its name, and --format says csv: leave out --format"):
+    with pytest.raises(UsageError, match=r"t\.md is markdown by its name, and --format says csv"):
         twist("compare", results, "--format", "csv", "--output", tmp_path / "t.md")
     assert not (tmp_path / "t.md").exists()
     twist("compare", results, "--format", "csv", "--output", tmp_path / "t.txt")
@@ -274,46 +297,82 @@ def test_an_output_that_cannot_be_written_is_one_sentence(
         write(tmp_path / "table.txt")
 
 
+# ── A README's tables ──
+
+
+@pytest.fixture
+def readme(results: Path) -> Path:
+    path = results.parent / "README.md"
+    path.write_text(
+        "# Title\n\n<!-- twist compare results --baseline random -->\n<!-- end -->\n\nAfter.\n\n"
+        "```\n<!-- twist compare results/absent -->\n```\n\n<!-- twist compare results --no-published -->\n<!-- end -->"
+    )
+    return path
+
+
+def test_stale_tables_are_found_rewritten_and_then_current(readme: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert comparing.refresh_tables(readme, write=False) == 1
+    said = capsys.readouterr().out
+    assert "`twist compare results --baseline random` is stale; run `twist compare --update" in said
+    assert said.count("is stale") == 2
+    assert comparing.refresh_tables(readme, write=True) == 0
+    text = readme.read_text()
+    assert text.count("| TWIST | 50.5 ± 0.5 (3)") == 2
+    assert text.startswith("# Title\n\n<!-- twist")
+    assert "After.\n\n```\n<!-- twist compare results/absent -->\n```\n" in text
+    assert comparing.refresh_tables(readme, write=False) == 0
+    before = readme.stat().st_mtime_ns
+    assert comparing.refresh_tables(readme, write=True) == 0
+    assert readme.stat().st_mtime_ns == before
+
+
+def test_a_new_record_or_an_edited_number_makes_a_table_stale(readme: Path) -> None:
+    comparing.refresh_tables(readme, write=True)
+    readme.write_text(readme.read_text().replace("50.5", "60.5", 1))
+    assert comparing.refresh_tables(readme, write=False) == 1
+    comparing.refresh_tables(readme, write=True)
+    write_record(make_record(seed=7), readme.parent / "results")
+    assert comparing.refresh_tables(readme, write=False) == 1
+
+
+def test_a_file_without_a_table_is_said_to_have_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "README.md").write_text("nothing here\n<!-- end -->\n")
+    for write in (False, True):
+        assert comparing.refresh_tables(tmp_path / "README.md", write=write) == (0 if write else 1)
+        assert "README.md: 0 tables found" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("text", "error", "said"),
     [
-        ({"metrics": {"top1_percent": 50.0}}, "sample-knn does not measure top1_percent"),
-        ({"task": "clustering"}, "sample-knn is classification, and the record says clustering"),
+        ("<!-- twist compare results -->\n", UserError, "line 1: the marker has no <!-- end --> line"),
+        ("<!-- twist compare results -->\n" * 2 + "<!-- end -->\n", UserError, "line 1: the marker has no"),
+        ("<!-- twist compare results --colour -->\n<!-- end -->\n", Exception, "--colour"),
+        ("<!-- twist compare results --output=x -->\n<!-- end -->\n", UsageError, "takes no --output=x"),
+        ("<!-- twist compare elsewhere -->\n<!-- end -->\n", UserError, "no record or folder of records at"),
+        ("<!-- twist compare --published-only --no-published -->\n<!-- end -->\n", UsageError, "nothing to show"),
     ],
 )
-def test_a_record_that_its_protocol_cannot_give_is_refused(
-    tmp_path: Path, change: dict[str, object], said: str
-) -> None:
-    path = write_record(make_record(**change), tmp_path)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=f"{path}: {said}"):
-        comparing.compare([tmp_path], Choice(), table_format="table", output=None)
-    (tmp_path / "README.md").write_text("<!-- twist compare . -->\n<!-- end -->\n")
-    with pytest.raises(UserError, match=said):
-        comparing.check_markers(tmp_path / "README.md")
-
-
-def test_a_protocol_that_is_not_in_the_table_is_shown(tmp_path: Path) -> None:
-    write_record(make_record(protocol="knn-of-tomorrow"), tmp_path)
-    assert "knn-of-tomorrow" not in PROTOCOLS
-    assert len(read_known_records([tmp_path])) == 1
+def test_a_marker_that_cannot_be_followed(readme: Path, text: str, error: type[Exception], said: str) -> None:
+    readme.write_text(text)
+    with pytest.raises(error, match=said):
+        comparing.refresh_tables(readme, write=False)
+    with pytest.raises(UserError, match=r"Cannot read .*absent\.md"):
+        comparing.refresh_tables(readme.parent / "absent.md", write=False)
 
 
 # ── The end of a suite ──
 
 
-def test_a_suite_ends_with_differences_to_random() -> None:
-    text = comparing.suite_table([*runs("random", [40.0, 40.5, 41.0]), *runs("twist", [50.0, 50.5, 51.0])])
+def test_a_suite_ends_with_differences_to_random_or_supervised_weights_or_nothing() -> None:
+    ours = runs("twist", [50.0, 50.5, 51.0])
+    text = comparing.suite_table([*runs("random", [40.0, 40.5, 41.0]), *ours])
     assert "50.5 ± 0.5 (3) [+10.0*]" in text
     assert "In brackets the difference to random init" in text
-
-
-def test_without_random_a_suite_is_measured_against_supervised_weights_or_nothing() -> None:
-    assert "the difference to supervised" in comparing.suite_table(
-        [*runs("supervised", [40.0]), *runs("twist", [50.0])]
-    )
-    assert "[" not in comparing.suite_table([*runs("byol", [40.0]), *runs("twist", [50.0])])
+    assert "the difference to supervised" in comparing.suite_table([*runs("supervised", [40.0]), *ours])
+    assert "[" not in comparing.suite_table([*runs("byol", [40.0]), *ours])
     wide = make_record("random", weights={"architecture": "resnet50w2"})
-    assert "[" not in comparing.suite_table([wide, make_record("random", seed=1), *runs("twist", [50.0])])
+    assert "[" not in comparing.suite_table([wide, make_record("random", seed=1), *ours])
 
 
 def test_the_table_of_what_was_made_comes_before_the_failure(

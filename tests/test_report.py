@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from made_records import make_record, runs
 
-from twist.compare.report import write_report
+from twist.compare.page import write_page
 from twist.compare.report_curves import (
     CURVE_POINTS,
     PRETRAIN_KEYS,
@@ -100,7 +100,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = make_results(root / "results")
     table = build_table([record for _, record in found], published=load_published(), baseline="random")
     (root / "views.png").write_bytes(PIXEL)
-    return write_report(
+    return write_page(
         root / "report.html",
         table,
         found,
@@ -305,7 +305,7 @@ def test_printed_numbers_are_told_from_measured_ones() -> None:
 
 def test_a_table_without_records_is_a_page_too(tmp_path: Path) -> None:
     table = build_table([], published=load_published())
-    text = write_report(tmp_path / "published.html", table, []).read_text()
+    text = write_page(tmp_path / "published.html", table, []).read_text()
     assert re.search(r"\d+ published rows, each with its source", text)
     assert "TWIST repository, commit 796d36e" in text
 
@@ -314,12 +314,12 @@ def test_curves_or_pictures_that_are_absent_are_named(tmp_path: Path) -> None:
     found = make_results(tmp_path / "results")
     table = build_table([record for _, record in found])
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
-        write_report(tmp_path / "page.html", table, found, pretrain_runs=[tmp_path])
+        write_page(tmp_path / "page.html", table, found, pretrain_runs=[tmp_path])
     with pytest.raises(UserError, match=r"notes\.txt is no picture"):
-        write_report(tmp_path / "page.html", table, found, pictures=[("x", tmp_path / "notes.txt")])
+        write_page(tmp_path / "page.html", table, found, pictures=[("x", tmp_path / "notes.txt")])
     (found[0][0].parent / "curve.jsonl").write_text("{broken\n")
     with pytest.raises(UserError, match="not one JSON object a line"):
-        write_report(tmp_path / "page.html", table, found)
+        write_page(tmp_path / "page.html", table, found)
     assert not (tmp_path / "page.html").exists()
 
 
@@ -330,7 +330,7 @@ def test_a_record_cannot_bring_in_a_file_from_elsewhere(tmp_path: Path, field: s
     record = make_record(**{field: (named,) if field == "media" else named})
     path = write_record(record, tmp_path / "results")
     with pytest.raises(UserError, match="outside its own folder"):
-        write_report(tmp_path / "page.html", build_table([record]), [(path, record)])
+        write_page(tmp_path / "page.html", build_table([record]), [(path, record)])
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +339,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(files, "write_text", full)
     with pytest.raises(UserError, match=r"Cannot write the page .* \(No space left on device\)"):
-        write_report(tmp_path / "page.html", build_table([make_record()]), [])
+        write_page(tmp_path / "page.html", build_table([make_record()]), [])
 
 
 # ── In a real browser ──
@@ -374,7 +374,7 @@ def opened(browser: Any, page: Path) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
     page = tmp_path_factory.mktemp("published") / "page.html"
-    return write_report(page, build_table([], published=load_published()), [])
+    return write_page(page, build_table([], published=load_published()), [])
 
 
 @pytest.fixture
@@ -505,7 +505,7 @@ def test_a_percentage_that_never_changes_has_one_tick_and_none_beyond_100(browse
     flat = build_table([make_record(seed=seed, metrics=metrics) for seed in range(2)])
     high = build_table([*runs("twist", [99.9, 100.0]), *runs("byol", [99.0, 99.5])])
     for table, wanted in ((flat, ["100"]), (high, None)):
-        sheet = next(pages := shown(browser, write_report(tmp_path / "page.html", table, [])))
+        sheet = next(pages := shown(browser, write_page(tmp_path / "page.html", table, [])))
         ticks = sheet.locator("#metrics svg text[text-anchor=middle]").all_text_contents()
         assert ticks == wanted if wanted else len(ticks) >= 2 and max(map(float, ticks)) <= 100
         pages.close()

@@ -68,7 +68,7 @@ class World:
         return ["/bin/sh", "-c", f"{count}\n{script}\necho gpus=$CUDA_VISIBLE_DEVICES\n{copy}"]
 
     def record(self, job: Job) -> RunRecord:
-        metric = PROTOCOLS[job.protocol].main_metric
+        metric = PROTOCOLS[job.protocol].metrics[0]
         return make_record(
             job.weights.method or job.weights.name,
             job.protocol,

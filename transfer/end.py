@@ -1,4 +1,4 @@
-"""What a run says at its end: what was measured, beside what others published, and where it was written.
+"""What a run prints at its end: the measured metrics, what others published, and the files that were written.
 
 Paths are as one would type them: relative where they lie below the working directory.
 """
@@ -9,16 +9,16 @@ import shlex
 from pathlib import Path
 
 from twist.contracts.metrics import METRICS
+from twist.contracts.published import PublishedRow, find_neighbours, protocol_title
 from twist.contracts.record import RunRecord
 from twist.contracts.weights import Backbone
-from twist.transfer.protocols import Neighbour, Protocol, find_neighbours
+from twist.transfer.protocols import Protocol
 
 
 def render_end(record: RunRecord, row: Protocol, backbone: Backbone) -> str:
-    """Measured metrics, beside what was published for the same method and network under this protocol."""
-    neighbours = (
-        find_neighbours(row, record.method, backbone.epochs, backbone.display_name) if record.scale == "full" else []
-    )
+    """Measured metrics, with what was published for the same method and network under this protocol."""
+    network, full = backbone.display_name, record.scale == "full"
+    published = _published_for(record, backbone) if full else []
     lines = [f"{row.name} · {record.method} · {record.weights.name} · seed {record.seed} · {record.wall_s:.0f} s"]
     classes = record.recipe.get("images", {}).get("classes", 1000)
     for name in row.metrics:
@@ -26,31 +26,32 @@ def render_end(record: RunRecord, row: Protocol, backbone: Backbone) -> str:
             continue  # 100 whatever the weights
         if name in record.metrics:
             lines.append(f"  {METRICS[name].label:22} {record.metrics[name]:6.2f} {METRICS[name].unit}")
-            lines += [f"    {text}" for neighbour in neighbours for text in _against(name, record, neighbour)]
-    if record.scale == "full" and not neighbours:
-        lines.append(
-            f"  nothing published for {record.method} on a {backbone.display_name} under this protocol is known here"
-        )
-    elif record.scale != "full":
+            lines += [_against(record.metrics[name], name, one, row) for one in published if name in one.metrics]
+    if full and not published:
+        lines.append(f"  nothing published for {record.method} on a {network} under this protocol is known here")
+    if not full:
         lines.append(f"  {record.scale} scale: not comparable with published numbers")
     return "\n".join(lines)
 
 
-def _against(name: str, record: RunRecord, neighbour: Neighbour) -> list[str]:
-    if name not in neighbour.values:
-        return []
-    difference = record.metrics[name] - neighbour.values[name]
-    epochs = f", {neighbour.epochs} ep" if neighbour.epochs else ""
-    if neighbour.differs:
-        return [
-            f"published under another recipe ({neighbour.differs}) {neighbour.values[name]:.1f}{epochs}: "
-            f"{difference:+.2f} [{neighbour.source}]"
-        ]
-    verdict = "within" if abs(difference) <= neighbour.tolerance else "OUTSIDE"
-    return [
-        f"published {neighbour.values[name]:.1f} ± {neighbour.tolerance:g}{epochs}: {difference:+.2f}, {verdict} "
-        f"[{neighbour.source}]"
-    ]
+def _published_for(record: RunRecord, backbone: Backbone) -> list[PublishedRow]:
+    """The published rows of the method on this network: those of the same epochs, else those that do not state any."""
+    wanted = (record.method, backbone.display_name)
+    rows = [row for row in find_neighbours(record.protocol) if (row.method, row.architecture) == wanted]
+    same = [row for row in rows if row.epochs == backbone.epochs]
+    return same or [row for row in rows if row.epochs is None]
+
+
+def _against(value: float, name: str, published: PublishedRow, row: Protocol) -> str:
+    printed = published.metrics[name]
+    difference, epochs = value - printed, f", {published.epochs} ep" if published.epochs else ""
+    if published.protocol != row.name:
+        title = protocol_title(published.protocol)
+        text = f"published under another recipe ({title}) {printed:.1f}{epochs}: {difference:+.2f}"
+    else:
+        verdict = "within" if abs(difference) <= row.tolerance else "OUTSIDE"
+        text = f"published {printed:.1f} ± {row.tolerance:g}{epochs}: {difference:+.2f}, {verdict}"
+    return f"    {text} [{published.source}]"
 
 
 def render_places(record: RunRecord, path: Path) -> str:

@@ -363,9 +363,9 @@ def compare(
     from twist.compare.comparison import Choice
 
     if check is not None:
-        raise typer.Exit(comparing.check_markers(check))
+        raise typer.Exit(comparing.refresh_tables(check, write=False))
     if update is not None:
-        raise typer.Exit(comparing.update_markers(update))
+        raise typer.Exit(comparing.refresh_tables(update, write=True))
     choice = Choice(
         baseline=baseline,
         allow_mixed=allow_mixed,

@@ -1,26 +1,33 @@
-"""`twist compare`: what joins the records, the published numbers and the writers."""
+"""`twist compare` and the tables of a README: records and published numbers, by the options of the command line.
+
+A README's table lies between `<!-- twist compare ARGUMENTS -->` and `<!-- end -->`, each on a line of its own; the
+arguments are those of the command line, paths relative to the README's folder.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from twist.compare.comparison import Choice
 from twist.compare.comparison import compare as compare_records
-from twist.compare.markers import check_markers as stale_markers
-from twist.compare.markers import find_markers
-from twist.compare.markers import update_markers as rewrite_markers
-from twist.compare.render import format_for, render, render_all
-from twist.compare.report import HEADLINE, write_report
+from twist.compare.page import HEADLINE, write_page
 from twist.compare.table import build_table
+from twist.compare.writers import format_for, render, render_all
 from twist.contracts import files
-from twist.contracts.errors import UserError
+from twist.contracts.errors import UsageError, UserError
 from twist.contracts.record import RESULTS, RunRecord
-from twist.transfer.records import read_known_records
+from twist.transfer.protocols import check_protocol
 
-# Where `twist transfer` makes its run folders when nobody says where.
+# The folder of run folders where `twist transfer` is given no --output.
 RUNS = "runs"
+_OPEN = re.compile(r"^<!-- twist compare\b(?P<arguments>.*?)-->\s*$")
+_CLOSE = re.compile(r"^<!-- end -->\s*$")
 
 
 def compare(
@@ -36,32 +43,24 @@ def compare(
     """Read the records under `paths` and print or write the tables of what they hold.
 
     Without paths it is those of `results`, or of `runs` where there is no such folder. Without a format it is the one
-    that the suffix of `output` says.
+    of the suffix of `output`.
     """
     table_format = format_for(output, table_format)
     if not paths and not choice.published_only:
         paths = [_default_folder()]
-    comparisons = compare_records(paths, choice, read=read_known_records)
+    comparisons = compare_records(paths, choice, check=check_protocol)
+    if output is not None and output.is_dir():
+        raise UserError(f"{output} is a folder: give --output a file in it, for example {output / 'comparison.txt'}.")
     if table_format == "html" and len(comparisons) == 1:
         (one,) = comparisons
         page = output or Path("comparison.html")
-        _refuse_folder(page)
-        print(
-            write_report(
-                page,
-                one.table,
-                one.found,
-                pretrain_runs=pretrain_runs,
-                title=title or HEADLINE,
-                pictures=pictures,
-            )
-        )
+        runs = {"pretrain_runs": pretrain_runs, "pictures": pictures}
+        print(write_page(page, one.table, one.found, title=title or HEADLINE, **runs))
         return
     text = render_all(comparisons, table_format)
     if output is None:
         print(text)
         return
-    _refuse_folder(output)
     try:
         files.write_text(output, text.rstrip("\n") + "\n")
     except OSError as error:
@@ -72,46 +71,6 @@ def compare(
     print(output)
 
 
-def suite_table(records: Sequence[RunRecord]) -> str:
-    """The end of a suite: its records, with differences to random initialisation, else to supervised weights."""
-    # A grid runs several recipes of one protocol on purpose; they come out in columns of their own, marked.
-    table = build_table(records, allow_mixed=True)
-    for method in ("random", "supervised"):
-        rows = [row.label for row in table.rows if row.method == method]
-        # Of several (two architectures, two files) none is the one that all others are measured against.
-        if len(rows) == 1 and len(table.rows) > 1:
-            table = build_table(records, allow_mixed=True, baseline=rows[0])
-            break
-    return render(table, "table")
-
-
-def check_markers(file: Path) -> int:
-    """Exit status 0 when every table in `file` is what its marker's arguments give today, else 1; 1 without tables."""
-    if not find_markers(file):
-        print(_no_tables(file))
-        return 1
-    stale = stale_markers(file, read=read_known_records)
-    for block in stale:
-        print(f"{file}: the table of `{block}` is stale; run `twist compare --update {file}`.")
-    return 1 if stale else 0
-
-
-def update_markers(file: Path) -> int:
-    """Rewrite the stale tables of `file`; always 0."""
-    if not find_markers(file):
-        print(_no_tables(file))
-    for block in rewrite_markers(file, read=read_known_records):
-        print(f"{file}: rewrote the table of `{block}`.")
-    return 0
-
-
-def _no_tables(file: Path) -> str:
-    return (
-        f"{file}: 0 tables found; a table lies between a line `<!-- twist compare ARGUMENTS -->` and a line "
-        "`<!-- end -->`: write the two, and `twist compare --update` fills them."
-    )
-
-
 def _default_folder() -> Path:
     results, runs = Path(RESULTS), Path(RUNS)
     if results.exists() or not runs.is_dir():
@@ -120,6 +79,80 @@ def _default_folder() -> Path:
     return runs
 
 
-def _refuse_folder(output: Path) -> None:
-    if output.is_dir():
-        raise UserError(f"{output} is a folder: give --output a file in it, for example {output / 'comparison.txt'}.")
+def suite_table(records: Sequence[RunRecord]) -> str:
+    """The end of a suite: its records, with differences to random initialisation, else to supervised weights."""
+    # A grid runs several recipes of one protocol on purpose; they come out in columns of their own, marked.
+    table = build_table(records, allow_mixed=True)
+    for method in ("random", "supervised"):
+        rows = [row.label for row in table.rows if row.method == method]
+        # Of several (two architectures, two files) none is the baseline of all others.
+        if len(rows) == 1 and len(table.rows) > 1:
+            table = build_table(records, allow_mixed=True, baseline=rows[0])
+            break
+    return render(table, "table")
+
+
+# ── The tables of a README ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def refresh_tables(readme: Path, *, write: bool) -> int:
+    """Print which tables of `readme` are stale, that is, would read otherwise if made today; `write`: make them again.
+
+    Returns the exit status: 1 where a table is stale and not rewritten, or where there is none to check.
+
+    Raises:
+        UserError: the file is absent or a marker has no end.
+    """
+    try:
+        lines = readme.read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(
+            f"Cannot read {readme} ({error.strerror}): --check and --update take a Markdown file."
+        ) from None
+    tables = list(_tables(lines, readme))
+    stale = []
+    for start, end, arguments in tables:
+        made = f"\n{_markdown(arguments, readme.parent)}"
+        if "".join(lines[start:end]) != made:
+            stale.append((start, end, made))
+            done = "rewrote it" if write else f"run `twist compare --update {readme}`"
+            print(f"{readme}: the table of `twist compare{arguments.rstrip()}` is stale; {done}.")
+    for start, end, made in reversed(stale):  # from below, so that the places above stay
+        lines[start:end] = [made]
+    if stale and write:
+        files.write_text(readme, "".join(lines))
+    if not tables:
+        print(
+            f"{readme}: 0 tables found; a table lies between a line `<!-- twist compare ARGUMENTS -->` and a line "
+            "`<!-- end -->`: write the two, and `twist compare --update` fills them."
+        )
+    return 0 if write or (tables and not stale) else 1
+
+
+def _tables(lines: Sequence[str], readme: Path) -> Iterator[tuple[int, int, str]]:
+    """The lines between each marker and its end, and the marker's arguments."""
+    opened: tuple[int, str] | None = None
+    fenced = False
+    for number, line in enumerate([*lines, "<!-- twist compare -->"]):
+        # A marker inside a code fence is an example of one.
+        fenced ^= line.startswith("```")
+        match = None if fenced else _OPEN.match(line)
+        if match and opened:
+            raise UserError(f"{readme}, line {opened[0]}: the marker has no <!-- end --> line; add it.")
+        if match:
+            opened = number + 1, match["arguments"]
+        elif opened and not fenced and _CLOSE.match(line):
+            yield opened[0], number, opened[1]
+            opened = None
+
+
+def _markdown(arguments: str, folder: Path) -> str:
+    """What `twist compare ARGUMENTS --format markdown` prints in `folder`."""
+    from twist.cli import app
+
+    words = shlex.split(arguments)
+    if others := [word for word in words if word.split("=")[0] in ("--format", "--output", "--check", "--update")]:
+        raise UsageError(f"twist compare{arguments.rstrip()}: a table in a text takes no {others[0]}; remove it.")
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
+        app(["compare", *words, "--format", "markdown"], standalone_mode=False)
+    return printed.getvalue()

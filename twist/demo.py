@@ -130,8 +130,8 @@ def _records(output: Path) -> list[tuple[Path, Any]]:
 
 
 def _closing_words(output: Path, *, elapsed_s: float) -> None:
-    from twist.compare.render import render
     from twist.compare.table import build_table
+    from twist.compare.writers import render
 
     print(render(build_table([record for _, record in _records(output)], baseline="random", metrics=METRICS), "table"))
     print(f"\nThe page, with curves and pictures: {output / 'report.html'}   ({elapsed_s / 60:.1f} minutes)")

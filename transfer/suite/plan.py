@@ -12,8 +12,7 @@ from pathlib import Path
 from twist.contracts.errors import UserError
 from twist.contracts.record import RunRecord, find_records, read_record
 from twist.transfer.identity import data_of, identify_data
-from twist.transfer.protocols import PROTOCOLS
-from twist.transfer.records import check_protocol
+from twist.transfer.protocols import PROTOCOLS, check_protocol
 from twist.transfer.suite.config import SuiteConfig, WeightsEntry, runs_of
 
 

@@ -1,4 +1,4 @@
-// The page's charts, drawn as SVG, and its start. Goes on where report.js ends; no library, no network.
+// The page's charts, drawn as SVG, and its start. Goes on where page.js ends; no library, no network.
 
 // ── Charts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -1,5 +1,5 @@
 // The page's behaviour: filter by task and protocol, sort, provenance of a cell. No library, no network; the charts are
-// in report_charts.js.
+// in page_charts.js.
 "use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);

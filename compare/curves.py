@@ -1,25 +1,24 @@
-"""What the page draws: curves of pretraining and transfer runs, thinned, and top-1 over the share of labels."""
+"""The curves of the page: pretraining and transfer runs, thinned, and top-1 over the share of labels."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from twist.compare.comparison import Found
 from twist.compare.table import Table
 from twist.contracts.errors import UserError
-from twist.contracts.record import RunRecord
 
 # A curve keeps this many points: more than a chart has pixels to show them.
 CURVE_POINTS = 240
 # Runs whose curves are drawn for one row and protocol.
 CURVE_RUNS = 3
-# Keys of a pretraining run's metrics.jsonl in the order of the page, each with what its curve does in a healthy run. At
-# first the loss pays for sharpness with consistency; diversity begins at its largest and is to stay there.
+# Keys of a pretraining run's metrics.jsonl in the order of the page, each with how its curve looks in a healthy run. At
+# first the loss trades consistency for sharpness; diversity begins at its largest and has to stay there.
 PRETRAIN_KEYS = {
     "total": "the loss that is minimised: falls",
     "consistency": "how far apart the views' distributions are: grows while they sharpen, then settles or falls",
@@ -33,13 +32,9 @@ PRETRAIN_KEYS = {
     "nmi_percent": "NMI during pretraining, percent",
     "lr": "learning rate",
 }
-# Drawn from zero: what these say lies in their height, and a hundredth of it is no fall.
+# Drawn from zero: a change of a hundredth of their height is no fall.
 FROM_ZERO = ("diversity", "mean_entropy", "classes_used")
 LABEL_SHARES = {"semi-1pct": 1, "semi-10pct": 10, "finetune-100pct": 100}
-
-
-def identity(record: RunRecord) -> tuple[str, str]:
-    return record.protocol, record.run_name
 
 
 def label_families(table: Table) -> list[dict[str, Any]]:
@@ -58,53 +53,52 @@ def label_families(table: Table) -> list[dict[str, Any]]:
         elif cell.published:
             families["full"][row, True].append([share, cell.published[0].value, 0.0])
     made = []
-    for scale, lines in families.items():
-        several = {key: sorted(points) for key, points in lines.items() if len({point[0] for point in points}) > 1}
-        if several:
-            made.append(
-                {
-                    "title": "Top-1 over the share of labels, percent" + ("" if scale == "full" else f" ({scale})"),
-                    "lines": [
-                        {"row": row, "published": printed, "points": points}
-                        for (row, printed), points in sorted(several.items())
-                    ],
-                }
-            )
+    for scale, of_rows in families.items():
+        lines = [
+            {"row": row, "published": printed, "points": sorted(points)}
+            for (row, printed), points in sorted(of_rows.items())
+            if len({point[0] for point in points}) > 1
+        ]
+        title = "Top-1 over the share of labels, percent" + ("" if scale == "full" else f" ({scale})")
+        made += [{"title": title, "lines": lines}] if lines else []
     return made
 
 
-def curve_groups(records: Sequence[tuple[Path, RunRecord]], rows: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
-    """The training losses of transfer runs by protocol, at most `CURVE_RUNS` of a row."""
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    tasks = {}
-    taken: dict[tuple[str, int], int] = defaultdict(int)
-    for path, record in sorted(records, key=lambda pair: (pair[1].protocol, pair[1].seed, pair[1].run_name)):
-        row = rows.get(identity(record))
-        if record.curves is None or row is None or taken[record.protocol, row] == CURVE_RUNS:
+def curve_groups(found: Found, rows: dict[int, int]) -> list[dict[str, Any]]:
+    """The training losses of transfer runs by protocol, at most `CURVE_RUNS` of a row.
+
+    `rows` has the row of each record by its `id`.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    drawn: dict[tuple[str, int], int] = defaultdict(int)
+    for path, record in sorted(found, key=lambda pair: (pair[1].protocol, pair[1].seed, pair[1].run_name)):
+        row = rows.get(id(record))
+        if record.curves is None or row is None or drawn[record.protocol, row] == CURVE_RUNS:
             continue
-        lines = _read_lines(beside(path, record.curves))
-        key = next((name for name in ("total_loss", "loss", "total") if any(name in line for line in lines)), None)
+        steps = _read_steps(beside(path, record.curves))
+        key = next((name for name in ("total_loss", "loss", "total") if any(name in step for step in steps)), None)
         if key is None:
             continue
-        taken[record.protocol, row] += 1
-        tasks[record.protocol] = record.task
-        groups[record.protocol].append({"row": row, "seed": record.seed, "points": _points(lines, key)})
-    return [{"protocol": name, "task": tasks[name], "lines": lines} for name, lines in groups.items()]
+        drawn[record.protocol, row] += 1
+        group = groups.setdefault(record.protocol, {"protocol": record.protocol, "task": record.task, "lines": []})
+        group["lines"].append({"row": row, "seed": record.seed, "points": thin(steps, key)})
+    return list(groups.values())
 
 
 def pretrain_run(folder: Path) -> dict[str, Any]:
-    lines = _read_lines(folder / "metrics.jsonl")
+    """The series of a pretraining run's folder, and the steps at which a stage begins."""
+    steps = _read_steps(folder / "metrics.jsonl")
     evaluated = folder / "online_eval.jsonl"
     if evaluated.exists():
-        # Told by epoch; the page's axis is the step, so each goes to its epoch's last one.
-        ends = {line["epoch"]: line["step"] for line in lines if "epoch" in line}
-        lines += [{**line, "step": ends[line["epoch"]]} for line in _objects(evaluated) if line.get("epoch") in ends]
-    series = {key: points for key in PRETRAIN_KEYS if (points := _points(lines, key))}
+        # By epoch; the page's axis is the step, so each is drawn at its epoch's last one.
+        ends = {step["epoch"]: step["step"] for step in steps if "epoch" in step}
+        steps += [{**line, "step": ends[line["epoch"]]} for line in _objects(evaluated) if line.get("epoch") in ends]
     stages = [
-        [line["step"], str(line["stage"]).replace("_", " ")]
-        for before, line in pairwise(line for line in lines if "stage" in line)
-        if line["stage"] != before["stage"]
+        [step["step"], str(step["stage"]).replace("_", " ")]
+        for before, step in pairwise(step for step in steps if "stage" in step)
+        if step["stage"] != before["stage"]
     ]
+    series = {key: points for key in PRETRAIN_KEYS if (points := thin(steps, key))}
     return {"name": folder.name, "series": series, "stages": stages}
 
 
@@ -117,7 +111,7 @@ def beside(record: Path, name: str) -> Path:
     return file
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_steps(path: Path) -> list[dict[str, Any]]:
     """The lines of a curve file that have a step."""
     return [line for line in _objects(path) if isinstance(line.get("step"), int | float)]
 
@@ -125,23 +119,21 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 def _objects(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Cannot read the curves {path} ({type(error).__name__}): the page needs them.") from None
-    # A run that is still going may be in the middle of its last line.
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    try:
-        lines = [json.loads(line) for line in whole if line.strip()]
-    except json.JSONDecodeError as error:
+        # A run that is still going may be in the middle of its last line.
+        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"Cannot read the curves {path} ({error.strerror}): the page needs them.") from None
+    except ValueError as error:
         raise UserError(f"{path} is not one JSON object a line ({error}).") from None
     return [line for line in lines if isinstance(line, dict)]
 
 
-def _points(lines: Sequence[dict[str, Any]], key: str) -> list[list[float]]:
+def thin(steps: list[dict[str, Any]], key: str) -> list[list[float]]:
     """(step, value) where `key` is a finite number, thinned to `CURVE_POINTS` with the last point kept."""
     points = [
-        [line["step"], float(line[key])]
-        for line in lines
-        if isinstance(line.get(key), int | float) and not isinstance(line[key], bool) and math.isfinite(line[key])
+        [step["step"], float(step[key])]
+        for step in steps
+        if isinstance(step.get(key), int | float) and not isinstance(step[key], bool) and math.isfinite(step[key])
     ]
     stride = math.ceil(len(points) / CURVE_POINTS) or 1
     return points[::stride] + (points[-1:] if points and (len(points) - 1) % stride else [])
