@@ -61,7 +61,8 @@ def compare(
         _check_metrics(choice.metrics, _metrics_in([], rows))
         return [Comparison(build_table([], published=rows, baseline=choice.baseline, metrics=choice.metrics), [])]
     studies = find_collections(paths[0]) if len(paths) == 1 and paths[0].is_dir() else {}
-    read = [(study, read_records(folders)) for study, folders in studies.items()] or [(None, read_records(paths))]
+    read: list[tuple[Path | None, Found]] = [(study, read_records(folders)) for study, folders in studies.items()]
+    read = read or [(None, read_records(paths))]
     records = []
     for path, record in (pair for _, found in read for pair in found):
         check(path, record)
@@ -108,7 +109,7 @@ def _published_for(records: Sequence[RunRecord], choice: Choice) -> tuple[list[P
 
 def _metrics_in(records: Iterable[RunRecord], published: Iterable[PublishedRow]) -> list[str]:
     """The metrics that these have, in the vocabulary's order."""
-    there = {name for row in (*records, *published) for name in row.metrics}
+    there = {name for record in records for name in record.metrics} | {n for row in published for n in row.metrics}
     return [name for name in METRICS if name in there]
 
 

@@ -418,7 +418,7 @@ def _csv(table: Table) -> str:
     baseline = "" if table.baseline is None else table.rows[table.baseline].label
     for (r, c), cell in sorted(table.cells.items()):
         row, column = table.rows[r], table.columns[c]
-        line = {
+        line: dict[str, Any] = {
             "method": row.method,
             "row": row.label,
             "architecture": row.architecture,
@@ -437,11 +437,11 @@ def _csv(table: Table) -> str:
             writer.writerow(line)
         for value in cell.published:
             # Its recipe is not known, whatever column it is shown in.
-            own = {"kind": "published", "scale": PUBLISHED, "recipe_hash": "", "mixed": ""}
-            source = asdict(table.sources[value.source])
-            numbers = {"value": value.value, "sd": value.sd, "n": value.trials, "note": value.note}
             place = {name: line[name] for name in _CSV_COLUMNS[:6]}
-            writer.writerow({**place, **own, **numbers, "source": source["text"], "read": source["read"]})
+            numbers = {"value": value.value, "sd": value.sd, "n": value.trials, "note": value.note}
+            source = table.sources[value.source]
+            origin = {"kind": "published", "scale": PUBLISHED, "source": source.text, "read": source.read}
+            writer.writerow({**place, **numbers, **origin})
     return buffer.getvalue()
 
 

@@ -1,8 +1,7 @@
-"""The ground floor: configs, artefact, record, atomic writes."""
+"""The ground floor: configs, artefact, atomic writes."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -26,24 +25,12 @@ from twist.contracts.images import (
     read_image,
     refuse_other_classes,
 )
-from twist.contracts.metrics import METRICS
 from twist.contracts.networks import (
     SameConv2d,
     build_backbone,
     network_of,
     normalise,
     stage_features,
-)
-from twist.contracts.record import (
-    MARKS,
-    RunRecord,
-    WeightsProvenance,
-    find_collections,
-    find_records,
-    read_record,
-    read_records,
-    record_folders,
-    write_record,
 )
 from twist.contracts.weights import ARCHITECTURES, Backbone, read_backbone, read_header, write_backbone
 
@@ -360,202 +347,10 @@ def test_classes_are_folders_with_images_and_the_same_in_both_splits(tmp_path: P
         refuse_other_classes(tmp_path, ("a",), ("a", "c"))
 
 
-# Records
-
-
-def record(**changes: object) -> RunRecord:
-    values: dict[str, object] = {
-        "method": "twist",
-        "protocol": "knn",
-        "task": "classification",
-        "scale": "sample",
-        "seed": 0,
-        "metrics": {"knn_top1_percent": 50.0},
-        "weights": WeightsProvenance(name="w", sha256="ab" * 32),
-        "recipe": {"k": 20},
-        "software": {},
-        "hardware": {},
-        "wall_s": 1.0,
-        "git_commit": None,
-    }
-    return RunRecord.model_validate({**values, **changes})
-
-
-def test_record_round_trip_and_hash(tmp_path: Path) -> None:
-    path = write_record(record(), tmp_path)
-    assert path.parent.name == "knn"
-    assert read_record(path) == record(created=read_record(path).created)
-    assert list(find_records([tmp_path])) == [path]
-    assert record().recipe_hash != record(recipe={"k": 10}).recipe_hash
-
-
-def test_runs_of_two_branches_of_one_file_have_files_of_their_own(tmp_path: Path) -> None:
-    branches = ("backbone", "query", "key")
-    weights = [WeightsProvenance(name="w", sha256="ab" * 32, branch=branch) for branch in branches]
-    paths = [write_record(record(weights=one), tmp_path) for one in weights]
-    assert [read_record(path).weights.branch for path in paths] == list(branches)
-    again = [write_record(record(weights=one), tmp_path) for one in weights]
-    assert again == paths, "the same run again stands in its own place"
-    assert paths[0].stem == write_record(record(), tmp_path).stem == record().run_name
-    assert len(list(find_records([tmp_path]))) == 3
-
-
-def test_runs_on_two_data_sets_have_files_of_their_own(tmp_path: Path) -> None:
-    here, there = (write_record(record(data=data), tmp_path) for data in ("imagenet 1", "imagenet 2"))
-    assert [read_record(path).data for path in (here, there)] == ["imagenet 1", "imagenet 2"]
-    assert write_record(record(data="imagenet 2"), tmp_path) == there, "the same run again stands in its own place"
-    assert write_record(record(data="imagenet 1"), tmp_path) == here == write_record(record(), tmp_path)
-    assert write_record(record(data="imagenet 1"), tmp_path) == here, "an older record does not say its data"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"metrics": {"knn_top1_percnt": 1.0}}, 'unknown metric "knn_top1_percnt". Did you mean "knn_top1_percent"?'),
-        ({"schema_version": 7}, "record schema 7 is unknown"),
-        ({"recipe": {"k": 1}}, "recipe_hash does not belong to the recipe"),
-        ({"scale": "huge"}, "scale"),
-        ({"surprise": 1}, "has surprise, which is no field of a record"),
-        ({"sed": 1}, 'has sed, which is no field of a record. Did you mean "seed"? Remove it, or update the suite.'),
-        ({"metrics": {"knn_top1_percent": "55"}}, "metrics.knn_top1_percent has to be a number, and a JSON one"),
-        ({"seed": "0"}, "seed has to be a number"),
-        ({"seed": True}, "seed has to be a number"),
-        ({"wall_s": "1.0"}, "wall_s has to be a number"),
-        ({"weights": {"name": "w", "epochs": "200"}}, "weights.epochs has to be a number"),
-        ({"metrics": {}}, "metrics is empty"),
-        ({"method": "../../elsewhere"}, "cannot be part of a file's name"),
-        ({"protocol": "a/b"}, "cannot be part of a file's name"),
-        ({"method": ".hidden"}, "cannot be part of a file's name"),
-        ({"method": "  "}, "cannot be part of a file's name"),
-        ({"method": "a\x1b[31m"}, "cannot be part of a file's name"),
-        ({"metrics": {"miou_percent": 150.0}}, "miou_percent is 150, which mIoU cannot be"),
-        ({"metrics": {"knn_top1_percent": -1.0}}, "knn_top1_percent is -1, which k-NN top-1 cannot be"),
-    ],
-)
-def test_a_tampered_record_is_refused_by_name(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    path = write_record(record(), tmp_path)
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(UserError) as error:
-        read_record(path)
-    assert message in str(error.value)
-    assert str(path) in str(error.value)
-
-
-@pytest.mark.parametrize("field", ["seed", "task", "wall_s"])
-def test_a_record_without_a_field_is_a_sentence_with_a_remedy(tmp_path: Path, field: str) -> None:
-    path = write_record(record(), tmp_path)
-    values = json.loads(path.read_text())
-    del values[field]
-    path.write_text(json.dumps(values))
-    with pytest.raises(UserError, match=rf"^{path} lacks {field}, which every record has: .*; run it again\.$"):
-        read_record(path)
-
-
-def test_none_and_all_are_values() -> None:
-    for share in (0.0, 100.0):
-        assert record(metrics={"knn_top1_percent": share}).metrics == {"knn_top1_percent": share}
-    with pytest.raises(ValueError, match="which k-NN top-1 cannot be"):
-        record(metrics={"knn_top1_percent": 100.5})
-
-
-def test_chance_may_do_better_than_clusters() -> None:
-    assert record(metrics={"ari_percent": -0.4, "ami_percent": -2.0}).metrics["ari_percent"] == -0.4
-
-
-def test_figures_beside_records_are_passed_over_and_damaged_records_never(tmp_path: Path) -> None:
-    path = write_record(record(), tmp_path)
-    values = json.loads(path.read_text())
-    for name, beside in (("speed.json", {"speedup": 4.0, "hardware": {}}), ("list.json", [1, 2])):
-        write(path.parent / name, json.dumps(beside))
-    # A run folder's own account has a record's fields, and a record that is being written begins with a dot.
-    write(path.parent / "run.json", json.dumps({"protocol": "knn", "recipe": {}, "state": "done"}))
-    write(path.parent / ".record.json.x1.json", "{")
-    assert [file for file, _ in read_records([tmp_path])] == [path]
-    for damage in ("{}", path.read_text()[:99], json.dumps({k: v for k, v in values.items() if k != "schema_version"})):
-        path.write_text(damage)
-        with pytest.raises(UserError, match=str(path)):
-            read_records([tmp_path])
-    for mark in MARKS:
-        path.write_text(json.dumps({mark: values[mark]}))
-        with pytest.raises(UserError, match=str(path)):
-            read_records([tmp_path])
-
-
-def test_a_file_that_is_no_record_is_said_to_be_none_when_it_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no run record: it has none of a record's fields"):
-        read_records([write(tmp_path / "speed.json", '{"speedup": 4.0}')])
-    with pytest.raises(UserError, match=r"Cannot read the record .* \(Is a directory\)"):
-        read_record(tmp_path)
-
-
-def test_records_are_found_in_a_protocols_folder_and_below_its_parent(tmp_path: Path) -> None:
-    path = write_record(record(), tmp_path / "study")
-    for asked in (path, path.parent, path.parent.parent):
-        assert [file for file, _ in read_records([asked])] == [path]
-    assert find_collections(tmp_path) == find_collections(tmp_path / "study") == [tmp_path / "study"]
-    with pytest.raises(UserError, match=f"no run records in {tmp_path} itself, but in {tmp_path / 'study'}"):
-        read_records([tmp_path])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no run records under .*empty: .*--published-only"):
-        read_records([tmp_path / "study", tmp_path / "empty"])
-
-
-def make_run(folder: Path, *, results: str = "results", **changes: object) -> Path:
-    """A run folder as `twist transfer` leaves it, with the files that look like a record and are none."""
-    (folder / "weights").mkdir(parents=True)
-    for name in ("run.json", "evaluation.json", "recipe.json", "failure.json"):
-        write(folder / name, json.dumps({"metrics": {"knn_top1_percent": 1.0}, "recipe": {}, "protocol": "knn"}))
-    write(folder / "weights" / "proof.json", json.dumps({"metrics": {}}))
-    return write_record(record(**changes), folder / results)
-
-
-def test_records_are_found_where_transfer_writes_them(tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    made = [make_run(runs / "knn" / f"twist-seed{seed}", seed=seed) for seed in (0, 1)]
-    made.append(make_run(runs / "linear" / "twist-seed0", protocol="linear", metrics={"top1_percent": 60.0}))
-    assert find_collections(runs) == [runs]
-    assert [file for file, _ in read_records([runs])] == made
-    assert [file for file, _ in read_records([runs / "knn"])] == made[:2]
-    assert [file for file, _ in read_records([runs / "knn" / "twist-seed0"])] == made[:1]
-    # Whatever leads to a file twice, it is one record.
-    assert len(read_records([runs / "knn", runs, made[0], tmp_path / "runs" / ".." / "runs"])) == 3
-
-
-def test_studies_beside_runs_keep_a_table_of_their_own(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "knn" / "twist-seed0")
-    write_record(record(seed=1), tmp_path / "study" / "results")
-    assert find_collections(tmp_path) == [tmp_path / "study" / "results", tmp_path]
-    assert record_folders(tmp_path) == [run.parent.parent]
-    assert record_folders(tmp_path / "study" / "results") == []
-
-
-def test_a_suites_copies_of_its_records_count_only_where_they_are_alone(tmp_path: Path) -> None:
-    suite = tmp_path / "suite"
-    for seed in (0, 1):
-        job = suite / "knn" / f"twist-seed{seed}-abc"
-        make_run(job / "run", results="../record", seed=seed)
-        write_record(record(seed=seed), tmp_path / "results")
-    assert len(list(suite.rglob("record/knn/*.json"))) == 2
-    assert find_collections(tmp_path) == [tmp_path / "results"]
-    for asked in (suite, suite / "knn"):
-        assert find_collections(asked) == [asked]
-        assert sorted(record.seed for _, record in read_records([asked])) == [0, 1]
-
-
-def test_files_of_earlier_versions_stay_readable(tmp_path: Path) -> None:
-    path = write_record(record(), tmp_path)
-    values = json.loads(path.read_text())
-    for name in ("branch", "source_sha256", "pretrain_images_sha256"):
-        del values["weights"][name]
-    path.write_text(json.dumps(values))
-    assert read_record(path).weights.pretrain_images_sha256 is None
+def test_headers_of_earlier_versions_stay_readable() -> None:
     header = HEADER.model_dump(mode="json")
     del header["images_sha256"]
     assert Backbone.model_validate(header) == HEADER
-
-
-def test_metric_names_carry_their_unit() -> None:
-    assert all(name == metric.name and name.endswith(f"_{metric.unit}") for name, metric in METRICS.items())
 
 
 def test_no_torch_at_import() -> None:

@@ -44,7 +44,8 @@ def test_terminal(table: Table) -> None:
     assert "50.5 ± 0.5 (3) [+10.0*]" in twist
     assert any("45.0 (1) [+4.5?]" in line for line in lines)
     assert any("“67.5”" in line and line.startswith("DINO") for line in lines)
-    assert "not corrected" in text
+    assert "not corrected for the table's 1 comparison;" in text
+    assert "not corrected" not in render(build_table(runs("twist", [50.0]), baseline="twist"), "table")
     assert "DINO repository, README.md" in text
     # Absent is a dash, never zero.
     assert twist.rstrip().endswith("–")

@@ -461,7 +461,7 @@ def test_the_end_compares_with_the_published_rows_of_the_same_method(make_record
     assert "on a resnet18" in render_end(make_record(method="moco-v2", value=57.1), row, small)
     byol = Backbone(architecture="resnet50", method="byol", epochs=200)
     text = render_end(make_record(method="byol", value=49.0), row, byol)
-    assert "under another recipe (lr searched) 55.3, 200 ep: -6.30" in text
+    assert "under another recipe (VOC07+12 C4 24k, learning rate searched) 55.3, 200 ep: -6.30" in text
     assert "OUTSIDE" not in text
 
 

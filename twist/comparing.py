@@ -54,8 +54,8 @@ def compare(
     if table_format == "html" and len(comparisons) == 1:
         (one,) = comparisons
         page = output or Path("comparison.html")
-        runs = {"pretrain_runs": pretrain_runs, "pictures": pictures}
-        print(write_page(page, one.table, one.found, title=title or HEADLINE, **runs))
+        title = title or HEADLINE
+        print(write_page(page, one.table, one.found, pretrain_runs=pretrain_runs, title=title, pictures=pictures))
         return
     text = render_all(comparisons, table_format)
     if output is None:

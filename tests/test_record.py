@@ -1,0 +1,197 @@
+"""The run record: what it holds, what is refused, and where records are found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from made_records import make_record
+
+from twist.contracts.errors import UserError
+from twist.contracts.metrics import METRICS
+from twist.contracts.record import MARKS, find_collections, find_records, read_record, read_records, write_record
+
+
+def write(path: Path, value: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+    return path
+
+
+def found(*paths: Path) -> list[Path]:
+    return [file for file, _ in read_records(paths)]
+
+
+# ── One record ──
+
+
+def test_record_round_trip_and_hash(tmp_path: Path) -> None:
+    path = write_record(make_record(), tmp_path)
+    assert path.parent.name == "sample-knn"
+    assert read_record(path) == make_record()
+    assert list(find_records([tmp_path])) == [path]
+    assert make_record().recipe_hash != make_record(recipe={"k": 10}).recipe_hash
+
+
+def test_runs_of_two_branches_of_one_file_have_files_of_their_own(tmp_path: Path) -> None:
+    branches = ("backbone", "query", "key")
+    records = [make_record(weights={"branch": branch}) for branch in branches]
+    paths = [write_record(record, tmp_path) for record in records]
+    assert [read_record(path).weights.branch for path in paths] == list(branches)
+    assert [write_record(record, tmp_path) for record in records] == paths, "the same run keeps its place"
+    assert paths[0].stem == write_record(make_record(), tmp_path).stem == make_record().run_name
+    assert len(list(find_records([tmp_path]))) == 3
+
+
+def test_runs_on_two_data_sets_have_files_of_their_own(tmp_path: Path) -> None:
+    here, there = (write_record(make_record(data=data), tmp_path) for data in ("imagenet 1", "imagenet 2"))
+    assert [read_record(path).data for path in (here, there)] == ["imagenet 1", "imagenet 2"]
+    assert write_record(make_record(data="imagenet 2"), tmp_path) == there, "the same run keeps its place"
+    # An older record does not name its data.
+    assert write_record(make_record(data="imagenet 1"), tmp_path) == here == write_record(make_record(), tmp_path)
+    assert write_record(make_record(data="imagenet 1"), tmp_path) == here
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metrics": {"knn_top1_percnt": 1.0}}, 'unknown metric "knn_top1_percnt". Did you mean "knn_top1_percent"?'),
+        ({"schema_version": 7}, "record schema 7 is unknown"),
+        ({"recipe": {"k": 1}}, "recipe_hash does not belong to the recipe"),
+        ({"scale": "huge"}, "scale"),
+        ({"surprise": 1}, "surprise is no field of a record"),
+        ({"sed": 1}, 'sed is no field of a record. Did you mean "seed"? Remove it, or update the suite.'),
+        ({"metrics": {"knn_top1_percent": "55"}}, "metrics.knn_top1_percent: Input should be a valid number"),
+        ({"seed": "0"}, "seed: Input should be a valid integer"),
+        ({"seed": True}, "seed: Input should be a valid integer"),
+        ({"wall_s": "1.0"}, "wall_s: Input should be a valid number"),
+        ({"weights": {"name": "w", "epochs": "200"}}, "weights.epochs: Input should be a valid integer"),
+        ({"metrics": {}}, "metrics is empty"),
+        ({"method": "../../elsewhere"}, "cannot be part of a file's name"),
+        ({"protocol": "a/b"}, "cannot be part of a file's name"),
+        ({"method": ".hidden"}, "cannot be part of a file's name"),
+        ({"method": "  "}, "cannot be part of a file's name"),
+        ({"method": "a\x1b[31m"}, "cannot be part of a file's name"),
+        ({"metrics": {"miou_percent": 150.0}}, "miou_percent is 150, which mIoU cannot be"),
+        ({"metrics": {"knn_top1_percent": -1.0}}, "knn_top1_percent is -1, which k-NN top-1 cannot be"),
+    ],
+)
+def test_a_tampered_record_is_refused_by_name(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = write_record(make_record(), tmp_path)
+    write(path, {**json.loads(path.read_text()), **change})
+    with pytest.raises(UserError) as error:
+        read_record(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["seed", "task", "wall_s"])
+def test_a_record_without_a_field_is_a_sentence_with_a_remedy(tmp_path: Path, field: str) -> None:
+    path = write_record(make_record(), tmp_path)
+    write(path, {name: value for name, value in json.loads(path.read_text()).items() if name != field})
+    with pytest.raises(UserError, match=rf"^{path}: {field} is missing, .*; run it again\.$"):
+        read_record(path)
+
+
+def test_the_ends_of_a_metrics_range_are_values() -> None:
+    for share in (0.0, 100.0):
+        assert make_record(metrics={"knn_top1_percent": share}).metrics == {"knn_top1_percent": share}
+    with pytest.raises(ValueError, match="which k-NN top-1 cannot be"):
+        make_record(metrics={"knn_top1_percent": 100.5})
+    assert make_record(metrics={"ari_percent": -0.4, "ami_percent": -2.0})  # chance may do better than clusters
+
+
+def test_records_of_earlier_versions_stay_readable(tmp_path: Path) -> None:
+    path = write_record(make_record(), tmp_path)
+    values = json.loads(path.read_text())
+    del values["job"], values["data"]
+    for name in ("branch", "source_sha256", "pretrain_images_sha256"):
+        del values["weights"][name]
+    assert read_record(write(path, values)) == make_record()
+
+
+def test_metric_names_carry_their_unit() -> None:
+    assert all(name == metric.name and name.endswith(f"_{metric.unit}") for name, metric in METRICS.items())
+
+
+# ── Where records are found ──
+
+
+def test_other_json_is_skipped_and_damaged_records_never(tmp_path: Path) -> None:
+    path = write_record(make_record(), tmp_path)
+    values = json.loads(path.read_text())
+    write(path.parent / "speed.json", {"speedup": 4.0, "hardware": {}})
+    write(path.parent / "list.json", [1, 2])
+    # A run folder's state has a record's fields, and a record that is being written begins with a dot.
+    write(path.parent / "run.json", {"protocol": "knn", "recipe": {}, "state": "done"})
+    (path.parent / ".record.json.x1.json").write_text("{")
+    assert found(tmp_path) == [path]
+    for damage in (
+        "{}",
+        path.read_text()[:99],
+        json.dumps({k: v for k, v in values.items() if k != "schema_version"}),
+        *(json.dumps({mark: values[mark]}) for mark in MARKS),
+    ):
+        path.write_text(damage)
+        with pytest.raises(UserError, match=str(path)):
+            read_records([tmp_path])
+
+
+def test_a_file_that_is_no_record_is_refused_when_it_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run record: it has none of a record's fields"):
+        read_records([write(tmp_path / "speed.json", {"speedup": 4.0})])
+    with pytest.raises(UserError, match=r"Cannot read the record .* \(Is a directory\)"):
+        read_record(tmp_path)
+
+
+def test_records_are_found_in_a_protocols_folder_and_below_its_parent(tmp_path: Path) -> None:
+    path = write_record(make_record(), tmp_path / "study")
+    for asked in (path, path.parent, path.parent.parent):
+        assert found(asked) == [path]
+    study = tmp_path / "study"
+    assert find_collections(tmp_path) == find_collections(study) == {study: [study]}
+    with pytest.raises(UserError, match=f"no run records in {tmp_path} itself, but in {study}"):
+        read_records([tmp_path])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no run records under .*empty: .*--published-only"):
+        read_records([study, tmp_path / "empty"])
+
+
+def make_run(folder: Path, *, results: str = "results", **changes: object) -> Path:
+    """A run folder as `twist transfer` leaves it, with the files that look like a record and are none."""
+    for name in ("run.json", "evaluation.json", "recipe.json", "failure.json"):
+        write(folder / name, {"metrics": {"knn_top1_percent": 1.0}, "recipe": {}, "protocol": "knn"})
+    write(folder / "weights" / "proof.json", {"metrics": {}})
+    return write_record(make_record(**changes), folder / results)  # type: ignore[arg-type]
+
+
+def test_records_are_found_where_transfer_writes_them(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    made = [make_run(runs / "knn" / f"twist-seed{seed}", seed=seed) for seed in (0, 1)]
+    made.append(make_run(runs / "linear" / "twist-seed0", protocol="linear", metrics={"top1_percent": 60.0}))
+    assert list(find_collections(runs)) == [runs]
+    assert found(runs) == made
+    assert found(runs / "knn") == made[:2]
+    assert found(runs / "knn" / "twist-seed0") == made[:1]
+    # A file that several paths lead to is one record.
+    assert len(found(runs / "knn", runs, made[0], tmp_path / "runs" / ".." / "runs")) == 3
+
+
+def test_studies_beside_runs_keep_a_table_of_their_own(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "knn" / "twist-seed0")
+    study = tmp_path / "study" / "results"
+    write_record(make_record(seed=1), study)
+    assert find_collections(tmp_path) == {study: [study], tmp_path: [run.parent.parent]}
+
+
+def test_a_suites_copies_of_its_records_count_only_where_they_are_alone(tmp_path: Path) -> None:
+    suite = tmp_path / "suite"
+    for seed in (0, 1):
+        make_run(suite / "knn" / f"twist-seed{seed}-abc" / "run", results="../record", seed=seed)
+        write_record(make_record(seed=seed), tmp_path / "results")
+    assert len(list(suite.rglob("record/sample-knn/*.json"))) == 2
+    assert list(find_collections(tmp_path)) == [tmp_path / "results"]
+    for asked in (suite, suite / "knn"):
+        assert list(find_collections(asked)) == [asked]
+        assert sorted(record.seed for _, record in read_records([asked])) == [0, 1]
