@@ -63,10 +63,10 @@ def compare(
     studies = find_collections(paths[0]) if len(paths) == 1 and paths[0].is_dir() else {}
     read: list[tuple[Path | None, Found]] = [(study, read_records(folders)) for study, folders in studies.items()]
     read = read or [(None, read_records(paths))]
-    records = []
-    for path, record in (pair for _, found in read for pair in found):
+    pairs = [pair for _, found in read for pair in found]
+    for path, record in pairs:
         check(path, record)
-        records.append(record)
+    records = [record for _, record in pairs]
     # A metric that no study has is a mistake; the studies without it are left out.
     _check_metrics(choice.metrics, _metrics_in(records, _published_for(records, choice)[0]))
     made = [_comparison(found, choice, study if len(studies) > 1 else None) for study, found in read]

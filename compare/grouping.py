@@ -19,10 +19,8 @@ Key = tuple[Any, ...]
 
 
 def architecture_of(record: RunRecord) -> str | None:
-    if record.weights.architecture is not None:
-        return record.weights.architecture
     named = record.recipe.get("architecture")
-    return named if isinstance(named, str) else None
+    return record.weights.architecture or (named if isinstance(named, str) else None)
 
 
 def weights_key(record: RunRecord) -> Key:
@@ -152,7 +150,8 @@ def _differences(groups: dict[Condition, dict[str, Any]]) -> dict[Condition, str
     for group, values in flat.items():
         parts = [f"scale {group.scale}"] if scales else []
         parts += [f"data {group.data}"] if group.data is not None else []
-        parts += [f"{name} = {_short(values.get(name, 'absent'))}" for name in differing[:3]]
+        shown = [(name, values.get(name, "absent")) for name in differing[:3]]
+        parts += [f"{name} = {text if len(text) <= 32 else text[:31] + '…'}" for name, text in shown]
         parts += [f"{len(differing) - 3} more"] if len(differing) > 3 else []
         texts[group] = ", ".join(parts) or f"recipe {group.recipe_hash[:8]}"
     return texts
@@ -164,10 +163,6 @@ def _flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
             yield from _flatten(part, f"{prefix}.{name}" if prefix else str(name))
     else:
         yield prefix, json.dumps(value, sort_keys=True)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 32 else text[:31] + "…"
 
 
 def mixture_sentence(mixtures: dict[str, dict[Condition, str]]) -> str:

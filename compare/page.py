@@ -27,7 +27,6 @@ from twist.compare.curves import (
     pretrain_run,
 )
 from twist.compare.table import TASKS, Table
-from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.published import home_of, protocol_title
 
@@ -35,16 +34,16 @@ HEADLINE = "Self-supervised backbones, compared"
 MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 
 
-def write_page(
-    path: Path,
+def render_page(
     table: Table,
     found: Found,
     *,
+    folder: Path,
     pretrain_runs: Sequence[Path] = (),
     title: str = HEADLINE,
     pictures: Sequence[tuple[str, Path]] = (),
-) -> Path:
-    """Write the page of `table`, whose records are `found` with their files, to `path` and return it.
+) -> str:
+    """The page of `table`, whose records are `found` with their files, to be written into `folder`.
 
     `pretrain_runs` are run folders with a `metrics.jsonl`; `pictures` are (caption, file) beyond the records' own.
 
@@ -52,14 +51,14 @@ def write_page(
         UserError: a curve file or a picture that a record or an argument names is absent or unreadable.
     """
     # Relative to the page: it may be published, and names no folder of the machine that wrote it.
-    places = {id(record): os.path.relpath(place, path.parent) for place, record in found}
+    places = {id(record): os.path.relpath(place, folder) for place, record in found}
     rows = {id(r): row for (row, _), cell in table.cells.items() if cell.measured for r in cell.measured.records}
     data = writers.as_json(table, path_of=lambda record: places.get(id(record)))
     data["labels"] = label_families(table)
     data["curves"] = curve_groups(found, rows)
-    data["pretrain"] = [pretrain_run(folder) for folder in pretrain_runs]
+    data["pretrain"] = [pretrain_run(run) for run in pretrain_runs]
     series = {key for run in data["pretrain"] for key in run["series"]}
-    text = _template().render(
+    text: str = _template().render(
         _table_parts(table),
         title=title,
         lede=_lede(table, found),
@@ -68,14 +67,7 @@ def write_page(
         pretrain_keys={key: caption for key, caption in PRETRAIN_KEYS.items() if key in series},
         pictures=_pictures(found, rows, table, pictures),
     )
-    try:
-        files.write_text(path, text)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write the page {path} ({error.strerror}): check the path and the room there, or give another "
-            "--output."
-        ) from None
-    return path
+    return text
 
 
 def _template() -> Any:
@@ -84,7 +76,7 @@ def _template() -> Any:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
-    environment.filters |= {"footnote_mark": writers.footnote_mark, "task_name": _task_name}
+    environment.filters["footnote_mark"] = writers.footnote_mark
     environment.globals |= {
         "style": Markup(_resource("page.css")),
         "script": Markup(_resource("page.js") + _resource("page_charts.js")),
@@ -100,10 +92,6 @@ def _template() -> Any:
 
 def _resource(name: str) -> str:
     return (resources.files("twist.compare") / name).read_text(encoding="utf-8")
-
-
-def _task_name(task: str) -> str:
-    return task.replace("-", " ").capitalize()
 
 
 def _table_parts(table: Table) -> dict[str, Any]:
@@ -129,14 +117,9 @@ def _lede(table: Table, found: Found) -> str:
     if not found:
         return f"{len(table.rows)} published rows, each with its source"
     records = [record for _, record in found]
-    runs, methods, protocols = (
-        writers.count(number, thing)
-        for number, thing in (
-            (len(records), "run"),
-            (len({record.method for record in records}), "method"),
-            (len({record.protocol for record in records}), "protocol"),
-        )
-    )
+    runs = writers.count(len(records), "run")
+    methods = writers.count(len({record.method for record in records}), "method")
+    protocols = writers.count(len({record.protocol for record in records}), "protocol")
     scales = sorted({record.scale for record in records})
     at = "" if scales == ["full"] else f", at {' and '.join(scales)} scale"
     return f"{runs} of {methods} under {protocols}{at}"

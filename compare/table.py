@@ -209,12 +209,14 @@ def build_table(
         )
         for row, column in dict.fromkeys(places)
     }
-    labelled = _labelled(rows)
+    several = len({row.architecture for row in rows if row.architecture}) > 1
+    labelled = tuple(replace(row, label=_label(row, architecture=several)) for row in rows)
     chosen = None if baseline is None else _find_baseline(baseline, labelled, cells)
     if chosen is not None:
         cells = {place: _with_difference(cell, place, cells, chosen) for place, cell in cells.items()}
-    notes = (_copies_note(len(copies)),) if copies else ()
-    return Table(tuple(columns), tuple(labelled), cells, tuple(sources), chosen, notes, copies)
+    left_out = "1 record left out: it repeats" if len(copies) == 1 else f"{len(copies)} records left out: each repeats"
+    notes = (f"{left_out} an older one of the same run in every metric.",) if copies else ()
+    return Table(tuple(columns), labelled, cells, tuple(sources), chosen, notes, copies)
 
 
 def _joinable_columns(
@@ -253,11 +255,6 @@ def _row_order(row: Row) -> tuple[Any, ...]:
     # The usual baselines stand first, the rest by name.
     first = {"random": 0, "supervised": 1}.get(row.method, 2)
     return first, display_name(row.method).lower(), row.architecture or "", row.epochs or 0, row.variant
-
-
-def _labelled(rows: Sequence[Row]) -> list[Row]:
-    several = len({row.architecture for row in rows if row.architecture}) > 1
-    return [replace(row, label=_label(row, architecture=several)) for row in rows]
 
 
 def _label(row: Row, *, architecture: bool) -> str:
@@ -312,8 +309,3 @@ def _with_difference(cell: Cell, place: tuple[int, int], cells: dict[tuple[int, 
     if place[0] == baseline or cell.measured is None or against is None:
         return cell
     return replace(cell, difference=difference(cell.measured.values, against.values))
-
-
-def _copies_note(count: int) -> str:
-    which = "1 record left out: it repeats" if count == 1 else f"{count} records left out: each repeats"
-    return f"{which} an older one of the same run in every metric."

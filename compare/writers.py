@@ -28,11 +28,9 @@ from twist.contracts.record import RunRecord
 
 ABSENT = "–"
 EMPTY = "No records and no published rows.\n"
-# The columns of a page, and the characters of a line where there is no terminal.
 PAGE_COLUMNS = 6
-LINE = 120
-# The longest line of a column's head in a terminal.
-HEAD = 24
+# Characters: of a line where there is no terminal, and of a column's head in one.
+LINE, HEAD = 120, 24
 SUFFIXES = {
     ".md": "markdown", ".markdown": "markdown", ".html": "html", ".htm": "html", ".csv": "csv", ".json": "json",
     ".tex": "latex",
@@ -241,6 +239,19 @@ def _footnote(value: Published) -> Published:
     return replace(value, value=0.0)
 
 
+def row_texts(
+    table: Table, row: int, columns: Sequence[int], notes: Footnotes, *, gap: str, printed: str, star: str = "*"
+) -> list[str]:
+    """The cells of a row, their differences and published values as the templates `gap` and `printed` say."""
+    texts = []
+    for cell in (table.cells.get((row, column), Cell()) for column in columns):
+        parts = [measured_text(cell.measured)] if cell.measured else []
+        parts += [gap.format(difference_text(cell).replace("*", star))] if cell.difference else []
+        parts += [printed.format(text, notes.marks(values)) for text, values in printed_values(cell).items()]
+        texts.append(" ".join(parts) or ABSENT)
+    return texts
+
+
 # ── Terminal ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -285,7 +296,7 @@ def _grid(table: Table, block: Block, columns: Sequence[int], notes: Footnotes) 
         heads.append("\n".join([*lines, metric_head(column)]))
     deepest = max(head.count("\n") for head in heads)
     rows = [
-        [table.rows[row].label, *(_plain_cell(table.cells.get((row, c), Cell()), notes) for c in columns)]
+        [table.rows[row].label, *row_texts(table, row, columns, notes, gap="[{}]", printed="“{}”{}")]
         for row in block.rows
     ]
     text = tabulate(
@@ -297,13 +308,6 @@ def _grid(table: Table, block: Block, columns: Sequence[int], notes: Footnotes) 
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
-def _plain_cell(cell: Cell, notes: Footnotes) -> str:
-    parts = [measured_text(cell.measured)] if cell.measured else []
-    parts += [f"[{difference_text(cell)}]"] if cell.difference else []
-    parts += [f"“{text}”{notes.marks(values)}" for text, values in printed_values(cell).items()]
-    return " ".join(parts) or ABSENT
-
-
 # ── Markdown ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -313,10 +317,17 @@ def _markdown(table: Table) -> str:
     blocks = blocks_of(table)
     for block in blocks:
         notes = Footnotes(table, block)
-        heads = map(_escape, _one_line_heads([table.columns[c] for c in block.columns]))
+        heads = []
+        for before, c in zip((None, *block.columns), block.columns):
+            column = table.columns[c]
+            # How mixed ones differ stands over the first of a group alone.
+            new = before is None or _group(table.columns[before]) != _group(column)
+            tag = "" if not column.mixed else f" [mixed: {column.mixed}]" if new else " [mixed]"
+            heads.append(_escape(f"{protocol_title(column.protocol)} · {metric_head(column)}{tag}"))
         lines = [f"| method | {' | '.join(heads)} |", "|---|" + "---:|" * len(block.columns)]
         for row in block.rows:
-            cells = (_markdown_cell(table.cells.get((row, c), Cell()), notes) for c in block.columns)
+            style = {"gap": "[{}]", "printed": "*{}*<sup>{}</sup>", "star": r"\*"}
+            cells = row_texts(table, row, block.columns, notes, **style)
             lines.append(f"| {_escape(table.rows[row].label)} | {' | '.join(cells)} |")
         sources = [f"<sup>{mark}</sup> {_escape(text)}." for mark, text in notes.texts()]
         sources = ["*Italic: published, by others.*", *sources] if sources else []
@@ -324,23 +335,6 @@ def _markdown(table: Table) -> str:
     under = notes_under(table, blocks, _escape)
     parts += ["<br>\n".join(under)] if under else []
     return "\n\n".join(parts) + "\n" if parts else EMPTY
-
-
-def _one_line_heads(columns: Sequence[Column]) -> list[str]:
-    """`voc-frcnn-c4-24k · AP50 (VOC07)` for each column; how mixed ones differ stands in the first of a group alone."""
-    heads = []
-    for _, group in groupby(columns, key=_group):
-        for place, column in enumerate(group):
-            tag = "" if not column.mixed else " [mixed]" if place else f" [mixed: {column.mixed}]"
-            heads.append(f"{protocol_title(column.protocol)} · {metric_head(column)}{tag}")
-    return heads
-
-
-def _markdown_cell(cell: Cell, notes: Footnotes) -> str:
-    parts = [measured_text(cell.measured)] if cell.measured else []
-    parts += [f"[{difference_text(cell).replace('*', chr(92) + '*')}]"] if cell.difference else []
-    parts += [f"*{text}*<sup>{notes.marks(values)}</sup>" for text, values in printed_values(cell).items()]
-    return " ".join(parts) or ABSENT
 
 
 def _escape(text: str) -> str:
@@ -378,8 +372,11 @@ def _latex(table: Table) -> str:
             r"\midrule",
         ]
         for row in block.rows:
-            cells = (_latex_cell(table.cells.get((row, c), Cell()), notes) for c in block.columns)
-            lines.append(f"{table.rows[row].label.translate(_TEX)} & " + " & ".join(cells) + r" \\")
+            # A minus sign, not a hyphen.
+            style = {"gap": "{{[${}$]}}", "printed": r"\textit{{{}}}$^{{{}}}$", "star": "^{*}"}
+            cells = row_texts(table, row, block.columns, notes, **style)
+            text = " & ".join(cells).replace("±", r"$\pm$").replace("?", "^{?}").replace(ABSENT, "--")
+            lines.append(rf"{table.rows[row].label.translate(_TEX)} & {text} \\")
         lines += [r"\bottomrule", r"\end{tabular}"]
         under = [note.translate(_TEX) for note in notes_under(table, [block])]  # each may go to a page of its own
         sources = [rf"$^{{{mark}}}$ {text.translate(_TEX)}." for mark, text in notes.texts()]
@@ -388,15 +385,6 @@ def _latex(table: Table) -> str:
         below = [r"\par\smallskip", rf"{{\footnotesize {' '.join(under)}\par}}"] if under else []
         parts.append("\n".join(lines + below))
     return "\n\n".join(parts) + "\n" if parts else f"% {EMPTY}"
-
-
-def _latex_cell(cell: Cell, notes: Footnotes) -> str:
-    parts = [measured_text(cell.measured).replace("±", r"$\pm$")] if cell.measured else []
-    if cell.difference:
-        # A minus sign, not a hyphen.
-        parts.append("{[$" + difference_text(cell).replace("*", "^{*}").replace("?", r"^{?}") + "$]}")
-    parts += [rf"\textit{{{text}}}$^{{{notes.marks(values)}}}$" for text, values in printed_values(cell).items()]
-    return " ".join(parts) or "--"
 
 
 # ── For programs ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -413,35 +401,23 @@ _CSV_COLUMNS = [
 def _csv(table: Table) -> str:
     """One line a value, so that it reads into any data frame; a cell with two values is two lines."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, _CSV_COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
     baseline = "" if table.baseline is None else table.rows[table.baseline].label
     for (r, c), cell in sorted(table.cells.items()):
         row, column = table.rows[r], table.columns[c]
-        line: dict[str, Any] = {
-            "method": row.method,
-            "row": row.label,
-            "architecture": row.architecture,
-            "pretrain_epochs": row.epochs,
-            "protocol": column.protocol,
-            "metric": column.metric,
-            "scale": column.scale,
-            "recipe_hash": column.recipe_hash,
-            "mixed": column.mixed,
-        }
+        where = [row.method, row.label, row.architecture, row.epochs, column.protocol, column.metric]
         if runs := cell.measured:
-            line |= {"kind": "measured", "value": runs.mean, "sd": runs.sd, "n": runs.n, "runs": len(runs.records)}
-            line |= {"pretrainings": runs.pretrainings}
-            if gap := cell.difference:
-                line |= {"baseline": baseline, "difference": gap.value, "p_value": gap.p_value, "verdict": gap.said}
-            writer.writerow(line)
+            recipe = [column.scale, column.recipe_hash, column.mixed]
+            numbers = ["measured", runs.mean, runs.sd, runs.n, len(runs.records), runs.pretrainings]
+            gap = cell.difference
+            compared = [baseline, gap.value, gap.p_value, gap.said] if gap else [""] * 4
+            writer.writerow([*where, *recipe, *numbers, *compared, "", "", ""])
         for value in cell.published:
-            # Its recipe is not known, whatever column it is shown in.
-            place = {name: line[name] for name in _CSV_COLUMNS[:6]}
-            numbers = {"value": value.value, "sd": value.sd, "n": value.trials, "note": value.note}
             source = table.sources[value.source]
-            origin = {"kind": "published", "scale": PUBLISHED, "source": source.text, "read": source.read}
-            writer.writerow({**place, **numbers, **origin})
+            # Its recipe is not known, whatever column it is shown in.
+            numbers = [PUBLISHED, "", "", "published", value.value, value.sd, value.trials]
+            writer.writerow([*where, *numbers, *[""] * 6, source.text, source.read, value.note])
     return buffer.getvalue()
 
 

@@ -163,8 +163,6 @@ def read_record(path: str | os.PathLike[str]) -> RunRecord:
 
 def _what_is_wrong(first: Any) -> str:
     place = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "missing":
-        return f"{place} is missing, which every record has; run it again."
     if first["type"] == "extra_forbidden":
         known = did_you_mean(place, RunRecord.model_fields)
         return f"{place} is no field of a record.{known} Remove it, or update the suite."
@@ -254,13 +252,13 @@ def find_collections(folder: Path) -> dict[Path, list[Path]]:
         found[folder] = runs
     if found:
         return found
-    copies = {place: records for place in (folder, *inner) if (records := _suites_copies(place))}
-    return {folder: copies[folder]} if folder in copies else copies
-
-
-def _suites_copies(folder: Path) -> list[Path]:
     # <output>/<protocol>/<name>/record, beside the run itself (transfer/suite/run.py).
-    return [place for place in _at_depth_2(folder, "record") if _is_run(place.parent / "run")]
+    of_suites = {
+        place: [copy for copy in _at_depth_2(place, "record") if _is_run(copy.parent / "run")]
+        for place in (folder, *inner)
+    }
+    copies = {place: records for place, records in of_suites.items() if records}
+    return {folder: copies[folder]} if folder in copies else copies
 
 
 def _at_depth_2(folder: Path, name: str) -> list[Path]:

@@ -90,7 +90,7 @@ def test_a_tampered_record_is_refused_by_name(tmp_path: Path, change: dict[str, 
 def test_a_record_without_a_field_is_a_sentence_with_a_remedy(tmp_path: Path, field: str) -> None:
     path = write_record(make_record(), tmp_path)
     write(path, {name: value for name, value in json.loads(path.read_text()).items() if name != field})
-    with pytest.raises(UserError, match=rf"^{path}: {field} is missing, .*; run it again\.$"):
+    with pytest.raises(UserError, match=rf"^{path}: {field}: Field required; run it again\.$"):
         read_record(path)
 
 

@@ -15,7 +15,7 @@ import pytest
 from made_records import make_record, runs
 
 from twist.compare.curves import CURVE_POINTS, PRETRAIN_KEYS, curve_groups, label_families, pretrain_run, thin
-from twist.compare.page import write_page
+from twist.compare.page import render_page
 from twist.compare.table import Table, build_table
 from twist.contracts.errors import UserError
 from twist.contracts.published import load_published
@@ -28,6 +28,11 @@ PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489"
     "0000000d49444154789c6360606060000000050001a5f645400000000049454e44ae426082"
 )
+
+
+def write_page(path: Path, table: Table, found: list[tuple[Path, RunRecord]], **options: Any) -> Path:
+    path.write_text(render_page(table, found, folder=path.parent, **options))
+    return path
 
 
 def make_results(root: Path) -> list[tuple[Path, RunRecord]]:
@@ -105,7 +110,7 @@ def embedded_runs(page: Path) -> list[dict[str, Any]]:
 
 def html_of(table: Table, folder: Path) -> str:
     """The page of `table` without its scripts, no space between tags."""
-    text = write_page(folder / "page.html", table, []).read_text().split("<script")[0]
+    text = render_page(table, [], folder=folder).split("<script")[0]
     return re.sub(r">\s+<", "><", text)
 
 
@@ -275,7 +280,7 @@ def test_printed_numbers_are_marked_as_such(tmp_path: Path) -> None:
 
 def test_a_table_without_records_is_a_page_too(tmp_path: Path) -> None:
     table = build_table([], published=load_published())
-    text = write_page(tmp_path / "published.html", table, []).read_text()
+    text = render_page(table, [], folder=tmp_path)
     assert re.search(r"\d+ published rows, each with its source", text)
     assert "TWIST repository, commit 796d36e" in text
 
@@ -284,13 +289,12 @@ def test_curves_or_pictures_that_are_absent_are_named(tmp_path: Path) -> None:
     found = make_results(tmp_path / "results")
     table = build_table([record for _, record in found])
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
-        write_page(tmp_path / "page.html", table, found, pretrain_runs=[tmp_path])
+        render_page(table, found, folder=tmp_path, pretrain_runs=[tmp_path])
     with pytest.raises(UserError, match=r"notes\.txt is no picture"):
-        write_page(tmp_path / "page.html", table, found, pictures=[("x", tmp_path / "notes.txt")])
+        render_page(table, found, folder=tmp_path, pictures=[("x", tmp_path / "notes.txt")])
     (found[0][0].parent / "curve.jsonl").write_text("{broken\n")
     with pytest.raises(UserError, match="not one JSON object a line"):
-        write_page(tmp_path / "page.html", table, found)
-    assert not (tmp_path / "page.html").exists()
+        render_page(table, found, folder=tmp_path)
 
 
 @pytest.mark.parametrize("field", ["media", "curves"])
@@ -300,7 +304,7 @@ def test_a_record_cannot_bring_in_a_file_from_elsewhere(tmp_path: Path, field: s
     record = make_record(**{field: (named,) if field == "media" else named})
     path = write_record(record, tmp_path / "results")
     with pytest.raises(UserError, match="outside its own folder"):
-        write_page(tmp_path / "page.html", build_table([record]), [(path, record)])
+        render_page(build_table([record]), [(path, record)], folder=tmp_path)
 
 
 # ── In a real browser ──

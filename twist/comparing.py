@@ -16,7 +16,7 @@ from pathlib import Path
 
 from twist.compare.comparison import Choice
 from twist.compare.comparison import compare as compare_records
-from twist.compare.page import HEADLINE, write_page
+from twist.compare.page import HEADLINE, render_page
 from twist.compare.table import build_table
 from twist.compare.writers import format_for, render, render_all
 from twist.contracts import files
@@ -53,11 +53,17 @@ def compare(
         raise UserError(f"{output} is a folder: give --output a file in it, for example {output / 'comparison.txt'}.")
     if table_format == "html" and len(comparisons) == 1:
         (one,) = comparisons
-        page = output or Path("comparison.html")
-        title = title or HEADLINE
-        print(write_page(page, one.table, one.found, pretrain_runs=pretrain_runs, title=title, pictures=pictures))
-        return
-    text = render_all(comparisons, table_format)
+        output = output or Path("comparison.html")
+        text = render_page(
+            one.table,
+            one.found,
+            folder=output.parent,
+            pretrain_runs=pretrain_runs,
+            title=title or HEADLINE,
+            pictures=pictures,
+        )
+    else:
+        text = render_all(comparisons, table_format)
     if output is None:
         print(text)
         return
@@ -65,8 +71,7 @@ def compare(
         files.write_text(output, text.rstrip("\n") + "\n")
     except OSError as error:
         raise UserError(
-            f"Cannot write the table {output} ({error.strerror}): check the path and the room there, or give another "
-            "--output."
+            f"Cannot write {output} ({error.strerror}): check the path and the room there, or give another --output."
         ) from None
     print(output)
 
