@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,14 @@ OTHER = {KNN: 51.0}
 OURS = {"pretrain_config_hash": "c" * 64, "pretrain_seed": 0}
 
 
-def published(method: str = "byol", protocol: str = "knn", **others: object) -> PublishedRow:
-    values: dict[str, Any] = {
-        "method": method,
-        "architecture": "resnet50",
-        "epochs": None,
-        "variant": "",
-        "protocol": protocol,
-        "beside": None,
-        "task": "classification",
-        "metrics": {KNN: 66.6},
-        "sd": {},
-        "trials": None,
-        "source": "a paper, Table 1",
-        "read": "primary",
-        "note": "",
-    }
-    return PublishedRow(**{**values, **others})
+PRINTED = PublishedRow(
+    method="byol", architecture="resnet50", epochs=None, variant="", protocol="knn", beside=None, task="classification",
+    metrics={KNN: 66.6}, sd={}, trials=None, source="a paper, Table 1", read="primary", note="",
+)  # fmt: skip
+
+
+def published(**changes: Any) -> PublishedRow:
+    return PRINTED.model_copy(update=changes)
 
 
 def labels(table: Table) -> list[str]:
@@ -228,28 +220,26 @@ def test_of_two_records_of_one_run_that_agree_the_older_is_kept() -> None:
     assert build_table(records * 2).notes[0].startswith("4 records left out: each repeats")
 
 
+PROVENANCES = {
+    "ours": OURS,
+    "ours, with its images": {**OURS, "pretrain_images_sha256": "d" * 64, "branch": "backbone"},
+    "another's": {"source_sha256": "e" * 64, "branch": "momentum"},
+    "ours, its seed not known": {"source_sha256": "e" * 64, "pretrain_config_hash": "c" * 64},
+}
+
+
 @pytest.mark.parametrize(
-    "provenance",
-    [
-        OURS,
-        {**OURS, "pretrain_images_sha256": "d" * 64, "branch": "backbone"},
-        {"source_sha256": "e" * 64, "branch": "momentum"},
-        {"source_sha256": "e" * 64, "pretrain_config_hash": "c" * 64},
-    ],
-    ids=["our run", "our run, with its images", "another's checkpoint", "our run, its seed not known"],
+    ("first", "second"),
+    [*((one, one) for one in PROVENANCES.values()), ({}, {"source_sha256": "a" * 64})],
+    ids=[*PROVENANCES, "a checkpoint and its artefact"],
 )
-def test_an_artefact_that_was_written_again_is_the_same_run(provenance: dict[str, object]) -> None:
-    metrics = {"a": None, "b": OTHER}
-    records = [make_record(weights={**provenance, "sha256": x * 64}, metrics=made) for x, made in metrics.items()]
+def test_an_artefact_that_was_written_again_is_the_same_run(first: dict[str, Any], second: dict[str, Any]) -> None:
+    records = [
+        make_record(weights={**first, "sha256": "a" * 64}),
+        make_record(weights={**second, "sha256": "b" * 64}, metrics=OTHER),
+    ]
     with pytest.raises(UserError, match="Two records of one run"):
         build_table(records)
-
-
-def test_a_checkpoint_and_its_artefact_are_the_same_weights() -> None:
-    direct = make_record(weights={"sha256": "e" * 64})
-    converted = make_record(weights={"sha256": "f" * 64, "source_sha256": "e" * 64}, metrics=OTHER)
-    with pytest.raises(UserError, match="Two records of one run"):
-        build_table([direct, converted])
 
 
 def test_metrics_choose_the_columns() -> None:
@@ -349,30 +339,28 @@ def test_one_metric_that_agrees_by_chance_is_no_repeat() -> None:
     assert (found.n, found.sd, found.repeated) == (3, 0.0, False)
 
 
-def test_of_several_pretrainings_each_counts_once() -> None:
-    levels = {0: [50.0, 52.0, 54.0], 1: [60.0, 61.0, 62.0]}
+@pytest.mark.parametrize(
+    ("levels", "values", "repeated"),
+    [
+        ([[50.0, 52.0, 54.0], [60.0, 61.0, 62.0]], (52.0, 61.0), False),
+        ([[60.0] * 3, [61.0] * 3, [62.0] * 3], (60.0, 61.0, 62.0), True),
+    ],
+)
+def test_of_several_pretrainings_each_counts_once_by_its_mean(
+    levels: list[list[float]], values: tuple[float, ...], repeated: bool
+) -> None:
+    """Six runs of two pretrainings are no six independent results: the spread is that of the pretrainings' means."""
     found = measured(
         [
             make_record(weights={**OURS, "pretrain_seed": pretraining}, seed=seed, metrics={KNN: value})
-            for pretraining, values in levels.items()
-            for seed, value in enumerate(values)
+            for pretraining, level in enumerate(levels)
+            for seed, value in enumerate(level)
         ]
     )
-    # Six runs are no six independent results: the spread is that of the two pretrainings' means, 52 and 61.
-    assert (found.values, found.n, found.pretrainings) == ((52.0, 61.0), 2, 2)
-    assert found.sd == pytest.approx((2 * 4.5**2) ** 0.5)
-    assert sorted(found.run_values) == [50, 52, 54, 60, 61, 62]
-
-
-def test_repeats_of_several_pretrainings_are_one_result_each() -> None:
-    found = measured(
-        [
-            make_record(weights={**OURS, "pretrain_seed": pretraining}, seed=seed, metrics={KNN: 60.0 + pretraining})
-            for pretraining in range(3)
-            for seed in range(3)
-        ]
-    )
-    assert (found.values, found.repeated) == ((60.0, 61.0, 62.0), True)
+    assert (found.values, found.n, found.pretrainings) == (values, len(levels), len(levels))
+    assert found.sd == pytest.approx(statistics.stdev(values))
+    assert sorted(found.run_values) == sorted(value for level in levels for value in level)
+    assert found.repeated == repeated
 
 
 # ── Published numbers ──
@@ -402,7 +390,7 @@ def test_a_published_value_has_a_column_of_its_own_else(records: list[RunRecord]
 
 
 def test_measured_rows_stand_before_published_ones() -> None:
-    rows = [published("random"), published("supervised"), published("twist", epochs=800)]
+    rows = [published(method="random"), published(method="supervised"), published(method="twist", epochs=800)]
     table = build_table([*full("twist", [70.0]), *full("vicreg", [60.0])], published=rows)
     assert labels(table) == ["TWIST", "VICReg", "random init", "supervised", "TWIST · 800 ep"]
 
