@@ -28,7 +28,7 @@ class PublishedRow(Config):
     """One row of a published table. Values and standard deviations are in the units of their metrics' names.
 
     `read` says where the number was read: in the primary source (the repository's file, the paper's text) or in a
-    secondary copy. `variant` tells apart weights of one method and length: other pretraining data, another code base.
+    secondary copy. `variant` distinguishes weights of one method and length: other pretraining data, another code base.
     """
 
     method: str

@@ -33,7 +33,7 @@ Real = Annotated[float, Strict()]
 class WeightsProvenance(Config):
     """Which weights a run started from; everything but `name` is None for random initialisation.
 
-    `sha256` is of the file that the run was given, which each conversion writes anew. What stays the same is
+    `sha256` is of the file that the run was given, which each conversion writes again. What stays the same is
     `source_sha256` (the original checkpoint) with its `branch`, and for our own runs the pretraining's config, seed
     and images. Records of earlier versions lack some of these.
     """
@@ -175,8 +175,8 @@ def _is_marked(values: Any) -> bool:
 
 
 # The state of a run folder, its other files that share fields with a record, and the folder of its records.
-RUN_ACCOUNT: Final = "run.json"
-RUN_FILES: Final = (RUN_ACCOUNT, "recipe.json", "evaluation.json", "failure.json")
+RUN_FILE: Final = "run.json"
+RUN_FILES: Final = (RUN_FILE, "recipe.json", "evaluation.json", "failure.json")
 RESULTS: Final = "results"
 
 
@@ -267,7 +267,7 @@ def _at_depth_2(folder: Path, name: str) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / RUN_ACCOUNT).is_file()
+    return (folder / RUN_FILE).is_file()
 
 
 def _holds_records(folder: Path) -> bool:

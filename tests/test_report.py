@@ -149,7 +149,7 @@ def test_curves_are_thinned_and_keep_their_end(page: Path) -> None:
 @pytest.mark.parametrize("study", ["study", "photos", "fashion-mnist", "demo-photos"])
 def test_captions_say_what_the_curves_of_healthy_runs_do(study: str) -> None:
     run = pretrain_run(ROOT / "results" / study / "pretrain")
-    # Self-labelling is another loss, and begins anew.
+    # Self-labelling is another loss, and starts over.
     until = run["stages"][0][0] if run["stages"] else math.inf
     for key, caption in PRETRAIN_KEYS.items():
         if key not in run["series"]:
@@ -209,8 +209,8 @@ def test_a_row_draws_its_first_runs_where_their_losses_are_numbers(tmp_path: Pat
     for seed in (4, 3, 2, 1, 0):
         record = make_record(seed=seed, curves=f"{seed}.jsonl")
         path = write_record(record, tmp_path)
-        told = lines if seed else [{"step": 0, "lr": 0.5}]  # the first run tells no loss
-        (path.parent / f"{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+        written = lines if seed else [{"step": 0, "lr": 0.5}]  # the first run has no loss
+        (path.parent / f"{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
         found.append((path, record))
     without = make_record("byol")
     found.append((write_record(without, tmp_path), without))
