@@ -165,8 +165,10 @@ def test_two_records_that_agree_are_one_run_on_the_page_too(tmp_path: Path) -> N
     for name, created in (("plain", "2026-01-02T00:00:00+00:00"), ("torchvision", "2026-01-03T00:00:00+00:00")):
         write_record(make_record(created=created), tmp_path / name)
     page = tmp_path / "page.html"
-    twist("compare", tmp_path / "torchvision", tmp_path / "plain", "--output", page)
+    twist("compare", tmp_path / "torchvision", tmp_path / "plain", "--title", "Ours & theirs", "--output", page)
     text = page.read_text()
+    assert "<title>Ours &amp; theirs</title>" in text
+    assert "<h1>Ours &amp; theirs</h1>" in text
     assert "1 run of 1 method under 1 protocol" in text
     assert "1 record left out" in text
     assert '"path": "plain/sample-knn/' in text
@@ -242,13 +244,6 @@ def test_a_protocol_that_is_not_in_the_table_is_shown(tmp_path: Path, capsys: py
 
 
 # ── Where it is written ──
-
-
-def test_a_page_has_the_headline_that_it_is_given(results: Path, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    twist("compare", results, "--no-published", "--format", "html", "--title", "Ours & theirs", "--output", page)
-    assert "<title>Ours &amp; theirs</title>" in page.read_text()
-    assert "<h1>Ours &amp; theirs</h1>" in page.read_text()
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ def test_records_and_curves_come_along_and_pictures_stay(tmp_path: Path) -> None
         ]
     )
     assert read_record(copied) == made.model_copy(update={"media": ()})
+    rows = (tmp_path / "to" / "pretrain" / "metrics.jsonl").read_text().split()
+    assert (rows[0], rows[1], rows[-1], len(rows)) == ("0", "3", "1200", 401), "thinned, with its last row"
 
 
 def test_a_folder_without_records_or_one_that_would_be_replaced_is_refused(tmp_path: Path) -> None:
@@ -41,13 +43,3 @@ def test_a_folder_without_records_or_one_that_would_be_replaced_is_refused(tmp_p
     with pytest.raises(UserError, match="publish to another folder"):
         publish(tmp_path / "all" / "from", tmp_path / "all")
     assert list(find_records([tmp_path / "all" / "from"]))
-
-
-def test_a_long_curve_is_thinned_and_keeps_its_last_row(tmp_path: Path) -> None:
-    write_record(make_record(), tmp_path / "from")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{number}\n" for number in range(1201)))
-    publish(tmp_path / "from", tmp_path / "to", pretrain=tmp_path / "run")
-    rows = (tmp_path / "to" / "pretrain" / "metrics.jsonl").read_text().split()
-    assert [rows[0], rows[1], rows[-1]] == ["0", "3", "1200"]
-    assert len(rows) == 401

@@ -148,9 +148,6 @@ def test_every_foreign_protocol_has_a_title_of_its_own() -> None:
     assert len(set(titles)) == len(foreign)
     assert not any(title.startswith("foreign:") or " · " in title for title in titles)
     assert protocol_title("linear") == "linear"
-
-
-def test_display_names() -> None:
     assert display_name("moco-v2") == "MoCo v2"
     assert display_name("my-method") == "my-method"
 
