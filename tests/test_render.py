@@ -191,10 +191,6 @@ def test_what_a_source_says_of_its_numbers_is_in_every_footnote() -> None:
     assert re.search(r"“57.4”a +“82.5”a +“64.0”b", render(table, "table"))
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_nothing_to_show(name: str) -> None:
-    assert "No records" in render(build_table([]), name)
-
-
-def test_footnotes_go_on_after_z() -> None:
+def test_nothing_to_show_and_footnotes_after_z() -> None:
+    assert all("No records" in render(build_table([]), name) for name in TEXTS)
     assert [footnote_mark(i) for i in (0, 25, 26, 27, 702)] == ["a", "z", "aa", "ab", "aaa"]
