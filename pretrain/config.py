@@ -21,7 +21,7 @@ Scale = tuple[float, float]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-# Global crops of the kinds without local ones: torchvision's default, and MoCo's (method.md, "Views").
+# Global crops of the kinds without local ones: torchvision's default, and MoCo's.
 PUBLISHED_SCALES: dict[str, Scale] = {"barlow": (0.08, 1.0), "moco": (0.2, 1.0)}
 
 

@@ -59,7 +59,7 @@ def share(hits: np.ndarray, probability: float) -> bool:
 
 
 def test_numbers_of_each_kind_are_the_published_ones() -> None:
-    # method.md, "Views": jitter, p, grey, flip, sigma; blur and solarise by view.
+    # bytedance/TWIST, commit 796d36e: jitter, p, grey, flip, sigma; blur and solarise by view.
     for kind, jitter in (
         ("multicrop", (0.4, 0.4, 0.2, 0.1)),
         ("barlow", (0.4, 0.4, 0.2, 0.1)),

@@ -60,7 +60,7 @@ class Pipeline:
     sigma: tuple[float, float] = (0.1, 2.0)
 
 
-# kind → the two global pipelines and the local one. Source: published transforms, see method.md "Views".
+# kind → the two global pipelines and the local one. Source: bytedance/TWIST, commit 796d36e.
 _GLOBAL_1 = Pipeline(blur_probability=1.0)
 _GLOBAL_2 = Pipeline(blur_probability=0.1, solarise_probability=0.2)
 _LOCAL = Pipeline(blur_probability=0.5)
