@@ -68,17 +68,9 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "detectron2",
-    "onedl-mmsegmentation",
-    "onedl-mmengine",
-    "mmsegmentation",
-    "numpy",
-    "numba",
-)
+# Distributions whose versions a record keeps.
+PACKAGES = ("torch", "torchvision", "timm", "detectron2", "onedl-mmsegmentation", "onedl-mmengine", "mmsegmentation")
+PACKAGES += ("numpy", "numba")
 
 
 def git_commit() -> str | None:

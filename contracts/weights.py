@@ -149,20 +149,13 @@ def read_header(path: str | os.PathLike[str]) -> Backbone:
             f"{path} has no TWIST header: run `twist convert {path} --to torchvision` to make an artefact of it."
         )
     try:
-        values = json.loads(metadata[METADATA_KEY])
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: the header is not valid JSON: take the file as it was written.")
-    if values.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: artefact format {values.get('format_version')!r} is unknown, this version reads "
-            f"{FORMAT_VERSION}; update the suite."
-        )
-    try:
-        return Backbone.model_validate(values)
+        return Backbone.model_validate_json(metadata[METADATA_KEY])
     except ValidationError as error:
-        raise UserError(f"{path}: the header is not valid ({error.errors()[0]['msg']}).") from None
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{path}: the header is not valid ({where}: {first['msg']}): convert the file again, or update the suite."
+        ) from None
 
 
 def weights_file(path: str | os.PathLike[str]) -> Path:

@@ -319,7 +319,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["hello", "[1]", "null"])
 def test_a_header_that_is_none(text: str, tmp_path: Path) -> None:
     save_file({"conv1.weight": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"twist": text})
-    with pytest.raises(UserError, match="the header is not valid JSON"):
+    with pytest.raises(UserError, match="the header is not valid"):
         load_source(tmp_path / "x.safetensors")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
 import shutil
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +38,11 @@ class Check:
 
 def examine() -> list[Check]:
     """Run every check; none of them raises."""
-    first = (_python, _torch, _torchvision, _accelerator, _processes)
+    first = (_torch, _torchvision, _accelerator, _processes)
     last = (_compiler, _detectron2, _mmseg, _photos, _machine, _data)
     packages = [_package(name, purpose) for name, purpose in PACKAGES.items()]
-    return [*(check() for check in first), *packages, *(check() for check in last)]
+    python = Check("Python", platform.python_version())
+    return [python, *(check() for check in first), *packages, *(check() for check in last)]
 
 
 def render(checks: list[Check]) -> str:
@@ -81,13 +82,6 @@ def _failed(name: str, why: str, *, package: str, lacking: str) -> Check:
     return Check(name, f"{why} (no {lacking})", remedy, broken=needed and (CLONE is not None or not absent))
 
 
-def _python() -> Check:
-    version = sys.version_info
-    fits = (3, 11) <= version[:2] < (3, 14)
-    remedy = "" if fits else "use Python 3.11, 3.12 or 3.13"
-    return Check("Python", f"{version.major}.{version.minor}.{version.micro}", remedy, broken=not fits)
-
-
 def _torch() -> Check:
     module, why = _import("torch")
     if module is None:
@@ -124,10 +118,8 @@ def _accelerator() -> Check:
 
 def _processes() -> Check:
     dist, why = _import("torch.distributed")
-    if dist is None:
-        return Check("several processes", why)
-    if not dist.is_available():
-        return Check("several processes", "torch.distributed is absent", "install a torch that has it", broken=True)
+    if dist is None or not dist.is_available():
+        return Check("several processes", f"torch.distributed is absent {why}", "install a torch that has it")
     backends = [n for n, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there]
     return Check("several processes", ", ".join(backends))
 
