@@ -18,6 +18,7 @@ import pytest
 
 from twist import demo
 from twist.cli import app
+from twist.contracts import machine
 from twist.contracts.record import find_records, read_record
 from twist.contracts.weights import read_header
 from twist.demo import CONFIG, PROTOCOLS
@@ -102,6 +103,15 @@ def replace_by_recorder(
         return SimpleNamespace(summary=lambda: "")
 
     monkeypatch.setattr(f"{module}.{name}", record)
+
+
+@pytest.mark.parametrize(("bf16", "minutes"), [(True, 10), (False, 13)])
+def test_the_estimate_follows_the_processor(
+    bf16: bool, minutes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cpu_has_bf16", lambda: bf16)
+    steps = demo.plan_steps(tmp_path, source="shapes", fast=False)
+    assert round(sum(step.expected_s for step in steps) / 60) == minutes
 
 
 @pytest.mark.slow
