@@ -69,8 +69,8 @@ def _processor() -> str:
 
 
 # Distributions whose versions a record keeps.
-PACKAGES = ("torch", "torchvision", "timm", "detectron2", "onedl-mmsegmentation", "onedl-mmengine", "mmsegmentation")
-PACKAGES += ("numpy", "numba")
+FRAMEWORKS = ("detectron2", "onedl-mmsegmentation", "onedl-mmengine", "mmsegmentation")
+PACKAGES = ("torch", "torchvision", "timm", *FRAMEWORKS, "numpy", "numba")
 
 
 def git_commit() -> str | None:

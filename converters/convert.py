@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, did_you_mean
@@ -22,7 +22,6 @@ from twist.converters.targets.registry import TARGETS, Target
 from twist.converters.usage import usage
 
 __all__ = ["Conversion", "ProofError", "convert", "render"]
-TargetName = Literal["detectron2", "mmseg", "torchvision", "timm"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Conversion:
 def convert(
     checkpoint: Path,
     *,
-    target: TargetName,
+    target: str,
     layout: str | None = None,
     branch: str | None = None,
     output: Path | None = None,

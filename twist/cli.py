@@ -154,15 +154,9 @@ def convert(
         raise UsageError("Say what to convert and for whom: twist convert CHECKPOINT --to detectron2.")
     from twist.converters import convert as conversion
 
+    source = {"layout": layout, "branch": branch}
     done = conversion.convert(
-        checkpoint,
-        target=to,  # type: ignore[arg-type]  # an unknown one is refused there
-        layout=layout,
-        branch=branch,
-        output=output,
-        verify=not no_verify,
-        pkl=pkl,
-        allow_nan=allow_nan,
+        checkpoint, target=to, output=output, verify=not no_verify, pkl=pkl, allow_nan=allow_nan, **source
     )
     print(conversion.render(done))
 
@@ -289,15 +283,9 @@ def suite(
     from twist.comparing import suite_table
     from twist.transfer.suite.run import run_suite
 
-    records, failure = run_suite(
-        file,
-        executor=executor,
-        dry_run=dry_run,
-        gpus=None if gpus is None else _device_numbers(gpus),
-        results=results,
-        output=output,
-        data=data or find_root(None),
-    )
+    folders = {"results": results, "output": output, "data": data or find_root(None)}
+    devices = None if gpus is None else _device_numbers(gpus)
+    records, failure = run_suite(file, executor=executor, dry_run=dry_run, gpus=devices, **folders)
     if records:
         print(suite_table(records))
     if failure is not None:
