@@ -240,22 +240,10 @@ def test_plan_says_what_is_done_and_how_long_the_rest_takes(world: World, monkey
     assert "4 runs: 3 done, 1 to run, one at a time on the CPU" in text
 
 
-def test_figures_among_the_results_are_no_records(world: World) -> None:
-    (world.results / "benchmarks").mkdir(parents=True)
-    (world.results / "benchmarks" / "lars.json").write_text('{"speedup": 4.0}')
-    assert len(world.run()) == 4
-
-
 def test_a_metric_of_another_protocol_stops_the_suite(world: World) -> None:
     path = write_record(make_record("twist", "sample-knn", metrics={"top1_percent": 50.0}), world.results)
     with pytest.raises(UserError, match=f"{path}: sample-knn does not measure top1_percent"):
         world.run()
-
-
-def test_dry_run_starts_nothing(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    assert world.run(dry_run=True) == []
-    assert "4 runs: 0 done, 4 to run" in capsys.readouterr().out
-    assert not world.output.exists()
 
 
 def test_grids_seeds_and_overrides_make_jobs(world: World) -> None:
@@ -299,23 +287,21 @@ def test_the_command_is_one_that_a_user_could_type(world: World) -> None:
 # ── Running ──
 
 
-def test_every_job_gets_its_record_and_none_is_run_again(world: World) -> None:
+def test_every_job_gets_its_record_and_none_is_run_again(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    (world.results / "benchmarks").mkdir(parents=True)
+    (world.results / "benchmarks" / "lars.json").write_text('{"speedup": 4.0}')  # no record
+    assert world.run(dry_run=True) == []
+    assert "4 runs: 0 done, 4 to run" in capsys.readouterr().out
+    assert not world.output.exists()
     first = world.run()
     assert [(record.protocol, record.seed) for record in first] == [
-        ("sample-knn", 0),
-        ("sample-knn", 1),
-        ("sample-linear", 0),
-        ("sample-linear", 1),
+        (protocol, seed) for protocol in ("sample-knn", "sample-linear") for seed in (0, 1)
     ]
     assert len(list(find_records([world.results]))) == 4
-    assert world.run() == first
-    assert world.starts() == 4
-
-
-def test_what_is_done_is_known_without_the_run_folders(world: World) -> None:
-    world.run()
+    # What is done is known without the run folders, and wherever the data lie.
     shutil.rmtree(world.output)
-    assert len(world.run()) == 4
+    world.data = world.data.rename(world.root / "moved")
+    assert world.run() == first
     assert world.starts() == 4
     # A record that is removed is made again.
     next(find_records([world.results])).unlink()
@@ -343,9 +329,8 @@ def test_what_was_measured_on_other_data_is_never_shown_for_these(world: World) 
             "seed 0, format 2; --data holds sample of photos, small, seed 7, format 2): choose another --output"
         )
     # Nor where only the run folders know of it.
-    for dry_run in (True, False):
-        with pytest.raises(UserError, match=r"sample-knn/random-seed0-\w+/record holds .* measured on other data"):
-            world.run(data=other, results=world.root / "empty", dry_run=dry_run)
+    with pytest.raises(UserError, match=r"sample-knn/random-seed0-\w+/record holds .* measured on other data"):
+        world.run(data=other, results=world.root / "empty", dry_run=True)
     assert world.starts() == 4
     # The remedy is one, and records of both side by side are told apart.
     assert len(world.run(data=other, output=world.root / "runs-2", results=world.root / "results-2")) == 4
@@ -357,14 +342,6 @@ def test_what_was_measured_on_other_data_is_never_shown_for_these(world: World) 
         found = {record.data for record in world.run(data=data)}
         assert found == {f"sample of photos, small, seed {0 if data == world.data else 7}, format 2"}
     assert world.starts() == 8
-
-
-def test_moved_data_are_the_same(world: World) -> None:
-    describe(world.data, seed=0)
-    first = world.run()
-    world.data.rename(world.root / "moved")
-    assert world.run(data=world.root / "moved") == first
-    assert world.starts() == 4
 
 
 def test_a_record_that_does_not_say_its_data_stays_valid(world: World) -> None:
@@ -468,30 +445,29 @@ def test_a_full_disk_is_one_sentence_and_stops_nothing_else(world: World, monkey
 
 
 @pytest.mark.parametrize(
-    ("visible", "gpus", "given"),
+    ("visible", "gpus", "size", "sets"),
     [
-        (None, [4, 6], {"4", "6"}),
-        ("4,5", [0, 1], {"4", "5"}),
-        ("4,5", None, {"4", "5"}),
-        ("7, 2,5", [1, 2], {"2", "5"}),
-        ("GPU-aa,GPU-bb", [1], {"GPU-bb"}),
-        ("MIG-11,MIG-22", [0, 1], {"MIG-11", "MIG-22"}),
+        (None, [4, 6], 1, [["4"], ["6"]]),
+        ("4,5", [0, 1], 1, [["4"], ["5"]]),
+        ("4,5", None, 1, [["4"], ["5"]]),
+        ("7, 2,5", [1, 2], 1, [["2"], ["5"]]),
+        ("GPU-aa,GPU-bb", [1], 1, [["GPU-bb"]]),
+        ("MIG-11,MIG-22", [0, 1], 1, [["MIG-11"], ["MIG-22"]]),
+        ("7,6,5,4", [0, 1, 2, 3], 2, [["7", "6"], ["5", "4"]]),
     ],
 )
 def test_runs_share_the_gpus_that_the_caller_has(
-    world: World, monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: list[int] | None, given: set[str]
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: list[int] | None, size: int, sets: list[list[str]]
 ) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    world.run(gpus=gpus)
-    logs = {path.read_text().strip() for path in world.output.rglob("log-1.txt")}
-    assert logs == {f"gpus={name}" for name in given}
+    assert launch.gpu_sets(gpus, size=size) == sets
 
 
-def test_several_gpus_of_the_callers_for_one_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_sees_its_own_gpus(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4")
     world.file.write_text("gpus_per_run = 2\n" + SIMPLE)
     world.run(gpus=[0, 1, 2, 3])

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from twist.contracts.record import RunRecord, find_records, name_in, write_recor
 from twist.transfer.suite import config, launch
 from twist.transfer.suite.config import Job, WeightsEntry, Workload
 
+Command = Callable[[Job], list[str]]
 ATTEMPTS = 2
 POLL_S = 0.5
 
@@ -113,9 +114,8 @@ def _artefact(entry: WeightsEntry, folder: Path) -> Path | str:
             "take `epochs` out of the suite or correct it."
         )
     said = {"method": entry.method or header.method, "epochs": entry.epochs or header.epochs}
-    return write_backbone(
-        path, tensors, header.model_copy(update={**said, "source_sha256": header.source_sha256 or digest})
-    )
+    said["source_sha256"] = header.source_sha256 or digest
+    return write_backbone(path, tensors, header.model_copy(update=said))
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,7 @@ class _Runs:
     """
 
     def __init__(
-        self,
-        work: Workload,
-        launcher: launch.Launcher,
-        command: Callable[[Job], list[str]],
-        *,
-        results: Path,
-        output: Path,
+        self, work: Workload, launcher: launch.Launcher, command: Command, *, results: Path, output: Path
     ) -> None:
         # Longest first, those of unknown length before all: the last job to end then is a short one.
         lengths = {job.key: work.expected_s(job) or float("inf") for job in work.missing}
@@ -236,18 +230,19 @@ class _Runs:
         if left is None:
             return None
         file, record = left
-        folder = f"{name_in(record, self._results)}"
+        protocol, folder = self._results / record.protocol, name_in(record, self._results)
 
-        def copy(names: Sequence[str]) -> Iterator[str]:
-            """Copy what the record points at (relative to it) into `folder`; the new relative paths."""
-            for name in names:
-                target = self._results / record.protocol / folder / Path(name).name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file.parent / name, target)
-                yield f"{folder}/{target.name}"
+        def copied(name: str) -> str:
+            """Copy what the record points at, relative to it; the new relative path."""
+            kept = f"{folder}/{Path(name).name}"
+            (protocol / kept).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file.parent / name, protocol / kept)
+            return kept
 
-        curves = next(copy([record.curves] if record.curves else []), None)
-        collected = record.model_copy(update={"media": tuple(copy(record.media)), "curves": curves, "job": job.key})
+        curves = copied(record.curves) if record.curves else None
+        collected = record.model_copy(
+            update={"media": tuple(map(copied, record.media)), "curves": curves, "job": job.key}
+        )
         write_record(collected, self._results)
         return collected
 
@@ -281,12 +276,10 @@ def leave(runs: Sequence[launch.Run]) -> None:
         for run in runs:
             stack.callback(lambda run: queued.append(run.leave()), run)
     if numbers := " ".join(sorted(filter(None, queued))):
-        print(
-            f"SLURM jobs go on without the suite: start the same suite again to collect what they make, or cancel them "
-            f"with `scancel {numbers}`.",
-            file=sys.stderr,
-            flush=True,
+        said = (
+            "SLURM jobs go on without the suite: start the same suite again to collect what they make, or cancel them"
         )
+        print(f"{said} with `scancel {numbers}`.", file=sys.stderr, flush=True)
 
 
 def _left_by_run(job: Job, *, output: Path) -> tuple[Path, RunRecord] | None:
