@@ -13,12 +13,12 @@ from twist.contracts.machine import DETECTRON2
 EXTRAS: Final[dict[str, tuple[str, ...]]] = {
     "convert": ("torch", "torchvision", "timm", "safetensors", "PIL", "yaml"),
     "pretrain": ("torch", "torchvision", "timm", "safetensors", "PIL", "fvcore", "numba", "matplotlib", "sklearn"),
-    "compare": ("scipy",),
+    "compare": ("scipy", "jinja2", "tabulate"),
     "transfer": ("torch", "torchvision", "timm", "safetensors", "PIL", "fvcore", "matplotlib", "sklearn", "scipy"),
     "hub": ("datasets",),
 }
 # Packages that only some commands of an extra need.
-_PARTS: Final = {"tensorboard": "pretrain", "submitit": "pretrain"} | dict.fromkeys(
+PARTS: Final = {"tensorboard": "pretrain", "submitit": "pretrain"} | dict.fromkeys(
     ("mmseg", "mmcv", "mmengine", "pycocotools", "cityscapesscripts", "torchmetrics"), "transfer"
 )
 
@@ -62,7 +62,7 @@ def install_command(package: str, extra: str | None = None) -> str:
     package that is not among ours."""
     if package == "detectron2":
         return f'pip install "{DETECTRON2}"'
-    extra = extra or _PARTS.get(package) or next((name for name, held in EXTRAS.items() if package in held), None)
+    extra = extra or PARTS.get(package) or next((name for name, held in EXTRAS.items() if package in held), None)
     return f'pip install "twist-suite[{extra}]"' if extra else ""
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,6 +14,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from twist.contracts.errors import EXTRAS, PARTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -155,6 +159,17 @@ def test_files_of_the_user_with_our_names_are_left_alone(installed: Path, tmp_pa
     assert (missing.stdout, "twist-suite[pretrain]" in missing.stderr) == ("", True)
     theirs = run(installed / "python", "-c", "import configs.mine, pretrain; print(configs.mine.value)", cwd=tmp_path)
     assert theirs.stdout == "my program\nmy config\n"
+
+
+def test_what_a_command_looks_for_is_what_its_extra_installs() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    names = {extra: {re.split(r"[\[<>=]", line)[0].lower() for line in lines} for extra, lines in extras.items()}
+    names["transfer"] |= names["pretrain"] | names["convert"] | names["compare"]
+    owners = importlib.metadata.packages_distributions()
+    looked_for = [(extra, package) for extra, packages in EXTRAS.items() for package in packages]
+    assert len(looked_for) > 20
+    for extra, package in [*looked_for, *((extra, package) for package, extra in PARTS.items())]:
+        assert {name.lower() for name in owners[package]} & names[extra], f"{package} is not in [{extra}]"
 
 
 def test_a_second_work_tree_that_borrows_the_environment_runs_its_own_code(tmp_path: Path) -> None:
