@@ -296,29 +296,20 @@ def suite(
 def compare(
     records: Annotated[list[Path] | None, typer.Argument(show_default=False)] = None,
     baseline: Annotated[str | None, typer.Option(help="Method to which differences are taken.")] = None,
-    table_format: Annotated[
-        TableFormat | None, typer.Option("--format", help="Default: what --output ends in, else table.")
-    ] = None,
+    table_format: Annotated[TableFormat | None, typer.Option("--format", help="Default: by --output's ending.")] = None,
     output: Annotated[Path | None, typer.Option(help="File to write instead of the terminal.")] = None,
     allow_mixed: Annotated[bool, typer.Option("--allow-mixed", help="Show different recipes apart, marked.")] = False,
     published: Annotated[
-        bool | None,
-        typer.Option("--published/--no-published", help="Published rows too; default beside full-scale runs."),
+        bool | None, typer.Option("--published/--no-published", help="Published rows; default: with full-scale runs.")
     ] = None,
     same_methods: Annotated[
-        bool, typer.Option("--same-methods", help="Published rows of the measured methods only.")
+        bool, typer.Option("--same-methods", help="Published rows of measured methods only.")
     ] = False,
     metric: Annotated[list[str] | None, typer.Option(help="Only this metric (may be repeated).")] = None,
-    pretrain_runs: Annotated[
-        list[Path] | None, typer.Option("--pretrain-run", help="HTML: run folders whose curves to draw.")
-    ] = None,
+    pretrain_runs: Annotated[list[Path] | None, typer.Option("--pretrain-run", help="HTML: draw its curves.")] = None,
     title: Annotated[str | None, typer.Option(help="HTML: headline of the page.")] = None,
-    picture: Annotated[
-        list[str] | None, typer.Option(metavar="CAPTION=FILE", help="HTML: a picture beside those of the records.")
-    ] = None,
-    published_only: Annotated[
-        bool, typer.Option("--published-only", help="The published numbers alone, without records.")
-    ] = False,
+    picture: Annotated[list[str] | None, typer.Option(metavar="CAPTION=FILE", help="HTML: one more picture.")] = None,
+    published_only: Annotated[bool, typer.Option("--published-only", help="Published numbers, no records.")] = False,
     check: Annotated[Path | None, typer.Option(help="Fail when this file's tables are stale.")] = None,
     update: Annotated[Path | None, typer.Option(help="Rewrite this file's tables.")] = None,
 ) -> None:
@@ -342,20 +333,15 @@ def compare(
         same_methods=same_methods,
         metrics=tuple(metric or ()),
     )
+    runs, shown = pretrain_runs or [], [_captioned(text) for text in picture or []]
     comparing.compare(
-        records or [],
-        choice,
-        table_format=table_format,
-        output=output,
-        pretrain_runs=pretrain_runs or [],
-        title=title,
-        pictures=[_captioned(text) for text in picture or []],
+        records or [], choice, table_format=table_format, output=output, title=title, pretrain_runs=runs, pictures=shown
     )
 
 
 @app.command()
 def doctor() -> None:
-    """Examine the environment, and say how to mend it."""
+    """Say what this environment can do, and how to change it."""
     from twist.doctor import examine, render
 
     checks = examine()
