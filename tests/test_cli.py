@@ -93,6 +93,7 @@ def test_data_sets_may_be_named_by_the_environment(monkeypatch: pytest.MonkeyPat
     assert "3 runs: 0 done, 3 to run" in plan.stdout
 
 
+@pytest.mark.slow  # two processes
 def test_debug_shows_the_traceback() -> None:
     done = twist_of_its_own("--debug", "pretrain", "absent.toml")
     assert done.returncode == 1
