@@ -14,12 +14,12 @@ from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_
 
 from twist.catalog.prepare import prepare_cityscapes
 from twist.catalog.roots import find_root, voc_folder
+from twist.contracts.curves import Curves
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.networks import build_backbone
 from twist.contracts.record import find_records, read_record
 from twist.contracts.weights import Backbone, write_backbone
 from twist.transfer import folder
-from twist.transfer.curves import Curves
 from twist.transfer.end import render_end
 from twist.transfer.failures import guard, raise_failure
 from twist.transfer.pictures import colour_of, draw_classes, draw_instances, legend_of, plot_losses, save_pair
@@ -227,13 +227,13 @@ def test_a_run_that_was_killed_while_it_started_is_begun_again(tmp_path) -> None
 
 def test_curves_continue_without_repeating(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
-    curves = Curves(path)
+    curves = Curves(path, start=0)
     for step in (10, 20, 30):
         curves.add(step, {"loss": 1 / step, "bad": float("nan")})
     curves.close()
     with path.open("a") as file:
         file.write('{"step": 40, "lo')  # what a kill leaves
-    curves = Curves(path, start=20)
+    curves = Curves(path, start=21)
     curves.add(30, {"loss": 7.0})
     curves.close()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -330,7 +330,7 @@ def test_the_legend_of_a_pair_names_the_classes_in_it(tmp_path) -> None:
 
 
 def test_losses_are_plotted(tmp_path) -> None:
-    curves = Curves(tmp_path / "metrics.jsonl")
+    curves = Curves(tmp_path / "metrics.jsonl", start=0)
     for step in range(1, 20):
         curves.add(step, {"loss": 3 / step, "loss_mask": 1 / step, "lr": 0.1})
     curves.close()

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from twist.contracts import files
+from twist.contracts.curves import CURVES
 from twist.contracts.errors import UserError
 from twist.transfer.pictures import plot_losses
 from twist.transfer.request import Request
 from twist.transfer.result import EngineResult
 
-CURVES = "metrics.jsonl"
 _FILE = "evaluation.json"
 
 

@@ -7,7 +7,6 @@ Left is the truth, right the prediction. `N` objects, images are uint8 RGB (H, W
 from __future__ import annotations
 
 import colorsys
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from twist.contracts import files
+from twist.contracts.curves import Panel, draw, read_rows
 
 # Longest side of one panel: two of them stay below 200 KB as a 256-colour PNG.
 PANEL_PIXELS = 352
@@ -124,22 +124,10 @@ def _rows_of(legend: Legend, width: int) -> list[list[tuple[int, tuple[int, int,
 
 def plot_losses(curves: Path, path: Path, *, title: str) -> Path:
     """The losses of a `metrics.jsonl` over its steps, one line each, as a PNG at `path`."""
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
-    rows = [json.loads(line) for line in curves.read_text().splitlines()]
+    rows = read_rows(curves)
     names = sorted({name for row in rows for name in row if "loss" in name}, key=lambda name: (name != "loss", name))
-    figure = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
-    for name in names:
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*points, strict=True), label=name, linewidth=2 if name == "loss" else 1)
-    axes.set(xlabel="iteration", ylabel="loss", title=title, ylim=(0, None))
-    axes.grid(alpha=0.3)
-    if names:
-        axes.legend(fontsize=8)
-    with files.atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
-    return path
+    settings = {"xlabel": "iteration", "ylabel": "loss", "ylim": (0, None)}
+    return draw(rows, [Panel(title, {name: name for name in names}, smooth=False, settings=settings)], path)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -86,11 +86,11 @@ def pretrain(
     settings = load_config(config, PretrainConfig, overrides or [])
     folder = output or Path("runs") / config.stem
     if show_views is not None:
-        from twist.pretrain.data.contact_sheet import contact_sheet
+        from twist.pretrain.data.preview import contact_sheet
 
         print(contact_sheet(settings, show_views, folder / "views.png"))
     elif bench_data:
-        from twist.pretrain.data.bench_data import bench, render
+        from twist.pretrain.data.preview import bench, render
 
         result = bench(settings)
         print(_json(result) if as_json else render(result))

@@ -29,12 +29,12 @@ from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_s
 
 from twist.catalog.roots import read_sample
 from twist.contracts import files
+from twist.contracts.curves import CURVES, Curves
 from twist.contracts.progress import Progress
-from twist.transfer.curves import Curves
 from twist.transfer.engines.detectron2.config import resolve
 from twist.transfer.engines.detectron2.data import count_images, register_data
 from twist.transfer.engines.detectron2.outcome import bare, draw, metrics_of, prove_loaded
-from twist.transfer.evaluation import CURVES, Resolved, collect, leave, require_finished
+from twist.transfer.evaluation import Resolved, collect, leave, require_finished
 from twist.transfer.failures import guard, raise_failure
 from twist.transfer.quiet import frameworks_quiet
 from twist.transfer.request import Request
@@ -165,7 +165,7 @@ class _CurveWriter(EventWriter):
     def write(self) -> None:
         storage = get_event_storage()
         if self._curves is None:  # only now is it known where the run continues
-            self._curves = Curves(self._path, start=self._trainer.start_iter)
+            self._curves = Curves(self._path, start=self._trainer.start_iter + 1)
         if storage.iter == self._last:
             return
         self._last = storage.iter
@@ -176,7 +176,7 @@ class _CurveWriter(EventWriter):
 
     def close(self) -> None:
         if self._curves is None:
-            self._curves = Curves(self._path, start=self._trainer.start_iter)
+            self._curves = Curves(self._path, start=self._trainer.start_iter + 1)
         self._curves.close()
 
 

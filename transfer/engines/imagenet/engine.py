@@ -19,6 +19,7 @@ from torch import Tensor
 
 from twist.catalog.labelled import LabelledImages, open_tree
 from twist.contracts import files
+from twist.contracts.curves import CURVES
 from twist.contracts.errors import UsageError
 from twist.contracts.files import sha256_json
 from twist.contracts.networks import network_of
@@ -44,7 +45,7 @@ from twist.transfer.engines.imagenet.recipes import (
     NeighboursRecipe,
     load_recipe,
 )
-from twist.transfer.engines.imagenet.training import CURVES, PICTURED, Job, require_finished
+from twist.transfer.engines.imagenet.training import PICTURED, Job, require_finished
 from twist.transfer.overrides import departures
 from twist.transfer.pictures import plot_losses
 from twist.transfer.result import EngineResult

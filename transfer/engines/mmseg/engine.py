@@ -23,12 +23,12 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from mmseg.utils import register_all_modules
 from torch import Tensor, nn
 
+from twist.contracts.curves import CURVES, Curves
 from twist.contracts.errors import UserError
 from twist.contracts.progress import Progress
-from twist.transfer.curves import Curves
 from twist.transfer.engines.mmseg.config import resolve
 from twist.transfer.engines.mmseg.outcome import bare, draw, metrics_of, prove_loaded
-from twist.transfer.evaluation import CURVES, Resolved, collect, leave, require_finished
+from twist.transfer.evaluation import Resolved, collect, leave, require_finished
 from twist.transfer.failures import guard, raise_failure
 from twist.transfer.quiet import frameworks_quiet
 from twist.transfer.request import Request
@@ -143,7 +143,7 @@ class _Watch(Hook):
             prove_loaded(bare(runner.model).backbone, self.request.weights)
         self._every = runner.cfg.default_hooks.logger.interval
         if is_main_process():
-            self._curves = Curves(self.request.output / CURVES, start=runner.iter)
+            self._curves = Curves(self.request.output / CURVES, start=runner.iter + 1)
             self._progress = Progress("train", total=runner.max_iters, unit="step", start=runner.iter).__enter__()
 
     def after_train_iter(self, runner: Runner, *, outputs: dict[str, Tensor], **_: Any) -> None:

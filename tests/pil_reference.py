@@ -75,7 +75,6 @@ def normalise(image: Image.Image) -> Tensor:
     return F.normalize(F.to_tensor(image), list(IMAGENET_MEAN), list(IMAGENET_STD))
 
 
-def make_views(data: bytes, views: np.ndarray, sizes: Sequence[int]) -> list[Tensor]:
-    """The whole published chain for one image: V finished views, with `views` (V,) and their sides (V,)."""
-    image = decode(data)
+def views_of(image: Image.Image, views: np.ndarray, sizes: Sequence[int]) -> list[Tensor]:
+    """The whole published chain after the decode: V finished views, with `views` (V,) and their sides (V,)."""
     return [normalise(photometric(crop(image, view["box"], size), view)) for view, size in zip(views, sizes)]
