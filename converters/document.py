@@ -7,133 +7,83 @@ from pathlib import Path
 from twist.contracts.files import write_text
 from twist.contracts.weights import ARCHITECTURES, Backbone
 from twist.converters.proof import TOLERANCE
-from twist.converters.sources import HALF, IMAGENET, LAYOUTS, MSRA, SWAV, UNIT, Layout, Pixels
-from twist.converters.targets.registry import TARGETS
-from twist.converters.usage import usage
+from twist.converters.sources import LAYOUTS, Layout
+from twist.converters.targets import TARGETS, Target
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "conversions.md"
-_PIXELS: dict[Pixels, str] = {
-    IMAGENET: "ImageNet",
-    SWAV: "std .228",
-    UNIT: "[0, 1] only",
-    HALF: "mean and std .5",
-    MSRA: "BGR, Caffe",
-}
-
-
-_PAGE = """\
-<!-- Written by `python -m twist.converters.document`; change the tables in converters/, not this page. -->
-# Conversions
-
-`twist convert CHECKPOINT --to TARGET` reads a checkpoint, finds out by its contents which layout it has, takes one
-branch of it, and writes weights together with the settings they imply. Then the target's own network runs the same
-image files through its own preprocessing; the folder appears only when every stage agrees to {tolerance:g} of its
-largest feature. `twist inspect CHECKPOINT` says what a file holds. Nothing from a file is ever executed.
-
-## Targets
-
-{targets}
-
-## Loading
-
-{usage}
-
-`twist convert` prints the lines for the file at hand. Where torchvision builds no such network (ViTs, double width,
-"same" padding, the stride in the 1 × 1, BGR), `twist.contracts.networks` does.
-
-## Networks and targets
-
-{networks}
-
-## Sources and targets
-
-The first branch is taken unless `--branch` names another. Layouts marked *by name* look like another one, so they are
-never guessed: say `--from NAME`. The columns on the right are for a ResNet-50; *plain* means that the target pads
-symmetrically, and that the report states how far this is from the network as it was trained.
-
-{sources}
-
-Containers: `.pth`, `.pt`, `.tar` (PyTorch, zip and older stream), `.ckpt` (Lightning), `.pkl` (Detectron2, Caffe2,
-haiku; numpy arrays only), `.safetensors`, `.npz`. `module.` and `_orig_mod.` are taken off; float16 and bfloat16 are
-widened, which is exact.
-"""
+_SHOWN = {"": "resnet50", ", a ViT": "vit_base_patch16"}
 
 
 def page() -> str:
-    """The whole page as Markdown."""
-    tables = {"targets": _targets(), "usage": _usage(), "networks": _networks(), "sources": _sources()}
-    return _PAGE.format(tolerance=TOLERANCE, **{name: "\n".join(rows) for name, rows in tables.items()})
-
-
-def _targets() -> list[str]:
-    rows = ["| `--to` | writes | settings |", "|---|---|---|"]
-    resnet, vit = _backbone("resnet50"), _backbone("vit_base_patch16")
-    for name, target in TARGETS.items():
-        overlays = sorted({f"`{target.overlay_name(b)}`" for b in (resnet, vit)}) if target.overlay_name else []
-        settings = " or ".join(overlays) or ("`config.json`" if name == "timm" else "in the file's header")
-        rows.append(f"| `{name}` | `{target.weights}`, {target.title} | {settings} |")
-    return rows
-
-
-def _usage() -> list[str]:
-    """What loads a ResNet-50's conversion, and Detectron2's of a ViT, which is another; then the artefact's own way."""
-    shown = [(f"`{name}`", name, _backbone("resnet50")) for name in TARGETS]
-    shown[1:1] = [("`detectron2`, a ViT", "detectron2", _backbone("vit_base_patch16"))]
-    shown.append(("`torchvision`, any network", "torchvision", _backbone("resnet50", width=2)))
-    blocks = [f"{title}:\n\n```python\n{usage(name, Path('FOLDER'), net)}```\n" for title, name, net in shown]
-    return "\n".join(blocks).rstrip().split("\n")
-
-
-def _networks() -> list[str]:
-    rows = [_head("network"), "|---|" + "---|" * len(TARGETS)]
-    networks = [_backbone(name) for name in ARCHITECTURES]
-    networks[3:3] = [_backbone("resnet50", width=width) for width in (2, 4)]
-    networks[1:1] = [_backbone("resnet18", width=2)]
-    for backbone in networks:
-        cells = [target.refuse(backbone) for target in TARGETS.values()]
-        rows.append(f"| {backbone.display_name} | " + " | ".join(f"no: {c}" if c else "yes" for c in cells) + " |")
-    return rows
-
-
-def _sources() -> list[str]:
-    rows = [
-        _head("layout (`--from`) | method | branches | pixels | found") + " read from |",
-        "|---|---|---|---|---|" + "---|" * len(TARGETS) + "---|",
-    ]
-    for layout in LAYOUTS:
-        branches = ", ".join(dict.fromkeys(branch.name for branch in layout.branches))
-        found = "by content" if layout.detect else "*by name*"
-        rows.append(
-            f"| `{layout.name}` | {layout.method} | {branches} | {_PIXELS[layout.pixels]} | {found} | "
-            + " | ".join(_cell(layout, name) for name in TARGETS)
-            + f" | {layout.note} |"
+    """The whole page as Markdown: the template `docs/conversions.in.md` with its tables."""
+    return (
+        PAGE.with_suffix(".in.md")
+        .read_text()
+        .format(
+            tolerance=TOLERANCE,
+            targets=_table(["`--to`", "writes", "settings"], map(_target_row, TARGETS.values())),
+            usage=_usage(),
+            networks=_table(["network", *_target_heads()], map(_network_row, _networks())),
+            sources=_table(
+                ["layout (`--from`)", "method", "branches", "pixels", "found", *_target_heads(), "read from"],
+                map(_source_row, LAYOUTS),
+            ),
         )
-    return rows
-
-
-def _cell(layout: Layout, target: str) -> str:
-    pixels = layout.pixels
-    backbone = _backbone("resnet50").model_copy(
-        update={"padding": layout.padding, "stride_in": layout.stride_in, "channel_order": pixels.channel_order}
     )
-    if TARGETS[target].refuse(backbone):
+
+
+def _target_row(target: Target) -> list[str]:
+    files = {target.settings(_backbone(net))[0] for net in _SHOWN.values()} if target.settings else ()
+    settings = " or ".join(f"`{file}`" for file in sorted(files)) or "in the file's header"
+    return [f"`{target.name}`", f"`{target.weights}`, {target.title}", settings]
+
+
+def _usage() -> str:
+    """The lines for a ResNet-50, and those for a ViT where they are others."""
+    shown = []
+    for name, target in TARGETS.items():
+        lines = {title: target.usage(Path("FOLDER"), _backbone(net)) for title, net in _SHOWN.items()}
+        for title, text in lines.items():
+            if title == "" or text != lines[""]:
+                shown.append(f"`{name}`{title}:\n\n```python\n{text}```\n")
+    return "\n".join(shown).rstrip()
+
+
+def _networks() -> list[Backbone]:
+    wide = [_backbone("resnet18", 2), _backbone("resnet50", 2), _backbone("resnet50", 4)]
+    return sorted([*map(_backbone, ARCHITECTURES), *wide], key=lambda net: ARCHITECTURES.index(net.architecture))
+
+
+def _network_row(backbone: Backbone) -> list[str]:
+    reasons = [target.refuse(backbone) for target in TARGETS.values()]
+    return [backbone.display_name, *(f"no: {reason}" if reason else "yes" for reason in reasons)]
+
+
+def _source_row(layout: Layout) -> list[str]:
+    branches = ", ".join(dict.fromkeys(branch.name for branch in layout.branches))
+    found = "by content" if layout.detect else "*by name*"
+    cells = [_cell(layout, target) for target in TARGETS.values()]
+    return [f"`{layout.name}`", layout.method, branches, layout.pixels.label, found, *cells, layout.note]
+
+
+def _cell(layout: Layout, target: Target) -> str:
+    changes = {"stride_in": layout.stride_in, "channel_order": layout.pixels.channel_order}
+    if target.refuse(_backbone("resnet50").model_copy(update=changes)):
         return "no"
-    return "plain" if layout.padding == "same" and target != "torchvision" else "yes"
+    return "plain" if layout.padding == "same" and not target.keeps_padding else "yes"
 
 
 def _backbone(architecture: str, width: int = 1) -> Backbone:
-    vit = architecture.startswith("vit_")
-    return Backbone(
-        architecture=architecture,  # type: ignore[arg-type]
-        width=width,  # type: ignore[arg-type]
-        stem="patch16" if vit else "conv7x7",
-        image_size=224 if vit else None,
-        method="any",
-    )
+    vit = {"stem": "patch16", "image_size": 224} if architecture.startswith("vit_") else {}
+    return Backbone(architecture=architecture, width=width, method="any", **vit)  # type: ignore[arg-type]
 
 
-def _head(first: str) -> str:
-    return f"| {first} | " + " | ".join(f"`{name}`" for name in TARGETS) + " |"
+def _target_heads() -> list[str]:
+    return [f"`{name}`" for name in TARGETS]
+
+
+def _table(heads: list[str], rows: map[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
 
 
 if __name__ == "__main__":

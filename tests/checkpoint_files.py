@@ -16,20 +16,18 @@ import torch
 from torch import Tensor
 
 from twist.contracts import rename
-from twist.converters import manifest
+from twist.contracts.networks import meta_tensors
 from twist.converters.detect import matches
 from twist.converters.sources import Branch, Layout
-from twist.converters.tables import CAFFE2, HAIKU, TIMM_VIT
+from twist.converters.tables import CAFFE2, HAIKU
 
 
 def flat_tensors(architecture: str = "resnet18", *, seed: int = 1, **geometry: Any) -> dict[str, Tensor]:
     """An artefact with every shape in place and one distinct number a tensor."""
-    shapes = manifest.shapes_of(manifest.Geometry(architecture, **geometry))
     tensors = {}
-    for index, (name, shape) in enumerate(shapes.items()):
-        counter = name.endswith("num_batches_tracked")
-        value = torch.tensor(seed * 1000 + index, dtype=torch.int64 if counter else torch.float32)
-        tensors[name] = value.reshape((1,) * len(shape)).expand(shape) if shape else value
+    for index, (name, empty) in enumerate(meta_tensors(architecture, **geometry).items()):
+        value = torch.tensor(seed * 1000 + index, dtype=empty.dtype)
+        tensors[name] = value.reshape((1,) * empty.ndim).expand(empty.shape)
     return tensors
 
 
@@ -37,12 +35,12 @@ def random_tensors(architecture: str = "resnet18", *, seed: int = 0, width: int 
     """An artefact with random weights and positive variances, as a network could have them."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in manifest.shapes_of(manifest.Geometry(architecture, width=width)).items():
+    for name, empty in meta_tensors(architecture, width=width).items():
+        shape = empty.shape
         if name.endswith("num_batches_tracked"):
             tensors[name] = torch.tensor(7)
         elif len(shape) == 4:
-            fan = shape[1] * shape[2] * shape[3]
-            tensors[name] = torch.randn(shape, generator=generator) * (2 / fan) ** 0.5
+            tensors[name] = torch.randn(shape, generator=generator) * (2 / shape[1:].numel()) ** 0.5
         elif name.endswith(("running_var", "weight")):
             tensors[name] = torch.rand(shape, generator=generator) + 0.5
         else:
@@ -50,18 +48,23 @@ def random_tensors(architecture: str = "resnet18", *, seed: int = 0, width: int 
     return tensors
 
 
-def architecture_for(layout: Layout) -> str:
-    return "vit_small_patch16" if layout.tables == (TIMM_VIT,) else "resnet18"
+def renamed_back(table: rename.Table, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` (artefact names) as a file of the table's layout holds them: the inverse of `rename.apply`."""
+    changes = {
+        "same": lambda value: value,
+        "hwio": lambda value: value.permute(2, 3, 1, 0),
+        "flat": lambda value: value.reshape(1, 1, 1, -1),
+    }
+    steps = rename.outwards(table, tensors)
+    return {step.name: changes[step.change](tensors[name]) for name, step in steps.items()}
 
 
 def source_names(layout: Layout, branch: Branch, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` under the names of the layout's first table, with the branch's prefix."""
     table = layout.tables[0]
-    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(table.absent)} if absent(
-        layout
-    ) else tensors  # fmt: skip
-    renamed = rename.apply(rename.outwards(table, kept), kept, back=True)
-    return {branch.prefix + name: tensor for name, tensor in renamed.items()}
+    lacking = table.absent if absent(layout) else ()
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(lacking)}
+    return {branch.prefix + name: tensor for name, tensor in renamed_back(table, kept).items()}
 
 
 def absent(layout: Layout) -> bool:
@@ -76,12 +79,10 @@ def concrete(pattern: str, number: int = 0) -> str:
     )
 
 
-def checkpoint_value(
-    layout: Layout, branch: Branch, tensors: dict[str, Tensor], *, module: bool = True
-) -> dict[str, Any]:
+def checkpoint_value(layout: Layout, branch: Branch, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The nested value of a training file of this layout, `tensors` in `branch` and decoys everywhere else."""
     decoy = torch.tensor(-1.0).expand(3, 3)
-    wrap = "module." if module and layout.tables[0] not in (HAIKU, CAFFE2) else ""
+    wrap = "" if absent(layout) else "module."
     value: dict[str, Any] = {entry: {} for entry in layout.top}
     used: set[str] = set()
     for other in [branch, *layout.branches]:
@@ -90,7 +91,7 @@ def checkpoint_value(
         if other is not branch and other.prefix == "" and other.entry == branch.entry:
             continue
         used.add(other.name)
-        mine = tensors if other is branch else flat_tensors(architecture_for(layout), seed=9)
+        mine = tensors if other is branch else flat_tensors(seed=9)
         place = _place(value, other.entry)
         place.update({wrap + name: tensor for name, tensor in source_names(layout, other, mine).items()})
         for pattern in layout.heads[:1]:
@@ -128,7 +129,7 @@ def write_haiku(path: Path, mine: dict[str, Tensor], other: dict[str, Tensor], *
     networks = []
     for tensors in (mine, other) if online else (other, mine):
         kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
-        renamed = rename.apply(rename.outwards(HAIKU, kept), kept, back=True)
+        renamed = renamed_back(HAIKU, kept)
         parameters: dict[str, Any] = {"classifier": {"b": torch.zeros(3).numpy()}, "projector/linear": {}}
         statistics: dict[str, Any] = {}
         for name, tensor in renamed.items():

@@ -1,4 +1,4 @@
-"""Every layout read back to what went in; the tables' proofs; the manifest against the real networks."""
+"""Every layout read back to what went in; the tables; the architecture that shapes give."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from checkpoint_files import (
     concrete,
     flat_tensors,
     forget_byol,
+    renamed_back,
     source_names,
     write_checkpoint,
 )
@@ -23,12 +24,11 @@ from safetensors.torch import save_file
 
 from twist.contracts import rename
 from twist.contracts.errors import UsageError, UserError
-from twist.contracts.networks import build_backbone
-from twist.contracts.weights import ARCHITECTURES, RESNETS, VITS
-from twist.converters import manifest, read
-from twist.converters.containers import read_contents
-from twist.converters.detect import find, matches
-from twist.converters.read import load_artefact, load_source
+from twist.contracts.networks import meta_tensors
+from twist.contracts.weights import RESNETS, VITS
+from twist.converters.detect import architecture_of, check_complete, find, matches
+from twist.converters.open import read_contents
+from twist.converters.read import fill, load_artefact, load_source
 from twist.converters.sources import BY_NAME, LAYOUTS, Branch, Layout
 from twist.converters.tables import CAFFE2, TABLES, TIMM_VIT, TORCHVISION
 
@@ -49,23 +49,16 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_manifest_is_the_networks(architecture: str) -> None:
-    for width in (1, 2) if architecture in RESNETS else (1,):
-        size = None if architecture in RESNETS else 224
-        with torch.device("meta"):
-            network = build_backbone(architecture, width=width)
-        expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        geometry = manifest.Geometry(architecture, width, size)
-        assert manifest.shapes_of(geometry) == expected
-        assert manifest.recognise(expected, where="it") == geometry
+R18 = architecture_of(RESNET18, "it")
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])
 @pytest.mark.parametrize("architecture", RESNETS)
 def test_shapes_tell_every_depth_and_width(architecture: str, width: int) -> None:
-    geometry = manifest.Geometry(architecture, width)
-    assert manifest.recognise(manifest.shapes_of(geometry), where="x") == geometry
+    tensors = meta_tensors(architecture, width=width)
+    found = architecture_of(tensors, "it")
+    assert (found["architecture"], found["width"]) == (architecture, width)
+    assert check_complete(tensors, found, "it") == list(tensors)
 
 
 def test_thirty_four_rows_cover_a_resnet50() -> None:
@@ -94,33 +87,30 @@ def test_a_changed_name_has_no_place(data: st.DataObject) -> None:
     letter = data.draw(st.sampled_from("abz0./_"))
     changed = name[:position] + letter + name[position:]
     names = [changed if other == name else other for other in RESNET50]
-    # Another block index may be a legal name; the manifest then misses the block it came from.
+    # Another block index may be a legal name; the block it came from is then incomplete.
     try:
-        shapes = {step.name: tuple(RESNET50[name].shape) if old == changed else tuple(RESNET50[old].shape)
-                  for old, step in rename.inwards(TORCHVISION, names).items()}  # fmt: skip
+        tensors = {
+            step.name: RESNET50[name if old == changed else old]
+            for old, step in rename.inwards(TORCHVISION, names).items()
+        }
     except rename.RenameError:
         return
-    if len(shapes) == len(RESNET50):
+    if len(tensors) == len(RESNET50):
         with pytest.raises(UserError):
-            manifest.recognise(shapes, where="it")
+            check_complete(tensors, architecture_of(tensors, "it"), "it")
 
 
 @pytest.mark.parametrize(
-    ("rows", "says"),
+    ("rows", "names", "says"),
     [
-        ((("conv", "a", "conv1"), ("conv", "a", "conv1")), "no single place"),
-        ((("conv", "a.{}", "b"), ("conv", "c", "d")), "the same name"),
-        ((("conv", "a", "x"), ("conv", "b", "x")), "the same name"),
+        ((("conv", "a", "conv1"), ("conv", "a", "conv1")), ["a.weight"], "no single place"),
+        ((("conv", "a.{}", "b"), ("conv", "c", "d")), ["a.0.weight", "a.1.weight"], "the same name"),
+        ((("conv", "a", "x"), ("conv", "b", "x")), ["a.weight", "b.weight"], "the same name"),
     ],
 )
-def test_a_table_that_is_not_one_to_one_is_refused(rows: tuple, says: str) -> None:
-    table = rename.Table("wrong", rows, rename.TORCH_LEAVES)
-    names = {"no single place": ["a.weight"], "the same name": ["a.0.weight", "a.1.weight", "a.weight", "b.weight"]}[
-        says
-    ]
-    names = [name for name in names if any(rename._matches(table._inwards, name))]
+def test_a_table_that_is_not_one_to_one_is_refused(rows: tuple, names: list[str], says: str) -> None:
     with pytest.raises(rename.RenameError, match=says):
-        rename.inwards(table, names)
+        rename.inwards(rename.Table("wrong", rows), names)
 
 
 @pytest.mark.slow
@@ -142,7 +132,7 @@ def test_round_trip_is_the_identity(layout: Layout, branch: Branch, tmp_path: Pa
     # And back: the names and values of the file, exactly.
     before = source_names(layout, branch, RESNET18)
     assert {source.names[name] for name in kept} == set(before)
-    back = rename.apply(rename.outwards(layout.tables[0], kept), source.tensors, back=True)
+    back = renamed_back(layout.tables[0], {name: source.tensors[name] for name in kept})
     assert all(same(back[name.removeprefix(branch.prefix)], value) for name, value in before.items())
     assert set(source.filled) == set(RESNET18) - set(kept)
 
@@ -194,7 +184,7 @@ def test_deepmind_byol_without_jax(tmp_path: Path) -> None:
 def test_statistics_that_a_layout_does_not_keep_change_nothing(kept: tuple[str, ...]) -> None:
     lacking = [name for name in RESNET18 if "num_batches" in name or ("running" in name and not name.endswith(kept))]
     tensors = {name: tensor for name, tensor in RESNET18.items() if name not in lacking}
-    assert read._fill(tensors, manifest.Geometry("resnet18"), CAFFE2) == lacking
+    assert fill(tensors, R18, CAFFE2) == lacking
     for name in lacking:
         assert tensors[name].shape == RESNET18[name].shape
         assert (tensors[name] == name.endswith(".running_var")).all(), name
@@ -204,7 +194,7 @@ def test_statistics_that_a_layout_does_not_keep_change_nothing(kept: tuple[str, 
 def test_statistics_that_are_half_there_are_not_made_up() -> None:
     gone = "layer1.0.bn1.running_mean"
     tensors = {name: tensor for name, tensor in RESNET18.items() if name != gone}
-    assert read._fill(tensors, manifest.Geometry("resnet18"), CAFFE2) == []
+    assert fill(tensors, R18, CAFFE2) == []
     assert gone not in tensors
 
 
@@ -213,7 +203,6 @@ def test_haiku_axes_are_permuted() -> None:
     there = rename.apply({"x": rename.Step("y", "hwio")}, {"x": kernel})["y"]
     assert there.shape == (5, 4, 2, 3)
     assert there[4, 3, 1, 2] == kernel[1, 2, 3, 4]
-    assert torch.equal(rename.apply({"y": rename.Step("x", "hwio")}, {"y": there}, back=True)["x"], kernel)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +279,7 @@ def test_half_precision_is_widened_exactly(dtype: torch.dtype, tmp_path: Path) -
 @pytest.mark.parametrize("table", ["timm-vit", "mmpretrain-vit", "mmseg-vit"])
 def test_vits(architecture: str, table: str, tmp_path: Path) -> None:
     tensors = flat_tensors(architecture, image_size=384)
-    renamed = rename.apply(rename.outwards(TABLES[table], tensors), tensors, back=True)
+    renamed = renamed_back(TABLES[table], tensors)
     if table == "timm-vit":
         value, layout = (
             {"teacher": {f"module.backbone.{name}": t for name, t in renamed.items()}, "student": {"a": 1}},
@@ -328,7 +317,7 @@ def test_absent_branch_and_unknown_layout(tmp_path: Path) -> None:
 def test_what_content_cannot_tell_is_asked(tmp_path: Path) -> None:
     heads = {"fc.weight": torch.ones(10, 512), "fc.bias": torch.ones(10)}
     torch.save({"state_dict": {**RESNET18, **heads}}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="--from simclr-torch, --from byol-torch or --from torchvision-training"):
+    with pytest.raises(UserError, match="--from simclr-torch or --from byol-torch or --from torchvision-training"):
         load_artefact(tmp_path / "x.pth")
     header = load_artefact(tmp_path / "x.pth", layout="simclr-torch")[1]
     assert (header.mean, header.std, header.method) == ((0, 0, 0), (1, 1, 1), "simclr")
@@ -343,7 +332,7 @@ def test_what_content_cannot_tell_is_asked(tmp_path: Path) -> None:
 
 
 def detectron2_names() -> dict[str, torch.Tensor]:
-    return rename.apply(rename.outwards(TABLES["detectron2"], RESNET50), RESNET50)
+    return renamed_back(TABLES["detectron2"], RESNET50)
 
 
 def test_a_head_named_like_nothing_known_is_an_error(tmp_path: Path) -> None:
