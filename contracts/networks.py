@@ -192,30 +192,19 @@ def _same_padding(x: Tensor, kernel: int, stride: int) -> tuple[int, int, int, i
     return (*one(x.shape[-1]), *one(x.shape[-2]))
 
 
-# Names of TWIST's head in checkpoints: the published code's (its number 3 is a dropout), its early files', and ours.
-_PUBLISHED_HIDDEN: Final = (
-    ("linear", "projection_heads.projection_head.0", "head.hidden.0"),
-    ("norm", "projection_heads.projection_head.1", "head.hidden.1"),
-    ("linear", "projection_heads.projection_head.4", "head.hidden.3"),
-    ("norm", "projection_heads.projection_head.5", "head.hidden.4"),
+# Modules of TWIST's head, layer and norm in turn: of the published code (its number 3 is a dropout), of its early files
+# and of ours.
+_HEAD: Final = "head.output head.norm head.hidden.0 head.hidden.1 head.hidden.3 head.hidden.4"
+_PUBLISHED_HIDDEN: Final = " ".join(f"projection_heads.projection_head.{index}" for index in (0, 1, 4, 5))
+_HEAD_PATHS: Final = {
+    "twist-published": f"projection_heads.last_linear projection_heads.norm {_PUBLISHED_HIDDEN}",
+    "twist-early": f"projection_heads.cls_heads.0.0 projection_heads.cls_heads.0.1 {_PUBLISHED_HIDDEN}",
+    "twist": _HEAD,
+}
+_KINDS: Final[tuple[rename.Kind, ...]] = ("linear", "norm") * 3
+HEAD_TABLES: Final = tuple(
+    Table(name, tuple(zip(_KINDS, paths.split(), _HEAD.split()))) for name, paths in _HEAD_PATHS.items()
 )
-_PUBLISHED_HEAD: Final = Table(
-    "twist-published",
-    (
-        ("linear", "projection_heads.last_linear", "head.output"),
-        ("norm", "projection_heads.norm", "head.norm"),
-        *_PUBLISHED_HIDDEN,
-    ),
-)
-_EARLY_HEAD: Final = Table(
-    "twist-early",
-    (
-        ("linear", "projection_heads.cls_heads.0.0", "head.output"),
-        ("norm", "projection_heads.cls_heads.0.1", "head.norm"),
-        *_PUBLISHED_HIDDEN,
-    ),
-)
-_OUR_HEAD: Final = Table("twist-head", tuple((kind, name, name) for kind, _, name in _PUBLISHED_HEAD.rows))
 
 
 def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -227,8 +216,8 @@ def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     bare = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     backbone = {name: tensor for name, tensor in bare.items() if name.startswith("backbone.")}
     head = {name: tensor for name, tensor in bare.items() if name not in backbone}
-    tables = (_PUBLISHED_HEAD, _EARLY_HEAD, _OUR_HEAD)
-    table = next((table for table in tables if any(name in head for name in table.anchors)), _OUR_HEAD)
+    found = [table for table in HEAD_TABLES if any(name in head for name in table.anchors)]
+    table = found[0] if found else HEAD_TABLES[-1]
     return {**backbone, **rename.apply(rename.inwards(table, head), head)}
 
 

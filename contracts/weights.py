@@ -108,6 +108,11 @@ class Backbone(Config):
     def is_vit(self) -> bool:
         return self.architecture.startswith("vit_")
 
+    def pixels(self, input_range: int) -> tuple[list[float], list[float]]:
+        """Mean and std for images from 0 to `input_range`."""
+        scale = input_range / self.input_range
+        return [value * scale for value in self.mean], [value * scale for value in self.std]
+
     @property
     def display_name(self) -> str:
         """`resnet50`, `resnet50w2`, `vit_small_patch16`."""

@@ -33,14 +33,8 @@ class Mismatch:
     reason: str
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What a setting has to be. `default` is the framework's own; the first of `accepted` is recommended."""
-
-    key: str
-    default: Any
-    accepted: tuple[Any, ...]
-    reason: str
+# A setting's key, the framework's default, the values that fit (the first is recommended), and why others do not.
+Rule = tuple[str, Any, tuple[Any, ...], str]
 
 
 def check_config(
@@ -58,13 +52,18 @@ def check_config(
         raise UsageError(f"{config} is neither a Detectron2 config (.yaml) nor an MMSegmentation config (.py).")
     backbone = load_artefact(weights_file(weights), layout=layout, branch=branch)[1]
     read, rules_of = _READERS[config.suffix]
-    settings = read(config)
+    try:
+        settings = read(config)
+    except UserError:
+        raise
+    except Exception as error:  # a config may be a program: whatever it raises becomes one sentence
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(f"{config} cannot be read ({type(error).__name__}: {first}): check the config.") from None
     found = []
-    for rule in rules_of(settings, backbone):
-        value = _at(settings, rule.key)
-        value = rule.default if value is None else value
-        if not any(_same(value, accepted) for accepted in rule.accepted):
-            found.append(Mismatch(rule.key, value, rule.accepted[0], rule.reason))
+    for key, default, accepted, reason in rules_of(settings, backbone):
+        value = default if _at(settings, key) is None else _at(settings, key)
+        if not any(_same(value, fitting) for fitting in accepted):
+            found.append(Mismatch(key, value, accepted[0], reason))
     return found
 
 
@@ -100,24 +99,19 @@ def _detectron2_rules(settings: Mapping[str, Any], backbone: Backbone) -> Iterab
             "conversion writes."
         )
     wanted = detectron2_overlay(backbone)
-    yield from (Rule(key, default, (_at(wanted, key),), reason) for key, default, reason in _DETECTRON2)
-    yield Rule(
-        "MODEL.RESNETS.NORM",
-        "FrozenBN",
-        ("SyncBN", "BN", "naiveSyncBN", "naiveSyncBN_N"),
-        "frozen norms with self-supervised weights lose points or diverge, and others do not take their statistics",
-    )
+    yield from ((key, default, (_at(wanted, key),), reason) for key, default, reason in _DETECTRON2)
+    norms = ("SyncBN", "BN", "naiveSyncBN", "naiveSyncBN_N")
+    reason = "frozen norms with self-supervised weights lose points or diverge, others do not take their statistics"
+    yield "MODEL.RESNETS.NORM", "FrozenBN", norms, reason
     own_backbone = _at(settings, "MODEL.BACKBONE.NAME") not in (None, "build_resnet_backbone")
     if not own_backbone and _at(settings, "MODEL.ROI_HEADS.NAME") in (None, "Res5ROIHeads"):
-        yield Rule(
-            "MODEL.ROI_HEADS.NAME",
-            "Res5ROIHeads",
-            ("Res5ROIHeadsExtraNorm",),
+        reason = (
             "the C4 recipe of MoCo puts a norm after res5, without it the unnormalised features diverge "
-            "(`import twist.transfer.detectron2_heads` registers it)",
+            "(`import twist.transfer.engines.detectron2.heads` registers it)"
         )
+        yield "MODEL.ROI_HEADS.NAME", "Res5ROIHeads", ("Res5ROIHeadsExtraNorm",), reason
     if str(_at(settings, "MODEL.WEIGHTS")).startswith("detectron2://ImageNetPretrained"):
-        yield Rule("MODEL.WEIGHTS", "", ("weights.pth",), "these are supervised weights; name the converted file")
+        yield "MODEL.WEIGHTS", "", ("weights.pth",), "these are supervised weights; name the converted file"
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
@@ -130,14 +124,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
             # Old configs compute anchor sizes with `!!python/object/apply:eval`; no setting that is checked is such.
             return io.StringIO(re.sub(r"!!python/\S+", "", Path(filename).read_text()))
 
-    try:
-        return Reader.load_yaml_with_base(str(path))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} builds on {error.filename}, which is not there: copy it to that place.") from None
-    except Exception as error:  # YAML that is none, or no mapping: whatever it raises becomes one sentence
-        raise UserError(
-            f"{path} cannot be read as a Detectron2 config ({_first_line(error)}): check the file."
-        ) from None
+    return Reader.load_yaml_with_base(str(path))
 
 
 # ---- MMSegmentation --------------------------------------------------------------------------------------------------
@@ -158,6 +145,7 @@ _MMSEG = (
     ("model.backbone.embed_dims", 768, _OTHER),
     ("model.backbone.num_layers", 12, _OTHER),
     ("model.backbone.num_heads", 12, _OTHER),
+    ("model.backbone.norm_cfg.eps", 1e-5, _OTHER),
     ("model.backbone.frozen_stages", -1, _FROZEN),
     ("model.backbone.norm_eval", False, _FROZEN),
     ("model.data_preprocessor.mean", None, "the weights were trained on other pixels"),
@@ -170,19 +158,17 @@ def _mmseg_rules(settings: Mapping[str, Any], backbone: Backbone) -> Iterable[Ru
     wanted = mmseg_overlay(backbone)
     theirs, ours = _at(settings, "model.backbone"), wanted["model"]["backbone"]
     stem = " with a deep 3×3 stem that would stay random" if theirs.get("type") in ("ResNetV1c", "ResNetV1d") else ""
-    yield Rule("model.backbone.type", None, (ours["type"],), f"another network{stem}: its weights would be skipped")
+    yield "model.backbone.type", None, (ours["type"],), f"another network{stem}: its weights would be skipped"
     for key, default, reason in _MMSEG:
         place, _, name = key.rpartition(".")
-        if name in _at(wanted, place):
-            yield Rule(key, default, (_at(wanted, key),), reason)
+        if name in (_at(wanted, place) or ()):
+            yield key, default, (_at(wanted, key),), reason
     prefix = ours["init_cfg"].get("prefix", "")
-    yield Rule("model.backbone.init_cfg.prefix", "", (prefix,), "no tensor of the file has the prefix asked for")
-    if backbone.is_vit:
-        yield Rule("model.backbone.norm_cfg", {"type": "LN"}, (ours["norm_cfg"],), _OTHER)
-    else:
+    yield "model.backbone.init_cfg.prefix", "", (prefix,), "no tensor of the file has the prefix asked for"
+    if not backbone.is_vit:
         norms = ("SyncBN", "BN", "BN2d", "MMSyncBN")
-        yield Rule("model.backbone.norm_cfg.type", "BN", norms, "such norms do not take the weights' statistics")
-        yield Rule("model.backbone.norm_cfg.requires_grad", True, (True,), _FROZEN)
+        yield "model.backbone.norm_cfg.type", "BN", norms, "such norms do not take the weights' statistics"
+        yield "model.backbone.norm_cfg.requires_grad", True, (True,), _FROZEN
 
 
 def _read_mmengine(path: Path) -> Mapping[str, Any]:
@@ -192,10 +178,7 @@ def _read_mmengine(path: Path) -> Mapping[str, Any]:
         raise UserError(
             "Reading an MMSegmentation config needs mmengine: pip install onedl-mmengine (or twist-suite[transfer])."
         ) from None
-    try:
-        config = Config.fromfile(str(path))
-    except Exception as error:  # the config is a program: whatever it raises becomes one sentence
-        raise UserError(f"{path} cannot be read by mmengine ({_first_line(error)}): check the config.") from None
+    config = Config.fromfile(str(path))
     if not isinstance(_at(config.get("model"), "backbone"), Mapping):
         raise UserError("The config defines no model.backbone: name a whole MMSegmentation config, not a part of one.")
     preprocessor = config["model"].get("data_preprocessor") or config.get("data_preprocessor")
@@ -207,10 +190,6 @@ _READERS = {
     ".yml": (_read_yaml, _detectron2_rules),
     ".py": (_read_mmengine, _mmseg_rules),
 }
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _at(settings: Mapping[str, Any], key: str) -> Any:
@@ -227,6 +206,4 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         # A hundredth of a grey level: less than any rounding of the published means and stds, more than ours.
         return len(a) == len(b) and all(abs(float(x) - float(y)) <= 0.01 for x, y in zip(a, b))
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return all(a.get(key) == value for key, value in b.items())
     return bool(a == b)

@@ -61,7 +61,7 @@ def convert(
     into = TARGETS[target]
     if pkl and into.write_pickle is None:
         raise UsageError(f"--pkl has no meaning with --to {target}: Detectron2 reads such a file.")
-    output = Path(output) if output is not None else output_folder.default_folder(checkpoint, target)
+    output = Path(output or output_folder.default_folder(checkpoint, target))
     output_folder.check(output, checkpoint)
     source = load_source(checkpoint, layout=layout, branch=branch, allow_nan=allow_nan)
     backbone = source.backbone
@@ -99,15 +99,14 @@ def convert(
 def conversion_text(conversion: Conversion) -> str:
     """What `twist convert` prints: what came out, what was proven, and the lines that load it."""
     backbone, proof, output = conversion.backbone, conversion.proof, conversion.output
-    difference = (
-        f"every stage's features agree to {proof.max_difference or 0:.2g} of their largest "
-        f"({proof.max_absolute_difference or 0:.2g} absolutely); {TOLERANCE:g} is allowed"
-    )
-    proven = {
-        "framework": f"proven with the framework itself: {difference}",
-        "manifest": f"proven against a recorded manifest and our reference network, no framework ran: {difference}",
-        "none": "not proven (--no-verify)",
-    }[proof.kind]
+    proven = "not proven (--no-verify)"
+    if proof.kind != "none":
+        ours = "against a recorded manifest and our reference network, no framework ran"
+        by = "with the framework itself" if proof.kind == "framework" else ours
+        proven = (
+            f"proven {by}: every stage's features agree to {proof.max_difference or 0:.2g} of their largest "
+            f"({proof.max_absolute_difference or 0:.2g} absolutely); {TOLERANCE:g} is allowed"
+        )
     return (
         f"{backbone.method} {backbone.display_name} (layout {backbone.source_layout}, branch {backbone.source_branch}) "
         f"for {conversion.target.title}\n{proven}\n"

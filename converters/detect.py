@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.errors import UserError
 from twist.contracts.rename import Table
 from twist.contracts.weights import METADATA_KEY, RESNETS, VITS, difference
 from twist.converters import sources
@@ -52,8 +52,6 @@ class Found:
 def find(contents: Contents, *, layout: str | None = None, branch: str | None = None) -> Found:
     """The layout of a file and the branch to take; raises as `load_artefact` does."""
     value, where = contents.value, str(contents.path)
-    if layout is not None and layout not in sources.BY_NAME:
-        raise UsageError(f'There is no layout "{layout}".{did_you_mean(layout, sources.BY_NAME)}')
     if not isinstance(value, dict):
         kind = "list" if isinstance(value, list) else type(value).__name__
         raise UserError(f"{where} holds a {kind}, not a dictionary of tensors: save the network's state dict.")
@@ -72,7 +70,14 @@ def find(contents: Contents, *, layout: str | None = None, branch: str | None = 
         if places:
             if layout is None:
                 _ask_if_named(contents.path, row)
-            return _choose(places, branch, where)
+            present = tuple(dict.fromkeys(place.branch.name for place in places))
+            chosen = [place for place in places if branch in (None, place.branch.name)]
+            if not chosen:
+                raise UserError(
+                    f"{where} (layout {row.name}) holds no branch {branch}: it holds {', '.join(present)}; choose one "
+                    "of them, or leave --branch away."
+                )
+            return replace(chosen[0], present=present)
     raise UserError(_why_not(where, value, layout))
 
 
@@ -151,7 +156,8 @@ def check_complete(tensors: Mapping[str, Tensor], shape: Mapping[str, Any], wher
 def known_network(names: Iterable[str]) -> str | None:
     """Why a state dict with these names is of a well-known network that is not converted; else None."""
     names = list(names)
-    return next((row.reason for row in sources.FOREIGN if any(re.search(row.name, name) for name in names)), None)
+    patterns = sources.FOREIGN.items()
+    return next((reason for pattern, reason in patterns if any(re.search(pattern, name) for name in names)), None)
 
 
 def join_haiku(value: dict[str, Any]) -> dict[str, Any]:
@@ -215,20 +221,9 @@ def _places(layout: Layout, value: dict[str, Any], *, forced: bool) -> Iterator[
                 break
 
 
-def _choose(places: list[Found], branch: str | None, where: str) -> Found:
-    present = tuple(dict.fromkeys(place.branch.name for place in places))
-    chosen = next((place for place in places if branch in (None, place.branch.name)), None)
-    if chosen is None:
-        raise UserError(
-            f"{where} (layout {places[0].layout.name}) holds no branch {branch}: it holds {', '.join(present)}; "
-            "choose one of them, or leave --branch away."
-        )
-    return replace(chosen, present=present)
-
-
 def _ask_if_ambiguous(where: str, value: dict[str, Any]) -> None:
     for case in sources.AMBIGUOUS:
-        state = _state_at(value, sources.path_of(case.entry))
+        state = _state_at(value, case.entry)
         if state and _holds(state, case.evidence) and not any(entry in value for entry in case.absent):
             choices = " or ".join(f"--from {choice}" for choice in case.choices)
             raise UserError(f"{where} does not say what it is ({case.why}): say {choices}.")

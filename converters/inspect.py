@@ -24,23 +24,13 @@ class Inspection:
     problems: tuple[str, ...]
     targets: tuple[str, ...] = ()  # that can hold the backbone
 
-    @property
-    def entries(self) -> dict[str, int]:
-        """Tensors in each top-level entry; "" is the file's own level."""
-        entries: Counter[str] = Counter()
-        for path, tensors in state_dicts(self.contents.value):
-            entries[path[0] if path else ""] += len(tensors)
-        return dict(entries)
-
-    @property
-    def epoch_entry(self) -> int | None:
-        """The entry `epoch` as it stands: some programs count from 0, some count finished epochs."""
-        epoch = self.contents.value.get("epoch") if isinstance(self.contents.value, dict) else None
-        return epoch if type(epoch) is int else None
-
     def to_json(self) -> dict[str, Any]:
         """All of it; None for what the file does not give."""
-        source, header = self.source, self.source.backbone if self.source else None
+        source, header, value = self.source, self.source.backbone if self.source else None, self.contents.value
+        entries: Counter[str] = Counter()  # top-level entry → tensors in it; "" is the file's own level
+        for path, state in state_dicts(value):
+            entries[path[0] if path else ""] += len(state)
+        epoch = value.get("epoch") if isinstance(value, dict) else None
         tensors = source.tensors if source else {}
         statistics = (".running_mean", ".running_var", ".num_batches_tracked")
         of_header = ("method", "image_size", "epochs", "channel_order", "mean", "std", "input_range", "padding")
@@ -49,19 +39,20 @@ class Inspection:
             "size_bytes": self.contents.path.stat().st_size,
             "sha256": self.contents.sha256,
             "container": self.contents.container,
-            "entries": self.entries,
+            "entries": dict(entries),
             "layout": header and header.source_layout,
             "architecture": header and header.display_name,
             "branch": header and header.source_branch,
             "branches": source.branches if source else (),
             **{name: getattr(header, name, None) for name in of_header},
             "stride_in": header.stride_in if header and not header.is_vit else None,
-            "epoch_entry": self.epoch_entry,
+            "epoch_entry": epoch if type(epoch) is int else None,
             "dtype": source and source.dtype,
             "backbone_tensors": len(source.names) if source else 0,
             "backbone_parameters": sum(t.numel() for name, t in tensors.items() if not name.endswith(statistics)),
             "dropped": source.dropped if source else (),
-            "used": _first_parts(source) if source else (),
+            # First parts of the names that the backbone has in the file.
+            "used": tuple(sorted({name.partition(".")[0] for name in source.names.values()})) if source else (),
             "notes": source.notes if source else (),
             "targets": self.targets,
             "problems": self.problems,
@@ -124,11 +115,6 @@ def inspection_text(inspection: Inspection) -> str:
     rows += [("note", note) for note in seen["notes"]]
     rows += [("problem", problem) for problem in seen["problems"]]
     return "\n".join(f"{key:12}  {value}" for key, value in rows)
-
-
-def _first_parts(source: Source) -> tuple[str, ...]:
-    """First parts of the names that the backbone has in the file."""
-    return tuple(sorted({name.partition(".")[0] for name in source.names.values()}))
 
 
 def _shortened(names: tuple[str, ...], *, used: tuple[str, ...]) -> str:

@@ -60,7 +60,12 @@ def read_contents(path: Path) -> Contents:
     metadata: dict[str, str] = {}
     try:
         if container == "safetensors":
-            value, metadata = _read_safetensors(path)
+            from safetensors import safe_open
+            from safetensors.torch import load_file
+
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            value = load_file(path)
         elif container == "npz":
             with np.load(path, allow_pickle=False) as arrays:
                 value = {name: arrays[name] for name in arrays.files}
@@ -160,15 +165,6 @@ def _read_torch(path: Path, container: Container) -> Any:
     with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
         # Mapped, not read: of a checkpoint with two encoders and an optimiser only what is used is read.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=container == "torch")
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    return load_file(path), metadata
 
 
 def _refusal(path: Path, container: Container, error: Exception) -> UserError:

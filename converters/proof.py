@@ -10,6 +10,7 @@ float32's own step.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import logging
@@ -149,12 +150,8 @@ def runner(target: Target, backbone: Backbone) -> tuple[Kind, ProofRun, str]:
         if not isinstance(framework, str):
             return "framework", *framework
         lack = framework
-
-    def read_back(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
-        return _read_back(target, folder, backbone, files)
-
     by = f"a recorded manifest of names and shapes, and our reference network ({lack})"
-    return "manifest", read_back, by
+    return "manifest", functools.partial(_read_back, target), by
 
 
 def compare(ours: list[Stages], theirs: list[Stages]) -> tuple[Difference, ...]:
@@ -230,7 +227,7 @@ def _reference(
     """Our features as the target can compute them, the drift from the network as trained, and a note about it."""
     trained = _features_of(backbone, tensors, files)
     if backbone.padding == "same" and not target.keeps_padding:
-        plain = _features_of(_symmetric(backbone), tensors, files)
+        plain = _features_of(backbone.model_copy(update={"padding": "symmetric"}), tensors, files)
         note = (
             "the source pads as TensorFlow ('same'), the target symmetrically: the proof compares with the symmetric "
             "network, and `drift` is how far that network is from the one that was trained; --to torchvision keeps "
@@ -262,12 +259,8 @@ def _read_back(target: Target, folder: Path, backbone: Backbone, files: list[Pat
         name: written[names[name]] if name in names else torch.ones_like(tensor, device="cpu")
         for name, tensor in expected.items()
     }
-    header = backbone if target.keeps_padding else _symmetric(backbone)
+    header = backbone.model_copy(update={} if target.keeps_padding else {"padding": "symmetric"})
     return _features_of(header, tensors, files, class_token=_has_class_token(target, backbone))
-
-
-def _symmetric(backbone: Backbone) -> Backbone:
-    return backbone.model_copy(update={"padding": "symmetric"})
 
 
 def _has_class_token(target: Target, backbone: Backbone) -> bool:

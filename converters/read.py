@@ -182,8 +182,7 @@ def _check_network(contents: Contents, found: Found, architecture: str) -> None:
 def _header(contents: Contents, found: Found, shape: dict[str, Any]) -> Backbone:
     value, layout = contents.value, found.layout
     if layout is CONVERTED:
-        text = contents.metadata.get(METADATA_KEY) or value[METADATA_KEY]
-        return _earlier_header(text, shape, str(contents.path))
+        return _earlier_header(contents.metadata.get(METADATA_KEY) or value[METADATA_KEY], shape, str(contents.path))
     if layout.name == "timm" and METADATA_KEY in contents.hub:
         return _earlier_header(json.dumps(contents.hub[METADATA_KEY]), shape, str(contents.path))
     pixels = (hub_pixels(contents) if layout.name == "timm" else None) or layout.pixels
@@ -196,10 +195,7 @@ def _header(contents: Contents, found: Found, shape: dict[str, Any]) -> Backbone
         # The place of the stride and TensorFlow's padding are properties of bottlenecks and of convolutions.
         stride_in=layout.stride_in if shape["architecture"] not in ("resnet18", "resnet34") else "3x3",
         padding="symmetric" if shape["image_size"] else layout.padding,
-        channel_order=pixels.channel_order,
-        mean=pixels.mean,
-        std=pixels.std,
-        input_range=pixels.input_range,
+        **pixels.model_dump(exclude={"label"}),
         method=method if layout.method_at and isinstance(method, str) else layout.method,
         epochs=epoch if layout.epoch_is_count and type(epoch) is int and epoch >= 0 else None,
         source_layout=layout.name,

@@ -18,14 +18,12 @@ from twist.contracts.rename import Table
 from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD
 from twist.converters.tables import TABLES, TIMM_VIT, TORCHVISION
 
-Triple = tuple[float, float, float]
-
 
 class Pixels(Config):
     """What a network was fed: channel order, and mean and std in units of `input_range`."""
 
-    mean: Triple = IMAGENET_MEAN
-    std: Triple = IMAGENET_STD
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
     channel_order: Literal["RGB", "BGR"] = "RGB"
     input_range: Literal[1, 255] = 1
     label: str = ""
@@ -67,7 +65,7 @@ class Layout(Config):
 class Ambiguous(Config):
     """A kind of file that may have any of the layouts `choices`, and why they differ."""
 
-    entry: str
+    entry: tuple[str, ...]
     evidence: tuple[str, ...]
     absent: tuple[str, ...] = ()
     choices: tuple[str, ...]
@@ -83,24 +81,13 @@ class Named(Config):
     difference: str
 
 
-class Foreign(Config):
-    """A regular expression for a name in the state dict of a network that is not converted, and the reason."""
-
-    name: str
-    reason: str
-
-
 def _layout(name: str, row: dict[str, Any]) -> Layout:
-    row["branches"] = tuple(Branch(branch, path_of(entry), prefix) for branch, entry, prefix in row["branches"])
-    if "tables" in row:
-        row["tables"] = tuple(TABLES[table] for table in row["tables"])
-    row["pixels"] = PIXELS[row.get("pixels", "imagenet")]
-    return Layout(name=name, **row)
-
-
-def path_of(entry: str) -> tuple[str, ...]:
-    """`a/b` → ("a", "b"); the empty string is the file's top level."""
-    return tuple(entry.split("/")) if entry else ()
+    branches = [
+        Branch(branch, tuple(entry.split("/")) if entry else (), prefix) for branch, entry, prefix in row["branches"]
+    ]
+    tables = {"tables": tuple(TABLES[table] for table in row["tables"])} if "tables" in row else {}
+    pixels = PIXELS[row.get("pixels", "imagenet")]
+    return Layout(**{**row, **tables, "name": name, "branches": branches, "pixels": pixels})
 
 
 _ROWS = tomllib.loads(Path(__file__).with_name("sources.toml").read_text())
@@ -109,5 +96,6 @@ LAYOUTS = tuple(_layout(name, row) for name, row in _ROWS["layout"].items())
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 AMBIGUOUS = tuple(Ambiguous(**row) for row in _ROWS["ambiguous"])
 NAMED = tuple(Named(**row) for row in _ROWS["named"])
-FOREIGN = tuple(Foreign(**row) for row in _ROWS["foreign"])
+# Regular expression for a name in the state dict of another network → why that is not converted; the first match.
+FOREIGN: dict[str, str] = _ROWS["foreign"]
 TRAINING_ENTRIES: tuple[str, ...] = tuple(_ROWS["training_entries"])

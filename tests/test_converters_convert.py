@@ -379,7 +379,7 @@ def test_proof_images_differ_by_channel(tmp_path: Path) -> None:
 
 
 def test_the_page_is_current() -> None:
-    from twist.converters import document
+    from benchmarks import conversions as document
 
-    assert document.PAGE.read_text() == document.page(), "run `python -m twist.converters.document`"
+    assert document.PAGE.read_text() == document.page(), "run `python -m benchmarks.conversions`"
     assert all(f"| `{layout}` |" in document.page() for layout in BY_NAME)

@@ -36,7 +36,7 @@ class Target:
     # Artefact name → name in the file, for every tensor that the target has a place for.
     names: Callable[[Backbone], dict[str, str]]
     # Writes tensors (artefact names) to a path.
-    write: Callable[[Path, Mapping[str, Tensor], Backbone], None]
+    write: Callable[[Path, Mapping[str, Tensor], Backbone], object]
     # The proof run and who does it ("timm 1.0"), or the reason why the framework has no such network.
     framework: Callable[[Backbone], tuple[ProofRun, str] | str]
     # Python lines that load what lies in a folder.
@@ -50,16 +50,12 @@ class Target:
     keeps_padding: bool = False  # whether the target's network can pad as TensorFlow
 
 
-def tensor_names(backbone: Backbone) -> list[str]:
-    """The artefact's names, in the order of the network's state dict."""
+def own_names(backbone: Backbone) -> dict[str, str]:
+    """The artefact's names as they are, in the order of the network's state dict."""
     from twist.contracts.networks import meta_tensors
 
-    return list(meta_tensors(backbone.architecture, width=backbone.width, image_size=backbone.image_size))
-
-
-def own_names(backbone: Backbone) -> dict[str, str]:
-    """The names of a target that has the artefact's."""
-    return {name: name for name in tensor_names(backbone)}
+    tensors = meta_tensors(backbone.architecture, width=backbone.width, image_size=backbone.image_size)
+    return {name: name for name in tensors}
 
 
 def write_torch(path: Path, tensors: Mapping[str, Tensor], *, entry: str, extras: Mapping[str, Any]) -> None:

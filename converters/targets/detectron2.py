@@ -18,7 +18,7 @@ from twist.contracts.files import atomic_path
 from twist.contracts.weights import METADATA_KEY, VIT_BLOCKS, VITS, Backbone, check_written, depth_of
 from twist.converters import tables
 from twist.converters.proof import block_outputs, check_loaded, written_tensors
-from twist.converters.targets import ProofRun, Stages, Target, quoted, tensor_names, write_torch
+from twist.converters.targets import ProofRun, Stages, Target, own_names, quoted, write_torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ def refuse(backbone: Backbone) -> str | None:
 
 def names(backbone: Backbone) -> dict[str, str]:
     """Artefact name → name in the file, for every tensor that Detectron2 has a place for."""
-    ours = tensor_names(backbone)
+    ours = own_names(backbone)
     if backbone.is_vit:
         return {name: name for name in ours if name not in VIT_DROPPED}
     return {name: step.name for name, step in rename.outwards(tables.DETECTRON2, ours).items()}
@@ -48,9 +48,7 @@ def names(backbone: Backbone) -> dict[str, str]:
 
 def detectron2_overlay(backbone: Backbone) -> dict[str, Any]:
     """The settings as a nested dictionary: Detectron2's config keys (ResNet) or those of a lazy config (ViT)."""
-    scale = 255 / backbone.input_range
-    mean = [round(value * scale, 6) for value in backbone.mean]
-    std = [round(value * scale, 6) for value in backbone.std]
+    mean, std = ([round(value, 6) for value in values] for values in backbone.pixels(255))
     if backbone.is_vit:
         dimension = VITS[backbone.architecture]
         return {

@@ -16,7 +16,7 @@ from twist.contracts import rename
 from twist.contracts.weights import METADATA_KEY, VIT_BLOCKS, VITS, Backbone, depth_of
 from twist.converters import tables
 from twist.converters.proof import block_outputs, check_loaded, written_tensors
-from twist.converters.targets import ProofRun, Stages, Target, quoted, tensor_names, write_torch
+from twist.converters.targets import ProofRun, Stages, Target, own_names, quoted, write_torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ def refuse(backbone: Backbone) -> str | None:
 
 def names(backbone: Backbone) -> dict[str, str]:
     """Artefact name → name in the file. VisionTransformer's own loader knows no prefix, so a ViT has none."""
-    ours = tensor_names(backbone)
+    ours = own_names(backbone)
     if backbone.is_vit:
         return {name: step.name for name, step in rename.outwards(tables.MMSEG_VIT, ours).items()}
     return {name: PREFIX + name for name in ours}
@@ -43,11 +43,11 @@ def names(backbone: Backbone) -> dict[str, str]:
 
 def mmseg_overlay(backbone: Backbone) -> dict[str, Any]:
     """The settings as a nested dictionary for `Config.merge_from_dict`."""
-    scale = 255 / backbone.input_range
+    mean, std = ([round(value, 6) for value in values] for values in backbone.pixels(255))
     preprocessor = {
         "type": "SegDataPreProcessor",
-        "mean": [round(value * scale, 6) for value in backbone.mean],
-        "std": [round(value * scale, 6) for value in backbone.std],
+        "mean": mean,
+        "std": std,
         "bgr_to_rgb": backbone.channel_order == "RGB",  # its images are read as BGR
         "rgb_to_bgr": False,
     }
@@ -62,11 +62,6 @@ def overlay_text(backbone: Backbone) -> str:
         f"{backbone.source_layout}).\n# Merge over any config (config.merge_from_dict(Config.fromfile(this "
         f"file).to_dict())), and give\n# init_cfg.checkpoint the full path of the weights.\nmodel = {_literal(model)}\n"
     )
-
-
-def settings(backbone: Backbone) -> tuple[str, str]:
-    """Name and text of the overlay."""
-    return OVERLAY, overlay_text(backbone)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
@@ -181,5 +176,5 @@ TARGET = Target(
     framework=framework,
     usage=usage,
     refuse=refuse,
-    settings=settings,
+    settings=lambda backbone: (OVERLAY, overlay_text(backbone)),
 )

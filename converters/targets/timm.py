@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +23,6 @@ def refuse(backbone: Backbone) -> str | None:
     if backbone.channel_order == "BGR":
         return "timm reads RGB images and has no setting for BGR"
     return None
-
-
-def write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:  # noqa: ARG001 (config.json has it)
-    """`model.safetensors` as timm writes it."""
-    write_safetensors(path, tensors, {"format": "pt"})
 
 
 def settings(backbone: Backbone) -> tuple[str, str]:
@@ -83,7 +77,7 @@ def pil_input(file: Path, mean: list[float], std: list[float]) -> Tensor:
 
 def _config(backbone: Backbone) -> dict[str, Any]:
     side = backbone.image_size or 224
-    scale = 1 / backbone.input_range
+    mean, std = backbone.pixels(1)
     bottleneck = RESNETS.get(backbone.architecture, ((), False))[1]
     return {
         "architecture": backbone.architecture + ("_224" if backbone.is_vit else ""),
@@ -91,8 +85,8 @@ def _config(backbone: Backbone) -> dict[str, Any]:
         "num_features": VITS.get(backbone.architecture, 2048 if bottleneck else 512),
         "pretrained_cfg": {
             "input_size": [3, side, side],
-            "mean": [value * scale for value in backbone.mean],
-            "std": [value * scale for value in backbone.std],
+            "mean": mean,
+            "std": std,
             "num_classes": 0,
             "first_conv": "patch_embed.proj" if backbone.is_vit else "conv1",
             "classifier": "head" if backbone.is_vit else "fc",
@@ -108,7 +102,7 @@ TARGET = Target(
     weights="model.safetensors",
     package="timm",
     names=own_names,
-    write=write,
+    write=lambda path, tensors, _: write_safetensors(path, tensors, {"format": "pt"}),  # as timm does
     framework=framework,
     usage=usage,
     refuse=refuse,

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from twist.contracts.weights import Backbone, write_backbone
 from twist.converters.targets import ProofRun, Stages, Target, own_names, quoted, timm
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 WEIGHTS = "backbone.safetensors"
-
-
-def write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
-    """The artefact, with the header that every later stage reads."""
-    write_backbone(path, tensors, backbone)
 
 
 def usage(folder: Path, backbone: Backbone) -> str:
@@ -65,9 +55,7 @@ def _run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
     network.fc = torch.nn.Identity()
     network.load_state_dict(load_file(folder / WEIGHTS), strict=True)
     stages = create_feature_extractor(network.eval(), {f"layer{index}": f"res{index + 1}" for index in (1, 2, 3, 4)})
-    scale = 1 / backbone.input_range
-    mean, std = ([value * scale for value in values] for values in (backbone.mean, backbone.std))
-    return [stages(timm.pil_input(file, mean, std)) for file in files]
+    return [stages(timm.pil_input(file, *backbone.pixels(1))) for file in files]
 
 
 def _is_torchvisions(backbone: Backbone) -> bool:
@@ -82,7 +70,7 @@ TARGET = Target(
     weights=WEIGHTS,
     package="torchvision",
     names=own_names,
-    write=write,
+    write=write_backbone,
     framework=framework,
     usage=usage,
     keeps_padding=True,

@@ -1,4 +1,4 @@
-"""`docs/conversions.md`, written from the tables by `python -m twist.converters.document`. A test keeps it current."""
+"""`docs/conversions.md`, written from the tables by `python -m benchmarks.conversions`. A test keeps it current."""
 
 from __future__ import annotations
 
