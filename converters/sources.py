@@ -81,7 +81,8 @@ class Named(Config):
     difference: str
 
 
-def _layout(name: str, row: dict[str, Any]) -> Layout:
+def layout_of(name: str, row: dict[str, Any]) -> Layout:
+    """The typed row of a table `[layout.NAME]`."""
     branches = [
         Branch(branch, tuple(entry.split("/")) if entry else (), prefix) for branch, entry, prefix in row["branches"]
     ]
@@ -92,7 +93,7 @@ def _layout(name: str, row: dict[str, Any]) -> Layout:
 
 _ROWS = tomllib.loads(Path(__file__).with_name("sources.toml").read_text())
 PIXELS = {name: Pixels(**row) for name, row in _ROWS["pixels"].items()}
-LAYOUTS = tuple(_layout(name, row) for name, row in _ROWS["layout"].items())
+LAYOUTS = tuple(layout_of(name, row) for name, row in _ROWS["layout"].items())
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 AMBIGUOUS = tuple(Ambiguous(**row) for row in _ROWS["ambiguous"])
 NAMED = tuple(Named(**row) for row in _ROWS["named"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from twist.contracts import rename
@@ -46,6 +47,18 @@ def random_tensors(architecture: str = "resnet18", *, seed: int = 0, width: int 
         else:
             tensors[name] = torch.randn(shape, generator=generator) * 0.1
     return tensors
+
+
+def write_stored_source(path: Path) -> Path:
+    """The ResNet-18 of tests/stored/conversion: integers over powers of two, the same bytes on any machine."""
+    tensors = {}
+    for name, empty in meta_tensors("resnet18").items():
+        pattern = torch.arange(empty.numel()) * 7919 % 101  # 0 … 100
+        positive = name.endswith(("running_var", "weight")) and empty.ndim == 1
+        values = (pattern + 64) / 128 if positive else (pattern - 50) / 4096
+        tensors[name] = values.reshape(empty.shape).to(empty.dtype).contiguous()
+    save_file(tensors, path)
+    return path
 
 
 def renamed_back(table: rename.Table, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

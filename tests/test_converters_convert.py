@@ -1,26 +1,34 @@
-"""Conversion as a whole: files, round trips, byte equality, the report; and without the frameworks, the manifest."""
+"""Conversion as a whole: files, round trips, byte equality, reports old and new, the proof, targets of one's own."""
 
 from __future__ import annotations
 
 import ast
 import json
+import re
+import shutil
+import tomllib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import random_tensors
+import yaml
+from checkpoint_files import random_tensors, write_stored_source
 
+from benchmarks import conversions
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.weights import Backbone, read_backbone, write_backbone
 from twist.converters import convert as convert_module
-from twist.converters import proof
+from twist.converters import proof, sources
 from twist.converters.convert import conversion_text, convert
 from twist.converters.output_folder import default_folder
 from twist.converters.proof import ProofError
 from twist.converters.read import load_artefact, load_source
-from twist.converters.sources import BY_NAME
 from twist.converters.targets import TARGETS, detectron2, mmseg
 
+STORED = Path(__file__).parent / "stored" / "conversion"
+EXTENDING = Path(__file__).parent.parent / "docs" / "extending.md"
 HEADER = Backbone(architecture="resnet18", method="twist", epochs=3, std=(0.228, 0.224, 0.225))
 
 
@@ -137,23 +145,17 @@ def test_proof_that_fails_writes_nothing(artefact: Path, tmp_path: Path, monkeyp
 
 def test_an_earlier_conversion_is_replaced_and_nothing_else(artefact: Path, tmp_path: Path) -> None:
     for _ in range(2):
-        convert(artefact, target="torchvision", output=tmp_path / "out", verify=False)
+        done = convert(artefact, target="torchvision", output=tmp_path / "out", verify=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="exists and is no earlier conversion"):
-        convert(artefact, target="torchvision", output=tmp_path / "mine", verify=False)
-    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
-
-
-def test_a_report_of_somebody_else_makes_no_conversion(artefact: Path, tmp_path: Path) -> None:
-    for name, report in (("a", "{}"), ("b", "not json"), ("c", '{"source": {"sha256": "x"}}')):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "report.json").write_text(report)
-        with pytest.raises(UserError, match="is no earlier conversion"):
-            convert(artefact, target="torchvision", output=tmp_path / name, verify=False)
-        assert (tmp_path / name / "report.json").read_text() == report
-    done = convert(artefact, target="torchvision", output=tmp_path / "out", verify=False)
+    # Folders that are no conversions: files of the user's, reports of other programs.
+    others = {"thesis.tex": "years of work", "report.json": "{}", "tensors.txt": "not json"}
+    others |= {"report.json ": '{"source": {"sha256": "x"}}'}
+    for number, (name, text) in enumerate(others.items()):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / name.strip()).write_text(text)
+        with pytest.raises(UserError, match="exists and is no earlier conversion"):
+            convert(artefact, target="torchvision", output=tmp_path / f"{number}", verify=False)
+        assert (tmp_path / f"{number}" / name.strip()).read_text() == text
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"is no earlier conversion \(it holds notes\.txt\)"):
         convert(artefact, target="torchvision", output=tmp_path / "out", verify=False)
@@ -163,25 +165,78 @@ def test_a_report_of_somebody_else_makes_no_conversion(artefact: Path, tmp_path:
     assert done.weights.is_file()
 
 
-def test_another_files_conversion_is_not_replaced(artefact: Path, tmp_path: Path) -> None:
-    convert(artefact, target="torchvision", output=tmp_path / "out", verify=False)
-    before = (tmp_path / "out" / "backbone.safetensors").read_bytes()
-    other = write_backbone(tmp_path / "backbone.safetensors", random_tensors(seed=1), HEADER)
-    with pytest.raises(UserError, match=r"conversion of another file \(backbone\.safetensors, sha256"):
-        convert(other, target="torchvision", output=tmp_path / "out", verify=False)
-    assert (tmp_path / "out" / "backbone.safetensors").read_bytes() == before
-
-
 def test_another_branchs_conversion_is_not_replaced(tmp_path: Path) -> None:
-    state = {f"backbone.{name}": tensor for name, tensor in random_tensors().items()}
-    other = {f"backbone.{name}": tensor for name, tensor in random_tensors(seed=1).items()}
-    torch.save({"student": other, "teacher": state}, tmp_path / "dino.pth")
-    for _ in range(2):
-        done = convert(tmp_path / "dino.pth", target="torchvision", output=tmp_path / "out", verify=False)
+    states = {
+        name: {f"backbone.{key}": tensor for key, tensor in random_tensors(seed=seed).items()}
+        for seed, name in enumerate(("student", "teacher"))
+    }
+    torch.save(states, tmp_path / "dino.pth")
+    done = convert(tmp_path / "dino.pth", target="torchvision", output=tmp_path / "out", verify=False)
     before = done.weights.read_bytes()
     with pytest.raises(UserError, match="of this file's branch teacher, and this is student"):
         convert(tmp_path / "dino.pth", target="torchvision", branch="student", output=tmp_path / "out", verify=False)
     assert done.weights.read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["detectron2", "mmseg"])
+def test_a_conversion_from_before_the_restructure_is_understood(target: str, artefact: Path, tmp_path: Path) -> None:
+    """Stored are report, settings and list of a conversion at commit 9b5e91f, without its weights."""
+    folder = tmp_path / "out"
+    shutil.copytree(STORED / target, folder)
+    with pytest.raises(UserError, match=r"conversion of another file \(resnet18\.safetensors, sha256 2e27a152"):
+        convert(artefact, target=target, output=folder, verify=False)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in (STORED / target).iterdir())
+    source = write_stored_source(tmp_path / "resnet18.safetensors")
+    overlay = convert(source, target=target, output=folder, verify=False).overlay
+    before, after = (json.loads((place / "report.json").read_text()) for place in (STORED / target, folder))
+    assert all(after[part] == before[part] for part in ("source", "target", "backbone", "notes"))
+    assert after.keys() == before.keys()
+    assert after["proof"].keys() == before["proof"].keys()
+    assert (folder / "tensors.txt").read_text() == (STORED / target / "tensors.txt").read_text()
+    assert overlay is not None
+    read = yaml.safe_load if overlay.suffix == ".yaml" else str
+    assert read(overlay.read_text()) == read((STORED / target / overlay.name).read_text())
+
+
+def blocks(section: str, language: str) -> list[str]:
+    """The code blocks of a section of docs/extending.md."""
+    text = EXTENDING.read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_a_target_of_ones_own(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worked example of docs/extending.md, proven, and caught when it writes something else."""
+    example: dict[str, Any] = {}
+    exec(compile(blocks("A new target", "python")[0], str(EXTENDING), "exec"), example)
+    monkeypatch.setitem(TARGETS, "numpy", example["TARGET"])
+    done = convert(artefact, target="numpy", output=tmp_path / "out")
+    assert (done.proof.kind, done.proof.max_difference) == ("manifest", 0)
+    assert "numpy runs no networks" in json.loads((tmp_path / "out" / "report.json").read_text())["proof"]["by"]
+    assert done.target.usage(done.output, HEADER).splitlines()[-1] in conversion_text(done)
+    assert all(torch.equal(load_artefact(done.weights)[0][n], t) for n, t in read_backbone(artefact)[0].items())
+
+    def wrong(path: Path, tensors: dict, backbone: Backbone) -> None:
+        example["write"](path, mutate(tensors, "scale"), backbone)
+
+    monkeypatch.setitem(TARGETS, "numpy", replace(example["TARGET"], write=wrong))
+    with pytest.raises(ProofError, match="at res2 the features"):
+        convert(artefact, target="numpy", output=tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_source_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worked example of docs/extending.md: one table, and the file is known by its contents."""
+    ((name, row),) = tomllib.loads(blocks("A new source layout", "toml")[0])["layout"].items()
+    layout = sources.layout_of(name, row)
+    monkeypatch.setattr(sources, "LAYOUTS", (layout, *sources.LAYOUTS))
+    tensors = random_tensors()
+    state = {f"trunk.{key}": tensor for key, tensor in tensors.items()} | {"projection.0.weight": torch.ones(2, 2)}
+    torch.save({"net": state, "epoch": 100}, tmp_path / "mynet.pth")
+    source = load_source(tmp_path / "mynet.pth")
+    assert (source.backbone.source_layout, source.backbone.epochs) == ("mynet", 100)
+    assert source.dropped == ("projection.0.weight",)
+    assert all(torch.equal(source.tensors[key], tensor) for key, tensor in tensors.items())
 
 
 def test_neither_a_link_nor_the_working_directory_is_replaced(
@@ -277,7 +332,6 @@ def test_listing_names_every_tensor(tmp_path: Path) -> None:
 
 
 def test_overlay_dictionaries_and_files_agree() -> None:
-    yaml = pytest.importorskip("yaml")
     for header in (HEADER, Backbone(architecture="resnet50", width=2, method="simclr", mean=(0, 0, 0), std=(1, 1, 1))):
         assert yaml.safe_load(detectron2.overlay_text(header)) == detectron2.detectron2_overlay(header)
     overlay = detectron2.detectron2_overlay(header)
@@ -379,7 +433,5 @@ def test_proof_images_differ_by_channel(tmp_path: Path) -> None:
 
 
 def test_the_page_is_current() -> None:
-    from benchmarks import conversions as document
-
-    assert document.PAGE.read_text() == document.page(), "run `python -m benchmarks.conversions`"
-    assert all(f"| `{layout}` |" in document.page() for layout in BY_NAME)
+    assert conversions.PAGE.read_text() == conversions.page(), "run `python -m benchmarks.conversions`"
+    assert all(f"| `{layout}` |" in conversions.page() for layout in sources.BY_NAME)
