@@ -6,6 +6,7 @@ kilobytes; names of heads and other branches come from the layout's own patterns
 
 from __future__ import annotations
 
+import collections
 import pickle
 import sys
 import types
@@ -32,11 +33,11 @@ def flat_tensors(architecture: str = "resnet18", *, seed: int = 1, **geometry: A
     return tensors
 
 
-def random_tensors(architecture: str = "resnet18", *, seed: int = 0, width: int = 1) -> dict[str, Tensor]:
+def random_tensors(architecture: str = "resnet18", *, seed: int = 0, **geometry: Any) -> dict[str, Tensor]:
     """An artefact with random weights and positive variances, as a network could have them."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, empty in meta_tensors(architecture, width=width).items():
+    for name, empty in meta_tensors(architecture, **geometry).items():
         shape = empty.shape
         if name.endswith("num_batches_tracked"):
             tensors[name] = torch.tensor(7)
@@ -127,13 +128,18 @@ def write_checkpoint(path: Path, layout: Layout, branch: Branch, tensors: dict[s
     """`checkpoint_value` as the file its authors would write."""
     if layout.tables[0] is HAIKU:
         write_haiku(path, tensors, flat_tensors(seed=9), online=branch.name == "online")
+        forget_byol()  # reading cannot use the made-up modules
     elif layout.tables[0] is CAFFE2:
-        value = checkpoint_value(layout, branch, tensors)
-        with path.open("wb") as file:
-            pickle.dump({name: tensor.contiguous().numpy() for name, tensor in value.items()}, file, protocol=2)
+        path.write_bytes(pickle.dumps(_arrays(checkpoint_value(layout, branch, tensors)), protocol=2))
     else:
         torch.save(checkpoint_value(layout, branch, tensors), path)
     return path
+
+
+def _arrays(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _arrays(item) for name, item in value.items()}
+    return value.contiguous().numpy() if isinstance(value, Tensor) else value
 
 
 def write_haiku(path: Path, mine: dict[str, Tensor], other: dict[str, Tensor], *, online: bool) -> None:
@@ -162,26 +168,20 @@ def write_haiku(path: Path, mine: dict[str, Tensor], other: dict[str, Tensor], *
 
 
 def _byol_classes() -> tuple[Any, Any]:
-    """Classes that pickle under the real files' module names, which are gone again once this returns to the reader."""
-    import collections
-
-    state_class = collections.namedtuple(
-        "_ByolExperimentState", "online_params target_params online_state target_state opt_state"
-    )
-    state_class.__module__ = "byol.byol_experiment"
+    """Classes that pickle under the real files' module names; `forget_byol` takes the modules away again."""
+    fields = "online_params target_params online_state target_state opt_state"
+    state_class = collections.namedtuple("_ByolExperimentState", fields, module="byol.byol_experiment")
 
     class FlatMapping(dict):  # type: ignore[type-arg]
         def __reduce__(self) -> Any:
             return FlatMapping, (dict(self),)
 
     FlatMapping.__module__, FlatMapping.__qualname__ = "haiku._src.data_structures", "FlatMapping"
-    for name, item in (("byol.byol_experiment", state_class), ("haiku._src.data_structures", FlatMapping)):
-        module = types.ModuleType(name)
-        setattr(module, item.__name__, item)
-        parts = name.split(".")
-        for depth in range(1, len(parts)):
-            sys.modules.setdefault(".".join(parts[:depth]), types.ModuleType(".".join(parts[:depth])))
-        sys.modules[name] = module
+    for item in (state_class, FlatMapping):
+        parts = item.__module__.split(".")
+        for name in (".".join(parts[:depth]) for depth in range(1, len(parts) + 1)):
+            sys.modules.setdefault(name, types.ModuleType(name))
+        setattr(sys.modules[item.__module__], item.__name__, item)
     return state_class, FlatMapping
 
 

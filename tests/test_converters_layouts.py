@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from checkpoint_files import (
     checkpoint_value,
     concrete,
     flat_tensors,
-    forget_byol,
     renamed_back,
     source_names,
     write_checkpoint,
@@ -30,7 +28,7 @@ from twist.converters.detect import architecture_of, check_complete, find, match
 from twist.converters.open import read_contents
 from twist.converters.read import fill, load_artefact, load_source
 from twist.converters.sources import BY_NAME, LAYOUTS, Branch, Layout
-from twist.converters.tables import CAFFE2, TABLES, TORCHVISION
+from twist.converters.tables import CAFFE2, DETECTRON2, TABLES, TORCHVISION
 
 RESNET18 = flat_tensors()
 RESNET50 = flat_tensors("resnet50")
@@ -38,8 +36,7 @@ RESNET50 = flat_tensors("resnet50")
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equality of tensors that hold one number each: shape, and the number in the first and in the last place."""
-    first, last = (0,) * a.ndim, (-1,) * a.ndim
-    return a.shape == b.shape and bool(a[first] == b[first]) and bool(a[last] == b[last])
+    return a.shape == b.shape and all(bool(a[place] == b[place]) for place in ((0,) * a.ndim, (-1,) * a.ndim))
 
 
 PLACES = [
@@ -115,11 +112,7 @@ def test_a_table_that_is_not_one_to_one_is_refused(rows: tuple, names: list[str]
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "branch"), PLACES)
 def test_round_trip_is_the_identity(layout: Layout, branch: Branch, tmp_path: Path) -> None:
-    slow_numpy = layout.name in ("byol-deepmind", "detectron2-caffe2")
-    if slow_numpy and branch is not layout.branches[0]:
-        pytest.skip("numpy arrays cannot be views of one number; the branch is tested below")
     file = write_checkpoint(tmp_path / "model.bin", layout, branch, RESNET18)
-    forget_byol()
     source = load_source(file, layout=layout.name, branch=branch.name, allow_nan=True)
     assert source.backbone.source_layout == layout.name
     assert source.backbone.source_branch == branch.name
@@ -138,44 +131,30 @@ def test_round_trip_is_the_identity(layout: Layout, branch: Branch, tmp_path: Pa
 
 @pytest.mark.parametrize("layout", [row for row in LAYOUTS if row.detect], ids=lambda row: row.name)
 def test_layouts_are_told_apart_by_content(layout: Layout, tmp_path: Path) -> None:
-    if layout.name in ("byol-deepmind", "detectron2-caffe2"):
-        pytest.skip("read without a forced layout below")
-    file = tmp_path / "model.bin"
-    torch.save(checkpoint_value(layout, layout.branches[0], RESNET18), file)
+    file = write_checkpoint(tmp_path / "model.bin", layout, layout.branches[0], RESNET18)
     source = load_source(file, allow_nan=True)  # the check costs most of the time here, and has its own test
-    assert source.backbone.source_layout == layout.name
-    assert source.backbone.method == layout.method
+    assert (source.backbone.source_layout, source.backbone.method) == (layout.name, layout.method)
     assert torch.equal(source.tensors["conv1.weight"], RESNET18["conv1.weight"])
     for name in source.dropped:
         assert matches(name, (*layout.drop, *(f"{b.prefix}*" for b in layout.branches))), name
 
 
-@pytest.mark.parametrize("blobs", [False, True])
-def test_detectrons_pickles_are_known_by_caffe2s_names(blobs: bool, tmp_path: Path) -> None:
+def test_detectrons_pickles_are_known_by_caffe2s_names(tmp_path: Path) -> None:
     layout = BY_NAME["detectron2-caffe2"]
-    value = checkpoint_value(layout, layout.branches[0], RESNET18)
-    arrays = {name: tensor.contiguous().numpy() for name, tensor in value.items()}
-    with (tmp_path / "R.pkl").open("wb") as file:
-        pickle.dump({"blobs": arrays} if blobs else arrays, file, protocol=2)
-    source = load_source(tmp_path / "R.pkl", allow_nan=True)
-    header = source.backbone
-    assert (header.source_layout, header.method) == ("detectron2-caffe2", "supervised")
+    file = write_checkpoint(tmp_path / "R.pkl", layout, layout.branches[1], RESNET18)  # under `blobs`
+    header = load_source(file, allow_nan=True).backbone
+    assert header.source_layout == "detectron2-caffe2"
     assert (header.channel_order, header.input_range, header.std) == ("BGR", 255, (1, 1, 1))
-    assert torch.equal(source.tensors["conv1.weight"], RESNET18["conv1.weight"])
 
 
 def test_deepmind_byol_without_jax(tmp_path: Path) -> None:
-    file = write_checkpoint(
-        tmp_path / "pretrain.pkl", BY_NAME["byol-deepmind"], BY_NAME["byol-deepmind"].branches[0], RESNET18
-    )
-    forget_byol()
+    layout = BY_NAME["byol-deepmind"]
+    file = write_checkpoint(tmp_path / "pretrain.pkl", layout, layout.branches[0], RESNET18)
     source = load_source(file)
-    assert source.backbone.source_layout == "byol-deepmind"
     assert source.backbone.padding == "same"
     assert set(source.dropped) == {"classifier/b"}
     assert {name.rpartition(".")[2] for name in source.filled} == {"num_batches_tracked"}
-    contents = read_contents(file)
-    target = find(contents, branch="target")
+    target = find(read_contents(file), branch="target")
     assert float(target.state["initial_conv/w"].flatten()[0]) >= 9000
 
 
@@ -300,22 +279,20 @@ def test_what_content_cannot_tell_is_asked(tmp_path: Path) -> None:
     torch.save({**RESNET18, **heads}, tmp_path / "resnet50-simclr.pth")
     with pytest.raises(UserError, match="is called simclr but looks like torchvision"):
         load_artefact(tmp_path / "resnet50-simclr.pth")
-    torch.save({"model": {f"backbone.bottom_up.{n}": t for n, t in detectron2_names().items()}}, tmp_path / "d2.pth")
+    torch.save(
+        {"model": {f"backbone.bottom_up.{n}": t for n, t in renamed_back(DETECTRON2, RESNET50).items()}},
+        tmp_path / "d2.pth",
+    )
     with pytest.raises(UserError, match="--from detectron2-model or --from detectron2-msra"):
         load_artefact(tmp_path / "d2.pth")
     header = load_artefact(tmp_path / "d2.pth", layout="detectron2-msra")[1]
     assert (header.channel_order, header.stride_in, header.input_range) == ("BGR", "1x1", 255)
 
 
-def detectron2_names() -> dict[str, torch.Tensor]:
-    return renamed_back(TABLES["detectron2"], RESNET50)
-
-
 def test_a_head_named_like_nothing_known_is_an_error(tmp_path: Path) -> None:
     for layout in (BY_NAME["moco"], BY_NAME["barlow-twins"], BY_NAME["swav"]):
         value = checkpoint_value(layout, layout.branches[0], RESNET18)
-        state = value.get("state_dict") or value.get("model") or value
-        state["module.surprise.weight"] = torch.ones(2, 2)
+        (value.get("state_dict") or value.get("model") or value)["module.surprise.weight"] = torch.ones(2, 2)
         torch.save(value, tmp_path / "x.pth")
         with pytest.raises(UserError, match=r"surprise\.weight"):
             load_artefact(tmp_path / "x.pth")
