@@ -59,7 +59,7 @@ def test_what_the_demo_prints_is_what_it_does(
     for module, name in WORKERS:
         replace_by_recorder(monkeypatch, module, name, calls)
     monkeypatch.setattr(demo, "_print_results", lambda *_, **__: None)
-    monkeypatch.setattr("twist.converters.convert.render", lambda _: "")
+    monkeypatch.setattr("twist.converters.convert.conversion_text", lambda _: "")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.chdir(tmp_path if here == "elsewhere" else CONFIG.parent.parent.parent)
     # A name that a shell would take apart, and that TOML would cut at its comment.

@@ -332,7 +332,7 @@ def _convert(row: Protocol, source: Source, artefact: Path, *, output: Path, nod
     with frameworks_quiet():
         done = convert(
             artefact,
-            target=row.engine,  # type: ignore[arg-type]
+            target=row.engine,
             layout=source.layout,
             branch=source.branch,
             output=target,

@@ -118,7 +118,7 @@ def inspect(
     from twist.converters import inspect as inspection
 
     found = inspection.inspect(checkpoint, layout=layout)
-    print(_json(found.to_json()) if as_json else inspection.render(found))
+    print(_json(found.to_json()) if as_json else inspection.inspection_text(found))
 
 
 @app.command()
@@ -148,7 +148,7 @@ def convert(
         if file is None:
             raise UsageError("--check-config needs the weights too: add --weights FILE.")
         mismatches = own.check_config(check_config, file, layout=layout, branch=branch)
-        print(own.render(mismatches))
+        print(own.mismatch_text(mismatches))
         raise typer.Exit(1 if mismatches else 0)
     if checkpoint is None or to is None:
         raise UsageError("Say what to convert and for whom: twist convert CHECKPOINT --to detectron2.")
@@ -158,7 +158,7 @@ def convert(
     done = conversion.convert(
         checkpoint, target=to, output=output, verify=not no_verify, pkl=pkl, allow_nan=allow_nan, **source
     )
-    print(conversion.render(done))
+    print(conversion.conversion_text(done))
 
 
 @app.command()
