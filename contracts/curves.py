@@ -102,7 +102,7 @@ def draw(
         if mark is not None:
             axes.axvline(mark, color="grey", linewidth=1, linestyle=":")
         axes.set_title(panel.title, fontsize=9, loc="left")
-        axes.set(xlabel="step", **panel.settings)
+        axes.set(**{"xlabel": "step", **panel.settings})
         axes.spines[["top", "right"]].set_visible(False)
         if len(panel.lines) > 1:
             axes.legend(fontsize=8, frameon=False)
