@@ -26,7 +26,7 @@ from twist.demo import CONFIG, PROTOCOLS
 # Where each command of the demo does its work.
 WORKERS = (
     ("twist.catalog.sample.make", "make_sample"),
-    ("twist.pretrain.data.contact_sheet", "contact_sheet"),
+    ("twist.pretrain.data.preview", "contact_sheet"),
     ("twist.pretrain.train", "pretrain"),
     ("twist.converters.convert", "convert"),
     ("twist.transfer.run", "transfer"),
