@@ -16,6 +16,7 @@ from imagenet_tree import no_room, second_is_killed, second_says_no, write_tree
 from torch import Tensor, nn
 
 from twist.catalog.labelled import open_tree
+from twist.contracts.curves import CURVES
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.networks import build_backbone
 from twist.contracts.weights import Backbone
@@ -26,7 +27,7 @@ from twist.transfer.engines.imagenet.journal import LOG
 from twist.transfer.engines.imagenet.linear import train_linear
 from twist.transfer.engines.imagenet.processes import Rank, run_ranks
 from twist.transfer.engines.imagenet.recipes import ClassifierRecipe, LinearRecipe, load_recipe
-from twist.transfer.engines.imagenet.training import CHECKPOINT, CURVES, Job, Source, new_classifier, train_classifier
+from twist.transfer.engines.imagenet.training import CHECKPOINT, Job, Source, new_classifier, train_classifier
 
 ALONE = Rank(0, 1, torch.device("cpu"))
 GENERATOR = torch.Generator().manual_seed(0)
