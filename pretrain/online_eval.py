@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
-from twist.contracts.images import images_of_classes, read_image, refuse_other_classes
+from twist.catalog.class_folders import open_tree
+from twist.contracts.images import read_image
 from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD
 from twist.pretrain import distributed
 from twist.pretrain.config import PretrainConfig
@@ -59,11 +60,8 @@ def evaluate(model: Twist, config: PretrainConfig, *, device: torch.device) -> d
 
 def labelled(root: Path) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
     """(image, class) of train/ and of val/ below `root`; `UserError` when they do not have the same classes."""
-    splits = {split: images_of_classes(root / split) for split in ("train", "val")}
-    refuse_other_classes(root, *(tuple(classes) for classes in splits.values()))
     train, val = (
-        [(root / split / image, label) for label, images in enumerate(classes.values()) for image in images]
-        for split, classes in splits.items()
+        [(images.path(index), int(label)) for index, label in enumerate(images.labels)] for images in open_tree(root)
     )
     return train, val
 

@@ -11,7 +11,7 @@ import torch
 from imagenet_tree import write_tree
 from torchvision.transforms import InterpolationMode, v2
 
-from twist.catalog.labelled import draw_subset, list_lines, open_tree, read_split, read_subset
+from twist.catalog.class_folders import draw_subset, list_lines, open_tree, read_split, read_subset
 from twist.contracts.errors import UserError
 from twist.contracts.images import read_image
 from twist.transfer.engines.imagenet.dataset import Batches, epoch_batches, epoch_order, labelled_subset
@@ -55,11 +55,18 @@ def test_missing_tree_is_one_sentence(tmp_path: Path) -> None:
 
 def test_empty_class_and_unequal_classes_are_named(tmp_path: Path) -> None:
     root = write_tree(tmp_path)
+    with pytest.raises(UserError, match="no class folder at"):
+        read_split(root / "absent")
+    with pytest.raises(UserError, match="holds no class folders"):
+        read_split(root / "train" / "class_0")
     (root / "train" / "zebra").mkdir()
     with pytest.raises(UserError, match=r"train/zebra holds no images"):
         open_tree(root)
     (root / "train" / "class_0" / "train_0_000.png").rename(root / "train" / "zebra" / "a.png")
     with pytest.raises(UserError, match="1 only in train/, 0 only in val/; zebra is only in train/"):
+        open_tree(root)
+    (root / "train" / "zebra").rename(root / "val" / "zebra")
+    with pytest.raises(UserError, match="zebra is only in val/"):
         open_tree(root)
 
 

@@ -15,7 +15,7 @@ from imagenet_tree import write_tree
 from PIL import Image
 from torch import Tensor
 
-from twist.catalog.labelled import LabelledImages, open_tree
+from twist.catalog.class_folders import LabelledImages, open_tree
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.files import sha256_json
 from twist.contracts.metrics import check_metrics

@@ -9,7 +9,7 @@ import torch
 from imagenet_tree import write_tree
 from torch import nn
 
-from twist.catalog.labelled import read_split
+from twist.catalog.class_folders import read_split
 from twist.contracts.networks import build_backbone, normalise
 from twist.contracts.weights import Backbone
 from twist.transfer.engines.imagenet.dataset import Batches

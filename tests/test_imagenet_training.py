@@ -15,7 +15,7 @@ import torch
 from imagenet_tree import no_room, second_is_killed, second_says_no, write_tree
 from torch import Tensor, nn
 
-from twist.catalog.labelled import open_tree
+from twist.catalog.class_folders import open_tree
 from twist.contracts.curves import CURVES
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.networks import build_backbone

@@ -19,7 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from twist.catalog.roots import find_root
+from twist.catalog.before_run import identify_data, require_data
+from twist.catalog.data_sets import find_root
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.files import sha256_file
@@ -29,8 +30,6 @@ from twist.contracts.weights import Architecture, Backbone, read_header, weights
 from twist.converters.output_folder import name_of
 from twist.transfer import folder
 from twist.transfer.end import render_end, render_places
-from twist.transfer.identity import identify_data
-from twist.transfer.preflight import check_data
 from twist.transfer.protocols import Protocol, find_protocol
 from twist.transfer.quiet import frameworks_quiet
 from twist.transfer.request import Controls, Request, split_overrides
@@ -120,7 +119,8 @@ def transfer(
     row = find_protocol(protocol)
     controls, rest = split_overrides(overrides)
     root = find_root(data)
-    sample, data_name = check_data(row, root), identify_data(row, root)
+    sample = require_data(row.data, root, task=row.task, scale=row.scale)
+    data_name = identify_data(row.data, root, subset=row.subset)
     gpus = _choose_gpus(gpus, row)
     source = _find_weights(weights, layout=layout, branch=branch)
     if method is not None:

@@ -14,7 +14,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
 
-from twist.catalog.roots import read_sample
+from twist.catalog.data_sets import read_sample
 from twist.contracts.config import SHIPPED, parse_override
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.machine import cores

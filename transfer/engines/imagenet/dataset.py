@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from twist.catalog.labelled import SUBSETS, LabelledImages, draw_subset, read_subset
+from twist.catalog.class_folders import SUBSETS, LabelledImages, draw_subset, find_subset, read_subset
 from twist.contracts.errors import UserError
 from twist.contracts.images import UnreadableImage, read_image
 from twist.contracts.machine import cores
@@ -37,9 +37,9 @@ def labelled_subset(train: LabelledImages, recipe: ClassifierRecipe) -> Labelled
     if recipe.labels_from == "seed":
         return draw_subset(train, share, seed=recipe.labels_seed)
     tree = train.folder.parent
-    for folder in (tree, tree / "imagenet_subsets", tree.parent):
-        if (folder / list_name).is_file():
-            return read_subset(train, folder / list_name)
+    path = find_subset(tree, list_name)
+    if path is not None:
+        return read_subset(train, path)
     raise UserError(
         f"There is no {list_name} in {tree}: `twist data prepare imagenet` writes it from SimCLR's published list, or "
         "labels_from=seed draws a class-balanced subset (another protocol: its rows stand apart)."

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twist.catalog.labelled import LabelledImages, open_tree
+from twist.catalog.class_folders import LabelledImages, open_tree
 from twist.contracts import files
 from twist.contracts.curves import CURVES
 from twist.contracts.errors import UsageError

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from twist.catalog.labelled import LabelledImages
+from twist.catalog.class_folders import LabelledImages
 from twist.contracts import files
 from twist.contracts.files import sha256_json
 from twist.contracts.networks import ResNet, normalise

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twist.catalog.labelled import LabelledImages
+from twist.catalog.class_folders import LabelledImages
 from twist.contracts.networks import network_of
 from twist.transfer.engines.imagenet.dataset import Batches, epoch_batches
 from twist.transfer.engines.imagenet.features import FeatureFile, extract, feature_batches, feature_dimension, frozen

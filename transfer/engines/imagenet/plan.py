@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from twist.catalog.labelled import LabelledImages
+from twist.catalog.class_folders import LabelledImages
 from twist.transfer.engines.imagenet.recipes import AnyRecipe, ClassifierRecipe, FinetuneRecipe, NeighboursRecipe
 
 

@@ -19,7 +19,7 @@ from fvcore.common.param_scheduler import CosineParamScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from twist.catalog.labelled import LabelledImages
+from twist.catalog.class_folders import LabelledImages
 from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.progress import Progress

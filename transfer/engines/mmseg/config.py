@@ -13,7 +13,7 @@ from typing import Any
 import mmseg
 from mmengine.config import Config
 
-from twist.catalog.roots import read_sample, voc_folder
+from twist.catalog.data_sets import Split, find_data_set, read_sample
 from twist.contracts.config import SHIPPED, parse_override
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.machine import cores
@@ -163,23 +163,30 @@ def _set_channels(config: Config, architecture: str, width: int) -> None:
 
 
 def _set_data(config: Config, request: Request) -> None:
+    """Where the data lie; their classes and files too, unless MMSegmentation's own dataset class knows those."""
     sample = read_sample(request.data)
-    kind: dict[str, Any] = {}
-    if "cityscapes" in request.protocol.data:
-        root = request.data / "cityscapes"
-    else:
-        root = voc_folder(request.data, 2012)
-        if sample is not None:
-            classes = ["background", *sample["classes"]]
-            # The sample's classes are none of VOC's, and PascalVOCDataset insists on its own names.
-            names = {"classes": classes, "palette": [colour_of(index) for index in range(len(classes))]}
-            kind = {"type": "BaseSegDataset", "img_suffix": ".jpg", "seg_map_suffix": ".png", "metainfo": names}
+    row = find_data_set(request.protocol.data[0])
+    splits: dict[str, Split] = {split.role: split for split in row.run_splits().values() if "masks" in split.truth}
+    # A sample's classes are none of the data set's, and MMSegmentation's own classes insist on their names.
+    of_sample = sample is not None and row.classes_of_sample
+    loaders = {"train": [config.train_dataloader], "val": [config.val_dataloader, config.test_dataloader]}
+    for role, dataset in ((role, loader.dataset) for role, entries in loaders.items() for loader in entries):
+        dataset.data_root = str(row.place(request.data))
+        images, masks = splits[role].images, splits[role].truth["masks"]
+        if dataset.type == "BaseSegDataset":
+            folders = {"img_path": images.folder, "seg_map_path": masks.folder}
+            dataset.update({"data_prefix": folders, "ann_file": splits[role].names})
+        if of_sample or dataset.type == "BaseSegDataset":
+            classes = row.label_names(sample)
+            if not isinstance(classes, tuple):
+                raise UserError(f"{row.name} has no names of classes: write them into its row of data_sets.toml.")
+            palette = [colour_of(index) for index in range(len(classes))]
+            names = {"classes": list(classes), "palette": palette}
+            suffixes = {"img_suffix": images.suffix, "seg_map_suffix": masks.suffix}
+            dataset.update({"type": "BaseSegDataset", **suffixes, "metainfo": names})
             for head in (config.model.decode_head, config.model.auxiliary_head):
                 if head is not None:
                     head.num_classes = len(classes)
-    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
-        loader.dataset.data_root = str(root)
-        loader.dataset.update(kind)
 
 
 def _schedule(config: Config, *, processes: int) -> Schedule:
