@@ -1,4 +1,4 @@
-"""Class folders and the lists of ImageNet's subsets, read as `engines.imagenet.dataset` reads them for a run.
+"""Class folders and the lists of ImageNet's subsets, read as `engines.imagenet.images` reads them for a run.
 
 That module brings torch along, which takes seconds; the tests compare the two.
 """

@@ -19,7 +19,7 @@ from twist.catalog.labelled import open_tree, read_subset
 from twist.catalog.masks import voc_palette
 from twist.catalog.prepare import prepare
 from twist.contracts.errors import UsageError, UserError
-from twist.transfer.engines.imagenet.dataset import labelled_subset
+from twist.transfer.engines.imagenet.images import labelled_subset
 from twist.transfer.engines.imagenet.recipes import ClassifierRecipe, load_recipe
 
 
