@@ -76,7 +76,7 @@ class _Asked:
 
 
 # What a run is, before it starts: the weights' header, recipe and plan, and what starts it.
-_Planned = tuple[Backbone, "Resolved | imagenet.Resolved", Callable[[], EngineResult]]
+_Planned = tuple[Backbone, "Resolved | imagenet.Setup", Callable[[], EngineResult]]
 
 
 def transfer(
