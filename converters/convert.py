@@ -10,6 +10,7 @@ from typing import Any, Literal
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.machine import software
+from twist.contracts.run_folder import replaced_whole
 from twist.contracts.weights import Backbone, weights_file
 from twist.converters import output_folder
 from twist.converters.listing import listing
@@ -86,7 +87,7 @@ def convert(
             f"{checkpoint} is a {source.backbone.display_name}, which cannot become a {writer.title} backbone: "
             f"{reason}; --to torchvision keeps any of them."
         )
-    with output_folder.building(output) as folder:
+    with replaced_whole(output) as folder:
         proof = _build(folder, writer, source, checkpoint, verify=verify, pkl=pkl)
     overlay = writer.overlay_name(source.backbone) if writer.overlay_name else None
     return Conversion(

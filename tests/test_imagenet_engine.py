@@ -297,9 +297,9 @@ def test_resume_goes_on_and_refuses_another_seed(tree: Path, weights: dict[str, 
     first = measure("sample-linear", tree, weights, tmp_path, "epochs=2")
     again = measure("sample-linear", tree, weights, tmp_path, "epochs=2", resume=True)
     assert first.metrics == again.metrics
-    with pytest.raises(UserError, match="another recipe"):
+    with pytest.raises(UserError, match="holds another run: recipe was"):
         measure("sample-linear", tree, weights, tmp_path, "epochs=3", resume=True)
-    with pytest.raises(UserError, match="another seed"):
+    with pytest.raises(UserError, match="holds another run: seed was 0 and is 1"):
         measure("sample-linear", tree, weights, tmp_path, "epochs=2", resume=True, seed=1)
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from imagenet_tree import write_tree
 
+from twist.contracts import run_folder as folder
 from twist.contracts.errors import UserError
 from twist.contracts.record import find_records, read_record
-from twist.transfer import folder
 from twist.transfer.engines.imagenet import training
 from twist.transfer.run import transfer
 
@@ -46,7 +46,7 @@ def stopped(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def state_of(output: Path) -> str:
-    return json.loads((output / folder.FILE).read_text())["state"]
+    return json.loads((output / folder.RUN_FILE).read_text())["state"]
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import pytest
 
 from twist.contracts.errors import UsageError
 from twist.contracts.files import sha256_json
-from twist.transfer.folder import differences
 from twist.transfer.overrides import departures, recorded, refuse_option
 
 BEFORE: dict[str, Any] = {
@@ -69,14 +68,6 @@ def test_departures_name_what_is_not_free() -> None:
     ]
     assert departures(BEFORE, after, free=("sol*", "steps.*.prob", "model.mean")) == []
     assert len(departures(BEFORE, after, free=("solver.rat", "prob", "steps.prob", "model.mean.0"))) == 3
-
-
-def test_lists_are_gone_through_only_where_they_hold_more() -> None:
-    assert list(differences({"a": [1, 2]}, {"a": [1, 3]})) == [("a", [1, 2], [1, 3])]
-    assert list(differences({"a": [[1], [2]]}, {"a": [[1], [3]]})) == [("a.1", [2], [3])]
-    assert list(differences({"a": [{"b": 1}]}, {"a": [{"b": 1}, {"b": 2}]})) == [
-        ("a", [{"b": 1}], [{"b": 1}, {"b": 2}])
-    ]
 
 
 def test_what_an_option_decides_is_refused_with_the_option() -> None:

@@ -14,14 +14,13 @@ from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_
 
 from twist.catalog.prepare import prepare_cityscapes
 from twist.catalog.roots import find_root, voc_folder
+from twist.contracts import run_folder as folder
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.networks import build_backbone
 from twist.contracts.record import find_records, read_record
 from twist.contracts.weights import Backbone, write_backbone
-from twist.transfer import folder
 from twist.transfer.curves import Curves
 from twist.transfer.end import render_end
-from twist.transfer.failures import guard, raise_failure
 from twist.transfer.pictures import colour_of, draw_classes, draw_instances, legend_of, plot_losses, save_pair
 from twist.transfer.preflight import check_data
 from twist.transfer.protocols import PROTOCOLS, find_protocol
@@ -145,84 +144,7 @@ def test_cityscapes_without_its_derived_maps_and_with_the_wrong_ones(tmp_path) -
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The folder, curves, failures, pictures
-
-
-def test_a_folder_belongs_to_one_run(tmp_path) -> None:
-    target = tmp_path / "run"
-    run = {"protocol": "knn", "seed": 0, "recipe": {"SOLVER": {"BASE_LR": 0.02}}}
-    assert folder.earlier_run(target) is None
-    with folder.taken(target):
-        folder.note_run(target, run, state=folder.RUNNING)
-    earlier = folder.earlier_run(target)
-    assert earlier is not None
-    with pytest.raises(UserError, match=r"holds this run, unfinished: pass --resume to continue it"):
-        folder.refuse_again(target, earlier)
-    folder.check_same_run(target, earlier, run)
-    with pytest.raises(UserError, match=r"recipe\.SOLVER\.BASE_LR was 0\.02 and is 0\.01"):
-        folder.check_same_run(target, run, {**run, "recipe": {"SOLVER": {"BASE_LR": 0.01}}})
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "thesis.tex").touch()
-    with pytest.raises(UserError, match="is not empty and holds no run"):
-        folder.earlier_run(tmp_path / "foreign")
-
-
-def test_of_what_differs_the_protocol_is_named_first_and_whose_weights_before_their_network(tmp_path) -> None:
-    drawn = {"name": "random", "sha256": None, "architecture": "resnet18", "width": 1}
-    run = {"protocol": "knn", "seed": 0, "weights": drawn, "data": "imagenet a"}
-    with pytest.raises(UserError, match="protocol was 'knn' and is 'linear' now"):
-        folder.check_same_run(tmp_path, run, {**run, "data": "imagenet b", "protocol": "linear"})
-    with pytest.raises(UserError, match=r"weights\.name was 'random' and is 'r50' now"):
-        folder.check_same_run(tmp_path, run, {**run, "weights": {"name": "r50", "sha256": "ab"}})
-    with pytest.raises(UserError, match=r"weights\.architecture was 'resnet18' and is 'resnet50' now"):
-        folder.check_same_run(tmp_path, run, {**run, "weights": {**drawn, "architecture": "resnet50"}})
-
-
-def test_a_run_that_is_done_is_called_so_with_its_record(tmp_path) -> None:
-    record = tmp_path / "run" / "results" / "knn" / "x.json"
-    record.parent.mkdir(parents=True)
-    record.touch()
-    folder.note_run(tmp_path / "run", {"protocol": "knn"}, state=folder.DONE, record=record)
-    (tmp_path / "run").rename(tmp_path / "moved")  # a folder that was moved still says where
-    earlier = folder.earlier_run(tmp_path / "moved")
-    assert earlier is not None
-    there = tmp_path / "moved" / "results" / "knn" / "x.json"
-    assert folder.record_of(tmp_path / "moved", earlier) == there
-    assert folder.record_of(tmp_path / "moved", earlier, results=tmp_path / "other") is None
-    with pytest.raises(UserError, match=rf"holds this run, done \(its record is {there}\): pass --resume to print its"):
-        folder.refuse_again(tmp_path / "moved", earlier)
-    there.unlink()
-    with pytest.raises(UserError, match=r"holds this run, done: pass --resume to collect its .*, --eval-only"):
-        folder.refuse_again(tmp_path / "moved", earlier)
-
-
-def test_a_folder_that_a_failed_start_made_is_gone(tmp_path) -> None:
-    with pytest.raises(UserError), folder.taken(tmp_path / "run"):
-        folder.note_run(tmp_path / "run", {"protocol": "knn"}, state=folder.STARTED)
-        (tmp_path / "run" / "weights").mkdir()
-        raise UserError("no")
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "run").mkdir()
-    with pytest.raises(UserError), folder.taken(tmp_path / "run"):
-        (tmp_path / "run" / "weights").mkdir()
-        raise UserError("no")
-    assert list((tmp_path / "run").iterdir()) == []
-    with pytest.raises(UserError), folder.taken(tmp_path / "run"):
-        folder.note_run(tmp_path / "run", {"protocol": "knn"}, state=folder.RUNNING)
-        raise UserError("no")
-    assert (tmp_path / "run" / folder.FILE).exists(), "a run under way can be resumed"
-
-
-def test_a_run_that_was_killed_while_it_started_is_begun_again(tmp_path) -> None:
-    target, run = tmp_path / "run", {"protocol": "knn", "seed": 0}
-    folder.note_run(target, run, state=folder.STARTED)
-    (target / "weights").mkdir()
-    earlier = folder.earlier_run(target)
-    assert earlier is not None
-    assert earlier["state"] == folder.STARTED
-    folder.check_same_run(target, earlier, {**run, "recipe": {"k": 20}})
-    with pytest.raises(UserError, match="seed was 0 and is 1"):
-        folder.check_same_run(target, earlier, {**run, "seed": 1, "recipe": {"k": 20}})
+# Curves, pictures
 
 
 def test_curves_continue_without_repeating(tmp_path) -> None:
@@ -239,56 +161,6 @@ def test_curves_continue_without_repeating(tmp_path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [10, 20, 30]
     assert rows[-1] == {"step": 30, "loss": 7.0}
-
-
-def test_running_out_of_memory_names_the_knob(tmp_path) -> None:
-    expected = pytest.raises(UserError, match=r"CUDA ran out of memory .*lower SOLVER\.IMS_PER_BATCH")
-    with expected, raise_failure(tmp_path), guard(tmp_path, knob="SOLVER.IMS_PER_BATCH"):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("error", "sentence"),
-    [
-        (FloatingPointError("Loss became infinite or NaN at iteration=7!"), r"iteration=7.*lower the learning rate"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), r"pid 7.*fewer workers.*--resume"),
-    ],
-)
-def test_what_is_nobodys_bug_is_one_sentence_with_its_remedy(tmp_path, error: Exception, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence) as caught, raise_failure(tmp_path), guard(tmp_path, knob="x"):
-        raise error
-    assert "\n" not in str(caught.value)
-    with pytest.raises(RuntimeError, match="shape mismatch"), guard(tmp_path, knob="x"):
-        raise RuntimeError("shape mismatch")  # a bug stays what it is
-
-
-def _die(_rank: int) -> None:
-    import os
-    import signal
-
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _break(_rank: int, output: Path) -> None:
-    with guard(output, knob="x"):
-        raise ValueError("deep in the framework")
-
-
-def _complain(_rank: int, output: Path) -> None:
-    with guard(output, knob="x"):
-        raise UsageError("This key is wrong.")
-
-
-@pytest.mark.slow
-def test_what_happens_in_a_worker_reaches_the_user(tmp_path) -> None:
-    with pytest.raises(UserError, match=r"Worker 0 died \(SIGKILL\)"), raise_failure(tmp_path):
-        torch.multiprocessing.start_processes(_die, nprocs=1)
-    with pytest.raises(UsageError, match=r"^This key is wrong\.$"), raise_failure(tmp_path):
-        torch.multiprocessing.start_processes(_complain, args=(tmp_path,), nprocs=1)
-    with pytest.raises(RuntimeError, match=r"^ValueError: deep in the framework$"), raise_failure(tmp_path):
-        torch.multiprocessing.start_processes(_break, args=(tmp_path,), nprocs=1)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_pictures_are_small_and_coloured_by_class(tmp_path) -> None:
@@ -525,9 +397,9 @@ def test_a_run_is_continued_on_its_own_data_alone(tmp_path) -> None:
     (tmp_path / "data").rename(tmp_path / "moved")
     assert transfer("knn", data=tmp_path / "moved", overrides=quick, **given).metrics == record.metrics
     # A run that was begun before folders said their data goes on.
-    account = json.loads((tmp_path / "run" / folder.FILE).read_text())
+    account = json.loads((tmp_path / "run" / folder.RUN_FILE).read_text())
     del account["data"]
-    (tmp_path / "run" / folder.FILE).write_text(json.dumps(account))
+    (tmp_path / "run" / folder.RUN_FILE).write_text(json.dumps(account))
     assert transfer("knn", data=tmp_path / "moved", overrides=quick, **given).data == record.data
 
 
@@ -559,14 +431,14 @@ def test_random_weights_of_another_network_are_another_run(knn, tmp_path) -> Non
     with pytest.raises(UserError, match=r"recipe\.neighbours was 20 and is 3 now"):
         knn("architecture=resnet18", "neighbours=3", output=out)
     # Earlier versions noted no network: that of the weights in the folder counts.
-    account = json.loads((out / folder.FILE).read_text())
+    account = json.loads((out / folder.RUN_FILE).read_text())
     del account["weights"]["architecture"], account["weights"]["width"], account["record"]
-    (out / folder.FILE).write_text(json.dumps(account))
+    (out / folder.RUN_FILE).write_text(json.dumps(account))
     with pytest.raises(UserError, match=r"weights\.architecture was 'resnet18' and is 'resnet34' now"):
         knn("architecture=resnet34", output=out, resume=True)
     assert (out / "weights" / "random.safetensors").read_bytes() == began_with
     knn("architecture=resnet18", output=out, resume=True)
-    assert json.loads((out / folder.FILE).read_text())["weights"]["architecture"] == "resnet18"
+    assert json.loads((out / folder.RUN_FILE).read_text())["weights"]["architecture"] == "resnet18"
     (_,) = find_records([out / "results"])
 
 

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from twist.contracts.errors import UsageError, did_you_mean
-from twist.transfer.folder import differences
+from twist.contracts.run_folder import differences
 from twist.transfer.request import Controls
 
 # A config, or the recipe made of it, as JSON has it.

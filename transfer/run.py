@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from twist.catalog.roots import find_root
 from twist.contracts import files
+from twist.contracts import run_folder as folder
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.files import sha256_file
 from twist.contracts.machine import git_commit, hardware, software
 from twist.contracts.record import RunRecord, Scale, WeightsProvenance, check_label, name_in, read_record, write_record
 from twist.contracts.weights import Architecture, Backbone, read_header, weights_file, write_backbone
 from twist.converters.output_folder import name_of
-from twist.transfer import folder
 from twist.transfer.end import render_end, render_places
 from twist.transfer.identity import identify_data
 from twist.transfer.preflight import check_data
@@ -137,7 +137,7 @@ def transfer(
     if eval_only and leads and earlier is None:
         raise UserError(f"{output} holds no run to evaluate: run the protocol first, or check --output.")
     goes_on = resume or eval_only
-    with folder.taken(output):
+    with folder.removed_on_failure(output):
         # Another branch of the file is another run; where none was asked for, nothing says so (older folders resume).
         branch_asked = {} if source.branch is None else {"branch": source.branch}
         # Of random weights nothing but their network tells two runs apart.
@@ -145,21 +145,21 @@ def transfer(
         weights_given = {"name": source.name, "sha256": source.sha256, **branch_asked, **drawn}
         run = {"protocol": row.name, "seed": seed, "weights": weights_given, "data": data_name}
         if leads and earlier is None:  # a kill during the conversion then leaves a folder that --resume knows
-            folder.note_run(output, run, state=folder.STARTED)
+            folder.write_run(output, run, state=folder.STARTED)
         asked = _Asked(
             row, root, source, network, controls, rest, seed, gpus, output, label, resume=resume, eval_only=eval_only
         )  # fmt: skip
         if earlier is not None:  # before anything in the folder is replaced
-            folder.check_same_run(output, earlier, run)
+            folder.refuse_other_transfer(output, earlier, run)
             if row.engine != "imagenet" and not goes_on:
                 # The recipe of these is known only after a conversion, too long for a refusal.
-                folder.refuse_again(output, earlier)
+                folder.refuse_second_start(output, earlier)
         backbone, planned, start = (_plan_imagenet if row.engine == "imagenet" else _plan_framework)(asked)
         run = {**run, "recipe": planned.recipe}
         if earlier is not None:
-            folder.check_same_run(output, earlier, run)
+            folder.refuse_other_transfer(output, earlier, run)
             if not goes_on:
-                folder.refuse_again(output, earlier)
+                folder.refuse_second_start(output, earlier)
         # Other nodes have no account of the run and wait for the first, which therefore measures again.
         if earlier is not None and not eval_only and controls.nodes == 1:
             there = folder.record_of(output, earlier, results=results)
@@ -170,7 +170,7 @@ def transfer(
         print(planned.plan, file=sys.stderr)
         # Whatever becomes of an evaluation, the run stays as finished as it was.
         if leads and not eval_only:
-            folder.note_run(output, run, state=folder.RUNNING)
+            folder.write_run(output, run, state=folder.RUNNING)
         result = start()
     scale: Scale = "sample" if row.scale == "sample" else "reduced" if planned.reduced else "full"
 
@@ -193,7 +193,7 @@ def transfer(
     )
     record, path = _publish(record, result, results)
     if leads:
-        folder.note_run(output, run, state=folder.DONE, record=path)
+        folder.write_run(output, run, state=folder.DONE, record=path)
     _print_end(record, row, backbone, path)
     return record
 
@@ -262,7 +262,7 @@ def _random_network(source: Source, controls: Controls, row: Protocol, *, seed: 
 def _earlier_run(output: Path, network: Backbone | None) -> dict[str, Any] | None:
     """What the folder says of the run in it, with the network of random weights also where an earlier version noted
     none: the file with its weights says it, and without one nothing contradicts."""
-    earlier = folder.earlier_run(output)
+    earlier = folder.read_run(output)
     weights = (earlier or {}).get("weights", {})
     if earlier is None or network is None or weights.get("name") != RANDOM or "architecture" in weights:
         return earlier

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from twist.contracts.errors import UserError
+from twist.contracts.failures import describe
 from twist.pretrain.config import DataConfig, ViewsConfig
 from twist.pretrain.data import photometric, sampler
 from twist.pretrain.data.source import ImageSource, is_stream
@@ -209,12 +210,11 @@ class ViewLoader:
             # Killed in the middle of handing over a batch, a worker shows as a broken connection.
             if "DataLoader worker" not in str(error) and not self._worker_is_dead():
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise UserError(
-                f"A data worker died ({reason}), mostly of too little memory or too small a /dev/shm: lower "
-                "data.workers, or give the container more (docker run --shm-size); then start again with --resume. A "
-                "smaller run.batch_size takes less, too, in a new run."
-            ) from None
+            remedy = (
+                "lower data.workers, or give the container more (docker run --shm-size), then start again with "
+                "--resume; a smaller run.batch_size, in a new run, takes less too"
+            )
+            raise UserError(describe(error, "worker", worker=remedy)) from None
 
     def _worker_is_dead(self) -> bool:
         workers = getattr(getattr(self._loader, "_iterator", None), "_workers", [])

@@ -9,7 +9,6 @@ of its own, stops its local jobs and leaves those of SLURM in their queue.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import os
 import signal
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError
+from twist.contracts.run_folder import try_lock
 
 
 class Handle(Protocol):
@@ -53,14 +53,14 @@ class LocalLauncher:
         self.slots = len(self._gpu_sets)
 
     def busy(self, folder: Path) -> bool:
-        lock = _lock(folder)
+        lock = try_lock(folder / ".suite-lock", inherited=True)
         if lock is None:
             return True
         os.close(lock)
         return False
 
     def start(self, command: Sequence[str], *, folder: Path, log: Path, slot: int) -> Handle | None:
-        lock = _lock(folder)
+        lock = try_lock(folder / ".suite-lock", inherited=True)
         if lock is None:
             return None
         gpus = ",".join(self._gpu_sets[slot])
@@ -102,18 +102,6 @@ def gpu_names(gpus: Sequence[int]) -> list[str]:
                 "choose among them, or change the variable."
             )
     return [names[gpu] for gpu in gpus]
-
-
-def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock until it and its copies are closed; None when another holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / ".suite-lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
 
 
 class _LocalHandle:
@@ -172,7 +160,7 @@ class SlurmLauncher:
         return number.exists() and not submitit.SlurmJob(folder=self._folder, job_id=number.read_text()).done()
 
     def start(self, command: Sequence[str], *, folder: Path, log: Path, slot: int) -> Handle | None:  # noqa: ARG002
-        lock = _lock(folder)
+        lock = try_lock(folder / ".suite-lock", inherited=True)
         if lock is None:
             return None
         try:

@@ -29,19 +29,22 @@ from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_s
 
 from twist.catalog.roots import read_sample
 from twist.contracts import files
+from twist.contracts.failures import explained, raise_reported
 from twist.contracts.progress import Progress
 from twist.transfer.curves import Curves
 from twist.transfer.engines.detectron2.config import resolve
 from twist.transfer.engines.detectron2.data import count_images, register_data
 from twist.transfer.engines.detectron2.outcome import bare, draw, metrics_of, prove_loaded
 from twist.transfer.evaluation import CURVES, Resolved, collect, leave, require_finished
-from twist.transfer.failures import guard, raise_failure
 from twist.transfer.quiet import frameworks_quiet
 from twist.transfer.request import Request
 from twist.transfer.result import EngineResult
 
 __all__ = ["resolve", "run"]
-KNOB = "SOLVER.IMS_PER_BATCH and SOLVER.BASE_LR by one factor and raise iterations by it"
+MEMORY = (
+    "lower SOLVER.IMS_PER_BATCH and SOLVER.BASE_LR by one factor and raise iterations by it, "
+    "or use more GPUs with keep_batch=true"
+)
 
 
 def run(request: Request, resolved: Resolved) -> EngineResult:
@@ -54,7 +57,7 @@ def run(request: Request, resolved: Resolved) -> EngineResult:
     controls = request.controls
     url = f"tcp://{controls.master}" if controls.master else "auto"
     arguments = (request, resolved.config.dump())
-    with raise_failure(request.output):
+    with raise_reported(request.output):
         launch(_worker, max(request.gpus, 1), controls.nodes, controls.node_rank, url, arguments)
     return collect(request, resolved)
 
@@ -62,7 +65,7 @@ def run(request: Request, resolved: Resolved) -> EngineResult:
 def _worker(request: Request, dumped: str) -> None:
     """One process of the run: every rank executes it."""
     with (
-        guard(request.output, knob=KNOB),
+        explained(report=request.output, memory=MEMORY),
         frameworks_quiet(_log(request)),
     ):
         config = get_cfg()

@@ -20,6 +20,7 @@ from torch import Tensor
 from twist.catalog.labelled import LabelledImages, open_tree
 from twist.contracts import files
 from twist.contracts.errors import UsageError
+from twist.contracts.failures import explained
 from twist.contracts.files import sha256_json
 from twist.contracts.networks import network_of
 from twist.contracts.weights import Backbone
@@ -30,12 +31,14 @@ from twist.transfer.engines.imagenet.finetune import train_finetune
 from twist.transfer.engines.imagenet.head import head_classes, read_head
 from twist.transfer.engines.imagenet.journal import log
 from twist.transfer.engines.imagenet.linear import train_linear
-from twist.transfer.engines.imagenet.memory import FEATURES, SEARCH, START, memory
 from twist.transfer.engines.imagenet.neighbours import nearest, plan_blocks, vote_ranks
 from twist.transfer.engines.imagenet.panel import Tile, write_panel
 from twist.transfer.engines.imagenet.plan import batch_too_large, render_plan
 from twist.transfer.engines.imagenet.processes import run_ranks
 from twist.transfer.engines.imagenet.recipes import (
+    FEATURES,
+    SEARCH,
+    START,
     AnyRecipe,
     ClassifierRecipe,
     ClusterRecipe,
@@ -160,7 +163,7 @@ def run(
             result = _classify(config, resolved, tensors, seed=seed, output=output, resume=resume)
         else:
             device = torch.device("cuda", 0) if resolved.gpus else torch.device("cpu")
-            with memory(START):
+            with explained(memory=START):
                 if isinstance(config, NeighboursRecipe):
                     result = _neighbours(config, resolved, tensors, output=output, device=device)
                 else:
@@ -295,7 +298,7 @@ def _neighbours(
         neighbours=neighbours,
         max_memory_mb=config.machine.max_memory_mb,
     )
-    with memory(SEARCH):
+    with explained(memory=SEARCH):
         similarity, index = nearest(
             queries.rows,
             bank.rows,
@@ -352,12 +355,14 @@ def _cluster(
         classes = head.output.out_features
         blocks = range(0, len(held_out), config.machine.feature_batch_size)
         rows = (held_out.rows(start, start + config.machine.feature_batch_size) for start in blocks)
-        with memory(FEATURES):
+        with explained(memory=FEATURES):
             assignment = torch.cat([head_classes(head, block) for block in rows]).numpy()
         how = f"TWIST's own head with {classes} outputs"
     else:
         clusters = config.clusters or len(train.classes)
-        with memory("take algorithm=minibatch restarts=1 and a small step_size, which hold a block of rows at a time"):
+        with explained(
+            memory="take algorithm=minibatch restarts=1 and a small step_size, which hold a block of rows at a time"
+        ):
             assignment = kmeans(found_on.mapped(), held_out.mapped(), clusters=clusters, recipe=config, seed=seed)
         how = f"k-means with {clusters} clusters, found on the {config.fit_on} images"
     _clear_features(config, output)

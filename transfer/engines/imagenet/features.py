@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from twist.catalog.labelled import LabelledImages
 from twist.contracts import files
+from twist.contracts.failures import explained
 from twist.contracts.files import sha256_json
 from twist.contracts.networks import ResNet, normalise
 from twist.contracts.progress import Progress
 from twist.contracts.weights import Backbone
 from twist.transfer.engines.imagenet.dataset import Batches
-from twist.transfer.engines.imagenet.memory import FEATURES, memory
-from twist.transfer.engines.imagenet.recipes import Recipe
+from twist.transfer.engines.imagenet.recipes import FEATURES, Recipe
 
 
 class FrozenBackboneChanged(RuntimeError):
@@ -122,7 +122,7 @@ def feature_batches(
     `remedy` is what to do where memory runs out: it says which setting gave these batches their size.
     """
     for pixels, labels in batches:
-        with memory(remedy):
+        with explained(memory=remedy):
             inputs = normalise(pixels.to(device, non_blocking=True), header)
             inputs = inputs.contiguous(memory_format=torch.channels_last)
             with autocast(recipe, device):

@@ -18,9 +18,8 @@ from twist.catalog.labelled import LabelledImages
 from twist.contracts.networks import network_of
 from twist.transfer.engines.imagenet.dataset import Batches, epoch_batches
 from twist.transfer.engines.imagenet.features import FeatureFile, extract, feature_batches, feature_dimension, frozen
-from twist.transfer.engines.imagenet.memory import TRAINING
 from twist.transfer.engines.imagenet.processes import Rank
-from twist.transfer.engines.imagenet.recipes import LinearRecipe
+from twist.transfer.engines.imagenet.recipes import TRAINING, LinearRecipe
 from twist.transfer.engines.imagenet.training import (
     PICTURED,
     Job,

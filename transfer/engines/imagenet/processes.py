@@ -20,8 +20,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from twist.contracts.errors import UsageError
-from twist.transfer.engines.imagenet.memory import START, memory
-from twist.transfer.failures import guard, raise_failure
+from twist.contracts.failures import explained, raise_reported
+from twist.transfer.engines.imagenet.recipes import START
 
 # How long a process waits for the others. Features of ImageNet take the first one hours, torch would give up after ten
 # minutes; a process that dies is the launcher's to notice, at once.
@@ -67,10 +67,10 @@ def run_ranks(work: Work, arguments: tuple[Any, ...], *, processes: int, device:
     if device == "cuda" and processes > torch.cuda.device_count():
         raise UsageError(f"--gpus {processes}: this machine shows {torch.cuda.device_count()} GPUs to torch.")
     if processes == 1:
-        with memory(START):
+        with explained(memory=START):
             return work(Rank(0, 1, torch.device(device)), *arguments)
     with tempfile.TemporaryDirectory(prefix="twist-ranks-") as folder:
-        with raise_failure(output):
+        with raise_reported(output):
             mp.spawn(_process, args=(processes, device, Path(folder), output, work, arguments), nprocs=processes)
         return json.loads((Path(folder) / "value.json").read_text())
 
@@ -78,8 +78,7 @@ def run_ranks(work: Work, arguments: tuple[Any, ...], *, processes: int, device:
 def _process(
     index: int, count: int, device: str, folder: Path, output: Path, work: Work, arguments: tuple[Any, ...]
 ) -> None:
-    # The inner one knows the remedy for lack of memory, so the guard's own has no part in it.
-    with guard(output, knob="batch_size"), memory(START):
+    with explained(report=output, memory=START):
         _work_as(index, count, device, folder, work, arguments)
 
 

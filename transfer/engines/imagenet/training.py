@@ -23,15 +23,16 @@ from torch.nn.parallel import DistributedDataParallel
 from twist.catalog.labelled import LabelledImages
 from twist.contracts import files
 from twist.contracts.errors import UserError
+from twist.contracts.failures import explained
 from twist.contracts.progress import Progress
+from twist.contracts.run_folder import refuse_other_run
 from twist.contracts.weights import Backbone
 from twist.transfer.engines.imagenet.accuracy import label_ranks
 from twist.transfer.engines.imagenet.dataset import Batches
 from twist.transfer.engines.imagenet.features import autocast
 from twist.transfer.engines.imagenet.journal import Journal
-from twist.transfer.engines.imagenet.memory import FEATURES, TRAINING, memory
 from twist.transfer.engines.imagenet.processes import Rank
-from twist.transfer.engines.imagenet.recipes import ClassifierRecipe, FinetuneRecipe, LinearRecipe
+from twist.transfer.engines.imagenet.recipes import FEATURES, TRAINING, ClassifierRecipe, FinetuneRecipe, LinearRecipe
 
 CHECKPOINT = "checkpoint.pth"
 CURVES = "metrics.jsonl"
@@ -203,7 +204,7 @@ def evaluate(
             torch.distributed.broadcast(buffer, 0)
     model.eval()
     hits = torch.zeros(3, dtype=torch.float64, device=rank.device)
-    with torch.no_grad(), memory(FEATURES):
+    with torch.no_grad(), explained(memory=FEATURES):
         for inputs, labels in batches:
             with autocast(recipe, rank.device):
                 scores = model(inputs)
@@ -220,7 +221,7 @@ def predict(
     """The class with the highest score of every input, in order."""
     model.eval()
     classes: list[int] = []
-    with memory(FEATURES):
+    with explained(memory=FEATURES):
         for inputs, _ in batches:
             with autocast(recipe, rank.device):
                 scores = model(inputs)
@@ -240,7 +241,7 @@ def _train_epoch(
     began = time.monotonic()
     # Summed on the device: reading the loss at every step would make the GPU wait for the host.
     total = torch.zeros(2, dtype=torch.float64, device=rank.device)
-    with memory(TRAINING):
+    with explained(memory=TRAINING):
         for step, (inputs, labels) in enumerate(batches):
             with autocast(recipe, rank.device):
                 scores = model(inputs)
@@ -282,12 +283,7 @@ def _restore(
     if not resume:
         raise UserError(f"{path.parent} holds a run: go on with --resume, or choose another --output.")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    changed = sorted(name for name in identity if state["identity"].get(name) != identity[name])
-    if changed:
-        raise UserError(
-            f"{path.parent} holds a run with another {' and another '.join(changed)}: a resumed run must be the "
-            "same run; choose another --output."
-        )
+    refuse_other_run(path.parent, state["identity"], identity)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return list(state["history"])

@@ -24,18 +24,21 @@ from mmseg.utils import register_all_modules
 from torch import Tensor, nn
 
 from twist.contracts.errors import UserError
+from twist.contracts.failures import explained, raise_reported
 from twist.contracts.progress import Progress
 from twist.transfer.curves import Curves
 from twist.transfer.engines.mmseg.config import resolve
 from twist.transfer.engines.mmseg.outcome import bare, draw, metrics_of, prove_loaded
 from twist.transfer.evaluation import CURVES, Resolved, collect, leave, require_finished
-from twist.transfer.failures import guard, raise_failure
 from twist.transfer.quiet import frameworks_quiet
 from twist.transfer.request import Request
 from twist.transfer.result import EngineResult
 
 __all__ = ["resolve", "run"]
-KNOB = "train_dataloader.batch_size and optim_wrapper.optimizer.lr by one factor and raise iterations by it"
+MEMORY = (
+    "lower train_dataloader.batch_size and optim_wrapper.optimizer.lr by one factor and raise iterations by it, "
+    "or use more GPUs with keep_batch=true"
+)
 
 
 def run(request: Request, resolved: Resolved) -> EngineResult:
@@ -45,7 +48,7 @@ def run(request: Request, resolved: Resolved) -> EngineResult:
         UserError: memory ran out, a worker died, the data or the weights are not what they should be.
     """
     resolved.config.dump(request.output / "config.py")
-    with raise_failure(request.output):
+    with raise_reported(request.output):
         if request.processes == 1:
             _worker(0, request, None)
         else:
@@ -66,7 +69,7 @@ def _worker(local_rank: int, request: Request, address: str | None) -> None:
             MASTER_ADDR=host,
             MASTER_PORT=port,
         )
-    with guard(request.output, knob=KNOB), frameworks_quiet():
+    with explained(report=request.output, memory=MEMORY), frameworks_quiet():
         register_all_modules(init_default_scope=False)
         init_default_scope("mmseg")
         config = Config.fromfile(request.output / "config.py")
