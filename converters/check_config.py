@@ -113,7 +113,7 @@ def _check_detectron2(settings: dict[str, Any], backbone: Backbone) -> list[Mism
     if _at(settings, "MODEL.BACKBONE.NAME") == "build_resnet_backbone" and heads == "Res5ROIHeads":
         cure = (
             "the C4 recipe of MoCo puts a norm after res5, without it the unnormalised features diverge; set "
-            "MODEL.ROI_HEADS.NAME: Res5ROIHeadsExtraNorm (`import twist.transfer.detectron2_heads` registers it)"
+            "MODEL.ROI_HEADS.NAME: Res5ROIHeadsExtraNorm (in twist.transfer.engines.detectron2.model)"
         )
         found.append(Mismatch("MODEL.ROI_HEADS.NAME", heads, "Res5ROIHeadsExtraNorm", cure))
     path = str(_at(settings, "MODEL.WEIGHTS"))

@@ -18,8 +18,9 @@ from twist.contracts.errors import UsageError
 from twist.contracts.networks import build_backbone
 from twist.contracts.record import RunRecord, read_record
 from twist.contracts.weights import Backbone
+from twist.transfer.engines import all_engines
 from twist.transfer.protocols import find_protocol
-from twist.transfer.request import Request, split_overrides
+from twist.transfer.request import Request, Resolved, Result, Weights, split_overrides
 
 ROOT = Path(__file__).resolve().parent.parent
 Written = tuple[Path, Path, Backbone]
@@ -42,26 +43,30 @@ def weights_maker(folder: Path, writer: ModuleType, *, suffix: str) -> Callable[
     return make
 
 
-def request_maker(tree: Path, weights: Callable[[str], Written], output: Path) -> Callable[..., Request]:
-    """(protocol, *overrides, …) → the request that `twist transfer` would make, in the folder `output`."""
+class EngineUser:
+    """Requests of an engine as `twist transfer` would make them, in the folder `output`."""
 
-    def make(
-        protocol: str, *overrides: str, architecture: str = "resnet18", method: str = "twist", **more: Any
-    ) -> Request:
+    def __init__(self, name: str, tree: Path, weights: Callable[[str], Written], output: Path) -> None:
+        torch.set_num_threads(1)
+        self.engine: Any = all_engines()[name].load()
+        self._tree, self._weights, self.output = tree, weights, output
+
+    def ask(
+        self, protocol: str, *overrides: str, architecture: str = "resnet18", method: str = "twist", **more: Any
+    ) -> tuple[Request, Weights]:
         controls, rest = split_overrides(overrides)
-        output.mkdir(exist_ok=True)
-        return Request(
-            find_protocol(protocol),
-            tree,
-            output,
-            *weights(architecture),
-            method,
-            overrides=rest,
-            controls=controls,
-            **more,
-        )
+        self.output.mkdir(exist_ok=True)
+        file, overlay, header = self._weights(architecture)
+        row = find_protocol(protocol)
+        request = Request(row, self._tree, self.output, file, method=method, overrides=rest, controls=controls, **more)
+        return request, Weights(header, file, overlay)
 
-    return make
+    def resolve(self, protocol: str, *overrides: str, **more: Any) -> Resolved:
+        return self.engine.resolve(*self.ask(protocol, *overrides, **more))
+
+    def run(self, protocol: str, *overrides: str, **more: Any) -> Result:
+        asked = self.ask(protocol, *overrides, **more)
+        return self.engine.run(*asked, self.engine.resolve(*asked))
 
 
 def other_value(value: Any) -> str:

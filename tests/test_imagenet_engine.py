@@ -26,7 +26,7 @@ from twist.transfer.engines.imagenet.engine import _check_last_batch, at_full_sc
 from twist.transfer.engines.imagenet.panel import Tile, write_panel
 from twist.transfer.engines.imagenet.recipes import FOLDER, FinetuneRecipe, LinearRecipe, load_recipe, recipe_names
 from twist.transfer.protocols import PROTOCOLS
-from twist.transfer.result import EngineResult
+from twist.transfer.request import Result
 
 RESNET = Backbone(architecture="resnet18", method="random")
 SMALL = ("size=32", "resize=36", "machine.workers=0")
@@ -125,7 +125,7 @@ def measure(
     gpus: int = 0,
     eval_only: bool = False,
     **how: Any,
-) -> EngineResult:
+) -> Result:
     resolved = resolve(
         PROTOCOLS[name], header, data=tree, overrides=(*SMALL, *overrides), gpus=gpus, eval_only=eval_only
     )

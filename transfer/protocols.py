@@ -15,20 +15,19 @@ from twist.contracts.metrics import METRICS
 from twist.contracts.published import PublishedRow, find_neighbours, protocol_title
 from twist.contracts.record import RunRecord, Task
 
-Engine = Literal["detectron2", "mmseg", "imagenet"]
 DataSet = Literal["coco", "voc2007", "voc2012", "voc2012-aug", "cityscapes", "imagenet"]
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """One row. `config` lies under `configs/<engine>/`; `gpus` is the recipe's count (0: one process, CPU will do).
+    """One row. `engine` is a folder of `transfer/engines/`, which knows where `config` lies.
 
     `hours` is wall time on these `gpus` where we measured it, None where nobody here did. `tolerance` is the spread
     from run to run, in percent points of the metrics.
     """
 
     name: str
-    engine: Engine
+    engine: str
     task: Task
     config: str
     data: tuple[DataSet, ...]

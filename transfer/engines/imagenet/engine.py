@@ -48,9 +48,9 @@ from twist.transfer.engines.imagenet.recipes import (
     load_recipe,
 )
 from twist.transfer.engines.imagenet.training import CURVES, PICTURED, Job, require_finished
-from twist.transfer.overrides import departures
 from twist.transfer.pictures import plot_losses
-from twist.transfer.result import EngineResult
+from twist.transfer.recipe import departures
+from twist.transfer.request import Result
 
 if TYPE_CHECKING:
     from twist.transfer.protocols import Protocol
@@ -136,9 +136,7 @@ def _check_last_batch(config: FinetuneRecipe, *, images: int, processes: int) ->
         )
 
 
-def run(
-    resolved: Resolved, tensors: dict[str, Tensor], *, seed: int, output: Path, resume: bool = False
-) -> EngineResult:
+def run(resolved: Resolved, tensors: dict[str, Tensor], *, seed: int, output: Path, resume: bool = False) -> Result:
     """Measure `tensors` by `resolved`; everything written lies in `output`.
 
     Args:
@@ -175,7 +173,7 @@ def run(
     return dataclasses.replace(result, notes=[*result.notes, *_empty_top5(resolved, result), *resolved.notes])
 
 
-def _empty_top5(resolved: Resolved, result: EngineResult) -> list[str]:
+def _empty_top5(resolved: Resolved, result: Result) -> list[str]:
     """Of at most five classes every answer is among the first five; the record keeps its protocol's metrics."""
     classes = len(resolved.train.classes)
     if classes > 5 or not any("top5" in name for name in result.metrics):
@@ -238,7 +236,7 @@ def _classify(
     seed: int,
     output: Path,
     resume: bool,
-) -> EngineResult:
+) -> Result:
     """Linear and fine-tuning: one process a GPU, the recipe's total batch kept."""
     if resolved.eval_only:
         require_finished(output, config)  # said before processes are started and features taken
@@ -269,7 +267,7 @@ def _classify(
         )
     if "backbone" in done:
         notes.append(f"The frozen backbone is bit-equal before and after: state SHA-256 {done['backbone'][:16]}.")
-    return EngineResult(
+    return Result(
         metrics=done["metrics"],
         recipe=resolved.recipe,
         media=[
@@ -283,7 +281,7 @@ def _classify(
 
 def _neighbours(
     config: NeighboursRecipe, resolved: Resolved, tensors: dict[str, Tensor], *, output: Path, device: torch.device
-) -> EngineResult:
+) -> Result:
     header, train, val = resolved.header, resolved.train, resolved.val
     network = network_of(header, tensors).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     with frozen(network) as digest:
@@ -319,7 +317,7 @@ def _neighbours(
     )
     _clear_features(config, output)
     top1, top5 = top_percent(ranks)
-    return EngineResult(
+    return Result(
         metrics={"knn_top1_percent": top1, "knn_top5_percent": top5},
         recipe=resolved.recipe,
         media=[_neighbour_panel(output / "neighbours.png", train, val, index)],
@@ -335,7 +333,7 @@ def _cluster(
     seed: int,
     output: Path,
     device: torch.device,
-) -> EngineResult:
+) -> Result:
     # Here, because scikit-learn takes seconds to import and only this protocol needs it.
     from twist.transfer.engines.imagenet.cluster import cluster_metrics, kmeans
 
@@ -366,7 +364,7 @@ def _cluster(
             assignment = kmeans(found_on.mapped(), held_out.mapped(), clusters=clusters, recipe=config, seed=seed)
         how = f"k-means with {clusters} clusters, found on the {config.fit_on} images"
     _clear_features(config, output)
-    return EngineResult(
+    return Result(
         metrics=cluster_metrics(val.labels, assignment),
         recipe=resolved.recipe,
         media=[_cluster_panel(output / "clusters.png", val, assignment)],
