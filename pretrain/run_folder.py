@@ -28,17 +28,10 @@ __all__ = ["identity", "locked", "prepare", "recipe_hash", "refuse_foreign"]
 NOT_IDENTITY: dict[str, set[str]] = {
     "data": {"root", "workers", "bad_image_share"},
     "run": {
-        "log_every_steps",
-        "checkpoint_every_epochs",
-        "checkpoint_every_steps",
-        "keep_checkpoints",
-        "max_nonfinite_steps",
-        "on_collapse",
-        "online_eval_root",
-        "online_eval_every_epochs",
-        "device",
+        "log_every_steps", "checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints",
+        "max_nonfinite_steps", "on_collapse", "online_eval_root", "online_eval_every_epochs", "device",
     },
-}
+}  # fmt: skip
 # What a run writes beside its config; one of them without the config is somebody else's.
 WRITTEN = (
     "checkpoints/step_*", "metrics.jsonl", "online_eval.jsonl", "plan.txt", "tensorboard", "curves.png",

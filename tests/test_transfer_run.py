@@ -21,7 +21,7 @@ from twist.contracts.record import find_records, read_record
 from twist.contracts.weights import Backbone, write_backbone
 from twist.transfer.curves import Curves
 from twist.transfer.end import render_end
-from twist.transfer.pictures import plot_losses, save_pair
+from twist.transfer.pictures import plot_losses, save_pairs
 from twist.transfer.preflight import check_data
 from twist.transfer.protocols import PROTOCOLS, find_protocol
 from twist.transfer.request import Controls, split_overrides
@@ -165,9 +165,9 @@ def test_curves_continue_without_repeating(tmp_path) -> None:
 
 def test_pictures_are_small(tmp_path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)  # noise: the worst case for a PNG
-    path = save_pair(image, image, tmp_path / "pair.png")
-    assert path.stat().st_size < 200_000
-    with Image.open(path) as picture:
+    (name,) = save_pairs(tmp_path, [(image, image)])
+    assert (tmp_path / name).stat().st_size < 200_000
+    with Image.open(tmp_path / name) as picture:
         assert picture.size == (2 * 352 + 4, 264 + 18)
 
 
@@ -403,7 +403,7 @@ def test_random_weights_of_another_network_are_another_run(knn, tmp_path) -> Non
         with pytest.raises(UserError, match=r"weights\.width was 1 and is 2 now"):
             knn("architecture=resnet18", "width=2", output=out, resume=resume)
     with pytest.raises(UserError, match=r"recipe\.neighbours was 20 and is 3 now"):
-        knn("architecture=resnet18", "neighbours=3", output=out)
+        knn("architecture=resnet18", "neighbours=3", output=out, resume=True)
     # Earlier versions noted no network: that of the weights in the folder counts.
     account = json.loads((out / folder.RUN_FILE).read_text())
     del account["weights"]["architecture"], account["weights"]["width"], account["record"]

@@ -1,13 +1,11 @@
-"""What becomes of a protocol's recipe on this machine and under a user's overrides, and what is recorded of it.
+"""What a protocol's recipe becomes on this machine and under a user's overrides, and what of it is recorded.
 
 The linear rule: images a GPU stay as in the recipe. With r = processes / the recipe's GPUs, images a step and learning
 rates are multiplied by r, iterations, warm-up and milestones divided by r, so the same number of images is seen (Goyal
 et al. 2017, arXiv 1706.02677; as Detectron2's `DefaultTrainer.auto_scale_workers`, with which a test compares).
 
-Overrides: a recipe leaves out what comes with the weights (pixel statistics, channel order, stride), with the data and
-with the machine, so that rows of other weights meet. A key that a user overrides comes with none of them any more. So
-the whole config is compared before and after: what changed and is not in the recipe enters it as `overrides`, unless
-it cannot change the number.
+Overrides: a recipe leaves out what comes with the weights (pixel statistics, channel order, stride), the data and the
+machine, so that rows of other weights meet. Where a user overrides such a key, it is recorded under `overrides`.
 """
 
 from __future__ import annotations
@@ -115,7 +113,7 @@ def searched(ruled: Schedule, planned: Schedule) -> list[str]:
 
 def choose_rule(*, processes: int, reference: int, keep_batch: bool) -> Rule:
     """Which rule applies; a recipe that names no GPUs (the samples) keeps its batch on any number."""
-    if processes == reference or (reference == 0 and processes == 1):
+    if processes == (reference or 1):
         return "as published"
     return "batch kept" if keep_batch or reference == 0 else "linear rule"
 
@@ -159,12 +157,8 @@ Tree = dict[str, Any]
 def read_override(override: str, config: Any, options: Mapping[str, str], *, copied: Sequence[str] = ()) -> Any:
     """(dotted key, value) of an override that fits `config`, a framework's own tree of dicts and lists.
 
-    Args:
-        options: keys that an option of the command line decides, with the option; `*` as in file names.
-        copied: sections of the config that nothing reads any more, which are no suggestions for an unknown key.
-
-    Raises:
-        UsageError: the key is unknown (with a suggestion), a section, an option's, or the value has another type.
+    `options` are keys that an option of the command line decides, `*` as in file names. Sections that are `copied` hold
+    what nothing reads any more: no suggestions. `UsageError` for an unknown key or a value of another type.
     """
     keys, value = parse_override(override)
     path = ".".join(keys)
@@ -195,11 +189,7 @@ def read_override(override: str, config: Any, options: Mapping[str, str], *, cop
 
 
 def departures(before: Tree, after: Tree, *, free: Sequence[str]) -> list[str]:
-    """What overrides changed, a line each; `free` names what may change (dotted, `*` as in file names).
-
-    That is what cannot change the number, and the schedule: searching the learning rate is part of these protocols in
-    the literature, and the number of images seen is compared apart.
-    """
+    """What overrides changed, a line each; `free` names what may change (dotted, `*` as in file names)."""
     return [
         f"changed from the protocol: {path} {was!r} → {now!r}"
         for path, was, now in differences(before, after)
@@ -208,10 +198,9 @@ def departures(before: Tree, after: Tree, *, free: Sequence[str]) -> list[str]:
 
 
 def recorded(before: Tree, after: Tree, *, recipe_of: Callable[[Tree], Tree], harmless: Sequence[str]) -> Tree:
-    """The recipe of `after`, and under `overrides` what changed since `before` without showing in it.
+    """The recipe of `after`, and under `overrides` what changed since `before` without showing in it, if anything.
 
-    Whether a change shows is found by taking it back, so no list of what a recipe holds can be out of date. Without
-    such a change there is no `overrides`, and the recipe's hash is what it always was.
+    Whether a change shows is found by taking it back, so no list of what a recipe holds can be out of date.
     """
     recipe = recipe_of(after)
     hidden = {

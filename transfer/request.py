@@ -69,6 +69,11 @@ class Request:
     eval_only: bool = False
 
     @property
+    def leads(self) -> bool:
+        """On several machines the first one writes the folder's `run.json`; the others work in it, or in their own."""
+        return self.controls.node_rank == 0
+
+    @property
     def processes(self) -> int:
         """Processes of the whole run, over all nodes."""
         return max(self.gpus, 1) * self.controls.nodes
@@ -86,11 +91,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What will run: the engine's final config, the record's recipe, the plan's text, and whether it is reduced.
+    """What will run: the engine's final config, the record's recipe, the plan's text.
 
-    Reduced: the run is no longer the protocol, because it sees another number of images, or because an override
-    changed something other than the learning rate that can change the number. Published numbers are no peers of it.
-    `recipe` is JSON-able and holds what decides the number but no weights, path or seed.
+    `recipe` is JSON-able and holds what decides the number but no weights, path or seed. A run is `reduced` when it is
+    not the protocol's own: published numbers are no peers of it.
     """
 
     config: Any
@@ -102,11 +106,8 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Result:
-    """One finished training and evaluation.
-
-    `metrics` has names of `contracts.metrics`, the main ones first. `recipe` is the one to record. `media` are small
-    PNGs for the report, `curves` a `metrics.jsonl`. `notes` are sentences that belong beside the number.
-    """
+    """One finished training and evaluation: metrics by the names of `contracts.metrics`, the recipe to record, small
+    PNGs, a `metrics.jsonl`, and sentences that belong beside the number."""
 
     metrics: dict[str, float]
     recipe: dict[str, Any]

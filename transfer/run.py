@@ -21,7 +21,7 @@ from twist.contracts import files, run_folder
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.files import sha256_file
 from twist.contracts.machine import git_commit, hardware, software
-from twist.contracts.record import RunRecord, Scale, WeightsProvenance, check_label, name_in, read_record, write_record
+from twist.contracts.record import RunRecord, WeightsProvenance, check_label, name_in, read_record, write_record
 from twist.contracts.weights import Architecture, Backbone, read_header, weights_file, write_backbone
 from twist.converters.output_folder import name_of
 from twist.transfer.end import render_end, render_places
@@ -36,6 +36,7 @@ RANDOM, SUPERVISED = "random", "supervised"
 TORCHVISION = "torchvision:"
 # In the run folder: the random initialisation that the run starts from.
 RANDOM_FILE = Path("weights") / "random.safetensors"
+USUAL_NETWORK: dict[str, Architecture] = {"full": "resnet50", "sample": "resnet18"}
 CONTINUED = "continued from a checkpoint: wall_s counts this start alone"
 
 
@@ -58,16 +59,13 @@ def transfer(
     """Run `protocol` on `weights` and write one record.
 
     Args:
-        weights: `random`, `torchvision:FILE`, a checkpoint of any layout, or a run folder (of a run with a
-            teacher, the teacher).
+        weights: `random`, `torchvision:FILE`, a checkpoint of any layout, or a run folder.
         data: the data root; None takes `DETECTRON2_DATASETS`.
         gpus: GPUs of this node; None takes those of the recipe that are here, 0 one process on the CPU.
-        output: the run folder; None makes `runs/<protocol>/<method>-<weights>-seed<seed>`, with the network in it where
-            random weights are not of the protocol's usual one.
-        results: where records go, `<results>/<protocol>/<run>.json` with pictures and curves beside; None takes
-            `<output>/results`.
-        resume: continue what the folder holds; of a run that is done, its record is taken. eval_only: evaluate its
-            last checkpoint, without training.
+        output: the run folder; None makes `runs/<protocol>/<method>-<weights>-seed<seed>`.
+        results: where records go, with pictures and curves; None takes `<output>/results`.
+        resume: continue what the folder holds; of a run that is done, take its record.
+        eval_only: evaluate the last checkpoint of the run in the folder, without training.
         overrides: `key=value` on the engine's own config, or on `twist.transfer.request.Controls`.
         method: what the record calls the method; None takes what the weights say.
         layout, branch: of the checkpoint, as for `twist convert`; None finds them by its content.
@@ -81,41 +79,53 @@ def transfer(
     controls, rest = split_overrides(overrides)
     root = find_root(data)
     sample, data_name = check_data(row, root), identify_data(row, root)
-    gpus = _choose_gpus(gpus, row)
     given = find_weights(weights, row, controls, layout=layout, branch=branch, method=method, seed=seed)
     output = (output or default_output(row, given, seed)).resolve()
     results = (results or output / "results").resolve()
     request = Request(
-        row, root, output, **given, seed=seed, gpus=gpus, overrides=rest, controls=controls, resume=resume,
-        eval_only=eval_only,
+        row, root, output, **given, seed=seed, gpus=_choose_gpus(gpus, row), overrides=rest, controls=controls,
+        resume=resume, eval_only=eval_only,
     )  # fmt: skip
     program = engine.load()
     began = time.monotonic()
 
     with run_folder.removed_on_failure(output):
         run = describe_run(request, data_name)
-        earlier = take_folder(request, run, early_refusal=engine.target is not None)
+        earlier = take_folder(request, run)
         ready = prepare_weights(request, engine)
         with frameworks_quiet():
             plan: Resolved = program.resolve(request, ready)
         run["recipe"] = plan.recipe
         if earlier is not None:
             run_folder.refuse_other_transfer(output, earlier, run)
-            if not (resume or eval_only):
-                run_folder.refuse_second_start(output, earlier)
             if (done := finished_record(request, ready, earlier, results)) is not None:
                 return done
         print(plan.plan, file=sys.stderr)
         # Whatever becomes of an evaluation, the run stays as finished as it was.
-        if leads(request) and not eval_only:
+        if request.leads and not eval_only:
             run_folder.write_run(output, run, state=run_folder.RUNNING)
         result: Result = program.run(request, ready, plan)
 
-    record = make_record(
-        request, ready, plan, result, sample=sample, data_name=data_name, continued=earlier is not None, began=began
+    # What is not trained has no checkpoints, and is measured from the beginning.
+    continued = (CONTINUED,) if earlier is not None and result.curves else ()
+    record = RunRecord(
+        method=request.method or ready.header.method,
+        protocol=row.name,
+        task=row.task,
+        scale="sample" if row.scale == "sample" else "reduced" if plan.reduced else "full",
+        seed=seed,
+        metrics=result.metrics,
+        weights=_provenance(request, ready.header),
+        recipe=_recipe(result, ready.header, sample),
+        data=data_name,
+        software=software(),
+        hardware={**hardware(), "gpus_used": request.gpus, "nodes": controls.nodes},
+        wall_s=round(time.monotonic() - began, 1),
+        git_commit=git_commit(),
+        notes=(*result.notes, *continued),
     )
     record, path = publish(record, result, results)
-    if leads(request):
+    if request.leads:
         run_folder.write_run(output, run, state=run_folder.DONE, record=path)
     print_end(record, row, ready.header, path)
     return record
@@ -161,54 +171,29 @@ def find_weights(
     path = weights_file(Path(weights.removeprefix(TORCHVISION)).expanduser().absolute())
     if not path.is_file():
         raise UserError(f"There is no weights file at {path}: check the path, or pass random or torchvision:FILE.")
-    return {
-        "checkpoint": path.resolve(),
-        "name": name_of(path),
-        "sha256": sha256_file(path),
-        "layout": layout,
-        "branch": branch,
-        "method": method or (SUPERVISED if layout == "torchvision" else None),
-    }
-
-
-def _usual_network(row: Protocol) -> Architecture:
-    return "resnet18" if row.scale == "sample" else "resnet50"
+    method = method or (SUPERVISED if layout == "torchvision" else None)
+    source = {"checkpoint": path.resolve(), "name": name_of(path), "sha256": sha256_file(path)}
+    return {**source, "layout": layout, "branch": branch, "method": method}
 
 
 def _random_network(row: Protocol, controls: Controls, *, seed: int) -> Backbone:
-    architecture = controls.architecture or _usual_network(row)
+    architecture = controls.architecture or USUAL_NETWORK[row.scale]
     vit = architecture.startswith("vit_")
     if vit and controls.width not in (None, 1):
         raise UsageError(f"width={controls.width} is for ResNets: leave it out with architecture={architecture}.")
-    return Backbone(
-        architecture=architecture,
-        width=controls.width or 1,
-        stem="patch16" if vit else "conv7x7",
-        image_size=224 if vit else None,
-        method=RANDOM,
-        seed=seed,
-    )
+    form = {"stem": "patch16", "image_size": 224} if vit else {"width": controls.width or 1}
+    return Backbone(architecture=architecture, method=RANDOM, seed=seed, **form)
 
 
 def default_output(row: Protocol, given: dict[str, Any], seed: int) -> Path:
-    """`runs/<protocol>/…`, from the fields that `find_weights` gave."""
-    parts = [given["method"] or given["name"]]
-    if given.get("sha256"):
-        parts.append(given["sha256"][:8])
-    if given.get("branch"):
-        parts.append(given["branch"])
+    """`runs/<protocol>/…`, with the network where random weights are not of the protocol's usual one."""
     network = given.get("random")
-    if network is not None and network.display_name != _usual_network(row):
-        parts.append(network.display_name)
-    return Path("runs") / row.name / "-".join([*parts, f"seed{seed}"])
+    other = network.display_name if network and network.display_name != USUAL_NETWORK[row.scale] else None
+    parts = [given["method"] or given["name"], (given.get("sha256") or "")[:8], given.get("branch"), other]
+    return Path("runs") / row.name / "-".join([*filter(None, parts), f"seed{seed}"])
 
 
 # ── The run folder ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def leads(request: Request) -> bool:
-    """On several machines the first one writes the folder's `run.json`; the others work in it, or in their own."""
-    return request.controls.node_rank == 0
 
 
 def describe_run(request: Request, data_name: str | None) -> dict[str, Any]:
@@ -221,13 +206,10 @@ def describe_run(request: Request, data_name: str | None) -> dict[str, Any]:
     return {"protocol": request.protocol.name, "seed": request.seed, "weights": weights, "data": data_name}
 
 
-def take_folder(request: Request, run: dict[str, Any], *, early_refusal: bool) -> dict[str, Any] | None:
-    """The earlier run in the folder, which is this one; None in a new folder, which says from now on whose it is.
-
-    With `early_refusal` a run that is there already and is not to be continued is refused before a long conversion.
-    """
+def take_folder(request: Request, run: dict[str, Any]) -> dict[str, Any] | None:
+    """The earlier start of this run in the folder; None in a new folder, which says from now on whose it is."""
     output = request.output
-    if not leads(request):
+    if not request.leads:
         return None
     earlier = run_folder.read_run(output)
     if earlier is None:
@@ -241,13 +223,13 @@ def take_folder(request: Request, run: dict[str, Any], *, early_refusal: bool) -
         began = read_header(output / RANDOM_FILE) if (output / RANDOM_FILE).is_file() else request.random
         earlier["weights"] = {**weights, "architecture": began.architecture, "width": began.width}
     run_folder.refuse_other_transfer(output, earlier, run)
-    if early_refusal and not (request.resume or request.eval_only):
+    if not (request.resume or request.eval_only):
         run_folder.refuse_second_start(output, earlier)
     return earlier
 
 
 def finished_record(request: Request, weights: Weights, earlier: dict[str, Any], results: Path) -> RunRecord | None:
-    """The record of a run that is done and whose record is wanted, shown again; None where it is to be measured."""
+    """The record of a run that is done, shown again; None where it is to be measured."""
     # The other nodes wait for the first, which therefore measures again.
     if request.eval_only or request.controls.nodes > 1:
         return None
@@ -272,13 +254,12 @@ def prepare_weights(request: Request, engine: Engine) -> Weights:
         return Weights(header, tensors=tensors)
     from twist.converters.convert import convert
 
-    node = request.controls.node_rank
-    target = request.output / "weights" / (engine.target if node == 0 else f"{engine.target}-node{node}")
+    node = "" if request.leads else f"-node{request.controls.node_rank}"
+    target = request.output / "weights" / f"{engine.target}{node}"
     if target.exists():  # a continued run: the conversion is deterministic, so it is made anew rather than trusted
         shutil.rmtree(target)
     with frameworks_quiet():
         done = convert(artefact, target=engine.target, layout=request.layout, branch=request.branch, output=target)
-    assert done.overlay is not None, engine.target
     return Weights(done.backbone, done.weights, done.overlay)
 
 
@@ -297,21 +278,10 @@ def _write_random(request: Request) -> Path:
 # ── The record ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def make_record(
-    request: Request,
-    weights: Weights,
-    plan: Resolved,
-    result: Result,
-    *,
-    sample: dict[str, Any] | None,
-    data_name: str | None,
-    continued: bool,
-    began: float,
-) -> RunRecord:
-    """The record of a run, without its pictures and curves."""
-    header, row = weights.header, request.protocol
-    scale: Scale = "sample" if row.scale == "sample" else "reduced" if plan.reduced else "full"
-    provenance = WeightsProvenance(
+def _provenance(request: Request, header: Backbone) -> WeightsProvenance:
+    if request.random is not None:
+        return WeightsProvenance(name=RANDOM)
+    return WeightsProvenance(
         name=request.name,
         sha256=request.sha256,
         architecture=header.display_name,
@@ -323,43 +293,31 @@ def make_record(
         source_sha256=header.source_sha256,
         pretrain_images_sha256=header.images_sha256,
     )
-    # What makes two numbers comparable: the same network, and the same sample. Mean, std, channel order and stride
-    # belong to the weights, not to the recipe: rows of other weights must meet.
+
+
+def _recipe(result: Result, header: Backbone, sample: dict[str, Any] | None) -> dict[str, Any]:
+    """The engine's recipe with what makes two numbers comparable: the same network, and the same sample.
+
+    Mean, std, channel order and stride belong to the weights, not to the recipe: rows of other weights must meet.
+    """
     recipe = {**result.recipe, "architecture": header.display_name}
     if sample is not None:
         recipe["sample"] = {key: sample.get(key) for key in ("source", "size", "seed", "format_version")}
-    return RunRecord(
-        method=request.method or header.method,
-        protocol=row.name,
-        task=row.task,
-        scale=scale,
-        seed=request.seed,
-        metrics=result.metrics,
-        weights=WeightsProvenance(name=RANDOM) if request.random is not None else provenance,
-        recipe=recipe,
-        data=data_name,
-        software=software(),
-        hardware={**hardware(), "gpus_used": request.gpus, "nodes": request.controls.nodes},
-        wall_s=round(time.monotonic() - began, 1),
-        git_commit=git_commit(),
-        # What is not trained has no checkpoints, and is measured from the beginning.
-        notes=(*result.notes, *((CONTINUED,) if continued and result.curves else ())),
-    )
+    return recipe
 
 
 def publish(record: RunRecord, result: Result, results: Path) -> tuple[RunRecord, Path]:
-    """Write the record with pictures and curves beside it, so that a folder of records can be moved and committed."""
-    beside = results / record.protocol / name_in(record, results)
+    """Write the record with its pictures and curves, so that a folder of records can be moved and committed."""
+    folder = results / record.protocol / name_in(record, results)
     names = []
     for path in [*result.media, *([result.curves] if result.curves else [])]:
-        with files.atomic_path(beside / path.name) as temporary:
+        with files.atomic_path(folder / path.name) as temporary:
             shutil.copyfile(path, temporary)
-        names.append(os.path.relpath(beside / path.name, results / record.protocol))
+        names.append(os.path.relpath(folder / path.name, results / record.protocol))
     curves = names.pop() if result.curves else None
     record = record.model_copy(update={"media": tuple(names), "curves": curves})
     return record, write_record(record, results)
 
 
 def print_end(record: RunRecord, row: Protocol, header: Backbone, path: Path) -> None:
-    print(render_end(record, row, header), file=sys.stderr)
-    print(render_places(record, path), file=sys.stderr)
+    print(render_end(record, row, header), render_places(record, path), sep="\n", file=sys.stderr)

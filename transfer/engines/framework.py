@@ -14,31 +14,20 @@ import os
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.progress import Progress
+from twist.transfer import recipe
 from twist.transfer.curves import Curves
 from twist.transfer.pictures import plot_losses
-from twist.transfer.recipe import (
-    Schedule,
-    Tree,
-    choose_rule,
-    departures,
-    leaves_protocol,
-    linear_rule,
-    read_override,
-    recorded,
-    render_plan,
-    searched,
-    stretch,
-)
+from twist.transfer.recipe import Schedule, Tree
 from twist.transfer.request import Request, Resolved, Result, Weights
 
-CURVES, PICTURES = "metrics.jsonl", 4
+CURVES = "metrics.jsonl"
 _EVALUATION = "evaluation.json"
 # Known and harmless; every other warning passes.
 _NOISE = (
@@ -52,59 +41,47 @@ _LOGGERS = ("detectron2", "fvcore", "mmengine", "current", "torch.fx._symbolic_t
 
 
 class FrameworkConfig(ABC):
-    """The config of a run, `config`, in a framework's own form, read from the protocol's file and the overlay."""
+    """The config of a run in a framework's own form, read from the protocol's file and the weights' overlay.
 
-    title: ClassVar[str]
+    `schedule` is what it says for so many processes and `set_schedule` writes it; `override` sets a key that exists;
+    `tree` is the config as JSON has it; `recipe` is what of such a tree decides the number, for any weights and data;
+    `place` sets what is the machine's and the run's own: devices, workers, folders, seed, weights.
+    """
+
     # Keys that an option of the command line decides, with the option; overridden, they would be ignored.
-    options: ClassVar[Mapping[str, str]]
+    options: ClassVar[dict[str, str]]
     # What cannot change the number: how the machine works, how often something is shown or saved.
     harmless: ClassVar[tuple[str, ...]]
     # What an override may change without making the run another protocol's, as long as `leaves_protocol` is empty.
     schedule_keys: ClassVar[tuple[str, ...]]
     # Keys, with their values, of a backbone that learns.
     unfrozen: ClassVar[str]
-    # Sections whose values others have copied.
+    # Sections whose values others have copied, which an unknown key is not looked for in.
     copied: ClassVar[tuple[str, ...]] = ()
     # GPUs for which the recipe is stated, 0 for any number.
     reference: int
     config: Any
 
-    @property
+    @abstractmethod
+    def schedule(self, *, processes: int) -> Schedule: ...
+    @abstractmethod
+    def set_schedule(self, schedule: Schedule, *, processes: int) -> None: ...
+    @abstractmethod
+    def override(self, key: str, value: Any) -> None: ...
+    @abstractmethod
+    def tree(self) -> Tree: ...
+    @abstractmethod
+    def recipe(self, tree: Tree, processes: int) -> Tree: ...
+    @abstractmethod
+    def is_frozen(self) -> bool: ...
+    @abstractmethod
+    def is_synchronised(self) -> bool: ...
+    @abstractmethod
+    def place(self, request: Request, weights: Weights) -> None: ...
+
     def nested(self) -> Any:
-        """`config` as dicts and lists."""
+        """The config as dicts and lists that an override's key is looked up in."""
         return self.config
-
-    @abstractmethod
-    def schedule(self, *, processes: int) -> Schedule:
-        """The schedule on so many processes."""
-
-    @abstractmethod
-    def set_schedule(self, schedule: Schedule, *, processes: int) -> None:
-        """Write `schedule` into the config."""
-
-    @abstractmethod
-    def override(self, key: str, value: Any) -> None:
-        """Set a key that exists; ValueError or AssertionError for a value that does not fit."""
-
-    @abstractmethod
-    def tree(self) -> Tree:
-        """The config as JSON has it."""
-
-    @abstractmethod
-    def recipe(self, tree: Tree, *, processes: int) -> Tree:
-        """What of a config decides the number, for any weights and wherever data lie."""
-
-    @abstractmethod
-    def is_frozen(self) -> bool:
-        """Whether batch norm or stages of the backbone do not learn."""
-
-    @abstractmethod
-    def is_synchronised(self) -> bool:
-        """Whether batch norm takes its statistics over all processes."""
-
-    @abstractmethod
-    def place(self, request: Request, weights: Weights) -> None:
-        """Set what is the machine's and the run's own: devices, workers, folders, seed, weights."""
 
     def more_departures(self) -> list[str]:
         """What else makes the run another protocol's."""
@@ -122,16 +99,17 @@ def resolve(run: FrameworkConfig, request: Request, weights: Weights) -> Resolve
     """
     processes, reference, controls = request.processes, run.reference, request.controls
     published = run.schedule(processes=reference or 1)
-    rule = choose_rule(processes=processes, reference=reference, keep_batch=controls.keep_batch)
+    rule = recipe.choose_rule(processes=processes, reference=reference, keep_batch=controls.keep_batch)
     planned = published
     if rule == "linear rule":
-        planned = linear_rule(published, processes=processes, reference=reference)
+        planned = recipe.linear_rule(published, processes=processes, reference=reference)
     if controls.iterations:
-        planned = stretch(planned, controls.iterations)
+        planned = recipe.stretch(planned, controls.iterations)
     run.set_schedule(planned, processes=processes)
+
     before, ruled = run.tree(), run.schedule(processes=processes)
     for text in request.overrides:
-        key, value = read_override(text, run.nested, run.options, copied=run.copied)
+        key, value = recipe.read_override(text, run.nested(), run.options, copied=run.copied)
         try:
             run.override(key, value)
         except (ValueError, AssertionError) as error:
@@ -139,33 +117,24 @@ def resolve(run: FrameworkConfig, request: Request, weights: Weights) -> Resolve
     after, planned = run.tree(), run.schedule(processes=processes)
     _check(run, planned, request, weights)
     run.place(request, weights)
-    changed = [
-        *leaves_protocol(published, planned),
-        *departures(before, after, free=(*run.schedule_keys, *run.harmless)),
-        *run.more_departures(),
-    ]
-    notes = [*searched(ruled, planned), *changed]
-    if request.gpus == 0 and run.is_synchronised():  # not in the recipe: over one process both use the same statistics
-        notes.insert(0, "one process on the CPU: synchronised batch norm is plain batch norm there")
+
+    changed = recipe.leaves_protocol(published, planned)
+    changed += recipe.departures(before, after, free=(*run.schedule_keys, *run.harmless))
+    changed += run.more_departures()
+    notes = []
     if rule != "as published" and request.protocol.scale == "full":
         lr, iterations = planned.learning_rate, planned.iterations
-        notes.insert(0, f"{rule}: {planned.images_per_step} images a step, lr {lr:g}, {iterations} iterations")
+        notes.append(f"{rule}: {planned.images_per_step} images a step, lr {lr:g}, {iterations} iterations")
+    if request.gpus == 0 and run.is_synchronised():  # not in the recipe: over one process both use the same statistics
+        notes.append("one process on the CPU: synchronised batch norm is plain batch norm there")
     return Resolved(
-        config=run.config,
-        recipe=recorded(
-            before, after, recipe_of=lambda tree: run.recipe(tree, processes=processes), harmless=run.harmless
-        ),
-        plan=render_plan(
-            published,
-            planned,
-            rule=rule,
-            processes=processes,
-            gpus=request.gpus,
-            reference=reference,
-            changed=changed,
+        run.config,
+        recipe.recorded(before, after, recipe_of=lambda tree: run.recipe(tree, processes), harmless=run.harmless),
+        recipe.render_plan(
+            published, planned, rule=rule, processes=processes, gpus=request.gpus, reference=reference, changed=changed
         ),
         reduced=bool(changed),
-        notes=tuple(notes),
+        notes=(*notes, *recipe.searched(ruled, planned), *changed),
     )
 
 
@@ -250,7 +219,7 @@ class TrainingLog:
 
 
 def require_finished(output: Path, *, done: int, of: int) -> None:
-    """Refuse to evaluate a run before its end: its last checkpoint is a state that the protocol never measures."""
+    """Refuse to evaluate a run before its end, a state that the protocol never measures."""
     if done < of:
         raise UserError(
             f"{output} stands at iteration {done} of {of}: --eval-only measures finished runs, so finish this one with "
@@ -258,23 +227,15 @@ def require_finished(output: Path, *, done: int, of: int) -> None:
         )
 
 
-def leave(
-    output: Path,
-    metrics: Mapping[str, float],
-    *,
-    images: Mapping[str, int],
-    media: Sequence[Path],
-    notes: Sequence[str] = (),
-) -> None:
-    """In a worker: write what was measured. `images` counts those of each set."""
-    values = {"metrics": dict(metrics), "images": dict(images), "media": [str(p) for p in media], "notes": list(notes)}
-    files.write_json(output / _EVALUATION, values)
+def leave(output: Path, **measured: Any) -> None:
+    """In a worker: write `metrics`, `images` (how many of each set), `media` (files in `output`) and `notes`."""
+    files.write_json(output / _EVALUATION, measured)
 
 
 def collect(request: Request, resolved: Resolved) -> Result:
     """In the caller: metrics, recipe with the sizes of the data, pictures, the plot of losses."""
     values = json.loads((request.output / _EVALUATION).read_text())
-    media = [Path(path) for path in values["media"]]
+    media = [request.output / name for name in values["media"]]
     curves = request.output / CURVES
     if curves.exists() and curves.stat().st_size:
         media.append(plot_losses(curves, request.output / "losses.png", title=request.protocol.name))
@@ -283,7 +244,7 @@ def collect(request: Request, resolved: Resolved) -> Result:
         recipe={**resolved.recipe, "data": values["images"]},
         media=media,
         curves=curves if curves.exists() else None,  # None on a node that is not the first, in a folder of its own
-        notes=[*resolved.notes, *values["notes"]],
+        notes=[*resolved.notes, *values.get("notes", ())],
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
@@ -28,18 +28,10 @@ ZOO = "model_zoo://"
 _OF_THE_WEIGHTS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1")
 # Detectron2's global defaults that no R-CNN of ours uses, unless an override does (`transfer/overrides.py`).
 _NOT_USED = (
-    "GLOBAL",
-    "INPUT.CROP",
-    "MODEL.KEYPOINT_ON",
-    "MODEL.LOAD_PROPOSALS",
-    "MODEL.PANOPTIC_FPN",
-    "MODEL.RETINANET",
-    "MODEL.ROI_BOX_CASCADE_HEAD",
-    "MODEL.ROI_KEYPOINT_HEAD",
-    "MODEL.SEM_SEG_HEAD",
-    "TEST.KEYPOINT_OKS_SIGMAS",
+    "GLOBAL", "INPUT.CROP", "MODEL.KEYPOINT_ON", "MODEL.LOAD_PROPOSALS", "MODEL.PANOPTIC_FPN", "MODEL.RETINANET",
+    "MODEL.ROI_BOX_CASCADE_HEAD", "MODEL.ROI_KEYPOINT_HEAD", "MODEL.SEM_SEG_HEAD", "TEST.KEYPOINT_OKS_SIGMAS",
     "VERSION",
-)
+)  # fmt: skip
 
 
 class _Files(CfgNode):
@@ -52,23 +44,15 @@ class _Files(CfgNode):
 
 
 class Detectron2Config(FrameworkConfig):
-    title = ENGINE.title
-    options = {  # noqa: RUF012 (typed by the base)
-        "MODEL.DEVICE": "--gpus",
-        "MODEL.WEIGHTS": "--weights",
-        "OUTPUT_DIR": "--output",
-        "SEED": "--seed",
+    options: ClassVar = {
+        "MODEL.DEVICE": "--gpus", "MODEL.WEIGHTS": "--weights", "OUTPUT_DIR": "--output", "SEED": "--seed",
         "SOLVER.REFERENCE_WORLD_SIZE": "--gpus",
-    }
+    }  # fmt: skip
     # Images, their order and what is learnt from them stay as they are; the evaluation that counts is the last one.
     harmless = (
-        "CUDNN_BENCHMARK",
-        "DATALOADER.NUM_WORKERS",
-        "SOLVER.CHECKPOINT_PERIOD",
-        "TEST.EVAL_PERIOD",
-        "TEST.EXPECTED_RESULTS",
-        "VIS_PERIOD",
-    )
+        "CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD",
+        "TEST.EXPECTED_RESULTS", "VIS_PERIOD",
+    )  # fmt: skip
     schedule_keys = tuple(f"SOLVER.{key}" for key in ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS"))
     unfrozen = "MODEL.BACKBONE.FREEZE_AT=0 and a trained norm"
 
@@ -107,7 +91,7 @@ class Detectron2Config(FrameworkConfig):
         # Through JSON, because Detectron2's YAML shares equal lists between sections.
         return json.loads(json.dumps(yaml.safe_load(self.config.dump())))
 
-    def recipe(self, tree: Tree, *, processes: int) -> Tree:  # noqa: ARG002
+    def recipe(self, tree: Tree, processes: int) -> Tree:  # noqa: ARG002
         """`tree` without where things lie, what the machine is, what is the weights' and what nothing uses."""
         values = copy.deepcopy(tree)
         unused = (*_NOT_USED, *(() if tree["MODEL"]["MASK_ON"] else ("MODEL.ROI_MASK_HEAD",)))

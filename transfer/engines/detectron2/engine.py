@@ -15,12 +15,7 @@ import numpy as np
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, hooks, launch
-from detectron2.evaluation import (
-    CityscapesInstanceEvaluator,
-    COCOEvaluator,
-    DatasetEvaluator,
-    PascalVOCDetectionEvaluator,
-)
+from detectron2.evaluation import CityscapesInstanceEvaluator, COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage, has_event_storage
@@ -33,6 +28,7 @@ from twist.transfer.engines.detectron2.config import resolve
 from twist.transfer.engines.detectron2.data import count_images, register_data
 from twist.transfer.engines.detectron2.model import bare, draw, metrics_of, prove_loaded
 from twist.transfer.engines.framework import TrainingLog, collect, frameworks_quiet, leave, require_finished
+from twist.transfer.pictures import save_pairs
 from twist.transfer.request import Request, Resolved, Result, Weights
 
 __all__ = ["resolve", "run"]
@@ -44,11 +40,7 @@ NEEDS_LESS = (
 
 
 def run(request: Request, weights: Weights, resolved: Resolved) -> Result:
-    """Train and evaluate by `resolved`; files go to `request.output`.
-
-    Raises:
-        UserError: memory ran out, a worker died, the data or the weights are not what they should be.
-    """
+    """Train and evaluate by `resolved`; files go to `request.output`. `UserError` for what is nobody's bug."""
     files.write_text(request.output / "config.yaml", resolved.config.dump())
     controls = request.controls
     url = f"tcp://{controls.master}" if controls.master else "auto"
@@ -84,23 +76,21 @@ def _worker(request: Request, weights: Path, dumped: str) -> None:
         results, images = comm.all_gather((results, images))[0]
         if comm.get_local_rank() == 0:  # one process of every node: its caller wants the result too
             metrics, notes = metrics_of(results, request)
-            media = draw(bare(trainer.model), config, request.output)
-            leave(request.output, metrics, images=images, media=media, notes=notes)
+            media = save_pairs(request.output, draw(bare(trainer.model), config))
+            leave(request.output, metrics=metrics, images=images, media=media, notes=notes)
 
 
 class Trainer(DefaultTrainer):
     """`DefaultTrainer` with the data sets' own evaluators, our curves and progress, and two checkpoints kept."""
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Any:
         kind = MetadataCatalog.get(dataset_name).evaluator_type
         if kind == "coco":
             tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
             return COCOEvaluator(dataset_name, tasks=tasks, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
-        if kind == "pascal_voc":
-            return PascalVOCDetectionEvaluator(dataset_name)
-        assert kind == "cityscapes_instance", kind
-        return _CityscapesEvaluator(dataset_name)
+        evaluators = {"pascal_voc": PascalVOCDetectionEvaluator, "cityscapes_instance": _CityscapesEvaluator}
+        return evaluators[kind](dataset_name)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -140,10 +130,9 @@ class _Watch(HookBase):
 
 
 class _CityscapesEvaluator(CityscapesInstanceEvaluator):
-    """Detectron2's, around two habits of cityscapesScripts' evaluation (2.3.0).
+    """Detectron2's, without two habits of cityscapesScripts 2.3.0; the numbers are untouched.
 
-    It calls `numpy.in1d`, which NumPy 2.4 dropped for `isin`, and it leaves a `matches.json` in the working directory,
-    which nothing reads and which NumPy 2.4's integers break. The numbers are untouched.
+    It calls `numpy.in1d`, which NumPy 2.4 dropped for `isin`, and leaves a `matches.json` that nothing reads.
     """
 
     def evaluate(self) -> Any:
@@ -156,14 +145,14 @@ class _CityscapesEvaluator(CityscapesInstanceEvaluator):
                 write(values, file)
 
         with (
-            unittest.mock.patch.object(np, "in1d", getattr(np, "in1d", np.isin), create=True),
+            unittest.mock.patch.object(np, "in1d", np.isin, create=True),
             unittest.mock.patch.object(scripts, "writeDict2JSON", write_what_is_read),
         ):
             return super().evaluate()
 
 
 class _Watched:
-    """A test loader that shows how far it is."""
+    """A test loader that shows how far it is; an evaluation in the middle of the training stays silent."""
 
     def __init__(self, loader: Any, *, title: str, last: int) -> None:
         self._loader, self._title, self._last = loader, title, last
@@ -172,9 +161,8 @@ class _Watched:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        # An evaluation in the middle of the training stays silent: one bar at a time.
         quiet = not comm.is_main_process() or (has_event_storage() and get_event_storage().iter < self._last)
-        with Progress(self._title, total=len(self._loader), unit="image", quiet=quiet) as progress:
+        with Progress(self._title, total=len(self), unit="image", quiet=quiet) as progress:
             for item in self._loader:
                 yield item
                 progress.advance()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
@@ -17,8 +19,7 @@ from detectron2.utils.visualizer import Visualizer
 from torch import nn
 
 from twist.transfer.engines import framework
-from twist.transfer.engines.framework import PICTURES
-from twist.transfer.pictures import PANEL_PIXELS, save_pair
+from twist.transfer.pictures import PANEL_PIXELS
 from twist.transfer.request import Request
 
 # Detections below this score would hide a picture; the evaluation uses all of them.
@@ -85,14 +86,12 @@ def metrics_of(results: dict[str, dict[str, float]], request: Request) -> tuple[
 
 
 @torch.no_grad()
-def draw(model: nn.Module, config: CfgNode, output: Path) -> list[Path]:
-    """Truth and prediction of the first images of the test set that have objects."""
+def draw(model: nn.Module, config: CfgNode) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Truth and prediction of the images of the test set that have objects."""
     (name,) = config.DATASETS.TEST
-    entries = [entry for entry in DatasetCatalog.get(name) if entry["annotations"]][:PICTURES]
     mapper = DatasetMapper(config, is_train=False)
     model.eval()
-    paths = []
-    for number, entry in enumerate(entries):
+    for entry in filter(lambda entry: entry["annotations"], DatasetCatalog.get(name)):
         image = read_image(entry["file_name"], "RGB")
         found = model([mapper(dict(entry))])[0]["instances"].to("cpu")
         # As many as there are objects, the highest scores first (the detector's order).
@@ -100,12 +99,7 @@ def draw(model: nn.Module, config: CfgNode, output: Path) -> list[Path]:
         truth, prediction = (
             Visualizer(image, MetadataCatalog.get(name), scale=PANEL_PIXELS / max(image.shape[:2])) for _ in range(2)
         )
-        truth.draw_dataset_dict(entry)
-        prediction.draw_instance_predictions(found)
-        paths.append(
-            save_pair(truth.output.get_image(), prediction.output.get_image(), output / f"prediction-{number + 1}.png")
-        )
-    return paths
+        yield truth.draw_dataset_dict(entry).get_image(), prediction.draw_instance_predictions(found).get_image()
 
 
 def bare(model: nn.Module) -> nn.Module:

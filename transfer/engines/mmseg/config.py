@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mmseg
 from mmengine.config import Config
@@ -33,35 +33,21 @@ def load(path: Path) -> Config:
 
 
 class MMSegConfig(FrameworkConfig):
-    title = ENGINE.title
-    options = {  # noqa: RUF012 (typed by the base)
-        "*_dataloader.dataset.data_root": "--data",
-        "data_root": "--data",
-        "load_from": "--weights",
-        "model.backbone.init_cfg": "--weights",
-        "model.pretrained": "--weights",
-        "resume": "--resume",
-    }
+    options: ClassVar = {
+        "*_dataloader.dataset.data_root": "--data", "data_root": "--data", "load_from": "--weights",
+        "model.backbone.init_cfg": "--weights", "model.pretrained": "--weights", "resume": "--resume",
+    }  # fmt: skip
     # The evaluation that counts is the one at the end.
     harmless = (
-        "*_dataloader.num_workers",
-        "*_dataloader.persistent_workers",
-        "default_hooks.checkpoint.interval",
-        "default_hooks.checkpoint.max_keep_ckpts",
-        "default_hooks.logger.interval",
-        "env_cfg",
-        "log_level",
-        "train_cfg.val_interval",
-        "vis_backends",
-        "visualizer",
-    )
+        "*_dataloader.num_workers", "*_dataloader.persistent_workers", "default_hooks.checkpoint.interval",
+        "default_hooks.checkpoint.max_keep_ckpts", "default_hooks.logger.interval", "env_cfg", "log_level",
+        "train_cfg.val_interval", "vis_backends", "visualizer",
+    )  # fmt: skip
     # The policies' places in the run follow its length and rate.
     schedule_keys = (
-        "train_dataloader.batch_size",
-        "train_cfg.max_iters",
-        "optim_wrapper.optimizer.lr",
+        "train_dataloader.batch_size", "train_cfg.max_iters", "optim_wrapper.optimizer.lr",
         *(f"param_scheduler.*.{place}" for place in ("begin", "end", "eta_min", "milestones")),
-    )
+    )  # fmt: skip
     unfrozen = "model.backbone.norm_eval=false and frozen_stages=-1"
     copied = ("optimizer", "train_pipeline", "test_pipeline", "tta_pipeline", "tta_model", "crop_size")
 
@@ -100,7 +86,6 @@ class MMSegConfig(FrameworkConfig):
     def _loaders(self) -> list[Any]:  # an override replaces them
         return [self.config[f"{part}_dataloader"] for part in ("train", "val", "test")]
 
-    @property
     def nested(self) -> Any:
         return self.config._cfg_dict
 
@@ -132,7 +117,7 @@ class MMSegConfig(FrameworkConfig):
     def tree(self) -> Tree:
         return json.loads(json.dumps(self.config.to_dict()))
 
-    def recipe(self, tree: Tree, *, processes: int) -> Tree:
+    def recipe(self, tree: Tree, processes: int) -> Tree:
         model = {key: value for key, value in tree["model"].items() if key not in _OF_THE_WEIGHTS}
         model["backbone"] = {k: v for k, v in model["backbone"].items() if k not in _OF_A_BACKBONE}
         train, val = (

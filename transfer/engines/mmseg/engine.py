@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import os
-import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mmcv
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
@@ -25,22 +26,15 @@ from mmengine.structures import PixelData
 from mmseg.utils import register_all_modules
 from mmseg.visualization import SegLocalVisualizer
 from torch import Tensor, nn
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from twist.contracts.errors import UserError
 from twist.contracts.failures import explained, raise_reported
-from twist.contracts.images import read_image
 from twist.contracts.progress import Progress
 from twist.transfer.engines import framework
-from twist.transfer.engines.framework import (
-    PICTURES,
-    TrainingLog,
-    collect,
-    frameworks_quiet,
-    leave,
-    require_finished,
-)
+from twist.transfer.engines.framework import TrainingLog, collect, frameworks_quiet
 from twist.transfer.engines.mmseg.config import resolve
-from twist.transfer.pictures import PANEL_PIXELS, save_pair
+from twist.transfer.pictures import PANEL_PIXELS, save_pairs
 from twist.transfer.request import Request, Resolved, Result, Weights
 
 __all__ = ["resolve", "run"]
@@ -52,17 +46,13 @@ _METRICS = {"miou_percent": "mIoU", "macc_percent": "mAcc", "aacc_percent": "aAc
 
 
 def run(request: Request, weights: Weights, resolved: Resolved) -> Result:
-    """Train and evaluate by `resolved`; files go to `request.output`.
-
-    Raises:
-        UserError: memory ran out, a worker died, the data or the weights are not what they should be.
-    """
+    """Train and evaluate by `resolved`; files go to `request.output`. `UserError` for what is nobody's bug."""
     resolved.config.dump(request.output / "config.py")
     with raise_reported(request.output):
         if request.processes == 1:
             _worker(0, request, weights.file, None)
         else:
-            address = request.controls.master or f"127.0.0.1:{_free_port()}"
+            address = request.controls.master or f"127.0.0.1:{get_free_port()}"
             arguments = (request, weights.file, address)
             torch.multiprocessing.start_processes(_worker, args=arguments, nprocs=request.gpus)
     return collect(request, resolved)
@@ -87,7 +77,7 @@ def _worker(local_rank: int, request: Request, weights: Path, address: str | Non
         last = _last_checkpoint(request.output) if request.resume or request.eval_only else None
         if request.eval_only:
             done = 0 if last is None else int(last.stem.rpartition("_")[2])  # mmengine's iter_120.pth
-            require_finished(request.output, done=done, of=config.train_cfg.max_iters)
+            framework.require_finished(request.output, done=done, of=config.train_cfg.max_iters)
         config.resume = last is not None and not request.eval_only
         config.load_from = None if last is None else str(last)
         runner = _Runner.from_cfg(config)
@@ -104,7 +94,8 @@ def _worker(local_rank: int, request: Request, weights: Path, address: str | Non
         if local_rank == 0:  # one process of every node: its caller wants the result too
             train, test = runner.train_dataloader.dataset, runner.val_dataloader.dataset
             images = {"train": len(train), "test": len(test)}
-            leave(request.output, metrics_of(watch.metrics), images=images, media=draw(runner, request.output))
+            media = save_pairs(request.output, draw(bare(runner.model), test))
+            framework.leave(request.output, metrics=metrics_of(watch.metrics), images=images, media=media)
 
 
 def prove_loaded(backbone: nn.Module, weights: Path) -> None:
@@ -124,25 +115,20 @@ def metrics_of(measured: dict[str, float]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def draw(runner: Runner, output: Path) -> list[Path]:
-    """Truth and prediction of the first images of the validation set."""
-    model = bare(runner.model).eval()
-    dataset = runner.val_dataloader.dataset
+def draw(model: Any, dataset: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Truth and prediction of the images of the validation set."""
     visualizer = SegLocalVisualizer(alpha=0.5)
     names = {"classes": dataset.metainfo["classes"], "palette": dataset.metainfo["palette"]}
-    paths = []
-    for number in range(min(PICTURES, len(dataset))):
-        item = dataset[number]
+    model.eval()
+    for item in dataset:
         (found,) = model.test_step({"inputs": [item["inputs"]], "data_samples": [item["data_samples"]]})
-        image = read_image(found.img_path).permute(1, 2, 0).numpy()
-        # At the picture's size, so that the names of the classes can be read.
-        image = mmcv.imrescale(image, (PANEL_PIXELS, PANEL_PIXELS))
+        image = mmcv.imread(found.img_path, channel_order="rgb")
+        image = mmcv.imrescale(image, (PANEL_PIXELS, PANEL_PIXELS))  # so that the names of classes can be read
         drawn = []
         for part in (item["data_samples"].gt_sem_seg, found.pred_sem_seg):
             map_ = torch.nn.functional.interpolate(part.data[None].float().cpu(), image.shape[:2], mode="nearest")
             drawn.append(visualizer._draw_sem_seg(image, PixelData(data=map_[0].long()), **names))
-        paths.append(save_pair(*drawn, output / f"prediction-{number + 1}.png"))
-    return paths
+        yield drawn[0], drawn[1]
 
 
 def bare(model: nn.Module) -> Any:
@@ -150,13 +136,8 @@ def bare(model: nn.Module) -> Any:
 
 
 def _last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint of the run in `output`, None before the first.
-
-    mmengine notes its whole path, which after the folder was moved or copied is another run's, or nobody's.
-
-    Raises:
-        UserError: the file that is noted is not in the folder.
-    """
+    """The newest checkpoint of the run in `output`, None before the first; `UserError` when it is not there."""
+    # mmengine notes its whole path, which after the folder was moved or copied is another run's, or nobody's.
     noted = find_latest_checkpoint(str(output))
     if noted is None:
         return None
@@ -216,9 +197,3 @@ class _Watch(Hook):
     def after_val_epoch(self, _runner: Runner, *, metrics: dict[str, float]) -> None:
         self._evaluation.__exit__(None, None, None)
         self.metrics = dict(metrics)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
