@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from twist.contracts.errors import UsageError, did_you_mean
 
@@ -45,7 +46,7 @@ def identity_of(config: BaseModel) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
-        if _is_added(field) and value == field.json_schema_extra[_ADDED]:
+        if value == _introduced_as(field):
             del values[name]
         elif isinstance(value, BaseModel):
             values[name] = identity_of(value)
@@ -63,15 +64,16 @@ def read_stored(values: dict[str, Any], model: type[ConfigT]) -> ConfigT:
 def _with_added(values: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
     filled = dict(values)
     for name, field in model.model_fields.items():
-        if name not in filled and _is_added(field):
-            filled[name] = field.json_schema_extra[_ADDED]
+        if name not in filled and (introduced := _introduced_as(field)) is not ...:
+            filled[name] = introduced
         elif isinstance(filled.get(name), dict) and (sections := _models_in(model, name)):
             filled[name] = _with_added(filled[name], sections[0])
     return filled
 
 
-def _is_added(field: Any) -> bool:
-    return isinstance(field.json_schema_extra, dict) and _ADDED in field.json_schema_extra
+def _introduced_as(field: FieldInfo) -> Any:
+    extra = field.json_schema_extra
+    return extra.get(_ADDED, ...) if isinstance(extra, dict) else ...
 
 
 def load_config(

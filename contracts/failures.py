@@ -68,12 +68,9 @@ FAILURES = (
 )  # fmt: skip
 
 
-def describe(error: BaseException, kind: str | None = None, **remedies: str) -> str | None:
-    """One sentence for `error`, None where the table has none.
-
-    `kind` is given where the caller recognised the error by other means; `remedies`, by kind, replace the table's.
-    """
-    failure = next((one for one in FAILURES if (one.kind == kind if kind else one.matches(error))), None)
+def describe(error: BaseException, **remedies: str) -> str | None:
+    """One sentence for `error`, None where the table has none; `remedies`, by kind, replace the table's."""
+    failure = next((one for one in FAILURES if one.matches(error)), None)
     if failure is None:
         return None
     reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0].rstrip(".")

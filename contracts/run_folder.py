@@ -1,11 +1,8 @@
 """The folder of a run: who may write there, which run is in it, whether it is done.
 
-Pretraining, transfer, conversion and suites all keep results in folders that a user names, and share these rules: one
-process writes at a time, a folder with anything else in it is refused, a run goes on only as it was started, and what
-fails before it has begun leaves nothing behind.
-
-A transfer run describes itself in `run.json`: protocol, weights, data, seed, recipe, its state, and, once it is done,
-where its record is.
+The rules of all folders that a user names: one process writes at a time, a folder with anything else in it is refused,
+a run goes on only as it was started, what fails before it has begun leaves nothing behind. A transfer run describes
+itself in `run.json`: protocol, weights, data, seed, recipe, its state, and, once it is done, where its record is.
 """
 
 from __future__ import annotations
@@ -28,9 +25,6 @@ RUN_FILE, LOCK = "run.json", "lock"
 STARTED, RUNNING, DONE = "started", "running", "done"
 # What makes a transfer run this run, in the order in which a difference is named.
 IDENTITY = ("protocol", "weights.name", "weights.sha256", "weights", "data", "seed", "recipe")
-
-
-# ── One writer at a time ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def try_lock(path: Path, *, inherited: bool = False) -> int | None:
@@ -59,9 +53,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-# ── Whose folder it is ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def refuse_foreign(folder: Path, *, run_file: str = RUN_FILE, written: Sequence[str] = ("*",)) -> None:
@@ -103,22 +94,13 @@ def record_of(folder: Path, run: Mapping[str, Any], *, results: Path | None = No
 
 
 def refuse_second_start(folder: Path, run: Mapping[str, Any]) -> NoReturn:
-    """Refuse to start a transfer run where it is already; say whether it is done and what may be done with it."""
-    if run.get("state") != DONE:
-        refuse_unresumed(folder)
-    there = record_of(folder, run)
-    raise UserError(
-        f"{folder} holds this run, done (its record is {there or 'gone'}): pass --resume to print or make its record "
-        "again, --eval-only to measure it again, or choose another --output."
-    )
-
-
-def refuse_unresumed(folder: Path) -> NoReturn:
-    """Refuse to start a run anew where it has already begun."""
+    """Refuse to start a run anew in its own folder; say whether it is done and what may be done with it."""
+    if run.get("state") == DONE:
+        raise UserError(
+            f"{folder} holds this run, done (its record is {record_of(folder, run) or 'gone'}): pass --resume to print "
+            "or make its record again, --eval-only to measure it again, or choose another --output."
+        )
     raise UserError(f"{folder} already holds this run: pass --resume to continue it, or choose another --output.")
-
-
-# ── The same run, or another ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def refuse_other_run(folder: Path, before: Any, now: Any, *, first: Sequence[str] = ()) -> None:
@@ -163,9 +145,6 @@ def _nested(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(entry, (dict, list)) for entry in value)
 
 
-# ── Whole, or not there ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @contextlib.contextmanager
 def removed_on_failure(folder: Path) -> Iterator[None]:
     """Make `folder`; when what follows fails before the run is in state `running`, nothing is left behind."""
@@ -185,7 +164,7 @@ def removed_on_failure(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced_whole(folder: Path) -> Iterator[Path]:
-    """Yield a new folder next to `folder`, which takes its place when nothing fails; an older one goes only then."""
+    """Yield a new folder that takes the place of `folder` when nothing fails; an older one goes only then."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
     new.mkdir()

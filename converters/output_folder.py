@@ -37,34 +37,38 @@ def default_folder(checkpoint: Path, target: str) -> Path:
 
 def check(output: Path, checkpoint: Path) -> None:
     """`UserError` unless `output` is free, empty, or an earlier conversion that does not hold `checkpoint` itself."""
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise UserError(f"{output} is no folder of its own: choose another --output.")
-    if output.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise UserError(f"{output} is the folder you are in, or one above it: choose another --output.")
-    if output.resolve() in checkpoint.resolve().parents:
-        raise UserError(f"{checkpoint} lies in {output}, which would be replaced: choose another --output.")
-    others = sorted(path.name for path in output.iterdir() if path.name not in FILES) if output.exists() else []
-    if others or (output.exists() and any(output.iterdir()) and _earlier(output) is None):
-        what = f" (it holds {others[0]})" if others else ""
-        raise UserError(f"{output} exists and is no earlier conversion{what}: choose another --output.")
+    if not output.exists() and not output.is_symlink():
+        return
+    wrong = None
+    if output.is_symlink() or not output.is_dir():
+        wrong = "is no folder of its own"
+    elif output.resolve() in (Path.cwd(), *Path.cwd().parents):
+        wrong = "is the folder you are in, or one above it"
+    elif output.resolve() in checkpoint.resolve().parents:
+        wrong = f"would be replaced, and {checkpoint} lies in it"
+    elif others := sorted(path.name for path in output.iterdir() if path.name not in FILES):
+        wrong = f"exists and is no earlier conversion (it holds {others[0]})"
+    elif any(output.iterdir()) and not _source(output):
+        wrong = "exists and is no earlier conversion"
+    if wrong is not None:
+        raise UserError(f"{output} {wrong}: choose another --output.")
 
 
 def check_same_source(output: Path, checkpoint: Path, **source: str | None) -> None:
     """`UserError` when `output` is the conversion of another network: its sha256, layout and branch are compared."""
-    earlier = _earlier(output)
-    for what, ours in source.items() if earlier is not None else ():
-        theirs = earlier.get(what)
-        if theirs != ours:
+    earlier = _source(output)
+    for what, ours in source.items() if earlier else ():
+        if earlier.get(what) != ours:
             raise UserError(
-                f"{output} holds the conversion of another network ({what} {theirs}, file {earlier.get('file')}; "
-                f"{checkpoint.name} has {ours}): choose another --output, or remove that one."
+                f"{output} holds the conversion of another network ({what} {earlier.get(what)}, file "
+                f"{earlier.get('file')}; {checkpoint.name} has {ours}): choose another --output, or remove that one."
             )
 
 
-def _earlier(output: Path) -> dict[str, Any] | None:
-    """What the report of an earlier conversion in `output` says of its source; None when there is no such report."""
+def _source(output: Path) -> dict[str, Any]:
+    """What the report of an earlier conversion in `output` says of its source; empty when there is no such report."""
     try:
         report = json.loads((output / REPORT).read_text())
-        return report["source"] if {"sha256", "layout"} <= set(report["source"]) and "proof" in report else None
+        return report["source"] if {"sha256", "layout"} <= set(report["source"]) and "proof" in report else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}

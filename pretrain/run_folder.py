@@ -59,7 +59,7 @@ def prepare(folder: Path, config: PretrainConfig, *, resume: bool) -> None:
     if before is not None and begun:
         folders.refuse_other_run(folder, identity(before), identity(config))
         if not resume:
-            folders.refuse_unresumed(folder)
+            folders.refuse_second_start(folder, {})
     (folder / "checkpoints").mkdir(exist_ok=True)
     checkpoint.clean(folder / "checkpoints")
     files.write_json(folder / CONFIG, config.model_dump(mode="json"))

@@ -160,7 +160,7 @@ def test_a_report_of_somebody_else_makes_no_conversion(artefact: Path, tmp_path:
     with pytest.raises(UserError, match=r"is no earlier conversion \(it holds notes\.txt\)"):
         convert(artefact, target="torchvision", output=tmp_path / "out", verify=False)
     (tmp_path / "out" / "notes.txt").unlink()
-    with pytest.raises(UserError, match=r"lies in .*out, which would be replaced"):
+    with pytest.raises(UserError, match=r"out would be replaced, and .*lies in it"):
         convert(done.weights, target="torchvision", output=tmp_path / "out", verify=False)
     assert done.weights.is_file()
 

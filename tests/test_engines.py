@@ -46,7 +46,9 @@ def _toy_module() -> ModuleType:
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Protocol:
-    row = Protocol("toy-count", "toy", "segmentation", "x", ("voc2012-aug",), ("miou_percent",), 0, "count", "sample")
+    row = Protocol(
+        "toy-count", "toy", "segmentation", "x", ("voc2012-aug",), ("miou_percent",), 0, "count", 1.0, "sample"
+    )
     monkeypatch.setitem(sys.modules, "toy_engine", _toy_module())
     monkeypatch.setitem(all_engines(), "toy", TOY)
     monkeypatch.setitem(PROTOCOLS, row.name, row)
@@ -300,7 +302,7 @@ def test_supervised_weights_may_be_frozen_and_vits_are_refused(name: str, user: 
     assert user.resolve(FACTS[name].protocol, frozen, method="supervised").reduced
     request, made = user.ask(FACTS[name].protocol)
     vit = made.header.model_copy(update={"architecture": "vit_small_patch16", "stem": "patch16"})
-    with pytest.raises(UserError, match="vit_small_patch16 is no backbone of an"):
+    with pytest.raises(UserError, match="vit_small_patch16 is no backbone of"):
         user.engine.resolve(request, Weights(vit, made.file, made.overlay))
     with pytest.raises(UsageError, match="Several processes need GPUs"):
         user.resolve(FACTS[name].protocol, "nodes=2", "master=localhost:1")

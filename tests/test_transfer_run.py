@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,15 @@ from twist.contracts.record import find_records, read_record
 from twist.contracts.weights import Backbone, write_backbone
 from twist.transfer.curves import Curves
 from twist.transfer.end import render_end
+from twist.transfer.engines import all_engines
+from twist.transfer.identity import identify_data
 from twist.transfer.pictures import plot_losses, save_pairs
 from twist.transfer.preflight import check_data
 from twist.transfer.protocols import PROTOCOLS, find_protocol
-from twist.transfer.request import Controls, split_overrides
+from twist.transfer.request import Controls, Result, split_overrides
 from twist.transfer.run import default_output, find_weights, transfer
+
+STORED = Path(__file__).resolve().parent / "stored" / "transfer"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is said before anything runs
@@ -268,7 +274,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tree, tmp_path) -> None:
     assert str(junk) in attempt(weights=str(junk))
     assert "There is no weights file" in attempt(weights="absent.pth")
     assert "has no key optim" in attempt(overrides=("optim.lr=1",))
-    assert "is no backbone of an FCN recipe" in attempt(overrides=("architecture=vit_small_patch16",))
+    assert "vit_small_patch16 is no backbone of voc12aug-fcn-d16-30k" in attempt(
+        overrides=("architecture=vit_small_patch16",)
+    )
     assert "holds no run to evaluate" in attempt(eval_only=True)
     assert "this machine shows" in attempt(gpus=99)
     assert "this machine shows" in attempt(gpus=-1)
@@ -427,6 +435,58 @@ def test_random_weights_of_another_network_have_a_folder_of_their_own(knn, tmp_p
     knn("architecture=resnet18")
     (record,) = find_records([tmp_path / "runs" / "knn" / "random-resnet18-seed0" / "results"])
     assert read_record(record).recipe["architecture"] == "resnet18"
+
+
+@pytest.mark.parametrize(
+    ("stored", "make_data", "overrides", "other"),
+    [
+        (
+            "knn",
+            write_tree,
+            ("architecture=resnet18", *QUICK_KNN),
+            ("neighbours=3", "recipe.neighbours was 20 and is 3"),
+        ),
+        pytest.param(
+            PROTOCOL,
+            make_voc_segmentation,
+            ("architecture=resnet18", *QUICK),
+            ("optim_wrapper.optimizer.lr=1.0", "lr was 0.0015 and is 1.0"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_run_folder_of_an_earlier_version_is_the_same_run(
+    stored, make_data, overrides, other, tmp_path, monkeypatch
+) -> None:
+    """`tests/stored/transfer` was made at commit 9b5e91f, stopped before the first step."""
+    make_data(tmp_path / "data")
+    row, out = find_protocol(stored), tmp_path / "run"
+    shutil.copytree(STORED / stored, out)
+    run = json.loads((out / "run.json").read_text())
+    # The sizes of the tree's pictures are Pillow's.
+    (out / "run.json").write_text(json.dumps({**run, "data": identify_data(row, tmp_path / "data")}))
+    program = all_engines()[row.engine].load()
+    monkeypatch.setattr(program, "run", lambda _, __, plan: Result(dict.fromkeys(row.metrics, 1.0), plan.recipe))
+
+    def go_on(*more: str, **options):
+        given = {"weights": "random", "data": tmp_path / "data", "gpus": 0, "resume": True, **options}
+        return transfer(stored, overrides=[*overrides, *more], output=out, **given)
+
+    with pytest.raises(UserError, match=re.escape(other[1])):
+        go_on(other[0])
+    with pytest.raises(UserError, match="seed was 0 and is 1"):
+        go_on(seed=1)
+    record = go_on()
+    assert {key: record.recipe[key] for key in run["recipe"]} == run["recipe"]
+
+
+def test_the_record_of_a_run_that_an_earlier_version_finished_is_taken(knn, tmp_path) -> None:
+    shutil.copytree(STORED / "knn-done", tmp_path / "out")
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    run["data"] = identify_data(find_protocol("knn"), tmp_path / "data")
+    (tmp_path / "out" / "run.json").write_text(json.dumps(run))
+    record = knn("architecture=resnet18", output=tmp_path / "out", resume=True)
+    assert record == read_record(tmp_path / "out" / run["record"])
 
 
 def test_a_run_that_is_done_is_not_measured_again_by_a_resume(knn, tmp_path, capsys) -> None:

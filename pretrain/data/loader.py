@@ -214,7 +214,10 @@ class ViewLoader:
                 "lower data.workers, or give the container more (docker run --shm-size), then start again with "
                 "--resume; a smaller run.batch_size, in a new run, takes less too"
             )
-            raise UserError(describe(error, "worker", worker=remedy)) from None
+            lost = RuntimeError(
+                f"DataLoader worker: {str(error) or type(error).__name__}"
+            )  # a torn pipe looks like any
+            raise UserError(describe(lost, worker=remedy)) from None
 
     def _worker_is_dead(self) -> bool:
         workers = getattr(getattr(self._loader, "_iterator", None), "_workers", [])

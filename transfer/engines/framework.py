@@ -88,7 +88,7 @@ class FrameworkConfig(ABC):
         return []
 
 
-def resolve(run: FrameworkConfig, request: Request, weights: Weights) -> Resolved:
+def resolve(read: Callable[[Request, Weights], FrameworkConfig], request: Request, weights: Weights) -> Resolved:
     """Config, plan and recipe of `request`; nothing is built and nothing is written.
 
     Order, later wins: the framework's config, ours, the weights' overlay, the linear rule, `key=value` overrides (taken
@@ -96,7 +96,14 @@ def resolve(run: FrameworkConfig, request: Request, weights: Weights) -> Resolve
 
     Raises:
         UsageError: an override that does not fit, a batch that does not divide, frozen batch norm.
+        UserError: a ViT, for which these recipes are not made.
     """
+    if weights.header.is_vit:
+        raise UserError(
+            f"{weights.header.display_name} is no backbone of {request.protocol.name}: use linear, knn or "
+            "finetune-100pct for ViTs, or a ResNet."
+        )
+    run = read(request, weights)
     processes, reference, controls = request.processes, run.reference, request.controls
     published = run.schedule(processes=reference or 1)
     rule = recipe.choose_rule(processes=processes, reference=reference, keep_batch=controls.keep_batch)
@@ -152,21 +159,9 @@ def _check(run: FrameworkConfig, planned: Schedule, request: Request, weights: W
         raise UsageError("A run needs at least one iteration.")
 
 
-def refuse_vit(weights: Weights, *, recipe: str) -> None:
-    """`UserError` for a ViT: the recipes are of ResNets."""
-    if weights.header.is_vit:
-        raise UserError(
-            f"{weights.header.display_name} is no backbone of {recipe} here: use linear, knn or finetune-100pct for "
-            "ViTs, or a ResNet."
-        )
-
-
 def prove_loaded(title: str, tensors: Mapping[str, Any], state: Mapping[str, Any], *, expected: set[str]) -> None:
-    """Every one of `tensors` is in a model's `state` bit for bit, as or at the end of one name, and fills `expected`.
-
-    Raises:
-        UserError: the framework skipped something (it would only print a warning).
-    """
+    """`UserError` unless all `tensors` are in a model's `state` bit for bit, as or at the end of a name, and no name of
+    `expected` is left over: the frameworks only print a warning."""
     import torch
 
     filled, wrong = set(), []
@@ -213,9 +208,6 @@ class TrainingLog:
 
     def close(self) -> None:
         self._curves.close()
-
-
-# ── From the workers of a run to its caller, through the run folder ───────────────────────────────────────────────────
 
 
 def require_finished(output: Path, *, done: int, of: int) -> None:

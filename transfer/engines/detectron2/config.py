@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import warnings
 from typing import IO, Any, ClassVar
@@ -16,7 +17,7 @@ from twist.transfer.engines import framework
 from twist.transfer.engines.detectron2 import ENGINE
 from twist.transfer.engines.framework import FrameworkConfig
 from twist.transfer.recipe import Schedule, Tree
-from twist.transfer.request import Request, Resolved, Weights
+from twist.transfer.request import Request, Weights
 
 with warnings.catch_warnings():
     # It imports pkg_resources, which complains about itself, in every worker again.
@@ -119,7 +120,4 @@ class Detectron2Config(FrameworkConfig):
         config.freeze()
 
 
-def resolve(request: Request, weights: Weights) -> Resolved:
-    """Config, plan and recipe of `request`: see `framework.resolve`."""
-    framework.refuse_vit(weights, recipe="an R-CNN recipe")
-    return framework.resolve(Detectron2Config(request, weights), request, weights)
+resolve = functools.partial(framework.resolve, Detectron2Config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -17,7 +18,7 @@ from twist.transfer.engines import framework
 from twist.transfer.engines.framework import FrameworkConfig
 from twist.transfer.engines.mmseg import ENGINE
 from twist.transfer.recipe import TOLERANCE, Schedule, Tree
-from twist.transfer.request import Request, Resolved, Weights
+from twist.transfer.request import Request, Weights
 
 # Where the installed MMSegmentation keeps its own configs; ours name it in `_base_` through this variable.
 BASES_VARIABLE = "MMSEG_CONFIGS"
@@ -163,7 +164,4 @@ class MMSegConfig(FrameworkConfig):
         config.resume = request.resume
 
 
-def resolve(request: Request, weights: Weights) -> Resolved:
-    """Config, plan and recipe of `request`: see `framework.resolve`."""
-    framework.refuse_vit(weights, recipe="an FCN recipe")
-    return framework.resolve(MMSegConfig(request, weights), request, weights)
+resolve = functools.partial(framework.resolve, MMSegConfig)

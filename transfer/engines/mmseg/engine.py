@@ -48,6 +48,7 @@ _METRICS = {"miou_percent": "mIoU", "macc_percent": "mAcc", "aacc_percent": "aAc
 def run(request: Request, weights: Weights, resolved: Resolved) -> Result:
     """Train and evaluate by `resolved`; files go to `request.output`. `UserError` for what is nobody's bug."""
     resolved.config.dump(request.output / "config.py")
+    assert weights.file is not None
     with raise_reported(request.output):
         if request.processes == 1:
             _worker(0, request, weights.file, None)
