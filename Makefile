@@ -1,10 +1,11 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both install first, into .venv, without root.
 #
 #   make install        .venv with everything locked in requirements.lock, Detectron2 and this project
-#   make demo           the whole chain on the built-in sample (FAST=1: two minutes instead of ten)
+#   make demo           the whole chain on the built-in sample (FAST=1: a quarter of the time)
 #   make demo-photos    the same on real photographs and cut-outs (from Debian packages, into your cache)
-#   make check          format, lint, types, fast tests, tables that are not stale (two minutes)
-#   make test           every test, with an end-to-end run through both frameworks (twelve minutes)
+#   make check          format, lint, types, fast tests, tables that are not stale (100 seconds on two cores)
+#   make test           every test of a clone, with an end-to-end run through both frameworks (twelve minutes)
+#   make test-all       what needs more: the wheel, from the package registry into empty environments
 #   make bench          the programs behind every performance figure
 #   make lock           requirements.lock again, from pyproject.toml
 
@@ -19,15 +20,17 @@ INSTALLED := $(VENV)/.installed
 unexport PYTHONDONTWRITEBYTECODE
 export MPLBACKEND ?= Agg
 # Two pytest workers with one thread each: two threads each would fight for the cores.
-check test: export OMP_NUM_THREADS ?= 1
+check test test-all: export OMP_NUM_THREADS ?= 1
+# Marks of the tests that need more than a clone; `make test-all` alone runs them.
+MORE := install
 
 # mypy does not follow setuptools' package-dir, so it gets a folder in which the rooms lie as they are imported.
-ROOMS := contracts catalog pretrain converters transfer compare
+ROOMS := contracts $(wildcard measure) catalog pretrain converters transfer compare
 define types
 @rm -rf .types && mkdir -p .types/twist && ln -s $(abspath $(wildcard twist/*.py) $(ROOMS)) .types/twist/
 endef
 
-.PHONY: install demo demo-photos check test bench lock format clean
+.PHONY: install demo demo-photos check test test-all bench lock format clean
 
 install: $(INSTALLED)
 
@@ -43,7 +46,7 @@ $(INSTALLED): requirements.lock pyproject.toml $(wildcard third_party/detectron2
 	  || $(UV) pip install --python $(BIN)/python --quiet --compile-bytecode --no-deps ./third_party/detectron2
 	$(UV) pip install --python $(BIN)/python --quiet --no-deps --editable .
 	@# What numba compiles is kept; the first run and the tests' processes, all at once, would each spend seconds on it.
-	-$(BIN)/python -c 'from twist.pretrain import photometric_cpu; photometric_cpu.compile_it()'
+	-$(BIN)/python -c 'from twist.pretrain.data import photometric_cpu; photometric_cpu.compile_it()'
 	@touch $@
 
 demo: install
@@ -57,14 +60,17 @@ check: install
 	$(BIN)/ruff check .
 	$(types)
 	MYPYPATH=.types $(BIN)/mypy -p twist
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 -m "not (slow or $(MORE))"
 	$(BIN)/python -m twist compare --check README.md
 	$(BIN)/python -m twist compare --check results/README.md
 	$(BIN)/python -m benchmarks.summary --check README.md
 	$(BIN)/python -m benchmarks.summary --check benchmarks/README.md
 
 test: install
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 -m "not ($(MORE))"
+
+test-all: install
+	$(BIN)/pytest -m "$(MORE)"
 
 bench: install
 	$(BIN)/python -m benchmarks

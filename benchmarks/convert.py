@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.side_by_side import Times, heading, table, write
-from twist.converters.manifest import Geometry, shapes_of
+from twist.contracts.networks import meta_tensors
 
 TARGETS = ("detectron2", "mmseg")
 # Peak and current resident memory in bytes; Linux's own counters, as `resource` cannot be reset.
@@ -82,7 +82,8 @@ def figures(*, rounds: int, proof_rounds: int) -> dict[str, Any]:
 def _write_resnet50(file: Path) -> int:
     generator = torch.Generator().manual_seed(0)
     state = {}
-    for name, shape in shapes_of(Geometry("resnet50")).items():
+    for name, empty in meta_tensors("resnet50").items():
+        shape = empty.shape
         if name.endswith("num_batches_tracked"):
             state[name] = torch.tensor(1)
         elif len(shape) == 4:

@@ -28,13 +28,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from benchmarks.side_by_side import heading, rates_a_core, rates_table, write
+from benchmarks.side_by_side import heading, rates_table, write
 from tests.photographs import write_folder
 from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD
 from twist.pretrain.config import DataConfig, ViewsConfig
 from twist.pretrain.data.loader import BUFFERS
-from twist.pretrain.data.source import open_images
-from twist.pretrain.data.view_maker import Request, ViewMaker
+from twist.pretrain.data.preview import rates_a_core
+from twist.pretrain.data.source import Request, open_images
+from twist.pretrain.data.view_maker import ViewMaker
 
 BATCH = 8
 Transform = Callable[[bytes], list[Tensor]]

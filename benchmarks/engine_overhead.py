@@ -27,6 +27,7 @@ from benchmarks.side_by_side import heading, write
 from twist.catalog.sample.make import make_sample
 from twist.contracts.networks import build_backbone
 from twist.contracts.weights import Backbone
+from twist.converters.targets import TARGETS
 from twist.transfer.engines.framework import frameworks_quiet
 from twist.transfer.protocols import find_protocol
 from twist.transfer.request import Controls, Request, Weights
@@ -85,8 +86,9 @@ def _spread(rates: list[float]) -> dict[str, float]:
 def _request(name: str, arguments: argparse.Namespace, folder: Path, writer: Any) -> tuple[Request, Weights]:
     torch.manual_seed(0)
     header = Backbone(architecture="resnet18", method="random")
-    overlay = folder / writer.overlay_name(header)
-    overlay.write_text(writer.overlay_text(header))
+    name_of_settings, text = writer.settings(header)
+    overlay = folder / name_of_settings
+    overlay.write_text(text)
     writer.write(folder / "weights.pth", build_backbone("resnet18").state_dict(), header)
     controls = Controls(iterations=arguments.iterations + WARM_UP)
     request = Request(find_protocol(name), arguments.data, folder, gpus=arguments.gpus, controls=controls)
@@ -94,7 +96,6 @@ def _request(name: str, arguments: argparse.Namespace, folder: Path, writer: Any
 
 
 def _detectron2(arguments: argparse.Namespace, is_ours: bool) -> float:
-    from twist.converters.targets import detectron2
 
     with _folder() as folder, frameworks_quiet(folder / "log.txt"):
         from detectron2.engine import DefaultTrainer, HookBase
@@ -111,7 +112,7 @@ def _detectron2(arguments: argparse.Namespace, is_ours: bool) -> float:
                 if self.trainer.iter + 1 == self.trainer.max_iter:
                     self.wall_s = time.perf_counter() - self.began
 
-        asked = _request("sample-coco-mrcnn-fpn", arguments, folder, detectron2)
+        asked = _request("sample-coco-mrcnn-fpn", arguments, folder, TARGETS["detectron2"])
         config = engine.resolve(*asked).config.clone()
         config.defrost()
         config.DATASETS.TEST = ()
@@ -130,7 +131,6 @@ def _detectron2(arguments: argparse.Namespace, is_ours: bool) -> float:
 
 
 def _mmseg(arguments: argparse.Namespace, is_ours: bool) -> float:
-    from twist.converters.targets import mmseg
 
     with _folder() as folder, frameworks_quiet():
         from mmengine.hooks import Hook
@@ -151,7 +151,7 @@ def _mmseg(arguments: argparse.Namespace, is_ours: bool) -> float:
 
         register_all_modules(init_default_scope=False)
         init_default_scope("mmseg")
-        request, weights = _request("sample-voc-fcn-d8", arguments, folder, mmseg)
+        request, weights = _request("sample-voc-fcn-d8", arguments, folder, TARGETS["mmseg"])
         config = engine.resolve(request, weights).config
         for key in ("val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg"):
             config[key] = None

@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
-from benchmarks.side_by_side import heading, rates_a_core, rates_table, write
+from benchmarks.side_by_side import heading, rates_table, write
 from tests.photographs import write_folder
 from twist.catalog.labelled import read_split
+from twist.pretrain.data.preview import rates_a_core
 from twist.transfer.engines.imagenet.dataset import Batches
 from twist.transfer.engines.imagenet.recipes import load_recipe
 

@@ -21,9 +21,8 @@ from torch._dynamo.utils import counters
 from benchmarks import step
 from twist.contracts.networks import ResNet
 from twist.pretrain.config import PretrainConfig
-from twist.pretrain.model import build_model
-from twist.pretrain.precision import autocast, precision_on
-from twist.pretrain.train import in_layout
+from twist.pretrain.model import build_model, in_layout
+from twist.pretrain.plan import autocast, precision_on
 
 BLOCK_WEIGHT = 0.1
 # Largest relative differences in float32 without TF32. Two memory layouts on a CPU, which sum in other orders, were

@@ -25,8 +25,8 @@ from benchmarks.side_by_side import measure
 from twist.contracts.weights import IMAGENET_STD
 from twist.pretrain.config import PretrainConfig
 from twist.pretrain.data import photometric
-from twist.pretrain.data.source import open_images
-from twist.pretrain.data.view_maker import Made, Request, ViewMaker, finish_on_cpu
+from twist.pretrain.data.source import Request, open_images
+from twist.pretrain.data.view_maker import Made, ViewMaker, finish_on_cpu
 from twist.pretrain.train import pretrain
 
 # Read as a file: `tests` is no package, and a machine may have an installed one of that name.
@@ -49,7 +49,7 @@ def check_photometric(device: torch.device, tiny: bool) -> dict[str, Any]:
         )
         made = _made(config)
     apart: list[float] = []
-    expected = finish_on_cpu(made.groups, made.records, batch=batch)
+    expected = finish_on_cpu(made)
     for group, part, right in zip(*_on(device, made), expected):
         photometric.apply(group, part)  # the first call copies constants to the device, which waits
         if device.type == "cuda":

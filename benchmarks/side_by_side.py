@@ -50,25 +50,6 @@ def ratio(times: Mapping[str, Times], *, of: str, to: str) -> float:
     return times[of].median_s / times[to].median_s
 
 
-def rates_a_core(
-    alternatives: Mapping[str, Callable[[], Any]], *, count: int, rounds: int, warm_up: int = 1
-) -> dict[str, Any]:
-    """Images over the CPU seconds of this process, for calls that each make `count` images: median and spread."""
-    rates: dict[str, list[float]] = {name: [] for name in alternatives}
-    for number in range(warm_up + rounds):
-        for name, work in alternatives.items():
-            began = time.process_time()
-            work()
-            if number >= warm_up:
-                rates[name].append(count / (time.process_time() - began))
-    return {
-        "images_per_s_core": {name: statistics.median(values) for name, values in rates.items()},
-        "spread": {name: [min(values), max(values)] for name, values in rates.items()},
-        "images": count,
-        "rounds": rounds,
-    }
-
-
 def rates_table(found: Mapping[str, Any]) -> str:
     spread, n = found["spread"], found["rounds"]
     return "\n".join(

@@ -3,7 +3,7 @@
     python -m benchmarks.small_views [--size 32] [--batch 128] [--json FILE]
 
 Forward and backward of a ResNet-18: torchvision's in float32 and in bfloat16, and ours (`contracts/networks.py`,
-`Conv3x3`) in both. On a processor without bfloat16 instructions that is float32 too (`pretrain/precision.py`).
+`Conv3x3`) in both. On a processor without bfloat16 instructions that is float32 too (`pretrain/plan.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torchvision.models import resnet18
 
 from benchmarks.side_by_side import heading, measure, ratio, table, write
 from twist.contracts.networks import build_backbone
-from twist.pretrain.precision import Precision, autocast, precision_on
+from twist.pretrain.config import Precision
+from twist.pretrain.plan import autocast, precision_on
 
 CPU = torch.device("cpu")
 

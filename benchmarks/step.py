@@ -23,13 +23,12 @@ from benchmarks.side_by_side import heading, measure, ratio, table, write
 from twist.contracts import files
 from twist.contracts.config import validate
 from twist.pretrain.config import PretrainConfig
-from twist.pretrain.model import Twist, build_model
+from twist.pretrain.model import Twist, build_model, in_layout
 from twist.pretrain.monitor import observe
 from twist.pretrain.optim import set_rates
-from twist.pretrain.plan import resolve
-from twist.pretrain.precision import autocast, precision_on
+from twist.pretrain.plan import Plan, autocast, precision_on
 from twist.pretrain.run import Run
-from twist.pretrain.train import in_layout, objective
+from twist.pretrain.train import objective
 
 IMAGENET_IMAGES = 1_281_167  # the training set's size; only schedules depend on it
 LONGEST_SEARCH = 20  # steps in which a loss scaler that starts at 2^16 must have found a scale without an overflow
@@ -59,8 +58,8 @@ def random_views(config: PretrainConfig, device: torch.device) -> list[Tensor]:
 
 
 def build_run(config: PretrainConfig, device: torch.device) -> Run:
-    plan = resolve(config, images=IMAGENET_IMAGES, world_size=1, device=device)
-    return Run.build(config, plan, Path("unused"), device=device)
+    plan = Plan(config, images=IMAGENET_IMAGES, world_size=1, device=device)
+    return Run(config, plan, Path("unused"), device=device)
 
 
 def our_step(
@@ -71,14 +70,13 @@ def our_step(
     plan = run.plan
 
     def step() -> Tensor:
-        set_rates(run.optimizer, lr=plan.schedule.lr, weight_decay=config.optim.weight_decay)
+        set_rates(run.optimizer, lr=plan.lr, weight_decay=config.optim.weight_decay)
         with autocast(device, config.run.precision):
-            loss = objective(
-                run.student, None, in_layout(views, config), config=config, stage="mutual_information", quantile=0.0
-            )
+            logits = run.student(in_layout(views, config))
+            loss = objective(logits, None, config.loss, stage="mutual_information", quantile=0.0)
         norm = run.learn(loss.total)
         skipped = {"nonfinite_steps": run.guard.total, "nonfinite_streak": run.guard.streak}
-        return observe(loss.logits, {**loss.terms, "gradient_norm": norm, **skipped})
+        return observe(logits, {**loss._asdict(), "gradient_norm": norm, **skipped}).numbers
 
     return step
 

@@ -1,13 +1,30 @@
-"""The two errors that are the user's to mend: one plain sentence each, with a remedy, and an exit status."""
+"""Errors that the user can correct: one plain sentence each, with a remedy, and an exit status."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import Final
+
+from twist.contracts.machine import DETECTRON2
+
+# Import names of what each extra of pyproject.toml installs, as far as a command cannot do without it.
+EXTRAS: Final[dict[str, tuple[str, ...]]] = {
+    "convert": ("torch", "torchvision", "timm", "safetensors", "PIL", "yaml"),
+    "pretrain": ("torch", "torchvision", "timm", "safetensors", "PIL", "fvcore", "numba", "matplotlib", "sklearn"),
+    "compare": ("scipy", "jinja2", "tabulate"),
+    "transfer": ("torch", "torchvision", "timm", "safetensors", "PIL", "fvcore", "matplotlib", "sklearn", "scipy"),
+    "hub": ("datasets",),
+}
+# Packages that only some commands of an extra need.
+PARTS: Final = {"tensorboard": "pretrain", "submitit": "pretrain"} | dict.fromkeys(
+    ("mmseg", "mmcv", "mmengine", "pycocotools", "cityscapesscripts", "torchmetrics"), "transfer"
+)
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message says what, where and what to do; the command line prints it alone."""
+    """Something the user can correct. The message says what, where and what to do; the command line prints it alone."""
 
     exit_status = 1
 
@@ -27,3 +44,30 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near:
         return " Did you mean {}?".format(" or ".join(f'"{choice}"' for choice in near))
     return f" Known: {', '.join(choices)}." if choices else ""
+
+
+def require(extra: str, *packages: str) -> None:
+    """Look, without importing them, for `packages` (default: all that commands of `extra` need).
+
+    Raises:
+        UserError: one is missing; the message has the command that installs it.
+    """
+    for name in packages or EXTRAS[extra]:
+        if find_spec(name) is None:
+            raise UserError(f"{name} is not installed: {install_command(name, extra)}")
+
+
+def install_command(package: str, extra: str | None = None) -> str:
+    """The command that installs `package` (an import name), as a part of `extra` where several have it; "" for a
+    package that is not among ours."""
+    if package == "detectron2":
+        return f'pip install "{DETECTRON2}"'
+    extra = extra or PARTS.get(package) or next((name for name, held in EXTRAS.items() if package in held), None)
+    return f'pip install "twist-suite[{extra}]"' if extra else ""
+
+
+def missing_package(error: Exception) -> UserError | None:
+    """The sentence for a `ModuleNotFoundError` of a package that one of our extras installs."""
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    command = install_command(package) if isinstance(error, ModuleNotFoundError) else ""
+    return UserError(f"{package} is not installed: {command}") if command else None

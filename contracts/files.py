@@ -32,15 +32,10 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes(target: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `target` atomically."""
-    with atomic_path(target) as temporary:
-        temporary.write_bytes(data)
-
-
 def write_text(target: str | os.PathLike[str], text: str) -> None:
     """Write `text` to `target` as UTF-8, atomically."""
-    write_bytes(target, text.encode())
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(text.encode())
 
 
 def write_json(target: str | os.PathLike[str], value: Any) -> None:

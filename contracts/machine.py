@@ -1,6 +1,6 @@
-"""What this machine can do and what is installed: the one place that asks, so that a test can give the other answer.
+"""What this machine can do and what is installed: the one place that asks, so that a test can replace the answer.
 
-Nothing here imports torch by itself but `cpu_has_bf16`, which needs it.
+Only `cpu_has_bf16` imports torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+# The folder that holds the rooms: the top of a clone, or `twist` in site-packages.
+_TOP = Path(__file__).resolve().parent.parent
+CLONE = _TOP if (_TOP / "pyproject.toml").is_file() else None
+# Builds Detectron2 from the package registry; a part of the wheel, too.
+DETECTRON2 = _TOP / "third_party" / "detectron2"
 SHARED_MEMORY = Path("/dev/shm")
 # Instructions that multiply bfloat16 numbers, as `torch.cpu.get_capabilities` calls them.
 _NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
@@ -63,34 +68,22 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "detectron2",
-    "onedl-mmsegmentation",
-    "onedl-mmengine",
-    "mmsegmentation",
-    "numpy",
-    "numba",
-)
+# Distributions whose versions a record keeps.
+FRAMEWORKS = ("detectron2", "onedl-mmsegmentation", "onedl-mmengine", "mmsegmentation")
+PACKAGES = ("torch", "torchvision", "timm", *FRAMEWORKS, "numpy", "numba")
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, with `+changes` when the tree differs from it; None outside a checkout."""
-    folder = Path(__file__).resolve().parent
+    """The commit of this clone, with `+changes` when the tree differs from it; None where it is installed."""
 
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=CLONE, capture_output=True, text=True, check=True).stdout.strip()
 
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
+    try:
+        changes = "+changes" if CLONE and git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("rev-parse", "HEAD") + changes if CLONE else None
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def software() -> dict[str, str]:

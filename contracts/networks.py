@@ -7,6 +7,7 @@ protocols read their features. `B` images, `D` features.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Final, Literal
 
@@ -15,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet as tv
 
+from twist.contracts import rename
 from twist.contracts.errors import UserError
-from twist.contracts.weights import ARCHITECTURES, RESNETS, VITS, Backbone
+from twist.contracts.rename import Table
+from twist.contracts.weights import ARCHITECTURES, RESNETS, VITS, Backbone, difference
 
 # timm's names of the ViTs.
 _VITS = {name: f"{name}_224" for name in VITS}
@@ -121,17 +124,19 @@ def network_of(header: Backbone, tensors: Mapping[str, Tensor] | None = None) ->
 
 def load_exactly(network: nn.Module, tensors: Mapping[str, Tensor], *, name: str) -> None:
     """Load `tensors` into `network`; `UserError` unless names and shapes agree one to one."""
-    expected = network.state_dict()
-    missing = sorted(expected.keys() - tensors.keys())
-    extra = sorted(tensors.keys() - expected.keys())
-    misshapen = sorted(k for k in expected.keys() & tensors.keys() if expected[k].shape != tensors[k].shape)
-    if missing or extra or misshapen:
-        first = (missing or extra or misshapen)[0]
+    reason = difference(network.state_dict(), tensors, values=False)
+    if reason is not None:
         raise UserError(
-            f"These weights are not {name}: {len(missing)} tensors missing, {len(extra)} extra, {len(misshapen)} of "
-            f"another shape (first: {first}). `twist inspect` says which architecture a file holds."
+            f"These weights are not {name}: {reason}. `twist inspect` says which architecture a file holds."
         )
     network.load_state_dict(dict(tensors), strict=True)
+
+
+@functools.cache
+def meta_tensors(architecture: str, *, width: int = 1, image_size: int | None = None) -> dict[str, Tensor]:
+    """A backbone's state dict on torch's meta device: every name and shape, in order, without values."""
+    with torch.device("meta"):
+        return build_backbone(architecture, width=width, image_size=image_size or 224).state_dict()
 
 
 def stage_features(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -187,18 +192,35 @@ def _same_padding(x: Tensor, kernel: int, stride: int) -> tuple[int, int, int, i
     return (*one(x.shape[-1]), *one(x.shape[-2]))
 
 
-# Module prefixes of published checkpoints → the names here. Their number 3 is a dropout that ours does without; early
-# files call the last two layers `cls_heads`.
-PUBLISHED_NAMES: Final = {
-    "projection_heads.projection_head.0.": "hidden.0.",
-    "projection_heads.projection_head.1.": "hidden.1.",
-    "projection_heads.projection_head.4.": "hidden.3.",
-    "projection_heads.projection_head.5.": "hidden.4.",
-    "projection_heads.last_linear.": "output.",
-    "projection_heads.norm.": "norm.",
-    "projection_heads.cls_heads.0.0.": "output.",
-    "projection_heads.cls_heads.0.1.": "norm.",
+# Modules of TWIST's head, layer and norm in turn: of the published code (its number 3 is a dropout), of its early files
+# and of ours.
+_HEAD: Final = "head.output head.norm head.hidden.0 head.hidden.1 head.hidden.3 head.hidden.4"
+_PUBLISHED_HIDDEN: Final = " ".join(f"projection_heads.projection_head.{index}" for index in (0, 1, 4, 5))
+_HEAD_PATHS: Final = {
+    "twist-published": f"projection_heads.last_linear projection_heads.norm {_PUBLISHED_HIDDEN}",
+    "twist-early": f"projection_heads.cls_heads.0.0 projection_heads.cls_heads.0.1 {_PUBLISHED_HIDDEN}",
+    "twist": _HEAD,
 }
+_KINDS: Final[tuple[rename.Kind, ...]] = ("linear", "norm") * 3
+HEAD_TABLES: Final = tuple(
+    Table(name, tuple(zip(_KINDS, paths.split(), _HEAD.split()))) for name, paths in _HEAD_PATHS.items()
+)
+
+
+def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a TWIST network, this suite's or the published code's, under the names `backbone.…`, `head.…`.
+
+    Raises:
+        RenameError: it holds a tensor that is neither the backbone's nor the head's.
+    """
+    bare = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    backbone = {name: tensor for name, tensor in bare.items() if name.startswith("backbone.")}
+    head = {name: tensor for name, tensor in bare.items() if name not in backbone}
+    found = [table for table in HEAD_TABLES if any(name in head for name in table.anchors)]
+    table = found[0] if found else HEAD_TABLES[-1]
+    return {**backbone, **rename.apply(rename.inwards(table, head), head)}
+
+
 _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 

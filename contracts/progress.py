@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
-# Whoever runs several long pieces in one process (the demo) listens here: title, done, total, elapsed seconds.
+# Called at each step with title, done, total and elapsed seconds (`twist demo` shows them).
 Listener = Callable[[str, int, int | None, float], None]
 listeners: list[Listener] = []
 
@@ -83,27 +83,21 @@ class Progress:
         elapsed = now - self._began
         rate = (self.done - self._first) / elapsed if elapsed > 0 else 0.0
         total = "" if self.total is None else f"/{self.total}"
-        left = (
-            "" if final or self.total is None or rate == 0 else f", {_duration((self.total - self.done) / rate)} left"
-        )
-        values = _text(self._values)
-        print(
-            f"{self.title}: {self.done}{total} {self.unit}s, {_rate(rate)} {self.unit}s/s, {_duration(elapsed)}{left}"
-            + (f" | {values}" if values else ""),
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"{self.title}: {self.done}{total} {self.unit}s, "
+        line += f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+        line += f" {self.unit}s/s, {duration(elapsed)}"
+        if not final and self.total is not None and rate > 0:
+            line += f", {duration((self.total - self.done) / rate)} left"
+        line += f" | {_text(self._values)}" if self._values else ""
+        print(line, file=sys.stderr, flush=True)
 
 
 def _text(values: Mapping[str, Any]) -> str:
     return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
 
 
-def _rate(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 10 min`."""
     whole = round(max(seconds, 0))
     if whole < 60:
         return f"{whole} s"

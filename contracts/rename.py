@@ -1,16 +1,16 @@
-"""The rename engine: a table of anchored rows, proven total, injective and invertible on every use.
+"""The rename engine: a table of anchored rows, checked to be total, injective and invertible on every use.
 
-A row pairs a module's path in some layout with its path in the artefact; `{}` stands for one block index. What hangs
-below a module depends on its kind (a convolution has a weight, a norm has five tensors), so 34 rows cover the 318
-tensors of a ResNet-50. Chains of `str.replace` are how the field loses weights silently: a row here matches a whole
-name or not at all, and a name that no row or more than one row matches is an error.
+A row pairs a module's path in some layout with its path in the artefact; `{}` stands for one block index. Which
+tensors a module has depends on its kind (a convolution has a weight, a norm has five), so 34 rows cover the 318
+tensors of a ResNet-50. A row matches a whole name or not at all, and a name that no row or more than one row matches is
+an error: chains of `str.replace` lose weights silently.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -21,18 +21,22 @@ if TYPE_CHECKING:
 
 Kind = Literal["conv", "norm", "linear", "scale", "tensor"]
 Change = Literal["same", "hwio", "flat"]
-# kind → (ending in this layout, ending in the artefact, change of the value on the way in)
-Rows = dict[str, list[tuple[str, Change]]]
+# kind → (ending in the layout, ending in the artefact, change of the value from the layout to the artefact)
 Leaves = Mapping[Kind, tuple[tuple[str, str, Change], ...]]
+# name, with `{}` for a block index → its names on the other side
+Index = dict[str, list[tuple[str, Change]]]
+
+
+def _unchanged(*leaves: str) -> tuple[tuple[str, str, Change], ...]:
+    return tuple((leaf, leaf, "same") for leaf in leaves)
+
 
 TORCH_LEAVES: Leaves = {
-    "conv": ((".weight", ".weight", "same"),),
-    "norm": tuple(
-        (leaf, leaf, "same") for leaf in (".weight", ".bias", ".running_mean", ".running_var", ".num_batches_tracked")
-    ),
-    "linear": ((".weight", ".weight", "same"), (".bias", ".bias", "same")),
-    "scale": ((".weight", ".weight", "same"), (".bias", ".bias", "same")),
-    "tensor": (("", "", "same"),),
+    "conv": _unchanged(".weight"),
+    "norm": _unchanged(".weight", ".bias", ".running_mean", ".running_var", ".num_batches_tracked"),
+    "linear": _unchanged(".weight", ".bias"),
+    "scale": _unchanged(".weight", ".bias"),
+    "tensor": _unchanged(""),
 }
 
 
@@ -42,40 +46,42 @@ class RenameError(UserError):
 
 @dataclass(frozen=True)
 class Table:
-    """Rows (kind, path in this layout, path in the artefact) and what hangs below each kind."""
+    """Rows (kind, path in the layout, path in the artefact) and the tensors of each kind of module."""
 
     name: str
     rows: tuple[tuple[Kind, str, str], ...]
-    leaves: Leaves
-    # The artefact's names for tensors that this layout lacks and a reader may fill: BN's counter, Caffe2's statistics.
+    leaves: Leaves = field(default_factory=lambda: TORCH_LEAVES)
+    # Endings in the artefact of tensors that the layout lacks and a reader may fill, such as a batch norm's counter.
     absent: tuple[str, ...] = ()
 
     @cached_property
-    def _endings(self) -> tuple[tuple[str, str, Change], ...]:
-        return tuple(
-            (here + ending_here, there + ending_there, change)
-            for kind, here, there in self.rows
-            for ending_here, ending_there, change in self.leaves[kind]
-        )
+    def inwards(self) -> Index:
+        return self._index(inwards=True)
 
     @cached_property
-    def _inwards(self) -> Rows:
-        return _indexed((here, there, change) for here, there, change in self._endings)
-
-    @cached_property
-    def _outwards(self) -> Rows:
-        return _indexed((there, here, change) for here, there, change in self._endings)
+    def outwards(self) -> Index:
+        return self._index(inwards=False)
 
     @cached_property
     def anchors(self) -> tuple[str, ...]:
-        """Names (without index) that show that a state dict follows this table: the stem's."""
+        """Names that show that a state dict follows this table: those of the first row."""
         kind, here, _ = self.rows[0]
         return tuple(here + ending for ending, _, _ in self.leaves[kind])
+
+    def _index(self, *, inwards: bool) -> Index:
+        index: Index = {}
+        for kind, here, there in self.rows:
+            for ending_here, ending_there, change in self.leaves[kind]:
+                old, new = here + ending_here, there + ending_there
+                if not inwards:
+                    old, new = new, old
+                index.setdefault(old, []).append((new, change))
+        return index
 
 
 @dataclass(frozen=True)
 class Step:
-    """One tensor's way: its name on the other side, and what happens to its value."""
+    """The new name of a tensor, and the change of its value."""
 
     name: str
     change: Change
@@ -83,82 +89,54 @@ class Step:
 
 def inwards(table: Table, names: Iterable[str]) -> dict[str, Step]:
     """Layout names → artefact names. `RenameError` unless the table covers all, each once, and back again."""
-    return _proven(table.name, names, table._inwards, table._outwards)
+    return _checked(table.name, list(names), table.inwards, table.outwards)
 
 
 def outwards(table: Table, names: Iterable[str]) -> dict[str, Step]:
-    """Artefact names → layout names, under the same proof."""
-    return _proven(table.name, names, table._outwards, table._inwards)
+    """Artefact names → layout names, with the same checks."""
+    return _checked(table.name, list(names), table.outwards, table.inwards)
 
 
-def apply(steps: Mapping[str, Step], tensors: Mapping[str, Tensor], *, back: bool = False) -> dict[str, Tensor]:
-    """`tensors` under their new names; `back` undoes the change of axes (for a table's outward direction)."""
-    changes = _CHANGES_BACK if back else _CHANGES
-    return {step.name: changes[step.change](tensors[name]) for name, step in steps.items()}
+def apply(steps: Mapping[str, Step], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` with the names and values that `inwards` gave."""
+    return {step.name: _CHANGES[step.change](tensors[name]) for name, step in steps.items()}
 
 
-def _proven(
-    name: str,
-    names: Iterable[str],
-    there: Rows,
-    back: Rows,
-) -> dict[str, Step]:
-    names = list(names)
-    steps: dict[str, Step] = {}
-    unmatched = []
-    for old in names:
-        matches = _matches(there, old)
-        if len(matches) == 1:
-            steps[old] = matches[0]
-        else:
-            unmatched.append(old)
+def _checked(table: str, names: list[str], there: Index, back: Index) -> dict[str, Step]:
+    found = {name: _matches(there, name) for name in names}
+    unmatched = [name for name in names if len(found[name]) != 1]
     if unmatched:
         raise RenameError(
-            f"{len(unmatched)} of {len(names)} tensors have no single place in the table {name} (first: "
+            f"{len(unmatched)} of {len(names)} tensors have no single place in the table {table} (first: "
             f"{unmatched[0]})."
         )
+    steps = {name: matches[0] for name, matches in found.items()}
     if len({step.name for step in steps.values()}) != len(steps):
-        raise RenameError(f"The table {name} gives two tensors the same name.")
+        raise RenameError(f"The table {table} gives two tensors the same name.")
     for old, step in steps.items():
-        if [found.name for found in _matches(back, step.name)] != [old]:
-            raise RenameError(f"The table {name} does not lead back from {step.name} to {old}.")
+        if [match.name for match in _matches(back, step.name)] != [old]:
+            raise RenameError(f"The table {table} does not lead back from {step.name} to {old}.")
     return steps
 
 
-def _indexed(rows: Iterable[tuple[str, str, Change]]) -> Rows:
-    index: Rows = {}
-    for old, new, change in rows:
-        index.setdefault(old, []).append((new, change))
-    return index
-
-
-def _matches(rows: Rows, name: str) -> list[Step]:
-    """Every place of `name`: rows that are the name itself, and rows that are it with one number left open."""
-    if "{" in name:
-        return []
-    found = [Step(new, change) for new, change in rows.get(name, ())]
-    for number in _NUMBER.finditer(name):
-        template = f"{name[: number.start()]}{{}}{name[number.end() :]}"
-        found += [Step(new.replace("{}", number[0]), change) for new, change in rows.get(template, ())]
-    return found
-
-
-# No leading zeros: `layer1.01` is not `layer1.1`, and a lenient index would break injectivity.
+# No leading zeros: if `layer1.01` were read as `layer1.1`, two names would become one.
 _NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]*)(?![0-9])")
 
 
-def _same(value: Tensor) -> Tensor:
-    return value
+def _matches(index: Index, name: str) -> list[Step]:
+    """Every place of `name`: rows that are the name itself, and rows that are the name with one number left open."""
+    if "{" in name:
+        return []
+    found = [Step(new, change) for new, change in index.get(name, ())]
+    for number in _NUMBER.finditer(name):
+        template = f"{name[: number.start()]}{{}}{name[number.end() :]}"
+        found += [Step(new.replace("{}", number[0]), change) for new, change in index.get(template, ())]
+    return found
 
 
 # TensorFlow and haiku keep kernels as (height, width, in, out) and norms as (1, 1, 1, C).
 _CHANGES: dict[Change, Callable[[Tensor], Tensor]] = {
-    "same": _same,
+    "same": lambda value: value,
     "hwio": lambda value: value.permute(3, 2, 0, 1),
     "flat": lambda value: value.reshape(-1),
-}
-_CHANGES_BACK: dict[Change, Callable[[Tensor], Tensor]] = {
-    "same": _same,
-    "hwio": lambda value: value.permute(2, 3, 1, 0),
-    "flat": lambda value: value.reshape(1, 1, 1, -1),
 }

@@ -108,6 +108,11 @@ class Backbone(Config):
     def is_vit(self) -> bool:
         return self.architecture.startswith("vit_")
 
+    def pixels(self, input_range: int) -> tuple[list[float], list[float]]:
+        """Mean and std for images from 0 to `input_range`."""
+        scale = input_range / self.input_range
+        return [value * scale for value in self.mean], [value * scale for value in self.std]
+
     @property
     def display_name(self) -> str:
         """`resnet50`, `resnet50w2`, `vit_small_patch16`."""
@@ -116,18 +121,43 @@ class Backbone(Config):
 
 def write_backbone(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Backbone) -> Path:
     """Write the artefact atomically, read it back, and return its path. Equal input gives equal bytes."""
-    from safetensors.torch import save_file
+    # One key: the metadata is a hash map on the writing side, and several keys would come out in any order.
+    metadata = {METADATA_KEY: json.dumps(header.model_dump(mode="json"), sort_keys=True)}
+    return write_safetensors(path, tensors, metadata)
+
+
+def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write a safetensors file atomically, read it back, and return its path."""
+    from safetensors.torch import load_file, save_file
 
     path = Path(path)
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    # One key: the metadata is a hash map on the writing side, and several keys would come out in any order.
-    metadata = {METADATA_KEY: json.dumps(header.model_dump(mode="json"), sort_keys=True)}
     with atomic_path(path) as temporary:
-        save_file(plain, temporary, metadata=metadata)
-        reread, _ = read_backbone(temporary)
-        if reread.keys() != plain.keys() or any(not _same(reread[name], plain[name]) for name in plain):
-            raise OSError(f"{path}: what was written does not read back equal; the disk may be full or failing.")
+        save_file(plain, temporary, metadata=dict(metadata))
+        check_written(path, plain, load_file(temporary))
     return path
+
+
+def check_written(path: Path, written: Mapping[str, Tensor], reread: Mapping[str, Tensor]) -> None:
+    """`OSError` unless a file reads back as it was written."""
+    if difference(written, reread) is not None:
+        raise OSError(f"{path}: what was written does not read back equal; the disk may be full or failing.")
+
+
+def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, values: bool = True) -> str | None:
+    """How two state dicts differ in names, shapes and, with `values`, bits: one clause, or None where they do not."""
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    both = [name for name in expected if name in found]
+    misshapen = [name for name in both if found[name].shape != expected[name].shape]
+    changed = [name for name in both if values and name not in misshapen and not _same(found[name], expected[name])]
+    counts = {"tensors missing": missing, "extra": extra, "of another shape": misshapen, "with other values": changed}
+    first = next((names[0] for names in counts.values() if names), None)
+    if first is None:
+        return None
+    shapes = f" is {tuple(found[first].shape)}, not {tuple(expected[first].shape)}" if first in misshapen else ""
+    said = ", ".join(f"{len(names)} {what}" for what, names in counts.items() if names)
+    return f"{said} (first: {first}{shapes})"
 
 
 def read_header(path: str | os.PathLike[str]) -> Backbone:
@@ -149,20 +179,13 @@ def read_header(path: str | os.PathLike[str]) -> Backbone:
             f"{path} has no TWIST header: run `twist convert {path} --to torchvision` to make an artefact of it."
         )
     try:
-        values = json.loads(metadata[METADATA_KEY])
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: the header is not valid JSON: take the file as it was written.")
-    if values.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: artefact format {values.get('format_version')!r} is unknown, this version reads "
-            f"{FORMAT_VERSION}; update the suite."
-        )
-    try:
-        return Backbone.model_validate(values)
+        return Backbone.model_validate_json(metadata[METADATA_KEY])
     except ValidationError as error:
-        raise UserError(f"{path}: the header is not valid ({error.errors()[0]['msg']}).") from None
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{path}: the header is not valid ({where}: {first['msg']}): convert the file again, or update the suite."
+        ) from None
 
 
 def weights_file(path: str | os.PathLike[str]) -> Path:
@@ -184,10 +207,9 @@ def read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Back
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    # Bytes, not values: NaN must read back as NaN, and -0.0 as -0.0.
+    # Bytes, not values: NaN must equal NaN, and -0.0 differ from 0.0.
     import torch
 
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if a.dtype != b.dtype:
         return False
-    flat_a, flat_b = a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
-    return torch.equal(flat_a, flat_b)
+    return torch.equal(a.cpu().reshape(-1).view(torch.uint8), b.cpu().reshape(-1).view(torch.uint8))

@@ -1,5 +1,5 @@
 """Any self-supervised checkpoint → the weights artefact → weights and settings of a framework, with a numeric proof.
 
-Read in this order: `sources.py` (which layouts there are), `tables.py` (their names), `rename.py` (the engine),
-`read.py` (file → artefact), `convert.py` (artefact → target, proven).
+The path of a file: `open.py` (bytes → values), `detect.py` (which layout of `sources.toml`), `read.py` (file → artefact
+by the tables of `tables.py`), `convert.py` (artefact → one of `targets/`), `proof.py`.
 """

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, did_you_mean
@@ -13,40 +15,29 @@ from twist.contracts.machine import software
 from twist.contracts.run_folder import replaced_whole
 from twist.contracts.weights import Backbone, weights_file
 from twist.converters import output_folder
-from twist.converters.listing import listing
 from twist.converters.output_folder import REPORT, TENSORS
-from twist.converters.proof import TOLERANCE, Kind, Proof, prove
+from twist.converters.proof import TOLERANCE, Proof, prove
 from twist.converters.read import Source, load_source
-from twist.converters.stages import ProofError
-from twist.converters.targets.detectron2 import write_pickle
-from twist.converters.targets.registry import TARGETS, Target
-from twist.converters.usage import usage
-
-__all__ = ["Conversion", "ProofError", "convert", "render"]
-TargetName = Literal["detectron2", "mmseg", "torchvision", "timm"]
+from twist.converters.targets import TARGETS, Target
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written and proven. `max_difference` is relative: max|Δ| / max|feature| of the worst stage."""
+    """What was written into `output`, and what was proven."""
 
-    target: str
+    target: Target
     output: Path
     weights: Path
-    overlay: Path | None
-    report: Path | None
+    overlay: Path | None  # the file with the settings that the weights imply
     backbone: Backbone
-    source_sha256: str
-    max_difference: float | None
-    proof: Kind
-    max_absolute_difference: float | None = None
-    notes: tuple[str, ...] = ()
+    proof: Proof
+    notes: tuple[str, ...]
 
 
 def convert(
     checkpoint: Path,
     *,
-    target: TargetName,
+    target: str,
     layout: str | None = None,
     branch: str | None = None,
     output: Path | None = None,
@@ -63,86 +54,71 @@ def convert(
         UserError: the checkpoint cannot be read, the target has no such network, or the folder holds anything else;
             nothing is written.
         ProofError: the target does not compute the source's features; nothing is written.
-        UsageError: unknown target or layout, or `pkl` for another target than Detectron2.
+        UsageError: unknown target or layout, or `pkl` for a target that has no pickle.
     """
     checkpoint = weights_file(checkpoint)
     if target not in TARGETS:
         raise UsageError(f'There is no target "{target}".{did_you_mean(target, TARGETS)}')
-    if pkl and target != "detectron2":
-        raise UsageError(f"--pkl writes Detectron2's pickle; it has no meaning with --to {target}.")
-    output = Path(output) if output is not None else output_folder.default_folder(checkpoint, target)
+    into = TARGETS[target]
+    if pkl and into.write_pickle is None:
+        raise UsageError(f"--pkl has no meaning with --to {target}: Detectron2 reads such a file.")
+    output = Path(output or output_folder.default_folder(checkpoint, target))
     output_folder.check(output, checkpoint)
-    writer = TARGETS[target]
     source = load_source(checkpoint, layout=layout, branch=branch, allow_nan=allow_nan)
+    backbone = source.backbone
     output_folder.check_same_source(
-        output,
-        checkpoint,
-        sha256=source.sha256,
-        layout=source.backbone.source_layout,
-        branch=source.backbone.source_branch,
+        output, checkpoint, sha256=source.sha256, layout=backbone.source_layout, branch=backbone.source_branch
     )
-    reason = writer.refuse(source.backbone)
+    reason = into.refuse(backbone)
     if reason:
         raise UserError(
-            f"{checkpoint} is a {source.backbone.display_name}, which cannot become a {writer.title} backbone: "
-            f"{reason}; --to torchvision keeps any of them."
+            f"{checkpoint} is a {backbone.display_name}, which cannot become a {into.title} backbone: {reason}; "
+            "--to torchvision keeps any of them."
         )
+    settings = into.settings(backbone) if into.settings else None
     with replaced_whole(output) as folder:
-        proof = _build(folder, writer, source, checkpoint, verify=verify, pkl=pkl)
-    overlay = writer.overlay_name(source.backbone) if writer.overlay_name else None
+        into.write(folder / into.weights, source.tensors, backbone)
+        if pkl and into.write_pickle:
+            into.write_pickle(folder / "weights.pkl", source.tensors, backbone)
+        if settings:
+            files.write_text(folder / settings[0], settings[1])
+        names = into.names(backbone)
+        files.write_text(folder / TENSORS, _listing(source, names))
+        proof = prove(into, folder, backbone, source.tensors) if verify else Proof("none", "nothing: --no-verify")
+        files.write_json(folder / REPORT, _report(into, source, checkpoint, names, proof))
     return Conversion(
-        target=target,
+        target=into,
         output=output,
-        weights=output / writer.weights,
-        overlay=output / overlay if overlay else None,
-        report=output / REPORT,
-        backbone=source.backbone,
-        source_sha256=source.sha256,
-        max_difference=proof.max_difference,
-        proof=proof.kind,
-        max_absolute_difference=proof.max_absolute_difference,
+        weights=output / into.weights,
+        overlay=output / settings[0] if settings else None,
+        backbone=backbone,
+        proof=proof,
         notes=(*source.notes, *proof.notes),
     )
 
 
-def render(conversion: Conversion) -> str:
-    """What `twist convert` prints: what came out, and what was proven."""
-    backbone = conversion.backbone
-    files = sorted(path.name for path in conversion.output.iterdir())
-    difference = (
-        f"every stage's features agree to {conversion.max_difference or 0:.2g} of their largest "
-        f"({conversion.max_absolute_difference or 0:.2g} absolutely); {TOLERANCE:g} is allowed"
-    )
-    proven = {
-        "framework": f"proven with the framework itself: {difference}",
-        "manifest": f"proven against a recorded manifest and our reference network, no framework ran: {difference}",
-        "none": "not proven (--no-verify)",
-    }[conversion.proof]
+def conversion_text(conversion: Conversion) -> str:
+    """What `twist convert` prints: what came out, what was proven, and the lines that load it."""
+    backbone, proof, output = conversion.backbone, conversion.proof, conversion.output
+    proven = "not proven (--no-verify)"
+    if proof.kind != "none":
+        ours = "against a recorded manifest and our reference network, no framework ran"
+        by = "with the framework itself" if proof.kind == "framework" else ours
+        proven = (
+            f"proven {by}: every stage's features agree to {proof.max_difference or 0:.2g} of their largest "
+            f"({proof.max_absolute_difference or 0:.2g} absolutely); {TOLERANCE:g} is allowed"
+        )
     return (
         f"{backbone.method} {backbone.display_name} (layout {backbone.source_layout}, branch {backbone.source_branch}) "
-        f"for {TARGETS[conversion.target].title}\n{proven}\n"
+        f"for {conversion.target.title}\n{proven}\n"
         + "".join(f"note: {note}\n" for note in conversion.notes)
-        + f"{conversion.output}/ holds {', '.join(files)}. To load it:\n\n"
-        + textwrap.indent(usage(conversion.target, conversion.output, backbone), "    ").rstrip()
+        + f"{output}/ holds {', '.join(sorted(path.name for path in output.iterdir()))}. To load it:\n\n"
+        + textwrap.indent(conversion.target.usage(output, backbone), "    ").rstrip()
     )
 
 
-def _build(folder: Path, writer: Target, source: Source, checkpoint: Path, *, verify: bool, pkl: bool) -> Proof:
-    backbone = source.backbone
-    writer.write(folder / writer.weights, source.tensors, backbone)
-    if pkl:
-        write_pickle(folder / "weights.pkl", source.tensors, backbone)
-    if writer.overlay_name and writer.overlay_text:
-        files.write_text(folder / writer.overlay_name(backbone), writer.overlay_text(backbone))
-    names = writer.names(backbone)
-    files.write_text(folder / TENSORS, listing(source, names))
-    proof = prove(writer.name, folder, backbone, source.tensors) if verify else Proof("none", "nothing: --no-verify")
-    files.write_json(folder / REPORT, _report(writer, source, checkpoint, names, proof))
-    return proof
-
-
-def _report(writer: Target, source: Source, checkpoint: Path, names: dict[str, str], proof: Proof) -> dict[str, Any]:
-    unplaced = [source.names.get(name, name) for name in source.tensors if name not in names]
+def _report(into: Target, source: Source, checkpoint: Path, names: Mapping[str, str], proof: Proof) -> dict[str, Any]:
+    unplaced = [name for name in source.tensors if name not in names]
     return {
         "source": {
             "file": checkpoint.name,
@@ -151,13 +127,13 @@ def _report(writer: Target, source: Source, checkpoint: Path, names: dict[str, s
             "branch": source.backbone.source_branch,
             "dtype": source.dtype,
             "tensors": len(source.names) + len(source.dropped),
-            "used": len(source.names) - sum(name in source.names for name in source.tensors if name not in names),
-            "dropped": [*source.dropped, *unplaced],
-            "entries_left_aside": source.left_aside,
+            "used": sum(name in names for name in source.names),
+            "dropped": [*source.dropped, *(source.names.get(name, name) for name in unplaced)],
+            "entries_left_aside": source.unused_entries,
         },
         "target": {
-            "name": writer.name,
-            "weights": writer.weights,
+            "name": into.name,
+            "weights": into.weights,
             "tensors": len(names),
             "filled_from_source": sum(name in source.names for name in names),
             "filled_by_rule": [names[name] for name in source.filled if name in names],
@@ -167,3 +143,25 @@ def _report(writer: Target, source: Source, checkpoint: Path, names: dict[str, s
         "notes": [*source.notes, *proof.notes],
         "software": software(),
     }
+
+
+def _listing(source: Source, names: Mapping[str, str]) -> str:
+    """`tensors.txt`: source name, target name and shape of every tensor; a blank line between blocks of the network."""
+    rows = [
+        (_block(name), source.names.get(name, "(filled)"), names.get(name, "(dropped)"), str(tuple(tensor.shape)))
+        for name, tensor in source.tensors.items()
+    ]
+    # The dropped are many (a second encoder, a queue): one group for each top-level module.
+    rows += [(name.split(".")[0].split("/")[0], name, "(dropped)", "") for name in source.dropped]
+    widths = [max(len(row[column]) for row in rows) for column in (1, 2)]
+    groups = [f"{'source':{widths[0]}}  {'target':{widths[1]}}  shape"]
+    for _, group in groupby(rows, key=lambda row: row[0]):
+        groups.append("\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for _, a, b, c in group))
+    unused = "".join(f"\nleft aside: {entry} ({count} tensors)" for entry, count in source.unused_entries.items())
+    return "\n\n".join(groups) + "\n" + unused + ("\n" if unused else "")
+
+
+def _block(name: str) -> str:
+    """The residual or transformer block that a tensor of the artefact is in; all others make one group."""
+    first, second, *_ = (*name.split("."), "")
+    return f"{first}.{second}" if second.isdigit() else "around"

@@ -1,28 +1,41 @@
-"""Where the backbone lies in a checkpoint: the first layout whose evidence is in the file, and the branch to take.
+"""What a checkpoint is: the first layout whose evidence is in the file, the branch to take, the architecture.
 
 What content cannot tell is asked, never guessed; a file that nothing fits is explained in one sentence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.errors import UserError
 from twist.contracts.rename import Table
-from twist.contracts.weights import METADATA_KEY
-from twist.converters import haiku, hub, manifest, sources
-from twist.converters.containers import Contents
-from twist.converters.sources import Branch, Layout
+from twist.contracts.weights import METADATA_KEY, RESNETS, VITS, difference
+from twist.converters import sources
+from twist.converters.open import Contents
+from twist.converters.sources import Branch, Layout, Pixels
 from twist.converters.tables import DETECTRON2, MMSEG_VIT, TIMM_VIT, TORCHVISION
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONVERTED = "twist-converted"
+# This suite's own files: the header travels inside, so that the way back is exact.
+CONVERTED = Layout(
+    name="twist-converted",
+    method="unknown",
+    heads_known=True,
+    branches=(
+        Branch("backbone", (), ""),
+        Branch("backbone", ("model",), ""),
+        Branch("backbone", ("state_dict",), "backbone."),
+        Branch("backbone", ("state_dict",), ""),
+    ),
+    tables=(DETECTRON2, TORCHVISION, MMSEG_VIT, TIMM_VIT),
+)
 
 
 @dataclass(frozen=True)
@@ -33,33 +46,39 @@ class Found:
     branch: Branch
     table: Table
     state: dict[str, Tensor]  # names without `module.` and `_orig_mod.`
-    present: tuple[str, ...]  # names of all branches in the file
+    present: tuple[str, ...] = ()  # names of all branches in the file
 
 
 def find(contents: Contents, *, layout: str | None = None, branch: str | None = None) -> Found:
     """The layout of a file and the branch to take; raises as `load_artefact` does."""
     value, where = contents.value, str(contents.path)
     if not isinstance(value, dict):
-        raise UserError(f"{where} holds {_kind(value)}, not a dictionary of tensors: save the network's state dict.")
-    value = haiku.joined(value)
-    if layout is not None and layout not in sources.BY_NAME:
-        raise UsageError(f'There is no layout "{layout}".{did_you_mean(layout, sources.BY_NAME)}')
-    if layout is None and isinstance(value.get(METADATA_KEY), str):
-        candidates: tuple[Layout, ...] = (_converted(),)
-    elif layout is None and hub.pixels_of(contents.path) is not None:
+        kind = "list" if isinstance(value, list) else type(value).__name__
+        raise UserError(f"{where} holds a {kind}, not a dictionary of tensors: save the network's state dict.")
+    value = join_haiku(value)
+    if layout is not None:
+        candidates: tuple[Layout, ...] = (sources.BY_NAME[layout],)
+    elif METADATA_KEY in contents.metadata or isinstance(value.get(METADATA_KEY), str):
+        candidates = (CONVERTED,)
+    elif hub_pixels(contents) is not None:
         candidates = (sources.BY_NAME["timm"],)
-    elif layout is None:
-        _ask_if_ambiguous(contents, value)
-        candidates = tuple(row for row in sources.LAYOUTS if row.detect)
     else:
-        candidates = (sources.BY_NAME[layout],)
+        _ask_if_ambiguous(where, value)
+        candidates = tuple(row for row in sources.LAYOUTS if row.detect)
     for row in candidates:
         places = list(_places(row, value, forced=layout is not None))
         if places:
             if layout is None:
                 _ask_if_named(contents.path, row)
-            return _choose(places, branch, where)
-    raise UserError(_why_not(contents, value, layout))
+            present = tuple(dict.fromkeys(place.branch.name for place in places))
+            chosen = [place for place in places if branch in (None, place.branch.name)]
+            if not chosen:
+                raise UserError(
+                    f"{where} (layout {row.name}) holds no branch {branch}: it holds {', '.join(present)}; choose one "
+                    "of them, or leave --branch away."
+                )
+            return replace(chosen[0], present=present)
+    raise UserError(_why_not(where, value, layout))
 
 
 def state_dicts(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
@@ -68,17 +87,124 @@ def state_dicts(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
         tensors = _tensors_of(value)
         if tensors:
             yield path, tensors
-        for key, item in value.items():
-            if isinstance(item, (dict, list)):
-                yield from state_dicts(item, (*path, str(key)))
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from state_dicts(item, (*path, str(index)))
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from state_dicts(item, (*path, str(key)))
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether a name fits one of the globs (`a|b`: either)."""
     return any(fnmatchcase(name, part) for pattern in patterns for part in pattern.split("|"))
+
+
+def hub_pixels(contents: Contents) -> Pixels | None:
+    """Mean and std that the hub's config.json names; None when it does not."""
+    settings = contents.hub.get("pretrained_cfg", contents.hub)
+    try:
+        return Pixels(mean=settings["mean"], std=settings["std"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def architecture_of(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    """The fields of a header that shapes alone give: architecture, width, stem, image size.
+
+    Raises:
+        UserError: the stem and the number of blocks are those of no architecture.
+    """
+    if "patch_embed.proj.weight" in tensors:
+        return _vit_of(tensors, where)
+    if "conv1.weight" not in tensors:
+        raise UserError(f"{where}: there is no conv1.weight of a ResNet and no patch_embed.proj.weight of a ViT in it.")
+    stem = tuple(tensors["conv1.weight"].shape)
+    if stem not in ((64, 3, 7, 7), (128, 3, 7, 7), (256, 3, 7, 7)):
+        raise UserError(
+            f"{where}: conv1.weight is {stem}, expected (64·w, 3, 7, 7) with the widths w = 1, 2, 4: only the 7×7 RGB "
+            "stem of ImageNet's ResNets is converted, no 3×3 stem for small images and no other order of axes."
+        )
+    blocks = tuple(
+        1 + max((int(name.split(".")[1]) for name in tensors if name.startswith(f"layer{stage}.")), default=-1)
+        for stage in (1, 2, 3, 4)
+    )
+    bottleneck = "layer1.0.conv3.weight" in tensors
+    for architecture, layout in RESNETS.items():
+        if layout == (blocks, bottleneck):
+            return {"architecture": architecture, "width": stem[0] // 64, "stem": "conv7x7", "image_size": None}
+    raise UserError(
+        f"{where}: a ResNet with {blocks} {'bottleneck' if bottleneck else 'basic'} blocks is none of "
+        f"{', '.join(RESNETS)}."
+    )
+
+
+def check_complete(tensors: Mapping[str, Tensor], shape: Mapping[str, Any], where: str) -> list[str]:
+    """The names of an architecture's tensors in order; `UserError` unless `tensors` are exactly these.
+
+    `shape` is what `architecture_of` gave.
+    """
+    from twist.contracts.networks import meta_tensors
+
+    expected = meta_tensors(shape["architecture"], width=shape["width"], image_size=shape["image_size"])
+    reason = difference(expected, tensors, values=False)
+    if reason is not None:
+        raise UserError(
+            f"{where}: not a plain {shape['architecture']}: {reason}. ResNeXt and wide_resnet have its names and other "
+            "shapes; take a plain ResNet or ViT, as its authors published it."
+        )
+    return list(expected)
+
+
+def known_network(names: Iterable[str]) -> str | None:
+    """Why a state dict with these names is of a well-known network that is not converted; else None."""
+    names = list(names)
+    patterns = sources.FOREIGN.items()
+    return next((reason for pattern, reason in patterns if any(re.search(pattern, name) for name in names)), None)
+
+
+def join_haiku(value: dict[str, Any]) -> dict[str, Any]:
+    """DeepMind's BYOL: `experiment_state` as {network: state dict} of haiku's parameters and statistics, joined."""
+    experiment = value.get("experiment_state")
+    if not isinstance(experiment, dict):
+        return value
+    networks = {}
+    for network in ("online", "target"):
+        parts = [experiment.get(f"{network}_{part}") for part in ("params", "state")]
+        networks[network] = {
+            _haiku_name(module, leaf): tensor
+            for part in parts
+            if isinstance(part, dict)
+            for module, leaves in part.items()
+            for leaf, tensor in leaves.items()
+            # `hidden` and `counter` belong to the running mean's own bookkeeping; `average` is the statistic.
+            if leaf not in ("hidden", "counter")
+        }
+    return {**value, "experiment_state": networks}
+
+
+def _haiku_name(module: str, leaf: str) -> str:
+    """`res_net50/~/block_group_0/~/block_0/~/conv_0` + `w` → `block_group_0/block_0/conv_0/w`."""
+    parts = [part for part in module.split("/") if part != "~"]
+    starts = ("initial_", "block_group_", "projector", "predictor", "classifier")
+    first = next((index for index, part in enumerate(parts) if part.startswith(starts)), 0)
+    parts = [part.removesuffix("_1") if part.startswith("initial_") else part for part in parts[first:]]
+    return "/".join((*parts, leaf))
+
+
+def _vit_of(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    dimension, _, patch, *_ = (*tensors["patch_embed.proj.weight"].shape, 0, 0, 0)
+    architecture = next((name for name, width in VITS.items() if width == dimension), None)
+    if architecture is None or patch != 16:
+        raise UserError(
+            f"{where}: a ViT with dimension {dimension} and patches of {patch} pixels; known are ViT-S/16 (384) and "
+            "ViT-B/16 (768)."
+        )
+    positions = tensors["pos_embed"].shape[1] if "pos_embed" in tensors and tensors["pos_embed"].ndim == 3 else 0
+    side = round(max(positions - 1, 0) ** 0.5)
+    if positions < 2 or side * side != positions - 1:
+        raise UserError(
+            f"{where}: the position table holds {positions} positions, not one for the class token and a square grid; "
+            "others are not converted, since a resize could not be undone."
+        )
+    return {"architecture": architecture, "width": 1, "stem": "patch16", "image_size": 16 * side}
 
 
 def _places(layout: Layout, value: dict[str, Any], *, forced: bool) -> Iterator[Found]:
@@ -87,125 +213,71 @@ def _places(layout: Layout, value: dict[str, Any], *, forced: bool) -> Iterator[
         return
     for branch in layout.branches:
         state = _state_at(value, branch.entry)
-        if state is None:
-            continue
-        if not forced and not all(any(matches(name, (mark,)) for name in state) for mark in layout.evidence):
+        if not forced and not _holds(state, layout.evidence):
             continue
         for table in layout.tables:
             if any(branch.prefix + anchor in state for anchor in table.anchors):
-                yield Found(layout, branch, table, state, ())
+                yield Found(layout, branch, table, state)
                 break
 
 
-def _choose(places: list[Found], branch: str | None, where: str) -> Found:
-    present = tuple(dict.fromkeys(place.branch.name for place in places))
-    chosen = next((place for place in places if branch in (None, place.branch.name)), None)
-    if chosen is None:
-        raise UserError(
-            f"{where} (layout {places[0].layout.name}) holds no branch {branch}: it holds {', '.join(present)}; "
-            "choose one of them, or leave --branch away."
-        )
-    return Found(chosen.layout, chosen.branch, chosen.table, chosen.state, present)
-
-
-def _converted() -> Layout:
-    """Our own `weights.pth`: the header travels inside, so that the way back is exact."""
-    return Layout(
-        CONVERTED,
-        "unknown",
-        (
-            Branch("backbone", ("model",), ""),
-            Branch("backbone", ("state_dict",), "backbone."),
-            Branch("backbone", ("state_dict",), ""),
-        ),
-        tables=(DETECTRON2, TORCHVISION, MMSEG_VIT, TIMM_VIT),
-    )
-
-
-def _ask_if_ambiguous(contents: Contents, value: dict[str, Any]) -> None:
-    if hub.pixels_of(contents.path) is not None:
-        return
+def _ask_if_ambiguous(where: str, value: dict[str, Any]) -> None:
     for case in sources.AMBIGUOUS:
         state = _state_at(value, case.entry)
-        if (
-            state is None
-            or not all(entry in value for entry in case.top)
-            or any(entry in value for entry in case.absent)
-        ):
-            continue
-        if all(any(matches(name, (mark,)) for name in state) for mark in case.evidence):
-            raise UserError(
-                f"{contents.path} does not say what it is ({case.why}): say --from "
-                f"{', --from '.join(case.choices[:-1])} or --from {case.choices[-1]}."
-            )
-
-
-# A file's own name may say what its contents cannot: word in it, layouts that hold the same names, the layout that is
-# meant, and what would be wrong.
-_PLAIN_NAMES = ("torchvision", "torchvision-training", "backbone")
-_NAMED = (
-    ("simclr", _PLAIN_NAMES, "simclr-torch", "other pixels"),
-    ("byol", _PLAIN_NAMES, "byol-torch", "other padding"),
-    ("pcl", ("moco", "moco-v1"), "pcl", "another method"),
-    ("sela", ("deepcluster-v2", "swav"), "sela-v2", "another method"),
-)
+        if state and _holds(state, case.evidence) and not any(entry in value for entry in case.absent):
+            choices = " or ".join(f"--from {choice}" for choice in case.choices)
+            raise UserError(f"{where} does not say what it is ({case.why}): say {choices}.")
 
 
 def _ask_if_named(path: Path, layout: Layout) -> None:
-    for word, layouts, choice, difference in _NAMED:
-        if word in path.name.lower() and layout.name in layouts:
+    for row in sources.NAMED:
+        if row.word in path.name.lower() and layout.name in row.layouts:
             raise UserError(
-                f"{path} is called {word} but looks like {layout.name}, which has {difference}: say --from {choice}, "
-                f"or --from {layout.name} if the name misleads."
+                f"{path} is called {row.word} but looks like {layout.name}, which has {row.difference}: say --from "
+                f"{row.meant}, or --from {layout.name} if the name misleads."
             )
 
 
-def _why_not(contents: Contents, value: dict[str, Any], layout: str | None) -> str:
-    where = str(contents.path)
+def _why_not(where: str, value: dict[str, Any], layout: str | None) -> str:
     found = list(state_dicts(value))
     names = [name for _, tensors in found for name in tensors]
     if layout is not None:
         row = sources.BY_NAME[layout]
-        wanted = " or ".join(
-            f"{'/'.join(b.entry) or 'the file itself'}: {b.prefix}{row.tables[0].anchors[0]}" for b in row.branches[:2]
-        )
+        entry = "/".join(row.branches[0].entry) or "the file itself"
+        first = row.branches[0].prefix + row.tables[0].anchors[0]
         return (
-            f"{where} does not have the layout {layout} (expected in {wanted}); `twist inspect {where}` says what it "
-            "holds."
+            f"{where} does not have the layout {layout} (expected in {entry}: {first}); `twist inspect {where}` shows "
+            "what it holds."
         )
-    if set(value) >= {"state", "param_groups"} or (found and all("optimizer" in path[:1] for path, _ in found)):
-        return f"{where} holds only an optimiser's state, no network: take the checkpoint with the model's state dict."
-    foreign = manifest.explain_foreign(names)
-    if foreign:
-        return f"{where} cannot be converted: {foreign}."
     if not names:
-        return (
-            f"{where} holds no tensors (entries: {', '.join(map(str, list(value)[:6])) or 'none'}): save the state "
-            "dict."
-        )
-    if any(name.endswith(("conv1.weight", "patch_embed.proj.weight")) for name in names):
-        return (
-            f"{where}: none of the {len(sources.LAYOUTS)} layouts fits its {len(names)} tensors (first: {names[0]}); "
-            "if you know the layout, name it with --from."
-        )
+        entries = ", ".join(map(str, list(value)[:6])) or "none"
+        return f"{where} holds no tensors (entries: {entries}): save the state dict."
+    if set(value) >= {"state", "param_groups"} or all("optimizer" in path[:1] for path, _ in found):
+        return f"{where} holds only an optimiser's state, no network: take the checkpoint with the model's state dict."
+    known = known_network(names)
+    if known:
+        return f"{where} cannot be converted: {known}."
     return (
-        f"{where} holds {len(names)} tensors (first: {names[0]}) of no ResNet or ViT that is known; see "
-        "docs/conversions.md."
+        f"{where}: none of the {len(sources.LAYOUTS)} layouts fits its {len(names)} tensors (first: {names[0]}); if it "
+        "is a ResNet or ViT of a layout in docs/conversions.md, name the layout with --from."
     )
 
 
-def _state_at(value: dict[str, Any], entry: tuple[str, ...]) -> dict[str, Tensor] | None:
+def _holds(state: Mapping[str, Tensor], evidence: tuple[str, ...]) -> bool:
+    return all(any(matches(name, (pattern,)) for name in state) for pattern in evidence)
+
+
+def _state_at(value: Any, entry: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors at a path of entries, names without `module.` and `_orig_mod.`; {} when there are none."""
     for key in entry:
-        value = value.get(key) if isinstance(value, dict) else None  # type: ignore[assignment]
-    if not isinstance(value, dict):
-        return None
-    tensors = _tensors_of(value)
+        value = value.get(key) if isinstance(value, dict) else None
+    tensors = _tensors_of(value) if isinstance(value, dict) else {}
     cleaned = {_clean(name): tensor for name, tensor in tensors.items()}
     if len(cleaned) != len(tensors):
         raise UserError(
             "Two tensors have the same name once `module.` is taken away: save the network without its wrapper."
         )
-    return cleaned or None
+    return cleaned
 
 
 def _tensors_of(value: dict[Any, Any]) -> dict[str, Tensor]:
@@ -219,7 +291,3 @@ def _clean(name: str) -> str:
     while name.startswith("module."):
         name = name.removeprefix("module.")
     return name
-
-
-def _kind(value: Any) -> str:
-    return {"list": "a list", "Tensor": "a single tensor"}.get(type(value).__name__, f"a {type(value).__name__}")

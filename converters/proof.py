@@ -1,35 +1,59 @@
-"""The numeric proof: the target's own network, fed by its own preprocessing of image files, computes our features.
+"""The numeric proof: the target's own network, with its own preprocessing of image files, computes our features.
 
-On our side (`reference.py`): `contracts.images.read_image` → `normalise` → the reference network with the artefact's
-tensors. On the other (`detectron2_proof.py`, `mmseg_proof.py`, `plain_proof.py`): the written file, the written
-overlay, the framework's loader, image reader, normalisation and network. What is compared is said in `stages.py`.
+One side is the reference network with the artefact's tensors (`contracts.networks`); the other is the written file and
+settings in the framework's loader, image reader, normalisation and network (`targets/`). Where the framework is not
+installed, the file is read back into the reference network. Compared are the features of every stage. The measure is
+max|Δ| / max|feature|, because a trained network's features reach into the hundreds, where 1e-5 absolute is below
+float32's own step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import io
+import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from twist.contracts.weights import Backbone
-from twist.converters.stages import Difference, ProofError, Stages, compare
-from twist.converters.targets.safetensors_writer import is_torchvisions
+from twist.contracts.errors import UserError
+from twist.contracts.weights import Backbone, difference
+from twist.converters.open import read_contents
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from twist.converters.targets import ProofRun, Stages, Target
 
 Kind = Literal["framework", "manifest", "none"]
 TOLERANCE = 1e-5
 # Height and width of the proof's images: multiples of 32, since Detectron2 pads its batches to that.
 SIZES = ((96, 128), (128, 64))
 
-# Written folder, header, image files → stages of each image.
-Runner = Callable[[Path, Backbone, list[Path]], list[Stages]]
+
+class ProofError(UserError):
+    """The target does not compute the source's features, or not all of its tensors were filled."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The proof does not hold: {reason}; nothing was written.")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One stage: the largest |Δ|, the largest |feature|, and their ratio (the measure)."""
+
+    stage: str
+    absolute: float
+    feature: float
+
+    @property
+    def relative(self) -> float:
+        return self.absolute / self.feature if self.feature else self.absolute
 
 
 @dataclass(frozen=True)
@@ -67,8 +91,8 @@ class Proof:
         }
 
 
-def prove(target: str, folder: Path, backbone: Backbone, tensors: Mapping[str, Tensor]) -> Proof:
-    """Prove the conversion written in `folder` (weights and overlay) against `tensors` and their header.
+def prove(target: Target, folder: Path, backbone: Backbone, tensors: Mapping[str, Tensor]) -> Proof:
+    """Prove the conversion written in `folder` (weights and settings) against `tensors` and their header.
 
     Raises:
         ProofError: a tensor of the target is not filled with its source's value, features differ by more than 1e-5,
@@ -76,62 +100,196 @@ def prove(target: str, folder: Path, backbone: Backbone, tensors: Mapping[str, T
     """
     import torch
 
-    from twist.converters.reference import reference, write_images
-
-    with warnings.catch_warnings():
-        # mmcv says at import that its compiled operators are missing; no backbone here needs one.
-        warnings.simplefilter("ignore")
-        kind, runner, by = _runner(target, backbone)
+    kind, run, by = runner(target, backbone)
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         # A ViT is proven at the size of its position table, where no framework resizes anything.
         side = backbone.image_size
         files = write_images(Path(scratch), SIZES if side is None else ((side, side),))
-        ours, drift, notes = reference(target, backbone, tensors, files)
-        theirs = runner(folder, backbone, files)
+        ours, drift, notes = _reference(target, backbone, tensors, files)
+        with quiet():
+            theirs = run(folder, backbone, files)
     stages = compare(ours, theirs)
     worst = max(stages, key=lambda stage: stage.relative)
     if not worst.relative <= TOLERANCE:
         raise ProofError(
-            f"The proof does not hold: at {worst.stage} the features of {by} differ from the source's by "
-            f"{worst.relative:.2g} of their size (|Δ| {worst.absolute:.3g}, allowed {TOLERANCE:g}); nothing was "
-            "written."
+            f"at {worst.stage} the features of {by} differ from the source's by {worst.relative:.2g} of their size "
+            f"(|Δ| {worst.absolute:.3g}, allowed {TOLERANCE:g})"
         )
-    silent = next((stage.stage for stage in stages if not stage.feature), None)
-    if silent is not None:
+    empty = next((stage.stage for stage in stages if not stage.feature), None)
+    if empty is not None:
         raise ProofError(
-            f"There is nothing to prove: at {silent} every feature of the source is 0 or no number, so any network "
-            "would agree; take another checkpoint, or --no-verify writes this one unproven. Nothing was written."
+            f"at {empty} every feature of the source is 0 or NaN, so that any network would agree (take another "
+            "checkpoint, or --no-verify writes this one unproven)"
         )
     return Proof(kind, by, stages, drift, notes)
 
 
-def installed(framework: str) -> bool:
-    """Whether a framework can be imported, without importing it."""
-    return importlib.util.find_spec(framework) is not None
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No log lines and no prints: loaders warn about heads that no backbone file fills; `check_loaded` decides."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            # mmcv says at import that its compiled operators are missing; no backbone here needs one.
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
-def _runner(target: str, backbone: Backbone) -> tuple[Kind, Runner, str]:
-    """The target's own network, or what replaces it; the last says which."""
-    if target == "detectron2" and installed("detectron2"):
-        from twist.converters.targets import detectron2_proof
+def installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
 
-        return "framework", detectron2_proof.run, f"Detectron2 {detectron2_proof.version()}"
-    if target == "mmseg" and installed("mmseg"):
-        from twist.converters.targets import mmseg_proof
 
-        return "framework", mmseg_proof.run, f"MMSegmentation {mmseg_proof.version()}"
-    from twist.converters.targets import plain_proof
-
-    lack = f"{target} is not installed"
-    if target not in ("detectron2", "mmseg"):
-        if target == "timm" or backbone.is_vit:
-            import timm
-
-            return "framework", plain_proof.run_timm, f"timm {timm.__version__}"
-        if is_torchvisions(backbone):
-            import torchvision
-
-            return "framework", plain_proof.run_torchvision, f"torchvision {torchvision.__version__}"
-        lack = "torchvision has no such network"
+def runner(target: Target, backbone: Backbone) -> tuple[Kind, ProofRun, str]:
+    """What runs the target's side of the proof, and by whom: the framework, or the file read back into our network."""
+    lack = f"{target.package} is not installed"
+    if installed(target.package):
+        framework = target.framework(backbone)
+        if not isinstance(framework, str):
+            return "framework", *framework
+        lack = framework
     by = f"a recorded manifest of names and shapes, and our reference network ({lack})"
-    return "manifest", functools.partial(plain_proof.run_manifest, target), by
+    return "manifest", functools.partial(_read_back, target), by
+
+
+def compare(ours: list[Stages], theirs: list[Stages]) -> tuple[Difference, ...]:
+    """The difference of each stage over all images; equal NaNs agree, any other NaN is an infinite difference."""
+    import torch
+
+    result = []
+    for stage in ours[0]:
+        absolute = feature = 0.0
+        for mine, other in zip(ours, theirs, strict=True):
+            a, b = mine[stage], other.get(stage)
+            if b is None or b.shape != a.shape:
+                shape = "missing" if b is None else tuple(b.shape)
+                raise ProofError(f"{stage} is {shape}, expected {tuple(a.shape)}")
+            both = a.isnan() & b.isnan()
+            delta = torch.where(both, torch.zeros_like(a), a - b).abs().nan_to_num(nan=float("inf"))
+            absolute = max(absolute, float(delta.max()))
+            feature = max(feature, float(a.nan_to_num(nan=0.0).abs().max()))
+        result.append(Difference(stage, absolute, feature))
+    return tuple(result)
+
+
+def check_loaded(written: Mapping[str, Tensor], loaded: Mapping[str, Tensor], *, values: bool = True) -> None:
+    """`ProofError` unless the network that was loaded holds exactly the written tensors, bit for bit."""
+    reason = difference(written, loaded, values=values)
+    if reason is not None:
+        raise ProofError(f"the target's network does not hold the written tensors: {reason}")
+
+
+def written_tensors(path: Path) -> dict[str, Tensor]:
+    """The state dict of a weights file that a target wrote."""
+    from twist.converters.detect import state_dicts
+
+    return next(tensors for _, tensors in state_dicts(read_contents(path).value))
+
+
+def block_outputs(network: nn.Module, blocks: Iterable[nn.Module], images: Tensor) -> Stages:
+    """What each of `blocks` gives when `network` runs on `images`, as `block0`, `block1`, …."""
+    stages: Stages = {}
+    hooks = [
+        block.register_forward_hook(
+            lambda _module, _inputs, output, name=f"block{index}": stages.update({name: output})
+        )
+        for index, block in enumerate(blocks)
+    ]
+    network(images)
+    for hook in hooks:
+        hook.remove()
+    return stages
+
+
+def write_images(folder: Path, sizes: tuple[tuple[int, int], ...]) -> list[Path]:
+    """Deterministic PNGs of these (height, width): smooth and sharp parts, and three channels that differ."""
+    import numpy as np
+    from PIL import Image
+
+    files = []
+    for index, (height, width) in enumerate(sizes):
+        y, x = np.mgrid[0:height, 0:width].astype(np.int64)
+        # Integers only, so that every machine and version draws the same pixels.
+        red = (x * 255) // max(width - 1, 1)
+        green = (y * y * 7 + x * 13 + 31 * index) % 256
+        blue = np.where(((x // 16) + (y // 16)) % 2 == 0, 40 + 3 * index, 220) + (x * y) % 17
+        path = folder / f"proof{height}x{width}.png"
+        Image.fromarray(np.stack([red, green, blue], axis=-1).clip(0, 255).astype(np.uint8)).save(path)
+        files.append(path)
+    return files
+
+
+def _reference(
+    target: Target, backbone: Backbone, tensors: Mapping[str, Tensor], files: list[Path]
+) -> tuple[list[Stages], tuple[Difference, ...], tuple[str, ...]]:
+    """Our features as the target can compute them, the drift from the network as trained, and a note about it."""
+    trained = _features_of(backbone, tensors, files)
+    if backbone.padding == "same" and not target.keeps_padding:
+        plain = _features_of(backbone.model_copy(update={"padding": "symmetric"}), tensors, files)
+        note = (
+            "the source pads as TensorFlow ('same'), the target symmetrically: the proof compares with the symmetric "
+            "network, and `drift` is how far that network is from the one that was trained; --to torchvision keeps "
+            "'same'"
+        )
+        return plain, compare(trained, plain), (note,)
+    if not _has_class_token(target, backbone):
+        bare = _features_of(backbone, tensors, files, class_token=False)
+        note = (
+            f"{target.title}'s ViT has no class token: the proof compares patch tokens of a network without it, and "
+            "`drift` is how far those are from the network with it"
+        )
+        patches = [{stage: value[:, 1:] for stage, value in image.items()} for image in trained]
+        return bare, compare(patches, bare), (note,)
+    return trained, (), ()
+
+
+def _read_back(target: Target, folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
+    """Without the framework: names and shapes of the written file, and its tensors in our network."""
+    import torch
+
+    from twist.contracts.networks import meta_tensors
+
+    expected = meta_tensors(backbone.architecture, width=backbone.width, image_size=backbone.image_size)
+    names, written = target.names(backbone), written_tensors(folder / target.weights)
+    check_loaded({new: expected[old] for old, new in names.items()}, written, values=False)
+    # What the target has no place for (a class token, the last norm) takes no part in what is compared.
+    tensors = {
+        name: written[names[name]] if name in names else torch.ones_like(tensor, device="cpu")
+        for name, tensor in expected.items()
+    }
+    header = backbone.model_copy(update={} if target.keeps_padding else {"padding": "symmetric"})
+    return _features_of(header, tensors, files, class_token=_has_class_token(target, backbone))
+
+
+def _has_class_token(target: Target, backbone: Backbone) -> bool:
+    return not backbone.is_vit or "cls_token" in target.names(backbone)
+
+
+def _features_of(
+    backbone: Backbone, tensors: Mapping[str, Tensor], files: list[Path], *, class_token: bool = True
+) -> list[Stages]:
+    """The stages of each image in the reference network with `tensors`."""
+    import torch
+
+    from twist.contracts.images import read_image
+    from twist.contracts.networks import network_of, normalise, stage_features
+
+    with torch.device("meta"):  # no random initialisation, and no second copy of the tensors
+        network = network_of(backbone)
+    network.load_state_dict(dict(tensors), strict=True, assign=True)
+    stages = stage_features if class_token else _patch_features
+    return [stages(network.eval(), normalise(read_image(file)[None], backbone)) for file in files]
+
+
+def _patch_features(network: nn.Module, images: Tensor) -> Stages:
+    """The patch tokens after each block of timm's ViT without its class token."""
+    x = network.patch_embed(images)  # type: ignore[operator]
+    x = x.flatten(1, 2) if x.ndim == 4 else x
+    x = x + network.pos_embed[:, 1:]  # type: ignore[index]
+    stages = {}
+    for index, block in enumerate(network.blocks):  # type: ignore[arg-type]
+        x = block(x)
+        stages[f"block{index}"] = x
+    return stages

@@ -1,8 +1,8 @@
 """Batch norm over the images of several ranks: the head's last norm over a bunch, every other one over all ranks.
 
 With one rank in the group it is torch's own. `N` rows a rank, `C` channels; all ranks have the same `N`. One collective
-each way. It exists because torch.nn.SyncBatchNorm runs on CUDA only, and there makes the host wait for the device in
-every forward pass: it leaves out ranks without rows, and how many those are only the device knows.
+each way. torch.nn.SyncBatchNorm runs on CUDA only, and there makes the host wait for the device in every forward pass,
+because it leaves out ranks without rows.
 """
 
 from __future__ import annotations
@@ -44,33 +44,23 @@ class _Normalise(torch.autograd.Function):
 
 
 class _OnCuda(torch.autograd.Function):
-    """What `_Normalise` and the affine part do, by the kernels of torch.nn.SyncBatchNorm, which keep only `x`.
+    """The same with the affine part, by the kernels of torch.nn.SyncBatchNorm, which keep only `x` for the way back.
 
-    Half-precision `x` is normalised as it is; its statistics are float32. Writes the running statistics.
+    Half-precision `x` is normalised as it is; its statistics are float32. Updates the running statistics.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float,
-        eps: float,
-        group: Group,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Any, momentum: float) -> Tensor:
         x = _dense(x)
-        mean, inverse = torch.batch_norm_stats(x, eps)  # (C,) each, the second is 1/√(var + eps)
-        of_ranks = distributed.gathered(torch.stack([mean, inverse]), group)  # (W, 2, C)
-        counts = mean.new_full((len(of_ranks),), x.numel() // x.shape[1])  # (W,), known without asking anybody
+        mean, inverse = torch.batch_norm_stats(x, norm.eps)  # (C,) each, the second is 1/√(var + eps)
+        of_ranks = distributed.gathered(torch.stack([mean, inverse]), norm.group)  # (W, 2, C)
+        counts = mean.new_full((len(of_ranks),), x.numel() // x.shape[1])  # (W,), known without a collective
         mean, inverse = torch.batch_norm_gather_stats_with_counts(
-            x, of_ranks[:, 0], of_ranks[:, 1], running_mean, running_var, momentum, eps, counts
+            x, of_ranks[:, 0], of_ranks[:, 1], norm.running_mean, norm.running_var, momentum, norm.eps, counts
         )
         ctx.save_for_backward(x, weight, mean, inverse, counts.int())
-        ctx.group = group
-        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
+        ctx.group = norm.group
+        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, norm.eps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -86,7 +76,7 @@ class _OnCuda(torch.autograd.Function):
         if needs_x:
             total, along = distributed.summed(torch.stack([total, along]), ctx.group)
             of_x = torch.batch_norm_backward_elemt(gradient, x, mean, inverse, weight, total, along, counts)
-        return of_x, of_weight if needs_weight else None, of_bias if needs_bias else None, *[None] * 5
+        return of_x, of_weight if needs_weight else None, of_bias if needs_bias else None, None, None
 
 
 class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -95,21 +85,12 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
     Names in the state dict, momentum and the unbiased running variance are torch's. Eval mode uses the running ones.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        group: Group = None,
-    ) -> None:
-        super().__init__(channels, eps=eps, momentum=momentum, affine=affine)
+    def __init__(self, channels: int, *, group: Group = None, **options: Any) -> None:
+        super().__init__(channels, **options)
         self.group = group
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"batch norm takes (N, C, …), and got {tuple(input.shape)}.")
+        assert input.dim() >= 2, f"batch norm takes (N, C, …), and got {tuple(input.shape)}"
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or distributed.group_size(self.group) == 1:
@@ -119,19 +100,14 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def over_ranks(self, input: Tensor) -> Tensor:
         """What training on several ranks computes, also where there is one (to check it there)."""
         if input.is_cuda and not torch.compiler.is_compiling():  # the compiler makes kernels of its own from the below
-            return self._on_cuda(input)
+            return _OnCuda.apply(input, self.weight, self.bias, self, self._count_batch())
         with torch.autocast(input.device.type, enabled=False):
-            normalised, mean, var = _Normalise.apply(input.float() if _is_half(input) else input, self.eps, self.group)
-            if self.track_running_stats:
-                self._track(mean, var, count=input.numel() // input.shape[1] * distributed.group_size(self.group))
+            half = input.dtype in (torch.float16, torch.bfloat16)
+            normalised, mean, var = _Normalise.apply(input.float() if half else input, self.eps, self.group)
+            self._track(mean, var, count=input.numel() // input.shape[1] * distributed.group_size(self.group))
             if self.weight is not None:
                 normalised = normalised * _wide(self.weight, input) + _wide(self.bias, input)
         return normalised.to(input.dtype)
-
-    def _on_cuda(self, input: Tensor) -> Tensor:
-        running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
-        share = self._count_batch() if self.track_running_stats else 0.0
-        return _OnCuda.apply(input, self.weight, self.bias, *running, share, self.eps, self.group)
 
     @torch.no_grad()
     def _count_batch(self) -> float:
@@ -142,8 +118,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor, *, count: int) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
+        assert self.running_mean is not None and self.running_var is not None  # noqa: PT018
         share = self._count_batch()
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
         self.running_var.lerp_((var * (count / max(count - 1, 1))).to(self.running_var.dtype), share)
@@ -179,7 +154,3 @@ def _dense(x: Tensor) -> Tensor:
 def _wide(per_channel: Tensor, x: Tensor) -> Tensor:
     """(C,) → (1, C, 1, …), to meet `x`."""
     return per_channel.view(1, -1, *[1] * (x.dim() - 2))
-
-
-def _is_half(x: Tensor) -> bool:
-    return x.dtype in (torch.float16, torch.bfloat16)

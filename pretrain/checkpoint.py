@@ -1,15 +1,15 @@
 """Resume files that are never torn: `checkpoints/step_XXXXXXXX.pt` with a manifest `.json` of the same name.
 
-A state is written beside its place, fsynced and renamed; then its manifest, with size and SHA-256, the same way. A
-state without a manifest is a write that did not end and does not count. Reading verifies first and falls back to the
-newest valid one, saying so. States are tensors and plain values only, read with `weights_only=True`.
+The state is written to a temporary file, synced and renamed; then its manifest, with size and SHA-256, the same way. A
+state without a manifest is an unfinished write and is ignored. Reading verifies the newest first and falls back to the
+one before. States are tensors and plain values only, read with `weights_only=True`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,9 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: what has been done when the state was written.
+    """How far a run is. `steps` counts optimiser steps since its start, whatever their size.
 
-    `samples` are those of `epoch` that all ranks together have used, so another number of ranks can go on from it;
-    `steps` counts optimiser steps since the start of the run, whatever their size.
+    `samples` are those of `epoch` that all ranks together have used, so another number of ranks can go on from it.
     """
 
     steps: int = 0
@@ -37,79 +36,62 @@ class Position:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What stands beside a state."""
+    """What is known of a state; `bytes` and `sha256` are of its file."""
 
     position: Position
     images: int
     world_size: int
-    bytes: int
-    sha256: str
+    bytes: int = 0
+    sha256: str = ""
     format_version: int = FORMAT_VERSION
-    # Which images, by names and sizes, and by names in their order; None where that cannot be said, and in older ones.
+    # Which images, by names and sizes, and by names in their order; None where it is unknown, and in older ones.
     images_sha256: str | None = None
     names_sha256: str | None = None
 
 
-def save(
-    folder: Path,
-    state: dict[str, Any],
-    position: Position,
-    *,
-    images: int,
-    images_sha256: str | None,
-    names_sha256: str | None,
-    world_size: int,
-    keep: int,
-) -> Path:
-    """Write `state` and its manifest into `folder`, then drop all but the newest `keep`; returns the state's path."""
-    path = folder / f"step_{position.steps:08d}.pt"
-    manifest = path.with_suffix(".json")
+def save(folder: Path, state: dict[str, Any], manifest: Manifest, *, keep: int) -> Path:
+    """Write `state` and its manifest into `folder`, then remove all but the newest `keep`; returns the state's path."""
+    path = folder / f"step_{manifest.position.steps:08d}.pt"
     with files.atomic_path(path) as temporary:
         torch.save(state, temporary)
-        digest, size = sha256_file(temporary), temporary.stat().st_size
-        # Only now: a disk that is full until here costs no state. A state is valid with its own manifest alone.
-        manifest.unlink(missing_ok=True)
-    written = Manifest(
-        position, images, world_size, size, digest, images_sha256=images_sha256, names_sha256=names_sha256
-    )
-    files.write_json(manifest, asdict(written))
-    _prune(folder, keep=keep)
+        manifest = replace(manifest, bytes=temporary.stat().st_size, sha256=sha256_file(temporary))
+        # Only now: an earlier state of this step stays valid until the new one is whole, even when the disk is full.
+        path.with_suffix(".json").unlink(missing_ok=True)
+    files.write_json(path.with_suffix(".json"), asdict(manifest))
+    for old in sorted(folder.glob("step_*.json"))[:-keep]:
+        old.unlink()  # first: a state without a manifest is ignored, a manifest without a state is damage
+        old.with_suffix(".pt").unlink(missing_ok=True)
     return path
 
 
-def place(path: Path, position: Position) -> None:
-    """Say that the state at `path`, just written, stands at `position`: its step is also the end of an epoch."""
+def move(path: Path, position: Position) -> None:
+    """Give the state at `path`, just written, another `position`: its step is also the end of an epoch."""
     manifest = path.with_suffix(".json")
     files.write_json(manifest, {**json.loads(manifest.read_text()), "position": asdict(position)})
 
 
 def newest_valid(folder: Path, *, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
-    """The newest state that reads back as written, or None when the folder holds none.
-
-    Every newer one that is torn or damaged is named through `say`.
+    """The newest state that reads back as written, or None when the folder holds none; damaged ones are named.
 
     Raises:
         UserError: there are checkpoints, and none of them is valid.
     """
     manifests = sorted(folder.glob("step_*.json"), reverse=True)
-    for number, manifest_path in enumerate(manifests):
-        path = manifest_path.with_suffix(".pt")
-        manifest = _read_manifest(manifest_path)
-        problem = "its manifest is damaged" if manifest is None else _problem(path, manifest)
-        if manifest is not None and problem is None:
-            return path, manifest
-        before = "; falling back to the one before it" if number < len(manifests) - 1 else ""
-        say(f"Checkpoint {path} is not valid ({problem}){before}.")
-        if number == len(manifests) - 1:
-            raise UserError(
-                f"None of the {len(manifests)} checkpoint(s) in {folder} is valid; start again in another folder "
-                "(--output), or put a good copy back."
-            )
+    for path in manifests:
+        found = _verified(path)
+        if isinstance(found, Manifest):
+            return path.with_suffix(".pt"), found
+        say(f"Checkpoint {path.with_suffix('.pt')} is not valid ({found}).")
+    if manifests:
+        raise UserError(
+            f"None of the {len(manifests)} checkpoint(s) in {folder} is valid; start again in another folder "
+            "(--output), or put a good copy back."
+        )
     return None
 
 
 def load(path: Path, *, device: torch.device) -> dict[str, Any]:
-    """The state at `path`, on `device`. Nothing in the file is run."""
+    """The state at `path`, on `device`. Nothing in the file is executed."""
     return torch.load(path, map_location=device, weights_only=True)
 
 
@@ -120,27 +102,18 @@ def clean(folder: Path) -> None:
             leftover.unlink()
 
 
-def _prune(folder: Path, *, keep: int) -> None:
-    for manifest in sorted(folder.glob("step_*.json"))[:-keep]:
-        manifest.unlink()  # first: a state without manifest does not count, a manifest without state is damage
-        manifest.with_suffix(".pt").unlink(missing_ok=True)
-
-
-def _read_manifest(path: Path) -> Manifest | None:
+def _verified(path: Path) -> Manifest | str:
+    """The manifest at `path` when its state is as it says, or what is wrong."""
+    state = path.with_suffix(".pt")
     try:
         values = json.loads(path.read_text())
-        return Manifest(**{**values, "position": Position(**values["position"])})
+        manifest = Manifest(**{**values, "position": Position(**values["position"])})
     except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _problem(path: Path, manifest: Manifest) -> str | None:
+        return "its manifest is damaged"
     if manifest.format_version != FORMAT_VERSION:
         return f"it has format {manifest.format_version}, this version reads {FORMAT_VERSION}"
-    if not path.exists():
+    if not state.exists():
         return "the file is gone"
-    if path.stat().st_size != manifest.bytes:
-        return f"it has {path.stat().st_size} bytes instead of {manifest.bytes}"
-    if sha256_file(path) != manifest.sha256:
-        return "its SHA-256 is not the one in its manifest"
-    return None
+    if state.stat().st_size != manifest.bytes or sha256_file(state) != manifest.sha256:
+        return "size or SHA-256 differ from its manifest"
+    return manifest

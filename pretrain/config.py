@@ -1,28 +1,35 @@
-"""Everything a pretraining run can be told, frozen once it is read. Files: `configs/pretrain/*.toml`.
+"""The config of a pretraining run, frozen once it is read. Files: `configs/pretrain/*.toml`.
 
 Defaults are the published ResNet-50 recipe (TWIST repository, commit 796d36e); each config states the rest.
-Sizes a rank: `batch_size` images; the total batch is that times the number of ranks, and learning rates scale with it.
+`batch_size` is images a rank; the total batch is that times the number of ranks, and learning rates scale with it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from twist.contracts.config import MOST_SEED, SHIPPED, Config
 from twist.contracts.errors import UsageError, did_you_mean
 from twist.contracts.weights import Architecture
-from twist.pretrain.precision import Precision
 
-Positive = Field(gt=0)
-Scale = tuple[float, float]
+Precision = Literal["bf16", "fp16", "fp32"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-# Global crops of the kinds without local ones: torchvision's default, and MoCo's (method.md, "Views").
-PUBLISHED_SCALES: dict[str, Scale] = {"barlow": (0.08, 1.0), "moco": (0.2, 1.0)}
+def _range(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < value[0] <= value[1]:
+        raise ValueError(f"{list(value)} is no range: 0 < low ≤ high")
+    return value
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_range)]
+Scale = Annotated[tuple[Share, Share], AfterValidator(_range)]  # shares of the image's area
+# Global crops of the kinds without local ones: torchvision's default, and MoCo's.
+PUBLISHED_SCALES = {"barlow": (0.08, 1.0), "moco": (0.2, 1.0)}
 
 
 class DataConfig(Config):
@@ -36,7 +43,7 @@ class DataConfig(Config):
     dataset_options: dict[str, Any] = Field(default_factory=dict)
     image_column: str = "image"
     # For `streaming = true` in the options: images of an epoch, where the set does not say; and how many encoded images
-    # (some 0.1 MB each) a rank holds to shuffle among. What a stream cannot promise: pretrain/image_stream.py.
+    # (some 0.1 MB each) a rank holds to shuffle among. What a stream cannot promise: `data/source.py`.
     stream_images: int | None = Field(default=None, gt=0)
     stream_shuffle_buffer: int = Field(default=2000, gt=0)
     # `device` cuts uint8 crops in workers and does the photometric part for the whole batch on the training device;
@@ -59,8 +66,8 @@ class ViewsConfig(Config):
     local_scale: Scale = (0.05, 0.4)
     # None: the kind's own (`data/views.py`). The published blur, σ of 0.1 to 2 pixels, is meant for views of 96
     # pixels and more: at 40 it wipes out what a view shows. More greyscale keeps colour from being all that is learned.
-    blur_sigma: tuple[float, float] | None = None
-    grey_probability: float | None = Field(default=None, ge=0, le=1)
+    blur_sigma: Range | None = None  # pixels of the view
+    grey_probability: Share | None = None
     # Harder crops of the self-labelling stage.
     self_label_global_scale: Scale = (0.14, 1.0)
     self_label_local_scale: Scale = (0.05, 0.14)
@@ -69,22 +76,9 @@ class ViewsConfig(Config):
     @classmethod
     def _published_scale(cls, values: Any) -> Any:
         # A kind without local crops has its own published scale; filled in here, so it stands in every written config.
-        if not isinstance(values, dict) or "global_scale" in values:
-            return values
-        scale = PUBLISHED_SCALES.get(str(values.get("kind")))
-        return values if scale is None else {**values, "global_scale": scale}
-
-    @model_validator(mode="after")
-    def _kinds(self) -> ViewsConfig:
-        if self.kind != "multicrop" and self.local_count:
-            raise ValueError(f'views of kind "{self.kind}" have no local crops: set views.local_count = 0')
-        for name in ("global_scale", "local_scale", "self_label_global_scale", "self_label_local_scale"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"views.{name} = [{low}, {high}]: shares of the image's area, 0 < low ≤ high ≤ 1")
-        if self.blur_sigma is not None and not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
-            raise ValueError(f"views.blur_sigma = {list(self.blur_sigma)}: pixels of the view, 0 < low ≤ high")
-        return self
+        if isinstance(values, dict) and values.get("kind") in PUBLISHED_SCALES:
+            return {"global_scale": PUBLISHED_SCALES[values["kind"]], **values}
+        return values
 
 
 class ModelConfig(Config):
@@ -138,22 +132,12 @@ class OptimConfig(Config):
     # The cosine ends at this share of the base rate.
     final_lr_ratio: float = Field(default=0.001, ge=0, le=1)
     clip_norm: float | None = Field(default=None, gt=0)
-    # Only 1: see the message.
+    # Only 1: diversity and the last batch norm are statistics of the whole batch.
     accumulate_steps: int = 1
-
-    @model_validator(mode="after")
-    def _no_accumulation(self) -> OptimConfig:
-        if self.accumulate_steps != 1:
-            raise ValueError(
-                "gradient accumulation is not possible with TWIST: diversity and the last batch norm are statistics of "
-                "the whole batch, and a sum over small batches is another objective. Lower the batch (the learning "
-                "rate follows), use more ranks, or model.activation_checkpointing = true"
-            )
-        return self
 
 
 class RunConfig(Config):
-    """How long, how exactly, what is kept."""
+    """Length, precision, checkpoints and checks."""
 
     epochs: int = Field(gt=0)
     # Epochs of the first stage; the rest is self-labelling. Left out: all of them.
@@ -165,7 +149,7 @@ class RunConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # A full checkpoint of the published code: backbone, head and (when the recipe has one) teacher start from it.
     warm_start: str | None = None
-    # What a device does not do well is done in float32 (`pretrain/precision.py`), and so is the loss, always.
+    # What a device does not do well is done in float32 (`pretrain/plan.py`), and so is the loss, always.
     precision: Precision = "bf16"
     channels_last: bool = True
     compile: bool = False
@@ -188,38 +172,9 @@ class RunConfig(Config):
     @classmethod
     def _one_stage(cls, values: Any) -> Any:
         # Filled in here, so that `run.epochs=2` alone shortens a run, and the number stands in every written config.
-        if not isinstance(values, dict) or "epochs" not in values:
-            return values
-        return {"mutual_information_epochs": values["epochs"], **values}
-
-    @model_validator(mode="after")
-    def _stages(self) -> RunConfig:
-        if self.mutual_information_epochs > self.epochs:
-            raise ValueError(
-                f"run.mutual_information_epochs = {self.mutual_information_epochs} is more than "
-                f"run.epochs = {self.epochs}: lower it too, it is the part of the epochs before self-labelling"
-            )
-        return self
-
-
-RECIPES = SHIPPED / "pretrain"
-
-
-def find_config(path: Path) -> Path:
-    """`path`, or our config of that name: `smoke` is `configs/pretrain/smoke.toml`, wherever it was installed.
-
-    Raises:
-        UsageError: there is neither; the message names the nearest of ours, or all.
-    """
-    ours = RECIPES / f"{path.name.removesuffix('.toml')}.toml"
-    if path.exists():
-        return path
-    if path.parent == Path() and ours.is_file():
-        return ours
-    names = sorted(file.stem for file in RECIPES.glob("*.toml"))
-    raise UsageError(
-        f"There is no config at {path}: check the path, or name one of ours.{did_you_mean(path.stem, names)}"
-    )
+        if isinstance(values, dict) and "epochs" in values:
+            return {"mutual_information_epochs": values["epochs"], **values}
+        return values
 
 
 class PretrainConfig(Config):
@@ -234,46 +189,63 @@ class PretrainConfig(Config):
     optim: OptimConfig = OptimConfig()
 
     @model_validator(mode="after")
-    def _warmups_end(self) -> PretrainConfig:
-        first, second = self.run.mutual_information_epochs, self.run.epochs - self.run.mutual_information_epochs
-        if (self.optim.warmup_epochs or 0) >= first:
-            raise ValueError(
-                f"optim.warmup_epochs = {self.optim.warmup_epochs} must be less than the {first} epoch(s) of the first "
-                f"stage (run.mutual_information_epochs): pass optim.warmup_epochs={max(0, first // 2)}"
-            )
-        if second and self.self_label.warmup_epochs >= second:
-            raise ValueError(
-                f"self_label.warmup_epochs = {self.self_label.warmup_epochs} must be less than the {second} epoch(s) "
-                "of the self-labelling stage (run.epochs − run.mutual_information_epochs): pass "
-                f"self_label.warmup_epochs={second // 2}"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _together(self) -> PretrainConfig:
-        if self.model.backbone.startswith("vit_") and (self.views.global_size % 16 or self.views.local_size % 16):
-            raise ValueError("a ViT with 16-pixel patches needs view sizes that are multiples of 16")
-        self._refuse_without_effect()
-        if self.run.compile and self.model.activation_checkpointing and not self.model.backbone.startswith("vit_"):
-            # The second resolution moves the running statistics that the first one's second forward would start from.
-            raise ValueError(
-                "run.compile and model.activation_checkpointing do not go together for networks with batch norms: "
-                "keep one of them"
-            )
+        for problem in self._problems():
+            raise ValueError(problem)
         return self
 
-    def _refuse_without_effect(self) -> None:
-        """A number that somebody sets and that does nothing is a run that is not what its config says."""
-        is_vit, lars = self.model.backbone.startswith("vit_"), self.optim.name == "lars"
-        for key, has_effect, only in (
-            ("model.width", not is_vit, "ResNets are made wider"),
-            ("model.drop_path", is_vit, "ViTs drop paths"),
-            ("model.teacher_momentum", self.model.teacher, "a teacher (model.teacher = true) has it"),
-            ("optim.momentum", lars, "LARS has it, AdamW's are fixed"),
-            ("optim.eta", lars, "LARS has it"),
+    def _problems(self) -> Iterator[str]:
+        """What does not go together, a sentence each."""
+        run, model, optim, views = self.run, self.model, self.optim, self.views
+        is_vit, lars = model.backbone.startswith("vit_"), optim.name == "lars"
+        first, second = run.mutual_information_epochs, run.epochs - run.mutual_information_epochs
+        if views.kind != "multicrop" and views.local_count:
+            yield f'views of kind "{views.kind}" have no local crops: set views.local_count = 0'
+        if optim.accumulate_steps != 1:
+            yield (
+                "gradient accumulation is not possible with TWIST, whose diversity and last batch norm are statistics "
+                "of the whole batch: lower run.batch_size, or set model.activation_checkpointing = true"
+            )
+        if second < 0:
+            yield f"run.mutual_information_epochs = {first} is more than run.epochs = {run.epochs}: lower it too"
+        if (optim.warmup_epochs or 0) >= first:
+            yield (
+                f"optim.warmup_epochs = {optim.warmup_epochs} is not less than run.mutual_information_epochs = "
+                f"{first}: pass optim.warmup_epochs={first // 2}"
+            )
+        if 0 < second <= self.self_label.warmup_epochs:
+            yield (
+                f"self_label.warmup_epochs = {self.self_label.warmup_epochs} is not less than the {second} epochs of "
+                f"self-labelling: pass self_label.warmup_epochs={second // 2}"
+            )
+        if is_vit and (views.global_size % 16 or views.local_size % 16):
+            yield "a ViT with 16-pixel patches needs view sizes that are multiples of 16"
+        if run.compile and model.activation_checkpointing and not is_vit:
+            # The second resolution moves the running statistics that the first one's second forward would start from.
+            yield "run.compile and model.activation_checkpointing do not go together with batch norms: keep one of them"
+        for table, name, has_effect, where in (
+            ("model", "width", not is_vit, "in ResNets"),
+            ("model", "drop_path", is_vit, "in ViTs"),
+            ("model", "teacher_momentum", model.teacher, "with model.teacher = true"),
+            ("optim", "momentum", lars, "with LARS"),
+            ("optim", "eta", lars, "with LARS"),
         ):
-            section, name = key.split(".")
-            table = getattr(self, section)
-            standard = type(table).model_fields[name].default
-            if not has_effect and getattr(table, name) != standard:
-                raise ValueError(f"{key} = {getattr(table, name)} would have no effect, only {only}: leave it out")
+            value, fields = getattr(getattr(self, table), name), type(getattr(self, table)).model_fields
+            if not has_effect and value != fields[name].default:
+                yield f"{table}.{name} = {value} would have no effect, only {where}: leave it out"
+
+
+RECIPES = SHIPPED / "pretrain"
+
+
+def find_config(path: Path) -> Path:
+    """`path`, or our config of that name, wherever it was installed: `smoke` is `configs/pretrain/smoke.toml`."""
+    ours = RECIPES / f"{path.name.removesuffix('.toml')}.toml"
+    if path.exists():
+        return path
+    if path.parent == Path() and ours.is_file():
+        return ours
+    names = sorted(file.stem for file in RECIPES.glob("*.toml"))
+    raise UsageError(
+        f"There is no config at {path}: check the path, or name one of ours.{did_you_mean(path.stem, names)}"
+    )

@@ -1,23 +1,26 @@
-"""The TWIST objective: consistency + (1 + lam1)·sharpness − lam2·diversity, in closed form over the distinct views.
+"""The losses of the two stages: TWIST's objective, with or without a momentum teacher, and self-labelling.
 
-Source: arXiv 2110.07402, section 3. The paper sums over pairs of views (i, j), i ∈ {0, 1}, j > i. Every term of a pair
-is a sum over its two views or a product of their distributions, so each view's softmax and logarithm is needed once,
-with a weight that says in how many pairs the view stands: 14 views make 25 pairs, but 14 softmaxes.
+    objective = consistency + (1 + lam1)·sharpness − lam2·diversity
+
+Source: arXiv 2110.07402, sections 3.1 to 3.4, and the published code (commit 796d36e). The paper sums over pairs of
+views (i, j), i ∈ {0, 1}, j > i. Every term of a pair is a sum over its two views or a product of their distributions,
+so each view's softmax and logarithm is needed once: 14 views make 25 pairs, but 14 softmaxes.
 
 Shapes: `V` views (two global ones first), `B` images a rank, `K` classes. Natural logarithms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 class LossTerms(NamedTuple):
-    """The three terms and what is minimised; scalars in nats, over all ranks' rows."""
+    """The three terms and the total, which is minimised; scalars in nats, over all ranks' rows."""
 
     consistency: Tensor
     sharpness: Tensor
@@ -25,37 +28,40 @@ class LossTerms(NamedTuple):
     total: Tensor
 
 
+class SelfLabelTerms(NamedTuple):
+    """The loss (this rank's), and the confidence above which images are kept."""
+
+    total: Tensor
+    self_label_threshold: Tensor
+
+
+Loss = LossTerms | SelfLabelTerms
+
+
+class LossWeights(NamedTuple):
+    """Weights of sharpness (1 + lam1) and diversity (lam2), temperature, and what is added inside every logarithm."""
+
+    lam1: float = 0.0
+    lam2: float = 1.0
+    tau: float = 1.0
+    eps: float = 1e-5
+
+
+UNWEIGHTED = LossWeights()
+
+
 def identity(x: Tensor) -> Tensor:
     """The mean over the ranks of a single process."""
     return x
 
 
-def pair_mean(per_view: Tensor) -> Tensor:
-    """The mean over all pairs of ½(xᵢ + xⱼ), from one number a view (V,).
-
-    A global view stands in V − 1 pairs, a local one in two.
-    """
-    views = len(per_view)
-    return ((views - 1) * per_view[:2].sum() + 2 * per_view[2:].sum()) / (2 * _pairs(views))
-
-
 def twist_loss(
-    logits: Tensor | Sequence[Tensor],
-    *,
-    lam1: float = 0.0,
-    lam2: float = 1.0,
-    tau: float = 1.0,
-    eps: float = 1e-5,
-    mean_over_ranks: Callable[[Tensor], Tensor] = identity,
+    logits: Tensor, weights: LossWeights = UNWEIGHTED, *, mean_over_ranks: Callable[[Tensor], Tensor] = identity
 ) -> LossTerms:
-    """The objective of the mutual-information stage.
+    """The objective of the mutual-information stage. Sharpness and diversity are at temperature `tau`.
 
     Args:
-        logits: (V, B, K) or V tensors (B, K), after the head's last batch norm; the global views first. Half
-            precision is raised to float32, float64 stays.
-        lam1, lam2: weights of sharpness (1 + lam1) and diversity (lam2).
-        tau: temperature of sharpness and diversity; consistency has none.
-        eps: added inside every logarithm.
+        logits: (V, B, K), after the head's last batch norm. Half precision is raised to float32, float64 stays.
         mean_over_ranks: called once, with everything that has to be averaged over ranks packed into one vector.
 
     Returns:
@@ -66,18 +72,13 @@ def twist_loss(
         ValueError: fewer than two views, or logits that are not (V, B, K).
     """
     logits = _at_least_float32(logits)
-    views, _, classes = logits.shape
-    if views < 2:
-        raise ValueError(f"twist_loss compares views of one image and got {views}: give at least two.")
-
-    consistency, sharpness, mean = _LocalTerms.apply(logits, eps)
-    if tau != 1:
-        _, sharpness, mean = _LocalTerms.apply(logits / tau, eps)
-
-    packed = mean_over_ranks(torch.cat([consistency.view(1), sharpness.view(1), mean.flatten()]))
-    consistency, sharpness = packed[0], packed[1]
-    diversity = pair_mean(_entropy(packed[2:].view(views, classes), eps))
-    return LossTerms(consistency, sharpness, diversity, consistency + (1 + lam1) * sharpness - lam2 * diversity)
+    if len(logits) < 2:
+        raise ValueError(f"twist_loss compares views of one image and got {len(logits)}: give at least two.")
+    consistency, sharpness, mean = _LocalTerms.apply(logits, weights.eps)
+    if weights.tau != 1:
+        _, sharpness, mean = _LocalTerms.apply(logits / weights.tau, weights.eps)
+    consistency, sharpness, mean = _over_ranks(consistency, sharpness, mean, mean_over_ranks)
+    return _terms(consistency, sharpness, _pair_mean(_entropy(mean, weights.eps)), weights)
 
 
 class _LocalTerms(torch.autograd.Function):
@@ -88,8 +89,8 @@ class _LocalTerms(torch.autograd.Function):
 
         ½ Σ over pairs KL(pᵢ‖pⱼ) + KL(pⱼ‖pᵢ)  =  ½ Σᵥ pᵥ · (nᵥ lᵥ − Oᵥ(l)),
 
-    whose derivative by pᵥ is (nᵥ lᵥ − Oᵥ(l)) + (nᵥ pᵥ − Oᵥ(p)) / (pᵥ + ε). It is written out because autograd would
-    keep and walk through many arrays of (V, B, K); this keeps two, and works view by view.
+    whose derivative by pᵥ is (nᵥ lᵥ − Oᵥ(l)) + (nᵥ pᵥ − Oᵥ(p)) / (pᵥ + ε). Autograd would keep many arrays of
+    (V, B, K); this keeps two, and works view by view.
     """
 
     @staticmethod
@@ -102,8 +103,8 @@ class _LocalTerms(torch.autograd.Function):
         sum_p, sum_log_p = p[2:].sum(0), log_p[2:].sum(0)  # (B, K)
         first, second = log_p[:2]
         cross = _dot(p[0], second + sum_log_p) + _dot(p[1], first + sum_log_p) + _dot(sum_p, first + second)
-        entropy = -pair_mean(torch.stack(own)) / rows
-        # Not `save_for_backward`: the gradient will be written over p, view by view, and needs no memory of its own.
+        entropy = -_pair_mean(torch.stack(own)) / rows
+        # Not `save_for_backward`: the gradient is written over p, view by view.
         ctx.kept, ctx.eps = (p, log_p, sum_p, sum_log_p), eps
         return -entropy - cross / (2 * _pairs(views) * rows), entropy, p.mean(1)
 
@@ -111,17 +112,19 @@ class _LocalTerms(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         of_consistency, of_sharpness, of_mean = gradients
         kept, ctx.kept = ctx.kept, None
-        assert kept is not None, "the loss's graph has been used: compute the loss again for a second backward pass"
+        assert kept is not None, "for a second backward pass, compute the loss again"
         p, log_p, sum_p, sum_log_p = kept
         views, rows, _ = p.shape
         scale = 1 / (2 * _pairs(views) * rows)
         unlike = -scale * of_consistency
-        sums_p = _over_partners(p[:2] * unlike, sum_p * unlike, views)
-        sums_log_p = _over_partners(log_p[:2] * unlike, sum_log_p * unlike, views)
+        # Of the partners: Oᵥ(p) and Oᵥ(log p), (B, K); the local views have the same ones.
+        (first, second), local = (p[:2] * unlike), sum_p * unlike
+        (log_first, log_second), log_local = (log_p[:2] * unlike), sum_log_p * unlike
+        partners_p = [second + local, first + local] + [first + second] * (views - 2)
+        partners_log_p = [log_second + log_local, log_first + log_local] + [log_first + log_second] * (views - 2)
         for v in range(views):
-            partners = views - 1 if v < 2 else 2
-            alike = partners * scale * (of_consistency - of_sharpness)
-            by_p = torch.addcdiv(sums_log_p[v], torch.addcmul(sums_p[v], p[v], alike), p[v] + ctx.eps)
+            alike = (views - 1 if v < 2 else 2) * scale * (of_consistency - of_sharpness)
+            by_p = torch.addcdiv(partners_log_p[v], torch.addcmul(partners_p[v], p[v], alike), p[v] + ctx.eps)
             by_p.addcmul_(log_p[v], alike).add_(of_mean[v] / rows)
             # Through the softmax: p ⊙ (g − Σ p g).
             p[v].mul_(by_p.sub_(torch.linalg.vecdot(by_p, p[v])[:, None]))
@@ -129,69 +132,96 @@ class _LocalTerms(torch.autograd.Function):
 
 
 def teacher_loss(
-    student: Tensor | Sequence[Tensor],
-    teacher: Tensor | Sequence[Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    weights: LossWeights = UNWEIGHTED,
     *,
-    lam1: float = 0.0,
-    lam2: float = 1.0,
-    tau: float = 1.0,
-    eps: float = 1e-5,
     mean_over_ranks: Callable[[Tensor], Tensor] = identity,
 ) -> LossTerms:
-    """The objective with a momentum teacher (the ViT recipes).
+    """The objective with a momentum teacher (the ViT recipes), for student (V, B, K) and teacher (2, B, K).
 
     Consistency is the mean over i ∈ {0, 1} and all student views j ≠ i of KL(teacherᵢ‖studentⱼ); sharpness and
-    diversity are plain means over the student's views. All three are at temperature `tau`.
-
-    Args:
-        student: (V, B, K) or V tensors (B, K), the global views first.
-        teacher: (2, B, K), the global views; no gradient flows into it.
-
-    The other arguments, the result and the errors are those of `twist_loss`.
+    diversity are plain means over the student's views. All three are at temperature `tau`. No gradient flows into the
+    teacher. Otherwise as `twist_loss`.
     """
     student, teacher = _at_least_float32(student), _at_least_float32(teacher).detach()
-    views, rows, classes = student.shape
+    views, rows, _ = student.shape
     if views < 2 or len(teacher) != 2:
         raise ValueError(f"teacher_loss takes ≥ 2 student and 2 teacher views, and got {views} and {len(teacher)}.")
 
-    s, log_s = _softmax_and_log(student / tau, eps)  # (V, B, K)
-    t, log_t = _softmax_and_log(teacher / tau, eps)  # (2, B, K)
+    s, t = (student / weights.tau).softmax(-1), (teacher / weights.tau).softmax(-1)  # (V, B, K), (2, B, K)
+    log_s, log_t = (s + weights.eps).log(), (t + weights.eps).log()
     # Each teacher view meets the V − 1 student views of another crop.
     own = (views - 1) * (t * log_t).sum()
     others = log_s.sum(0) - log_s[:2]  # (2, B, K): Σ over j ≠ i of log sⱼ
     consistency = (own - (t * others).sum()) / (2 * (views - 1) * rows)
     sharpness = -(s * log_s).sum() / (views * rows)
+    consistency, sharpness, mean = _over_ranks(consistency, sharpness, s.mean(1), mean_over_ranks)
+    return _terms(consistency, sharpness, _entropy(mean, weights.eps).mean(), weights)
 
-    packed = mean_over_ranks(torch.cat([consistency.view(1), sharpness.view(1), s.mean(1).flatten()]))
-    consistency, sharpness = packed[0], packed[1]
-    diversity = _entropy(packed[2:].view(views, classes), eps).mean()
-    return LossTerms(consistency, sharpness, diversity, consistency + (1 + lam1) * sharpness - lam2 * diversity)
+
+def self_label_loss(logits: Tensor, *, quantile: float, teacher: Tensor | None = None) -> SelfLabelTerms:
+    """The second stage: cross-entropy to the arg-max of an image's more confident global view.
+
+    An image's confidence is the greater of its two global views' highest probabilities. The threshold is the confidence
+    at rank ⌊quantile · B⌋ of the batch, from the top; images above it are kept, so about the share `quantile`, and with
+    0 every image. The more confident global view chooses the label and gets no gradient; the other global view and all
+    local views learn it. With a `teacher` (2, B, K), its global views choose instead.
+
+    Returns scalars of this rank. The loss is zero, with a zero gradient, when no image is kept; the host never waits.
+    """
+    logits = _at_least_float32(logits)
+    views, rows, _ = logits.shape
+    with torch.no_grad():
+        chooser = (logits[:2] if teacher is None else teacher.to(logits.dtype)).softmax(-1)  # (2, B, K)
+        confidence, arg_max = chooser.max(-1)  # (2, B)
+        first_labels = confidence[0] > confidence[1]  # (B,)
+        label = torch.where(first_labels, arg_max[0], arg_max[1])
+        best = torch.maximum(confidence[0], confidence[1])
+        threshold = best.new_zeros(())
+        if quantile > 0:
+            threshold = best.sort(descending=True).values[min(int(quantile * rows), rows - 1)]
+        kept = (best > threshold).to(logits.dtype)
+
+    other = torch.where(first_labels[:, None], logits[1], logits[0])  # (B, K)
+    learners = torch.cat([other[None], logits[2:]])  # (V − 1, B, K)
+    entropy = F.cross_entropy(learners.flatten(0, 1), label.repeat(views - 1), reduction="none")
+    per_image = entropy.view(views - 1, rows).mean(0)  # (B,)
+    # `clamp` instead of a branch: with no image kept the sum is zero and stays in the graph.
+    return SelfLabelTerms((per_image * kept).sum() / kept.sum().clamp(min=1), threshold)
+
+
+def _terms(consistency: Tensor, sharpness: Tensor, diversity: Tensor, weights: LossWeights) -> LossTerms:
+    total = consistency + (1 + weights.lam1) * sharpness - weights.lam2 * diversity
+    return LossTerms(consistency, sharpness, diversity, total)
+
+
+def _over_ranks(
+    consistency: Tensor, sharpness: Tensor, mean: Tensor, mean_over_ranks: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two scalars and the views' mean distributions (V, K), averaged over ranks in one vector."""
+    packed = mean_over_ranks(torch.cat([consistency.view(1), sharpness.view(1), mean.flatten()]))
+    return packed[0], packed[1], packed[2:].view_as(mean)
 
 
 def _pairs(views: int) -> int:
     return 2 * views - 3
 
 
-def _over_partners(globals_: Tensor, sum_of_locals: Tensor, views: int) -> list[Tensor]:
-    """For each view the sum over the views it is paired with: V tensors (B, K), most of them the same one."""
-    first, second = globals_
-    return [second + sum_of_locals, first + sum_of_locals] + [first + second] * (views - 2)
+def _pair_mean(per_view: Tensor) -> Tensor:
+    """The mean of ½(xᵢ + xⱼ) over all pairs, from (V,): a global view is in V − 1 pairs, a local one in 2."""
+    views = len(per_view)
+    return ((views - 1) * per_view[:2].sum() + 2 * per_view[2:].sum()) / (2 * _pairs(views))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return a.flatten().dot(b.flatten())
 
 
-def _at_least_float32(logits: Tensor | Sequence[Tensor]) -> Tensor:
-    stacked = logits if isinstance(logits, Tensor) else torch.stack(list(logits))
-    if stacked.dim() != 3:
-        raise ValueError(f"logits are (views, images, classes), and got {tuple(stacked.shape)}.")
-    return stacked.float() if stacked.dtype in (torch.float16, torch.bfloat16) else stacked
-
-
-def _softmax_and_log(logits: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    p = logits.softmax(-1)
-    return p, (p + eps).log()
+def _at_least_float32(logits: Tensor) -> Tensor:
+    if logits.dim() != 3:
+        raise ValueError(f"logits are (views, images, classes), and got {tuple(logits.shape)}.")
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _entropy(p: Tensor, eps: float) -> Tensor:

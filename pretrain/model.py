@@ -42,26 +42,20 @@ def build_model(config: PretrainConfig, *, device: torch.device) -> tuple[Twist,
     """Student and (when the recipe has one) teacher on `device`, a copy of the student, with batch norms synchronised.
 
     Every rank must call it; the weights are the same on all of them, drawn from `run.seed`.
-
-    Raises:
-        UserError: the bunch does not divide over the ranks.
     """
-    model_config = config.model
+    model = config.model
     torch.manual_seed(config.run.seed)
     backbone = build_backbone(
-        model_config.backbone,
-        width=model_config.width,
-        image_size=config.views.global_size,
-        drop_path=model_config.drop_path,
+        model.backbone, width=model.width, image_size=config.views.global_size, drop_path=model.drop_path
     )
-    is_vit = model_config.backbone.startswith("vit_")
+    is_vit = model.backbone.startswith("vit_")
     if is_vit:  # as published; timm's starts at almost nothing
         nn.init.trunc_normal_(backbone.cls_token, std=0.02)  # type: ignore[arg-type]
-    student = Twist(backbone, build_head(int(backbone.num_features), model_config, truncated_normal=is_vit))  # type: ignore[arg-type]
+    student = Twist(backbone, build_head(int(backbone.num_features), model, truncated_normal=is_vit))  # type: ignore[arg-type]
     ranks = distributed.ranks_per_bunch(
-        model_config.bunch_size, batch_size=config.run.batch_size, world_size=distributed.world_size()
+        model.bunch_size, batch_size=config.run.batch_size, world_size=distributed.world_size()
     )
-    teacher = copy.deepcopy(student) if model_config.teacher else None
+    teacher = copy.deepcopy(student) if model.teacher else None
     bunch = distributed.consecutive_group(ranks) if ranks > 1 else None
     for network in filter(None, (student, teacher)):
         synchronise(network.backbone)
@@ -71,25 +65,29 @@ def build_model(config: PretrainConfig, *, device: torch.device) -> tuple[Twist,
         network.to(device)
         if config.run.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if teacher is not None:
-        teacher.requires_grad_(False)
-    if model_config.activation_checkpointing:
-        checkpoint_activations(student.backbone)
-    if config.run.compile:
-        # Two static shapes, global and local crops; names in the state dict stay.
-        for network in filter(None, (student, teacher)):
+        if network is teacher:
+            network.requires_grad_(False)
+        elif model.activation_checkpointing:
+            checkpoint_activations(network.backbone)
+        if config.run.compile:
+            # Two static shapes, global and local crops; names in the state dict stay.
             network.backbone.compile(dynamic=False)
     return student, teacher
+
+
+def in_layout(views: Sequence[Tensor], config: PretrainConfig) -> list[Tensor]:
+    """The views in the memory layout the networks have."""
+    layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
+    return [view.contiguous(memory_format=layout) for view in views]
 
 
 def build_head(features: int, config: ModelConfig, *, truncated_normal: bool) -> Head:
     """The head of a recipe for D = `features`; `truncated_normal` initialises its layers as a ViT's are."""
     head = Head(features, config.hidden_dim, config.classes, activation=config.activation)
-    if truncated_normal:
-        for layer in head.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+    for layer in head.modules() if truncated_normal else ():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
     return head
 
 
@@ -106,19 +104,15 @@ def checkpoint_activations(backbone: nn.Module) -> None:
         return
     for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
         for block in stage:
-            contexts = functools.partial(_forward_and_again, block)
+            contexts = functools.partial(lambda block: (contextlib.nullcontext(), _statistics_kept(block)), block)
             block.forward = functools.partial(  # type: ignore[method-assign]
                 checkpoint, block.forward, use_reentrant=False, context_fn=contexts
             )
 
 
-def _forward_and_again(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    return contextlib.nullcontext(), _statistics_aside(block)
-
-
 @contextlib.contextmanager
-def _statistics_aside(block: nn.Module) -> Iterator[None]:
-    """The block's batch norms write their running statistics into copies: the second forward is of the same images."""
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """The block's batch norms update copies of their running statistics: the second forward is of the same images."""
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [dict(norm._buffers) for norm in norms]
     for norm in norms:

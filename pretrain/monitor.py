@@ -1,290 +1,238 @@
-"""What a run says about itself: `metrics.jsonl`, TensorBoard, the progress line, and an alarm when it collapses.
+"""What a run reports: `metrics.jsonl`, TensorBoard, the progress line, `curves.png`, and an alarm when it collapses.
 
-Steps leave one vector each on the device; every `run.log_every_steps` steps they are averaged over ranks and sent to
-the host together, and written when the next ones are sent: by then they have arrived, so nothing waits for the device.
-Shapes: `B` images a rank, `K` classes, `S` steps.
+Each step leaves one vector on the device. Every `run.log_every_steps` steps the vectors are averaged over ranks and
+sent to the host together; they are written when the next ones are sent, so nothing waits for the device.
+
+Shapes: `B` images a rank, `K` classes, `S` steps, `N` numbers of a step.
 """
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from twist.contracts import files
+from twist.contracts.curves import CURVES, Curves, Panel, draw, read_rows
 from twist.contracts.errors import UserError
 from twist.contracts.progress import Progress
 from twist.pretrain import distributed
 
-# In nats, except agreement (a share) and gradient_norm; NaN where a stage has no such quantity.
-DEVICE_VALUES = (
-    "total",
-    "consistency",
-    "sharpness",
-    "diversity",
-    "self_label_threshold",
-    "agreement",
-    "row_entropy",
-    "gradient_norm",
-    "nonfinite_steps",
-    "nonfinite_streak",
-)
-# Not written: what the run itself looks at.
-_INTERNAL = ("nonfinite_streak",)
-# Of those, the ones that only one stage has.
-STAGE_VALUES = {
-    "mutual_information": ("consistency", "sharpness", "diversity"),
-    "self_label": ("self_label_threshold",),
-}
+EVALUATIONS = "online_eval.jsonl"
+# Read by the run itself and not written.
+STREAK = "nonfinite_streak"
 SHOWN = ("total", "agreement", "mean_entropy_share", "classes_used", "lr", "images_per_s", "data_wait_share")
 
 
+class Observed(NamedTuple):
+    """A step's numbers on the device: (N + 2·K,), the last 2·K being the mean prediction and the used classes."""
+
+    names: tuple[str, ...]
+    numbers: Tensor
+
+
 @torch.no_grad()
-def observe(logits: Tensor, values: dict[str, Tensor]) -> Tensor:
-    """One step's vector (values + 2·K,) on the device: `values` by name, what the global views' predictions look like,
-    their mean distribution (K,), and which classes they use (K,)."""
+def observe(logits: Tensor, values: Mapping[str, Tensor]) -> Observed:
+    """`values` by name, and how the global views of `logits` (V, B, K) are classified. Waits for nothing."""
     p = logits[:2].detach().float().softmax(-1)  # (2, B, K)
     arg_max = p.argmax(-1)  # (2, B)
-    seen = {
-        **values,
-        "agreement": (arg_max[0] == arg_max[1]).float().mean(),
-        "row_entropy": _entropy(p).mean(),
-    }
-    absent = logits.new_full((), math.nan, dtype=torch.float32)
-    scalars = torch.stack([seen.get(name, absent).detach().float() for name in DEVICE_VALUES])
+    agreement = (arg_max[0] == arg_max[1]).float().mean()
+    named = {**values, "agreement": agreement, "row_entropy": _entropy(p).mean()}
+    scalars = torch.stack([value.detach().float() for value in named.values()])
     used = torch.zeros_like(p[0, 0]).index_fill_(0, arg_max.flatten(), 1.0)
-    return torch.cat([scalars, p.mean((0, 1)), used])
+    return Observed(tuple(named), torch.cat([scalars, p.mean((0, 1)), used]))
 
 
 @torch.no_grad()
 def condense(steps: Tensor, *, classes: int) -> Tensor:
-    """(S, values + 2) from stacked vectors that are already means over ranks: entropy and number of used classes in
-    place of the distributions. Stays on the device."""
-    scalars, mean, used = steps.split([len(DEVICE_VALUES), classes, classes], dim=1)
+    """(S, N + 2·K) means over ranks → (S, N + 2): entropy and number of used classes instead of the distributions."""
+    scalars, mean, used = steps.split([steps.shape[1] - 2 * classes, classes, classes], dim=1)
     return torch.cat([scalars, _entropy(mean)[:, None], (used > 0).sum(1, keepdim=True)], dim=1)
 
 
-def rows_of(numbers: Tensor, *, classes: int) -> list[dict[str, Any]]:
-    """Names and numbers of each step, from what `condense` gives."""
+def rows_of(numbers: Tensor, names: tuple[str, ...], *, classes: int) -> list[dict[str, Any]]:
+    """The numbers of each step by name, from what `condense` gives; None where one is not finite."""
     rows = []
-    for *values, entropy, count in numbers.tolist():
-        # JSON has no NaN: a step without a number says null.
-        row: dict[str, Any] = {n: v if math.isfinite(v) else None for n, v in zip(DEVICE_VALUES, values)}
-        row["mean_entropy"] = entropy if math.isfinite(entropy) else None
-        row["mean_entropy_share"] = entropy / math.log(classes) if math.isfinite(entropy) else None
-        row["classes_used"] = int(count)
-        rows.append(row)
+    for values in numbers.tolist():
+        row = {n: v if math.isfinite(v) else None for n, v in zip((*names, "mean_entropy"), values)}
+        row["mean_entropy_share"] = None if row["mean_entropy"] is None else row["mean_entropy"] / math.log(classes)
+        rows.append({**row, "classes_used": int(values[-1])})
     return rows
 
 
 @dataclass
 class CollapseAlarm:
-    """Says so when predictions have been the same for all images, or uniform, for `patience` steps in a row.
+    """Goes off when predictions are uniform, or the same for all images, for `patience` steps in a row.
 
-    The head's last norm makes a constant output a uniform prediction, so that is the face collapse mostly has here.
-    At initialisation rows have about ln K − ½ nats, which is below the limit for every K.
+    With a constant output the head's last norm makes them uniform. At initialisation rows have about ln K − ½ nats.
     """
 
     classes: int
     patience: int = 20
-    # Shares of ln K: rows above are uniform; a mean distribution below means that (nearly) one class is left.
+    # Shares of ln K: rows above are uniform; with a mean distribution below, (nearly) one class is left.
     uniform_above: float = 0.995
     constant_below: float = 0.05
-    _uniform: int = field(default=0, init=False)
-    _constant: int = field(default=0, init=False)
+    _streaks: dict[str, int] = field(default_factory=dict, init=False)
 
     def look(self, row: dict[str, Any]) -> str | None:
         """The alarm's sentence when it goes off at this step (once for each time it begins), else None."""
         rows, mean = row["row_entropy"], row["mean_entropy_share"]
-        if rows is None or mean is None:  # a skipped step says nothing
+        if rows is None or mean is None:  # a skipped step
             return None
-        self._uniform = self._uniform + 1 if rows / math.log(self.classes) > self.uniform_above else 0
-        self._constant = self._constant + 1 if mean < self.constant_below else 0
-        if self._uniform == self.patience:
-            return self._sentence("uniform: every image gets every class alike", row)
-        if self._constant == self.patience:
-            return self._sentence("constant: nearly all images get one class", row)
+        for what, collapsed in (
+            ("uniform: all classes are equally probable", rows > self.uniform_above * math.log(self.classes)),
+            ("constant: nearly all images are in one class", mean < self.constant_below),
+        ):
+            self._streaks[what] = self._streaks.get(what, 0) + 1 if collapsed else 0
+            if self._streaks[what] == self.patience:
+                return (
+                    f"Predictions have collapsed since step {row['step'] - self.patience + 1}: they are {what}. Look "
+                    "at the views and the learning rate (--show-views, optim.lr), and check loss.lam1 and loss.lam2."
+                )
         return None
-
-    def _sentence(self, what: str, row: dict[str, Any]) -> str:
-        return (
-            f"Predictions have collapsed since step {row['step'] - self.patience + 1}: they are {what}. Look at views "
-            "and learning rate (--show-views, optim.lr), and check loss.lam1 and loss.lam2."
-        )
-
-
-@dataclass(frozen=True)
-class StepNote:
-    """What the host knows of a step without asking the device."""
-
-    step: int
-    epoch: int
-    stage: Literal["mutual_information", "self_label"]
-    lr: float
-    images: int
-    data_wait_s: float
-    bad_images: int
-
-
-class _Sent(NamedTuple):
-    """Steps on their way to the host, and what the host knew when it sent for them."""
-
-    notes: tuple[StepNote, ...]
-    numbers: Tensor  # (S, values + 2 + 2), there when `arrived` says so
-    arrived: torch.cuda.Event | None
-    wall_s: float
 
 
 class Monitor:
-    """Collects steps and writes them out. Every rank has one; rank 0's writes. Use it in a `with`.
+    """Collects steps and writes them. Every rank has one; rank 0's writes. Use it in a `with`.
 
     `nonfinite_streak` is how many steps in a row were skipped up to the last one written.
     """
 
     def __init__(self, folder: Path, *, classes: int, steps: int, first_step: int, first_epoch: int = 0) -> None:
-        self._classes, self._path = classes, folder / "metrics.jsonl"
-        self._evaluations, self._first_epoch = folder / "online_eval.jsonl", first_epoch
-        self._pending: list[tuple[StepNote, Tensor]] = []
-        self._sent: _Sent | None = None
-        self.nonfinite_streak = 0
+        self._folder, self._classes, self._first = folder, classes, (first_step, first_epoch)
+        self._pending: list[tuple[dict[str, Any], list[float], Observed]] = []
+        self._write_sent: Callable[[], str | None] = lambda: None  # what was sent before, once
         self._alarm = CollapseAlarm(classes)
-        self._is_main = distributed.rank() == 0
-        self._progress = Progress("pretrain", total=steps, start=first_step, quiet=not self._is_main)
-        self._board: Any = None
-        self._board_folder, self._first_step = folder / "tensorboard", first_step
-        self._since = time.monotonic()
+        self._curves: Curves | None = None
+        self._progress = Progress("pretrain", total=steps, start=first_step, quiet=distributed.rank() != 0)
+        self.nonfinite_streak = 0
 
     def __enter__(self) -> Monitor:
-        if self._is_main:
-            from torch.utils.tensorboard import SummaryWriter  # a second to import, and only rank 0 needs it
-
-            keep_rows_before(self._path, step=self._first_step)
-            keep_rows_before(self._evaluations, epoch=self._first_epoch)
-            self._board = SummaryWriter(str(self._board_folder), purge_step=self._first_step)
+        if distributed.rank() == 0:
+            self._curves = Curves(self._folder / CURVES, start=self._first[0], board=self._folder / "tensorboard")
         self._progress.__enter__()
         self._since = time.monotonic()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if error[0] is None or issubclass(error[0], UserError):  # the device is well, and the last rows tell why
+        if error[0] is None or issubclass(error[0], UserError):  # the device works, and the last rows say why
             self._write_sent()
         self._progress.__exit__(*error)
-        if self._board is not None:
-            self._board.close()
+        if self._curves is not None:
+            self._curves.close()
 
-    def note(self, note: StepNote, seen: Tensor) -> None:
-        """Keep one step for the next `pass_on` or `flush`; waits for nothing."""
-        self._pending.append((note, seen))
+    def note(
+        self, row: dict[str, Any], observed: Observed, *, images: int, data_wait_s: float, bad_images: int
+    ) -> None:
+        """Keep one step for the next `pass_on` or `flush`; `row` is written as it is. Waits for nothing."""
+        self._pending.append((row, [images, data_wait_s, bad_images], observed))
 
     def pass_on(self) -> str | None:
-        """Send for the kept steps, and write those sent for before; waits for nothing that is not long done.
+        """Send the kept steps, and write those sent before, which have arrived by now.
 
         Returns the collapse alarm's sentence if it went off. Every rank must call it.
         """
         alarm = self._write_sent()
-        self._send()
+        self._write_sent = self._send() if self._pending else lambda: None
         return alarm
 
     def flush(self) -> str | None:
         """Write everything, and wait for it; as `pass_on` otherwise."""
         alarm = self.pass_on()
-        return self._write_sent() or alarm
+        return self.pass_on() or alarm
 
-    def _send(self) -> None:
-        if not self._pending:
-            return
-        notes, seen = zip(*self._pending)
+    def _send(self) -> Callable[[], str | None]:
+        """Send the kept steps to the host; the result writes them."""
+        rows, of_host, observed = zip(*self._pending)
         self._pending = []
-        hosts = torch.tensor([[note.data_wait_s, note.bad_images] for note in notes], dtype=torch.float32)
-        stacked = torch.stack(seen)
+        assert len({one.names for one in observed}) == 1, "the stage changes at an epoch's end, after a flush"
+        hosts, stacked = torch.tensor(of_host), torch.stack([one.numbers for one in observed])
         if stacked.is_cuda:
             hosts = hosts.pin_memory()
-        packed = torch.cat([stacked, hosts.to(stacked.device, non_blocking=True)], dim=1)
-        packed = distributed.averaged(packed)
-        numbers = torch.cat([condense(packed[:, :-2], classes=self._classes), packed[:, -2:]], dim=1)
+        packed = distributed.averaged(torch.cat([stacked, hosts.to(stacked.device, non_blocking=True)], dim=1))
+        numbers = torch.cat([condense(packed[:, :-3], classes=self._classes), packed[:, -3:]], dim=1)
         arrived = None
         if numbers.is_cuda:
-            there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            numbers = there.copy_(numbers, non_blocking=True)
+            numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
         now = time.monotonic()
-        self._sent = _Sent(notes, numbers, arrived, max(now - self._since, 1e-9))
-        self._since = now
+        wall_s, self._since = max(now - self._since, 1e-9), now
+        return functools.partial(self._write, rows, observed[0].names, numbers, arrived, wall_s)
 
-    def _write_sent(self) -> str | None:
-        if self._sent is None:
-            return None
-        (notes, numbers, arrived, wall_s), self._sent = self._sent, None
+    def _write(
+        self,
+        rows: Sequence[dict[str, Any]],
+        names: tuple[str, ...],
+        numbers: Tensor,
+        arrived: torch.cuda.Event | None,
+        wall_s: float,
+    ) -> str | None:
         if arrived is not None:
             arrived.synchronize()
-        waits, bad = numbers[:, -2:].T.tolist()
-        images = sum(note.images for note in notes) * distributed.world_size()
-        alarm = None
-        lines = []
-        for note, row, bad_mean in zip(notes, rows_of(numbers[:, :-2], classes=self._classes), bad):
-            self.nonfinite_streak = int(row["nonfinite_streak"] or 0)
-            absent = {name for stage, names in STAGE_VALUES.items() if stage != note.stage for name in names}
-            kept = {name: value for name, value in row.items() if name not in absent.union(_INTERNAL)}
-            line = {"step": note.step, "epoch": note.epoch, "stage": note.stage, **kept, "lr": note.lr}
-            line["nonfinite_steps"] = int(line["nonfinite_steps"] or 0)
-            line["bad_images"] = round(bad_mean * distributed.world_size())
-            line["images_per_s"] = images / wall_s
-            line["data_wait_share"] = min(sum(waits) / wall_s, 1.0)
-            alarm = self._alarm.look(line) or alarm
-            lines.append(line)
-        if self._is_main:
-            self._write(lines)
-        self._progress.advance(len(lines), **{name: lines[-1][name] for name in SHOWN if lines[-1][name] is not None})
+        ranks = distributed.world_size()
+        images, waits, bad = numbers[:, -3:].T.tolist()
+        speed = {"images_per_s": sum(images) * ranks / wall_s, "data_wait_share": min(sum(waits) / wall_s, 1.0)}
+        alarm, row = None, {}
+        for known, found, mean_bad in zip(rows, rows_of(numbers[:, :-3], names, classes=self._classes), bad):
+            self.nonfinite_streak = int(found.pop(STREAK, None) or 0)
+            row = {**known, **found, **speed, "bad_images": round(mean_bad * ranks)}
+            row["nonfinite_steps"] = int(row.get("nonfinite_steps") or 0)
+            alarm = self._alarm.look(row) or alarm
+            step = row.pop("step")
+            if self._curves is not None:
+                self._curves.add(step, row)
+        if self._curves is not None:  # one row is enough for TensorBoard
+            self._curves.plot(step, row, tag="pretrain/")
+        self._progress.advance(len(rows), **{name: row[name] for name in SHOWN if row.get(name) is not None})
         return alarm
 
+    @functools.cached_property
+    def _evaluations(self) -> Curves:
+        return Curves(self._folder / EVALUATIONS, start=self._first[1], key="epoch")
+
     def has_evaluation(self, epoch: int) -> bool:
-        """Whether `online_eval.jsonl` has what was found after `epoch`; every rank must ask, and hears the same."""
-        return distributed.on_main_rank(
-            lambda: (
-                self._evaluations.exists()
-                and any(json.loads(line)["epoch"] == epoch for line in self._evaluations.read_text().splitlines())
-            )
-        )
+        """Whether `online_eval.jsonl` has a row for `epoch`. Every rank must ask, and gets the same answer."""
+        rows = distributed.on_main_rank(lambda: read_rows(self._evaluations.path))
+        return any(row["epoch"] == epoch for row in rows)
 
     def note_evaluation(self, metrics: dict[str, float], *, epoch: int) -> None:
         """Write what the online evaluation found after `epoch` into `online_eval.jsonl` and TensorBoard."""
-        if not self._is_main:
-            return
-        with self._evaluations.open("a") as file:
-            file.write(json.dumps({"epoch": epoch, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self._board.add_scalar(f"online_eval/{name}", value, epoch)
-
-    def _write(self, lines: list[dict[str, Any]]) -> None:
-        with self._path.open("a") as file:
-            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        last = lines[-1]
-        for name, value in last.items():
-            if isinstance(value, (int, float)) and name not in ("step",):
-                self._board.add_scalar(f"pretrain/{name}", value, last["step"])
+        if self._curves is not None:
+            self._evaluations.add(epoch, metrics)
+            self._curves.plot(epoch, metrics, tag="online_eval/")
 
 
-def keep_rows_before(path: Path, **first: int) -> None:
-    """Drop the rows that a resumed run will write again, from `step=` or `epoch=` on, and a line torn by a kill."""
-    if not path.exists():
-        return
-    ((name, number),) = first.items()
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break  # torn: nothing after it was written
-        if row[name] < number:
-            kept.append(line)
-    files.write_text(path, "".join(line + "\n" for line in kept))
+def draw_curves(folder: Path, *, classes: int) -> Path:
+    """Draw the `metrics.jsonl` in `folder`, of a run with K = `classes`, as `folder`/curves.png.
+
+    The title of each panel says how a healthy run looks.
+    """
+    rows = read_rows(folder / CURVES)
+    top = math.log(classes)
+    nats, from_zero = {"ylabel": "nats"}, {"ylim": (0, None)}
+    entropies = {"row_entropy": "of an image (sharpness)", "mean_entropy": "of the mean (diversity)"}
+    panels = [
+        Panel("loss: falls (self-labelling has another)", {"total": "total"}, settings=nats),
+        Panel(
+            "entropy: an image's falls, the mean's stays near ln K (dashed)",
+            entropies,
+            level=top,
+            settings={**nats, "ylim": (0, 1.08 * top)},
+        ),
+        Panel("agreement of two views on a class: rises", {"agreement": "share"}, settings={"ylim": (0, 1)}),
+        Panel(f"classes used in a batch, of {classes}: stay many", {"classes_used": "classes"}, settings=from_zero),
+        Panel("gradient norm", {"gradient_norm": "norm"}, settings={"yscale": "log"}),
+        Panel("learning rate", {"lr": "lr"}, smooth=False, settings=from_zero),
+    ]
+    second = next((row["step"] for row in rows if row["stage"] == "self_label"), None)
+    return draw(rows, panels, folder / "curves.png", columns=3, mark=None if second == rows[0]["step"] else second)
 
 
 def _entropy(p: Tensor) -> Tensor:

@@ -16,30 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twist.contracts.errors import UserError
 from twist.pretrain.config import OptimConfig
 
 NEVER_DECAYED = ("pos_embed", "cls_token")
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, `decayed` and `excluded`, that hold every trainable parameter exactly once.
-
-    Raises:
-        UserError: no parameter is trainable, or one stands under two names with different rules (a tied weight).
-    """
-    named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
-    excluded = {id(p): p for name, p in named if _is_excluded(name, p)}
-    decayed = {id(p): p for name, p in named if not _is_excluded(name, p)}
-    trainable = {id(p) for p in model.parameters() if p.requires_grad}
-    if not trainable:
-        raise UserError("The model has no trainable parameter: nothing would be learned.")
-    if decayed.keys() & excluded.keys() or decayed.keys() | excluded.keys() != trainable:
-        twice = sorted(name for name, p in named if id(p) in decayed.keys() & excluded.keys())
-        raise UserError(f"A parameter belongs to both optimiser groups under its names {', '.join(twice)}: untie it.")
+    """Two groups, `decayed` and `excluded`, that hold every trainable parameter exactly once."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert named, "the model has no trainable parameter"
+    decayed = [p for name, p in named if not _is_excluded(name, p)]
+    excluded = [p for name, p in named if _is_excluded(name, p)]
     return [
-        {"params": list(decayed.values()), "name": "decayed", "weight_decay": weight_decay, "lars_exclude": False},
-        {"params": list(excluded.values()), "name": "excluded", "weight_decay": 0.0, "lars_exclude": True},
+        {"params": decayed, "name": "decayed", "weight_decay": weight_decay, "lars_exclude": False},
+        {"params": excluded, "name": "excluded", "weight_decay": 0.0, "lars_exclude": True},
     ]
 
 
@@ -67,43 +57,26 @@ def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: floa
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rates, without one wait for the device.
 
-    Norms, decay and rates are foreach operations, the rest is torch's fused SGD kernel. Where the norm of a tensor or
-    of its gradient is zero the ratio is not defined; the rate is then `lr`, as for excluded tensors. `step` overwrites
-    the gradients.
-
-    Args:
-        params: parameters or groups; a group with `lars_exclude=True` has rate `lr`.
-        lr, momentum, weight_decay: as in SGD.
-        eta: the trust coefficient.
-
-    A scalar tensor in the attribute `found_inf` (GradScaler's protocol) that holds 1 makes `step` change nothing.
+    `eta` is the trust coefficient; a group with `lars_exclude=True` has rate `lr`, and so have tensors whose norm, or
+    whose gradient's, is zero. `step` overwrites the gradients, and changes nothing when the scalar tensor in the
+    attribute `found_inf` (GradScaler's protocol) is 1. Norms, decay and rates are foreach operations, the rest is
+    torch's fused SGD kernel.
     """
 
     # GradScaler then hands its flag over instead of reading it on the host.
     _step_supports_amp_scaling = True
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        *,
-        lr: float,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        eta: float = 0.001,
+        self, params: Iterable[Any], *, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, eta: float = 0.001
     ) -> None:
-        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay), ("eta", eta)):
-            if value < 0:
-                raise ValueError(f"LARS: {name} = {value} is negative.")
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "lars_exclude": False}
         super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
         """One update from the parameters' gradients."""
-        assert closure is None, "LARS evaluates no closure"
-        assert getattr(self, "grad_scale", None) is None, (
-            "unscale the gradients before the step: LARS needs their norms"
-        )
+        assert closure is None
+        assert getattr(self, "grad_scale", None) is None, "LARS needs the norms of unscaled gradients"
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
@@ -157,8 +130,7 @@ def _like(gradient: Tensor | None, parameter: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """A dense tensor of any layout as one row, in the order of its memory: nothing below cares for shapes, and the
-    fused kernel copies what is not contiguous."""
+    """A dense tensor of any layout as one row, in the order of its memory: the fused kernel copies other layouts."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
     assert extent == x.numel(), "a parameter that is a part of another tensor"
     return x.as_strided((x.numel(),), (1,))

@@ -1,78 +1,76 @@
-"""What a run consists of: networks, optimiser, position; how they learn, are saved, restored and exported."""
+"""What a run consists of: networks, optimiser, position; how it learns, reports, stops, is saved and restored."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.weights import Backbone, write_backbone
 from twist.pretrain import checkpoint, distributed
-from twist.pretrain.checkpoint import Position
+from twist.pretrain.checkpoint import Manifest, Position
 from twist.pretrain.config import PretrainConfig
 from twist.pretrain.data.loader import Batch
-from twist.pretrain.data.views import Stage
-from twist.pretrain.model import Twist, build_model
-from twist.pretrain.nonfinite import NonFiniteGuard, write_capture
-from twist.pretrain.optim import build_optimizer
-from twist.pretrain.plan import Plan
+from twist.pretrain.loss import Loss
+from twist.pretrain.model import build_model, update_teacher
+from twist.pretrain.monitor import STREAK, Monitor, observe
+from twist.pretrain.online_eval import evaluate
+from twist.pretrain.optim import build_optimizer, set_rates
+from twist.pretrain.plan import Plan, StepSettings
+from twist.pretrain.replay import NonFiniteGuard
 from twist.pretrain.run_folder import recipe_hash
+from twist.pretrain.slurm import Requeue, StopFlag
 from twist.pretrain.warm_start import warm_start
 
 
 def say(text: str) -> None:
-    """A line for the person who started the run, beside the progress display."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the person who started the run, from rank 0."""
+    if distributed.rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
-def teacher_path(output: Path) -> Path:
-    return output / "teacher_backbone.safetensors"
-
-
-@dataclasses.dataclass
 class Run:
-    """What a run consists of, and how it is moved, saved and restored."""
+    """A run that can be stepped, saved and restored. `student` is trained; `teacher` is None in most recipes."""
 
-    config: PretrainConfig
-    plan: Plan
-    output: Path
-    device: torch.device
-    student: Twist
-    teacher: Twist | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler | None
-    guard: NonFiniteGuard
-    position: Position = Position()  # noqa: RUF009 (frozen)
-    _saved: tuple[Path, int] | None = None  # the newest state that this process has written, and its step
+    def __init__(self, config: PretrainConfig, plan: Plan, output: Path, *, device: torch.device) -> None:
+        self.config, self.plan, self.output, self.device = config, plan, output, device
+        self.student, self.teacher = build_model(config, device=device)
+        self.optimizer = build_optimizer(config.optim, self.student)
+        self.scaler = torch.amp.GradScaler(device.type) if plan.precision == "fp16" else None
+        self.guard = NonFiniteGuard([n for n in (self.student, self.teacher) if n is not None], device=device)
+        # Whatever has a state, by its name in checkpoints.
+        self._parts: dict[str, Any] = {
+            "model": self.student,
+            "teacher": self.teacher,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+            "nonfinite": self.guard,
+        }
+        self.position = Position()
+        self._saved: tuple[Path, int] | None = None  # the newest state that this process has written, and its step
+        self._header("backbone")  # a network that could not be exported is not trained
 
-    @classmethod
-    def build(cls, config: PretrainConfig, plan: Plan, output: Path, *, device: torch.device) -> Run:
-        student, teacher = build_model(config, device=device)
-        run = cls(
-            config,
-            plan,
-            output,
-            device,
-            student,
-            teacher,
-            build_optimizer(config.optim, student),
-            torch.amp.GradScaler(device.type) if plan.precision == "fp16" else None,
-            NonFiniteGuard([student] if teacher is None else [student, teacher], device=device),
-        )
-        run._header("backbone")  # what could not be exported is not trained
-        return run
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def begin_step(self, epoch: int) -> StepSettings:
+        """The settings of the next step, in force."""
+        settings = self.plan.settings(epoch, self.position.samples)
+        set_rates(self.optimizer, lr=settings.lr, weight_decay=settings.weight_decay)
+        torch.manual_seed(settings.seed)  # for drop path, the only randomness in the network
+        return settings
 
     def learn(self, loss: Tensor) -> Tensor:
         """Backward pass and update; a step with a non-finite loss or gradient changes nothing. Returns the norm."""
         self.optimizer.zero_grad()
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
-        scaled.backward(self.guard.seed(loss))
+        scaled.backward(self.guard.backward_start(loss))
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.student.parameters() if p.grad is not None]
@@ -86,124 +84,181 @@ class Run:
             self.scaler.update()
         return norm
 
-    def advance(self, epoch: int) -> None:
-        self.position = Position(self.position.steps + 1, epoch, self.position.samples + self.plan.total_batch)
+    @torch.no_grad()
+    def teacher_logits(self, views: list[Tensor]) -> Tensor | None:
+        """(2, B, K) of the global views, or None without a teacher."""
+        return None if self.teacher is None else self.teacher(views[:1])
 
-    def end_epoch(self, epoch: int) -> None:
+    def update_teacher(self, momentum: float) -> None:
+        """Move the teacher towards the student; also after a skipped step, when the student is finite and unchanged."""
+        if self.teacher is not None:
+            update_teacher(self.teacher, self.student, momentum=momentum)
+
+    # --- around the steps ---------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def reporting(self, stop: StopFlag) -> Iterator[None]:
+        """Inside the `with`, steps are reported to the run's folder, and `stop` is looked at."""
+        self._stop, self._vote, at = stop, distributed.Vote(), self.position
+        classes, steps = self.config.model.classes, self.plan.steps
+        self._monitor = Monitor(self.output, classes=classes, steps=steps, first_step=at.steps, first_epoch=at.epoch)
+        with self._monitor:
+            # A run that was killed while it evaluated has that epoch's checkpoint, and no evaluation of it.
+            due = at.epoch > 0 and not at.samples and self._is_evaluated(at.epoch - 1)
+            if due and not self._monitor.has_evaluation(at.epoch - 1):
+                self._evaluate(at.epoch - 1)
+            yield
+            self._vote.close()
+
+    def after_step(
+        self, settings: StepSettings, batch: Batch, logits: Tensor, loss: Loss, gradient_norm: Tensor
+    ) -> None:
+        """Count and report the step; save and stop where that is due: `Requeue` when a signal asked for it, `UserError`
+        after too many skipped steps in a row, or when predictions collapsed and the config says to stop."""
+        config = self.config.run
+        skipped = {"nonfinite_steps": self.guard.total, STREAK: self.guard.streak}
+        observed = observe(logits, {**loss._asdict(), "gradient_norm": gradient_norm, **skipped})
+        row = {"step": self.position.steps, "epoch": settings.epoch, "stage": settings.stage, "lr": settings.lr}
+        wait_s, bad = batch.data_wait_s, batch.bad_images
+        self._monitor.note(row, observed, images=config.batch_size, data_wait_s=wait_s, bad_images=bad)
+        self.position = Position(self.position.steps + 1, settings.epoch, self.position.samples + self.plan.total_batch)
+        stopping = self._vote.any(self._stop.raised)
+        every = config.checkpoint_every_steps
+        saving = stopping or (every is not None and self.position.steps % every == 0)
+        # The epoch's end waits for the device anyway.
+        waiting = saving or (settings.step + 1) % self.plan.steps_per_epoch == 0
+        if waiting or self.position.steps % config.log_every_steps == 0:
+            self._heed(self._monitor.flush() if waiting else self._monitor.pass_on())
+            if self._monitor.nonfinite_streak >= config.max_nonfinite_steps:
+                self.stop_if_nonfinite(settings, batch)
+        if saving:
+            self.save()
+        if stopping:
+            self._vote.close()
+            distributed.barrier()
+            raise Requeue(
+                f"Stopped by a signal after step {self.position.steps}; the state is saved. Start the same command "
+                "with --resume to go on."
+            )
+
+    def after_epoch(self, epoch: int) -> None:
+        """Report what is left; save and evaluate where that is due."""
+        # After a resume on other ranks, an epoch may end where its steps do not say so.
+        self._heed(self._monitor.flush())
         self.position = Position(self.position.steps, epoch + 1, 0)
+        if self._is_due(epoch, self.config.run.checkpoint_every_epochs):
+            self.save()
+        if self._is_evaluated(epoch):
+            self._evaluate(epoch)
 
-    def is_due(self) -> bool:
-        every = self.config.run.checkpoint_every_steps
-        return every is not None and self.position.steps % every == 0
+    def stop_if_nonfinite(self, settings: StepSettings, batch: Batch) -> None:
+        """End the run with a capture when the last `run.max_nonfinite_steps` steps were all skipped."""
+        streak = int(self.guard.streak.item())
+        if streak < self.config.run.max_nonfinite_steps:
+            return
+        path = self.output / f"nonfinite_rank{distributed.rank()}.pt"
+        chosen = {"stage": settings.stage, "quantile": settings.quantile, "seed": settings.seed}
+        capture = {
+            "config": self.config.model_dump(mode="json"),
+            "state": self.state(),
+            "batch": {"views": batch.views, "indices": batch.indices, **chosen},
+        }
+        with files.atomic_path(path) as temporary:
+            torch.save(capture, temporary)
+        raise UserError(
+            f"Loss or gradient was not finite in the last {streak} steps; weights are those before. The failing batch "
+            f"is in {path}: `python -m twist.pretrain.replay {path}` replays it. Start a new run (another --output) "
+            "with a lower optim.lr or run.precision=fp32."
+        )
+
+    def _heed(self, alarm: str | None) -> None:
+        if alarm is not None and self.config.run.on_collapse == "stop":
+            raise UserError(f"{alarm} The run stops, as run.on_collapse says.")
+        if alarm is not None:
+            say(f"ALARM: {alarm}")
+
+    def _is_due(self, epoch: int, every: int) -> bool:
+        """Every so many epochs, and at the last one of each stage."""
+        run = self.config.run
+        return epoch + 1 in (run.mutual_information_epochs, run.epochs) or (epoch + 1) % every == 0
+
+    def _is_evaluated(self, epoch: int) -> bool:
+        run = self.config.run
+        return run.online_eval_root is not None and self._is_due(epoch, run.online_eval_every_epochs)
+
+    def _evaluate(self, epoch: int) -> None:
+        self._monitor.note_evaluation(evaluate(self.student, self.config, device=self.device), epoch=epoch)
+
+    # --- states -------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        return {
-            "model": self.student.state_dict(),
-            "teacher": None if self.teacher is None else self.teacher.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "nonfinite": {"total": self.guard.total, "streak": self.guard.streak},
-        }
+        """Tensors and plain values: what a checkpoint holds."""
+        return {name: None if part is None else part.state_dict() for name, part in self._parts.items()}
 
     def save(self) -> None:
         if distributed.rank() != 0:
             return
         if self._saved is not None and self._saved[1] == self.position.steps:
-            # Saved at this step already, and since then only the epoch has ended. To write it again under its name
-            # would put the one that is there at risk.
-            checkpoint.place(self._saved[0], self.position)
-        else:
-            path = checkpoint.save(
-                self.output / "checkpoints",
-                self.state(),
-                self.position,
-                images=self.plan.images,
-                images_sha256=self.plan.images_sha256,
-                names_sha256=self.plan.names_sha256,
-                world_size=self.plan.world_size,
-                keep=self.config.run.keep_checkpoints,
-            )
-            self._saved = path, self.position.steps
+            # Saved at this step already, and since then only the epoch has ended: the state is not written again.
+            checkpoint.move(self._saved[0], self.position)
+            return
+        plan = self.plan
+        manifest = Manifest(
+            self.position,
+            plan.images,
+            plan.world_size,
+            images_sha256=plan.images_sha256,
+            names_sha256=plan.names_sha256,
+        )
+        folder, keep = self.output / "checkpoints", self.config.run.keep_checkpoints
+        self._saved = checkpoint.save(folder, self.state(), manifest, keep=keep), self.position.steps
 
     def restore(self, *, asked: bool) -> None:
-        """Go to where the newest valid checkpoint stands; stay at the start when there is none, and say so if asked.
-
-        Raises:
-            UserError: the run has seen other images.
-        """
+        """Load the newest valid checkpoint, or stay at the start; `UserError` when the run has seen other images."""
         found = distributed.on_main_rank(lambda: checkpoint.newest_valid(self.output / "checkpoints", say=say))
         if found is None:
             if self.config.run.warm_start is not None:
                 warm_start(self.config.run.warm_start, self.student, self.teacher)
                 self.guard.refresh()
-            if asked and distributed.rank() == 0:
+            if asked:
                 say(f"There is no checkpoint in {self.output} to resume from: starting from scratch.")
             return
         path, manifest = found
+        self._require_same_images(path, manifest)
+        state = checkpoint.load(path, device=self.device)
+        for name, part in self._parts.items():
+            if part is not None and state[name] is not None:
+                part.load_state_dict(state[name])
+        self.guard.refresh()
+        self.position = manifest.position
+        say(f"Resuming from {path}: {self.position.steps} steps done, epoch {self.position.epoch}.")
+
+    def _require_same_images(self, path: Path, manifest: Manifest) -> None:
         if manifest.images != self.plan.images:
             raise UserError(
                 f"{path} was trained on {manifest.images} images, and data.root has {self.plan.images} now: give the "
                 "same images, or another --output."
             )
-        if None not in (manifest.names_sha256, self.plan.names_sha256):
-            if manifest.names_sha256 != self.plan.names_sha256:
-                raise UserError(
-                    f"{path} was trained on other images: as many, but of other names, or in another order, than those "
-                    "of data.root now. Give the same images, or another --output."
-                )
-            if manifest.images_sha256 != self.plan.images_sha256 and distributed.rank() == 0:
-                say("Some images have another size than when the run began (mended, perhaps): it goes on with them.")
-        state = checkpoint.load(path, device=self.device)
-        self.student.load_state_dict(state["model"])
-        if self.teacher is not None:
-            self.teacher.load_state_dict(state["teacher"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler is not None and state["scaler"] is not None:
-            self.scaler.load_state_dict(state["scaler"])
-        self.guard.total, self.guard.streak = state["nonfinite"]["total"], state["nonfinite"]["streak"]
-        self.guard.refresh()
-        self.position = manifest.position
-        if distributed.rank() == 0:
-            say(f"Resuming from {path}: {self.position.steps} steps done, epoch {self.position.epoch}.")
-
-    def stop_if_nonfinite(
-        self, batch: Batch, views: Sequence[Tensor], *, stage: Stage, quantile: float, seed: int
-    ) -> None:
-        """End the run with a capture when the last `run.max_nonfinite_steps` steps were all skipped."""
-        streak = int(self.guard.streak.item())
-        if streak < self.config.run.max_nonfinite_steps:
+        if None in (manifest.names_sha256, self.plan.names_sha256):
             return
-        path = write_capture(
-            self.output / f"nonfinite_rank{distributed.rank()}.pt",
-            config=self.config.model_dump(mode="json"),
-            state=self.state(),
-            batch={
-                "views": list(views),
-                "indices": batch.indices,
-                "position": dataclasses.asdict(self.position),
-                "stage": stage,
-                "quantile": quantile,
-                "seed": seed,
-            },
-        )
-        raise UserError(
-            f"Loss or gradient was not finite in the last {streak} steps; weights are those before. The failing batch "
-            f"is in {path}: `python -m twist.pretrain.replay {path}` replays it. A new run (another --output) with a "
-            "lower optim.lr or run.precision=fp32 helps most often."
-        )
+        if manifest.names_sha256 != self.plan.names_sha256:
+            raise UserError(
+                f"{path} was trained on other images, or in another order, than those of data.root now: give the same "
+                "images, or another --output."
+            )
+        if manifest.images_sha256 != self.plan.images_sha256:
+            say("Some images have another size than when the run began; the run goes on with them.")
 
     def export(self) -> Path:
-        """Write the result: the student's backbone, and the teacher's beside it."""
+        """Write the result, the student's backbone, and the teacher's where there is one; returns the student's."""
         path = self.output / "backbone.safetensors"
         if distributed.rank() == 0:
-            self._write(path, self.student)
+            write_backbone(path, self.student.backbone.state_dict(), self._header("backbone"))
             if self.teacher is not None:
-                self._write(teacher_path(self.output), self.teacher, branch="teacher")
+                teacher = self.output / "teacher_backbone.safetensors"
+                write_backbone(teacher, self.teacher.backbone.state_dict(), self._header("teacher"))
         distributed.barrier()
         return path
-
-    def _write(self, path: Path, network: Twist, *, branch: str = "backbone") -> None:
-        write_backbone(path, network.backbone.state_dict(), self._header(branch))
 
     def _header(self, branch: str) -> Backbone:
         is_vit = self.config.model.backbone.startswith("vit_")

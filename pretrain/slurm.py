@@ -1,17 +1,21 @@
-"""`twist pretrain CONFIG --slurm partition=… --slurm nodes=…`: the same run, submitted through submitit.
+"""Stopping and going on: signals that only set a flag, and `twist pretrain CONFIG --slurm …` through submitit.
 
-SLURM's signal before the time limit (or at preemption) raises the run's stop flag; the run saves between two steps, and
-then submitit's own handler puts the job back into the queue, where it resumes.
+SLURM's signal before the time limit (or at preemption) sets the run's flag; the run saves between two steps, and then
+submitit's own handler puts the job back into the queue, where it resumes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+import threading
+import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from twist.contracts.config import load_config
@@ -21,36 +25,71 @@ from twist.pretrain.config import PretrainConfig
 if TYPE_CHECKING:
     import submitit
 
-# What --slurm takes, with submitit's names behind; everything else is a mistake or goes in `additional_parameters`.
+# SIGINT: a person's Ctrl-C. SIGTERM: torchrun, containers, most schedulers. SIGUSR1: SLURM's --signal by convention.
+# SIGUSR2: submitit's choice.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# A terminal and a scheduler signal all processes, and torchrun passes on what it gets: two within a second are one.
+TOGETHER_S = 1.0
+
+# Keys of --slurm and submitit's names for them.
 OPTIONS = {
-    "partition": "slurm_partition",
-    "account": "slurm_account",
-    "qos": "slurm_qos",
-    "constraint": "slurm_constraint",
-    "comment": "slurm_comment",
-    "exclude": "slurm_exclude",
-    "nodes": "nodes",
+    **{name: f"slurm_{name}" for name in ("partition", "account", "qos", "constraint", "comment", "exclude")},
+    **{name: name for name in ("nodes", "mem_gb", "timeout_min", "name")},
     "gpus": "gpus_per_node",
     "cpus": "cpus_per_task",
-    "mem_gb": "mem_gb",
-    "timeout_min": "timeout_min",
-    "name": "name",
 }
-DEFAULTS: dict[str, Any] = {
-    "nodes": 1,
-    "gpus_per_node": 8,
-    "cpus_per_task": 10,
-    "timeout_min": 24 * 60,
-    "name": "twist",
-}
+DEFAULTS = {"nodes": 1, "gpus_per_node": 8, "cpus_per_task": 10, "timeout_min": 24 * 60, "name": "twist"}
 # Seconds before the time limit at which SLURM signals: a step, a vote and a checkpoint of some GB fit in.
 SIGNAL_BEFORE_S = 180
 # A job may be requeued this many times by the time limit; preemption does not count.
 MAX_REQUEUES = 100
 
 
+class Requeue(Exception):
+    """The run was asked to stop, has saved, and is to be started again with --resume (75 is EX_TEMPFAIL)."""
+
+    exit_status = 75
+
+
+class StopFlag:
+    raised = False
+
+
+@contextlib.contextmanager
+def stop_flag() -> Iterator[StopFlag]:
+    """A flag that the first of `SIGNALS` raises; a later second one has the effect it would have without us.
+
+    The loop looks at the flag between steps: saving inside a handler tears files and hangs collectives.
+    """
+    flag, first_at = StopFlag(), 0.0
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
+        yield flag
+        return
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        nonlocal first_at
+        if not flag.raised:
+            flag.raised, first_at = True, time.monotonic()
+            if number == signal.SIGINT:
+                # Not `print`: the signal may have come in the middle of one.
+                os.write(2, b"\nStopping after this step; the state is saved. Ctrl-C again stops at once.\n")
+        elif time.monotonic() - first_at > TOGETHER_S:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
+
+    # A shell lets its background jobs ignore Ctrl-C; that stays so.
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    handled = [number for number in SIGNALS if not (ignored and number == signal.SIGINT)]
+    before = {number: signal.signal(number, on_signal) for number in handled}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class PretrainJob:
-    """What runs in each task of the job: submitit pickles it, calls it, and asks `checkpoint` for what to requeue."""
+    """What runs in each task: submitit pickles it, calls it, and asks `checkpoint` for what to requeue."""
 
     def __init__(self, config: Path, overrides: Sequence[str], output: Path, *, resume: bool) -> None:
         self.config, self.overrides, self.output, self.resume = config, tuple(overrides), output, resume
@@ -58,7 +97,6 @@ class PretrainJob:
     def __call__(self) -> str:
         import submitit
 
-        from twist.pretrain.signals import Requeue
         from twist.pretrain.train import pretrain
 
         if submitit.JobEnvironment().num_tasks > 1:
@@ -66,13 +104,13 @@ class PretrainJob:
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         config = load_config(self.config, PretrainConfig, self.overrides)
         number = submitit.JobEnvironment._usr_sig()
-        hand_on = signal.getsignal(number)
+        requeue = signal.getsignal(number)
         try:
             return str(pretrain(config, output=self.output, resume=self.resume))
         except Requeue:
             # The state is saved: now submitit's handler requeues the job (on task 0) and ends the process.
-            if callable(hand_on):
-                hand_on(number, None)
+            if callable(requeue):
+                requeue(number, None)
             raise
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -84,24 +122,38 @@ class PretrainJob:
 
 
 def submit(config: Path, overrides: Sequence[str], *, output: Path, options: Sequence[str]) -> str:
-    """Submit the run and return SLURM's job number. The config is checked here, before anything waits in a queue.
-
-    Args:
-        options: `key=value`, keys as in `OPTIONS`.
+    """Submit the run and return SLURM's job number; the config is checked before anything waits in a queue.
 
     Raises:
-        UsageError: an option is unknown or not key=value, or SLURM is not on this machine.
+        UsageError: an option is not `key=value` with a key of `OPTIONS`, or SLURM is not on this machine.
     """
     load_config(config, PretrainConfig, overrides)
     values = parameters(options)
     if shutil.which("sbatch") is None:
         raise UsageError("There is no sbatch on this machine: run --slurm where SLURM jobs are submitted from.")
-    return str(_submit(_executor(output, values), config, overrides, output).job_id)
+    import submitit
+
+    executor = submitit.AutoExecutor(folder=output / "slurm", cluster="slurm", slurm_max_num_timeout=MAX_REQUEUES)
+    executor.update_parameters(**values)
+    return str(executor.submit(job(config, overrides, output)).job_id)
+
+
+def job(config: Path, overrides: Sequence[str], output: Path) -> PretrainJob:
+    """The job to submit. Its paths are absolute, because it starts in another folder.
+
+    It resumes from the start, so that a requeue by SLURM itself (a node that failed) goes on too.
+    """
+    absolute = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        is_path = key.strip() in ("data.root", "run.online_eval_root", "run.warm_start") and os.path.exists(value)
+        absolute.append(f"{key}={os.path.abspath(value)}" if is_path else override)
+    return PretrainJob(config.resolve(), absolute, output.resolve(), resume=True)
 
 
 def parameters(options: Sequence[str]) -> dict[str, Any]:
     """submitit's parameters from `key=value` options, with one task a GPU."""
-    values = dict(DEFAULTS)
+    values: dict[str, Any] = dict(DEFAULTS)
     for option in options:
         key, separator, text = option.partition("=")
         if not separator:
@@ -112,33 +164,7 @@ def parameters(options: Sequence[str]) -> dict[str, Any]:
             values[OPTIONS[key]] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             values[OPTIONS[key]] = text
-    try:
-        # SLURM's own `gpus=a100:4` too: the number of tasks is that of the GPUs.
-        tasks = max(int(str(values["gpus_per_node"]).rpartition(":")[2]), 1)
-    except ValueError:
-        raise UsageError(
-            f"--slurm gpus={values['gpus_per_node']} names no number: write gpus=4, or gpus=a100:4."
-        ) from None
-    return {**values, "tasks_per_node": tasks, "slurm_signal_delay_s": SIGNAL_BEFORE_S}
-
-
-def _executor(output: Path, values: dict[str, Any]) -> submitit.AutoExecutor:
-    import submitit
-
-    executor = submitit.AutoExecutor(folder=output / "slurm", cluster="slurm", slurm_max_num_timeout=MAX_REQUEUES)
-    executor.update_parameters(**values)
-    return executor
-
-
-def _submit(executor: Any, config: Path, overrides: Sequence[str], output: Path) -> submitit.Job[str]:
-    # Absolute paths: the job starts in another folder. `resume` from the start, so that a requeue by SLURM itself (a
-    # node that failed) also goes on; a first start then says that it starts from scratch.
-    absolute = [_absolute(override) for override in overrides]
-    return executor.submit(PretrainJob(config.resolve(), absolute, output.resolve(), resume=True))
-
-
-def _absolute(override: str) -> str:
-    key, _, value = override.partition("=")
-    if key.strip() in ("data.root", "run.online_eval_root", "run.warm_start") and os.path.exists(value):
-        return f"{key}={os.path.abspath(value)}"
-    return override
+    gpus = str(values["gpus_per_node"]).rpartition(":")[2]  # SLURM's own `gpus=a100:4` too
+    if not gpus.isdecimal():
+        raise UsageError(f"--slurm gpus={values['gpus_per_node']} names no number: write gpus=4, or gpus=a100:4.")
+    return {**values, "tasks_per_node": max(int(gpus), 1), "slurm_signal_delay_s": SIGNAL_BEFORE_S}

@@ -6,6 +6,7 @@ kilobytes; names of heads and other branches come from the layout's own patterns
 
 from __future__ import annotations
 
+import collections
 import pickle
 import sys
 import types
@@ -13,36 +14,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from twist.contracts import rename
-from twist.converters import manifest
+from twist.contracts.networks import meta_tensors
 from twist.converters.detect import matches
 from twist.converters.sources import Branch, Layout
-from twist.converters.tables import CAFFE2, HAIKU, TIMM_VIT
+from twist.converters.tables import CAFFE2, HAIKU
 
 
 def flat_tensors(architecture: str = "resnet18", *, seed: int = 1, **geometry: Any) -> dict[str, Tensor]:
     """An artefact with every shape in place and one distinct number a tensor."""
-    shapes = manifest.shapes_of(manifest.Geometry(architecture, **geometry))
     tensors = {}
-    for index, (name, shape) in enumerate(shapes.items()):
-        counter = name.endswith("num_batches_tracked")
-        value = torch.tensor(seed * 1000 + index, dtype=torch.int64 if counter else torch.float32)
-        tensors[name] = value.reshape((1,) * len(shape)).expand(shape) if shape else value
+    for index, (name, empty) in enumerate(meta_tensors(architecture, **geometry).items()):
+        value = torch.tensor(seed * 1000 + index, dtype=empty.dtype)
+        tensors[name] = value.reshape((1,) * empty.ndim).expand(empty.shape)
     return tensors
 
 
-def random_tensors(architecture: str = "resnet18", *, seed: int = 0, width: int = 1) -> dict[str, Tensor]:
+def random_tensors(architecture: str = "resnet18", *, seed: int = 0, **geometry: Any) -> dict[str, Tensor]:
     """An artefact with random weights and positive variances, as a network could have them."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in manifest.shapes_of(manifest.Geometry(architecture, width=width)).items():
+    for name, empty in meta_tensors(architecture, **geometry).items():
+        shape = empty.shape
         if name.endswith("num_batches_tracked"):
             tensors[name] = torch.tensor(7)
         elif len(shape) == 4:
-            fan = shape[1] * shape[2] * shape[3]
-            tensors[name] = torch.randn(shape, generator=generator) * (2 / fan) ** 0.5
+            tensors[name] = torch.randn(shape, generator=generator) * (2 / shape[1:].numel()) ** 0.5
         elif name.endswith(("running_var", "weight")):
             tensors[name] = torch.rand(shape, generator=generator) + 0.5
         else:
@@ -50,18 +50,35 @@ def random_tensors(architecture: str = "resnet18", *, seed: int = 0, width: int 
     return tensors
 
 
-def architecture_for(layout: Layout) -> str:
-    return "vit_small_patch16" if layout.tables == (TIMM_VIT,) else "resnet18"
+def write_stored_source(path: Path) -> Path:
+    """The ResNet-18 of tests/stored/conversion: integers over powers of two, the same bytes on any machine."""
+    tensors = {}
+    for name, empty in meta_tensors("resnet18").items():
+        pattern = torch.arange(empty.numel()) * 7919 % 101  # 0 … 100
+        positive = name.endswith(("running_var", "weight")) and empty.ndim == 1
+        values = (pattern + 64) / 128 if positive else (pattern - 50) / 4096
+        tensors[name] = values.reshape(empty.shape).to(empty.dtype).contiguous()
+    save_file(tensors, path)
+    return path
+
+
+def renamed_back(table: rename.Table, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` (artefact names) as a file of the table's layout holds them: the inverse of `rename.apply`."""
+    changes = {
+        "same": lambda value: value,
+        "hwio": lambda value: value.permute(2, 3, 1, 0),
+        "flat": lambda value: value.reshape(1, 1, 1, -1),
+    }
+    steps = rename.outwards(table, tensors)
+    return {step.name: changes[step.change](tensors[name]) for name, step in steps.items()}
 
 
 def source_names(layout: Layout, branch: Branch, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` under the names of the layout's first table, with the branch's prefix."""
     table = layout.tables[0]
-    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(table.absent)} if absent(
-        layout
-    ) else tensors  # fmt: skip
-    renamed = rename.apply(rename.outwards(table, kept), kept, back=True)
-    return {branch.prefix + name: tensor for name, tensor in renamed.items()}
+    lacking = table.absent if absent(layout) else ()
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(lacking)}
+    return {branch.prefix + name: tensor for name, tensor in renamed_back(table, kept).items()}
 
 
 def absent(layout: Layout) -> bool:
@@ -76,12 +93,10 @@ def concrete(pattern: str, number: int = 0) -> str:
     )
 
 
-def checkpoint_value(
-    layout: Layout, branch: Branch, tensors: dict[str, Tensor], *, module: bool = True
-) -> dict[str, Any]:
+def checkpoint_value(layout: Layout, branch: Branch, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The nested value of a training file of this layout, `tensors` in `branch` and decoys everywhere else."""
     decoy = torch.tensor(-1.0).expand(3, 3)
-    wrap = "module." if module and layout.tables[0] not in (HAIKU, CAFFE2) else ""
+    wrap = "" if absent(layout) else "module."
     value: dict[str, Any] = {entry: {} for entry in layout.top}
     used: set[str] = set()
     for other in [branch, *layout.branches]:
@@ -90,7 +105,7 @@ def checkpoint_value(
         if other is not branch and other.prefix == "" and other.entry == branch.entry:
             continue
         used.add(other.name)
-        mine = tensors if other is branch else flat_tensors(architecture_for(layout), seed=9)
+        mine = tensors if other is branch else flat_tensors(seed=9)
         place = _place(value, other.entry)
         place.update({wrap + name: tensor for name, tensor in source_names(layout, other, mine).items()})
         for pattern in layout.heads[:1]:
@@ -113,13 +128,18 @@ def write_checkpoint(path: Path, layout: Layout, branch: Branch, tensors: dict[s
     """`checkpoint_value` as the file its authors would write."""
     if layout.tables[0] is HAIKU:
         write_haiku(path, tensors, flat_tensors(seed=9), online=branch.name == "online")
+        forget_byol()  # reading cannot use the made-up modules
     elif layout.tables[0] is CAFFE2:
-        value = checkpoint_value(layout, branch, tensors)
-        with path.open("wb") as file:
-            pickle.dump({name: tensor.contiguous().numpy() for name, tensor in value.items()}, file, protocol=2)
+        path.write_bytes(pickle.dumps(_arrays(checkpoint_value(layout, branch, tensors)), protocol=2))
     else:
         torch.save(checkpoint_value(layout, branch, tensors), path)
     return path
+
+
+def _arrays(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _arrays(item) for name, item in value.items()}
+    return value.contiguous().numpy() if isinstance(value, Tensor) else value
 
 
 def write_haiku(path: Path, mine: dict[str, Tensor], other: dict[str, Tensor], *, online: bool) -> None:
@@ -128,7 +148,7 @@ def write_haiku(path: Path, mine: dict[str, Tensor], other: dict[str, Tensor], *
     networks = []
     for tensors in (mine, other) if online else (other, mine):
         kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
-        renamed = rename.apply(rename.outwards(HAIKU, kept), kept, back=True)
+        renamed = renamed_back(HAIKU, kept)
         parameters: dict[str, Any] = {"classifier": {"b": torch.zeros(3).numpy()}, "projector/linear": {}}
         statistics: dict[str, Any] = {}
         for name, tensor in renamed.items():
@@ -148,26 +168,20 @@ def write_haiku(path: Path, mine: dict[str, Tensor], other: dict[str, Tensor], *
 
 
 def _byol_classes() -> tuple[Any, Any]:
-    """Classes that pickle under the real files' module names, which are gone again once this returns to the reader."""
-    import collections
-
-    state_class = collections.namedtuple(
-        "_ByolExperimentState", "online_params target_params online_state target_state opt_state"
-    )
-    state_class.__module__ = "byol.byol_experiment"
+    """Classes that pickle under the real files' module names; `forget_byol` takes the modules away again."""
+    fields = "online_params target_params online_state target_state opt_state"
+    state_class = collections.namedtuple("_ByolExperimentState", fields, module="byol.byol_experiment")
 
     class FlatMapping(dict):  # type: ignore[type-arg]
         def __reduce__(self) -> Any:
             return FlatMapping, (dict(self),)
 
     FlatMapping.__module__, FlatMapping.__qualname__ = "haiku._src.data_structures", "FlatMapping"
-    for name, item in (("byol.byol_experiment", state_class), ("haiku._src.data_structures", FlatMapping)):
-        module = types.ModuleType(name)
-        setattr(module, item.__name__, item)
-        parts = name.split(".")
-        for depth in range(1, len(parts)):
-            sys.modules.setdefault(".".join(parts[:depth]), types.ModuleType(".".join(parts[:depth])))
-        sys.modules[name] = module
+    for item in (state_class, FlatMapping):
+        parts = item.__module__.split(".")
+        for name in (".".join(parts[:depth]) for depth in range(1, len(parts) + 1)):
+            sys.modules.setdefault(name, types.ModuleType(name))
+        setattr(sys.modules[item.__module__], item.__name__, item)
     return state_class, FlatMapping
 
 

@@ -1,15 +1,12 @@
-"""What the tests of both framework engines start from: written weights, as the converter makes them, and requests.
-
-Names: `suffix` is the overlay's, `.yaml` for Detectron2 and `.py` for MMSegmentation.
-"""
+"""What the tests of both framework engines start from: written weights, as the converter makes them, and requests."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ from twist.contracts.errors import UsageError
 from twist.contracts.networks import build_backbone
 from twist.contracts.record import RunRecord, read_record
 from twist.contracts.weights import Backbone
+from twist.converters.targets import TARGETS
 from twist.transfer.engines import all_engines
 from twist.transfer.protocols import find_protocol
 from twist.transfer.request import Request, Resolved, Result, Weights, split_overrides
@@ -26,19 +24,20 @@ ROOT = Path(__file__).resolve().parent.parent
 Written = tuple[Path, Path, Backbone]
 
 
-def weights_maker(folder: Path, writer: ModuleType, *, suffix: str) -> Callable[[str], Written]:
-    """architecture → (weights.pth, overlay, header) of a seeded random network, written once by a `*_writer` module."""
-    made: dict[str, Written] = {}
+def weights_maker(folder: Path, target: str) -> Callable[[str], Written]:
+    """architecture → (weights, overlay, header) of a seeded random network, converted to `target` once."""
 
+    @functools.cache
     def make(architecture: str) -> Written:
-        if architecture not in made:
-            torch.manual_seed(3)
-            header = Backbone(architecture=architecture, method="twist")  # type: ignore[arg-type]
-            file, overlay = folder / f"{architecture}.pth", folder / f"{architecture}{suffix}"
-            writer.write(file, build_backbone(architecture).state_dict(), header)
-            overlay.write_text(writer.overlay_text(header))
-            made[architecture] = file, overlay, header
-        return made[architecture]
+        torch.manual_seed(3)
+        header = Backbone(architecture=architecture, method="twist")  # type: ignore[arg-type]
+        writer = TARGETS[target]
+        assert writer.settings is not None
+        name, text = writer.settings(header)
+        file, overlay = folder / f"{architecture}.pth", folder / f"{architecture}-{name}"
+        writer.write(file, build_backbone(architecture).state_dict(), header)
+        overlay.write_text(text)
+        return file, overlay, header
 
     return make
 

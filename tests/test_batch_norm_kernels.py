@@ -14,7 +14,7 @@ import torch.distributed as dist
 from gloo import run_on_ranks
 from torch import Tensor, nn
 
-from twist.pretrain.batch_norm import SynchronisedBatchNorm
+from twist.pretrain.batch_norm import SynchronisedBatchNorm, _OnCuda
 
 ROWS = 6
 
@@ -114,7 +114,7 @@ def on_rank(rank: int, shape: tuple[int, ...], affine: bool, wanted: bool) -> di
     norm = SynchronisedBatchNorm(shape[0], affine=affine).double()
     give_weights(norm, shape[0])
     x = rows(rank, shape).requires_grad_(wanted)
-    out = norm._on_cuda(x)
+    out = _OnCuda.apply(x, norm.weight, norm.bias, norm, norm._count_batch())
     result = {"out": out.detach(), "mean": norm.running_mean, "var": norm.running_var}
     if wanted or affine:
         (out * rows(10 + rank, shape)).sum().backward()

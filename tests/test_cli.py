@@ -14,8 +14,10 @@ import pytest
 from tiny_run import make_images
 
 from twist import cli, doctor
+from twist.contracts import errors
 
-SMOKE = str(Path(__file__).resolve().parent.parent / "configs" / "pretrain" / "smoke.toml")
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = str(ROOT / "configs" / "pretrain" / "smoke.toml")
 
 
 def twist_of_its_own(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -91,6 +93,7 @@ def test_data_sets_may_be_named_by_the_environment(monkeypatch: pytest.MonkeyPat
     assert "3 runs: 0 done, 3 to run" in plan.stdout
 
 
+@pytest.mark.slow  # two processes
 def test_debug_shows_the_traceback() -> None:
     done = twist_of_its_own("--debug", "pretrain", "absent.toml")
     assert done.returncode == 1
@@ -104,13 +107,41 @@ def test_debug_shows_the_traceback() -> None:
 def test_doctor_finds_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = doctor.examine()
     assert not any(check.broken for check in whole), doctor.render(whole)
-    assert "Everything needed works." in doctor.render(whole)
     real = doctor._import
+    absent = ("timm", "detectron2.modeling", "datasets")
 
-    def without_timm(name: str):  # type: ignore[no-untyped-def]
-        return (None, "ModuleNotFoundError: No module named 'timm'") if name == "timm" else real(name)
+    def without(name: str):  # type: ignore[no-untyped-def]
+        return (None, f"ModuleNotFoundError: No module named '{name}'") if name in absent else real(name)
 
-    monkeypatch.setattr(doctor, "_import", without_timm)
-    broken = [check for check in doctor.examine() if check.broken]
-    assert [check.name for check in broken] == ["timm"]
-    assert "make install" in doctor.render(broken)
+    monkeypatch.setattr(doctor, "_import", without)
+    said = {check.name: check for check in doctor.examine()}
+    assert [name for name, check in said.items() if check.broken] == ["timm"]
+    assert said["timm"].remedy == "make install"
+    assert said["Detectron2"].remedy == f'pip install "{ROOT / "third_party" / "detectron2"}"'
+    assert said["datasets"].remedy == "make install"
+    # Installed, there is no make, and an extra that was not asked for is not broken.
+    monkeypatch.setattr(doctor, "CLONE", None)
+    said = {check.name: check for check in doctor.examine()}
+    assert not any(check.broken for check in said.values())
+    assert said["timm"].remedy == 'pip install "twist-suite[convert]"'
+
+
+def test_a_missing_package_is_a_sentence_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = errors.find_spec
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name in ("timm", "detectron2") else real(name))
+    for arguments, command in (
+        (["inspect", "absent.pth"], 'pip install "twist-suite[convert]"'),
+        (["pretrain", "smoke"], 'pip install "twist-suite[pretrain]"'),
+        (["transfer", "sample-knn", "--weights", "absent.pth"], 'pip install "twist-suite[transfer]"'),
+    ):
+        done = twist(*arguments)
+        assert (done.returncode, done.stderr) == (1, f"twist: timm is not installed: {command}\n")
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "detectron2" else real(name))
+    done = twist("transfer", "sample-voc-frcnn-fpn", "--weights", "absent.pth")
+    folder = ROOT / "third_party" / "detectron2"
+    assert (done.returncode, done.stderr) == (1, f'twist: detectron2 is not installed: pip install "{folder}"\n')
+    # A package that only a part of a command needs.
+    lacking = errors.missing_package(ModuleNotFoundError("No module named 'mmseg'", name="mmseg.apis"))
+    assert str(lacking) == 'mmseg is not installed: pip install "twist-suite[transfer]"'
+    assert errors.missing_package(ModuleNotFoundError("no such thing", name="nonsense")) is None
+    assert errors.missing_package(ImportError("cannot import name")) is None

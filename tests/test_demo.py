@@ -18,6 +18,7 @@ import pytest
 
 from twist import demo
 from twist.cli import app
+from twist.contracts import machine
 from twist.contracts.record import find_records, read_record
 from twist.contracts.weights import read_header
 from twist.demo import CONFIG, PROTOCOLS
@@ -25,7 +26,7 @@ from twist.demo import CONFIG, PROTOCOLS
 # Where each command of the demo does its work.
 WORKERS = (
     ("twist.catalog.sample.make", "make_sample"),
-    ("twist.pretrain.data.contact_sheet", "contact_sheet"),
+    ("twist.pretrain.data.preview", "contact_sheet"),
     ("twist.pretrain.train", "pretrain"),
     ("twist.converters.convert", "convert"),
     ("twist.transfer.run", "transfer"),
@@ -57,8 +58,8 @@ def test_what_the_demo_prints_is_what_it_does(
     calls: list[tuple[str, dict[str, Any]]] = []
     for module, name in WORKERS:
         replace_by_recorder(monkeypatch, module, name, calls)
-    monkeypatch.setattr(demo, "_closing_words", lambda *_, **__: None)
-    monkeypatch.setattr("twist.converters.convert.render", lambda _: "")
+    monkeypatch.setattr(demo, "_print_results", lambda *_, **__: None)
+    monkeypatch.setattr("twist.converters.convert.conversion_text", lambda _: "")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.chdir(tmp_path if here == "elsewhere" else CONFIG.parent.parent.parent)
     # A name that a shell would take apart, and that TOML would cut at its comment.
@@ -102,6 +103,15 @@ def replace_by_recorder(
         return SimpleNamespace(summary=lambda: "")
 
     monkeypatch.setattr(f"{module}.{name}", record)
+
+
+@pytest.mark.parametrize(("bf16", "minutes"), [(True, 10), (False, 13)])
+def test_the_estimate_follows_the_processor(
+    bf16: bool, minutes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cpu_has_bf16", lambda: bf16)
+    steps = demo.plan_steps(tmp_path, source="shapes", fast=False)
+    assert round(sum(step.expected_s for step in steps) / 60) == minutes
 
 
 @pytest.mark.slow

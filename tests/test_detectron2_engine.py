@@ -46,9 +46,7 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    from twist.converters.targets import detectron2
-
-    return weights_maker(tmp_path_factory.mktemp("weights"), detectron2, suffix=".yaml")
+    return weights_maker(tmp_path_factory.mktemp("weights"), "detectron2")
 
 
 @pytest.fixture

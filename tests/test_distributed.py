@@ -35,8 +35,8 @@ def test_ranks_of_a_bunch(bunch: int, batch: int, ranks: int, expected: int) -> 
 @pytest.mark.parametrize(
     ("bunch", "batch", "ranks", "remedy"),
     [
-        (256, 128, 1, r"model.bunch_size=0 \(all ranks\), or raise run.batch_size to 256"),
-        (100, 64, 2, "multiple of 64, or to 0"),
+        (256, 128, 1, "raise run.batch_size to 256, .* or set model.bunch_size=0"),
+        (100, 64, 2, "multiple of 64, or set model.bunch_size=0"),
         (256, 64, 6, "use a multiple of 4 ranks"),
     ],
 )
@@ -134,8 +134,6 @@ def test_alone_it_is_torchs_own() -> None:
     assert ours.state_dict().keys() == torchs.state_dict().keys()
     module = nn.Sequential(nn.BatchNorm2d(3))
     assert synchronise(module) is module
-    with pytest.raises(ValueError, match=r"\(N, C"):
-        ours(torch.randn(3))
 
 
 # --- a whole step -----------------------------------------------------------------------------------------------------
@@ -176,14 +174,8 @@ def learned(rank: int, world_size: int) -> dict[str, Tensor]:
     for _ in range(2):
         optimizer.zero_grad()
         before = count_collectives() if world_size > 1 else 0
-        loss = objective(
-            model,
-            None,
-            views_of(slice(rank * share, (rank + 1) * share)),
-            config=config,
-            stage="mutual_information",
-            quantile=0,
-        )
+        logits = model(views_of(slice(rank * share, (rank + 1) * share)))
+        loss = objective(logits, None, config.loss, stage="mutual_information", quantile=0)
         loss.total.backward()
         calls.append((count_collectives() if world_size > 1 else 0) - before)
         optimizer.step()
@@ -234,7 +226,6 @@ def small_things(rank: int) -> dict[str, Tensor]:
         "value": torch.tensor(distributed.on_main_rank(lambda: 10 + rank)),
         "group_mean": distributed.averaged(torch.tensor([float(rank)]), group),
         "gathered": distributed.gathered(torch.tensor([rank])),
-        "objects": torch.tensor(distributed.gathered_object(rank * 2)),
     }
 
 
@@ -251,7 +242,6 @@ def test_votes_groups_and_errors_reach_all_ranks() -> None:
         assert rank["value"] == 10
         assert rank["group_mean"].item() == (0.5 if number < 2 else 2.5)
         assert rank["gathered"].flatten().tolist() == [0, 1, 2, 3]
-        assert rank["objects"].tolist() == [0, 2, 4, 6]
 
 
 def test_without_a_process_group_everything_is_one_rank() -> None:
@@ -259,7 +249,6 @@ def test_without_a_process_group_everything_is_one_rank() -> None:
     assert distributed.mean_over_ranks(x) is x
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.gathered(x.detach()).shape == (1, 3)
-    assert distributed.gathered_object("a") == ["a"]
     assert distributed.on_main_rank(lambda: 3) == 3
     vote = distributed.Vote()
     assert [vote.any(False), vote.any(True)] == [False, True]

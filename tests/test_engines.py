@@ -24,7 +24,7 @@ from twist.transfer.run import transfer
 # ---------------------------------------------------------------------------------------------------------------------
 # The registry (docs/extending.md, "A new engine")
 
-TOY = Engine("toy", "The toy engine", "toy_engine", "imagenet", None, ("torch",), "pip install toy")
+TOY = Engine("toy", "toy_engine", "imagenet", None, ("torch",))
 
 
 def _toy_module() -> ModuleType:
@@ -84,7 +84,7 @@ def test_an_engine_that_is_not_installed_says_what_installs_it(
     monkeypatch.setitem(all_engines(), "toy", replace(TOY, packages=("no_such_package",)))
     make_voc_segmentation(tmp_path / "data")
     (tmp_path / "data" / "sample.json").write_text(json.dumps({"classes": ["a"]}))
-    with pytest.raises(UserError, match=r"toy engine is not installed .*: pip install toy"):
+    with pytest.raises(UserError, match=r"no_such_package is not installed: pip install"):
         transfer(toy.name, weights="random", data=tmp_path / "data", output=tmp_path / "run", gpus=0)
     assert not (tmp_path / "run").exists()
 
@@ -98,7 +98,6 @@ class Facts:
     """A framework's keys for what is tested of each: of `protocol`, at its own batch."""
 
     protocol: str
-    suffix: str
     rate: str  # with the recipe's value times two
     workers: str
     # The advice where memory runs out; other lengths of the run.
@@ -118,7 +117,6 @@ FROZEN = "Frozen batch norm or frozen stages do not go with self-supervised"
 FACTS = {
     "detectron2": Facts(
         protocol="coco-mrcnn-fpn-1x",
-        suffix=".yaml",
         rate="SOLVER.BASE_LR=0.04",
         workers="DATALOADER.NUM_WORKERS",
         half=("SOLVER.IMS_PER_BATCH=8", "SOLVER.BASE_LR=0.01", "iterations=180000"),
@@ -143,7 +141,6 @@ FACTS = {
     ),
     "mmseg": Facts(
         protocol="voc12aug-fcn-d8-20k",
-        suffix=".py",
         rate="optim_wrapper.optimizer.lr=0.02",
         workers="train_dataloader.num_workers",
         half=("train_dataloader.batch_size=8", "optim_wrapper.optimizer.lr=0.005", "iterations=40000"),
@@ -195,13 +192,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory):
-    from twist.converters.targets import detectron2, mmseg
-
-    writers = {"detectron2": detectron2, "mmseg": mmseg}
-    return {
-        name: weights_maker(tmp_path_factory.mktemp(name), writer, suffix=FACTS[name].suffix)
-        for name, writer in writers.items()
-    }
+    return {name: weights_maker(tmp_path_factory.mktemp(name), name) for name in FACTS}
 
 
 @pytest.fixture

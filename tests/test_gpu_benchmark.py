@@ -134,35 +134,22 @@ def test_a_part_that_fails_is_told_and_costs_the_others_nothing(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("made_up_parts")
-def test_a_second_call_adds_to_the_file_and_a_whole_one_begins_anew(tmp_path: Path) -> None:
+def test_a_second_call_adds_to_the_file_of_this_machine_and_a_whole_one_begins_anew(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     assert take(["one"], path)
     assert take(["two"], path, keep=True)
     assert sorted(parts_of(path)) == ["one", "two"]
-    assert take(["two"], path)
-    assert sorted(parts_of(path)) == ["two"]
-
-
-@pytest.mark.usefixtures("made_up_parts")
-def test_what_another_machine_measured_is_not_added_to(tmp_path: Path) -> None:
-    path = tmp_path / "gpu.json"
-    take(["one"], path)
+    # When time is over the rest is skipped, and older figures stay.
+    assert take(["one"], path)
+    assert not take(["one", "two"], path, keep=True, budget_s=-1.0)
+    assert parts_of(path)["one"]["ok"]
+    assert parts_of(path)["two"] == {"ok": False, "skipped": "the -1 s of --budget-s were over"}
     other = json.loads(path.read_text())
     other["machine"]["hardware"]["processor"] = "another"
     path.write_text(json.dumps(other))
     with pytest.raises(ValueError, match="other hardware"):
         take(["two"], path, keep=True)
     assert json.loads(path.read_text()) == other
-
-
-@pytest.mark.usefixtures("made_up_parts")
-def test_when_time_is_over_the_rest_is_skipped_and_older_figures_stay(tmp_path: Path) -> None:
-    path = tmp_path / "gpu.json"
-    assert take(["one"], path)
-    assert not take(["one", "two"], path, keep=True, budget_s=-1.0)
-    parts = parts_of(path)
-    assert parts["one"]["ok"]
-    assert parts["two"] == {"ok": False, "skipped": "the -1 s of --budget-s were over"}
 
 
 def test_where_the_figures_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -208,20 +195,19 @@ def test_the_largest_batch_is_one_that_ran(usable_gib: int, largest: int | None)
     assert all(batch % gpu_memory.MULTIPLE == 0 for batch in asked)
 
 
-def test_only_a_lack_of_memory_counts_as_one() -> None:
-    def peak(batch: int, message: str) -> int:
+@pytest.mark.parametrize("message", ["CUBLAS_STATUS_ALLOC_FAILED", "illegal memory access"])
+def test_only_a_lack_of_memory_counts_as_one(message: str) -> None:
+    def peak(batch: int) -> int:
         if batch > 64:
             raise RuntimeError(message)
         return batch * GIB
 
-    lacking = gpu_memory.largest_batch(
-        lambda batch: peak(batch, "CUBLAS_STATUS_ALLOC_FAILED"), small=32, large=64, card_bytes=640 * GIB
-    )
-    assert (lacking["largest_batch_run"], set(lacking["tried"].values())) == (None, {None})
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        gpu_memory.largest_batch(
-            lambda batch: peak(batch, "illegal memory access"), small=32, large=64, card_bytes=640 * GIB
-        )
+    if "ALLOC" in message:
+        lacking = gpu_memory.largest_batch(peak, small=32, large=64, card_bytes=640 * GIB)
+        assert (lacking["largest_batch_run"], set(lacking["tried"].values())) == (None, {None})
+    else:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            gpu_memory.largest_batch(peak, small=32, large=64, card_bytes=640 * GIB)
 
 
 # --- compiled and plain -----------------------------------------------------------------------------------------------

@@ -22,15 +22,8 @@ class Published(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.projection_head = nn.Sequential(
-            nn.Linear(D, H),
-            nn.BatchNorm1d(H),
-            nn.ReLU(),
-            nn.Dropout(0.0),
-            nn.Linear(H, H),
-            nn.BatchNorm1d(H),
-            nn.ReLU(),
-        )
+        layers = [nn.Linear(D, H), nn.BatchNorm1d(H), nn.ReLU(), nn.Dropout(0.0)]
+        self.projection_head = nn.Sequential(*layers, nn.Linear(H, H), nn.BatchNorm1d(H), nn.ReLU())
         self.last_linear = nn.Linear(H, K)
         self.norm = nn.BatchNorm1d(K, affine=False)
 
@@ -38,8 +31,11 @@ class Published(nn.Module):
         return self.norm(self.last_linear(self.projection_head(x)))
 
 
+Trained = tuple[Published, dict[str, Tensor], Tensor]
+
+
 @pytest.fixture
-def trained() -> tuple[Published, dict[str, Tensor], Tensor]:
+def trained() -> Trained:
     """A head whose norms have seen data, a backbone's tensors, and features."""
     torch.manual_seed(0)
     head, features = Published(), torch.randn(50, D) * 3 + 1
@@ -58,7 +54,7 @@ def ours(head: Published) -> dict[str, Tensor]:
     return {names[k.rpartition(".")[0]] + "." + k.rpartition(".")[2]: v for k, v in head.state_dict().items()}
 
 
-def test_head_of_our_run_folder(trained: tuple[Published, dict[str, Tensor], Tensor], tmp_path: Path) -> None:
+def test_head_of_our_run_folder(trained: Trained, tmp_path: Path) -> None:
     head, backbone, features = trained
     path = tmp_path / "checkpoints" / "step_00000010.pt"
     path.parent.mkdir()
@@ -74,9 +70,7 @@ def test_head_of_our_run_folder(trained: tuple[Published, dict[str, Tensor], Ten
 
 
 @pytest.mark.parametrize("wrapped", ["", "module."])
-def test_head_of_the_published_full_checkpoint(
-    trained: tuple[Published, dict[str, Tensor], Tensor], tmp_path: Path, wrapped: str
-) -> None:
+def test_head_of_the_published_full_checkpoint(trained: Trained, tmp_path: Path, wrapped: str) -> None:
     head, backbone, features = trained
     state = network(backbone, dict(head.state_dict()), "projection_heads.")
     file: dict[str, Any] = {"model": {wrapped + k: v for k, v in state.items()}, "args": argparse.Namespace(act="relu")}
@@ -88,25 +82,15 @@ def test_head_of_the_published_full_checkpoint(
         assert not torch.allclose(gelu(features), head(features))
 
 
-def test_the_teachers_head_goes_with_the_teachers_backbone(
-    trained: tuple[Published, dict[str, Tensor], Tensor], tmp_path: Path
-) -> None:
+def test_the_teachers_head_goes_with_the_teachers_backbone(trained: Trained, tmp_path: Path) -> None:
     head, backbone, features = trained
-    student_backbone = {k: v + 1 for k, v in backbone.items()}
-    torch.save(
-        {
-            "model": network(student_backbone, ours(Published()), "head."),
-            "teacher": network(backbone, ours(head), "head."),
-        },
-        tmp_path / "both.pt",
-    )
+    student = network({k: v + 1 for k, v in backbone.items()}, ours(Published()), "head.")
+    torch.save({"model": student, "teacher": network(backbone, ours(head), "head.")}, tmp_path / "both.pt")
     with torch.no_grad():
         assert torch.equal(read_head(tmp_path / "both.pt", backbone, activation="relu")(features), head(features))
 
 
-def test_what_is_no_head_of_this_backbone_is_refused(
-    trained: tuple[Published, dict[str, Tensor], Tensor], tmp_path: Path
-) -> None:
+def test_what_is_no_head_of_this_backbone_is_refused(trained: Trained, tmp_path: Path) -> None:
     head, backbone, _ = trained
 
     def refuse(file: dict[str, Any], sentence: str) -> None:

@@ -38,9 +38,7 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    from twist.converters.targets import mmseg
-
-    return weights_maker(tmp_path_factory.mktemp("weights"), mmseg, suffix=".py")
+    return weights_maker(tmp_path_factory.mktemp("weights"), "mmseg")
 
 
 @pytest.fixture

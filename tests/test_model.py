@@ -242,9 +242,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     student, _ = build_model(config(), device=CPU)
     path = checkpoint_at(tmp_path / "full.pth", student)
     wider, teacher = build_model(config(classes=24, teacher=True), device=CPU)
-    with pytest.raises(
-        UserError, match=r"4 of another shape \(first: head.norm.running_mean is \(12,\), not \(24,\)\)"
-    ):
+    with pytest.raises(UserError, match=r"4 of another shape \(first: head.output.weight is \(12, 16\), not"):
         warm_start(path, wider, None)
     with pytest.raises(UserError, match=r"has no `teacher`.*model.teacher = false"):
         warm_start(path, student, teacher)
@@ -255,7 +253,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         warm_start(path, student, None)
     assert "weights_only" not in str(caught.value), "no advice to read it unsafely"
     torch.save({"model": {"module.unknown.weight": torch.ones(1)}}, path)
-    with pytest.raises(UserError, match=r"1 tensors unknown, \d+ missing.*module.unknown.weight"):
+    with pytest.raises(UserError, match=r"1 of 1 tensors have no single place.*unknown\.weight"):
         warm_start(path, student, None)
     torch.save({"model": student.state_dict(), "other": Path("x")}, path)
     with pytest.raises(UserError, match="cannot be read safely"):

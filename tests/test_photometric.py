@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pil_reference as pil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +24,6 @@ from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD
 from twist.pretrain.config import ViewsConfig
 from twist.pretrain.data import photometric as fast
 from twist.pretrain.data import photometric_cpu as on_cpu
-from twist.pretrain.data import pil_reference as pil
 from twist.pretrain.data.views import BRIGHTNESS, CONTRAST, HUE, NO_OPERATION, SATURATION, VIEW, ViewSampler, plan_views
 
 ROOT = Path(__file__).parent.parent
@@ -181,10 +181,12 @@ def test_solarise_is_pillows_on_every_level() -> None:
 
 def test_normalise_is_torchvisions_and_denormalise_its_inverse() -> None:
     image = picture(PHOTOGRAPH)
-    x = levels(image)
-    ours = fast.normalise(x, out=torch.empty_like(x))
-    assert torch.allclose(ours[0].view(3, SIDE, SIDE), pil.normalise(image), atol=1e-6)
-    assert torch.equal(fast.denormalise(ours.view(1, 3, SIDE, SIDE)).float().flatten(2), levels(image))
+    untouched = np.zeros(1, dtype=VIEW)
+    untouched["order"] = NO_OPERATION
+    pixels = levels(image).view(1, 3, SIDE, SIDE)
+    ours = fast.apply(pixels.to(torch.uint8), fast.prepare(untouched))
+    assert torch.allclose(ours[0], pil.normalise(image), atol=1e-6)
+    assert torch.equal(fast.denormalise(ours).float(), pixels)
 
 
 def drawn(images: int = 12) -> np.ndarray:
@@ -230,8 +232,8 @@ def full(*_):
     raise OSError(28, "No space left on device")
 caching.IndexDataCacheFile.save = full
 import numpy as np, torch
-from twist.pretrain import photometric_cpu
-from twist.pretrain.views import VIEW
+from twist.pretrain.data import photometric_cpu
+from twist.pretrain.data.views import VIEW
 photometric_cpu.compile_it()
 views, out = np.zeros(1, VIEW), torch.full((1, 3, 8, 8), torch.nan)
 photometric_cpu.apply_each([torch.zeros(8, 8, 3, dtype=torch.uint8).permute(2, 0, 1)], views, out)

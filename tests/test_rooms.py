@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,22 +85,19 @@ def test_no_catch_all_modules() -> None:
 
 
 def test_ground_floor_needs_no_torch() -> None:
-    for name in (
-        "config",
-        "weights",
-        "record",
-        "metrics",
-        "errors",
-        "files",
-        "images",
-        "progress",
-        "machine",
-        "rename",
-        "run_folder",
-        "failures",
-    ):
-        tree = ast.parse((ROOT / "contracts" / f"{name}.py").read_text())
-        assert not any(module.split(".")[0] == "torch" for module in module_level(tree)), name
+    for path in sorted((ROOT / "contracts").glob("*.py")):
+        if path.name != "networks.py":
+            tree = ast.parse(path.read_text())
+            assert not any(module.split(".")[0] == "torch" for module in module_level(tree)), path
+
+
+def test_every_folder_of_a_room_is_a_package_of_the_wheel() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in sources()}
+    packages = {"twist" if name == "twist" else f"twist.{name}" for name in folders}
+    assert packages <= set(settings["packages"])
+    rooms = {f"twist.{room}" for room in MAY_IMPORT if room != "twist" and (ROOT / room).is_dir()}
+    assert rooms <= set(settings["package-dir"])
 
 
 def test_no_large_file_is_tracked() -> None:

@@ -63,7 +63,7 @@ def sent_by_a_step(rank: int, local: int) -> dict[str, Tensor]:
     for _ in range(2):
         for heard in (gradients, reduced, gathered):
             heard.clear()
-        loss = objective(model, None, views, config=recipe, stage="mutual_information", quantile=0)
+        loss = objective(model(views), None, recipe.loss, stage="mutual_information", quantile=0)
         loss.total.backward()
     kinds = {"gradients": gradients, "reduced": reduced, "gathered": gathered}
     return {name: torch.tensor([len(heard), sum(heard)]) for name, heard in kinds.items()}

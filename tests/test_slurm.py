@@ -62,7 +62,7 @@ def test_a_requeued_job_resumes() -> None:
 def test_a_stopped_run_is_handed_to_submitits_handler(tmp_path: Path, monkeypatch) -> None:
     # What submitit's handler gets: called after the run has saved and left, with the signal it waits for.
     from twist.pretrain import train
-    from twist.pretrain.signals import Requeue
+    from twist.pretrain.slurm import Requeue
 
     called = []
     number = submitit.JobEnvironment._usr_sig()
@@ -95,7 +95,7 @@ def test_a_preempted_job_saves_is_requeued_and_resumes(tmp_path: Path) -> None:
     images = make_images(tmp_path / "images", 16)
     executor = submitit.LocalExecutor(folder=tmp_path / "slurm")
     overrides = [f"data.root={images}", "run.device=cpu", "run.epochs=4"]
-    job = slurm._submit(executor, CONFIG, overrides, tmp_path / "run")
+    job = executor.submit(slurm.job(CONFIG, overrides, tmp_path / "run"))
     wait_for_rows(tmp_path / "run", 2, job)
     (task,) = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
     os.kill(int(task), submitit.JobEnvironment._usr_sig())

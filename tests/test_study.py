@@ -20,7 +20,7 @@ from twist.contracts.weights import read_header
 from twist.converters.convert import convert
 from twist.converters.read import load_source
 from twist.pretrain.config import PretrainConfig
-from twist.pretrain.data.source import fingerprint
+from twist.pretrain.data.source import open_images
 
 pytestmark = pytest.mark.slow  # lightly brings Lightning along: seconds of imports
 
@@ -63,7 +63,7 @@ def test_a_peer_goes_on_and_is_converted(peers: Any, method: str, tmp_path: Path
     header = read_header(artefact)
     assert (header.method, header.seed, header.epochs) == (method, run.run.seed, run.run.epochs)
     assert header.source_sha256 == sha256_file(whole)
-    assert header.images_sha256 == fingerprint(run.data)
+    assert header.images_sha256 == open_images(run.data).fingerprint()
     other_seed = run.model_copy(update={"run": run.run.model_copy(update={"seed": 7})})
     repeat = read_header(peers.train(method, other_seed, tmp_path / "repeat", lr=0.1))
     assert (repeat.config_hash, repeat.seed) == (header.config_hash, 7), "seeds of one recipe are repeats"

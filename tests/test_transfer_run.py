@@ -12,22 +12,20 @@ import pytest
 import torch
 from imagenet_tree import write_tree
 from PIL import Image
-from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_segmentation
+from tiny_trees import make_voc_segmentation
 
-from twist.catalog.prepare import prepare_cityscapes
-from twist.catalog.roots import find_root, voc_folder
+from twist.catalog.roots import find_root
 from twist.contracts import run_folder as folder
+from twist.contracts.curves import Curves
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.networks import build_backbone
 from twist.contracts.record import find_records, read_record
 from twist.contracts.weights import Backbone, write_backbone
-from twist.transfer.curves import Curves
 from twist.transfer.end import render_end
 from twist.transfer.engines import all_engines
 from twist.transfer.identity import identify_data
 from twist.transfer.pictures import plot_losses, save_pairs
-from twist.transfer.preflight import check_data
-from twist.transfer.protocols import PROTOCOLS, find_protocol
+from twist.transfer.protocols import find_protocol
 from twist.transfer.request import Controls, Result, split_overrides
 from twist.transfer.run import default_output, find_weights, transfer
 
@@ -57,116 +55,8 @@ def test_root_comes_from_the_option_or_the_environment(tmp_path, monkeypatch) ->
         find_root(tmp_path / "absent")
 
 
-def test_everything_missing_is_named_at_once(tmp_path) -> None:
-    with pytest.raises(UserError) as caught:
-        check_data(find_protocol("coco-mrcnn-fpn-1x"), tmp_path)
-    for part in ("instances_train2017.json", "instances_val2017.json", "coco/train2017", "twist data check coco"):
-        assert part in str(caught.value)
-    with pytest.raises(UserError, match=r"holds no sample\.json"):
-        check_data(find_protocol("sample-coco-mrcnn-fpn"), tmp_path)
-
-
-def test_a_sample_is_not_taken_for_real_data(tmp_path) -> None:
-    make_voc_segmentation(tmp_path)
-    (tmp_path / "sample.json").write_text(json.dumps({"classes": ["a"]}))
-    with pytest.raises(UserError, match="needs the real data"):
-        check_data(find_protocol("voc12aug-fcn-d8-20k"), tmp_path)
-
-
-def test_half_extracted_voc_is_named(tmp_path) -> None:
-    make_voc_detection(tmp_path)
-    protocol = find_protocol("voc-frcnn-c4-24k")
-    assert check_data(protocol, tmp_path) is None
-    next((tmp_path / "VOC2007" / "JPEGImages").glob("*.jpg")).unlink()
-    with pytest.raises(UserError, match=r"lacks 1 of the 3 files of VOC2007 .*unpacked in part"):
-        check_data(protocol, tmp_path)
-
-
-def test_voc_may_lie_in_vocdevkit(tmp_path) -> None:
-    make_voc_segmentation(tmp_path / "VOCdevkit")
-    assert voc_folder(tmp_path, 2012) == tmp_path / "VOCdevkit" / "VOC2012"
-    assert check_data(find_protocol("voc12aug-fcn-d8-20k"), tmp_path) is None
-
-
-@pytest.mark.parametrize(
-    ("damage", "sentence"),
-    [
-        (lambda mask: mask.convert("RGB"), "is a RGB picture, not a map of class numbers"),
-        (lambda mask: mask.point(lambda _: 33), "holds the value 33, where 0–20 and 255"),
-    ],
-)
-def test_damaged_masks_are_named(tmp_path, damage, sentence) -> None:
-    make_voc_segmentation(tmp_path)
-    path = sorted((tmp_path / "VOC2012" / "SegmentationClassAug").iterdir())[1]
-    with Image.open(path) as mask:
-        damage(mask).save(path)
-    with pytest.raises(UserError, match=rf"{sentence}.*remove SegmentationClassAug, and `twist data prepare voc`"):
-        check_data(find_protocol("voc12aug-fcn-d8-20k"), tmp_path)
-
-
-def test_damaged_originals_are_to_be_unpacked(tmp_path) -> None:
-    make_voc_segmentation(tmp_path)
-    path = sorted((tmp_path / "VOC2012" / "SegmentationClass").iterdir())[1]
-    with Image.open(path) as mask:
-        mask.convert("RGB").save(path)
-    with pytest.raises(UserError, match=r"not a map of class numbers.*; unpack SegmentationClass again"):
-        check_data(find_protocol("voc12aug-fcn-d8-20k"), tmp_path)
-
-
-def _trees(root: Path) -> None:
-    make_coco(root)
-    make_voc_detection(root)
-    make_voc_segmentation(root)
-    make_cityscapes(root)
-
-
-def test_healthy_trees_pass_for_every_full_protocol_of_the_frameworks(tmp_path) -> None:
-    _trees(tmp_path)
-    for protocol in PROTOCOLS.values():
-        if protocol.scale == "full" and protocol.engine != "imagenet":
-            assert check_data(protocol, tmp_path) is None
-
-
-def test_cityscapes_without_its_derived_maps_and_with_the_wrong_ones(tmp_path) -> None:
-    make_cityscapes(tmp_path)
-    protocol = find_protocol("cityscapes-fcn-d8-40k")
-    (path, *_) = sorted((tmp_path / "cityscapes" / "gtFine" / "train").glob("*/*_labelTrainIds.png"))
-    with Image.open(path) as image:
-        values = np.asarray(image).copy()
-    values[0, 0] = 26  # labelIds' car; trainIds end at 18
-    Image.fromarray(values).save(path)
-    with pytest.raises(UserError, match=r"holds the value 26.*labelIds given as trainIds"):
-        check_data(protocol, tmp_path)
-    with pytest.raises(UserError, match=r"remove the \*_labelTrainIds.png, and `twist data prepare cityscapes`"):
-        check_data(protocol, tmp_path)
-    path.unlink()
-    with pytest.raises(UserError, match=r"1 of the \d+ train images .*twist data prepare cityscapes"):
-        check_data(protocol, tmp_path)
-    prepare_cityscapes(tmp_path, progress=False)
-    assert check_data(protocol, tmp_path) is None  # the remedy is one
-    next((tmp_path / "cityscapes" / "gtFine" / "val").glob("*/*_polygons.json")).unlink()
-    with pytest.raises(UserError, match="unpack gtFine again"):
-        check_data(find_protocol("cityscapes-mrcnn-fpn-24k"), tmp_path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Curves, pictures
-
-
-def test_curves_continue_without_repeating(tmp_path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    curves = Curves(path)
-    for step in (10, 20, 30):
-        curves.add(step, {"loss": 1 / step, "bad": float("nan")})
-    curves.close()
-    with path.open("a") as file:
-        file.write('{"step": 40, "lo')  # what a kill leaves
-    curves = Curves(path, start=20)
-    curves.add(30, {"loss": 7.0})
-    curves.close()
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["step"] for row in rows] == [10, 20, 30]
-    assert rows[-1] == {"step": 30, "loss": 7.0}
 
 
 def test_pictures_are_small(tmp_path) -> None:
@@ -178,7 +68,7 @@ def test_pictures_are_small(tmp_path) -> None:
 
 
 def test_losses_are_plotted(tmp_path) -> None:
-    curves = Curves(tmp_path / "metrics.jsonl")
+    curves = Curves(tmp_path / "metrics.jsonl", start=0)
     for step in range(1, 20):
         curves.add(step, {"loss": 3 / step, "loss_mask": 1 / step, "lr": 0.1})
     curves.close()

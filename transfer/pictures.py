@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from twist.contracts import files
+from twist.contracts.curves import Panel, draw, read_rows
 
 PICTURES = 4
 # Longest side of one panel: two of them stay below 200 KB as a 256-colour PNG.
@@ -28,10 +28,10 @@ def save_pairs(folder: Path, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> 
             panel.thumbnail((PANEL_PIXELS, PANEL_PIXELS), Image.Resampling.LANCZOS)
         width, height = panels[0].size
         canvas = Image.new("RGB", (2 * width + _GAP_PIXELS, height + _CAPTION_PIXELS), "white")
-        draw = ImageDraw.Draw(canvas)
+        pen = ImageDraw.Draw(canvas)
         for panel, left, caption in zip(panels, (0, width + _GAP_PIXELS), ("truth", "prediction"), strict=True):
             canvas.paste(panel, (left, _CAPTION_PIXELS))
-            draw.text((left + 2, 1), caption, fill="black", font=ImageFont.load_default(13))
+            pen.text((left + 2, 1), caption, fill="black", font=ImageFont.load_default(13))
         names.append(f"prediction-{number}.png")
         with files.atomic_path(folder / names[-1]) as temporary:
             canvas.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(temporary, format="PNG", optimize=True)
@@ -40,19 +40,7 @@ def save_pairs(folder: Path, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> 
 
 def plot_losses(curves: Path, path: Path, *, title: str) -> Path:
     """The losses of a `metrics.jsonl` over its steps, one line each, as a PNG at `path`."""
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
-    rows = [json.loads(line) for line in curves.read_text().splitlines()]
+    rows = read_rows(curves)
     names = sorted({name for row in rows for name in row if "loss" in name}, key=lambda name: (name != "loss", name))
-    figure = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
-    for name in names:
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*points, strict=True), label=name, linewidth=2 if name == "loss" else 1)
-    axes.set(xlabel="iteration", ylabel="loss", title=title, ylim=(0, None))
-    axes.grid(alpha=0.3)
-    if names:
-        axes.legend(fontsize=8)
-    with files.atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
-    return path
+    settings = {"xlabel": "iteration", "ylabel": "loss", "ylim": (0, None)}
+    return draw(rows, [Panel(title, {name: name for name in names}, smooth=False, settings=settings)], path)

@@ -259,13 +259,7 @@ def prepare_weights(request: Request, engine: Engine) -> Weights:
     if target.exists():  # a continued run: the conversion is deterministic, so it is made anew rather than trusted
         shutil.rmtree(target)
     with frameworks_quiet():
-        done = convert(
-            artefact,
-            target=engine.target,  # type: ignore[arg-type]
-            layout=request.layout,
-            branch=request.branch,
-            output=target,
-        )
+        done = convert(artefact, target=engine.target, layout=request.layout, branch=request.branch, output=target)
     return Weights(done.backbone, done.weights, done.overlay)
 
 

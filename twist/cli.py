@@ -7,16 +7,16 @@ a proof did not hold, 2 wrong usage, 75 stopped by a signal and ready to be star
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from twist.contracts.config import MOST_SEED
-from twist.contracts.errors import UsageError
+from twist.contracts.errors import UsageError, missing_package, require
 from twist.contracts.failures import describe
 
 app = typer.Typer(
@@ -31,46 +31,31 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Make the sample; prepare and check data sets.")
 app.add_typer(data_app, name="data")
 
-
-class Target(StrEnum):
-    detectron2 = "detectron2"
-    mmseg = "mmseg"
-    torchvision = "torchvision"
-    timm = "timm"
-
-
-class TableFormat(StrEnum):
-    table = "table"
-    markdown = "markdown"
-    csv = "csv"
-    json = "json"
-    latex = "latex"
-    html = "html"
-
-
-class Source(StrEnum):
-    shapes = "shapes"
-    photos = "photos"
-
-
-class SampleSize(StrEnum):
-    tiny = "tiny"
-    small = "small"
-    medium = "medium"
-
-
-class Executor(StrEnum):
-    local = "local"
-    slurm = "slurm"
-
-
+Source = Literal["shapes", "photos"]
+TableFormat = Literal["table", "markdown", "csv", "json", "latex", "html"]
 DataRoot = Annotated[Path | None, typer.Argument(show_default=False, help="Default: $DETECTRON2_DATASETS.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", show_default=False)]
+Data = Annotated[Path | None, typer.Option(help="Folder with the data sets; default $DETECTRON2_DATASETS.")]
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED)]
+Layout = Annotated[str | None, typer.Option("--from", help="Source layout, when it should not be detected.")]
+Branch = Annotated[str | None, typer.Option(help="Branch of the source, for example momentum or teacher.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue what the run folder holds.")]
+# Packages of an engine that `pip install "twist-suite[transfer]"` may not have brought.
+_FRAMEWORKS = {"detectron2": ("detectron2", "pycocotools"), "mmseg": ("mmseg", "mmcv", "mmengine"), "imagenet": ()}
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"twist-suite {importlib.metadata.version('twist-suite')}")
+        raise typer.Exit
 
 
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     if debug:
         os.environ["TWIST_DEBUG"] = "1"
@@ -81,9 +66,9 @@ def pretrain(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of one of ours.")],
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; default runs/<config's name>.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
+    resume: Resume = False,
     slurm: Annotated[
-        list[str] | None, typer.Option(help="Submit to SLURM instead: --slurm partition=… --slurm nodes=…")
+        list[str] | None, typer.Option(help="Submit to SLURM: --slurm partition=… --slurm nodes=…")
     ] = None,
     show_views: Annotated[int | None, typer.Option(help="Write a PNG with the views of N images, and stop.")] = None,
     bench_data: Annotated[bool, typer.Option("--bench-data", help="Measure the input pipeline, and stop.")] = False,
@@ -93,6 +78,7 @@ def pretrain(
 
     On many GPUs: torchrun … -m twist pretrain …
     """
+    require("pretrain")
     from twist.contracts.config import load_config
     from twist.pretrain.config import PretrainConfig, find_config
 
@@ -100,11 +86,11 @@ def pretrain(
     settings = load_config(config, PretrainConfig, overrides or [])
     folder = output or Path("runs") / config.stem
     if show_views is not None:
-        from twist.pretrain.data.contact_sheet import contact_sheet
+        from twist.pretrain.data.preview import contact_sheet
 
         print(contact_sheet(settings, show_views, folder / "views.png"))
     elif bench_data:
-        from twist.pretrain.data.bench_data import bench, render
+        from twist.pretrain.data.preview import bench, render
 
         result = bench(settings)
         print(_json(result) if as_json else render(result))
@@ -121,26 +107,26 @@ def pretrain(
 @app.command()
 def inspect(
     checkpoint: Path,
-    layout: Annotated[str | None, typer.Option("--from", help="Source layout, when it should not be detected.")] = None,
+    layout: Layout = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what is in a checkpoint.
 
     Method, architecture, layout, branches, problems. Nothing from the file is ever run.
     """
-    from twist.converters.inspect import inspect as look
-    from twist.converters.inspect import render
+    require("convert")
+    from twist.converters import inspect as inspection
 
-    found = look(checkpoint, layout=layout)
-    print(_json(found.to_json()) if as_json else render(found))
+    found = inspection.inspect(checkpoint, layout=layout)
+    print(_json(found.to_json()) if as_json else inspection.inspection_text(found))
 
 
 @app.command()
 def convert(
     checkpoint: Annotated[Path | None, typer.Argument(show_default=False)] = None,
-    to: Annotated[Target | None, typer.Option("--to", help="Whose layout to write.")] = None,
-    layout: Annotated[str | None, typer.Option("--from", help="Source layout, when it should not be detected.")] = None,
-    branch: Annotated[str | None, typer.Option(help="Branch of the source, for example momentum or teacher.")] = None,
+    to: Annotated[str | None, typer.Option(metavar="TARGET", help="detectron2, mmseg, torchvision or timm.")] = None,
+    layout: Layout = None,
+    branch: Branch = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof.")] = False,
     pkl: Annotated[bool, typer.Option("--pkl", help="Detectron2: also a .pkl of plain arrays.")] = False,
@@ -154,32 +140,25 @@ def convert(
 
     Writes weights and the settings they imply, once the target network computes the same features.
     """
+    require("convert")
     if check_config is not None:
-        from twist.converters.check_config import check_config as check
-        from twist.converters.check_config import render as render_mismatches
+        from twist.converters import check_config as own
 
         file = weights or checkpoint
         if file is None:
             raise UsageError("--check-config needs the weights too: add --weights FILE.")
-        mismatches = check(check_config, file, layout=layout, branch=branch)
-        print(render_mismatches(mismatches))
+        mismatches = own.check_config(check_config, file, layout=layout, branch=branch)
+        print(own.mismatch_text(mismatches))
         raise typer.Exit(1 if mismatches else 0)
     if checkpoint is None or to is None:
         raise UsageError("Say what to convert and for whom: twist convert CHECKPOINT --to detectron2.")
-    from twist.converters.convert import convert as run
-    from twist.converters.convert import render as render_conversion
+    from twist.converters import convert as conversion
 
-    done = run(
-        checkpoint,
-        target=to.value,
-        layout=layout,
-        branch=branch,
-        output=output,
-        verify=not no_verify,
-        pkl=pkl,
-        allow_nan=allow_nan,
+    source = {"layout": layout, "branch": branch}
+    done = conversion.convert(
+        checkpoint, target=to, output=output, verify=not no_verify, pkl=pkl, allow_nan=allow_nan, **source
     )
-    print(render_conversion(done))
+    print(conversion.conversion_text(done))
 
 
 @app.command()
@@ -187,24 +166,16 @@ def transfer(
     protocol: Annotated[str | None, typer.Argument(show_default=False)] = None,
     overrides: Overrides = None,
     weights: Annotated[str | None, typer.Option(help="A checkpoint, `random`, or `torchvision:FILE`.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder with the data sets; default $DETECTRON2_DATASETS.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 0,
-    gpus: Annotated[
-        int | None, typer.Option(min=0, help="Default: the recipe's, at most those here; 0 is the CPU.")
-    ] = None,
+    data: Data = None,
+    seed: Seed = 0,
+    gpus: Annotated[int | None, typer.Option(min=0, help="Default the recipe's, at most those here; 0: CPU.")] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; default runs/<protocol>/….")] = None,
-    results: Annotated[
-        Path | None, typer.Option(help="Folder for the run record; default <run folder>/results.")
-    ] = None,
+    results: Annotated[Path | None, typer.Option(help="Folder of the record; default <run folder>/results.")] = None,
     method: Annotated[str | None, typer.Option(help="Row of the table; default what the weights say.")] = None,
-    layout: Annotated[
-        str | None, typer.Option("--from", help="Layout of the checkpoint, where its content does not tell.")
-    ] = None,
-    branch: Annotated[str | None, typer.Option(help="Branch of the checkpoint, as for `twist convert`.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the run folder holds.")] = False,
-    eval_only: Annotated[
-        bool, typer.Option("--eval-only", help="Evaluate the finished run in the folder, without training.")
-    ] = False,
+    layout: Layout = None,
+    branch: Branch = None,
+    resume: Resume = False,
+    eval_only: Annotated[bool, typer.Option("--eval-only", help="Evaluate the finished run in the folder.")] = False,
     list_protocols: Annotated[bool, typer.Option("--list", help="Print the protocols.")] = False,
 ) -> None:
     """Run one transfer protocol and write one record.
@@ -212,15 +183,15 @@ def transfer(
     PROTOCOL is a name of --list. key=value goes to the framework's own config, or is one of ours: architecture and
     width (of random weights), keep_batch, iterations, nodes, node_rank, master.
     """
-    if list_protocols:
-        from twist.transfer.protocols import list_protocols as table
+    from twist.transfer import protocols
 
-        print(table())
+    if list_protocols:
+        print(protocols.list_protocols())
         return
     if protocol is None or weights is None:
-        raise UsageError(
-            "Say which protocol and which weights: twist transfer PROTOCOL --weights FILE (--list shows all)."
-        )
+        raise UsageError("Say which protocol and which weights: twist transfer PROTOCOL --weights FILE (see --list).")
+    require("transfer")
+    require("transfer", *_FRAMEWORKS[protocols.find_protocol(protocol).engine])
     from twist.transfer.run import transfer as run
 
     run(
@@ -243,14 +214,15 @@ def transfer(
 @data_app.command("sample")
 def data_sample(
     root: Path,
-    source: Annotated[Source, typer.Option(help="`shapes` is drawn, `photos` is real.")] = Source.shapes,
-    size: Annotated[SampleSize, typer.Option()] = SampleSize.small,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 0,
+    source: Annotated[Source, typer.Option(help="`shapes` is drawn, `photos` is real.")] = "shapes",
+    size: Literal["tiny", "small", "medium"] = "small",
+    seed: Seed = 0,
 ) -> None:
     """Write a small world in the real layouts: images, COCO, VOC, Cityscapes, ImageNet-like."""
+    require("transfer", "PIL")
     from twist.catalog.sample.make import make_sample
 
-    sample = make_sample(root, source=source.value, size=size.value, seed=seed)
+    sample = make_sample(root, source=source, size=size, seed=seed)
     print(sample.summary())
 
 
@@ -265,6 +237,7 @@ def data_prepare(
     voc: trainaug (sbd=FOLDER). cityscapes: the trainIds. imagenet: the 1 % and 10 % lists (lists=FOLDER or seed=N).
     detectron2: one tree of links (coco=, VOC2007=, VOC2012=, cityscapes=, imagenet=FOLDER). coco needs nothing.
     """
+    require("transfer", "PIL")
     from twist.catalog.prepare import prepare
     from twist.contracts.config import parse_override
 
@@ -282,6 +255,7 @@ def data_check(dataset: str, root: DataRoot = None) -> None:
     DATASET is coco, voc, cityscapes, imagenet, sample, or folders: images of your own, in ROOT/train/<class>/ and
     ROOT/val/<class>/, on which the ImageNet-style protocols run.
     """
+    require("transfer", "PIL")
     from twist.catalog.check import check, has_errors, render
     from twist.catalog.roots import find_root
 
@@ -293,32 +267,25 @@ def data_check(dataset: str, root: DataRoot = None) -> None:
 @app.command()
 def suite(
     file: Annotated[Path, typer.Argument(metavar="SUITE.toml")],
-    data: Annotated[Path | None, typer.Option(help="Folder with the data sets; default $DETECTRON2_DATASETS.")] = None,
-    executor: Annotated[Executor, typer.Option()] = Executor.local,
+    data: Data = None,
+    executor: Literal["local", "slurm"] = "local",
     output: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/suite"),
     results: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("results"),
-    gpus: Annotated[
-        str | None, typer.Option(help="Devices as torch numbers them, as 0,1; default all it sees.")
-    ] = None,
+    gpus: Annotated[str | None, typer.Option(help="Devices as torch numbers them, as 0,1; default all.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and stop.")] = False,
 ) -> None:
     """Run weights × protocols × seeds, then the table.
 
     Resumable; what is done is skipped.
     """
+    require("transfer")
     from twist.catalog.roots import find_root
     from twist.comparing import suite_table
-    from twist.transfer.suite.run import RunsFailed, run_suite
+    from twist.transfer.suite.run import run_suite
 
+    folders = {"results": results, "output": output, "data": data or find_root(None)}
     devices = None if gpus is None else _device_numbers(gpus)
-    data = find_root(None) if data is None else data
-    failure = None
-    try:
-        records = run_suite(
-            file, executor=executor.value, dry_run=dry_run, gpus=devices, results=results, output=output, data=data
-        )
-    except RunsFailed as error:
-        failure, records = error, error.records
+    records, failure = run_suite(file, executor=executor, dry_run=dry_run, gpus=devices, **folders)
     if records:
         print(suite_table(records))
     if failure is not None:
@@ -329,29 +296,20 @@ def suite(
 def compare(
     records: Annotated[list[Path] | None, typer.Argument(show_default=False)] = None,
     baseline: Annotated[str | None, typer.Option(help="Method to which differences are taken.")] = None,
-    table_format: Annotated[
-        TableFormat | None, typer.Option("--format", help="Default: what --output ends in, else table.")
-    ] = None,
+    table_format: Annotated[TableFormat | None, typer.Option("--format", help="Default: by --output's ending.")] = None,
     output: Annotated[Path | None, typer.Option(help="File to write instead of the terminal.")] = None,
     allow_mixed: Annotated[bool, typer.Option("--allow-mixed", help="Show different recipes apart, marked.")] = False,
     published: Annotated[
-        bool | None,
-        typer.Option("--published/--no-published", help="Published rows too; default beside full-scale runs."),
+        bool | None, typer.Option("--published/--no-published", help="Published rows; default: with full-scale runs.")
     ] = None,
     same_methods: Annotated[
-        bool, typer.Option("--same-methods", help="Published rows of the measured methods only.")
+        bool, typer.Option("--same-methods", help="Published rows of measured methods only.")
     ] = False,
     metric: Annotated[list[str] | None, typer.Option(help="Only this metric (may be repeated).")] = None,
-    pretrain_runs: Annotated[
-        list[Path] | None, typer.Option("--pretrain-run", help="HTML: run folders whose curves to draw.")
-    ] = None,
+    pretrain_runs: Annotated[list[Path] | None, typer.Option("--pretrain-run", help="HTML: draw its curves.")] = None,
     title: Annotated[str | None, typer.Option(help="HTML: headline of the page.")] = None,
-    picture: Annotated[
-        list[str] | None, typer.Option(metavar="CAPTION=FILE", help="HTML: a picture beside those of the records.")
-    ] = None,
-    published_only: Annotated[
-        bool, typer.Option("--published-only", help="The published numbers alone, without records.")
-    ] = False,
+    picture: Annotated[list[str] | None, typer.Option(metavar="CAPTION=FILE", help="HTML: one more picture.")] = None,
+    published_only: Annotated[bool, typer.Option("--published-only", help="Published numbers, no records.")] = False,
     check: Annotated[Path | None, typer.Option(help="Fail when this file's tables are stale.")] = None,
     update: Annotated[Path | None, typer.Option(help="Rewrite this file's tables.")] = None,
 ) -> None:
@@ -359,6 +317,7 @@ def compare(
 
     RECORDS are files, folders of records or of runs; default results, else runs.
     """
+    require("compare")
     from twist import comparing
     from twist.compare.comparison import Choice
 
@@ -374,20 +333,15 @@ def compare(
         same_methods=same_methods,
         metrics=tuple(metric or ()),
     )
+    runs, shown = pretrain_runs or [], [_captioned(text) for text in picture or []]
     comparing.compare(
-        records or [],
-        choice,
-        table_format=None if table_format is None else table_format.value,
-        output=output,
-        pretrain_runs=pretrain_runs or [],
-        title=title,
-        pictures=[_captioned(text) for text in picture or []],
+        records or [], choice, table_format=table_format, output=output, title=title, pretrain_runs=runs, pictures=shown
     )
 
 
 @app.command()
 def doctor() -> None:
-    """Examine the environment, and say how to mend it."""
+    """Say what this environment can do, and how to change it."""
     from twist.doctor import examine, render
 
     checks = examine()
@@ -397,17 +351,19 @@ def doctor() -> None:
 
 @app.command()
 def demo(
-    fast: Annotated[bool, typer.Option("--fast", help="Two minutes instead of ten.")] = False,
-    source: Annotated[Source, typer.Option(help="`shapes` is drawn, `photos` is real.")] = Source.shapes,
+    fast: Annotated[bool, typer.Option("--fast", help="A quarter of the time: too little training to learn.")] = False,
+    source: Annotated[Source, typer.Option(help="`shapes` is drawn, `photos` is real.")] = "shapes",
     output: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("demo"),
 ) -> None:
     """Run the whole chain on the built-in sample.
 
     Sample → pretrain → convert → detection, segmentation, k-NN → table and page.
     """
+    require("transfer")
+    require("transfer", *_FRAMEWORKS["detectron2"], *_FRAMEWORKS["mmseg"])
     from twist.demo import run_demo
 
-    run_demo(output, twist=functools.partial(app, standalone_mode=False), source=source.value, fast=fast)
+    run_demo(output, twist=functools.partial(app, standalone_mode=False), source=source, fast=fast)
 
 
 def main() -> None:
@@ -422,7 +378,7 @@ def main() -> None:
         print("Stopped.", file=sys.stderr)
         status = 130
     except Exception as error:
-        status = _explain(error)
+        status = _explain(missing_package(error) or error)
     sys.exit(status)
 
 

@@ -1,23 +1,34 @@
-"""`twist doctor`: what this environment can do, and for everything it cannot, the command that mends it."""
+"""`twist doctor`: what this environment can do, and for everything it cannot, the command that changes it."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import platform
 import shutil
-import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from twist.contracts.machine import c_compiler, cores
+from twist.contracts.errors import EXTRAS, install_command
+from twist.contracts.machine import CLONE, c_compiler, cores
+
+# Package and what there is not without it, in the order of the report.
+PACKAGES = {
+    "timm": "ViT backbones",
+    "fvcore": "schedules",
+    "safetensors": "weights files",
+    "numba": "views on a CPU",
+    "scipy": "comparison with a baseline",
+    "datasets": "Parquet, tar shards and hubs as image source",
+    "submitit": "--slurm",
+}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line: `broken` things fail the command, `absent` ones only close a door; both say how to mend."""
+    """One line. A `broken` thing fails the command; `remedy` says how to change what was found."""
 
     name: str
     found: str
@@ -27,26 +38,11 @@ class Check:
 
 def examine() -> list[Check]:
     """Run every check; none of them raises."""
-    checks: list[Callable[[], Check]] = [
-        _python,
-        _torch,
-        _torchvision,
-        _accelerator,
-        _ranks,
-        lambda: _package("timm", "ViT backbones"),
-        lambda: _package("fvcore", "schedules"),
-        lambda: _package("safetensors", "the weights artefact"),
-        lambda: _package("numba", "views on a CPU"),
-        _compiler,
-        _detectron2,
-        _mmseg,
-        lambda: _optional("datasets", "Parquet, tar shards and hubs as image source", "hub"),
-        lambda: _optional("submitit", "--slurm", "pretrain"),
-        _photos,
-        _machine,
-        _data,
-    ]
-    return [check() for check in checks]
+    first = (_torch, _torchvision, _accelerator, _processes)
+    last = (_compiler, _detectron2, _mmseg, _photos, _machine, _data)
+    packages = [_package(name, purpose) for name, purpose in PACKAGES.items()]
+    python = Check("Python", platform.python_version())
+    return [python, *(check() for check in first), *packages, *(check() for check in last)]
 
 
 def render(checks: list[Check]) -> str:
@@ -59,9 +55,8 @@ def render(checks: list[Check]) -> str:
         if check.remedy:
             lines.append(f"  {'':<{width}}  → {check.remedy}")
     broken = sum(check.broken for check in checks)
-    lines.append("")
-    lines.append("Everything needed works." if not broken else f"{broken} of {len(checks)} need mending.")
-    return "\n".join(lines)
+    summary = f"{broken} of {len(checks)} do not work." if broken else "Everything that is installed works."
+    return "\n".join([*lines, "", summary])
 
 
 def _import(name: str) -> tuple[ModuleType | None, str]:
@@ -79,18 +74,18 @@ def _version(module: ModuleType) -> str:
     return str(getattr(module, "__version__", "installed"))
 
 
-def _python() -> Check:
-    found = ".".join(map(str, sys.version_info[:3]))
-    fits = (3, 11) <= sys.version_info[:2] < (3, 14)
-    return Check(
-        "Python", found, "" if fits else "use Python 3.11, 3.12 or 3.13: make install PYTHON=python3.11", not fits
-    )
+def _failed(name: str, why: str, *, package: str, lacking: str) -> Check:
+    """A package that does not import: broken in a clone, which has all; of a wheel, an extra may be absent."""
+    needed = any(package in EXTRAS[extra] for extra in ("convert", "pretrain", "compare"))
+    absent = why.startswith("ModuleNotFoundError")
+    remedy = "make install" if CLONE and package != "detectron2" else install_command(package)
+    return Check(name, f"{why} (no {lacking})", remedy, broken=needed and (CLONE is not None or not absent))
 
 
 def _torch() -> Check:
     module, why = _import("torch")
     if module is None:
-        return Check("torch", why, "make install", broken=True)
+        return _failed("torch", why, package="torch", lacking="pretraining, conversion and transfer")
     version = _version(module)
     recent = tuple(int(part) for part in version.split("+")[0].split(".")[:2]) >= (2, 10)
     remedy = "" if recent else "install torch ≥ 2.10: older ones can be attacked through checkpoints (CVE-2026-24747)"
@@ -100,16 +95,14 @@ def _torch() -> Check:
 def _torchvision() -> Check:
     module, why = _import("torchvision.ops")
     if module is None:
-        return Check(
-            "torchvision", why, "install the torchvision that belongs to your torch (make install)", broken=True
-        )
+        return _failed("torchvision", why, package="torchvision", lacking="ResNets")
     import torch
     import torchvision
 
     try:
         module.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
     except RuntimeError as error:
-        remedy = "torch and torchvision are of different builds: take both from the registry (make install)"
+        remedy = "torch and torchvision are of different builds: install both from the package registry"
         return Check("torchvision", f"{torchvision.__version__}, but {str(error).splitlines()[0]}", remedy, broken=True)
     return Check("torchvision", torchvision.__version__)
 
@@ -118,31 +111,22 @@ def _accelerator() -> Check:
     module, _ = _import("torch")
     if module is None:
         return Check("GPU", "unknown without torch")
-    import torch
-
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return Check("GPU", f"{len(names)} × {names[0]}")
+    if module.cuda.is_available():
+        return Check("GPU", f"{module.cuda.device_count()} × {module.cuda.get_device_name(0)}")
     return Check("GPU", "none: sample protocols and the demo run on the CPU, full recipes want 1 to 8 GPUs")
 
 
-def _ranks() -> Check:
-    module, _ = _import("torch.distributed")
-    if module is None or not module.is_available():
-        return Check(
-            "several processes", "torch.distributed is absent", "install a torch build that has it", broken=True
-        )
-    import torch.distributed as dist
-
+def _processes() -> Check:
+    dist, why = _import("torch.distributed")
+    if dist is None or not dist.is_available():
+        return Check("several processes", f"torch.distributed is absent {why}", "install a torch that has it")
     backends = [n for n, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there]
     return Check("several processes", ", ".join(backends))
 
 
 def _package(name: str, purpose: str) -> Check:
     module, why = _import(name)
-    if module is None:
-        return Check(name, f"{why} (needed for {purpose})", "make install", broken=True)
-    return Check(name, _version(module))
+    return Check(name, _version(module)) if module else _failed(name, why, package=name, lacking=purpose)
 
 
 def _compiler() -> Check:
@@ -152,18 +136,10 @@ def _compiler() -> Check:
     return Check("C compiler", compiler)
 
 
-def _optional(name: str, purpose: str, extra: str) -> Check:
-    module, _ = _import(name)
-    if module is None:
-        return Check(name, f"absent: no {purpose}", f"pip install twist-suite[{extra}]")
-    return Check(name, _version(module))
-
-
 def _detectron2() -> Check:
     module, why = _import("detectron2.modeling")
     if module is None:
-        remedy = "make install (or pip install ./third_party/detectron2); an official git build works too"
-        return Check("Detectron2", f"{why}; no detection protocols", remedy)
+        return _failed("Detectron2", why, package="detectron2", lacking="detection protocols")
     import detectron2
 
     compiled = _import("detectron2._C")[0] is not None
@@ -174,24 +150,18 @@ def _detectron2() -> Check:
 def _mmseg() -> Check:
     module, why = _import("mmseg")
     if module is None:
-        return Check("MMSegmentation", f"{why}; no segmentation protocols", "pip install twist-suite[transfer]")
-    folder = Path(str(module.__file__)).parent / ".mim" / "configs"
-    if not folder.is_dir():
-        return Check(
-            "MMSegmentation", f"{_version(module)} without its configs", "reinstall it from its wheel", broken=True
-        )
-    return Check("MMSegmentation", _version(module))
+        return _failed("MMSegmentation", why, package="mmseg", lacking="segmentation protocols")
+    whole = (Path(str(module.__file__)).parent / ".mim" / "configs").is_dir()
+    found = _version(module) + ("" if whole else " without its configs")
+    return Check("MMSegmentation", found, "" if whole else "reinstall it from its wheel", broken=not whole)
 
 
 def _photos() -> Check:
     missing = [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]
-    if missing:
-        return Check(
-            "photos sample",
-            f"{' and '.join(missing)} absent",
-            "the photos come from Debian packages: use --source shapes",
-        )
-    return Check("photos sample", "apt-get and dpkg-deb are there")
+    if not missing:
+        return Check("photos sample", "apt-get and dpkg-deb are there")
+    remedy = "the photos come from Debian packages: use --source shapes"
+    return Check("photos sample", f"{' and '.join(missing)} absent", remedy)
 
 
 def _machine() -> Check:

@@ -44,10 +44,9 @@ from twist.contracts.progress import Progress
 from twist.contracts.weights import write_backbone
 from twist.converters.read import load_artefact
 from twist.pretrain.config import PretrainConfig
-from twist.pretrain.data.source import fingerprint
-from twist.pretrain.precision import autocast
+from twist.pretrain.data.source import open_images
+from twist.pretrain.plan import autocast, warmup_epochs, warmup_then_cosine
 from twist.pretrain.run_folder import locked, recipe_hash
-from twist.pretrain.schedule import warmup_epochs, warmup_then_cosine
 
 # Of the moving average; a smaller one than for ImageNet, because runs are short (lightly's benchmark).
 MOMENTUM = 0.99
@@ -253,7 +252,7 @@ def _write_backbone(path: Path, run: dict[str, Any], config: PretrainConfig) -> 
         "epochs": config.run.epochs,
         "config_hash": sha256_json([run["method"], run["optimizer"], run["lr"], run["recipe"]]),
         "seed": config.run.seed,
-        "images_sha256": fingerprint(config.data),
+        "images_sha256": open_images(config.data).fingerprint(),
     }
     return write_backbone(path.with_name("backbone.safetensors"), tensors, header.model_copy(update=said))
 

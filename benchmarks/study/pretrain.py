@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from twist.pretrain.signals import Requeue
+from twist.pretrain.slurm import Requeue
 
 CONFIG = Path(__file__).with_name("config.toml")
 METHODS = ("twist", "moco-v2", "byol")

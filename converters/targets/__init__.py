@@ -1,0 +1,91 @@
+"""The targets, one file each: names, refusals, writing, settings, proof run and usage lines. The registry finds them.
+
+A new target is a new file here with a `TARGET`, or `TARGETS[name] = Target(...)` from elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twist.contracts.files import atomic_path
+from twist.contracts.weights import Backbone, check_written
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Of one image: res2 … res5 of a ResNet, or the tokens after every block of a ViT.
+Stages = dict[str, "Tensor"]
+# Written folder, header, image files → stages of each image, by the framework's own loader, reader and network.
+ProofRun = Callable[[Path, Backbone, list[Path]], list[Stages]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One target; `framework` is called only where `package` is installed."""
+
+    name: str  # as `--to` takes it
+    title: str  # as messages call it
+    weights: str  # name of the weights file
+    package: str  # what has to be importable for the proof in the framework itself
+    # Artefact name → name in the file, for every tensor that the target has a place for.
+    names: Callable[[Backbone], dict[str, str]]
+    # Writes tensors (artefact names) to a path.
+    write: Callable[[Path, Mapping[str, Tensor], Backbone], object]
+    # The proof run and who does it ("timm 1.0"), or the reason why the framework has no such network.
+    framework: Callable[[Backbone], tuple[ProofRun, str] | str]
+    # Python lines that load what lies in a folder.
+    usage: Callable[[Path, Backbone], str]
+    # Why the target cannot hold such a network, or None.
+    refuse: Callable[[Backbone], str | None] = lambda _: None
+    # Name and text of the file with the settings that the weights imply.
+    settings: Callable[[Backbone], tuple[str, str]] | None = None
+    # The same as `write` for `--pkl`.
+    write_pickle: Callable[[Path, Mapping[str, Tensor], Backbone], None] | None = None
+    keeps_padding: bool = False  # whether the target's network can pad as TensorFlow
+
+
+def own_names(backbone: Backbone) -> dict[str, str]:
+    """The artefact's names as they are, in the order of the network's state dict."""
+    from twist.contracts.networks import meta_tensors
+
+    tensors = meta_tensors(backbone.architecture, width=backbone.width, image_size=backbone.image_size)
+    return {name: name for name in tensors}
+
+
+def write_torch(path: Path, tensors: Mapping[str, Tensor], *, entry: str, extras: Mapping[str, Any]) -> None:
+    """`{entry: tensors, **extras}` as a torch file that loads with `weights_only=True`, atomically, and read back.
+
+    `extras` are strings, numbers and booleans. The bytes depend on the contents alone: torch writes no times, and
+    names the archive after the file only when it is given a path, so it gets a stream.
+    """
+    import torch
+
+    def alone(tensor: Tensor) -> Tensor:
+        # torch.save writes the whole storage under a view: a slice of a stacked table would bring the table along.
+        tensor = tensor.detach().contiguous()
+        return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+    plain = {name: alone(tensor) for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        with temporary.open("wb") as file:
+            torch.save({entry: plain, **extras}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        check_written(path, plain, torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)[entry])
+
+
+def quoted(path: Path, prefix: str = "") -> str:
+    """A path as a Python string literal with double quotes, for usage lines."""
+    return '"' + f"{prefix}{path}".replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+TARGETS: dict[str, Target] = {}
+for _file in pkgutil.iter_modules(__path__):
+    _target: Target = importlib.import_module(f"{__name__}.{_file.name}").TARGET
+    TARGETS[_target.name] = _target

@@ -1,12 +1,13 @@
-"""Detectron2: names, and the settings that the weights imply. Needs no Detectron2.
+"""Detectron2: names, settings that the weights imply, and the proof in a real R-CNN. Only the proof needs Detectron2.
 
 ResNets get `overlay.yaml`, to be merged over any R-CNN config; plain ViTs live in lazy configs, so they get
-`overlay.py`. The file's names are `stem`, `res2` … `res5` with the heuristics' flag inside, so the same file fills
-`backbone.bottom_up.*` (FPN) and `backbone.*` with `roi_heads.res5.*` (C4).
+`overlay.py`. The file's names are `stem`, `res2` … `res5` with Detectron2's flag for matching heuristics, so the same
+file fills `backbone.bottom_up.*` (FPN) and `backbone.*` with `roi_heads.res5.*` (C4).
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from twist.contracts import rename
 from twist.contracts.files import atomic_path
-from twist.contracts.weights import METADATA_KEY, VIT_BLOCKS, VITS, Backbone, depth_of
-from twist.converters import manifest, tables
-from twist.converters.containers import read_contents
-from twist.converters.torch_file import same_bytes, write_torch
+from twist.contracts.weights import METADATA_KEY, VIT_BLOCKS, VITS, Backbone, check_written, depth_of
+from twist.converters import tables
+from twist.converters.proof import block_outputs, check_loaded, written_tensors
+from twist.converters.targets import ProofRun, Stages, Target, own_names, quoted, write_torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,17 +40,15 @@ def refuse(backbone: Backbone) -> str | None:
 
 def names(backbone: Backbone) -> dict[str, str]:
     """Artefact name → name in the file, for every tensor that Detectron2 has a place for."""
-    shapes = manifest.shapes_of(manifest.Geometry(backbone.architecture, backbone.width, backbone.image_size))
+    ours = own_names(backbone)
     if backbone.is_vit:
-        return {name: name for name in shapes if name not in VIT_DROPPED}
-    return {name: step.name for name, step in rename.outwards(tables.DETECTRON2, shapes).items()}
+        return {name: name for name in ours if name not in VIT_DROPPED}
+    return {name: step.name for name, step in rename.outwards(tables.DETECTRON2, ours).items()}
 
 
 def detectron2_overlay(backbone: Backbone) -> dict[str, Any]:
     """The settings as a nested dictionary: Detectron2's config keys (ResNet) or those of a lazy config (ViT)."""
-    scale = 255 / backbone.input_range
-    mean = [round(value * scale, 6) for value in backbone.mean]
-    std = [round(value * scale, 6) for value in backbone.std]
+    mean, std = ([round(value, 6) for value in values] for values in backbone.pixels(255))
     if backbone.is_vit:
         dimension = VITS[backbone.architecture]
         return {
@@ -83,21 +82,19 @@ def detectron2_overlay(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def overlay_name(backbone: Backbone) -> str:
-    return "overlay.py" if backbone.is_vit else "overlay.yaml"
-
-
 def overlay_text(backbone: Backbone) -> str:
     """The overlay as a file: YAML for `cfg.merge_from_file`, or a lazy config that defines the same objects."""
     overlay = detectron2_overlay(backbone)
     origin = f"{backbone.method}, {backbone.display_name}, from the layout {backbone.source_layout}"
     if not backbone.is_vit:
+        import yaml
+
         return (
             f"# Settings that these weights imply ({origin}).\n# Merge over any R-CNN config: "
             "cfg.merge_from_file(base); cfg.merge_from_file(this file);\n"
             "# then set MODEL.WEIGHTS to the full path of the weights. Norms are the recipe's: the zoo freezes them,\n"
-            "# which does not go with self-supervised weights, so set MODEL.RESNETS.NORM: SyncBN.\n" + _yaml(overlay)
-        )
+            "# which does not go with self-supervised weights, so set MODEL.RESNETS.NORM: SyncBN.\n"
+        ) + yaml.safe_dump(overlay, sort_keys=False)
     arguments = "".join(f"    {key}={value!r},\n" for key, value in overlay["backbone"].items())
     return (
         f"# Settings that these weights imply ({origin}), as a lazy config.\nfrom functools import partial\n\nfrom "
@@ -105,6 +102,11 @@ def overlay_text(backbone: Backbone) -> str:
         f"nn\n\nbackbone = L(ViT)(\n{arguments}    norm_layer=partial(nn.LayerNorm, eps=1e-6),\n)\nmodel = "
         f"{overlay['model']!r}\ntrain = {overlay['train']!r}\n"
     )
+
+
+def settings(backbone: Backbone) -> tuple[str, str]:
+    """Name and text of the overlay."""
+    return "overlay.py" if backbone.is_vit else "overlay.yaml", overlay_text(backbone)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
@@ -115,18 +117,93 @@ def write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None
 
 def write_pickle(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
     """The same as the `.pkl` of plain numpy arrays that some tools insist on; read back by our restricted reader."""
-    import torch
-
-    arrays = {new: tensors[old].detach().cpu().contiguous().numpy() for old, new in names(backbone).items()}
+    renamed = {new: tensors[old].detach().cpu().contiguous() for old, new in names(backbone).items()}
+    arrays = {name: tensor.numpy() for name, tensor in renamed.items()}
     with atomic_path(path) as temporary:
         with temporary.open("wb") as file:
             pickle.dump({"model": arrays, **_extras(backbone)}, file, protocol=4)
-        reread = read_contents(temporary).value["model"]
-        same = reread.keys() == arrays.keys() and all(
-            same_bytes(reread[name], torch.from_numpy(array)) for name, array in arrays.items()
-        )
-        if not same:
-            raise OSError(f"{path}: what was written does not read back equal; the disk may be full or failing.")
+        check_written(path, renamed, written_tensors(temporary))
+
+
+def usage(folder: Path, backbone: Backbone) -> str:
+    """Lines that load the weights and the settings."""
+    if backbone.is_vit:
+        return f"""\
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+
+backbone = instantiate(LazyConfig.load({quoted(folder / "overlay.py")}).backbone)
+DetectionCheckpointer(backbone).load({quoted(folder / WEIGHTS)})
+"""
+    return f"""\
+from detectron2 import model_zoo
+from detectron2.config import get_cfg
+
+cfg = get_cfg()
+cfg.merge_from_file(model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"))  # or your own
+cfg.merge_from_file({quoted(folder / "overlay.yaml")})
+cfg.MODEL.WEIGHTS = {quoted(folder / WEIGHTS)}
+cfg.MODEL.RESNETS.NORM = "SyncBN"  # the zoo freezes its norms, which does not go with self-supervised weights
+"""
+
+
+def framework(backbone: Backbone) -> tuple[ProofRun, str]:
+    """The proof run by Detectron2."""
+    return _run_vit if backbone.is_vit else _run_resnet, f"Detectron2 {importlib.metadata.version('detectron2')}"
+
+
+def _run_resnet(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
+    """res2 … res5 of each image in an R-CNN with a feature pyramid that is configured by the overlay alone."""
+    from detectron2 import model_zoo
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+
+    cfg = get_cfg()
+    cfg.merge_from_file(model_zoo.get_config_file("Base-RCNN-FPN.yaml"))
+    cfg.merge_from_file(str(folder / settings(backbone)[0]))
+    cfg.MODEL.WEIGHTS = str(folder / cfg.MODEL.WEIGHTS)
+    cfg.MODEL.DEVICE = "cpu"
+    # SyncBN, the recipes' norm, computes the same in eval mode but does not exist on a CPU.
+    cfg.MODEL.RESNETS.NORM = "BN"
+    # The box head takes no part; at its usual size, filling it with random numbers takes longer than the proof.
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
+    model = build_model(cfg).eval()
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    bottom_up = model.backbone.bottom_up
+    check_loaded(written_tensors(folder / WEIGHTS), bottom_up.state_dict())
+    images = [model.preprocess_image([{"image": _read(file, cfg.INPUT.FORMAT)}]).tensor for file in files]
+    return [dict(bottom_up(image)) for image in images]
+
+
+def _run_vit(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
+    """All blocks' tokens of each image in the ViT of the lazy config."""
+    import torch
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import LazyConfig, instantiate
+    from torch import nn
+
+    config = LazyConfig.load(str(folder / settings(backbone)[0]))
+    network = instantiate(config.backbone).eval()
+    # Where ViTDet's feature pyramid has it: backbone.net.
+    holder = nn.ModuleDict({"backbone": nn.ModuleDict({"net": network})})
+    DetectionCheckpointer(holder).load(str(folder / config.train.init_checkpoint))
+    check_loaded(written_tensors(folder / WEIGHTS), network.state_dict())
+    mean, std = (torch.tensor(list(config.model[key])).view(-1, 1, 1) for key in ("pixel_mean", "pixel_std"))
+    result = []
+    for file in files:
+        image = (_read(file, config.model.input_format) - mean) / std
+        outputs = block_outputs(network, network.blocks, image[None])
+        result.append({stage: value.flatten(1, 2) for stage, value in outputs.items()})  # (1, H, W, D) → (1, H·W, D)
+    return result
+
+
+def _read(file: Path, channel_order: str) -> Tensor:
+    """An image file as DatasetMapper reads it: (C, H, W) in INPUT.FORMAT's order."""
+    import torch
+    from detectron2.data.detection_utils import read_image
+
+    return torch.as_tensor(read_image(str(file), format=channel_order).transpose(2, 0, 1).copy()).float()
 
 
 def _extras(backbone: Backbone) -> dict[str, Any]:
@@ -134,11 +211,16 @@ def _extras(backbone: Backbone) -> dict[str, Any]:
     return {"__author__": AUTHOR, "matching_heuristics": True, METADATA_KEY: backbone.model_dump_json()}
 
 
-def _yaml(value: dict[str, Any], indent: int = 0) -> str:
-    lines = []
-    for key, item in value.items():
-        if isinstance(item, dict):
-            lines.append(f"{' ' * indent}{key}:\n{_yaml(item, indent + 2)}")
-        else:
-            lines.append(f"{' ' * indent}{key}: {item if isinstance(item, (list, bool, int)) else repr(item)}\n")
-    return "".join(lines)
+TARGET = Target(
+    name="detectron2",
+    title="Detectron2",
+    weights=WEIGHTS,
+    package="detectron2",
+    names=names,
+    write=write,
+    framework=framework,
+    usage=usage,
+    refuse=refuse,
+    settings=settings,
+    write_pickle=write_pickle,
+)

@@ -1,4 +1,4 @@
-"""MMSegmentation: names, and the settings that the weights imply. Needs no MMSegmentation.
+"""MMSegmentation: names, settings that the weights imply, and the proof. Only the proof needs MMSegmentation.
 
 `overlay.py` merges over any of its configs: it turns the usual ResNetV1c (deep stem) into the ResNet that
 self-supervised weights have, clears `pretrained` (which would win over or clash with `init_cfg`), and sets this
@@ -7,19 +7,22 @@ source's pixels. Dilations, strides, norms and heads stay the recipe's.
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twist.contracts import rename
 from twist.contracts.weights import METADATA_KEY, VIT_BLOCKS, VITS, Backbone, depth_of
-from twist.converters import manifest, tables
-from twist.converters.torch_file import write_torch
+from twist.converters import tables
+from twist.converters.proof import block_outputs, check_loaded, written_tensors
+from twist.converters.targets import ProofRun, Stages, Target, own_names, quoted, write_torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "weights.pth"
+OVERLAY = "overlay.py"
 PREFIX = "backbone."
 
 
@@ -32,28 +35,23 @@ def refuse(backbone: Backbone) -> str | None:
 
 def names(backbone: Backbone) -> dict[str, str]:
     """Artefact name → name in the file. VisionTransformer's own loader knows no prefix, so a ViT has none."""
-    shapes = manifest.shapes_of(manifest.Geometry(backbone.architecture, backbone.width, backbone.image_size))
+    ours = own_names(backbone)
     if backbone.is_vit:
-        return {name: step.name for name, step in rename.outwards(tables.MMSEG_VIT, shapes).items()}
-    return {name: PREFIX + name for name in shapes}
+        return {name: step.name for name, step in rename.outwards(tables.MMSEG_VIT, ours).items()}
+    return {name: PREFIX + name for name in ours}
 
 
 def mmseg_overlay(backbone: Backbone) -> dict[str, Any]:
     """The settings as a nested dictionary for `Config.merge_from_dict`."""
-    scale = 255 / backbone.input_range
-    rgb = backbone.channel_order == "RGB"  # its images are read as BGR
+    mean, std = ([round(value, 6) for value in values] for values in backbone.pixels(255))
     preprocessor = {
         "type": "SegDataPreProcessor",
-        "mean": [round(value * scale, 6) for value in backbone.mean],
-        "std": [round(value * scale, 6) for value in backbone.std],
-        "bgr_to_rgb": rgb,
+        "mean": mean,
+        "std": std,
+        "bgr_to_rgb": backbone.channel_order == "RGB",  # its images are read as BGR
         "rgb_to_bgr": False,
     }
     return {"model": {"data_preprocessor": preprocessor, "pretrained": None, "backbone": _backbone(backbone)}}
-
-
-def overlay_name(backbone: Backbone) -> str:  # noqa: ARG001 (the same for every network; Detectron2's is not)
-    return "overlay.py"
 
 
 def overlay_text(backbone: Backbone) -> str:
@@ -70,6 +68,57 @@ def write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None
     """`tensors` (artefact names) as a checkpoint that `init_cfg` loads."""
     renamed = {new: tensors[old] for old, new in names(backbone).items()}
     write_torch(path, renamed, entry="state_dict", extras={METADATA_KEY: backbone.model_dump_json()})
+
+
+def usage(folder: Path, backbone: Backbone) -> str:  # noqa: ARG001 (the same for every network)
+    """Lines that merge the settings and name the weights."""
+    return f"""\
+from mmengine.config import Config
+
+config = Config.fromfile("your_config.py")
+config.merge_from_dict(Config.fromfile({quoted(folder / OVERLAY)}).to_dict())
+config.model.backbone.init_cfg.checkpoint = {quoted(folder / WEIGHTS)}
+"""
+
+
+def framework(backbone: Backbone) -> tuple[ProofRun, str]:  # noqa: ARG001 (the same for every network)
+    """The proof run by MMSegmentation, the maintained line or the original."""
+    installed = importlib.metadata.packages_distributions().get("mmseg", [])
+    version = importlib.metadata.version(installed[0]) if installed else "of unknown version"
+    return _run, f"MMSegmentation {version}"
+
+
+def _run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
+    """res2 … res5 (or the tokens of every layer) of each image, by MMSegmentation's own reader and network."""
+    import torch
+    from mmcv.transforms import LoadImageFromFile
+    from mmengine.config import Config
+    from mmengine.registry import DefaultScope
+    from mmseg.models import SegDataPreProcessor
+    from mmseg.registry import MODELS
+
+    model = Config.fromfile(str(folder / OVERLAY)).model
+    arguments = {key: value for key, value in model.backbone.items() if key != "_delete_"}
+    arguments["init_cfg"] = {**arguments["init_cfg"], "checkpoint": str(folder / WEIGHTS)}
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        network = MODELS.build(arguments)
+        network.init_weights()
+    network.eval()
+    prefix = arguments["init_cfg"].get("prefix", "")
+    written = {name.removeprefix(prefix): tensor for name, tensor in written_tensors(folder / WEIGHTS).items()}
+    check_loaded(written, network.state_dict())
+    pixels = {key: value for key, value in model.data_preprocessor.items() if key != "type"}
+    preprocessor = SegDataPreProcessor(**pixels)
+    result = []
+    for file in files:
+        image = LoadImageFromFile()({"img_path": str(file)})["img"]  # (H, W, BGR), as OpenCV reads
+        packed = torch.from_numpy(image).permute(2, 0, 1).contiguous()  # PackSegInputs
+        images = preprocessor({"inputs": [packed]})["inputs"]
+        if backbone.is_vit:
+            result.append(block_outputs(network, network.layers, images))
+        else:
+            result.append({f"res{index + 2}": value for index, value in enumerate(network(images))})
+    return result
 
 
 def _backbone(backbone: Backbone) -> dict[str, Any]:
@@ -115,3 +164,17 @@ def _literal(value: Any, indent: int = 0) -> str:
     margin = " " * (indent + 4)
     items = "".join(f"{margin}{key}={_literal(item, indent + 4)},\n" for key, item in value.items())
     return f"dict(\n{items}{' ' * indent})"
+
+
+TARGET = Target(
+    name="mmseg",
+    title="MMSegmentation",
+    weights=WEIGHTS,
+    package="mmseg",
+    names=names,
+    write=write,
+    framework=framework,
+    usage=usage,
+    refuse=refuse,
+    settings=lambda backbone: (OVERLAY, overlay_text(backbone)),
+)

@@ -1,15 +1,14 @@
 """The photometric part of a view, for N views of one size at once, on a GPU: uint8 crops in, normalised float out.
 
 Flip, colour jitter in each view's own order, greyscale, blur, solarise, ImageNet mean and standard deviation, each
-with the view's own parameters (`views.VIEW`). The arithmetic is float32 in levels without rounding between
-operations, where Pillow rounds to whole levels after each one. Everything that depends on the parameters is decided
-on the host beforehand (`prepare`): nothing here waits for a GPU.
+with the view's own parameters (`views.VIEW`). The arithmetic is float32 in levels without rounding between operations,
+where Pillow rounds after each one. What depends on the parameters is decided on the host (`prepare`), so nothing here
+waits for a GPU.
 
-What differs from the PIL chain, and by how much (levels of 255, held by `tests/test_photometric.py`): brightness,
-contrast, saturation and greyscale by rounding, at most 1.5; hue because Pillow's HSV has whole levels, mean 2 and at
-most 18 on white noise, mean 0.5 on photographs; blur by Pillow's rounding after each of its six passes, at most 3, and
-within 6 pixels of the edge, which Pillow continues anew at each pass and we once, at most 30 on white noise (mean over
-the view 1.2). Solarise is exact on whole levels; after other operations it inverts what would round to 128 or more.
+Differences from the PIL chain (levels of 255, checked by `tests/test_photometric.py`): brightness, contrast, saturation
+and greyscale at most 1.5; hue, which is whole levels in Pillow's HSV, mean 2 and at most 18 on white noise, mean 0.5 on
+photographs; blur at most 3, and within 6 pixels of the edge, which Pillow continues anew at each of its six passes, at
+most 30 on white noise (mean over the view 1.2). Solarise inverts what would round to 128 or more.
 
 Shapes: `N` views, `S` side, `P` = S·S pixels; colour is always the last dimension but one.
 """
@@ -27,108 +26,67 @@ from torch import Tensor
 from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD
 from twist.pretrain.data.views import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
-# ITU-R 601 luma in Pillow's fixed-point weights (its "L" mode).
-LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
-# Pillow's solarise inverts levels of 128 and more; in floating point, whatever would round to them.
-SOLARISE_FROM = 127.5
+LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R 601 in Pillow's fixed-point weights (its "L" mode)
+SOLARISE_FROM = 127.5  # Pillow's solarise inverts levels of 128 and more
 WHITE = 255.0
-# Box passes of Pillow's GaussianBlur.
-BLUR_PASSES = 3
-# `shift_hue` unwraps the colour circle only this far, in turns; the published range is 0.1.
-MAX_HUE = 1 / 6
-
-
-# In `Photometric.numbers` the column of the first tap, and in its `rows` the place of the list of blurred views.
-TAPS_FROM = 13
-BLURRED = 6
+BLUR_PASSES = 3  # box passes of Pillow's GaussianBlur
+MAX_HUE = 1 / 6  # `shift_hue` unwraps the colour circle only this far, in turns; the published range is 0.1
 
 
 @dataclass(frozen=True)
 class Photometric:
-    """Parameters of N views, laid out for the device: numbers and flags by view, and row numbers by operation.
+    """Parameters of N views for the device.
 
     `numbers` (N, 13 + taps): for each of the four jitter slots gain, luma share and mean share; the hue shift in
-    sixths of a turn; the taps of the blur kernel. `flags` (N, 6) int32: flipped, the slots of hue and of contrast (4:
-    none), grey, blurred, solarised. `rows` int64: which views flip, which shift hue in slot 0 … 3, are grey, are
-    blurred, are solarised, one list after the other with `splits` entries each.
+    sixths of a turn; the taps of the blur kernel. `rows` int64: which views flip, shift hue in slot 0 … 3, are grey,
+    are blurred, are solarised, one list after the other with `splits` entries each.
     """
 
     numbers: Tensor
-    flags: Tensor
     rows: Tensor
     splits: tuple[int, ...]
 
     def to(self, device: torch.device) -> Photometric:
         if device.type == "cpu":
             return self
-        numbers, flags, rows = (
-            (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
-            for t in (self.numbers, self.flags, self.rows)
-        )
-        return Photometric(numbers, flags, rows, self.splits)
+        numbers, rows = (t.pin_memory().to(device, non_blocking=True) for t in (self.numbers, self.rows))
+        return Photometric(numbers, rows, self.splits)
 
 
 def prepare(views: np.ndarray) -> Photometric:
     """Lay out the records `views` (N,) of dtype VIEW; runs on the host, a few microseconds a view."""
-    count = len(views)
     order, factors = views["order"], views["factors"]
     assert np.abs(factors[:, HUE]).max(initial=0) <= MAX_HUE
     # x ← gain·x + luma_share·luma(x) + mean_share·mean(luma): each of the three linear operations is a case of it.
-    slots = np.zeros((count, 4, 3), dtype=np.float32)
+    slots = np.zeros((len(views), 4, 3), dtype=np.float32)
     slots[:, :, 0] = 1
-    for operation, target in ((BRIGHTNESS, None), (CONTRAST, 2), (SATURATION, 1)):
+    for operation, share in ((BRIGHTNESS, None), (CONTRAST, 2), (SATURATION, 1)):
         row, slot = np.nonzero(order == operation)
-        factor = factors[row, operation]
-        slots[row, slot, 0] = factor
-        if target is not None:
-            slots[row, slot, target] = 1 - factor
-    blurred = np.flatnonzero(views["sigma"] > 0)
+        slots[row, slot, 0] = factors[row, operation]
+        if share is not None:
+            slots[row, slot, share] = 1 - factors[row, operation]
     kernels = blur_kernels(views["sigma"].astype(np.float64))  # (N, taps)
-    numbers = np.concatenate([slots.reshape(count, 12), 6 * factors[:, HUE, None], kernels], axis=1, dtype=np.float32)
-    rows = [
-        np.flatnonzero(views["flip"]),
-        *(np.flatnonzero(order[:, slot] == HUE) for slot in range(4)),
-        np.flatnonzero(views["grey"]),
-        blurred,
-        np.flatnonzero(views["solarise"]),
-    ]
-    flags = np.stack(
-        [
-            views["flip"],
-            *((_slot_of(order, operation)) for operation in (HUE, CONTRAST)),
-            views["grey"],
-            views["sigma"] > 0,
-            views["solarise"],
-        ],
-        axis=1,
-        dtype=np.int32,
-        casting="unsafe",
-    )
+    parts = [slots.reshape(-1, 12), 6 * factors[:, HUE, None], kernels]
+    of_hue = [order[:, slot] == HUE for slot in range(4)]
+    chosen = [views["flip"], *of_hue, views["grey"], views["sigma"] > 0, views["solarise"]]
+    rows = [np.flatnonzero(which) for which in chosen]
     return Photometric(
-        torch.from_numpy(numbers),
-        torch.from_numpy(flags),
+        torch.from_numpy(np.concatenate(parts, axis=1, dtype=np.float32)),
         torch.from_numpy(np.concatenate(rows)),
         tuple(len(part) for part in rows),
     )
 
 
-def _slot_of(order: np.ndarray, operation: int) -> np.ndarray:
-    """(N, 4) → (N,): where `operation` stands in each order, 4 where it does not."""
-    here = order == operation
-    return np.where(here.any(axis=1), here.argmax(axis=1), 4)
-
-
 def apply(crops: Tensor, parameters: Photometric) -> Tensor:
     """uint8 crops (N, 3, S, S) → float32 (N, 3, S, S), normalised with ImageNet's mean and standard deviation.
 
-    All views at once, for a device that is fast at much data and slow at many calls. `photometric_cpu.apply_each`
-    does the same a view at a time: this is what it is checked against.
+    `photometric_cpu.apply_each` does the same a view at a time, and is checked against this.
     """
     size = crops.shape[-2:]
     flipped, *hue_shifted, grey, blurred, solarised = parameters.rows.split(parameters.splits)
     slots = parameters.numbers[:, :12].view(-1, 4, 3, 1, 1).unbind(1)  # 4 × (N, 3, 1, 1)
     hue = parameters.numbers[:, 12].view(-1, 1, 1)
-    kernels = parameters.numbers[:, TAPS_FROM:]
+    kernels = parameters.numbers[:, 13:]
 
     x = crops.to(torch.float32, memory_format=torch.contiguous_format)
     if len(flipped):
@@ -144,7 +102,8 @@ def apply(crops: Tensor, parameters: Photometric) -> Tensor:
         x[blurred] = blur(x[blurred].unflatten(2, size), kernels[blurred]).flatten(2)
     if len(solarised):
         x[solarised] = solarise(x[solarised])
-    return normalise(x, out=x).unflatten(2, size)
+    scale, shift = _normalisation(x.device)
+    return x.mul_(scale).add_(shift).unflatten(2, size)
 
 
 def luma(x: Tensor) -> Tensor:
@@ -165,12 +124,10 @@ def mix(x: Tensor, gain: Tensor, luma_share: Tensor, mean_share: Tensor) -> Tens
 
 
 def shift_hue(x: Tensor, shift: Tensor | float) -> Tensor:
-    """Turn the hue of (…, 3, P) by `shift`, (…, 1, 1) or a number, in sixths of a turn, |shift| ≤ 1; value and chroma
-    stay.
+    """Turn the hue of (…, 3, P) by `shift`, (…, 1, 1) or a number, in sixths of a turn, |shift| ≤ 1.
 
     With m the least channel, C the chroma and n = (rgb − m)/C, the hue's distance from red is n_g + n_b − n_r + 1 in
-    sixths of a turn, [0, 3], and g − b has its sign: no case distinction by the largest channel, no division but one.
-    A channel whose primary lies d sixths from the hue is m + C·clamp(| |d| − 3 | − 1, 0, 1), that is
+    sixths of a turn, [0, 3], and g − b has its sign. A channel whose primary is d sixths from the hue is
     m − C + C·clamp(| |d| − 3 |, 1, 2).
     """
     red, green, blue = x.split(1, -2)  # 3 × (…, 1, P)
@@ -185,9 +142,8 @@ def shift_hue(x: Tensor, shift: Tensor | float) -> Tensor:
 def blur_kernels(sigma: np.ndarray) -> np.ndarray:
     """The taps of Pillow's GaussianBlur: (N,) standard deviations → (N, taps), float64, rows sum to 1.
 
-    Pillow does not sample a Gaussian: it runs three extended boxes whose width gives the variance (Gwosdek et al.,
-    "Theoretical foundations of Gaussian convolution by extended box filtering", 2011). Three boxes in a row are one
-    kernel of 6·⌊radius⌋ + 7 taps, so that kernel is used: nearer to the published pictures, and never cut off.
+    Pillow runs three extended boxes whose width gives the variance (Gwosdek et al., "Theoretical foundations of
+    Gaussian convolution by extended box filtering", 2011). Together they are one kernel of 6·⌊radius⌋ + 7 taps.
     """
     variance = sigma**2 / BLUR_PASSES
     whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)  # whole pixels each side that a box covers fully
@@ -207,10 +163,7 @@ def blur_kernels(sigma: np.ndarray) -> np.ndarray:
 
 
 def blur(x: Tensor, kernels: Tensor) -> Tensor:
-    """Blur each of (N, 3, S, S) with its own separable kernel, (N, taps); the edge pixel continues outwards.
-
-    As a depth-wise convolution: one group a channel of each view, so each has its own kernel.
-    """
+    """Blur each of (N, 3, S, S) with its own separable kernel, (N, taps); the edge pixel continues outwards."""
     count, channels, height, width = x.shape
     taps = kernels.shape[1]
     reach = taps // 2
@@ -228,14 +181,8 @@ def solarise(x: Tensor) -> Tensor:
     return inverted.mul_(WHITE - 2 * x).add_(x)
 
 
-def normalise(x: Tensor, *, out: Tensor) -> Tensor:
-    """(x/255 − mean)/std by channel, (…, 3, P) into `out`; `x` is used up."""
-    scale, shift = _normalisation(x.device)
-    return torch.add(x.mul_(scale), shift, out=out)
-
-
 def denormalise(x: Tensor) -> Tensor:
-    """The inverse of `normalise` for (…, 3, S, S), rounded to uint8: what a contact sheet shows."""
+    """Normalised views (…, 3, S, S) as uint8 levels: what a contact sheet shows."""
     scale, shift = (constant.unsqueeze(-1) for constant in _normalisation(x.device))
     return ((x - shift) / scale).round_().clamp_(0, WHITE).to(torch.uint8)
 
@@ -250,5 +197,5 @@ def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _primaries(device: torch.device) -> Tensor:
-    """Where red, green and blue lie on the colour circle, in sixths of a turn."""
+    """The places of red, green and blue on the colour circle, in sixths of a turn."""
     return torch.tensor([0.0, 2.0, -2.0], device=device).view(3, 1)

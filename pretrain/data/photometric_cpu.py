@@ -1,8 +1,8 @@
 """The photometric part of one view on a CPU: the arithmetic of `photometric.py`, compiled, a block at a time.
 
-Some forty operations a pixel cost little; what costs is to call forty functions and to carry the picture through the
-cache forty times. So numba compiles one function of them all: each block of pixels goes through every operation up to
-the contrast, which needs the mean of the whole picture, then through the rest. Only a blur needs another two passes.
+The arithmetic costs little; forty calls and forty passes through the cache would. So numba compiles one function of
+them all: each block of pixels goes through every operation up to the contrast, which needs the mean of the whole
+picture, then through the rest. Only a blur needs another two passes.
 
 Shapes: `S` side; colour is the last dimension of pixels and the first of what comes out.
 """
@@ -24,15 +24,13 @@ from twist.pretrain.data.views import VIEW
 
 # Pixels that go through all operations together: three planes of them stay in the first-level cache.
 BLOCK = 1024
-# Taps that are summed in one pass. A sum that goes to memory after each would take most of the time; with more than
-# seven, the compiler gives up asking whether arrays overlap, and with it the vector instructions.
+# Taps that are summed in one pass: with more, the compiler gives up the vector instructions.
 TAPS = 7
-# As many as there are in this file, at least.
+# Functions to compile: as many as there are in this file, at least.
 MOST_FUNCTIONS = 20
 
-# Numbers that `photometric`, `views` and `contracts.weights` have, too (a test compares them). Here,
-# because what is compiled is kept for as long as this file does not change, and nobody looks at another one. In
-# float32, or the compiler would widen what they meet.
+# Constants of `photometric`, `views` and `contracts.weights` (a test compares them): numba's cache is renewed when this
+# file changes, and not when another does. In float32, or everything they meet would become float64.
 _BLACK, _ONE, _TWO, _THREE, _SIX, _WHITE = (np.float32(x) for x in (0, 1, 2, 3, 6, 255))
 _TINY = np.finfo(np.float32).tiny
 _SOLARISE_FROM = np.float32(127.5)
@@ -42,10 +40,12 @@ _SCALE, _SHIFT = (1 / (255 * _STD)).astype(np.float32), (-_MEAN / _STD).astype(n
 _OPERATIONS = _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0, 1, 2, 3
 
 
+# Values are finite, so a comparison is a plain minimum; a product and a sum may be one instruction.
+_FAST = {"nnan", "ninf", "nsz", "contract", "reassoc"}
+
+
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Values are finite, so a comparison is a plain minimum; a product and a sum may be one instruction.
-    flags = {"nnan", "ninf", "nsz", "contract", "reassoc"}
-    settings: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": flags}
+    settings: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": _FAST}
     try:
         return numba.njit(cache=True, **settings)(function)
     except RuntimeError:  # nowhere to keep it: a read-only installation and no home
@@ -85,8 +85,8 @@ def compile_it() -> None:
     views = np.zeros(1, dtype=VIEW)
     crop, out = torch.zeros(8, 8, 3, dtype=torch.uint8).permute(2, 0, 1), torch.empty(1, 3, 8, 8)
     for _ in range(MOST_FUNCTIONS):
-        # numba keeps what it has compiled, or cannot: a full disk, say. It is compiled all the same, and the next call
-        # goes on with the next function.
+        # Where numba cannot write its cache (a full disk), the function is compiled all the same, and the next call
+        # continues with the next function.
         with contextlib.suppress(OSError):
             return apply_each([crop], views, out)
     return None
@@ -120,7 +120,10 @@ def _finish(
         for slot in range(until):
             _jitter(order[slot], factors, red, green, blue)
         if until < 4:
-            total += _sum_of_luma(red, green, blue)
+            part = _BLACK
+            for i in range(len(red)):
+                part += red[i] * _RED + green[i] * _GREEN + blue[i] * _BLUE
+            total += float(part)
     mean = np.float32(total / count)
     for begin in range(0, count, block):
         end = min(begin + block, count)
@@ -131,7 +134,8 @@ def _finish(
             for slot in range(until + 1, 4):
                 _jitter(order[slot], factors, red, green, blue)
         if grey:
-            _to_grey(red, green, blue)
+            for i in range(len(red)):
+                red[i] = green[i] = blue[i] = red[i] * _RED + green[i] * _GREEN + blue[i] * _BLUE
         if len(taps) == 0:
             for channel in range(3):
                 _end(x[channel, begin:end], solarised, channel)
@@ -143,40 +147,30 @@ def _finish(
 
 @_compiled
 def _load(pixels: np.ndarray, side: int, flip: bool, red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> None:
-    """Whole rows of `side` interleaved pixels into three planes, each row turned round if `flip`."""
-    if not flip:
-        for i in range(len(red)):
-            red[i] = pixels[3 * i]
-            green[i] = pixels[3 * i + 1]
-            blue[i] = pixels[3 * i + 2]
-        return
+    """Whole rows of `side` interleaved pixels into three planes, each row reversed if `flip`."""
     for begin in range(0, len(red), side):
         source = pixels[3 * begin : 3 * (begin + side)]
         r, g, b = red[begin : begin + side], green[begin : begin + side], blue[begin : begin + side]
-        for i in range(side):
-            j = side - 1 - i
-            r[i] = source[3 * j]
-            g[i] = source[3 * j + 1]
-            b[i] = source[3 * j + 2]
+        if flip:
+            for i in range(side):
+                j = 3 * (side - 1 - i)
+                r[i], g[i], b[i] = source[j], source[j + 1], source[j + 2]
+        else:
+            for i in range(side):
+                r[i], g[i], b[i] = source[3 * i], source[3 * i + 1], source[3 * i + 2]
 
 
 @_compiled
 def _jitter(operation: int, factors: np.ndarray, red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> None:
     """One operation other than contrast on a block."""
     if operation == _BRIGHTNESS:
-        _brighten(red, factors[_BRIGHTNESS])
-        _brighten(green, factors[_BRIGHTNESS])
-        _brighten(blue, factors[_BRIGHTNESS])
+        for x in (red, green, blue):
+            for i in range(len(x)):
+                x[i] = min(x[i] * factors[_BRIGHTNESS], _WHITE)
     elif operation == _SATURATION:
         _saturate(red, green, blue, factors[_SATURATION])
     elif operation == _HUE:
         _shift_hue(red, green, blue, _SIX * factors[_HUE])
-
-
-@_compiled
-def _brighten(x: np.ndarray, factor: float) -> None:
-    for i in range(len(x)):
-        x[i] = min(x[i] * factor, _WHITE)
 
 
 @_compiled
@@ -213,23 +207,6 @@ def _shift_hue(red: np.ndarray, green: np.ndarray, blue: np.ndarray, shift: floa
 
 
 @_compiled
-def _sum_of_luma(red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> float:
-    total = _BLACK
-    for i in range(len(red)):
-        total += red[i] * _RED + green[i] * _GREEN + blue[i] * _BLUE
-    return float(total)
-
-
-@_compiled
-def _to_grey(red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> None:
-    for i in range(len(red)):
-        grey = red[i] * _RED + green[i] * _GREEN + blue[i] * _BLUE
-        red[i] = grey
-        green[i] = grey
-        blue[i] = grey
-
-
-@_compiled
 def _blur(x: np.ndarray, taps: np.ndarray, reach: int, wide: np.ndarray, between: np.ndarray) -> None:
     """(S, S) in place; the edge pixel continues outwards.
 
@@ -260,11 +237,9 @@ def _weigh(taps: np.ndarray, source: np.ndarray, step: int, first: bool, out: np
     s0, s1, s2, s3 = source, source[step:], source[2 * step :], source[3 * step :]
     s4, s5, s6 = source[4 * step :], source[5 * step :], source[6 * step :]
     if first:
-        for i in range(len(out)):
-            out[i] = t0 * s0[i] + t1 * s1[i] + t2 * s2[i] + t3 * s3[i] + t4 * s4[i] + t5 * s5[i] + t6 * s6[i]
-    else:
-        for i in range(len(out)):
-            out[i] += t0 * s0[i] + t1 * s1[i] + t2 * s2[i] + t3 * s3[i] + t4 * s4[i] + t5 * s5[i] + t6 * s6[i]
+        out[:] = _BLACK
+    for i in range(len(out)):
+        out[i] += t0 * s0[i] + t1 * s1[i] + t2 * s2[i] + t3 * s3[i] + t4 * s4[i] + t5 * s5[i] + t6 * s6[i]
 
 
 @_compiled
@@ -273,7 +248,6 @@ def _end(x: np.ndarray, solarised: bool, channel: int) -> None:
     scale, shift = _SCALE[channel], _SHIFT[channel]
     if solarised:
         for i in range(len(x)):
-            x[i] = (_WHITE - x[i] if x[i] >= _SOLARISE_FROM else x[i]) * scale + shift
-    else:
-        for i in range(len(x)):
-            x[i] = x[i] * scale + shift
+            x[i] = _WHITE - x[i] if x[i] >= _SOLARISE_FROM else x[i]
+    for i in range(len(x)):
+        x[i] = x[i] * scale + shift

@@ -1,123 +1,139 @@
-"""Where images come from: a folder of any depth, a list file, or Hugging Face `datasets`; each by number, as bytes.
+"""Where images come from, and in which order: a folder of any depth, a list file, or Hugging Face `datasets`.
 
-Names lie in one array of bytes, not in a million Python strings: a forked worker that only reads a string writes its
-reference count, so its memory page is copied into every worker, and a million names into each of them.
+Images have numbers, 0 … N − 1. An epoch is a permutation of them that depends on (seed, epoch) alone. Global batch t is
+positions [start + t·W·B, start + (t+1)·W·B) of it, of which rank r takes the r-th part of B. So a resume starts at any
+position at once, also with another number of ranks, and each image still appears once an epoch; the last partial global
+batch is dropped. A stream can promise less (`ImageStream`).
+
+Shapes: `N` images, `B` images a rank, `W` ranks.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from twist.contracts.errors import UsageError, UserError
-from twist.contracts.images import EXTENSIONS, UnreadableImage, decode, image_names
+from twist.contracts.images import EXTENSIONS, UnreadableImage, image_names
 from twist.pretrain.config import DataConfig
+from twist.pretrain.data.views import ORDER_STREAM, REPLACEMENT_STREAM, Philox, Stage
 
 # Sizes asked for at a time: on a network file system each is a round trip.
 STAT_THREADS, STAT_PART = 16, 4096
+# Unreadable images in a row after which no further replacement is looked for.
+REPLACEMENT_TRIES = 100
+# Batches that the thread which reads a stream is ahead of the workers.
+BATCHES_AHEAD = 2
 
 
-class ImageSource(Protocol):
-    """Images by number, 0 … len − 1, in a fixed order."""
+class RankShare(NamedTuple):
+    """What decides the batches of one rank."""
 
-    def __len__(self) -> int: ...
+    seed: int
+    batch_size: int  # B
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """One batch for a worker to make: image numbers (B,), and of a stream the encoded images too."""
+
+    epoch: int
+    stage: Stage
+    indices: np.ndarray
+    encoded: tuple[bytes, ...] | None = None
+
+
+class Images:
+    """Images by number, in a fixed order."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """What a message calls the image: its path, or the data set and row."""
-
-    def label(self, index: int) -> int | None:
-        """Its class, where the source has classes."""
+        """For messages: the image's path, or the data set and row."""
+        raise NotImplementedError
 
     def encoded(self, index: int) -> bytes:
         """The image file's bytes; raises `UnreadableImage` when there are none."""
+        raise NotImplementedError
 
-    def decode(self, index: int) -> Tensor:
-        """uint8 RGB (3, H, W), upright; raises `UnreadableImage`."""
+    def requests(self, share: RankShare, *, epoch: int, stage: Stage, start_sample: int = 0) -> Iterator[Request]:
+        """This rank's batches of an epoch from position `start_sample`, step by step."""
+        seed, batch_size, rank, ranks = share
+        order = permutation(len(self), seed=seed, epoch=epoch)
+        for step in range(steps(len(self) - start_sample, share)):
+            begin = start_sample + (step * ranks + rank) * batch_size
+            yield Request(epoch, stage, order[begin : begin + batch_size])
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 over the relative names and sizes of image files, sorted: the same images, in any place.
+
+        None for Hugging Face's, whose own fingerprints differ between machines.
+        """
+
+    def order(self) -> str | None:
+        """SHA-256 over the relative names in their order: with equal ones every number means the same image."""
 
 
-def open_images(config: DataConfig) -> ImageSource:
+def open_images(config: DataConfig) -> Images:
     """The images that `config` names; `UserError` in one sentence when there are none or they cannot be opened."""
-    if config.format == "folder":
-        return FolderImages(config.root)
-    if config.format == "list":
-        return ListedImages(config.root)
-    return HubImages(config)
+    if config.format == "datasets":
+        return ImageStream(config) if config.dataset_options.get("streaming") else HubImages(config)
+    return {"folder": FolderImages, "list": ListedImages}[config.format](Path(config.root))
 
 
-def is_stream(config: DataConfig) -> bool:
-    """Whether `config` asks for a stream, which has no numbers: `twist.pretrain.data.stream.ImageStream`."""
-    return config.format == "datasets" and bool(config.dataset_options.get("streaming"))
+def permutation(images: int, *, seed: int, epoch: int) -> np.ndarray:
+    """The order of the N images in an epoch, (N,) int64; 20 ms for ImageNet's 1.28 million."""
+    return Philox().at(seed, ORDER_STREAM, epoch=epoch).permutation(images)
 
 
-def fingerprint(config: DataConfig) -> str | None:
-    """SHA-256 over the relative names and sizes of the image files, sorted: the same images, wherever they lie.
+def steps(images: int, share: RankShare) -> int:
+    """Whole global batches among so many images."""
+    return max(images, 0) // (share.batch_size * share.world_size)
 
-    None for `datasets`: a stream has no names, and the library's own fingerprints tell machines apart, not images.
 
-    Raises:
-        UserError: there are no images.
+def replacements(images: int, *, seed: int, epoch: int, index: int) -> Iterator[int]:
+    """Where to look when image `index` cannot be read: numbers that depend on (seed, epoch, index) alone."""
+    generator = Philox().at(seed, REPLACEMENT_STREAM, epoch=epoch, index=index)
+    for _ in range(REPLACEMENT_TRIES):
+        yield int(generator.integers(images))
+
+
+class _Files(Images):
+    """Image files below a folder, by relative path.
+
+    Their names are in one numpy array: a forked worker that reads a Python string writes its reference count, so its
+    memory page is copied into every worker; of a million strings that is gigabytes.
     """
-    return fingerprint_of(open_images(config)) if config.format != "datasets" else None
 
-
-def fingerprint_of(images: object) -> str | None:
-    """The same for images that are open already."""
-    return images.fingerprint() if isinstance(images, _Files) else None
-
-
-def order_of(images: object) -> str | None:
-    """SHA-256 over the relative names in their order: two sources of one order give every number the same image."""
-    return images.order() if isinstance(images, _Files) else None
-
-
-class Names:
-    """Strings in one uint8 array with offsets: cheap to fork, to pickle, and to hold by the million."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        # surrogateescape keeps file names that are no valid UTF-8.
-        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def digest(self) -> str:
-        return hashlib.sha256(self._bytes.tobytes() + self._ends.tobytes()).hexdigest()
-
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        begin = self._ends[index - 1] if index else 0
-        return self._bytes[begin : self._ends[index]].tobytes().decode("utf-8", "surrogateescape")
-
-
-class _Files:
-    """Image files below a folder, by relative path."""
-
-    def __init__(self, root: Path, names: Sequence[str], labels: np.ndarray | None = None) -> None:
-        self._root = str(root)
-        self._names = Names(names)
-        self._labels = labels
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._root, self._names = os.fsencode(root), np.array(encoded)
+        ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        self._order = hashlib.sha256(b"".join(encoded) + ends.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        return os.path.join(self._root, self._names[index])
+        return os.fsdecode(os.path.join(self._root, self._names[index]))
 
-    def label(self, index: int) -> int | None:
-        return None if self._labels is None else int(self._labels[index])
+    def encoded(self, index: int) -> bytes:
+        return _read(self.name(index), name=self.name(index))
 
     def order(self) -> str:
-        return self._names.digest()
+        return self._order
 
     def fingerprint(self) -> str:
         parts = [range(start, min(start + STAT_PART, len(self))) for start in range(0, len(self), STAT_PART)]
@@ -126,35 +142,13 @@ class _Files:
         return hashlib.sha256(b"".join(lines)).hexdigest()
 
     def _names_and_sizes(self, part: range) -> list[bytes]:
-        return [b"%d %s\n" % (self._size(i), self._names[i].encode("utf-8", "surrogateescape")) for i in part]
-
-    def _size(self, index: int) -> int:
-        try:
-            return os.path.getsize(self.name(index))
-        except OSError:  # a bad image, which the loader names and counts when it meets it
-            return -1
-
-    def encoded(self, index: int) -> bytes:
-        name = self.name(index)
-        try:
-            with open(name, "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise UnreadableImage(f"Cannot read the image {name}: {error.strerror or error}") from None
-
-    def decode(self, index: int) -> Tensor:
-        return decode(self.encoded(index), name=self.name(index))
+        return [b"%d %s\n" % (_size(self.name(i)), self._names[i]) for i in part]
 
 
 class FolderImages(_Files):
-    """Every image below `root`, at any depth, in the order of their relative paths.
+    """Every image below `root`, at any depth, in the order of their relative paths."""
 
-    Labels exist when every image lies in a folder below `root` and there are at least two such folders: the class is
-    the first folder of the path, as in ImageNet's train/<class>/.
-    """
-
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        root = Path(root)
+    def __init__(self, root: Path) -> None:
         if not root.is_dir():
             raise UserError(
                 f"There is no image folder at {root}: check data.root, or make a sample with `twist data sample`."
@@ -162,18 +156,16 @@ class FolderImages(_Files):
         names = image_names(root)
         if not names:
             raise UserError(f"{root} holds no images ({', '.join(sorted(EXTENSIONS))} are looked for, at any depth).")
-        super().__init__(root, names, _folder_labels(names))
+        super().__init__(root, names)
 
 
 class ListedImages(_Files):
     """One path a line, in the list's order; relative paths are relative to the list file. Empty lines are skipped."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        path = Path(path)
+    def __init__(self, path: Path) -> None:
         try:
-            # By line feeds alone: other separators that `splitlines` knows may be part of a name.
-            text = path.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff")
-            lines = text.split("\n")
+            # Split at line feeds alone: other separators that `splitlines` knows may be part of a name.
+            lines = path.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff").split("\n")
         except OSError as error:
             raise UserError(
                 f"Cannot read the list of images {path} ({error.strerror or error}): data.root with "
@@ -185,22 +177,17 @@ class ListedImages(_Files):
         super().__init__(path.parent, names)
 
 
-class HubImages:
+class HubImages(Images):
     """Images of a Hugging Face data set (Parquet, tar shards, a hub name), memory-mapped; `datasets` must be installed.
 
-    The image files' bytes are taken as they lie in the set; decoding is ours, so pixels do not depend on the format.
+    The image files' bytes are taken as they are in the set; decoding is ours, so pixels do not depend on the format.
     """
 
     def __init__(self, config: DataConfig) -> None:
         self._title = f"{config.root} ({config.dataset_options.get('split', 'train')})"
         self._column = config.image_column
-        self._rows: Any = load_rows(config)
-        labels = class_column(self._rows)
-        values = None if labels is None else self._rows[labels]
-        # A row without a class makes it a set without classes, which pretraining does not need.
-        self._labels = None if values is None or None in values else np.asarray(values, dtype=np.int64)
-        # One column only: a row then costs one lookup, and other columns (captions, masks) are never read.
-        self._rows = self._rows.select_columns([self._column])
+        # One column only: other columns (captions, masks) are then never read.
+        self._rows = _load_rows(config).select_columns([self._column])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -208,17 +195,70 @@ class HubImages:
     def name(self, index: int) -> str:
         return f"row {index} of {self._title}"
 
-    def label(self, index: int) -> int | None:
-        return None if self._labels is None else int(self._labels[index])
-
     def encoded(self, index: int) -> bytes:
-        return image_bytes(self._rows[index][self._column], name=self.name(index))
-
-    def decode(self, index: int) -> Tensor:
-        return decode(self.encoded(index), name=self.name(index))
+        return _image_bytes(self._rows[index][self._column], name=self.name(index))
 
 
-def load_rows(config: DataConfig) -> Any:
+class ImageStream(Images):
+    """A Hugging Face data set with `streaming = true` (object stores, tar shards), which has no numbers.
+
+    - Order: shards are shuffled by (seed, epoch), then images within a buffer of `data.stream_shuffle_buffer`. It is
+      the same again for the same number of ranks, whatever the workers.
+    - Ranks: each reads its own shards (every W-th image when the shards do not divide), and starts again when they are
+      shorter than the epoch; so an image may appear twice in an epoch, and another not at all.
+    - Resume within an epoch: the same batches, on the same number of ranks, after reading the images before again.
+    - An image's number, on which its views depend, is a digest of its bytes.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self._rows, self._column, self._buffer = _load_rows(config), config.image_column, config.stream_shuffle_buffer
+        split = (self._rows.info.splits or {}).get(str(self._rows.split))
+        self._length = config.stream_images or (split.num_examples if split is not None else 0)
+        if not self._length:
+            raise UserError(
+                f"The stream {config.root} does not say how many images it has: set data.stream_images to the images "
+                "of an epoch."
+            )
+
+    def __len__(self) -> int:
+        """Images of an epoch, over all ranks."""
+        return self._length
+
+    def requests(self, share: RankShare, *, epoch: int, stage: Stage, start_sample: int = 0) -> Iterator[Request]:
+        images = itertools.islice(self._encoded(share, epoch), start_sample // share.world_size, None)
+
+        def read() -> Iterator[Request]:
+            for _ in range(steps(len(self) - start_sample, share)):
+                encoded = tuple(itertools.islice(images, share.batch_size))
+                yield Request(epoch, stage, np.array([*map(image_number, encoded)], dtype=np.int64), encoded)
+
+        return _ahead(read())
+
+    def _encoded(self, share: RankShare, epoch: int) -> Iterator[bytes]:
+        from datasets.distributed import split_dataset_by_node
+
+        # One number for seed and epoch: not everything that is done to a stream keeps the library's own epoch.
+        order = int(Philox().at(share.seed, ORDER_STREAM, epoch=epoch).integers(2**63))
+        shuffled = self._rows.shuffle(seed=order, buffer_size=self._buffer)
+        rows = split_dataset_by_node(shuffled, rank=share.rank, world_size=share.world_size)
+        while True:
+            row = None
+            for row in rows:
+                _require_column(self._column, row)
+                try:
+                    yield _image_bytes(row[self._column], name="of the stream")
+                except UnreadableImage:
+                    yield b""  # the worker names and replaces it, as it does with any other damage
+            if row is None:
+                raise UserError(f"The stream has no image for rank {share.rank}: it needs more shards or images.")
+
+
+def image_number(data: bytes) -> int:
+    """63 bits of the bytes' BLAKE2b digest: the number of an image of a stream."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
+
+
+def _load_rows(config: DataConfig) -> Any:
     """`datasets.load_dataset` as `config` asks, one split, the image column left as bytes."""
     try:
         import datasets
@@ -230,7 +270,7 @@ def load_rows(config: DataConfig) -> Any:
     try:
         rows = datasets.load_dataset(config.root, **options)
     except (OSError, ValueError, TypeError, KeyError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"Hugging Face datasets cannot open {config.root} with {options}: {reason.rstrip('.')}; check "
             "data.root and data.dataset_options, which go to load_dataset as they are."
@@ -239,40 +279,46 @@ def load_rows(config: DataConfig) -> Any:
         raise UsageError(
             f"{config.root} gives several splits ({', '.join(rows)}): name one in data.dataset_options.split."
         )
-    # A stream may not know its columns before its first row; the column is then checked when a row arrives.
-    if rows.column_names is not None and config.image_column not in rows.column_names:
-        raise UsageError(
-            f"{config.root} has no column {config.image_column} (it has {', '.join(rows.column_names)}): "
-            "set data.image_column."
-        )
+    if rows.column_names is not None:  # a stream may not know them before its first row
+        _require_column(config.image_column, rows.column_names)
     return rows.cast_column(config.image_column, datasets.Image(decode=False))
 
 
-def image_bytes(value: Any, *, name: str) -> bytes:
-    """The file's bytes of an undecoded `datasets.Image` value: inside the set, or beside it under its path."""
-    if isinstance(value, dict):
-        if value.get("bytes"):
-            return bytes(value["bytes"])
-        if value.get("path"):
-            try:
-                return Path(value["path"]).read_bytes()
-            except OSError as error:
-                raise UnreadableImage(f"Cannot read the image {name}: {error.strerror or error}") from None
+def _require_column(column: str, found: Iterable[str]) -> None:
+    if column not in found:
+        raise UsageError(f"The data set has no column {column} (it has {', '.join(found)}): set data.image_column.")
+
+
+def _image_bytes(value: Any, *, name: str) -> bytes:
+    """The file's bytes of an undecoded `datasets.Image` value: in the set, or in a file whose path it has."""
+    if isinstance(value, dict) and value.get("bytes"):
+        return bytes(value["bytes"])
+    if isinstance(value, dict) and value.get("path"):
+        return _read(value["path"], name=name)
     raise UnreadableImage(f"Cannot read the image {name}: the row has neither bytes nor a path")
 
 
-def _folder_labels(names: Sequence[str]) -> np.ndarray | None:
-    tops = [name.split(os.sep, 1)[0] for name in names if os.sep in name]
-    classes = sorted(set(tops))
-    if len(tops) < len(names) or len(classes) < 2:
-        return None
-    number = {name: index for index, name in enumerate(classes)}
-    return np.array([number[top] for top in tops], dtype=np.int32)
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:  # an unreadable image, which the loader names and counts
+        return -1
 
 
-def class_column(rows: Any) -> str | None:
-    """The one column of class labels, when there is exactly one."""
-    import datasets
+def _read(path: str, *, name: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UnreadableImage(f"Cannot read the image {name}: {error.strerror or error}") from None
 
-    found = [name for name, kind in (rows.features or {}).items() if isinstance(kind, datasets.ClassLabel)]
-    return found[0] if len(found) == 1 else None
+
+def _ahead(requests: Iterator[Request]) -> Iterator[Request]:
+    """`requests`, read by a thread a few ahead: reading from a network must not hold up the training process."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="image stream")
+    try:
+        read = deque(pool.submit(next, requests, None) for _ in range(BATCHES_AHEAD))
+        while (request := read.popleft().result()) is not None:
+            read.append(pool.submit(next, requests, None))
+            yield request
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

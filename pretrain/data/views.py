@@ -3,7 +3,7 @@
 From the paper's Section 4 and the published transforms (TWIST repository, commit 796d36e); boxes as torchvision's
 RandomResizedCrop draws them. A view is one small record (`VIEW`), drawn from (seed, epoch, image index, view) by a
 counter-based generator, so it does not depend on workers, ranks, batch or order. The same record drives the CPU mode,
-the device mode and the PIL chain (`pretrain/data/pil_reference.py`), which is how they can be compared.
+the device mode and the PIL chain (`tests/pil_reference.py`), so they can be compared.
 
 Shapes: `B` images a rank, `V` views of an image (globals first), `S` side of a view; `H W` the image's own size.
 """
@@ -43,8 +43,7 @@ VIEW = np.dtype(
     ]
 )
 
-ASPECT = (3 / 4, 4 / 3)  # torchvision RandomResizedCrop
-CROP_TRIES = 10  # torchvision RandomResizedCrop
+ASPECT, CROP_TRIES = (3 / 4, 4 / 3), 10  # torchvision RandomResizedCrop
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,15 @@ class Pipeline:
     sigma: tuple[float, float] = (0.1, 2.0)
 
 
-# kind → the two global pipelines and the local one. Source: published transforms, see method.md "Views".
+# kind → the two global pipelines, and the local one where it has local views. Source: bytedance/TWIST, commit 796d36e.
 _GLOBAL_1 = Pipeline(blur_probability=1.0)
 _GLOBAL_2 = Pipeline(blur_probability=0.1, solarise_probability=0.2)
 _LOCAL = Pipeline(blur_probability=0.5)
 _MOCO = Pipeline(blur_probability=0.5, jitter=(0.4, 0.4, 0.4, 0.1))
-KINDS: dict[str, tuple[Pipeline, Pipeline, Pipeline | None]] = {
+KINDS: dict[str, tuple[Pipeline, ...]] = {
     "multicrop": (_GLOBAL_1, _GLOBAL_2, _LOCAL),
-    "barlow": (_GLOBAL_1, _GLOBAL_2, None),
-    "moco": (_MOCO, _MOCO, None),
+    "barlow": (_GLOBAL_1, _GLOBAL_2),
+    "moco": (_MOCO, _MOCO),
 }
 
 
@@ -76,7 +75,6 @@ KINDS: dict[str, tuple[Pipeline, Pipeline, Pipeline | None]] = {
 class View:
     """One of the V views: its side in pixels, its share of the image's area, its photometric numbers."""
 
-    name: str
     size: int
     scale: tuple[float, float]
     pipeline: Pipeline
@@ -85,27 +83,15 @@ class View:
 def plan_views(config: ViewsConfig, stage: Stage = "mutual_information") -> tuple[View, ...]:
     """The V views of an image, globals first; the self-labelling stage has its own, harder scales."""
     assert stage in STAGES, stage
-    changes: dict[str, Any] = {}
-    if config.blur_sigma is not None:
-        changes["sigma"] = config.blur_sigma
-    if config.grey_probability is not None:
-        changes["grey_probability"] = config.grey_probability
-    first, second, local = (pipeline and replace(pipeline, **changes) for pipeline in KINDS[config.kind])
-    assert first
-    assert second
-    harder = stage == "self_label"
-    global_scale = config.self_label_global_scale if harder else config.global_scale
-    local_scale = config.self_label_local_scale if harder else config.local_scale
-    views = [
-        View("global 1", config.global_size, global_scale, first),
-        View("global 2", config.global_size, global_scale, second),
-    ]
-    if local is not None:
-        views += [
-            View(f"local {number}", config.local_size, local_scale, local)
-            for number in range(1, config.local_count + 1)
-        ]
-    return tuple(views)
+    given = {"sigma": config.blur_sigma, "grey_probability": config.grey_probability}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    pipelines = [replace(pipeline, **changes) for pipeline in KINDS[config.kind]]
+    global_scale, local_scale = config.global_scale, config.local_scale
+    if stage == "self_label":
+        global_scale, local_scale = config.self_label_global_scale, config.self_label_local_scale
+    globals_ = [View(config.global_size, global_scale, pipeline) for pipeline in pipelines[:2]]
+    locals_ = [View(config.local_size, local_scale, pipeline) for pipeline in pipelines[2:]]
+    return (*globals_, *locals_ * config.local_count)
 
 
 def resolutions(views: tuple[View, ...]) -> list[tuple[int, int]]:
@@ -122,16 +108,17 @@ _TOP, _LEFT, _FLIP, _JITTER, _GREY, _BLUR, _SIGMA, _SOLARISE = range(2 * CROP_TR
 _FACTORS = slice(_SOLARISE + 1, _SOLARISE + 5)
 _ORDER = slice(_SOLARISE + 5, _SOLARISE + 9)
 UNIFORMS = _SOLARISE + 9
+_CHOICES = {"flip": _FLIP, "jitter": _JITTER, "grey": _GREY, "blur": _BLUR, "solarise": _SOLARISE}
 
 # Second word of the generator's key: what the numbers are for, so that no two uses share a stream.
 VIEW_STREAM, REPLACEMENT_STREAM, ORDER_STREAM = range(3)
 
 
 class Philox:
-    """numpy's Philox 4×64, set to any place of its stream at once: no state to carry, no numbers to skip.
+    """numpy's Philox 4×64, set to any place of its stream at once.
 
-    One generator is kept and moved, because numpy asks the operating system for entropy whenever it makes one, also
-    when the key is given, and that takes longer than the numbers of a whole image.
+    One generator is kept and moved: numpy asks the operating system for entropy whenever it makes one, which takes
+    longer than the numbers of a whole image.
     """
 
     def __init__(self) -> None:
@@ -154,44 +141,45 @@ class ViewSampler:
 
     def __init__(self, views: tuple[View, ...]) -> None:
         pipelines = [view.pipeline for view in views]
-        self.views = views
-        self._philox = Philox()
-        self._area_low = np.array([[view.scale[0]] for view in views])  # (V, 1)
-        self._area_span = np.array([[view.scale[1] - view.scale[0]] for view in views])
-        self._sigma_low = np.array([p.sigma[0] for p in pipelines])  # (V,)
-        self._sigma_span = np.array([p.sigma[1] - p.sigma[0] for p in pipelines])
+        self._count, self._philox = len(views), Philox()
+        self._area = np.array([view.scale for view in views])  # (V, 2): low, high
+        self._sigma = np.array([p.sigma for p in pipelines])
         jitter = np.array([p.jitter for p in pipelines])  # (V, 4)
-        # Factors of brightness, contrast and saturation lie around 1 and never below 0, hue's around 0.
+        # Factors of brightness, contrast and saturation are around 1 and never below 0, hue's around 0.
         low, high = np.maximum(1 - jitter, 0), 1 + jitter
         low[:, HUE], high[:, HUE] = -jitter[:, HUE], jitter[:, HUE]
         self._factor_low, self._factor_span = low, high - low
-        self._flip = np.array([p.flip_probability for p in pipelines])
-        self._jitter = np.array([p.jitter_probability for p in pipelines])
-        self._grey = np.array([p.grey_probability for p in pipelines])
-        self._blur = np.array([p.blur_probability for p in pipelines])
-        self._solarise = np.array([p.solarise_probability for p in pipelines])
+        self._probability = {
+            name: np.array([getattr(p, f"{name}_probability") for p in pipelines])  # (V,)
+            for name in ("flip", "jitter", "grey", "blur", "solarise")
+        }
 
     def draw(self, seed: int, *, epoch: int, indices: np.ndarray) -> Draw:
         """Everything about the views of the images `indices` (B,) but the boxes, which need the images' sizes."""
-        u = np.stack([self._uniforms(seed, epoch, int(index)) for index in indices])  # (B, V, UNIFORMS)
+        # Row v is the same for any V > v: the stream is filled view by view.
+        u = np.stack(
+            [
+                self._philox.at(seed, VIEW_STREAM, epoch=epoch, index=int(index)).random((self._count, UNIFORMS))
+                for index in indices
+            ]
+        )  # (B, V, UNIFORMS)
+        chosen = {name: u[..., place] < self._probability[name] for name, place in _CHOICES.items()}  # (B, V)
         drawn = np.zeros(u.shape[:2], dtype=VIEW)
-        drawn["flip"] = u[..., _FLIP] < self._flip
+        for name in ("flip", "grey", "solarise"):
+            drawn[name] = chosen[name]
         # Ranks of four independent uniform numbers: every order has the same probability.
-        jittered = u[..., _JITTER] < self._jitter
-        drawn["order"] = np.where(jittered[..., None], u[..., _ORDER].argsort(axis=-1), NO_OPERATION)
+        drawn["order"] = np.where(chosen["jitter"][..., None], u[..., _ORDER].argsort(axis=-1), NO_OPERATION)
         drawn["factors"] = self._factor_low + u[..., _FACTORS] * self._factor_span
-        drawn["grey"] = u[..., _GREY] < self._grey
-        sigma = self._sigma_low + u[..., _SIGMA] * self._sigma_span
-        drawn["sigma"] = np.where(u[..., _BLUR] < self._blur, sigma, 0)
-        drawn["solarise"] = u[..., _SOLARISE] < self._solarise
-        area = self._area_low + u[..., _AREA] * self._area_span  # (B, V, tries)
+        drawn["sigma"] = np.where(chosen["blur"], _between(self._sigma, u[..., _SIGMA]), 0)
+        area = _between(self._area[:, :, None], u[..., _AREA])  # (B, V, tries)
         log_low, log_high = math.log(ASPECT[0]), math.log(ASPECT[1])
         root_aspect = np.exp(0.5 * (log_low + u[..., _RATIO] * (log_high - log_low)))  # (B, V, tries)
         return Draw(drawn, area, root_aspect, u[..., [_TOP, _LEFT]])
 
-    def _uniforms(self, seed: int, epoch: int, index: int) -> np.ndarray:
-        # Row v is the same for any V > v: the stream is filled view by view.
-        return self._philox.at(seed, VIEW_STREAM, epoch=epoch, index=index).random((len(self.views), UNIFORMS))
+
+def _between(bounds: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """`u` in [0, 1) scaled to the (low, high) of each view: bounds (V, 2, …)."""
+    return bounds[:, 0] + u * (bounds[:, 1] - bounds[:, 0])
 
 
 @dataclass(frozen=True)
@@ -218,8 +206,8 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """torchvision's RandomResizedCrop: top, left, height, width.
 
-    Of ten tries of an area share and an aspect that is log-uniform in (3/4, 4/3), the first that fits into the image,
-    anywhere in it; when none fits, the largest central crop whose aspect lies within the bounds.
+    Of ten tries of an area share and an aspect, log-uniform in (3/4, 4/3), the first that fits into the image, anywhere
+    in it; when none fits, the largest central crop whose aspect is within the bounds.
     """
     for area, root_aspect in zip(areas, root_aspects):
         side = math.sqrt(area * (height * width))
@@ -227,11 +215,6 @@ def crop_box(
         if 0 < box_height <= height and 0 < box_width <= width:
             top, left = corner
             return int(top * (height - box_height + 1)), int(left * (width - box_width + 1)), box_height, box_width
-    return central_box(height, width)
-
-
-def central_box(height: int, width: int) -> tuple[int, int, int, int]:
-    """The largest central crop with an aspect in (3/4, 4/3): what RandomResizedCrop falls back to."""
     box_height, box_width = height, width
     if width / height < ASPECT[0]:
         box_height = round(width / ASPECT[0])
@@ -243,10 +226,9 @@ def central_box(height: int, width: int) -> tuple[int, int, int, int]:
 def cut(image: Tensor, box: Sequence[int], *, out: Tensor) -> Tensor:
     """The crop `box` of `image` uint8 (3, H, W), resized bicubically with antialiasing into `out` (3, S, S).
 
-    Differs from Pillow's resize by at most two levels (fixed-point weights of another width), mostly by none.
-    torchvision decodes to pixels that lie together (channels last in memory), and torch's resize is vectorised for
-    exactly that; the copy of the crop keeps it so and costs a fifth of what the plain layout would. `out` should lie
-    so, too: `F.interpolate` computes the same, and to copy its result takes a tenth as long again.
+    Differs from Pillow's resize by at most two levels (fixed-point weights of another width), mostly by none. torch's
+    resize is vectorised for channels that are last in memory, as torchvision decodes them and as `out` should have
+    them. `F.interpolate` computes the same, but its result would have to be copied.
     """
     top, left, height, width = box
     crop = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from twist.contracts.config import SHIPPED
-from twist.contracts.errors import UserError
+from twist.contracts.errors import require
 
 
 @dataclass(frozen=True)
@@ -24,26 +23,19 @@ class Engine:
 
     `module` has `resolve(request, weights) -> Resolved` and `run(request, weights, resolved) -> Result`, and is
     imported only when a run needs it. `configs` is its folder under `configs/`. `target` is what the weights are
-    converted to, None to take them as tensors. `packages` must be installed, and `install` is the command that does so.
+    converted to, None to take them as tensors. `packages` must be installed; `extra` is the part that has them.
     """
 
     name: str
-    title: str
     module: str
     configs: str
     target: str | None
     packages: tuple[str, ...]
-    install: str
+    extra: str = "transfer"
 
     def load(self) -> Any:
-        """Its module.
-
-        Raises:
-            UserError: a package that it needs is not installed.
-        """
-        absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
-        if absent:
-            raise UserError(f"{self.title} is not installed (no package {absent[0]}): {self.install}")
+        """Its module; `UserError` with the command that installs it when a package is missing."""
+        require(self.extra, *self.packages)
         return importlib.import_module(self.module)
 
     @property

@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from twist.contracts import files
+from twist.contracts.curves import CURVES, Curves
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.progress import Progress
 from twist.transfer import recipe
-from twist.transfer.curves import Curves
 from twist.transfer.pictures import plot_losses
 from twist.transfer.recipe import Schedule, Tree
 from twist.transfer.request import Request, Resolved, Result, Weights
 
-CURVES = "metrics.jsonl"
 _EVALUATION = "evaluation.json"
 # Known and harmless; every other warning passes.
 _NOISE = (
@@ -186,7 +185,7 @@ class TrainingLog:
     def __init__(self, output: Path, *, start: int, total: int) -> None:
         self.every = max(1, min(20, total // 50))
         self._total = total
-        self._curves = Curves(output / CURVES, start=start)
+        self._curves = Curves(output / CURVES, start=start + 1)
         self._progress = Progress("train", total=total, unit="step", start=start).__enter__()
 
     def step(self, done: int, values: Callable[[], Mapping[str, float]]) -> None:

@@ -1,30 +1,35 @@
-"""What a suite file says: its keys, what they may not say, and the runs that it asks for."""
+"""A suite file, the runs that it asks for, which of them have their record, and how long the rest may take."""
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from twist.contracts.config import Config, parse_override, problems, read_toml, validate
-from twist.contracts.errors import UsageError, did_you_mean
+from twist.contracts.config import Config, problems, read_toml, validate
+from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.files import sha256_file, sha256_json
-from twist.converters import sources
-from twist.transfer.protocols import PROTOCOLS
+from twist.contracts.record import RunRecord, find_records, read_record
+from twist.transfer.identity import data_of, identify_data
+from twist.transfer.protocols import PROTOCOLS, check_protocol
 
 RANDOM = "random"
+Override = Annotated[str, Field(pattern=r"^[^=]+=", description="key=value")]
+Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
 
 
 class WeightsEntry(Config):
     """One set of weights. `file` is a checkpoint that `twist convert` reads (relative to where the suite is started),
     or `random`. `method` and `epochs` are for files that do not say them; `overrides` go to its runs alone, and `seeds`
-    stand for the suite's (of random weights each is another initialisation, as others are other pretrainings)."""
+    replace the suite's (of random weights each is another initialisation)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     file: str
@@ -32,8 +37,12 @@ class WeightsEntry(Config):
     branch: str | None = None
     method: str | None = None
     epochs: int | None = Field(default=None, gt=0)
-    seeds: tuple[int, ...] | None = Field(default=None, min_length=1)
-    overrides: tuple[str, ...] = ()
+    seeds: Seeds | None = None
+    overrides: tuple[Override, ...] = ()
+
+    @property
+    def exists(self) -> bool:
+        return self.file == RANDOM or Path(self.file).is_file()
 
 
 class SuiteConfig(Config):
@@ -41,10 +50,10 @@ class SuiteConfig(Config):
 
     weights: tuple[WeightsEntry, ...] = Field(min_length=1)
     protocols: tuple[str, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    seeds: Seeds = (0, 1, 2)
     # Other seeds for some protocols: VOC detection is a mean of five in the literature.
-    seeds_of: dict[str, tuple[int, ...]] = Field(default={})
-    overrides: dict[str, tuple[str, ...]] = Field(default={})
+    seeds_of: dict[str, Seeds] = Field(default={})
+    overrides: dict[str, tuple[Override, ...]] = Field(default={})
     grid: dict[str, dict[str, tuple[float | int | str | bool, ...]]] = Field(default={})
     gpus_per_run: int = Field(default=1, gt=0)
     # submitit's parameters, and how many jobs may be queued or running at a time.
@@ -52,17 +61,60 @@ class SuiteConfig(Config):
     slurm_jobs_at_once: int = Field(default=64, gt=0)
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run. `key` identifies it by content: checkpoint, protocol, seed and overrides. `data` names what it is to be
+    measured on (transfer/identity.py)."""
+
+    weights: WeightsEntry
+    protocol: str
+    seed: int
+    overrides: tuple[str, ...]
+    key: str
+    data: str | None = None
+
+    @property
+    def title(self) -> str:
+        changed = f" [{', '.join(self.overrides)}]" if self.overrides else ""
+        return f"{self.protocol} · {self.weights.name} · seed {self.seed}{changed}"
+
+    def folder(self, output: Path) -> Path:
+        return output / self.protocol / f"{self.weights.name}-seed{self.seed}-{self.key}"
+
+    def made(self, record: RunRecord) -> bool:
+        """Whether `record` is of this job; earlier versions said so in a note."""
+        return record.job == self.key or f"Run by a suite as job {self.key}." in record.notes
+
+
+@dataclass(frozen=True)
+class Workload:
+    """All jobs of a suite, the records of those that are done by key, and mean wall times of past records."""
+
+    jobs: tuple[Job, ...]
+    done: Mapping[str, RunRecord]
+    past_s: Mapping[str, float]
+
+    @property
+    def missing(self) -> list[Job]:
+        return [job for job in self.jobs if job.key not in self.done]
+
+    def expected_s(self, job: Job) -> float | None:
+        """From past records of the protocol, else the hours in the table of protocols; None where neither is known."""
+        hours = PROTOCOLS[job.protocol].hours
+        return self.past_s.get(job.protocol, None if hours is None else hours * 3600)
+
+
 def load_suite(path: Path, *, data: Path) -> SuiteConfig:
-    """Read and examine a suite file.
+    """Read and check a suite file.
 
     Raises:
-        UsageError: one message with a sentence for every problem: keys, values, protocols, files, the data folder.
+        UsageError: one line for every problem: keys, values, protocols, files, the data folder.
     """
     values = read_toml(path)
     found = problems(values, SuiteConfig, where=str(path))
     if not found:
         suite = validate(values, SuiteConfig, where=str(path))
-        found = [f"{path}: {problem}" for problem in _disagreements(suite)]
+        found = [f"{path}: {problem}" for check in (_unknown_names, _repetitions) for problem in check(suite)]
     if not data.is_dir():
         found.append(f"There is no data folder at {data}: make one with `twist data sample`, or check the path.")
     if found:
@@ -70,10 +122,36 @@ def load_suite(path: Path, *, data: Path) -> SuiteConfig:
     return suite
 
 
-def runs_of(suite: SuiteConfig, protocol: str, entry: WeightsEntry) -> Iterator[tuple[int, tuple[str, ...], str]]:
-    """Seed, overrides and key of every run of these weights under this protocol."""
-    seeds = entry.seeds or suite.seeds_of.get(protocol, suite.seeds)
-    for seed, point in itertools.product(seeds, _grid(suite.grid.get(protocol, {}))):
+def find_work(suite: SuiteConfig, *, results: Path, data: Path) -> Workload:
+    """The jobs of `suite` on `data`, and the records of them under `results`.
+
+    Raises:
+        UserError: a job has its record there, measured on other data.
+    """
+    found = {protocol: identify_data(PROTOCOLS[protocol], data) for protocol in suite.protocols}
+    jobs = tuple(
+        job
+        for protocol, entry in itertools.product(suite.protocols, suite.weights)
+        for job in jobs_of(suite, protocol, entry, data=found[protocol])
+    )
+    records = [read_checked(file) for file in find_records([results])] if results.is_dir() else []
+    done, times = {}, defaultdict(list)
+    for job in jobs:
+        if own := [record for record in records if job.made(record)]:
+            done[job.key] = of_its_data(job, own, results)
+    for record in records:
+        times[record.protocol].append(record.wall_s)
+    return Workload(jobs, done, {protocol: sum(values) / len(values) for protocol, values in times.items()})
+
+
+def jobs_of(suite: SuiteConfig, protocol: str, entry: WeightsEntry, *, data: str | None = None) -> Iterator[Job]:
+    """Every run of these weights under this protocol: its seeds × the points of the protocol's grid."""
+    axes = suite.grid.get(protocol, {})
+    for seed, values in itertools.product(
+        entry.seeds or suite.seeds_of.get(protocol, suite.seeds), itertools.product(*axes.values())
+    ):
+        # JSON's scalars are TOML's: true, 0.02, "text".
+        point = (f"{key}={json.dumps(value)}" for key, value in zip(axes, values))
         overrides = (*suite.overrides.get(protocol, ()), *entry.overrides, *point)
         identity = {
             "weights": RANDOM if entry.file == RANDOM else digest(entry.file),
@@ -85,16 +163,7 @@ def runs_of(suite: SuiteConfig, protocol: str, entry: WeightsEntry) -> Iterator[
             "seed": seed,
             "overrides": list(overrides),
         }
-        yield seed, overrides, sha256_json(identity)[:12]
-
-
-def _grid(axes: Mapping[str, Sequence[Any]]) -> list[tuple[str, ...]]:
-    """Every combination, as overrides; one empty combination when there are no axes."""
-    points = []
-    for values in itertools.product(*axes.values()):
-        # JSON's scalars are TOML's: true, 0.02, "text".
-        points.append(tuple(f"{key}={json.dumps(value)}" for key, value in zip(axes, values)))
-    return points
+        yield Job(entry, protocol, seed, overrides, sha256_json(identity)[:12], data)
 
 
 @cache
@@ -103,74 +172,84 @@ def digest(file: str) -> str:
     return sha256_file(file)
 
 
-def _disagreements(suite: SuiteConfig) -> Iterator[str]:
+def read_checked(file: Path) -> RunRecord:
+    """The record in `file`; `UserError` when its protocol measures no such metrics."""
+    record = read_record(file)
+    check_protocol(file, record)
+    return record
+
+
+def of_its_data(job: Job, records: Sequence[RunRecord], where: Path) -> RunRecord:
+    """The newest of the `records` of `job` that is of the job's data; unknown data count as the same.
+
+    Raises:
+        UserError: all of them are of other data.
+    """
+    fitting = [record for record in records if job.data is None or data_of(record) in (None, job.data)]
+    if not fitting:
+        raise UserError(
+            f"{where} holds {job.title}, measured on other data ({data_of(records[0])}; --data holds {job.data}): "
+            "choose another --output and --results, or the same --data as then."
+        )
+    return max(fitting, key=lambda record: record.created)
+
+
+def describe_work(work: Workload, suite: SuiteConfig, *, slots: int, gpus_of_run: int) -> str:
+    """Weights × protocols with runs done of runs wanted, and one sentence of how long the rest takes."""
+    wanted = Counter((job.weights.name, job.protocol) for job in work.jobs)
+    have = Counter((job.weights.name, job.protocol) for job in work.jobs if job.key in work.done)
+    width = max(len(entry.name) for entry in suite.weights)
+    lines = [f"{'':{width}}  " + "  ".join(suite.protocols)]
+    for entry in suite.weights:
+        cells = (f"{have[entry.name, p]}/{wanted[entry.name, p]}".rjust(len(p)) for p in suite.protocols)
+        lines.append(f"{entry.name:{width}}  " + "  ".join(cells))
+    where = f"{slots} at a time, {gpus_of_run} GPU each" if gpus_of_run else "one at a time on the CPU"
+    parts = [f"{len(work.jobs)} runs: {len(work.done)} done, {len(work.missing)} to run, {where}"]
+    known = [seconds for job in work.missing if (seconds := work.expected_s(job)) is not None]
+    if known:
+        parts.append(f"about {makespan_s(known, slots) / 3600:.1f} h for {len(known)} of them")
+    if unknown := sorted({job.protocol for job in work.missing if work.expected_s(job) is None}):
+        parts.append(f"no time is known yet for {', '.join(unknown)}")
+    return "\n".join([*lines, "", "; ".join(parts) + "."])
+
+
+def makespan_s(lengths: Sequence[float], slots: int) -> float:
+    """When the last of these jobs ends: each begins in the slot that is free first, the longest before the others."""
+    ends = [0.0] * slots
+    for length in sorted(lengths, reverse=True):
+        heapq.heapreplace(ends, ends[0] + length)
+    return max(ends)
+
+
+# ── What a suite file may not say: each check yields one sentence a problem ───────────────────────────────────────────
+
+
+def _unknown_names(suite: SuiteConfig) -> Iterator[str]:
     for protocol in suite.protocols:
         if protocol not in PROTOCOLS:
             yield f'there is no protocol "{protocol}".{did_you_mean(protocol, PROTOCOLS)}'
-    for where, names in (("overrides", suite.overrides), ("grid", suite.grid), ("seeds", suite.seeds_of)):
-        for protocol in names:
+    for key, by_protocol in (("overrides", suite.overrides), ("grid", suite.grid), ("seeds_of", suite.seeds_of)):
+        for protocol in by_protocol:
             if protocol not in suite.protocols:
-                yield f'{where} are given for "{protocol}", which is not among the protocols.'
-    lists: dict[str, Sequence[object]] = {
-        "weights name": [entry.name for entry in suite.weights],
-        "protocol": suite.protocols,
-        "seed": suite.seeds,
-        **{f"seed of {entry.name}": entry.seeds or () for entry in suite.weights},
-        **{f"seed of {protocol}": seeds for protocol, seeds in suite.seeds_of.items()},
-        # As overrides spell them: 1, 1.0 and true are equal to Python and three runs here.
-        **{
-            f"grid value of {protocol}, {key} =": [json.dumps(value) for value in values]
-            for protocol, axes in suite.grid.items()
-            for key, values in axes.items()
-        },
-    }
-    for what, listed in lists.items():
-        for name, count in Counter(listed).items():
-            if count > 1:
-                yield f"the {what} {name} is listed {count} times; once is enough."
+                yield f'{key} are given for "{protocol}", which is not among the protocols.'
     for entry in suite.weights:
-        if entry.file != RANDOM and not Path(entry.file).is_file():
+        if not entry.exists:
             yield f"there is no file {entry.file} for the weights {entry.name}; check the path or fetch the file."
-        yield from _layout_disagreements(entry)
-    yield from _equal_weights(suite)
-    every = [
-        *(o for e in suite.weights for o in e.overrides),
-        *(o for values in suite.overrides.values() for o in values),
-    ]
-    for override in every:
-        try:
-            parse_override(override)
-        except UsageError as error:
-            yield str(error)
 
 
-def _equal_weights(suite: SuiteConfig) -> Iterator[str]:
-    """Entries that share a run: both would make it, and the second record would replace the first."""
-    whose: dict[str, str] = {}
-    told = set()
-    there = [entry for entry in suite.weights if entry.file == RANDOM or Path(entry.file).is_file()]
-    for protocol, entry in itertools.product(dict.fromkeys(suite.protocols), there):
-        for seed, _, key in runs_of(suite, protocol, entry):
-            pair = (whose.setdefault(key, entry.name), entry.name)
-            if pair[0] != pair[1] and pair not in told:
-                told.add(pair)
-                yield (
-                    f"the weights {pair[0]} and {pair[1]} are the same (the same file, and nothing else that differs), "
-                    f"and both ask for {protocol} with seed {seed}; remove one, or give it `seeds` of its own."
-                )
-
-
-def _layout_disagreements(entry: WeightsEntry) -> Iterator[str]:
-    if entry.layout is None:
-        return
-    layout = sources.BY_NAME.get(entry.layout)
-    if layout is None:
-        near = did_you_mean(entry.layout, sources.BY_NAME)
-        yield f'there is no layout "{entry.layout}" (weights {entry.name}).{near}'
-        return
-    branches = [branch.name for branch in layout.branches]
-    if entry.branch is not None and entry.branch not in branches:
+def _repetitions(suite: SuiteConfig) -> Iterator[str]:
+    """Of two runs with one key the second record would replace the first, and names tell weights apart."""
+    for name, count in Counter(entry.name for entry in suite.weights).items():
+        if count > 1:
+            yield f"the weights name {name} is listed {count} times."
+    entries = [entry for entry in suite.weights if entry.exists]
+    jobs = [job for protocol in suite.protocols for entry in entries for job in jobs_of(suite, protocol, entry)]
+    first: dict[str, Job] = {}
+    twice = [(first[job.key], job) for job in jobs if first.setdefault(job.key, job) is not job]
+    if twice:
+        one, other = twice[0]
+        who = " and ".join(dict.fromkeys([one.weights.name, other.weights.name]))
         yield (
-            f'the layout {entry.layout} has no branch "{entry.branch}" (weights {entry.name}).'
-            f"{did_you_mean(entry.branch, branches)}"
+            f"{len(twice)} runs are asked for twice, the first of them {other.title} (weights {who}): remove what a "
+            "list repeats, or give equal weights `seeds` of their own."
         )

@@ -1,106 +1,86 @@
-"""A suite: weights × protocols × seeds (× overrides), run until every one has its record.
+"""A suite: weights × protocols × seeds (× overrides), run until every job has its record.
 
-What is done is known from the records alone: each carries the key of its job in a note, so a suite that was killed, or
-whose run folders were cleared away, goes on where it was. The data are no part of the key (they may have moved, and
-older records do not say theirs): a record of other data than `--data` holds stops the suite. Every run is a process of
-its own (`twist transfer … --resume`), so that a crash in one framework ends one run, and that one is tried once more.
+What is done is known from the records alone: each carries the key of its job, so a suite that was killed, or whose run
+folders were cleared away, goes on where it was. The data are no part of the key (they may have moved, and older records
+do not say theirs): a record of other data than `--data` holds stops the suite. Every run is a process of its own
+(`twist transfer … --resume`), so that a crash in one framework ends one run, and that one is tried once more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.errors import UsageError, UserError
 from twist.contracts.files import sha256_json
+from twist.contracts.progress import duration
 from twist.contracts.record import RunRecord, find_records, name_in, write_record
-from twist.transfer.suite.config import RANDOM, SuiteConfig, WeightsEntry, digest, load_suite
-from twist.transfer.suite.display import SuiteDisplay
-from twist.transfer.suite.launch import Handle, Launcher, LocalLauncher, SlurmLauncher, gpu_names
-from twist.transfer.suite.plan import Job, Plan, make_plan, of_its_data, plan_text, read_checked
+from twist.transfer.suite import config, launch
+from twist.transfer.suite.config import Job, WeightsEntry, Workload
 
+Command = Callable[[Job], list[str]]
 ATTEMPTS = 2
 POLL_S = 0.5
-
-
-class RunsFailed(UserError):
-    """Some runs of a suite failed twice; `records` are those of all others."""
-
-    def __init__(self, message: str, records: list[RunRecord]) -> None:
-        super().__init__(message)
-        self.records = records
 
 
 def run_suite(
     path: Path,
     *,
-    executor: Literal["local", "slurm"] | str = "local",
+    executor: Literal["local", "slurm"] = "local",
     dry_run: bool = False,
     gpus: Sequence[int] | None = None,
     results: Path,
     output: Path,
     data: Path,
-) -> list[RunRecord]:
-    """Run what is missing of the suite at `path` and return the records of all its jobs.
+) -> tuple[list[RunRecord], UserError | None]:
+    """Run what is missing of the suite at `path`; the records of all jobs, and an error where runs failed twice.
 
     `gpus` are the devices to use as torch numbers them: within CUDA_VISIBLE_DEVICES, where that is set (None: all there
-    are; empty: the CPU). With `dry_run` the plan is printed and the records that exist already are returned.
+    are; empty: the CPU). With `dry_run` the plan is printed and nothing runs.
 
     Raises:
         UsageError: the file is wrong in any way; every problem at once, before anything starts.
-        RunsFailed: some runs failed twice; the others are done and recorded.
         UserError: runs under `results` or `output` were made on other data; the disk is full; SLURM is not here.
     """
-    suite = load_suite(path, data=data)
-    plan = make_plan(suite, results=results, data=data)
-    for job in plan.missing:
-        _left(job, output=output)  # refuses what was measured on other data, before anything starts
-    gpu_sets = _gpu_sets(suite, gpus) if executor == "local" else []
-    slots = max(len(gpu_sets), 1) if executor == "local" else suite.slurm_jobs_at_once
-    print(plan_text(plan, suite, slots=slots, on_gpus=bool(gpu_sets) or executor == "slurm"))
+    suite = config.load_suite(path, data=data)
+    work = config.find_work(suite, results=results, data=data)
+    for job in work.missing:
+        _left_by_run(job, output=output)  # refuses what was measured on other data, before anything starts
+    slots, gpus_of_run, gpu_sets = suite.slurm_jobs_at_once, suite.gpus_per_run, []
+    if executor == "local":
+        gpu_sets = launch.gpu_sets(gpus, size=suite.gpus_per_run)
+        slots, gpus_of_run = (len(gpu_sets), suite.gpus_per_run) if gpu_sets else (1, 0)
+    print(config.describe_work(work, suite, slots=slots, gpus_of_run=gpus_of_run))
     if dry_run:
-        return list(plan.done.values())
+        return list(work.done.values()), None
 
-    launcher: Launcher
+    launcher: launch.Launcher = launch.LocalLauncher(gpu_sets)
     if executor == "slurm":
-        launcher = SlurmLauncher(
-            folder=output / "slurm", gpus=suite.gpus_per_run, options=suite.slurm, at_once=suite.slurm_jobs_at_once
-        )
-    elif executor == "local":
-        launcher = LocalLauncher(gpu_sets)
-    else:
-        raise UsageError(f'There is no executor "{executor}".{did_you_mean(executor, ["local", "slurm"])}')
-    artefacts = _convert_each(plan.missing, output=output)
-    job_gpus = suite.gpus_per_run if gpu_sets or executor == "slurm" else 0
+        launcher = launch.SlurmLauncher(folder=output / "slurm", gpus=gpus_of_run, options=suite.slurm, at_once=slots)
+    # Each checkpoint is read once, whatever the number of its runs.
+    entries = dict.fromkeys(job.weights for job in work.missing)
+    artefacts = {entry.name: _artefact(entry, output / "weights") for entry in entries}
 
     def command(job: Job) -> list[str]:
-        return transfer_command(job, artefacts[job.weights.name], data=data, gpus=job_gpus, output=output)
+        return transfer_command(job, artefacts[job.weights.name], data=data, gpus=gpus_of_run, output=output)
 
+    runs = _Runs(work, launcher, command, results=results, output=output)
     try:
-        made, failed = _run(plan, launcher, command, results=results, output=output)
+        runs.finish()
     except OSError as error:
         raise UserError(
             f"The suite stopped: it cannot write under {output} or {results} ({error.strerror}): make room there and "
             "start it again; what is done is kept."
         ) from None
-    records = {**plan.done, **made}
-    ordered = [records[job.key] for job in plan.jobs if job.key in records]
-    if failed:
-        listed = "; ".join(f"{job.title} ({_last_line(log)}; log: {log})" for job, log in failed[:5])
-        more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
-        raise RunsFailed(
-            f"{len(failed)} of {len(plan.jobs)} runs failed: {listed}{more}. Mend the cause and start the same suite "
-            "again; what is done is kept.",
-            ordered,
-        )
-    return ordered
+    records = {**work.done, **runs.made}
+    return [records[job.key] for job in work.jobs if job.key in records], runs.error()
 
 
 def transfer_command(job: Job, weights: Path | str, *, data: Path, gpus: int, output: Path) -> list[str]:
@@ -113,36 +93,19 @@ def transfer_command(job: Job, weights: Path | str, *, data: Path, gpus: int, ou
     return [*command, *job.overrides]
 
 
-def _gpu_sets(suite: SuiteConfig, gpus: Sequence[int] | None) -> list[list[str]]:
-    if gpus is None:
-        import torch
-
-        gpus = range(torch.cuda.device_count())
-    if gpus and len(gpus) < suite.gpus_per_run:
-        raise UsageError(
-            f"The suite wants {suite.gpus_per_run} GPUs a run and {len(gpus)} are to be used: lower gpus_per_run."
-        )
-    whole, names = len(gpus) // suite.gpus_per_run, gpu_names(gpus)
-    return [names[i * suite.gpus_per_run : (i + 1) * suite.gpus_per_run] for i in range(whole)]
-
-
-def _convert_each(jobs: Sequence[Job], *, output: Path) -> dict[str, Path | str]:
-    """Weights name → artefact (or `random`); each file is read once, whatever the number of its runs."""
-    made: dict[str, Path | str] = {}
-    for entry in dict.fromkeys(job.weights for job in jobs):
-        made[entry.name] = RANDOM if entry.file == RANDOM else _artefact(entry, output / "weights")
-    return made
-
-
-def _artefact(entry: WeightsEntry, folder: Path) -> Path:
+def _artefact(entry: WeightsEntry, folder: Path) -> Path | str:
+    """The weights file that is made of a checkpoint, where it is not there yet; `random` stays."""
+    if entry.file == config.RANDOM:
+        return config.RANDOM
     from twist.contracts.weights import read_header, write_backbone
     from twist.converters.read import load_artefact
 
-    identity = sha256_json([digest(entry.file), entry.layout, entry.branch, entry.method, entry.epochs])
-    # The record calls weights by their file's name; what tells two conversions apart is the folder's.
+    digest = config.digest(entry.file)
+    identity = sha256_json([digest, entry.layout, entry.branch, entry.method, entry.epochs])
+    # The record calls weights by their file's name; the folder's name tells two conversions apart.
     path = folder / identity[:12] / f"{entry.name}.safetensors"
     if path.exists():
-        read_header(path)  # raises when it is torn or not ours
+        read_header(path)  # raises when it is damaged or not ours
         return path
     tensors, header = load_artefact(Path(entry.file), layout=entry.layout, branch=entry.branch)
     if entry.epochs is not None and header.epochs not in (None, entry.epochs):
@@ -151,162 +114,188 @@ def _artefact(entry: WeightsEntry, folder: Path) -> Path:
             "take `epochs` out of the suite or correct it."
         )
     said = {"method": entry.method or header.method, "epochs": entry.epochs or header.epochs}
-    origin = {} if header.source_sha256 else {"source_sha256": digest(entry.file)}
-    return write_backbone(path, tensors, header.model_copy(update={**said, **origin}))
-
-
-# ── Running ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+    said["source_sha256"] = header.source_sha256 or digest
+    return write_backbone(path, tensors, header.model_copy(update=said))
 
 
 @dataclass(frozen=True)
-class _Running:
+class _Started:
     job: Job
-    handle: Handle
+    run: launch.Run
     slot: int
     log: Path
     attempt: int
     began: float
 
+    @property
+    def title(self) -> str:
+        return self.job.title + (" (second try)" if self.attempt > 1 else "")
 
-class _Run:
-    """The jobs of a suite on their way from waiting through running to made or failed."""
 
-    def __init__(self, plan: Plan, launcher: Launcher, display: SuiteDisplay, *, results: Path, output: Path) -> None:
+class _Runs:
+    """The jobs of a suite on their way from waiting through running to made or failed.
+
+    What happens is one line each on stderr; on a terminal a live table below shows what runs.
+    """
+
+    def __init__(
+        self, work: Workload, launcher: launch.Launcher, command: Command, *, results: Path, output: Path
+    ) -> None:
         # Longest first, those of unknown length before all: the last job to end then is a short one.
-        lengths = {job.key: plan.expected_s(job) or float("inf") for job in plan.missing}
-        self.waiting = sorted(plan.missing, key=lambda job: -lengths[job.key])
-        self.running: list[_Running] = []
+        lengths = {job.key: work.expected_s(job) or float("inf") for job in work.missing}
+        self.waiting = sorted(work.missing, key=lambda job: -lengths[job.key])
+        self.running: list[_Started] = []
         self.made: dict[str, RunRecord] = {}
-        self.failed: list[tuple[Job, Path]] = []
-        self._attempts: Counter[str] = Counter()
-        self._launcher, self._display, self._results, self._output = launcher, display, results, output
+        self.failed: list[_Started] = []
+        self._total, self._wanted = len(self.waiting), len(work.jobs)
+        self._tried: set[str] = set()
+        self._announced: set[str] = set()
+        self._launcher, self._command, self._results, self._output = launcher, command, results, output
+        self._live: Any = None
 
-    def start_what_fits(self, command: Callable[[Job], list[str]]) -> None:
+    def finish(self) -> None:
+        """Run every job. An early end (an error, Ctrl-C) stops local runs and names the SLURM jobs that go on."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(lambda: leave([one.run for one in self.running]))
+            if sys.stderr.isatty() and self.waiting:
+                from rich.console import Console
+                from rich.live import Live
+
+                live = Live(self._table(), console=Console(stderr=True), auto_refresh=False, transient=True)
+                self._live = stack.enter_context(live)
+            while self.waiting or self.running:
+                self._start_what_fits()
+                time.sleep(POLL_S)
+                if self._live is not None:
+                    self._live.update(self._table(), refresh=True)
+                for one in list(self.running):
+                    status = one.run.status()
+                    if status is not None:
+                        self._take(one, status)
+
+    def error(self) -> UserError | None:
+        """The sentence for runs that failed, None where none did."""
+        listed = "; ".join(f"{one.job.title} ({last_line(one.log)[:300]}; log: {one.log})" for one in self.failed[:5])
+        message = f"{len(self.failed)} of {self._wanted} runs failed: {listed}. Correct the cause and start the same "
+        return UserError(f"{message}suite again; what is done is kept.") if self.failed else None
+
+    def _start_what_fits(self) -> None:
         free = sorted(set(range(self._launcher.slots)) - {one.slot for one in self.running})
         for job in list(self.waiting):
             if not free:
                 return
-            folder = job.folder(self._output)
-            # First whether somebody is at it, then whether the record is there: in the other order a run of an
-            # earlier suite could end in between and be made twice.
-            if self._launcher.busy(folder):
-                self._display.wait(job.key, job.title)
+            lock = self._launcher.claim(job.folder(self._output))
+            if lock is None:
+                if job.key not in self._announced:
+                    self._announced.add(job.key)
+                    self._print(f"waiting  {job.title}: a process of an earlier suite is still running it")
                 continue
-            record = _collected(job, results=self._results, output=self._output)
-            if record is not None:
-                self.waiting.remove(job)
-                self.made[job.key] = record
-                self._display.done(job.key, job.title, wall_s=record.wall_s)
-                continue
-            attempt = self._attempts[job.key] + 1
-            log = folder / f"log-{attempt}.txt"
-            handle = self._launcher.start(command(job), folder=folder, log=log, slot=free[0])
-            if handle is None:
-                continue
-            self._attempts[job.key] = attempt
             self.waiting.remove(job)
-            self.running.append(_Running(job, handle, free.pop(0), log, attempt, time.monotonic()))
-            self._display.start(job.key, job.title, log=log, attempt=attempt)
+            try:
+                if record := self._collect(job):
+                    self._done(job, record, wall_s=record.wall_s)
+                else:
+                    self._start(job, slot=free.pop(0), lock=lock)
+            finally:
+                os.close(lock)
 
-    def take_what_ended(self) -> None:
-        for one in list(self.running):
-            status = one.handle.status()
-            if status is None:
-                continue
-            self.running.remove(one)
-            job, reason = one.job, _last_line(one.log)
-            record = _collected(job, results=self._results, output=self._output) if status == 0 else None
-            if record is not None:
-                self.made[job.key] = record
-                self._display.done(job.key, job.title, wall_s=time.monotonic() - one.began)
-            elif one.attempt < ATTEMPTS and status != UsageError.exit_status:
-                self.waiting.insert(0, job)
-                self._display.retry(job.key, job.title, reason=reason)
-            else:
-                self.failed.append((job, one.log))
-                self._display.failed(job.key, job.title, reason=reason)
+    def _start(self, job: Job, *, slot: int, lock: int) -> None:
+        attempt = 2 if job.key in self._tried else 1
+        self._tried.add(job.key)
+        log = job.folder(self._output) / f"log-{attempt}.txt"
+        run = self._launcher.start(self._command(job), log=log, slot=slot, lock=lock)
+        self.running.append(_Started(job, run, slot, log, attempt, time.monotonic()))
+        self._print(f"started  {self.running[-1].title}")
+
+    def _take(self, one: _Started, status: int) -> None:
+        """A run has ended: its record, a second try, or a failure."""
+        self.running.remove(one)
+        record = self._collect(one.job) if status == 0 else None
+        if record is not None:
+            self._done(one.job, record, wall_s=time.monotonic() - one.began)
+        elif one.attempt < ATTEMPTS and status != UsageError.exit_status:
+            self.waiting.insert(0, one.job)
+            self._print(f"failed   {one.job.title}, trying once more: {last_line(one.log)}")
+        else:
+            self.failed.append(one)
+            self._print(f"failed   {one.job.title}: {last_line(one.log)}")
+
+    def _done(self, job: Job, record: RunRecord, *, wall_s: float) -> None:
+        self.made[job.key] = record
+        self._print(f"done     {job.title} in {duration(wall_s)}")
+
+    def _collect(self, job: Job) -> RunRecord | None:
+        """Take the record of a finished run from its folder into `results`, pictures and curves with it."""
+        left = _left_by_run(job, output=self._output)
+        if left is None:
+            return None
+        file, record = left
+        protocol, folder = self._results / record.protocol, name_in(record, self._results)
+
+        def copied(name: str) -> str:
+            """Copy what the record points at, relative to it; the new relative path."""
+            kept = f"{folder}/{Path(name).name}"
+            (protocol / kept).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file.parent / name, protocol / kept)
+            return kept
+
+        curves = copied(record.curves) if record.curves else None
+        collected = record.model_copy(
+            update={"media": tuple(map(copied, record.media)), "curves": curves, "job": job.key}
+        )
+        write_record(collected, self._results)
+        return collected
+
+    def _print(self, text: str) -> None:
+        line = f"[{len(self.made) + len(self.failed)}/{self._total}] {text}"
+        if self._live is not None:
+            # markup=False: overrides stand in square brackets.
+            self._live.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def _table(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        table = Table(title=f"{len(self.made)} of {self._total} runs done{failed}", title_justify="left", expand=True)
+        table.add_column("running", no_wrap=True)
+        table.add_column("for", justify="right", no_wrap=True)
+        table.add_column("last line of its log", no_wrap=True, overflow="ellipsis", ratio=1)
+        for one in self.running:
+            table.add_row(Text(one.title), duration(time.monotonic() - one.began), Text(last_line(one.log)))
+        return table
 
 
-def _run(
-    plan: Plan, launcher: Launcher, command: Callable[[Job], list[str]], *, results: Path, output: Path
-) -> tuple[dict[str, RunRecord], list[tuple[Job, Path]]]:
-    """Run the missing jobs; records by key, and the failed jobs with their logs."""
-    with SuiteDisplay(total=len(plan.missing)) as display:
-        run = _Run(plan, launcher, display, results=results, output=output)
-        try:
-            while run.waiting or run.running:
-                run.start_what_fits(command)
-                time.sleep(POLL_S)
-                display.refresh()
-                run.take_what_ended()
-        finally:
-            _leave(run.running)
-    return run.made, run.failed
-
-
-def _leave(running: Sequence[_Running]) -> None:
-    """End local runs; say which SLURM jobs go on without the suite."""
-    queued: list[str] = []
-
-    def leave(one: _Running) -> None:
-        number = one.handle.leave()
-        if number is not None:
-            queued.append(number)
-
+def leave(runs: Sequence[launch.Run]) -> None:
+    """Stop local runs; name the SLURM jobs that go on without the suite."""
+    queued: list[str | None] = []
     # A stack, because every run is left also when leaving another one raises (a second Ctrl-C).
     with contextlib.ExitStack() as stack:
-        for one in running:
-            stack.callback(leave, one)
-    if queued:
-        count = "1 SLURM job goes" if len(queued) == 1 else f"{len(queued)} SLURM jobs go"
-        print(
-            f"{count} on without the suite: start the same suite again to collect what they make, or cancel them with "
-            f"`scancel {' '.join(sorted(queued))}`.",
-            file=sys.stderr,
-            flush=True,
+        for run in runs:
+            stack.callback(lambda run: queued.append(run.leave()), run)
+    if numbers := " ".join(sorted(filter(None, queued))):
+        said = (
+            "SLURM jobs go on without the suite: start the same suite again to collect what they make, or cancel them"
         )
+        print(f"{said} with `scancel {numbers}`.", file=sys.stderr, flush=True)
 
 
-def _left(job: Job, *, output: Path) -> tuple[Path, RunRecord] | None:
+def _left_by_run(job: Job, *, output: Path) -> tuple[Path, RunRecord] | None:
     """The record that a finished run of `job` left in its folder."""
     source = job.folder(output) / "record"
     files = list(find_records([source])) if source.is_dir() else []
-    if not files:
-        return None
     if len(files) > 1:
         raise UserError(f"{source} holds {len(files)} records and a run has one: remove the folder and start again.")
-    return files[0], of_its_data(job, [read_checked(files[0])], source)
+    return (files[0], config.of_its_data(job, [config.read_checked(files[0])], source)) if files else None
 
 
-def _collected(job: Job, *, results: Path, output: Path) -> RunRecord | None:
-    """Take the record of a finished run from its folder into `results`, pictures and curves with it."""
-    left = _left(job, output=output)
-    if left is None:
-        return None
-    file, record = left
-    kept = {
-        "media": tuple(_keep(file, name, record, results) for name in record.media),
-        "curves": None if record.curves is None else _keep(file, record.curves, record, results),
-        "notes": (*(note for note in record.notes if note != job.note), job.note),
-    }
-    collected = record.model_copy(update=kept)
-    write_record(collected, results)
-    return collected
-
-
-def _keep(file: Path, name: str, record: RunRecord, results: Path) -> str:
-    """Copy what a record points at (a path relative to it) beside the collected record; the new relative path."""
-    kept = f"{name_in(record, results)}/{Path(name).name}"
-    target = results / record.protocol / kept
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file.parent / name, target)
-    return kept
-
-
-def _last_line(log: Path) -> str:
-    """The last line that says something: `twist` prints its one sentence there."""
-    try:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    except FileNotFoundError:
-        return "it left no log"
-    return lines[-1][:300] if lines else "it printed nothing"
+def last_line(log: Path, *, size: int = 2048) -> str:
+    """The last line of a log that is being written, where `twist` prints its one sentence; "" where there is none."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(log.stat().st_size - size, 0))
+        lines = file.read().decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

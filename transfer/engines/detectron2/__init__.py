@@ -4,10 +4,8 @@ from twist.transfer.engines import Engine
 
 ENGINE = Engine(
     name="detectron2",
-    title="Detectron2",
     module="twist.transfer.engines.detectron2.engine",
     configs="detectron2",
     target="detectron2",
     packages=("detectron2",),
-    install="pip install 'git+https://github.com/facebookresearch/detectron2.git'",
 )

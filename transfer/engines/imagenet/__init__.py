@@ -10,12 +10,10 @@ from twist.transfer.request import Request, Result, Weights
 
 ENGINE = Engine(
     name="imagenet",
-    title="The ImageNet engine",
     module="twist.transfer.engines.imagenet",
     configs="imagenet",
     target=None,
     packages=("torch", "torchvision"),
-    install='pip install "twist-suite[transfer]"',
 )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from twist.catalog.labelled import LabelledImages, open_tree
 from twist.contracts import files
+from twist.contracts.curves import CURVES
 from twist.contracts.errors import UsageError
 from twist.contracts.failures import explained
 from twist.contracts.files import sha256_json
@@ -47,7 +48,7 @@ from twist.transfer.engines.imagenet.recipes import (
     NeighboursRecipe,
     load_recipe,
 )
-from twist.transfer.engines.imagenet.training import CURVES, PICTURED, Job, require_finished
+from twist.transfer.engines.imagenet.training import PICTURED, Job, require_finished
 from twist.transfer.pictures import plot_losses
 from twist.transfer.recipe import departures
 from twist.transfer.request import Result
@@ -358,9 +359,7 @@ def _cluster(
         how = f"TWIST's own head with {classes} outputs"
     else:
         clusters = config.clusters or len(train.classes)
-        with explained(
-            memory="take algorithm=minibatch restarts=1 and a small step_size, which hold a block of rows at a time"
-        ):
+        with explained(memory="take algorithm=minibatch restarts=1 and a small step_size"):
             assignment = kmeans(found_on.mapped(), held_out.mapped(), clusters=clusters, recipe=config, seed=seed)
         how = f"k-means with {clusters} clusters, found on the {config.fit_on} images"
     _clear_features(config, output)

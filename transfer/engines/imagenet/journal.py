@@ -1,6 +1,6 @@
-"""What a run says while it goes: `log.txt`, a line an event with its time, and the epochs' scalars for TensorBoard.
+"""What a training writes while it goes: `log.txt`, a line an event with its time, and the epochs' curves.
 
-The first process alone writes. `metrics.jsonl`, which the record names, is written with the checkpoint (`training.py`).
+The first process alone writes.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+
+from twist.contracts.curves import CURVES, Curves
 
 LOG = "log.txt"
 BOARD = "tensorboard"
@@ -24,35 +24,27 @@ def log(output: Path, text: str) -> None:
 
 
 class Journal:
-    """One row an epoch into log and TensorBoard; `quiet` (every process but the first) writes nothing.
+    """One row an epoch into log, `metrics.jsonl` and TensorBoard; `quiet` (every process but the first) writes nothing.
 
-    Use it in a `with`. `done` is the last step that an earlier start finished: what a killed one wrote beyond it is
-    hidden by TensorBoard.
+    Use it in a `with`. Rows after `done`, the last step of the checkpoint that training goes on from, are dropped.
     """
 
     def __init__(self, output: Path, *, done: int, quiet: bool) -> None:
-        self._output, self._done, self._quiet = output, done, quiet
-        self._board: Any = None
+        self._output = output
+        self._curves = None if quiet else Curves(output / CURVES, start=done + 1, board=output / BOARD)
 
     def __enter__(self) -> Journal:
-        if not self._quiet:
-            from torch.utils.tensorboard import SummaryWriter  # a second to import, and only the first process needs it
-
-            self._board = SummaryWriter(str(self._output / BOARD), purge_step=self._done + 1)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._board is not None:
-            self._board.close()
+    def __exit__(self, *_: object) -> None:
+        if self._curves is not None:
+            self._curves.close()
 
     def epoch(self, row: Mapping[str, float]) -> None:
         """`row` is one of `train_classifier`'s: epoch, step, and that epoch's numbers."""
-        if self._quiet:
+        if self._curves is None:
             return
         values = {name: value for name, value in row.items() if name not in ("epoch", "step")}
-        log(self._output, f"epoch {row['epoch'] + 1}: " + ", ".join(f"{k} {v:.6g}" for k, v in values.items()))
-        for name, value in values.items():
-            self._board.add_scalar(name, value, row["step"])
-        self._board.flush()
+        log(self._output, f"epoch {row['epoch'] + 1:.0f}: " + ", ".join(f"{k} {v:.6g}" for k, v in values.items()))
+        self._curves.add(int(row["step"]), {"epoch": row["epoch"], **values})
+        self._curves.plot(int(row["step"]), values)

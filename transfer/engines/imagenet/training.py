@@ -6,7 +6,6 @@ linear layer. `B` images of one process, `K` classes.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +34,6 @@ from twist.transfer.engines.imagenet.processes import Rank
 from twist.transfer.engines.imagenet.recipes import FEATURES, TRAINING, ClassifierRecipe, FinetuneRecipe, LinearRecipe
 
 CHECKPOINT = "checkpoint.pth"
-CURVES = "metrics.jsonl"
 METRICS = ("top1_percent", "top5_percent")
 
 
@@ -270,8 +268,6 @@ def _save(
     }
     with files.atomic_path(output / CHECKPOINT) as temporary:
         torch.save(state, temporary)
-    # The whole file from the history each time, so a resumed run has no epoch twice.
-    files.write_text(output / CURVES, "".join(json.dumps(row) + "\n" for row in history))
 
 
 def _restore(

@@ -1,0 +1,123 @@
+"""The curves of a run: `metrics.jsonl` (one JSON object a line), the same in TensorBoard, and pictures of them.
+
+A row has a key, `step` or `epoch`, that counts up. A resumed run first drops the rows it is going to write again, and a
+line that a killed run left unfinished. A number that is not finite is null, since JSON has no NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twist.contracts import files
+
+CURVES = "metrics.jsonl"
+# Points of a line in a picture: each is the mean of its share of the rows.
+POINTS = 1000
+# A smoothed line is the mean over this share of the points before each.
+SMOOTHED_SHARE = 0.04
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows in the file at `path`, up to an unfinished one; none when there is no file."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Curves:
+    """Appends rows to the file at `path`, after dropping those whose `key` is `start` or more.
+
+    `board` is the folder for TensorBoard, where there is to be one.
+    """
+
+    def __init__(self, path: Path, *, start: int, key: str = "step", board: Path | None = None) -> None:
+        kept = [row for row in read_rows(path) if row[key] < start]
+        files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.path, self._key = path, key
+        self._board: Any = None
+        if board is not None:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            self._board = SummaryWriter(str(board), purge_step=start)
+
+    def add(self, position: int, values: Mapping[str, Any]) -> None:
+        """Append one row, with `position` as its key."""
+        row = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps({self._key: position, **row}) + "\n")
+
+    def plot(self, position: int, values: Mapping[str, Any], *, tag: str = "") -> None:
+        """Give TensorBoard the numbers among `values`, each as `tag` and its name."""
+        for name, value in values.items() if self._board is not None else ():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(tag + name, value, position)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart over the steps: `lines` are names of the rows with their labels; `settings` are matplotlib's."""
+
+    title: str
+    lines: Mapping[str, str]
+    smooth: bool = True
+    level: float | None = None  # of a horizontal line
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def draw(
+    rows: Sequence[Mapping[str, Any]], panels: Sequence[Panel], path: Path, *, columns: int = 1, mark: int | None = None
+) -> Path:
+    """Draw `rows` as a PNG at `path`, with a vertical line at the step `mark`."""
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    size = (6.4, 3.6) if len(panels) == 1 else (11, 5.6)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    count = max(1, -(-len(rows) // POINTS))
+    steps = means([row["step"] for row in rows], step=count)
+    for axes, panel in zip(figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat, panels):
+        for number, (name, label) in enumerate(panel.lines.items()):
+            points = means([math.nan if row.get(name) is None else row[name] for row in rows], step=count)
+            smoothed = means(points, window=round(SMOOTHED_SHARE * len(points))) if panel.smooth else points
+            axes.plot(steps, points, color=f"C{number}", alpha=0.25, linewidth=0.8)
+            axes.plot(steps, smoothed, color=f"C{number}", linewidth=1.4, label=label)
+        if panel.level is not None:
+            axes.axhline(panel.level, color="grey", linewidth=1, linestyle="--")
+        if mark is not None:
+            axes.axvline(mark, color="grey", linewidth=1, linestyle=":")
+        axes.set_title(panel.title, fontsize=9, loc="left")
+        axes.set(**{"xlabel": "step", **panel.settings})
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(panel.lines) > 1:
+            axes.legend(fontsize=8, frameon=False)
+    with files.atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+    return path
+
+
+def means(values: Sequence[float] | NDArray[np.float64], *, step: int = 1, window: int = 0) -> NDArray[np.float64]:
+    """The mean of the numbers (not NaN) among each `step` values, or at each place among the last `window` ones."""
+    if window > 1:
+        padded = np.concatenate([np.full(window - 1, np.nan), values])
+        groups = np.lib.stride_tricks.sliding_window_view(padded, window)
+    else:
+        groups = np.concatenate([values, np.full(-len(values) % step, np.nan)]).reshape(-1, step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a group without a number, whose mean is NaN
+        return np.nanmean(groups, axis=1)

@@ -1,0 +1,110 @@
+"""timm: the artefact's tensors as `model.safetensors`, with the `config.json` that timm reads for a hub or a folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twist.contracts.weights import RESNETS, VITS, Backbone, write_safetensors
+from twist.converters.targets import ProofRun, Stages, Target, own_names, quoted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def refuse(backbone: Backbone) -> str | None:
+    """Why timm has no such network, or None."""
+    if backbone.width > 1:
+        return "timm has no ResNet with every width multiplied (its wide_resnet50_2 is another network)"
+    if backbone.stride_in == "1x1":
+        return "timm's ResNets have the stride in the 3×3 convolution"
+    if backbone.channel_order == "BGR":
+        return "timm reads RGB images and has no setting for BGR"
+    return None
+
+
+def settings(backbone: Backbone) -> tuple[str, str]:
+    """`config.json` of timm's hub layout, with architecture and pixels, and our header for the way back."""
+    text = json.dumps(_config(backbone), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return "config.json", text + "\n"
+
+
+def usage(folder: Path, backbone: Backbone) -> str:  # noqa: ARG001 (the same for every network)
+    """Lines that build the network from the folder."""
+    name = quoted(folder, "local-dir:")
+    return f"""\
+import timm
+
+network = timm.create_model({name}, pretrained=True, num_classes=10)  # a new classifier; 0: none
+"""
+
+
+def framework(backbone: Backbone) -> tuple[ProofRun, str]:  # noqa: ARG001 (the same for every network)
+    """The proof run by timm."""
+    return run, f"timm {importlib.metadata.version('timm')}"
+
+
+def run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
+    """The stages of each image in timm's network; a folder without `config.json` has the header's settings."""
+    import timm
+    from safetensors.torch import load_file
+
+    from twist.contracts.networks import stage_features
+
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text()) if config_file.exists() else _config(backbone)
+    options: dict[str, Any] = {"img_size": backbone.image_size} if backbone.is_vit else {}
+    network: Any = timm.create_model(config["architecture"], pretrained=False, num_classes=0, **options)
+    network.load_state_dict(load_file(next(folder.glob("*.safetensors"))), strict=True)
+    network.eval()
+    mean, std = config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["std"]
+    images = [pil_input(file, mean, std) for file in files]
+    if backbone.is_vit:
+        return [stage_features(network, image) for image in images]
+    maps = [network.forward_intermediates(image, intermediates_only=True) for image in images]
+    return [{f"res{index + 1}": maps_[index] for index in (1, 2, 3, 4)} for maps_ in maps]
+
+
+def pil_input(file: Path, mean: list[float], std: list[float]) -> Tensor:
+    """(1, 3, H, W): an image file read as torchvision and timm do: PIL, [0, 1], mean and std."""
+    from PIL import Image
+    from torchvision.transforms import functional as transforms
+
+    return transforms.normalize(transforms.to_tensor(Image.open(file).convert("RGB")), mean, std)[None]
+
+
+def _config(backbone: Backbone) -> dict[str, Any]:
+    side = backbone.image_size or 224
+    mean, std = backbone.pixels(1)
+    bottleneck = RESNETS.get(backbone.architecture, ((), False))[1]
+    return {
+        "architecture": backbone.architecture + ("_224" if backbone.is_vit else ""),
+        "num_classes": 0,
+        "num_features": VITS.get(backbone.architecture, 2048 if bottleneck else 512),
+        "pretrained_cfg": {
+            "input_size": [3, side, side],
+            "mean": mean,
+            "std": std,
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj" if backbone.is_vit else "conv1",
+            "classifier": "head" if backbone.is_vit else "fc",
+            "license": "as the source",
+        },
+        "twist": json.loads(backbone.model_dump_json()),
+    }
+
+
+TARGET = Target(
+    name="timm",
+    title="timm",
+    weights="model.safetensors",
+    package="timm",
+    names=own_names,
+    write=lambda path, tensors, _: write_safetensors(path, tensors, {"format": "pt"}),  # as timm does
+    framework=framework,
+    usage=usage,
+    refuse=refuse,
+    settings=settings,
+)

@@ -1,0 +1,77 @@
+"""The artefact itself, `backbone.safetensors`: torchvision's names (timm's for ViTs) and the header of every stage."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+from twist.contracts.weights import Backbone, write_backbone
+from twist.converters.targets import ProofRun, Stages, Target, own_names, quoted, timm
+
+WEIGHTS = "backbone.safetensors"
+
+
+def usage(folder: Path, backbone: Backbone) -> str:
+    """Lines that build the network: torchvision's own, or this suite's where torchvision builds no such network."""
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (backbone.mean, backbone.std))
+    pixels = f"# images: {backbone.channel_order} from 0 to {backbone.input_range}, mean {mean}, std {std}\n"
+    file = quoted(folder / WEIGHTS)
+    if _is_torchvisions(backbone):
+        name = backbone.architecture
+        return f"""\
+from safetensors.torch import load_file
+from torchvision.models import {name}
+
+network = {name}()
+network.load_state_dict(load_file({file}), strict=False)  # all but the classifier
+{pixels}"""
+    return f"""\
+from twist.contracts.networks import network_of
+from twist.contracts.weights import read_backbone
+
+tensors, header = read_backbone({file})
+network = network_of(header)
+network.load_state_dict(tensors)
+{pixels}"""
+
+
+def framework(backbone: Backbone) -> tuple[ProofRun, str] | str:
+    """The proof run by torchvision, or by timm for ViTs; the reason where neither has such a network."""
+    if backbone.is_vit:
+        return timm.framework(backbone)
+    if _is_torchvisions(backbone):
+        return _run, f"torchvision {importlib.metadata.version('torchvision')}"
+    return "torchvision has no such network"
+
+
+def _run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
+    """res2 … res5 of each image in torchvision's network."""
+    import torch
+    from safetensors.torch import load_file
+    from torchvision import models
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    network = getattr(models, backbone.architecture)(weights=None)
+    network.fc = torch.nn.Identity()
+    network.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    stages = create_feature_extractor(network.eval(), {f"layer{index}": f"res{index + 1}" for index in (1, 2, 3, 4)})
+    return [stages(timm.pil_input(file, *backbone.pixels(1))) for file in files]
+
+
+def _is_torchvisions(backbone: Backbone) -> bool:
+    """Whether torchvision itself builds this network, and not only one with the same names."""
+    changed = backbone.width > 1 or backbone.stride_in == "1x1" or backbone.padding == "same"
+    return not (backbone.is_vit or changed or backbone.channel_order == "BGR" or backbone.architecture == "resnet200")
+
+
+TARGET = Target(
+    name="torchvision",
+    title="the artefact (torchvision's names, timm's for ViTs)",
+    weights=WEIGHTS,
+    package="torchvision",
+    names=own_names,
+    write=write_backbone,
+    framework=framework,
+    usage=usage,
+    keeps_padding=True,
+)

@@ -1,0 +1,63 @@
+"""Records of earlier versions are read, compared, and stand in one column with what runs write today.
+
+`stored/records/runs` was written by `twist transfer PROTOCOL --weights random` on the tiny sample of shapes at commit
+9b5e91f, before the rooms were rebuilt; `stored/records/suite` by a suite that said its job in a note.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_sample import tiny_sample
+
+from twist.contracts.record import find_records, read_record
+from twist.transfer.suite.config import SuiteConfig, find_work
+
+RECORDS = Path(__file__).parent / "stored" / "records"
+OVERRIDES = {"sample-knn": [], "sample-coco-mrcnn-fpn": ["iterations=2"], "sample-voc-fcn-d8": ["iterations=2"]}
+
+
+def twist(*arguments: str | Path) -> str:
+    command = [sys.executable, "-m", "twist", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(("folder", "count"), [("runs", 3), ("suite", 1)])
+def test_stored_records_are_read(folder: str, count: int) -> None:
+    paths = list(find_records([RECORDS / folder]))
+    assert len(paths) == count
+    for path in paths:
+        record = read_record(path)
+        values = json.loads(path.read_text())
+        written = json.loads(record.model_dump_json())
+        assert {name: written[name] for name in values} == values
+        assert record.job is None
+
+
+def test_the_note_of_a_suites_job_is_understood(tmp_path: Path) -> None:
+    suite = SuiteConfig.model_validate(
+        {"weights": [{"name": "random", "file": "random"}], "protocols": ["sample-knn"], "seeds": [0]}
+    )
+    work = find_work(suite, results=RECORDS / "suite", data=tmp_path)
+    assert [job.key for job in work.jobs] == list(work.done) == ["06ec1035f123"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", OVERRIDES)
+def test_a_run_of_today_has_the_recipe_of_a_stored_one(protocol: str, tmp_path: Path) -> None:
+    (stored,) = find_records([RECORDS / "runs" / protocol])
+    where = ["--data", tiny_sample().root, "--output", tmp_path / "run", "--results", tmp_path / "results"]
+    twist("transfer", protocol, *OVERRIDES[protocol], "--weights", "random", *where)
+    (path,) = find_records([tmp_path / "results"])
+    before, now = read_record(stored), read_record(path)
+    for name in ("recipe", "recipe_hash", "scale", "data", "task", "method", "run_name"):
+        assert getattr(now, name) == getattr(before, name), name
+    assert now.metrics.keys() == before.metrics.keys()
+    # Records that may not share a column are refused without --allow-mixed.
+    assert protocol in twist("compare", stored, path, "--format", "json")
