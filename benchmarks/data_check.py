@@ -28,10 +28,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.side_by_side import Times, heading, write
-from twist.catalog.check import COCO_IMAGES, VOC_CLASSES, VOC_MAIN, VOC_SEGMENTATION
-from twist.catalog.check_cityscapes import CITYSCAPES_IMAGES
-from twist.catalog.check_imagenet import IMAGENET_CLASSES, IMAGENET_IMAGES, SUBSET_LINES
-from twist.catalog.masks import voc_palette
+from twist.catalog.annotations import voc_palette
+from twist.catalog.data_sets import DATA_SETS
 
 # Annotations of the published files, and numbers in an outline such that train's has the published 450 MB.
 COCO_ANNOTATIONS = {"train2017": 860_001, "val2017": 36_781}
@@ -116,10 +114,15 @@ def _stripes(values: Iterable[int], width: int, height: int) -> NDArray[np.uint8
 # Trees
 
 
+def counts_of(data_set: str) -> dict[str, int]:
+    """Images of each published split."""
+    return {name: split.count or 0 for name, split in DATA_SETS[data_set].splits.items()}
+
+
 def make_coco(root: Path, first: Path) -> None:
     picture = Twins(first, "picture.jpg", _jpeg(640, 480))
     rng = np.random.default_rng(0)
-    for split, count in COCO_IMAGES.items():
+    for split, count in counts_of("coco").items():
         folder = root / "coco" / split
         folder.mkdir(parents=True)
         images = []
@@ -157,32 +160,29 @@ def make_voc(root: Path, first: Path) -> None:
         image.save(path)
 
     label_map = Twins(first, "map.png", save_map)
-    for year, parts in VOC_MAIN.items():
+    lists: dict[str, list[str]] = {}
+    for year, parts in (("VOC2007", counts_of("voc2007")), ("VOC2012", counts_of("voc2012"))):
         folder = root / year
         for part in ("JPEGImages", "Annotations", "ImageSets/Main", "ImageSets/Segmentation"):
             (folder / part).mkdir(parents=True)
         prefix = "" if year == "VOC2007" else "2008_"
-        listed: dict[str, list[str]] = {}
-        total = 0
+        lists, total = {}, 0
         for part, count in parts.items():
-            if part != "trainval":
-                listed[part] = [f"{prefix}{total + number:06d}" for number in range(1, count + 1)]
-                total += count
-        listed["trainval"] = [*listed["train"], *listed["val"]]
-        _write_lists(folder / "ImageSets" / "Main", listed)
+            lists[part] = [f"{prefix}{total + number:06d}" for number in range(1, count + 1)]
+            total += count
+        _write_lists(folder / "ImageSets" / "Main", lists)
         # VOC 2012 has images without boxes, for its other tasks; SBD's list names some of them.
         more = [f"{prefix}{total + number:06d}" for number in range(1, 5_586)] if year == "VOC2012" else []
-        names = sorted({name for part in listed.values() for name in part})
+        names = sorted({name for part in lists.values() for name in part})
         for name in [*names, *more]:
             picture.name(folder / "JPEGImages" / f"{name}.jpg")
         for name in names:
             boxes.name(folder / "Annotations" / f"{name}.xml")
-    segmented = {
-        "train": listed["train"][: VOC_SEGMENTATION["train"]],
-        "val": listed["val"][: VOC_SEGMENTATION["val"]],
-    }
+    counts = counts_of("voc2012-aug")
+    train, val = counts["train"], counts["val"]
+    segmented = {"train": names[:train], "val": names[train : train + val]}
     others = [name for name in [*names, *more] if name not in set(segmented["val"])]
-    segmented["trainaug"] = others[: VOC_SEGMENTATION["trainaug"]]
+    segmented["trainaug"] = others[: counts["trainaug"]]
     _write_lists(folder / "ImageSets" / "Segmentation", segmented)
     for maps, parts_of in (("SegmentationClass", ("train", "val")), ("SegmentationClassAug", ("trainaug",))):
         (folder / maps).mkdir()
@@ -200,7 +200,7 @@ def _voc_boxes() -> str:
     box = "<bndbox><xmin>10</xmin><ymin>20</ymin><xmax>300</xmax><ymax>310</ymax></bndbox>"
     objects = "".join(
         f"<object><name>{name}</name><pose>Left</pose><truncated>0</truncated><difficult>0</difficult>{box}</object>"
-        for name in VOC_CLASSES[1:4]
+        for name in ("aeroplane", "bicycle", "bird")
     )
     size = "<size><width>500</width><height>375</height><depth>3</depth></size>"
     return f"<annotation><folder>VOC</folder>{size}<segmented>0</segmented>{objects}</annotation>"
@@ -223,7 +223,7 @@ def make_cityscapes(root: Path, first: Path) -> None:
     }
     truths = {kind: Twins(first, kind, write) for kind, write in kinds.items()}
     picture = Twins(first, "picture.png", lambda path: photograph(width, height).save(path))
-    for split, count in CITYSCAPES_IMAGES.items():
+    for split, count in counts_of("cityscapes").items():
         for number in range(count):
             city = f"city{number % 18:02d}"
             pictures, annotated = (root / "cityscapes" / part / split / city for part in ("leftImg8bit", "gtFine"))
@@ -238,19 +238,20 @@ def make_cityscapes(root: Path, first: Path) -> None:
 def make_imagenet(root: Path, first: Path) -> None:
     picture = Twins(first, "picture.JPEG", _jpeg(500, 375))
     names = []
-    for split, count in IMAGENET_IMAGES.items():
-        for index in range(IMAGENET_CLASSES):
+    classes = 1_000
+    for split, count in counts_of("imagenet").items():
+        for index in range(classes):
             wordnet = f"n{1_440_764 + index:08d}"
             folder = root / "imagenet" / split / wordnet
             folder.mkdir(parents=True)
             # As evenly as the count divides: the first classes have one more.
-            for number in range(count // IMAGENET_CLASSES + (index < count % IMAGENET_CLASSES)):
+            for number in range(count // classes + (index < count % classes)):
                 stem = wordnet if split == "train" else f"ILSVRC2012_val_{index}"
                 name = f"{stem}_{number}.JPEG"
                 picture.name(folder / name)
                 if split == "train":
                     names.append(name)
-    for file, lines in SUBSET_LINES.items():
+    for file, lines in DATA_SETS["imagenet"].subsets.items():
         chosen = names[:: len(names) // lines][:lines]
         (root / "imagenet" / file).write_text("".join(f"{name}\n" for name in chosen))
 

@@ -101,7 +101,7 @@ def _detectron2(arguments: argparse.Namespace, is_ours: bool) -> float:
         from detectron2.engine import DefaultTrainer, HookBase
         from detectron2.utils.env import seed_all_rng
 
-        from twist.catalog.roots import read_sample
+        from twist.catalog.data_sets import read_sample
         from twist.transfer.engines.detectron2 import engine as engine
         from twist.transfer.engines.detectron2.data import register_data
 
@@ -119,7 +119,7 @@ def _detectron2(arguments: argparse.Namespace, is_ours: bool) -> float:
         config.TEST.PRECISE_BN.ENABLED = False
         config.SOLVER.CHECKPOINT_PERIOD = 10**9
         names = [*config.DATASETS.TRAIN]
-        register_data(arguments.data, names, sample_classes=read_sample(arguments.data)["classes"])  # type: ignore[index]
+        register_data(arguments.data, names, sample=read_sample(arguments.data))
         seed_all_rng(0)
         trainer = (engine.Trainer if is_ours else DefaultTrainer)(config)
         trainer.resume_or_load(resume=False)

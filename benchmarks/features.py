@@ -23,9 +23,9 @@ from torchvision.transforms import InterpolationMode, v2
 
 from benchmarks.side_by_side import heading, rates_table, write
 from tests.photographs import write_folder
-from twist.catalog.labelled import read_split
+from twist.catalog.class_folders import read_split
 from twist.pretrain.data.preview import rates_a_core
-from twist.transfer.engines.imagenet.dataset import Batches
+from twist.transfer.engines.imagenet.images import decoded, epoch_batches, ordered_batches
 from twist.transfer.engines.imagenet.recipes import load_recipe
 
 BATCH = 16
@@ -48,10 +48,14 @@ def theirs(root: Path, mode: InterpolationMode, *, augment: bool) -> Callable[[]
 def ours(root: Path, *, augment: bool) -> tuple[Callable[[], None], InterpolationMode]:
     recipe = load_recipe("linear", architecture="resnet50", overrides=("machine.workers=0",))
     assert (recipe.size, recipe.resize) == (224, 256)
-    batches = Batches(read_split(root), recipe, batch_size=BATCH, augment=augment)
+    images = read_split(root)
+    if augment:
+        batches = epoch_batches(len(images), batch_size=BATCH, seed=0, epoch=0)
+    else:
+        batches = ordered_batches(len(images), batch_size=BATCH)
 
     def work() -> None:
-        for _ in batches.epoch(0) if augment else batches.ordered():
+        for _ in decoded(images, recipe, batches, crops=(0, 0) if augment else None):
             pass
 
     return work, InterpolationMode(recipe.interpolation)

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.side_by_side import heading, write
-from twist.transfer.engines.imagenet.features import FeatureFile
-from twist.transfer.engines.imagenet.neighbours import nearest, plan_blocks
+from twist.measure.features import FeatureFile
+from twist.measure.knn import nearest, plan_blocks
 
 DIMENSION, NEIGHBOURS = 2048, 20
 Runs = dict[str, dict[str, Any]]
@@ -109,27 +109,12 @@ def measure(
 
 
 def search(queries: FeatureFile, bank: FeatureFile, *, max_memory_mb: int) -> torch.Tensor:
-    blocks = plan_blocks(
-        queries=len(queries),
-        bank=len(bank),
-        dimension=DIMENSION,
-        neighbours=NEIGHBOURS,
-        max_memory_mb=max_memory_mb,
-    )
-    _, index = nearest(
-        queries.rows,
-        bank.rows,
-        query_count=len(queries),
-        bank_count=len(bank),
-        neighbours=NEIGHBOURS,
-        blocks=blocks,
-        quiet=True,
-    )
-    return index
+    blocks = plan_blocks(len(queries), len(bank), DIMENSION, neighbours=NEIGHBOURS, max_memory_mb=max_memory_mb)
+    return nearest(queries, bank, neighbours=NEIGHBOURS, blocks=blocks, quiet=True)[1]
 
 
 def search_whole(queries: FeatureFile, bank: FeatureFile) -> torch.Tensor:
-    return (F.normalize(queries.all()) @ F.normalize(bank.all()).T).topk(NEIGHBOURS).indices
+    return (F.normalize(queries[:]) @ F.normalize(bank[:]).T).topk(NEIGHBOURS).indices
 
 
 def _memory_mb(field: str) -> float:

@@ -1,71 +1,265 @@
-"""Class folders and the lists of ImageNet's subsets, read as `engines.imagenet.dataset` reads them for a run.
+"""Class folders, ROOT/[imagenet/]{train,val}/<class>/…, and lists of the images that have labels. No torch.
 
-That module brings torch along, which takes seconds; the tests compare the two.
+Paths are kept as one array of bytes: a Python list of 1.28 million strings is copied page by page into every worker.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+import hashlib
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from twist.catalog.findings import Report, named
-from twist.catalog.sample.looks import each, report_hollow, size_of
-from twist.contracts.images import image_entries
+import numpy as np
+from PIL import Image
 
+from twist.catalog.data_sets import DATA_SETS, DataSet, Split, read_names
+from twist.catalog.report import Report, named
+from twist.contracts.errors import UserError
+from twist.contracts.images import EXTENSIONS, image_names, is_folder, is_image
+from twist.contracts.progress import Progress
 
-def images_by_class(
-    place: Path, classes: Sequence[str], report: Report, *, counted: bool = True
-) -> dict[str, list[str]]:
-    """<class>/…/<file> of every image of each class in `place`, sorted; images without content are reported.
-
-    They are `counted` here, unless all are decoded later.
-    """
-
-    def images_of(folder: Path) -> dict[str, int | None]:
-        return {f"{folder.name}/{name}": size_of(entry) for name, entry in image_entries(folder)}
-
-    found, hollow = {}, {}
-    for folder, sizes in each(images_of, [place / name for name in classes], report):
-        found[folder.name] = sorted(sizes)
-        hollow.update({image: size for image, size in sizes.items() if not size})
-        report.count(folder, len(sizes) if counted else 0)
-    report_hollow(place, hollow, report)
-    return found
-
-
-def check_same_classes(folder: Path, train: Collection[str], val: Collection[str], report: Report) -> None:
-    """An error where the two splits below `folder` do not have the same classes."""
-    differing = sorted(set(train) ^ set(val))
-    if differing:
-        report.error(
-            folder,
-            f"{len(differing)} classes are in one of train and val only: {named(differing)}",
-            count=len(differing),
-            remedy="labels are numbered by sorted folder names, so both must have the same: complete the other one",
-        )
+# Names of SimCLR's lists (google-research/simclr, imagenet_subsets/) and the share of each class a drawn subset has.
+SUBSETS = {"1percent": ("1percent.txt", 0.01), "10percent": ("10percent.txt", 0.10)}
+# What `twist.contracts.images` decodes, by Pillow's names; MPO is a JPEG with more behind it, as cameras write it.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF")
+ARCHIVES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zip", ".7z", ".rar")
 
 
 @dataclass(frozen=True)
-class Listed:
-    """Lines of a list for which a run refuses it, and how many lines name an image that another one names, too."""
+class LabelledImages:
+    """Images of one split. `paths` (N,) bytes relative to `folder`, sorted by class and name; `labels` (N,) int64."""
 
-    absent: list[str]
-    ambiguous: list[str]
-    doubled: int
+    folder: Path
+    classes: tuple[str, ...]
+    paths: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> Path:
+        return self.folder / os.fsdecode(bytes(self.paths[index]))
+
+    def spread(self, count: int) -> LabelledImages:
+        """At most `count` of the images, evenly spread over the classes: those that pictures show."""
+        return _select(self, np.linspace(0, len(self) - 1, num=min(count, len(self)), dtype=int))
+
+    def digest(self) -> str:
+        """SHA-256 of the relative paths and labels: which images, whatever the folder is called."""
+        state = hashlib.sha256(self.paths.astype("S").tobytes())
+        state.update(self.labels.tobytes())
+        return state.hexdigest()
+
+    def stamp(self) -> str:
+        """`digest` together with sizes and modification times: changes when a file's content may have."""
+        state = hashlib.sha256(self.digest().encode())
+        for index in range(len(self)):
+            status = self.path(index).stat()
+            state.update(f"{status.st_size} {status.st_mtime_ns};".encode())
+        return state.hexdigest()
 
 
-def find_listed(images: Iterable[str], lines: Sequence[str]) -> Listed:
-    """Look for the lines of a list, <file> or <class>/<file>, among the images of a train set, <class>/…/<file>."""
-    wanted = set(lines)
-    found: dict[str, list[str]] = {}
-    for image in images:
-        for name in (image, image.rpartition("/")[2]):
-            if name in wanted:
-                found.setdefault(name, []).append(image)
-    chosen = [found[line][0] for line in lines if line in found]
-    return Listed(
-        absent=[line for line in lines if line not in found],
-        ambiguous=[line for line in lines if len(found.get(line, ())) > 1],
-        doubled=len(chosen) - len(set(chosen)),
-    )
+def open_tree(root: str | os.PathLike[str]) -> tuple[LabelledImages, LabelledImages]:
+    """Training and validation images below `root`, which holds train/ and val/ or a folder imagenet/ that does.
+
+    Raises:
+        UserError: a folder is missing, a class is empty, or the two splits do not have the same classes.
+    """
+    folder = DATA_SETS["imagenet"].place(Path(root))
+    if not all((folder / split).is_dir() for split in ("train", "val")):
+        raise UserError(
+            f"There is no ImageNet-like tree at {root}: it needs train/<class>/ and val/<class>/, directly or in "
+            f"imagenet/; `twist data check folders {root}` says what is missing."
+        )
+    train, val = read_split(folder / "train"), read_split(folder / "val")
+    refuse_other_classes(folder, train.classes, val.classes)
+    return train, val
+
+
+def read_split(folder: Path, bar: Progress | None = None) -> LabelledImages:
+    """Every image of `folder`/<class>/ at any depth, sorted; `bar` advances by one for each class.
+
+    Raises:
+        UserError: there is no `folder`, no class in it, or a class without images.
+    """
+    if not folder.is_dir():
+        raise UserError(f"There is no class folder at {folder}: a tree has train/<class>/ and val/<class>/.")
+    found = {}
+    for name in class_names(folder):
+        found[name] = [f"{name}/{image}" for image in image_names(folder / name)]
+        if not found[name]:
+            raise UserError(f"The class folder {folder / name} holds no images: remove it in both splits, or fill it.")
+        if bar is not None:
+            bar.advance()
+    if not found:
+        raise UserError(f"{folder} holds no class folders: put each class's images into a folder of its name.")
+    return _labelled(folder, found)
+
+
+def class_names(root: Path) -> tuple[str, ...]:
+    """The folders in `root`, sorted: the classes of one split."""
+    with os.scandir(root) as entries:
+        return tuple(sorted(entry.name for entry in entries if is_folder(entry) and not entry.name.startswith(".")))
+
+
+def refuse_other_classes(folder: Path, train: Collection[str], val: Collection[str]) -> None:
+    """`UserError` when the two splits below `folder` do not have the same classes: labels would mean others."""
+    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+    if only_train or only_val:
+        first = f"{only_train[0]} is only in train/" if only_train else f"{only_val[0]} is only in val/"
+        raise UserError(
+            f"{folder}: train/ and val/ do not have the same classes ({len(only_train)} only in train/, "
+            f"{len(only_val)} only in val/; {first}): complete the other one, labels follow the sorted folder names."
+        )
+
+
+def find_subset(tree: Path, name: str) -> Path | None:
+    """The list `name` of labelled images of the class folders in `tree`; None when there is none."""
+    places = (tree, tree / "imagenet_subsets", tree.parent)
+    return next((place / name for place in places if (place / name).is_file()), None)
+
+
+def read_subset(train: LabelledImages, list_file: Path) -> LabelledImages:
+    """The images that a list names, in its order: a file name a line, with or without its class folder before it.
+
+    Raises:
+        UserError: the list is empty, names absent images, one that several classes have, or an image twice.
+    """
+    lines = read_names(list_file, whole_lines=True)
+    by_name: dict[bytes, int] = {}
+    ambiguous: set[bytes] = set()
+    for index, path in enumerate(train.paths):
+        short = path.rsplit(b"/", 1)[-1]
+        if short in by_name:
+            ambiguous.add(short)
+        by_name[short] = by_name[path] = index
+    names = [os.fsencode(line) for line in lines]
+    several = [line for line, name in zip(lines, names) if name in ambiguous]
+    if several:
+        raise UserError(f"{list_file}: several classes hold a file {several[0]}; write the lines as <class>/<file>.")
+    absent = [line for line, name in zip(lines, names) if name not in by_name]
+    if absent:
+        raise UserError(
+            f"{list_file} names {len(absent)} files that are not in {train.folder} (first: {absent[0]}): the training "
+            "images are incomplete, or the list belongs to another data set."
+        )
+    chosen = [by_name[name] for name in names]
+    doubled = len(chosen) - len(set(chosen))
+    if doubled:
+        raise UserError(f"{list_file} names {doubled} files twice: each line must be another image.")
+    return _select(train, np.array(chosen))
+
+
+def list_lines(train: LabelledImages, subset: LabelledImages) -> list[str]:
+    """The lines by which `read_subset` finds `subset` in `train` again.
+
+    File names, as in SimCLR's lists; with the class folder before them where two classes share a name.
+    """
+    unique = len({path.rsplit(b"/", 1)[-1] for path in train.paths}) == len(train)
+    return [os.fsdecode(path.rsplit(b"/", 1)[-1] if unique else bytes(path)) for path in subset.paths]
+
+
+def draw_subset(train: LabelledImages, share: float, *, seed: int) -> LabelledImages:
+    """A class-balanced draw: of each class the nearest whole number to `share`, at least one image.
+
+    A recipe with `labels_from = "seed"` takes it, and `twist data prepare imagenet seed=N` writes it down. Of one seed
+    a smaller share lies within a larger one.
+    """
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    chosen = []
+    for label in range(len(train.classes)):
+        members = np.flatnonzero(train.labels == label)
+        count = max(1, round(share * len(members)))
+        chosen.append(np.sort(rng.permutation(members)[:count]))
+    return _select(train, np.concatenate(chosen))
+
+
+def _labelled(folder: Path, classes: Mapping[str, list[str]]) -> LabelledImages:
+    paths = [os.fsencode(image) for images in classes.values() for image in images]
+    counts = [len(images) for images in classes.values()]
+    return LabelledImages(folder, tuple(classes), np.array(paths), np.repeat(np.arange(len(classes)), counts))
+
+
+def _select(images: LabelledImages, indices: np.ndarray) -> LabelledImages:
+    return replace(images, paths=images.paths[indices], labels=images.labels[indices])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# `twist data check`
+
+
+def check_class_folders(row: DataSet, root: Path, sample: dict[str, Any] | None, report: Report) -> None:
+    """What a run refuses is an error; what it leaves out is one in ImageNet, a warning among a user's own images."""
+    place = row.place(root)
+    if row.decode_all:
+        _report_left_out(place, [name for name in os.listdir(place) if (place / name).is_file()], row, report)
+    found = {
+        name: _check_split(row, name, place / split.images.folder, split, sample, report)
+        for name, split in row.splits.items()
+        if report.has_folder(place / split.images.folder)
+    }
+    if len(found) == 2:
+        try:
+            refuse_other_classes(place, *found.values())
+        except UserError as error:
+            report.error(place, str(error))
+    train = _labelled(place / "train", found.get("train", {}))
+    for name, count in row.subsets.items() if len(train) else ():
+        path = find_subset(place, name)
+        if path is None:
+            remedy = "`twist data prepare imagenet ROOT lists=FOLDER` takes it from SimCLR's published lists"
+            report.warning(place / name, "is missing: semi-supervised runs need it", remedy)
+            continue
+        try:
+            report.expect(path, "lines", len(read_subset(train, path)), None if sample else count)
+        except UserError as error:  # what a run would say
+            report.error(path, str(error), "write one <file> or <class>/<file> a line, and complete train")
+
+
+def _check_split(
+    row: DataSet, name: str, folder: Path, split: Split, sample: dict[str, Any] | None, report: Report
+) -> dict[str, list[str]]:
+    """Look at one split; gives <class>/…/<file> of the images of each class."""
+
+    def unread_format(_path: Path, image: Image.Image) -> str | None:
+        said = f"hold {image.format}, which a run does not read, whatever their names say"
+        return None if image.format in FORMATS else said
+
+    sizes = report.files(folder)
+    classes = class_names(folder)
+    if not classes:
+        report.error(folder, "holds no class folders")
+    found: dict[str, list[str]] = {label: [] for label in classes}
+    for path in sorted(path for path in sizes if "/" in path and is_image(path.rpartition("/")[2])):
+        found[path.partition("/")[0]].append(path)
+    images = [image for label in found.values() for image in label]
+    _report_left_out(folder, set(sizes) - set(images), row, report)
+    report.expect(folder, f"{name} classes", len(classes), row.label_count(sample))
+    report.expect(folder, f"{name} images", len(images), split.images_expected(sample))
+    empty = [label for label, inside in found.items() if not inside]
+    if empty:
+        said = f"{len(empty)} class folders hold no images: {named(empty)}"
+        report.error(folder, said, "remove them in both splits, or fill them")
+    paths = [folder / image for image in images if sizes[image]]
+    report.pictures(folder, paths, unread_format, decode_all=row.decode_all)
+    return found
+
+
+def _report_left_out(folder: Path, files: Iterable[str], row: DataSet, report: Report) -> None:
+    """Files that a run passes over: archives, images outside of classes, and what is neither but lies in a class."""
+    complain = report.warning if row.decode_all else report.error
+    names = sorted(name for name in files if not name.startswith("."))
+    archives = [name for name in names if name.lower().endswith(ARCHIVES)]
+    loose = [name for name in names if is_image(name)]
+    others = [name for name in names if "/" in name and name not in archives]
+    reads = f"it reads {', '.join(sorted(EXTENSIONS))} and leaves the rest out: convert or remove them"
+    for left_out, complaint, message, remedy in (
+        (archives, complain, "archives are not unpacked", "unpack them into class folders, and remove them"),
+        (loose, complain, "images lie in no class folder", "a run leaves them out: move each into its class folder"),
+        (others, report.warning, "files are none that a run reads", reads),
+    ):
+        if left_out:
+            complaint(folder, f"{len(left_out)} {message}: {named(left_out)}", remedy)

@@ -10,9 +10,8 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +19,16 @@ from numpy.typing import NDArray
 from twist.contracts import files
 
 CURVES = "metrics.jsonl"
-# Points of a line in a picture: each is the mean of its share of the rows.
-POINTS = 1000
-# A smoothed line is the mean over this share of the points before each.
-SMOOTHED_SHARE = 0.04
+POINTS = 1000  # of a line in a picture: each is the mean of its share of the rows
+SMOOTHED_SHARE = 0.04  # a smoothed line is the mean over this share of the points before each
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+Rows = list[dict[str, Any]]
+
+
+def read_rows(path: Path) -> Rows:
     """The rows in the file at `path`, up to an unfinished one; none when there is no file."""
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
@@ -38,10 +38,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Curves:
-    """Appends rows to the file at `path`, after dropping those whose `key` is `start` or more.
-
-    `board` is the folder for TensorBoard, where there is to be one.
-    """
+    """Appends rows to the file at `path`, after dropping those whose `key` is `start` or more; `board` is TensorBoard's
+    folder, where there is to be one."""
 
     def __init__(self, path: Path, *, start: int, key: str = "step", board: Path | None = None) -> None:
         kept = [row for row in read_rows(path) if row[key] < start]
@@ -70,25 +68,21 @@ class Curves:
             self._board.close()
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One chart over the steps: `lines` are names of the rows with their labels; `settings` are matplotlib's."""
 
     title: str
     lines: Mapping[str, str]
+    settings: Mapping[str, Any]
     smooth: bool = True
     level: float | None = None  # of a horizontal line
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def draw(
-    rows: Sequence[Mapping[str, Any]], panels: Sequence[Panel], path: Path, *, columns: int = 1, mark: int | None = None
-) -> Path:
+def draw(rows: Rows, panels: Sequence[Panel], path: Path, *, columns: int = 1, mark: int | None = None) -> Path:
     """Draw `rows` as a PNG at `path`, with a vertical line at the step `mark`."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
-    size = (6.4, 3.6) if len(panels) == 1 else (11, 5.6)
-    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    figure = Figure(figsize=(6.4, 3.6) if len(panels) == 1 else (11, 5.6), dpi=100, layout="constrained")
     count = max(1, -(-len(rows) // POINTS))
     steps = means([row["step"] for row in rows], step=count)
     for axes, panel in zip(figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat, panels):

@@ -11,7 +11,7 @@ from twist.contracts.machine import DETECTRON2
 
 # Import names of what each extra of pyproject.toml installs, as far as a command cannot do without it.
 EXTRAS: Final[dict[str, tuple[str, ...]]] = {
-    "convert": ("torch", "torchvision", "timm", "safetensors", "PIL", "yaml"),
+    "convert": ("torch", "torchvision", "timm", "safetensors", "PIL", "yaml", "fvcore"),
     "pretrain": ("torch", "torchvision", "timm", "safetensors", "PIL", "fvcore", "numba", "matplotlib", "sklearn"),
     "compare": ("scipy", "jinja2", "tabulate"),
     "transfer": ("torch", "torchvision", "timm", "safetensors", "PIL", "fvcore", "matplotlib", "sklearn", "scipy"),

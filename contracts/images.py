@@ -1,4 +1,4 @@
-"""Which files of a folder are its images, which of its folders are classes, and decoding one; no torch at import.
+"""Which files below a folder are images, and decoding one; no torch at import.
 
 Names that begin with a dot are none: `.ipynb_checkpoints`, `._photo.jpg` and their like are other programs' notes.
 """
@@ -6,7 +6,7 @@ Names that begin with a dot are none: `.ipynb_checkpoints`, `._photo.jpg` and th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,86 +22,48 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
 
 
-def image_entries(root: str | os.PathLike[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """(path below `root`, entry) of every image at any depth, in no order. Links are followed, but not in a circle.
+def file_entries(
+    root: str | os.PathLike[str], wanted: Callable[[str], bool] = is_image
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """(path below `root`, entry) of every file at any depth whose name is `wanted` (default: images), in no order.
 
-    Files are known from folders without a stat for each, which on a network file system is most of the time.
+    Links are followed, but not in a circle. Files are known from folders without a stat for each, which on a network
+    file system is most of the time.
     """
-    yield from _below(os.fspath(root), "", (_identity(root),))
+    yield from _below(os.fspath(root), "", (_identity(root),), wanted)
 
 
 def image_names(root: str | os.PathLike[str]) -> list[str]:
     """The path below `root` of every image at any depth, sorted."""
-    return sorted(name for name, _ in image_entries(root))
+    return sorted(name for name, _ in file_entries(root))
 
 
-def folder_names(root: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The folders in `root`, sorted: its classes, where it is one split of an ImageNet-like tree."""
-    with os.scandir(root) as entries:
-        return tuple(sorted(entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith(".")))
-
-
-def class_names(root: str | os.PathLike[str]) -> tuple[str, ...]:
-    """`folder_names`; `UserError` when there is no `root`, or no folder in it."""
+def is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        names = folder_names(root)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"There is no class folder at {root}: an ImageNet-like tree has train/<class>/ and val/<class>/."
-        ) from None
-    if not names:
-        raise UserError(f"{root} holds no class folders: put each class's images into a folder of its name.")
-    return names
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
-def images_of_classes(root: str | os.PathLike[str]) -> dict[str, list[str]]:
-    """<class>/…/<file> of every image of each class in `root`, sorted; `UserError` for a class without images."""
-    found = {}
-    for name in class_names(root):
-        images = image_names(os.path.join(root, name))
-        if not images:
-            raise UserError(
-                f"The class folder {os.path.join(root, name)} holds no images: remove it in both splits, or fill it."
-            )
-        found[name] = [f"{name}/{image}" for image in images]
-    return found
-
-
-def refuse_other_classes(folder: Path, train: tuple[str, ...], val: tuple[str, ...]) -> None:
-    """`UserError` when the two splits below `folder` do not have the same classes: labels would mean others."""
-    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    if only_train or only_val:
-        first = f"{only_train[0]} is only in train/" if only_train else f"{only_val[0]} is only in val/"
-        raise UserError(
-            f"{folder}: train/ and val/ do not have the same classes ({len(only_train)} only in train/, "
-            f"{len(only_val)} only in val/; {first}): validation images must lie in class folders too."
-        )
-
-
-def _below(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+def _below(
+    folder: str, prefix: str, above: tuple[tuple[int, int], ...], wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
     folders = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if _is_folder(entry):
+                if is_folder(entry):
                     folders.append(entry)
-                elif is_image(entry.name):
+                elif wanted(entry.name):
                     yield prefix + entry.name, entry
-    except OSError as error:  # left out in silence, its images would be missed by nobody
+    except OSError as error:  # left out in silence, nobody would miss its images
         raise UserError(f"Cannot look into the folder {folder}: {error.strerror or error}.") from None
     for entry in folders:
         identity = _identity(entry.path)
         if identity not in above:
-            yield from _below(entry.path, f"{prefix}{entry.name}/", (*above, identity))
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+            yield from _below(entry.path, f"{prefix}{entry.name}/", (*above, identity), wanted)
 
 
 def _identity(folder: str | os.PathLike[str]) -> tuple[int, int]:

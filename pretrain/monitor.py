@@ -218,18 +218,14 @@ def draw_curves(folder: Path, *, classes: int) -> Path:
     top = math.log(classes)
     nats, from_zero = {"ylabel": "nats"}, {"ylim": (0, None)}
     entropies = {"row_entropy": "of an image (sharpness)", "mean_entropy": "of the mean (diversity)"}
+    falls_and_stays = "entropy: an image's falls, the mean's stays near ln K (dashed)"
     panels = [
-        Panel("loss: falls (self-labelling has another)", {"total": "total"}, settings=nats),
-        Panel(
-            "entropy: an image's falls, the mean's stays near ln K (dashed)",
-            entropies,
-            level=top,
-            settings={**nats, "ylim": (0, 1.08 * top)},
-        ),
-        Panel("agreement of two views on a class: rises", {"agreement": "share"}, settings={"ylim": (0, 1)}),
-        Panel(f"classes used in a batch, of {classes}: stay many", {"classes_used": "classes"}, settings=from_zero),
-        Panel("gradient norm", {"gradient_norm": "norm"}, settings={"yscale": "log"}),
-        Panel("learning rate", {"lr": "lr"}, smooth=False, settings=from_zero),
+        Panel("loss: falls (self-labelling has another)", {"total": "total"}, nats),
+        Panel(falls_and_stays, entropies, {**nats, "ylim": (0, 1.08 * top)}, level=top),
+        Panel("agreement of two views on a class: rises", {"agreement": "share"}, {"ylim": (0, 1)}),
+        Panel(f"classes used in a batch, of {classes}: stay many", {"classes_used": "classes"}, from_zero),
+        Panel("gradient norm", {"gradient_norm": "norm"}, {"yscale": "log"}),
+        Panel("learning rate", {"lr": "lr"}, from_zero, smooth=False),
     ]
     second = next((row["step"] for row in rows if row["stage"] == "self_label"), None)
     return draw(rows, panels, folder / "curves.png", columns=3, mark=None if second == rows[0]["step"] else second)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from twist.catalog.class_folders import open_tree
 from twist.contracts.errors import UserError
 from twist.pretrain import distributed, run_folder
 from twist.pretrain.config import LossConfig, PretrainConfig
@@ -28,7 +29,6 @@ from twist.pretrain.data.views import Stage
 from twist.pretrain.loss import Loss, LossWeights, self_label_loss, teacher_loss, twist_loss
 from twist.pretrain.model import in_layout
 from twist.pretrain.monitor import draw_curves
-from twist.pretrain.online_eval import labelled
 from twist.pretrain.plan import Plan, autocast
 from twist.pretrain.run import Run, say
 from twist.pretrain.slurm import Requeue, StopFlag, stop_flag
@@ -100,7 +100,7 @@ def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, 
     """The loader, and the numbers that follow from images and ranks; `UserError` when they do not fit together."""
     images = open_images(config.data)
     if config.run.online_eval_root is not None:  # before hours of training, not after
-        labelled(Path(config.run.online_eval_root))
+        open_tree(config.run.online_eval_root)
     rank, ranks = distributed.rank(), distributed.world_size()
     loader = ViewLoader(images, config, rank=rank, world_size=ranks, device=device)
     return loader, Plan(

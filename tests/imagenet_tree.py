@@ -8,12 +8,18 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from twist.contracts.errors import UserError
+from twist.contracts.weights import Backbone
+from twist.transfer.protocols import find_protocol
+from twist.transfer.request import Request, Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_tree(root: Path, *, classes: int = 3, train: int = 6, val: int = 3, side: int = 40) -> Path:
@@ -33,12 +39,20 @@ def write_tree(root: Path, *, classes: int = 3, train: int = 6, val: int = 3, si
     return root
 
 
+def wait(rank: Any) -> None:
+    """Return when every process has come here."""
+    import torch.distributed
+
+    if rank.count > 1:
+        torch.distributed.barrier()
+
+
 def second_is_killed(rank: Any) -> None:
     """Work in which the second process is killed, as the kernel does for lack of memory; the first waits for it."""
-    rank.wait()
+    wait(rank)
     if rank.index == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    rank.wait()
+    wait(rank)
 
 
 def no_room(rank: Any) -> None:
@@ -47,11 +61,19 @@ def no_room(rank: Any) -> None:
 
     if rank.index + 1 == rank.count:
         raise torch.OutOfMemoryError("no room")
-    rank.wait()
+    wait(rank)
 
 
 def second_says_no(rank: Any) -> None:
     """Work of a rank that fails in the second process; here, because a new process imports the file it lies in."""
     if rank.index == 1:
         raise UserError("the second of two says no")
-    rank.wait()
+    wait(rank)
+
+
+def ask(
+    protocol: str, header: Backbone, data: Path, *overrides: str, tensors: dict[str, Tensor] | None = None, **more: Any
+) -> tuple[Request, Weights]:
+    """What `twist transfer` asks of the ImageNet engine."""
+    more = {"output": Path(), **more}
+    return Request(find_protocol(protocol), data, overrides=overrides, **more), Weights(header, tensors=tensors or {})

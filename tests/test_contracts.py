@@ -17,14 +17,7 @@ from torch import nn
 from twist.contracts import files
 from twist.contracts.config import Config, load_config, parse_override
 from twist.contracts.errors import UsageError, UserError
-from twist.contracts.images import (
-    UnreadableImage,
-    class_names,
-    image_names,
-    images_of_classes,
-    read_image,
-    refuse_other_classes,
-)
+from twist.contracts.images import UnreadableImage, image_names, read_image
 from twist.contracts.networks import (
     SameConv2d,
     build_backbone,
@@ -306,7 +299,6 @@ def test_notes_of_other_programs_are_no_images_and_a_link_leads_round_no_circle(
     (tmp_path / "train/a/round").symlink_to(tmp_path / "train")
     (tmp_path / "train/itself").symlink_to(tmp_path / "train/itself")
     assert image_names(tmp_path / "train") == ["a/1.jpg", "a/linked/3.PNG"]
-    assert images_of_classes(tmp_path / "train") == {"a": ["a/1.jpg", "a/linked/3.PNG"]}
 
 
 def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,25 +313,6 @@ def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "scandir", refused)  # root may look into any
     with pytest.raises(UserError, match=r"look into the folder .*closed: Permission denied"):
         image_names(tmp_path)
-
-
-def test_classes_are_folders_with_images_and_the_same_in_both_splits(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no class folder at"):
-        class_names(tmp_path / "absent")
-    (tmp_path / ".ipynb_checkpoints").mkdir()
-    with pytest.raises(UserError, match="no class folders"):
-        class_names(tmp_path)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "a").mkdir()
-    write(tmp_path / "a" / "1.jpg", "")
-    assert class_names(tmp_path) == ("a", "b")
-    with pytest.raises(UserError, match=r"b holds no images"):
-        images_of_classes(tmp_path)
-    refuse_other_classes(tmp_path, ("a", "b"), ("a", "b"))
-    with pytest.raises(UserError, match=r"1 only in train/, 0 only in val/; b is only in train/"):
-        refuse_other_classes(tmp_path, ("a", "b"), ("a",))
-    with pytest.raises(UserError, match=r"c is only in val/"):
-        refuse_other_classes(tmp_path, ("a",), ("a", "c"))
 
 
 def test_headers_of_earlier_versions_stay_readable() -> None:

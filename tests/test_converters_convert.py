@@ -18,6 +18,7 @@ from checkpoint_files import random_tensors, write_stored_source
 
 from benchmarks import conversions
 from twist.contracts.errors import UsageError, UserError
+from twist.contracts.images import read_image
 from twist.contracts.weights import Backbone, read_backbone, write_backbone
 from twist.converters import proof, sources
 from twist.converters.convert import conversion_text, convert
@@ -47,7 +48,7 @@ def test_round_trip_through_every_target(target: str, artefact: Path, tmp_path: 
     tensors, header = load_artefact(done.weights)
     original, _ = read_backbone(artefact)
     assert header == HEADER
-    assert list(tensors) == sorted(original, key=list(tensors).index)
+    assert set(tensors) == set(original)
     assert all(torch.equal(tensors[name], original[name]) for name in original)
     assert (done.proof.kind, done.proof.max_difference) == ("none", None)
     assert "not proven" in conversion_text(done)
@@ -56,9 +57,8 @@ def test_round_trip_through_every_target(target: str, artefact: Path, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_bytes_are_reproducible(target: str, artefact: Path, tmp_path: Path) -> None:
-    options = {"pkl": True} if target == "detectron2" else {}
     for name in ("one", "another"):
-        convert(artefact, target=target, output=tmp_path / name, verify=False, **options)
+        convert(artefact, target=target, output=tmp_path / name, verify=False, pkl=target == "detectron2")
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "another").iterdir())
     for name in files:
@@ -168,7 +168,7 @@ def test_a_conversion_from_before_the_restructure_is_understood(target: str, art
     shutil.copytree(STORED / target, folder)
     with pytest.raises(UserError, match=r"another network \(sha256 2e27a152.*resnet18\.safetensors"):
         convert(artefact, target=target, output=folder, verify=False)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in (STORED / target).iterdir())
+    assert not (folder / "weights.pth").exists()
     source = write_stored_source(tmp_path / "resnet18.safetensors")
     overlay = convert(source, target=target, output=folder, verify=False).overlay
     before, after = (json.loads((place / "report.json").read_text()) for place in (STORED / target, folder))
@@ -196,7 +196,8 @@ def test_a_target_of_ones_own(artefact: Path, tmp_path: Path, monkeypatch: pytes
     assert (done.proof.kind, done.proof.max_difference) == ("manifest", 0)
     assert "numpy runs no networks" in json.loads((tmp_path / "out" / "report.json").read_text())["proof"]["by"]
     assert done.target.usage(done.output, HEADER).splitlines()[-1] in conversion_text(done)
-    assert all(torch.equal(load_artefact(done.weights)[0][n], t) for n, t in read_backbone(artefact)[0].items())
+    tensors, _ = load_artefact(done.weights)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in read_backbone(artefact)[0].items())
 
     def wrong(path: Path, tensors: dict, backbone: Backbone) -> None:
         example["write"](path, mutate(tensors, "scale"), backbone)
@@ -302,11 +303,9 @@ def test_listing_names_every_tensor(tmp_path: Path) -> None:
     assert text.count("(dropped)") == 2
 
 
-def test_overlay_dictionaries_and_files_agree() -> None:
+def test_the_overlays_of_a_wide_network_without_normalisation() -> None:
     wide = header(width=2, mean=(0, 0, 0), std=(1, 1, 1))
-    for network in (HEADER, wide):
-        assert yaml.safe_load(detectron2.overlay_text(network)) == detectron2.detectron2_overlay(network)
-    overlay = detectron2.detectron2_overlay(wide)
+    overlay = yaml.safe_load(detectron2.overlay_text(wide))
     assert overlay["MODEL"]["PIXEL_STD"] == [255, 255, 255]
     assert overlay["MODEL"]["RESNETS"] == {
         "DEPTH": 50, "STRIDE_IN_1X1": False, "NUM_GROUPS": 1, "WIDTH_PER_GROUP": 128, "STEM_OUT_CHANNELS": 128,
@@ -385,8 +384,6 @@ def test_a_loaded_network_holds_the_written_bits() -> None:
 
 
 def test_proof_images_differ_by_channel(tmp_path: Path) -> None:
-    from twist.contracts.images import read_image
-
     for file in proof.write_images(tmp_path, proof.SIZES):
         red, green, blue = read_image(file).float()
         assert min((red - blue).abs().mean(), (red - green).abs().mean()) > 20
@@ -394,4 +391,3 @@ def test_proof_images_differ_by_channel(tmp_path: Path) -> None:
 
 def test_the_page_is_current() -> None:
     assert conversions.PAGE.read_text() == conversions.page(), "run `python -m benchmarks.conversions`"
-    assert all(f"| `{layout}` |" in conversions.page() for layout in sources.BY_NAME)

@@ -17,7 +17,7 @@ from twist.contracts.errors import UserError
 from twist.contracts.networks import build_backbone, meta_tensors
 from twist.contracts.weights import Backbone, write_backbone
 from twist.converters import proof
-from twist.converters.check_config import Mismatch, check_config, mismatch_text
+from twist.converters.check_config import check_config, mismatch_text
 from twist.converters.convert import conversion_text, convert
 from twist.converters.proof import ProofError
 from twist.converters.read import load_artefact, load_source
@@ -34,14 +34,6 @@ NETWORKS = [
     VIT,
     VIT.model_copy(update={"architecture": "vit_base_patch16", "image_size": 384}),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -321,17 +313,13 @@ def test_real_networks_of_other_kinds_are_refused(tmp_path: Path) -> None:
         load_source(next((Path(package.__file__).parent / "models").glob("*.pth")))
 
 
-def keys(mismatches: list[Mismatch]) -> set[str]:
-    return {mismatch.key for mismatch in mismatches}
-
-
 def test_check_config_of_detectron2(written: dict[str, Path], tmp_path: Path) -> None:
     from detectron2 import model_zoo
 
     weights = written["r50-detectron2"] / "weights.pth"
     stock = Path(model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"))
     found = check_config(stock, weights)
-    assert keys(found) == {
+    assert {mismatch.key for mismatch in found} == {
         "INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1", "MODEL.RESNETS.NORM",
         "MODEL.BACKBONE.FREEZE_AT", "MODEL.ROI_HEADS.NAME", "MODEL.WEIGHTS",
     }  # fmt: skip
@@ -348,15 +336,15 @@ def test_check_config_of_detectron2(written: dict[str, Path], tmp_path: Path) ->
     assert not Path("ran.txt").exists()
     changed = tmp_path / "changed.yaml"
     changed.write_text(text.replace("STEM_OUT_CHANNELS: 64", "STEM_OUT_CHANNELS: 128"))
-    assert keys(check_config(changed, weights)) == {"MODEL.RESNETS.STEM_OUT_CHANNELS"}
+    assert {mismatch.key for mismatch in check_config(changed, weights)} == {"MODEL.RESNETS.STEM_OUT_CHANNELS"}
     for norm in ("GN", '""', "LN"):
         changed.write_text(text.replace("NORM: SyncBN", f"NORM: {norm}"))
-        assert keys(check_config(changed, weights)) == {"MODEL.RESNETS.NORM"}
+        assert {mismatch.key for mismatch in check_config(changed, weights)} == {"MODEL.RESNETS.NORM"}
     # Several bases, and a tuple in the place of a list, are Detectron2's own ways of writing.
     changed.write_text("_BASE_: [mine.yaml, tuple.yaml]\n")
     for mean, wrong in (("123.675, 116.28, 103.53", set()), ("103.53, 116.28, 123.675", {"MODEL.PIXEL_MEAN"})):
         (tmp_path / "tuple.yaml").write_text(f"MODEL:\n  PIXEL_MEAN: ({mean})\n")
-        assert keys(check_config(changed, weights)) == wrong
+        assert {mismatch.key for mismatch in check_config(changed, weights)} == wrong
     for text, says in (("_BASE_: absent.yaml", "absent.yaml"), ("[1", "cannot be read"), ("1", "cannot be read")):
         changed.write_text(text)
         with pytest.raises(UserError, match=says):
@@ -369,7 +357,7 @@ def test_check_config_of_mmseg(written: dict[str, Path], tmp_path: Path) -> None
     weights = written["r18-mmseg"] / "weights.pth"
     base = Path(mmseg.__file__).parent / ".mim" / "configs" / "_base_" / "models" / "fcn_r50-d8.py"
     found = check_config(base, weights)
-    assert keys(found) == {
+    assert {mismatch.key for mismatch in found} == {
         "model.backbone.type", "model.pretrained", "model.backbone.depth", "model.backbone.init_cfg.prefix",
     }  # fmt: skip
     assert "deep 3×3 stem" in mismatch_text(found)

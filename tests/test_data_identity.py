@@ -14,10 +14,9 @@ from imagenet_tree import write_tree
 from made_records import make_record
 from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_segmentation
 
-from twist.transfer.identity import data_of, identify_data
-from twist.transfer.protocols import PROTOCOLS, find_protocol
+from twist.catalog.before_run import data_of, identify_data
 
-FULL = [row for row in PROTOCOLS.values() if row.scale == "full"]
+SETS = [("coco",), ("voc2007", "voc2012"), ("voc2012-aug",), ("cityscapes",), ("imagenet",)]
 
 
 @pytest.fixture(scope="module")
@@ -37,29 +36,60 @@ def tree(made: Path, tmp_path: Path) -> Path:
     return shutil.copytree(made, tmp_path / "copy", copy_function=shutil.copyfile)
 
 
-def name(protocol: str, root: Path) -> str | None:
-    return identify_data(find_protocol(protocol), root)
+def test_names_are_those_that_records_hold(tmp_path: Path) -> None:
+    """Golden: made by the version before data sets were rows of a table, on files of these names and sizes."""
+    names = {
+        "coco/annotations": ["instances_train2017.json", "instances_val2017.json"],
+        "coco/val2017": [f"{number:012d}.jpg" for number in range(40)],
+        "VOC2007/JPEGImages": [f"{number:06d}.jpg" for number in range(40)],
+        "VOC2007/Annotations": [f"{number:06d}.xml" for number in range(40)],
+        "VOC2012/JPEGImages": [f"2008_{number:06d}.jpg" for number in range(40)],
+        "VOC2012/Annotations": [f"2008_{number:06d}.xml" for number in range(40)],
+        **{
+            f"cityscapes/leftImg8bit/{split}/{city}": [f"{city}_{n:06d}_000019_leftImg8bit.png" for n in range(20)]
+            for split, city in (("train", "aachen"), ("train", "ulm"), ("val", "lindau"))
+        },
+        **{f"imagenet/{s}/n{c:02d}": [f"{c}_{n}.JPEG" for n in range(3)] for s in ("train", "val") for c in range(20)},
+    }
+    for folder, files in names.items():
+        (tmp_path / folder).mkdir(parents=True)
+        for number, file in enumerate(files):
+            (tmp_path / folder / file).write_bytes(b"x" * (7 * number % 11 + 1))
+    lists = {
+        "VOC2007/ImageSets/Main/trainval": ("", 0, 24), "VOC2007/ImageSets/Main/test": ("", 24, 40),
+        "VOC2012/ImageSets/Main/trainval": ("2008_", 0, 40),
+        "VOC2012/ImageSets/Segmentation/trainaug": ("2008_", 0, 30),
+        "VOC2012/ImageSets/Segmentation/val": ("2008_", 30, 40),
+    }  # fmt: skip
+    for file, (prefix, start, end) in lists.items():
+        path = tmp_path / f"{file}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{prefix}{number:06d}\n" for number in range(start, end)))
+    (tmp_path / "imagenet" / "1percent.txt").write_text("0_0.JPEG\n")
+    found = [identify_data(names, tmp_path) for names in SETS]
+    assert [*found, identify_data(("imagenet",), tmp_path, subset="1percent.txt")] == GOLDEN
 
 
-@pytest.mark.parametrize("row", FULL, ids=lambda row: row.name)
-def test_copies_elsewhere_are_the_same_data(row, made: Path, tree: Path) -> None:
+GOLDEN = [
+    *("coco 1c1c6f7e072c", "voc2007 + voc2012 f79f8a6579d8", "voc2012-aug 6fd7a9ba6363", "cityscapes cdddd68c12ae"),
+    *("imagenet bd2ce4246f5a", "imagenet 79be9fe3013f"),
+]
+
+
+@pytest.mark.parametrize("names", SETS)
+def test_copies_elsewhere_are_the_same_data(names: tuple[str, ...], made: Path, tree: Path) -> None:
     for folder, _, files in os.walk(tree):
         for file in files:
             os.utime(Path(folder, file), (0, time.time() - 1000))
         Path(folder, ".DS_Store").touch()
     (tree / "imagenet" / "train" / ".ipynb_checkpoints").mkdir()
-    found = identify_data(row, tree)
-    assert found is not None
-    assert found.startswith(" + ".join(row.data) + " ")
-    assert found == identify_data(row, made)
-
-
-def test_voc_in_vocdevkit_is_the_same_voc(made: Path, tree: Path) -> None:
     (tree / "VOCdevkit").mkdir()
     for year in ("VOC2007", "VOC2012"):
         (tree / year).rename(tree / "VOCdevkit" / year)
-    for protocol in ("voc-frcnn-c4-24k", "voc12aug-fcn-d8-20k"):
-        assert name(protocol, tree) == name(protocol, made)
+    found = identify_data(names, tree)
+    assert found is not None
+    assert found.startswith(" + ".join(names) + " ")
+    assert found == identify_data(names, made)
 
 
 def grow(path: Path) -> None:
@@ -70,60 +100,59 @@ def first(folder: Path, pattern: str) -> Path:
     return min(folder.glob(pattern))
 
 
-CHANGES: list[tuple[str, Callable[[Path], None]]] = [
-    ("coco-mrcnn-fpn-1x", lambda root: grow(root / "coco" / "annotations" / "instances_train2017.json")),
-    ("coco-mrcnn-fpn-1x", lambda root: grow(root / "coco" / "annotations" / "instances_val2017.json")),
-    ("coco-mrcnn-fpn-1x", lambda root: grow(first(root / "coco" / "val2017", "*.jpg"))),
-    ("voc-frcnn-c4-24k", lambda root: grow(first(root / "VOC2007" / "Annotations", "*.xml"))),
-    ("voc-frcnn-c4-24k", lambda root: grow(first(root / "VOC2012" / "JPEGImages", "2008*.jpg"))),
-    ("voc12aug-fcn-d8-20k", lambda root: drop_last(root / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt")),
-    ("cityscapes-fcn-d8-40k", lambda root: grow(first(root / "cityscapes" / "leftImg8bit" / "val", "*/*.png"))),
-    ("cityscapes-fcn-d8-40k", lambda root: first(root / "cityscapes" / "leftImg8bit" / "train", "*/*.png").unlink()),
-    ("knn", lambda root: grow(first(root / "imagenet" / "train" / "class_1", "*.png"))),
-    ("knn", lambda root: first(root / "imagenet" / "val" / "class_2", "*.png").unlink()),
-    ("knn", lambda root: (root / "imagenet" / "val" / "class_2").rename(root / "imagenet" / "val" / "class_9")),
-    ("semi-1pct", lambda root: (root / "imagenet" / "1percent.txt").touch()),
-]
-
-
 def drop_last(path: Path) -> None:
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
 
 
-@pytest.mark.parametrize(("protocol", "change"), CHANGES)
-def test_other_data_have_another_name(protocol: str, change: Callable[[Path], None], tree: Path) -> None:
-    before = {row.name: identify_data(row, tree) for row in FULL}
+CHANGES: list[tuple[str, Callable[[Path], object]]] = [
+    ("coco", lambda root: grow(root / "coco" / "annotations" / "instances_train2017.json")),
+    ("coco", lambda root: grow(root / "coco" / "annotations" / "instances_val2017.json")),
+    ("coco", lambda root: grow(first(root / "coco" / "val2017", "*.jpg"))),
+    ("voc2007", lambda root: grow(first(root / "VOC2007" / "Annotations", "*.xml"))),
+    ("voc2012", lambda root: grow(first(root / "VOC2012" / "JPEGImages", "2008*.jpg"))),
+    ("voc2012-aug", lambda root: drop_last(root / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt")),
+    ("cityscapes", lambda root: grow(first(root / "cityscapes" / "leftImg8bit" / "val", "*/*.png"))),
+    ("cityscapes", lambda root: first(root / "cityscapes" / "leftImg8bit" / "train", "*/*.png").unlink()),
+    ("imagenet", lambda root: grow(first(root / "imagenet" / "train" / "class_1", "*.png"))),
+    ("imagenet", lambda root: first(root / "imagenet" / "val" / "class_2", "*.png").unlink()),
+    ("imagenet", lambda root: (root / "imagenet" / "val" / "class_2").rename(root / "imagenet" / "val" / "class_9")),
+]
+
+
+@pytest.mark.parametrize(("changed", "change"), CHANGES)
+def test_other_data_have_another_name(changed: str, change: Callable[[Path], None], tree: Path) -> None:
+    before = {names: identify_data(names, tree) for names in SETS}
     change(tree)
-    after = {row.name: identify_data(row, tree) for row in FULL}
-    assert after[protocol] not in (None, before[protocol])
-    # And those that read none of it keep theirs.
-    others = [row.name for row in FULL if not set(row.data) & set(find_protocol(protocol).data)]
-    assert others
-    assert all(after[other] == before[other] for other in others)
+    for names, name in before.items():
+        after = identify_data(names, tree)
+        assert after is not None
+        assert (after != name) == (changed in names)
 
 
-def test_a_list_of_labels_is_of_the_protocol_that_reads_it(tree: Path) -> None:
-    before = [name(protocol, tree) for protocol in ("knn", "finetune-100pct", "semi-10pct")]
+def test_a_list_of_labels_is_of_the_run_that_reads_it(tree: Path) -> None:
+    def found() -> list[str | None]:
+        return [identify_data(("imagenet",), tree, subset=name) for name in (None, "10percent.txt", "1percent.txt")]
+
+    before = found()
     (tree / "imagenet" / "1percent.txt").write_text("train_0_000.png\n")
-    assert [name(protocol, tree) for protocol in ("knn", "finetune-100pct", "semi-10pct")] == before
-    listed = name("semi-1pct", tree)
+    one = found()
     (tree / "imagenet" / "1percent.txt").write_text("train_0_001.png\n")
-    assert name("semi-1pct", tree) != listed
+    assert before[:2] == one[:2] == found()[:2]
+    assert len({before[2], one[2], found()[2]}) == 3
 
 
-@pytest.mark.parametrize("row", FULL, ids=lambda row: row.name)
-def test_half_a_tree_has_no_name(row, tree: Path) -> None:
-    assert identify_data(row, tree) is not None
+@pytest.mark.parametrize("names", SETS)
+def test_half_a_tree_has_no_name(names: tuple[str, ...], tree: Path) -> None:
     for folder in ("coco/val2017", "VOC2012/JPEGImages", "cityscapes", "imagenet/val"):
         shutil.rmtree(tree / folder)
-    assert identify_data(row, tree) is None
+    assert identify_data(names, tree) is None
 
 
 def test_a_sample_is_what_it_was_made_of(tmp_path: Path) -> None:
     settings = {"source": "photos", "size": "small", "seed": 1, "format_version": 2}
     (tmp_path / "sample.json").write_text(json.dumps({**settings, "classes": ["a"], "counts": {}}))
-    found = name("sample-coco-mrcnn-fpn", tmp_path)
-    assert found == name("sample-knn", tmp_path) == "sample of photos, small, seed 1, format 2"
+    found = identify_data(("coco",), tmp_path)
+    assert found == identify_data(("imagenet",), tmp_path) == "sample of photos, small, seed 1, format 2"
     assert data_of(make_record(recipe={"sample": settings})) == found, "as records kept it all along"
     assert data_of(make_record(recipe={"sample": {**settings, "seed": 0}})) != found
     assert data_of(make_record(data="coco 0123456789ab")) == "coco 0123456789ab"

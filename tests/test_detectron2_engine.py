@@ -222,7 +222,7 @@ def test_images_that_an_annotation_file_names_must_be_there(tmp_path) -> None:
     from twist.transfer.engines.detectron2.data import count_images, register_data
 
     make_coco(tmp_path)
-    register_data(tmp_path, ["coco_2017_val"], sample_classes=None)
+    register_data(tmp_path, ["coco_2017_val"], sample=None)
     assert count_images(["coco_2017_val"]) == {"coco_2017_val": 3}
     next((tmp_path / "coco" / "val2017").iterdir()).unlink()
     with pytest.raises(UserError, match="1 of the 3 images of coco_2017_val are not on disk"):
@@ -269,7 +269,7 @@ def test_voc_evaluation_is_the_11_point_one(tmp_path) -> None:
         (folder / "Annotations" / f"{name}.xml").write_text(
             f"<annotation><size><width>{WIDTH}</width><height>{HEIGHT}</height></size>{text}</annotation>"
         )
-    register_data(tmp_path, ["voc_2007_test"], sample_classes=None)
+    register_data(tmp_path, ["voc_2007_test"], sample=None)
     evaluator = Trainer.build_evaluator(None, "voc_2007_test")
     evaluator.reset()
     # Right at IoU .5 and .6, wrong from .65 on: 40×40 against 40×26 has IoU .65.
@@ -295,7 +295,7 @@ def test_coco_evaluation_is_pycocotools(tmp_path) -> None:
     from twist.transfer.engines.detectron2.engine import Trainer
 
     make_coco(tmp_path, images=6)
-    register_data(tmp_path, ["coco_2017_val"], sample_classes=None)
+    register_data(tmp_path, ["coco_2017_val"], sample=None)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(tmp_path / "coco" / "annotations" / "instances_val2017.json"))
     contiguous = {category: i for i, category in enumerate(truth.getCatIds())}
@@ -354,7 +354,7 @@ def test_cityscapes_evaluation_by_hand(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_cityscapes(tmp_path, size=(256, 128))
     name = "cityscapes_fine_instance_seg_val"
-    register_data(tmp_path, [name], sample_classes=None)
+    register_data(tmp_path, [name], sample=None)
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from PIL import Image
 

@@ -64,18 +64,18 @@ def test_every_protocol_names_an_engine_with_its_config() -> None:
 
 def test_a_new_engine_is_one_row_and_two_functions(toy: Protocol, tmp_path: Path, capsys: Any) -> None:
     make_voc_segmentation(tmp_path / "data")
-    (tmp_path / "data" / "sample.json").write_text(json.dumps({"classes": ["a"], "source": "toy"}))
     given = {"weights": "random", "data": tmp_path / "data", "output": tmp_path / "run", "gpus": 0}
-    record = transfer(toy.name, overrides=["factor=0.5"], **given)
+    small = "architecture=resnet18"
+    record = transfer(toy.name, overrides=[small, "factor=0.5"], **given)
     assert record.metrics == {"miou_percent": 60.0}  # a ResNet-18 without its classifier has 120 tensors
     assert record.recipe["factor"] == 0.5
     assert "plan: count the weights of a resnet18" in capsys.readouterr().err
     assert read_record(next((tmp_path / "run" / "results" / toy.name).glob("*.json"))) == record
     with pytest.raises(UserError, match=r"recipe.factor was 0.5 and is 1.0 now"):
-        transfer(toy.name, resume=True, **given)
+        transfer(toy.name, overrides=[small], resume=True, **given)
     with pytest.raises(UserError, match="this run, done"):
-        transfer(toy.name, overrides=["factor=0.5"], **given)
-    assert transfer(toy.name, overrides=["factor=0.5"], resume=True, **given) == record
+        transfer(toy.name, overrides=[small, "factor=0.5"], **given)
+    assert transfer(toy.name, overrides=[small, "factor=0.5"], resume=True, **given) == record
 
 
 def test_an_engine_that_is_not_installed_says_what_installs_it(
@@ -83,7 +83,6 @@ def test_an_engine_that_is_not_installed_says_what_installs_it(
 ) -> None:
     monkeypatch.setitem(all_engines(), "toy", replace(TOY, packages=("no_such_package",)))
     make_voc_segmentation(tmp_path / "data")
-    (tmp_path / "data" / "sample.json").write_text(json.dumps({"classes": ["a"]}))
     with pytest.raises(UserError, match=r"no_such_package is not installed: pip install"):
         transfer(toy.name, weights="random", data=tmp_path / "data", output=tmp_path / "run", gpus=0)
     assert not (tmp_path / "run").exists()

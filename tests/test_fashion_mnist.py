@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from twist.catalog.labelled import open_tree, read_subset
+from twist.catalog.class_folders import open_tree, read_subset
 from twist.contracts.errors import UserError
 from twist.contracts.images import read_image
 

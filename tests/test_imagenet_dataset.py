@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from imagenet_tree import write_tree
-from torchvision.transforms import InterpolationMode, v2
 
-from twist.catalog.labelled import draw_subset, list_lines, open_tree, read_split, read_subset
+from twist.catalog.class_folders import draw_subset, list_lines, open_tree, read_split, read_subset
 from twist.contracts.errors import UserError
-from twist.contracts.images import read_image
-from twist.transfer.engines.imagenet.dataset import Batches, epoch_batches, epoch_order, labelled_subset
+from twist.transfer.engines.imagenet.images import labelled_subset
 from twist.transfer.engines.imagenet.recipes import ClassifierRecipe, load_recipe
 
 
@@ -55,11 +51,18 @@ def test_missing_tree_is_one_sentence(tmp_path: Path) -> None:
 
 def test_empty_class_and_unequal_classes_are_named(tmp_path: Path) -> None:
     root = write_tree(tmp_path)
+    with pytest.raises(UserError, match="no class folder at"):
+        read_split(root / "absent")
+    with pytest.raises(UserError, match="holds no class folders"):
+        read_split(root / "train" / "class_0")
     (root / "train" / "zebra").mkdir()
     with pytest.raises(UserError, match=r"train/zebra holds no images"):
         open_tree(root)
     (root / "train" / "class_0" / "train_0_000.png").rename(root / "train" / "zebra" / "a.png")
     with pytest.raises(UserError, match="1 only in train/, 0 only in val/; zebra is only in train/"):
+        open_tree(root)
+    (root / "train" / "zebra").rename(root / "val" / "zebra")
+    with pytest.raises(UserError, match="zebra is only in val/"):
         open_tree(root)
 
 
@@ -137,95 +140,3 @@ def test_pictured_images_are_spread_over_the_classes(tree: Path) -> None:
     assert val.spread(3).paths.tolist() == [val.paths[0], val.paths[4], val.paths[8]]
     assert val.spread(3).labels.tolist() == [0, 1, 2]
     assert val.spread(50).digest() == val.digest()
-
-
-def test_every_epoch_sees_each_image_once_on_any_number_of_ranks() -> None:
-    for world_size in (1, 2, 4):
-        ranks = [
-            epoch_batches(22, batch_size=8, seed=3, epoch=5, rank=rank, world_size=world_size)
-            for rank in range(world_size)
-        ]
-        totals = [np.concatenate([batches[step] for batches in ranks]) for step in range(3)]
-        assert sorted(np.concatenate(totals[:2]).tolist() + sorted(set(totals[2].tolist()))) == list(range(22))
-        # The last total batch of 6 is filled up to equal parts where it does not divide.
-        assert [len(total) for total in totals] == [8, 8, 6 if world_size != 4 else 8]
-        one = epoch_batches(22, batch_size=8, seed=3, epoch=5)
-        assert [set(total.tolist()) for total in totals] == [set(batch.tolist()) for batch in one]
-    assert not np.array_equal(
-        epoch_batches(22, batch_size=22, seed=3, epoch=5)[0], epoch_batches(22, batch_size=22, seed=3, epoch=6)[0]
-    )
-
-
-def test_ordered_batches_hold_every_image_once_in_order(tree: Path) -> None:
-    val = read_split(tree / "val")
-    parts = [list(Batches(val, small_recipe(), batch_size=4, rank=rank, world_size=2).ordered()) for rank in range(2)]
-    labels = [torch.cat([labels for _, labels in part]) for part in parts]
-    assert labels[0].tolist() == val.labels[0::2].tolist()
-    assert labels[1].tolist() == val.labels[1::2].tolist()
-    assert parts[0][0][0].shape == (2, 3, 32, 32)
-    assert parts[0][0][0].dtype == torch.uint8
-
-
-def test_crops_are_a_pure_function_of_seed_epoch_and_image(tree: Path) -> None:
-    train = read_split(tree / "train")
-
-    def pixels(seed: int, epoch: int, batch_size: int) -> dict[int, torch.Tensor]:
-        batches = Batches(train, small_recipe(), batch_size=batch_size, augment=True, seed=seed)
-        order = np.concatenate(epoch_batches(len(train), batch_size=batch_size, seed=seed, epoch=epoch))
-        images = torch.cat([images for images, _ in batches.epoch(epoch)])
-        return dict(zip(order.tolist(), images, strict=True))
-
-    state = torch.get_rng_state()
-    first, again, other_batch = pixels(0, 1, 4), pixels(0, 1, 4), pixels(0, 1, 7)
-    assert torch.equal(torch.get_rng_state(), state), "the crops must not draw from the process's own generator"
-    assert all(torch.equal(first[i], again[i]) and torch.equal(first[i], other_batch[i]) for i in first)
-    changed = [not torch.equal(first[i], pixels(0, 2, 4)[i]) for i in range(4)]
-    assert all(changed)
-
-
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_training_images_are_torchvisions_to_the_bit(interpolation: str, tree: Path) -> None:
-    train = read_split(tree / "train")
-    mode = InterpolationMode(interpolation)
-    theirs = v2.Compose([v2.RandomResizedCrop(32, interpolation=mode, antialias=True), v2.RandomHorizontalFlip()])
-    batches = Batches(
-        train, small_recipe(f"interpolation={interpolation}"), batch_size=len(train), augment=True, seed=3
-    )
-    images, _ = next(batches.epoch(2))
-    for image, index in zip(images, epoch_order(len(train), seed=3, epoch=2), strict=True):
-        seed = np.random.SeedSequence([3, 2, index]).generate_state(1, np.uint64)[0] >> np.uint64(1)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(seed))
-            assert torch.equal(image, theirs(read_image(train.path(index))))
-
-
-def test_unreadable_image_is_named(tmp_path: Path) -> None:
-    root = write_tree(tmp_path)
-    (root / "val" / "class_1" / "val_1_001.png").write_bytes(b"not an image")
-    with pytest.raises(UserError, match=r"Cannot read the image .*val_1_001\.png"):
-        list(Batches(read_split(root / "val"), small_recipe(), batch_size=4).ordered())
-
-
-@pytest.mark.slow
-def test_workers_change_neither_pixels_nor_the_sentence(tmp_path: Path) -> None:
-    root = write_tree(tmp_path)
-    train = read_split(root / "train")
-    alone = Batches(train, small_recipe(), batch_size=4, augment=True)
-    helped = Batches(train, small_recipe("machine.workers=2"), batch_size=4, augment=True)
-    for epoch in (0, 1):
-        for ours, theirs in zip(alone.epoch(epoch), helped.epoch(epoch), strict=True):
-            assert torch.equal(ours[0], theirs[0])
-            assert torch.equal(ours[1], theirs[1])
-    (root / "train" / "class_1" / "train_1_001.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"^Cannot read the image [^\n]*train_1_001\.png[^\n]*$"):
-        list(Batches(train, small_recipe("machine.workers=2"), batch_size=4).ordered())
-
-
-def test_no_more_processes_decode_than_there_are_cores(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 5}, raising=False)
-    val = read_split(tree / "val")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch's, of processes that wait for each other
-        for asked, used in ((8, 2), (1, 1), (0, 0)):
-            batches = Batches(val, small_recipe(f"machine.workers={asked}"), batch_size=4)
-            assert batches._loader.num_workers == used

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from imagenet_tree import write_tree
+from imagenet_tree import ask, write_tree
 from PIL import Image
 from torch import Tensor
 
-from twist.catalog.labelled import LabelledImages, open_tree
+from twist.catalog.class_folders import LabelledImages, open_tree
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.files import sha256_json
 from twist.contracts.metrics import check_metrics
 from twist.contracts.networks import build_backbone
 from twist.contracts.weights import Backbone
 from twist.transfer.engines.imagenet import engine
-from twist.transfer.engines.imagenet.engine import _check_last_batch, at_full_scale, recorded_recipe, resolve, run
-from twist.transfer.engines.imagenet.panel import Tile, write_panel
-from twist.transfer.engines.imagenet.recipes import FOLDER, FinetuneRecipe, LinearRecipe, load_recipe, recipe_names
+from twist.transfer.engines.imagenet.engine import (
+    Setup,
+    batch_warnings,
+    changes,
+    is_imagenet,
+    recorded_recipe,
+    resolve,
+    run,
+)
+from twist.transfer.engines.imagenet.panel import Tile, cluster_panel, neighbour_panel, prediction_panel, write_panel
+from twist.transfer.engines.imagenet.recipes import FOLDER, FinetuneRecipe, LinearRecipe, load_recipe
 from twist.transfer.protocols import PROTOCOLS
 from twist.transfer.request import Result
 
@@ -48,7 +55,7 @@ def weights() -> dict[str, Tensor]:
 
 def test_each_imagenet_protocol_has_a_recipe_and_each_recipe_a_protocol() -> None:
     rows = {row.config for row in PROTOCOLS.values() if row.engine == "imagenet"}
-    assert rows == {name for name in recipe_names() if "vit_" not in name}
+    assert rows == {path.stem for path in FOLDER.glob("*.toml") if "vit_" not in path.stem}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
@@ -83,16 +90,13 @@ def test_published_numbers_of_the_recipes() -> None:
 
 
 def test_a_batch_larger_than_the_training_set_is_said_with_overrides_that_fit(tree: Path) -> None:
-    def resolved(name: str, *overrides: str, gpus: int = 0) -> engine.Resolved:
-        return resolve(PROTOCOLS[name], RESNET, data=tree, overrides=(*SMALL, *overrides), gpus=gpus)
+    def resolved(name: str, *overrides: str, gpus: int = 0) -> Setup:
+        return resolve(*ask(name, RESNET, tree, *SMALL, *overrides, gpus=gpus))
 
-    said = (
-        "warning: batch_size 1024 is more than the 18 labelled images, so a step sees 18 at rates that are meant for "
-        "1024; batch_size=18 lr_classifier=0.00352 would fit them"
-    )
     linear = resolved("linear")
-    assert said in linear.notes
-    assert said in linear.plan
+    assert "batch_size 1024 is more than the 18 labelled images" in linear.notes[0]
+    assert "batch_size=18 lr_classifier=0.00352 would fit" in linear.notes[0]
+    assert linear.notes[0] in linear.plan
     assert "images a step 18 (18 a process)" in linear.plan
     assert "batch_size=16 lr_classifier=0.0125 lr_backbone=0.000625 would" in resolved("finetune-100pct", gpus=4).plan
     fitting = resolved("linear", "batch_size=18", "lr_classifier=0.00352")
@@ -100,19 +104,20 @@ def test_a_batch_larger_than_the_training_set_is_said_with_overrides_that_fit(tr
 
 
 def test_unknown_key_and_unknown_recipe_get_the_near_match() -> None:
-    with pytest.raises(UsageError, match=r'unknown key lr_clasifier\. Did you mean "lr_classifier"\?'):
-        load_recipe("linear", architecture="resnet50", overrides=["lr_clasifier=0.1"])
-    for override, meant in (
-        ("arch=resnet50", '"architecture"'),
-        ("lr=0.3", '"lr_classifier"'),
-        ("workers=0", '"machine.workers"'),
-    ):
+    meant_by = {"arch=resnet50": '"architecture"', "lr=0.3": '"lr_classifier"', "workers=0": '"machine.workers"'}
+    for override, meant in meant_by.items():
         with pytest.raises(UsageError, match=rf"unknown key \w+\. Did you mean {meant}\?"):
             load_recipe("linear", architecture="resnet50", overrides=[override])
     with pytest.raises(UsageError, match=r'no ImageNet recipe "liner"\. Did you mean "linear"\?'):
         load_recipe("liner", architecture="resnet50")
-    with pytest.raises(UsageError, match="resize = 24 is smaller than size = 32"):
-        load_recipe("sample-knn", architecture="resnet18", overrides=["resize=24"])
+    for name, override, message in (
+        ("sample-knn", "resize=24", "resize = 24 is smaller than size = 32"),
+        ("sample-cluster", "by=head", r'by = "head" and head = FILE'),
+        ("sample-cluster", "algorithm=minibatch", "restarts belong to"),
+        ("semi-1pct", "augment=false", "augment"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            load_recipe(name, architecture="resnet18", overrides=[override])
 
 
 def measure(
@@ -122,14 +127,10 @@ def measure(
     output: Path,
     *overrides: str,
     header: Backbone = RESNET,
-    gpus: int = 0,
-    eval_only: bool = False,
     **how: Any,
 ) -> Result:
-    resolved = resolve(
-        PROTOCOLS[name], header, data=tree, overrides=(*SMALL, *overrides), gpus=gpus, eval_only=eval_only
-    )
-    result = run(resolved, weights, output=output, **{"seed": 0, **how})
+    asked = ask(name, header, tree, *SMALL, *overrides, tensors=weights, output=output, **how)
+    result = run(*asked, resolve(*asked))
     check_metrics(result.metrics, where=name)
     assert set(result.metrics) == set(PROTOCOLS[name].metrics)
     assert all(0 <= value <= 100 for value in result.metrics.values())
@@ -139,24 +140,19 @@ def measure(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["knn", "sample-knn"])
-def test_knn(name: str, tree: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:
-    result = measure(name, tree, weights, tmp_path)
-    assert result.metrics["knn_top5_percent"] == 100.0, "three classes, 18 neighbours of each"
-    assert "Top-5 of 3 classes is 100 whatever the weights: it says nothing here." in result.notes
-    assert "bit-equal before and after" in result.notes[0]
+@pytest.mark.parametrize("name", ["knn", "sample-knn", "cluster", "sample-cluster"])
+def test_knn_and_clusters(name: str, tree: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    keep = "sample" not in name
+    result = measure(name, tree, weights, tmp_path, f"machine.keep_features={str(keep).lower()}")
+    if "knn" in name:
+        assert result.metrics["knn_top5_percent"] == 100.0, "three classes, 18 neighbours of each"
+        assert any("Top-5 of 3 classes is 100" in note for note in result.notes)
+    else:
+        assert result.notes[0].startswith("k-means with 3 clusters, found on the train images")
+    assert any("bit-equal before and after" in note for note in result.notes)
     assert Image.open(result.media[0]).size[0] > 200
     assert result.media[0].stat().st_size < 200_000
-    assert not (tmp_path / "features").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["cluster", "sample-cluster"])
-def test_cluster(name: str, tree: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:
-    result = measure(name, tree, weights, tmp_path, "machine.keep_features=true")
-    assert result.notes[0].startswith("k-means with 3 clusters, found on the train images")
-    assert len(list((tmp_path / "features").iterdir())) == 2
-    assert result.media[0].stat().st_size < 200_000
+    assert len(list(tmp_path.glob("features/*"))) == 2 * keep
 
 
 @pytest.mark.slow
@@ -174,6 +170,7 @@ def test_cluster_by_the_head_of_a_checkpoint(tree: Path, weights: dict[str, Tens
     result = measure("cluster", tree, weights, tmp_path / "run", *overrides)
     assert result.notes[0].startswith("TWIST's own head with 11 outputs")
     assert str(tmp_path) not in json.dumps(result.recipe)
+    assert not {"head", "clusters", "restarts", "fit_on"} & result.recipe.keys()
 
 
 @pytest.mark.slow
@@ -233,17 +230,16 @@ def test_recipe_hash_is_of_recipe_and_images_not_of_machine_or_place(tree: Path,
 def test_only_the_unchanged_recipe_on_imagenet_is_full_scale() -> None:
     def full(name: str, *overrides: str, train: int = 1_281_167, val: int = 50_000) -> bool:
         recipe = load_recipe(name, architecture="resnet50", overrides=overrides).recorded()
-        recipe |= {"images": {"classes": 1000, "train": train, "val": val}, "architecture": "resnet50"}
-        return at_full_scale(PROTOCOLS[name], Backbone(architecture="resnet50", method="twist"), recipe)
+        recipe |= {"images": {"classes": 1000, "train": train, "val": val}}
+        header = Backbone(architecture="resnet50", method="twist")
+        return is_imagenet(recipe) and not changes(PROTOCOLS[name], header, recipe)
 
-    assert full("linear")
     assert full("linear", "machine.workers=3")
     assert full("semi-1pct", train=12_811)
     assert full("cluster", "by=head", "head=checkpoint.pth")
     assert not full("linear", "epochs=1")
     assert not full("cluster", "clusters=2000")
     assert not full("linear", val=49_999)
-    assert not full("semi-1pct", train=600)
     # A tree of 1 % or 10 % is not the ImageNet of a protocol that takes all labels, nor the other way round.
     assert not any(full(name, train=12_811) for name in ("linear", "knn", "finetune-100pct", "semi-10pct"))
     assert not full("semi-1pct")
@@ -251,56 +247,37 @@ def test_only_the_unchanged_recipe_on_imagenet_is_full_scale() -> None:
 
 @pytest.mark.parametrize(
     ("images", "batch", "processes", "size", "refused"),
-    [
-        (10, 9, 1, 32, True),
-        (10, 9, 1, 33, False),
-        (10, 10, 1, 32, False),
-        (13, 10, 3, 32, True),
-        (14, 10, 3, 32, False),
-    ],
+    [(10, 9, 1, 32, 1), (10, 9, 1, 33, 0), (10, 10, 1, 32, 0), (13, 12, 3, 32, 1), (16, 12, 3, 32, 0)],
 )
 def test_a_last_batch_of_one_image_is_refused_where_it_has_no_statistics(
-    images: int, batch: int, processes: int, size: int, refused: bool
+    images: int, batch: int, processes: int, size: int, refused: int
 ) -> None:
     recipe = load_recipe("semi-1pct", architecture="resnet18", overrides=(f"batch_size={batch}", f"size={size}"))
-    with pytest.raises(UsageError, match="leave a process one") if refused else contextlib.nullcontext():
-        _check_last_batch(recipe, images=images, processes=processes)
+    assert isinstance(recipe, FinetuneRecipe)
+    with pytest.raises(UsageError, match="last batch of one image") if refused else contextlib.nullcontext():
+        batch_warnings(recipe, images, processes=processes)
 
 
-@pytest.mark.slow
-def test_what_overrides_changed_stands_in_plan_and_notes(
-    tree: Path, weights: dict[str, Tensor], tmp_path: Path
-) -> None:
-    row = PROTOCOLS["knn"]
-    changed = resolve(row, RESNET, data=tree, overrides=(*SMALL, "neighbours=3"))
+def test_what_overrides_changed_stands_in_plan_and_notes(tree: Path) -> None:
+    changed = resolve(*ask("knn", RESNET, tree, *SMALL, "neighbours=3"))
     said = "changed from the protocol: neighbours 20 → 3"
     assert said in changed.notes
     assert said in changed.plan
-    assert said in run(changed, weights, seed=0, output=tmp_path).notes
-    assert not [note for note in resolve(row, RESNET, data=tree).notes if "neighbours" in note]
+    assert not [note for note in resolve(*ask("knn", RESNET, tree)).notes if "neighbours" in note]
 
 
-def test_a_torn_imagenet_is_said_before_the_start() -> None:
-    def images(count: int, classes: int = 1000) -> LabelledImages:
-        return LabelledImages(Path("x"), tuple(map(str, range(classes))), np.zeros(count, "S1"), np.zeros(count, int))
+def test_a_torn_imagenet_is_said_before_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def notes(name: str, train: int, *, classes: int = 1000) -> tuple[str, ...]:
+        names = tuple(map(str, range(classes)))
+        splits = [LabelledImages(Path("x"), names, np.zeros(n, "S1"), np.zeros(n, int)) for n in (train, 50_000)]
+        monkeypatch.setattr(engine, "open_tree", lambda _: splits)
+        return resolve(*ask(name, Backbone(architecture="resnet50", method="random"), tmp_path)).notes
 
-    row = PROTOCOLS["linear"]
-    assert list(engine._torn(row, images(1_281_167), images(50_000))) == []
-    (said,) = engine._torn(row, images(1_281_166), images(50_000))
-    assert said.startswith("train holds 1,281,166 images of 1,000 classes, and ImageNet 1,281,167: `twist data check")
-    assert len(list(engine._torn(row, images(5), images(5)))) == 2
-    assert list(engine._torn(row, images(5, classes=100), images(5, classes=100))) == []  # another data set
-    assert list(engine._torn(PROTOCOLS["sample-linear"], images(5), images(5))) == []
-
-
-def test_resume_goes_on_and_refuses_another_seed(tree: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:
-    first = measure("sample-linear", tree, weights, tmp_path, "epochs=2")
-    again = measure("sample-linear", tree, weights, tmp_path, "epochs=2", resume=True)
-    assert first.metrics == again.metrics
-    with pytest.raises(UserError, match="holds another run: recipe was"):
-        measure("sample-linear", tree, weights, tmp_path, "epochs=3", resume=True)
-    with pytest.raises(UserError, match="holds another run: seed was 0 and is 1"):
-        measure("sample-linear", tree, weights, tmp_path, "epochs=2", resume=True, seed=1)
+    assert notes("linear", 1_281_167) == ()
+    (said,) = notes("linear", 1_281_166)
+    assert "1281166" in said
+    assert "twist data check imagenet" in said
+    assert notes("linear", 1_281_166, classes=100) == ()  # another data set
 
 
 @pytest.mark.slow
@@ -322,10 +299,11 @@ def test_evaluation_only_measures_the_stored_weights(
         measure(name, tree, weights, tmp_path, *overrides, eval_only=True)
     first = measure(name, tree, weights, tmp_path, *overrides)
     checkpoint, curves = (tmp_path / "checkpoint.pth").read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()
-    shown = predictions_of(monkeypatch)
+    shown: list[list[int]] = []
+    draw = engine.prediction_panel
+    monkeypatch.setattr(engine, "prediction_panel", lambda *what: (shown.append(what[-1]), draw(*what))[1])
     again = measure(name, tree, weights, tmp_path, *overrides, eval_only=True)
-    assert again.metrics == first.metrics
-    assert again.recipe == first.recipe
+    assert (again.metrics, again.recipe) == (first.metrics, first.recipe)
     assert any("nothing was trained" in note for note in again.notes)
     assert len(shown) == 1, "the picture is of the evaluation"
     # Class 0's score out of reach: the stored classifier itself is what an evaluation measures.
@@ -340,22 +318,10 @@ def test_evaluation_only_measures_the_stored_weights(
     assert (tmp_path / "checkpoint.pth").read_bytes() != checkpoint, "only by this test's own hand"
 
 
-def predictions_of(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Collects what each picture of predictions is given."""
-    draw, seen = engine._prediction_panel, []
-
-    def watch(path: Path, shown: LabelledImages, predicted: list[int]) -> Path:
-        seen.append(predicted)
-        return draw(path, shown, predicted)
-
-    monkeypatch.setattr(engine, "_prediction_panel", watch)
-    return seen
-
-
 def test_predictions_are_framed_by_whether_they_are_right(tree: Path, tmp_path: Path) -> None:
     _, val = open_tree(tree)
     few = val.spread(3)
-    with Image.open(engine._prediction_panel(tmp_path / "p.png", few, [0, 2, 2])) as picture:
+    with Image.open(prediction_panel(tmp_path / "p.png", few, [0, 2, 2])) as picture:
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
     blue, orange = ((np.abs(pixels - colour).sum(axis=1) < 30).sum() for colour in ((0, 114, 178), (213, 94, 0)))
     assert 1.5 * orange < blue < 6 * orange, "two whole frames and one broken one"
@@ -365,38 +331,29 @@ def test_predictions_are_framed_by_whether_they_are_right(tree: Path, tmp_path: 
 def test_a_panel_has_room_for_its_legend(columns: int, tree: Path, tmp_path: Path) -> None:
     """What is written to the right edge of the picture would be cut off in it."""
     _, val = open_tree(tree)
-    rows = [[Tile(val.path(0), "x")] * columns]
-    legends = ["left the query, then its nearest: blue frame of its class, broken orange frame of another", None]
-    widths = []
-    for number, legend in enumerate(legends):
-        with Image.open(write_panel(tmp_path / f"{number}.png", rows, legend=legend)) as picture:
-            widths.append(picture.width)
-            if legend:
-                heading = np.asarray(picture.convert("L"))[:16]
-                assert (heading < 128).any(), "it is written"
-                assert (heading[:, -6:] > 128).all(), "and not to the very edge"
-    assert widths[0] >= widths[1]
+    rows = [[Tile(val.path(0), ("x",))] * columns]
+    legend = "left the query, then its nearest: blue frame of its class, broken orange frame of another"
+    with Image.open(write_panel(tmp_path / "p.png", rows, legend=legend)) as picture:
+        heading = np.asarray(picture.convert("L"))[:16]
+    assert (heading < 128).any(), "it is written"
+    assert (heading[:, -6:] > 128).all(), "and not to the very edge"
 
 
 def test_neighbours_and_clusters_are_drawn_below_what_their_frames_mean(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[Any] = []
-
-    def written(path: Path, rows: Any, **how: Any) -> Path:
-        said.append(how.get("legend"))
-        return write_panel(path, rows, **how)
-
-    monkeypatch.setattr(engine, "write_panel", written)
+    said: list[str] = []
+    monkeypatch.setattr("twist.transfer.engines.imagenet.panel.write_panel", lambda *_, legend: said.append(legend))
     train, val = open_tree(tree)
-    engine._neighbour_panel(tmp_path / "n.png", train, val, torch.zeros(len(val), 6, dtype=torch.int64))
-    engine._cluster_panel(tmp_path / "c.png", val, np.zeros(len(val), dtype=int))
+    neighbour_panel(tmp_path / "n.png", train, val, torch.zeros(len(val), 6, dtype=torch.int64))
+    cluster_panel(tmp_path / "c.png", val, np.zeros(len(val), dtype=int))
     assert all("blue frame" in legend and "broken orange frame" in legend for legend in said)
+    assert len(said) == 2
 
 
 def test_plan_says_what_will_be_done(tree: Path) -> None:
     def plan(name: str, *overrides: str, **how: Any) -> str:
-        return resolve(PROTOCOLS[name], RESNET, data=tree, overrides=(*SMALL, *overrides), **how).plan
+        return resolve(*ask(name, RESNET, tree, *SMALL, *overrides, **how)).plan
 
     text = plan("semi-10pct", "batch_size=4", "size=33", gpus=2)
     assert text.startswith("plan: 2 GPUs share the batch\n")
@@ -407,20 +364,19 @@ def test_plan_says_what_will_be_done(tree: Path) -> None:
     assert "k-means (lloyd), 3 clusters on 18 training images" in plan("sample-cluster", eval_only=True)
 
 
+FEATURES, ENGINE = "twist.measure.features.Extractor.features", "twist.transfer.engines.imagenet.engine"
+
+
 @pytest.mark.parametrize(
     ("name", "place", "sentence"),
     [
-        ("sample-knn", "twist.transfer.engines.imagenet.features.features_of", "a lower machine.feature_batch_size"),
-        (
-            "sample-cluster",
-            "twist.transfer.engines.imagenet.features.features_of",
-            "a lower machine.feature_batch_size",
-        ),
-        ("sample-linear", "twist.transfer.engines.imagenet.features.features_of", "a lower machine.feature_batch_size"),
-        ("linear", "twist.transfer.engines.imagenet.features.features_of", "a lower machine.feature_batch_size"),
-        ("sample-knn", "twist.transfer.engines.imagenet.engine.nearest", "a lower machine.max_memory_mb"),
-        ("sample-knn", "twist.transfer.engines.imagenet.engine.network_of", "free the device of other processes"),
-        ("sample-semi-1pct", "twist.transfer.engines.imagenet.finetune.normalise", "lower batch_size and every lr_*"),
+        ("sample-knn", FEATURES, "a lower machine.feature_batch_size"),
+        ("sample-cluster", FEATURES, "a lower machine.feature_batch_size"),
+        ("sample-linear", FEATURES, "a lower machine.feature_batch_size"),
+        ("sample-knn", f"{ENGINE}.nearest", "a lower machine.max_memory_mb"),
+        ("sample-knn", f"{ENGINE}.network_of", "free the device of other processes"),
+        ("sample-semi-1pct", "twist.measure.features.normalise", "lower batch_size and every lr_*"),
+        ("sample-cluster", "twist.measure.clusters.kmeans", "algorithm=minibatch restarts=1"),
     ],
 )
 def test_memory_that_runs_out_is_one_sentence_with_the_setting(
@@ -436,36 +392,21 @@ def test_memory_that_runs_out_is_one_sentence_with_the_setting(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     monkeypatch.setattr(place, run_out)
-    overrides = ("batch_size=9",) if name == "linear" else ()
     with pytest.raises(UserError) as caught:
-        measure(name, tree, weights, tmp_path, *overrides)
+        measure(name, tree, weights, tmp_path)
     assert str(caught.value).startswith("CUDA ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB): ")
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
     assert f"stopped: {caught.value}" in (tmp_path / "log.txt").read_text()
 
 
-def test_clusters_that_do_not_fit_the_machine_say_what_needs_less(
-    tree: Path, weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run_out(*_: Any, **__: Any) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr("twist.transfer.engines.imagenet.cluster.kmeans", run_out)
-    with pytest.raises(UserError, match=r"^The machine ran out of memory \(.*\): take algorithm=minibatch restarts=1"):
-        measure("sample-cluster", tree, weights, tmp_path)
-
-
 def test_misuse_is_one_sentence(tree: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"batch_size = 64 does not divide over --gpus 3"):
         measure("sample-linear", tree, weights, tmp_path / "a", gpus=3)
-    with pytest.raises(UsageError, match=r"last_blocks = 4 is for ViTs, and these weights are a resnet18"):
+    with pytest.raises(UsageError, match=r"last_blocks = 4 is for ViTs, not for a resnet18"):
         measure("linear", tree, weights, tmp_path / "b", "last_blocks=4")
     with pytest.raises(UserError, match="no ImageNet-like tree"):
         measure("sample-knn", tmp_path / "nothing", weights, tmp_path / "c")
-    unknown = replace(PROTOCOLS["sample-knn"], config="sample-knnn")
-    with pytest.raises(UsageError, match="Did you mean"):
-        resolve(unknown, RESNET, data=tree)
 
 
 @pytest.mark.slow

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from imagenet_tree import write_tree
+from safetensors.torch import save_file
 
 from twist.contracts import run_folder as folder
 from twist.contracts.errors import UserError
+from twist.contracts.networks import build_backbone
 from twist.contracts.record import find_records, read_record
+from twist.contracts.weights import METADATA_KEY
 from twist.transfer.engines.imagenet import training
 from twist.transfer.run import transfer
 
@@ -33,14 +38,14 @@ def go(tree: Path, output: Path, *overrides: str, **more: Any) -> Any:
 @pytest.fixture
 def stopped(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a run that was stopped after the first of its two epochs."""
-    save = training._save
+    save = training.Trainer._save
 
     def save_then_stop(*arguments: Any) -> None:
         save(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "_save", save_then_stop)
+        patch.setattr(training.Trainer, "_save", save_then_stop)
         go(tree, tmp_path / "run")
     return tmp_path / "run"
 
@@ -60,7 +65,7 @@ def test_resume_takes_another_machine_and_no_other_recipe(
     with pytest.raises(UserError, match=r"stands at epoch 1 of 2: .*so finish this one with --resume\.$"):
         go(tree, stopped, eval_only=True)
     assert state_of(stopped) == folder.RUNNING
-    # What `Batches` advises when a worker dies, and an override that says what the recipe says already.
+    # What `decoded` advises when a worker dies, and an override that says what the recipe says already.
     record = go(tree, stopped, "machine.workers=1", "machine.feature_batch_size=4", "lr_classifier=0.2", resume=True)
     assert state_of(stopped) == folder.DONE
     rows = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
@@ -97,7 +102,7 @@ def test_an_evaluation_that_fails_leaves_the_run_finished(
     def run_out(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("twist.transfer.engines.imagenet.features.features_of", run_out)
+    monkeypatch.setattr("twist.measure.features.Extractor.features", run_out)
     with pytest.raises(UserError, match=r"lower machine\.feature_batch_size\.$"):
         go(tree, tmp_path / "run", eval_only=True)
     assert state_of(tmp_path / "run") == folder.DONE
@@ -114,3 +119,44 @@ def test_a_start_that_is_refused_takes_no_folder(tree: Path, tmp_path: Path) -> 
     finally:
         (tree / "val" / "class_1" / "torn.png").unlink()
     assert not (tmp_path / "run").exists()
+
+
+STORED = Path(__file__).parent / "stored" / "linear"
+
+
+def exact_weights(path: Path) -> Path:
+    """A ResNet-18 of numbers that are the same on every machine, as an artefact with the header of its time."""
+    state = build_backbone("resnet18").state_dict()
+    for number, (name, tensor) in enumerate(sorted(state.items())):
+        if tensor.ndim == 4:
+            values = (torch.arange(tensor.numel()) * 40503 + 977 * number) % 65536 - 32768
+            # About the scale of He's initialisation, by a power of two.
+            scale = 2.0 ** -round(14 + math.log2(tensor[0].numel()) / 2)
+            state[name] = values.float().mul(scale).view(tensor.shape)
+    header = (STORED / "header.json").read_text().strip()
+    save_file(state, path, metadata={METADATA_KEY: header})
+    return path
+
+
+@pytest.mark.slow
+def test_a_run_of_an_earlier_version_is_continued_to_the_end_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    """tests/stored/linear: a sample-linear of three epochs, stopped after the first by version 0.1.0 @9b5e91f."""
+    weights = exact_weights(tmp_path / "exact.safetensors")
+    shutil.copytree(STORED / "run", tmp_path / "run")
+    torch.set_num_threads(1)
+    changes = ["size=32", "resize=36", "batch_size=6", "epochs=3", "machine.evaluate_every_epochs=1"]
+    how = {"weights": str(weights), "data": STORED / "tree", "gpus": 0, "overrides": changes}
+    with pytest.raises(UserError, match="lr_classifier"):
+        transfer(
+            "sample-linear", **{**how, "overrides": [*changes, "lr_classifier=1"]}, output=tmp_path / "run", resume=True
+        )
+    resumed = transfer("sample-linear", **how, output=tmp_path / "run", resume=True)
+    whole = transfer("sample-linear", **how, output=tmp_path / "whole")
+    assert (resumed.metrics, resumed.recipe_hash) == (whole.metrics, whole.recipe_hash)
+    first, second = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("run", "whole")
+    )
+    assert [row["epoch"] for row in first] == [0, 1, 2]
+    assert first[0] == json.loads((STORED / "run" / "metrics.jsonl").read_text()), "what was done is kept"
+    assert [row["loss"] for row in first] == pytest.approx([row["loss"] for row in second], rel=1e-5)

@@ -6,88 +6,91 @@ import json
 import math
 import multiprocessing.connection
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from imagenet_tree import no_room, second_is_killed, second_says_no, write_tree
+from imagenet_tree import ask, no_room, second_is_killed, second_says_no, write_tree
 from torch import Tensor, nn
 
-from twist.catalog.labelled import open_tree
-from twist.contracts.errors import UsageError, UserError
+from twist.catalog.class_folders import LabelledImages
+from twist.contracts.curves import CURVES
+from twist.contracts.errors import UserError
 from twist.contracts.networks import build_backbone
 from twist.contracts.weights import Backbone
 from twist.transfer.engines.imagenet import training
-from twist.transfer.engines.imagenet.dataset import epoch_batches
-from twist.transfer.engines.imagenet.finetune import train_finetune
+from twist.transfer.engines.imagenet.engine import Setup, resolve
+from twist.transfer.engines.imagenet.images import ALONE, Rank, epoch_batches, extract
 from twist.transfer.engines.imagenet.journal import LOG
-from twist.transfer.engines.imagenet.linear import train_linear
-from twist.transfer.engines.imagenet.processes import Rank, run_ranks
-from twist.transfer.engines.imagenet.recipes import ClassifierRecipe, LinearRecipe, load_recipe
-from twist.transfer.engines.imagenet.training import CHECKPOINT, CURVES, Job, Source, new_classifier, train_classifier
+from twist.transfer.engines.imagenet.recipes import load_recipe
+from twist.transfer.engines.imagenet.training import (
+    CHECKPOINT,
+    Trainer,
+    new_classifier,
+    run_ranks,
+    train_finetune,
+    train_linear,
+)
 
-ALONE = Rank(0, 1, torch.device("cpu"))
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS, LABELS = torch.randn(40, 6, generator=GENERATOR), torch.randint(0, 3, (40,), generator=GENERATOR)
+IMAGES = LabelledImages(Path("x"), ("a", "b", "c"), np.zeros(40, "S1"), LABELS.numpy())
+RESNET = Backbone(architecture="resnet18", method="random")
+RATES = [0.2 * 0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)]
 
 
-def recipe_with(*overrides: str) -> LinearRecipe:
-    recipe = load_recipe("sample-linear", architecture="resnet18", overrides=("batch_size=16", "epochs=4", *overrides))
-    assert isinstance(recipe, LinearRecipe)
-    return recipe
+@pytest.fixture(autouse=True)
+def quick_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No ResNet is built only to say which weights a run has."""
+    monkeypatch.setattr(training, "network_of", lambda _, tensors: nn.ParameterDict({"w": tensors.get("w", ROWS)}))
 
 
-def source() -> Source:
-    def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for chosen in epoch_batches(40, batch_size=16, seed=0, epoch=number):
-            yield ROWS[chosen], LABELS[chosen]
-
-    return Source(
-        epoch=epoch, validation=lambda: [(ROWS, LABELS)], pictured=lambda: [(ROWS[:4], LABELS[:4])], steps_per_epoch=3
-    )
+def rows(batches: Sequence[np.ndarray], _epoch: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    return ((ROWS[chosen], LABELS[chosen]) for chosen in batches)
 
 
 def fit(
     output: Path,
-    recipe: ClassifierRecipe,
-    *,
+    *overrides: str,
     resume: bool = False,
     eval_only: bool = False,
-    identity: dict[str, Any] | None = None,
+    recipe: str = "a",
+    weights: float = 0.0,
     wrap: Callable[[nn.Linear], nn.Module] = lambda model: model,
 ) -> tuple[nn.Linear, dict[str, Any]]:
+    overrides = ("batch_size=16", "epochs=4", *overrides)
+    config = load_recipe("sample-linear", architecture="resnet18", overrides=overrides)
+    start = {"seed": 1, "output": output, "resume": resume, "eval_only": eval_only}
+    asked = ask("sample-linear", RESNET, output, tensors={"w": torch.tensor(weights)}, **start)
+    setup = Setup(*asked, config, IMAGES, IMAGES, IMAGES, {"name": recipe}, plan="", reduced=False, notes=())
     model = new_classifier(6, 3, seed=1)
-    done = train_classifier(
-        wrap(model),
-        {"classifier": (recipe.lr_classifier, model.parameters())},
-        source(),
-        recipe,
-        rank=ALONE,
-        title="t",
-        output=output,
-        identity=identity or {"recipe": "a", "seed": 1, "weights": "w"},
-        resume=resume,
-        eval_only=eval_only,
-    )
-    return model, done
+    return model, Trainer(wrap(model), [model], rows, rows, rank=ALONE, setup=setup).run()
 
 
-def test_rate_follows_a_cosine_that_steps_once_an_epoch(tmp_path: Path) -> None:
-    history = fit(tmp_path, recipe_with())[1]["history"]
-    expected = [0.2 * 0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)]
-    assert [row["lr_classifier"] for row in history] == pytest.approx(expected, abs=1e-12)
-    assert [row["step"] for row in history] == [3, 6, 9, 12]
+def stop_after(monkeypatch: pytest.MonkeyPatch, epochs: int) -> pytest.MonkeyPatch:
+    """The next training is interrupted when it has saved so many epochs."""
+    save, saved = Trainer._save, 0
+
+    def save_then_stop(self: Trainer, history: list[dict[str, Any]]) -> None:
+        nonlocal saved
+        save(self, history)
+        saved += 1
+        if saved == epochs:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_save", save_then_stop)
+    return monkeypatch
 
 
-def test_steps_are_sgd_with_momentum_on_the_mean_cross_entropy(tmp_path: Path) -> None:
-    model, _ = fit(tmp_path, recipe_with("weight_decay=0.01"))
+def test_steps_are_sgd_with_momentum_on_the_mean_cross_entropy_and_a_cosine_by_epoch(tmp_path: Path) -> None:
+    model, done = fit(tmp_path, "weight_decay=0.01")
     expected = new_classifier(6, 3, seed=1)
     velocity = [torch.zeros_like(p) for p in expected.parameters()]
-    for epoch in range(4):
-        rate = 0.2 * 0.5 * (1 + math.cos(math.pi * epoch / 4))
-        for chosen in epoch_batches(40, batch_size=16, seed=0, epoch=epoch):
+    for epoch, rate in enumerate(RATES):
+        for chosen in epoch_batches(40, batch_size=16, seed=1, epoch=epoch):
             scores = expected(ROWS[chosen])
             loss = -(scores.log_softmax(1)[torch.arange(len(chosen)), LABELS[chosen]]).mean()
             gradients = torch.autograd.grad(loss, list(expected.parameters()))
@@ -97,6 +100,8 @@ def test_steps_are_sgd_with_momentum_on_the_mean_cross_entropy(tmp_path: Path) -
                     parameter -= rate * v
     assert torch.allclose(model.weight, expected.weight, atol=1e-6)
     assert torch.allclose(model.bias, expected.bias, atol=1e-6)
+    assert [row["lr_classifier"] for row in done["history"]] == pytest.approx(RATES, abs=1e-12)
+    assert [row["step"] for row in done["history"]] == [3, 6, 9, 12]
 
 
 def test_classifier_starts_from_its_seed_alone() -> None:
@@ -109,26 +114,16 @@ def test_classifier_starts_from_its_seed_alone() -> None:
     assert not first.bias.any()
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
-def test_continued_run_is_bit_equal(tmp_path: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight, done = fit(tmp_path / "straight", recipe_with())
-    save, saved = training._save, 0
-
-    def save_then_die(*arguments: Any) -> None:
-        nonlocal saved
-        save(*arguments)
-        saved += 1
-        if saved == stop_after:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "_save", save_then_die)
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "cut", recipe_with())
-    monkeypatch.setattr(training, "_save", save)
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_continued_run_is_bit_equal(tmp_path: Path, epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight, done = fit(tmp_path / "straight")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, epochs)
+        fit(tmp_path / "cut")
     # Event files are read in the order of their names: second, process, and a counter that sorts 10 before 9. Another
     # start is another second in real life.
     time.sleep(1.1)
-    continued, again = fit(tmp_path / "cut", recipe_with(), resume=True)
+    continued, again = fit(tmp_path / "cut", resume=True)
     history, whole = done["history"], again["history"]
     assert torch.equal(straight.weight, continued.weight)
     assert torch.equal(straight.bias, continued.bias)
@@ -151,58 +146,33 @@ def scalars(output: Path, name: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
-def test_another_run_is_not_continued_and_an_existing_one_not_overwritten(tmp_path: Path) -> None:
-    fit(tmp_path, recipe_with())
+def test_another_run_is_not_continued_and_a_finished_one_only_read(tmp_path: Path) -> None:
+    _, done = fit(tmp_path)
     before = (tmp_path / CHECKPOINT).read_bytes()
-    with pytest.raises(UserError, match=r"holds a run: go on with --resume, or choose another --output"):
-        fit(tmp_path, recipe_with())
+    with pytest.raises(UserError, match=r"holds this run: pass --resume"):
+        fit(tmp_path)
     with pytest.raises(UserError, match=r"holds another run: recipe was .* \(and 1 more\)"):
-        fit(tmp_path, recipe_with(), resume=True, identity={"recipe": "b", "seed": 1, "weights": "x"})
+        fit(tmp_path, resume=True, recipe="b", weights=1.0)
+    assert fit(tmp_path, resume=True)[1] == done
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 
-def test_finished_run_is_only_read(tmp_path: Path) -> None:
-    _, done = fit(tmp_path, recipe_with())
-    _, again = fit(tmp_path, recipe_with(), resume=True)
-    assert again == done
-
-
 def test_evaluation_measures_what_is_stored_and_trains_nothing(tmp_path: Path) -> None:
-    trained, done = fit(tmp_path, recipe_with())
+    trained, done = fit(tmp_path)
     state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     # Other weights than those of the history, so that a number read back would show.
     state["model"]["weight"] = -state["model"]["weight"]
     torch.save(state, tmp_path / CHECKPOINT)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    model, measured = fit(tmp_path, recipe_with(), eval_only=True)
+    model, measured = fit(tmp_path, eval_only=True)
     assert torch.equal(model.weight, -trained.weight)
     scores = ROWS @ model.weight.T + model.bias
     expected = 100.0 * (scores.argmax(1) == LABELS).double().mean().item()
     assert measured["metrics"]["top1_percent"] == pytest.approx(expected)
     assert measured["metrics"] != done["metrics"]
-    assert measured["predicted"] == scores[:4].argmax(1).tolist()
+    assert measured["predicted"] == scores[np.linspace(0, 39, 24, dtype=int)].argmax(1).tolist()
     assert measured["history"] == done["history"]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
-
-
-def test_evaluation_of_an_unfinished_run_is_refused_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(UserError, match=r"stands at epoch 0 of 4: --eval-only measures finished runs.*--resume\.$"):
-        fit(tmp_path, recipe_with(), eval_only=True)
-    save = training._save
-
-    def save_then_die(*arguments: Any) -> None:
-        save(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "_save", save_then_die)
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path, recipe_with())
-    before = (tmp_path / CHECKPOINT).read_bytes()
-    with pytest.raises(UserError, match=r"stands at epoch 1 of 4"):
-        fit(tmp_path, recipe_with(), eval_only=True)
-    assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 
 class _RunsOut(nn.Module):
@@ -224,57 +194,30 @@ class _RunsOut(nn.Module):
 )
 def test_memory_that_runs_out_names_the_setting_of_its_phase(tmp_path: Path, in_training: bool, knob: str) -> None:
     with pytest.raises(UserError, match=rf"^CUDA ran out of memory \(.*2\.00 GiB\): [^\n]*{knob}") as caught:
-        fit(tmp_path, recipe_with(), wrap=lambda model: _RunsOut(model, training=in_training))
+        fit(tmp_path, wrap=lambda model: _RunsOut(model, training=in_training))
     assert "\n" not in str(caught.value)
 
 
-def test_divergence_names_the_rate_and_leaves_the_last_good_epoch(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the training diverged; lower lr_classifier"):
-        fit(tmp_path, recipe_with("lr_classifier=1e38"))
+def test_divergence_names_the_rate_and_leaves_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"diverged in epoch 0: lower lr_classifier"):
+        fit(tmp_path, "lr_classifier=1e38")
     assert not (tmp_path / CHECKPOINT).exists()
 
 
-def test_more_gpus_than_there_are_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--gpus 9999: this machine shows \d+ GPUs"):
-        run_ranks(second_says_no, (), processes=9999, device="cuda", output=tmp_path)
+# --- processes --------------------------------------------------------------------------------------------------------
 
 
-def test_memory_is_guarded_from_the_first_tensor_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_memory_is_guarded_from_the_first_tensor_on(tmp_path: Path, processes: int) -> None:
     with pytest.raises(UserError, match=r"^CUDA ran out of memory \(no room\): free the device of other processes"):
-        run_ranks(no_room, (), processes=1, device="cpu", output=tmp_path)
-
-
-def _train_all(rank: Rank, root: Path, output: Path) -> dict[str, Any]:
-    """A linear probe with and without crops and a fine-tuning, each two epochs, in every rank."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    header = Backbone(architecture="resnet18", method="random")
-    tensors = dict(build_backbone("resnet18").state_dict())
-    train, val = open_tree(root)
-    sizes = ("size=32", "resize=36", "epochs=2", "batch_size=8", "machine.workers=0", "machine.feature_batch_size=4")
-    done = {}
-    for name, work, overrides in (
-        ("fixed", train_linear, ("augment=false",)),
-        ("crops", train_linear, ("augment=true",)),
-        ("finetune", train_finetune, ("labels=all",)),
-    ):
-        recipe = load_recipe(
-            "semi-10pct" if name == "finetune" else "linear", architecture="resnet18", overrides=(*sizes, *overrides)
-        )
-        folder = output / name
-        folder.mkdir(parents=True, exist_ok=True)
-        job = Job(header, tensors, train, val, recipe, 0, folder, {"name": name})  # type: ignore[arg-type]
-        done[name] = work(rank, job)["history"]  # type: ignore[operator]
-    return done
+        run_ranks(no_room, processes=processes, device="cpu", output=tmp_path)
+    assert list(tmp_path.iterdir()) == [], "what a process left for its parent is gone"
 
 
 @pytest.mark.slow
 def test_sentence_of_any_process_arrives_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^the second of two says no$"):
-        run_ranks(second_says_no, (), processes=2, device="cpu", output=tmp_path)
-    with pytest.raises(UserError, match=r"^CUDA ran out of memory \(no room\): free the device of other processes"):
-        run_ranks(no_room, (), processes=2, device="cpu", output=tmp_path)
-    assert list(tmp_path.iterdir()) == [], "what a process left for its parent is gone"
+        run_ranks(second_says_no, processes=2, device="cpu", output=tmp_path)
 
 
 @pytest.mark.slow
@@ -293,22 +236,48 @@ def test_a_process_that_is_killed_is_one_sentence(
     if not seen_late:  # most often the death itself; which of the two a parent meets first is the machine's affair
         expected = rf"(Worker 1 died \(SIGKILL\)|{expected})"
     with pytest.raises(UserError, match=rf"^{expected}[^\n]*--resume continues from it\.$"):
-        run_ranks(second_is_killed, (), processes=2, device="cpu", output=tmp_path)
+        run_ranks(second_is_killed, processes=2, device="cpu", output=tmp_path)
+
+
+def _train_all(rank: Rank, root: Path, output: Path) -> dict[str, Any]:
+    """A linear probe with and without crops and a fine-tuning, each two epochs, in every rank."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tensors = dict(build_backbone("resnet18").state_dict())
+    sizes = ("size=32", "resize=36", "epochs=2", "batch_size=8", "machine.workers=0", "machine.feature_batch_size=4")
+    done = {}
+    for name, protocol in (("fixed", "linear"), ("crops", "linear"), ("finetune", "finetune-100pct")):
+        (output / name).mkdir(parents=True, exist_ok=True)
+        augment = "true" if name != "fixed" else "false"
+        asked = ask(protocol, RESNET, root, *sizes, f"augment={augment}", tensors=tensors, output=output / name)
+        setup = resolve(*asked)
+        if protocol == "linear":
+            extractor, folder = setup.extractor(rank.device), output / f"features{rank.index}"
+            features = [
+                extract(extractor, images, setup.config, folder=folder, title=name)
+                for images in (setup.val, setup.labelled)
+            ]
+            done[name] = train_linear(rank, setup, features[0], features[1] if name == "fixed" else None)["history"]
+        else:
+            done[name] = train_finetune(rank, setup)["history"]
+    return done
 
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     # 24 images in batches of 8: every batch divides, so the mean over ranks is the mean over the batch.
     root = write_tree(tmp_path / "tree", train=8)
-    one = run_ranks(_train_all, (root, tmp_path / "one"), processes=1, device="cpu", output=tmp_path)
-    two = run_ranks(_train_all, (root, tmp_path / "two"), processes=2, device="cpu", output=tmp_path)
+    one, two = (
+        run_ranks(_train_all, root, tmp_path / str(processes), processes=processes, device="cpu", output=tmp_path)
+        for processes in (1, 2)
+    )
     for name in ("fixed", "crops"):
         for alone, together in zip(one[name], two[name], strict=True):
             assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4), name
             assert together["top1_percent"] == pytest.approx(alone["top1_percent"], abs=100 / 9 + 1e-6)
         first, second = (
             torch.load(tmp_path / folder / name / CHECKPOINT, weights_only=True)["model"]["weight"]
-            for folder in ("one", "two")
+            for folder in ("1", "2")
         )
         assert torch.allclose(first, second, rtol=1e-3, atol=1e-5), name
         assert first.std() > 0.011, "a classifier that did not move proves nothing"

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from twist.catalog.sample import debian, layouts, photos, scene
+from twist.catalog.sample import photos, scene, writers
 from twist.catalog.sample.make import make_sample
-from twist.catalog.sample.qt_resources import read_rcc
+from twist.catalog.sample.photos import read_rcc
 from twist.contracts.errors import UserError
 
 
@@ -43,8 +43,11 @@ def resource_file(files: dict[str, tuple[bytes, int]]) -> bytes:
 def test_qt_resources_are_read_plain_and_compressed(tmp_path: Path) -> None:
     file = tmp_path / "pictures.rcc"
     file.write_bytes(resource_file({"größe.webp": (b"plain", 0), "b.webp": (b"z" * 1000, 1), "c.svg": (b"no", 0)}))
-    found = dict(read_rcc(file, lambda name: name.endswith(".webp")))
-    assert found == {"images/größe.webp": b"plain", "images/b.webp": b"z" * 1000}
+    found = dict(read_rcc(file, lambda name: name.suffix == ".webp"))
+    assert {str(name): content for name, content in found.items()} == {
+        "images/größe.webp": b"plain",
+        "images/b.webp": b"z" * 1000,
+    }
 
 
 @pytest.mark.parametrize("cut", [3, 19, 40, 70, 120])
@@ -63,6 +66,12 @@ def test_a_resource_tree_without_end_is_refused(tmp_path: Path) -> None:
     file.write_bytes(bytes(blob))
     with pytest.raises(UserError, match="no end"):
         list(read_rcc(file, lambda _: True))
+    # Folders that share their children: 2 to the 60th entries, were they all visited.
+    flags = [*([2] * 60), 0, 0]
+    tree = b"".join(struct.pack(">IHIIQ", 0, flag, 2, index + 1, 0) for index, flag in enumerate(flags))
+    file.write_bytes(struct.pack(">4sIIII", b"qres", 2, 20, 20, 20 + len(tree)) + tree + struct.pack(">HI", 0, 0))
+    with pytest.raises(UserError, match="no end"):
+        list(read_rcc(file, lambda _: False))
 
 
 def stand_in(folder: Path, name: str, script: str) -> None:
@@ -86,7 +95,7 @@ def test_packages_are_fetched_privately_by_exact_name(tmp_path: Path, monkeypatc
         'case $1 in --field) echo 1.0;; --extract) mkdir -p "$3/usr" && cp "$2" "$3/usr/";; *) exit 2;; esac',
     )
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-    got = list(debian.fetch(("one-package", "another"), tmp_path / "fetched"))
+    got = list(photos.fetch(("one-package", "another"), tmp_path / "fetched"))
     assert [item["package"] for item in got] == ["one-package", "another"]
     assert {item["version"] for item in got} == {"1.0"}
     # sha256 of "data\n"
@@ -110,7 +119,7 @@ def test_an_unknown_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.
     stand_in(programs, "dpkg-deb", "exit 0")
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     with pytest.raises(UserError, match=r"Unable to locate package x.*--source shapes"):
-        list(debian.fetch(("x",), tmp_path / "fetched"))
+        list(photos.fetch(("x",), tmp_path / "fetched"))
 
 
 def test_without_apt_one_sentence_and_nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +136,7 @@ def package_tree(root: Path) -> None:
     rng = np.random.default_rng(0)
     y, x = np.mgrid[-32:32, -32:32]
     alpha = (255 * (np.hypot(x, y) < 28)).astype(np.uint8)[..., None]
-    folders = [folder for group in (*photos.CLASSES.values(), photos.DISTRACTORS) for folder in group]
+    folders = [folder for group in photos.TAKEN["stamps"].values() for folder in group]
     for folder in folders:
         place = root / "usr/share/tuxpaint/stamps" / folder
         for name in (*(f"{Path(folder).name}{i}" for i in range(8)), "cartoon/drawn", "tux-plush", "lobster"):
@@ -158,9 +167,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(photos, "fetch", unpack)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        layouts.open_source.cache_clear()
+        writers.open_source.cache_clear()
         yield photos.prepare_photos(progress=False)
-    layouts.open_source.cache_clear()
+    writers.open_source.cache_clear()
 
 
 def test_drawings_and_strangers_are_left_out_and_backgrounds_are_disjoint(prepared: Path) -> None:
@@ -189,8 +198,8 @@ def test_cut_outs_keep_their_outline_and_size(prepared: Path) -> None:
 
 def test_a_sample_of_photos_says_where_its_pictures_come_from(prepared: Path, tmp_path: Path) -> None:
     sample = make_sample(tmp_path / "root", source="photos", size="tiny", progress=False)
-    assert sample.classes == tuple(photos.CLASSES)
-    assert [item["package"] for item in sample.info["packages"]] == list(photos.PACKAGES)
+    assert tuple(sample.info["classes"]) == photos.CLASSES
+    assert [item["package"] for item in sample.info["packages"]] == photos.TAKEN["packages"]
     assert all(len(item["sha256"]) == 64 for item in sample.info["packages"])
     assert "disjoint" in sample.info["split"]
     assert prepared.exists()

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_sample import tiny_sample
 
-from twist.catalog import masks
-from twist.catalog.sample import layouts, scene, shapes
-from twist.catalog.sample.make import Sample, make_sample, open_sample, read_sample_json
+from twist.catalog.annotations import voc_palette
+from twist.catalog.data_sets import read_sample
+from twist.catalog.sample import scene, shapes, writers
+from twist.catalog.sample.make import Sample, make_sample
 from twist.contracts.errors import UsageError, UserError
 
 
@@ -53,19 +54,19 @@ def test_another_seed_gives_other_pictures() -> None:
 
 
 def test_counts_and_classes_are_what_sample_json_says(sample: Sample) -> None:
-    info = read_sample_json(sample.root)
-    assert info == sample.info == open_sample(sample.root).info
-    assert len(sample.classes) == 10
-    assert list(sample.classes) == sorted(sample.classes)  # class folders sort into label order
+    info = read_sample(sample.root)
+    assert info == sample.info
+    assert len(sample.info["classes"]) == 10
+    assert list(sample.info["classes"]) == sorted(sample.info["classes"])  # class folders sort into label order
     counts = info["counts"]
-    assert len(list(sample.unlabelled.glob("*.jpg"))) == counts["unlabelled"]
-    assert len(list((sample.coco / "val2017").glob("*.jpg"))) == counts["coco/val2017"]
+    assert len(list(sample.root.glob("unlabelled/*.jpg"))) == counts["unlabelled"]
+    assert len(list((sample.root / "coco/val2017").glob("*.jpg"))) == counts["coco/val2017"]
     assert sum(counts[f"VOC2007/{part}"] for part in ("train", "val", "test")) == len(
-        list((sample.voc2007 / "JPEGImages").glob("*.jpg"))
+        list((sample.root / "VOC2007/JPEGImages").glob("*.jpg"))
     )
-    assert len(list(sample.imagenet.glob("train/*/*.jpg"))) == counts["imagenet/train"]
-    assert {path.name for path in (sample.imagenet / "val").iterdir()} == set(sample.classes)
-    assert len((sample.imagenet / "1percent.txt").read_text().split()) == 10  # at least one a class
+    assert len(list(sample.root.glob("imagenet/train/*/*.jpg"))) == counts["imagenet/train"]
+    assert {path.name for path in (sample.root / "imagenet/val").iterdir()} == set(sample.info["classes"])
+    assert len((sample.root / "imagenet/1percent.txt").read_text().split()) == 10  # at least one a class
 
 
 def test_a_sample_is_reused_and_another_refused(sample: Sample, tmp_path: Path) -> None:
@@ -91,21 +92,23 @@ def test_nothing_is_left_of_a_sample_that_fails(tmp_path: Path, monkeypatch: pyt
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("twist.catalog.sample.make.write_item", full_disk)
+    monkeypatch.setattr("twist.catalog.sample.make.write_image", full_disk)
     with pytest.raises(OSError, match="No space left"):
         make_sample(tmp_path / "root", size="tiny", progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_or_damaged_sample_json_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="make one with `twist data sample"):
-        read_sample_json(tmp_path)
+    assert read_sample(tmp_path) is None
     (tmp_path / "sample.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        read_sample_json(tmp_path)
+        read_sample(tmp_path)
     (tmp_path / "sample.json").write_text('{"format_version": 99, "classes": []}')
-    with pytest.raises(UserError, match="another format"):
-        read_sample_json(tmp_path)
+    with pytest.raises(UserError, match="names no classes"):
+        read_sample(tmp_path)
+    (tmp_path / "sample.json").write_text('{"format_version": 99, "classes": ["a"]}')
+    with pytest.raises(UserError, match="format_version 99 and not 2"):
+        make_sample(tmp_path, progress=False)
 
 
 def test_visible_masks_are_disjoint_and_follow_the_painting_order() -> None:
@@ -154,11 +157,11 @@ def test_every_class_has_its_own_outline() -> None:
 def test_run_lengths_and_outlines_describe_any_mask(seed: int, height: int, width: int, density: float) -> None:
     coco = pytest.importorskip("pycocotools.mask")
     mask = np.random.default_rng(seed).random((height, width)) < density
-    decoded = coco.decode(coco.frPyObjects(masks.run_lengths(mask), height, width))
+    decoded = coco.decode(coco.frPyObjects(scene.run_lengths(mask), height, width))
     assert (decoded.astype(bool) == mask).all()
     # Outer outlines enclose every pixel of the mask: their areas add up to at least it, with holes filled.
-    loops = masks.outlines(mask)
-    assert sum(masks._area(loop) for loop in loops) >= mask.sum()
+    loops = [area for area in map(scene._area, scene._loops(mask)) if area > 0]
+    assert sum(loops) >= mask.sum()
     assert bool(loops) == bool(mask.any())
 
 
@@ -166,10 +169,10 @@ def test_run_lengths_and_outlines_describe_any_mask(seed: int, height: int, widt
 @given(st.integers(0, 2**32 - 1))
 def test_polygons_cover_their_mask_holes_included(seed: int) -> None:
     coco = pytest.importorskip("pycocotools.mask")
-    from twist.catalog.sample.textures import fractal_noise
+    from twist.catalog.sample.shapes import fractal_noise
 
     mask = fractal_noise(np.random.default_rng(seed), 60, 70, cells=5) > 0.5
-    found = [polygon.ravel().tolist() for polygon in masks.polygons(mask)]
+    found = [polygon.ravel().tolist() for polygon in scene.polygons(mask)]
     decoded = coco.decode(coco.merge(coco.frPyObjects(found, 60, 70))).astype(bool)
     assert (decoded & mask).sum() / (decoded | mask).sum() > 0.97
 
@@ -178,23 +181,23 @@ def test_a_ring_keeps_its_hole() -> None:
     coco = pytest.importorskip("pycocotools.mask")
     y, x = np.mgrid[-20:21, -20:21]
     ring = (np.hypot(x, y) < 18) & (np.hypot(x, y) > 9)
-    found = [polygon.ravel().tolist() for polygon in masks.polygons(ring)]
+    found = [polygon.ravel().tolist() for polygon in scene.polygons(ring)]
     decoded = coco.decode(coco.merge(coco.frPyObjects(found, 41, 41))).astype(bool)
     assert not decoded[20, 20]
     assert (decoded & ring).sum() / (decoded | ring).sum() > 0.95
 
 
 def test_voc_palette_is_the_development_kits() -> None:
-    palette = np.array(masks.voc_palette()).reshape(256, 3)
+    palette = np.array(voc_palette()).reshape(256, 3)
     # aeroplane, bicycle, tvmonitor, and the cream of the void border.
     assert palette[[1, 2, 20, 255]].tolist() == [[128, 0, 0], [0, 128, 0], [0, 64, 128], [224, 224, 192]]
 
 
 def test_coco_annotations_agree_with_themselves(sample: Sample) -> None:
     coco = pytest.importorskip("pycocotools.mask")
-    content = json.loads((sample.coco / "annotations/instances_train2017.json").read_text())
+    content = json.loads((sample.root / "coco/annotations/instances_train2017.json").read_text())
     images = {image["id"]: image for image in content["images"]}
-    assert [category["name"] for category in content["categories"]] == list(sample.classes)
+    assert [category["name"] for category in content["categories"]] == list(sample.info["classes"])
     crowds = [annotation for annotation in content["annotations"] if annotation["iscrowd"]]
     assert crowds
     assert all(isinstance(annotation["segmentation"], dict) for annotation in crowds)
@@ -217,7 +220,7 @@ def test_coco_annotations_agree_with_themselves(sample: Sample) -> None:
 
 
 def test_voc_boxes_and_maps_agree(sample: Sample) -> None:
-    root = sample.voc2012
+    root = sample.root / "VOC2012"
     names = (root / "ImageSets/Segmentation/trainval.txt").read_text().split()
     difficult = 0
     for path in (root / "Annotations").glob("*.xml"):
@@ -227,7 +230,7 @@ def test_voc_boxes_and_maps_agree(sample: Sample) -> None:
         labels = Image.open(root / "SegmentationClass" / f"{name}.png")
         objects = np.asarray(Image.open(root / "SegmentationObject" / f"{name}.png"))
         assert labels.mode == "P"
-        assert labels.getpalette()[:768] == masks.voc_palette()
+        assert labels.getpalette()[:768] == voc_palette()
         values = np.asarray(labels)
         assert set(np.unique(values)) <= {*range(11), 255}
         assert ((values == 255) == (objects == 255)).all()
@@ -247,7 +250,7 @@ def test_voc_boxes_and_maps_agree(sample: Sample) -> None:
 
 def test_cityscapes_label_table_is_the_official_one() -> None:
     labels = pytest.importorskip("cityscapesscripts.helpers.labels")
-    for name, (label_id, train_id, has_instances) in layouts.CITYSCAPES_LABELS.items():
+    for name, (label_id, train_id, has_instances) in writers.CITYSCAPES_LABELS.items():
         official = labels.name2label[name]
         assert (official.id, official.trainId, official.hasInstances) == (label_id, train_id, has_instances)
 
@@ -258,7 +261,7 @@ def test_cityscapes_maps_are_painted_as_the_official_tool_paints_them(sample: Sa
     from cityscapesscripts.preparation.json2instanceImg import createInstanceImage
     from cityscapesscripts.preparation.json2labelImg import createLabelImage
 
-    for path in sorted(sample.cityscapes.glob("gtFine/*/*/*_gtFine_polygons.json")):
+    for path in sorted(sample.root.glob("cityscapes/gtFine/*/*/*_gtFine_polygons.json")):
         annotation = Annotation()
         annotation.fromJsonFile(str(path))
         for kind, official in (
@@ -278,22 +281,24 @@ def test_detectron2_reads_coco_voc_and_cityscapes(sample: Sample) -> None:
 
     counts = sample.info["counts"]
     found = load_coco_json(
-        str(sample.coco / "annotations/instances_train2017.json"), str(sample.coco / "train2017"), "sample_coco_train"
+        str(sample.root / "coco/annotations/instances_train2017.json"),
+        str(sample.root / "coco/train2017"),
+        "sample_coco_train",
     )
     assert len(found) == counts["coco/train2017"]
     assert {a["category_id"] for item in found for a in item["annotations"]} <= set(range(10))
     assert any(a["iscrowd"] for item in found for a in item["annotations"])
     for year, split, expected in (
-        (sample.voc2007, "trainval", counts["VOC2007/train"] + counts["VOC2007/val"]),
-        (sample.voc2007, "test", counts["VOC2007/test"]),
-        (sample.voc2012, "trainval", counts["VOC2012/train"] + counts["VOC2012/val"]),
+        (sample.root / "VOC2007", "trainval", counts["VOC2007/train"] + counts["VOC2007/val"]),
+        (sample.root / "VOC2007", "test", counts["VOC2007/test"]),
+        (sample.root / "VOC2012", "trainval", counts["VOC2012/train"] + counts["VOC2012/val"]),
     ):
-        found = load_voc_instances(str(year), split, list(sample.classes))
+        found = load_voc_instances(str(year), split, list(sample.info["classes"]))
         assert len(found) == expected
         for item in found:
             with Image.open(item["file_name"]) as image:
                 assert image.size == (item["width"], item["height"])
-    images, truth = (str(sample.cityscapes / kind / "val") for kind in ("leftImg8bit", "gtFine"))
+    images, truth = (str(sample.root / "cityscapes" / kind / "val") for kind in ("leftImg8bit", "gtFine"))
     # From JSON, Detectron2 needs shapely, which it does not ask for itself.
     for from_json in (True, False) if importlib.util.find_spec("shapely") else (False,):
         found = load_cityscapes_instances(images, truth, from_json=from_json, to_polygons=True)
@@ -316,7 +321,7 @@ def test_mmsegmentation_reads_voc_and_cityscapes(sample: Sample) -> None:
         ("val", "SegmentationClass", counts["VOC2012/val"]),
     ):
         dataset = PascalVOCDataset(
-            data_root=str(sample.voc2012),
+            data_root=str(sample.root / "VOC2012"),
             ann_file=f"ImageSets/Segmentation/{part}.txt",
             data_prefix={"img_path": "JPEGImages", "seg_map_path": prefix},
             pipeline=[],
@@ -330,7 +335,7 @@ def test_mmsegmentation_reads_voc_and_cityscapes(sample: Sample) -> None:
         assert seen - {255} <= set(range(11))
         assert (255 in seen) == (part != "aug")  # SBD's maps have no void border
     dataset = CityscapesDataset(
-        data_root=str(sample.cityscapes),
+        data_root=str(sample.root / "cityscapes"),
         data_prefix={"img_path": "leftImg8bit/train", "seg_map_path": "gtFine/train"},
         pipeline=[],
     )
@@ -338,4 +343,4 @@ def test_mmsegmentation_reads_voc_and_cityscapes(sample: Sample) -> None:
     seen = set()
     for index in range(len(dataset)):
         seen |= set(np.unique(load(dataset.get_data_info(index))["gt_seg_map"]).tolist())
-    assert seen == {train_id for _, train_id, _ in layouts.CITYSCAPES_LABELS.values()}
+    assert seen == {train_id for _, train_id, _ in writers.CITYSCAPES_LABELS.values()}

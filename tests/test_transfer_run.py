@@ -14,7 +14,7 @@ from imagenet_tree import write_tree
 from PIL import Image
 from tiny_trees import make_voc_segmentation
 
-from twist.catalog.roots import find_root
+from twist.catalog.before_run import identify_data
 from twist.contracts import run_folder as folder
 from twist.contracts.curves import Curves
 from twist.contracts.errors import UsageError, UserError
@@ -23,7 +23,6 @@ from twist.contracts.record import find_records, read_record
 from twist.contracts.weights import Backbone, write_backbone
 from twist.transfer.end import render_end
 from twist.transfer.engines import all_engines
-from twist.transfer.identity import identify_data
 from twist.transfer.pictures import plot_losses, save_pairs
 from twist.transfer.protocols import find_protocol
 from twist.transfer.request import Controls, Result, split_overrides
@@ -43,16 +42,6 @@ def test_controls_are_taken_out_of_the_overrides() -> None:
         split_overrides(["nodes=2"])
     with pytest.raises(UsageError, match="architecture"):
         split_overrides(["architecture=resnet19"])
-
-
-def test_root_comes_from_the_option_or_the_environment(tmp_path, monkeypatch) -> None:
-    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
-    with pytest.raises(UserError, match="No data root: name it"):
-        find_root(None)
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    assert find_root(None) == tmp_path
-    with pytest.raises(UserError, match="There is no data root"):
-        find_root(tmp_path / "absent")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -354,7 +343,9 @@ def test_a_run_folder_of_an_earlier_version_is_the_same_run(
     shutil.copytree(STORED / stored, out)
     run = json.loads((out / "run.json").read_text())
     # The sizes of the tree's pictures are Pillow's.
-    (out / "run.json").write_text(json.dumps({**run, "data": identify_data(row, tmp_path / "data")}))
+    (out / "run.json").write_text(
+        json.dumps({**run, "data": identify_data(row.data, tmp_path / "data", subset=row.subset)})
+    )
     program = all_engines()[row.engine].load()
     monkeypatch.setattr(program, "run", lambda _, __, plan: Result(dict.fromkeys(row.metrics, 1.0), plan.recipe))
 
@@ -373,7 +364,7 @@ def test_a_run_folder_of_an_earlier_version_is_the_same_run(
 def test_the_record_of_a_run_that_an_earlier_version_finished_is_taken(knn, tmp_path) -> None:
     shutil.copytree(STORED / "knn-done", tmp_path / "out")
     run = json.loads((tmp_path / "out" / "run.json").read_text())
-    run["data"] = identify_data(find_protocol("knn"), tmp_path / "data")
+    run["data"] = identify_data(("imagenet",), tmp_path / "data")
     (tmp_path / "out" / "run.json").write_text(json.dumps(run))
     record = knn("architecture=resnet18", output=tmp_path / "out", resume=True)
     assert record == read_record(tmp_path / "out" / run["record"])

@@ -15,6 +15,16 @@ from PIL import Image, ImageDraw
 
 # Category ids of COCO 2017: 80 of 1 … 90.
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+COCO_NAMES = [
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
+    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+]  # fmt: skip
 VOC_NAMES = [
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -75,20 +85,11 @@ def make_coco(root: Path, *, images: int = 3) -> Path:
                 "area": 4 * HEIGHT, "segmentation": crowd, "iscrowd": 1,
             }
         )  # fmt: skip
-        categories = [{"id": i, "name": f"class{i}", "supercategory": "thing"} for i in COCO_IDS]
-        names = _coco_names()
-        for category, name in zip(categories, names, strict=True):
-            category["name"] = name
+        categories = [{"id": i, "name": name, "supercategory": "thing"} for i, name in zip(COCO_IDS, COCO_NAMES)]
         target = root / "coco" / "annotations" / f"instances_{split}2017.json"
         target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps({"images": entries, "annotations": annotations, "categories": categories}))
     return root
-
-
-def _coco_names() -> list[str]:
-    from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
-
-    return [c["name"] for c in COCO_CATEGORIES if c["isthing"]]
 
 
 def make_voc_detection(root: Path, *, images: int = 3) -> Path:

@@ -43,4 +43,4 @@ def plot_losses(curves: Path, path: Path, *, title: str) -> Path:
     rows = read_rows(curves)
     names = sorted({name for row in rows for name in row if "loss" in name}, key=lambda name: (name != "loss", name))
     settings = {"xlabel": "iteration", "ylabel": "loss", "ylim": (0, None)}
-    return draw(rows, [Panel(title, {name: name for name in names}, smooth=False, settings=settings)], path)
+    return draw(rows, [Panel(title, {name: name for name in names}, settings, smooth=False)], path)

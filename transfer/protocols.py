@@ -15,12 +15,12 @@ from twist.contracts.metrics import METRICS
 from twist.contracts.published import PublishedRow, find_neighbours, protocol_title
 from twist.contracts.record import RunRecord, Task
 
-DataSet = Literal["coco", "voc2007", "voc2012", "voc2012-aug", "cityscapes", "imagenet"]
-
 
 @dataclass(frozen=True)
 class Protocol:
-    """One row. `engine` is a folder of `transfer/engines/`, which knows where `config` lies.
+    """One row. `engine` is a folder of `transfer/engines/`; `data` are rows of `catalog/data_sets.toml`.
+
+    `gpus` is the recipe's count (0: one process, CPU will do).
 
     `hours` is wall time on these `gpus` where we measured it, None where nobody here did. `tolerance` is the spread
     from run to run, in percent points of the metrics.
@@ -30,13 +30,15 @@ class Protocol:
     engine: str
     task: Task
     config: str
-    data: tuple[DataSet, ...]
+    data: tuple[str, ...]
     metrics: tuple[str, ...]
     gpus: int
     recipe: str
     tolerance: float
     scale: Literal["full", "sample"] = "full"
     hours: float | None = None
+    # The list of images that have labels, which is then a part of the data.
+    subset: str | None = None
 
 
 def _read() -> dict[str, Protocol]:

@@ -86,7 +86,7 @@ class Weights:
     header: Backbone
     file: Path | None = None
     overlay: Path | None = None
-    tensors: dict[str, Tensor] | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

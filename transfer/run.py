@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from twist.catalog.roots import find_root
+from twist.catalog.before_run import identify_data, require_data
+from twist.catalog.data_sets import find_root
 from twist.contracts import files, run_folder
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.files import sha256_file
@@ -27,8 +28,6 @@ from twist.converters.output_folder import name_of
 from twist.transfer.end import render_end, render_places
 from twist.transfer.engines import Engine, all_engines
 from twist.transfer.engines.framework import frameworks_quiet
-from twist.transfer.identity import identify_data
-from twist.transfer.preflight import check_data
 from twist.transfer.protocols import Protocol, find_protocol
 from twist.transfer.request import Controls, Request, Resolved, Result, Weights, split_overrides
 
@@ -78,7 +77,8 @@ def transfer(
     engine = all_engines()[row.engine]
     controls, rest = split_overrides(overrides)
     root = find_root(data)
-    sample, data_name = check_data(row, root), identify_data(row, root)
+    sample = require_data(row.data, root, task=row.task, scale=row.scale)
+    data_name = identify_data(row.data, root, subset=row.subset)
     given = find_weights(weights, row, controls, layout=layout, branch=branch, method=method, seed=seed)
     output = (output or default_output(row, given, seed)).resolve()
     results = (results or output / "results").resolve()

@@ -256,8 +256,9 @@ def data_check(dataset: str, root: DataRoot = None) -> None:
     ROOT/val/<class>/, on which the ImageNet-style protocols run.
     """
     require("transfer", "PIL")
-    from twist.catalog.check import check, has_errors, render
-    from twist.catalog.roots import find_root
+    from twist.catalog.check import check
+    from twist.catalog.data_sets import find_root
+    from twist.catalog.report import has_errors, render
 
     findings = check(dataset, find_root(None) if root is None else root)
     print(render(findings))
@@ -279,7 +280,7 @@ def suite(
     Resumable; what is done is skipped.
     """
     require("transfer")
-    from twist.catalog.roots import find_root
+    from twist.catalog.data_sets import find_root
     from twist.comparing import suite_table
     from twist.transfer.suite.run import run_suite
 

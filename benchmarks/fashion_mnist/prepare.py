@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from twist.catalog.sample.debian import cache_folder, fetch
+from twist.catalog.sample.photos import cache_folder, fetch
 from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.progress import Progress

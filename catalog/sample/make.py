@@ -9,7 +9,6 @@ bytes with equal versions of numpy and Pillow.
 from __future__ import annotations
 
 import functools
-import json
 import multiprocessing
 import os
 import shutil
@@ -18,83 +17,49 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from twist.catalog.sample.layouts import Item, Size, World, folders, open_source, sets, write_common_files, write_item
+from twist.catalog.data_sets import SAMPLE_JSON, read_sample
 from twist.catalog.sample.photos import prepare_photos
+from twist.catalog.sample.writers import SOURCES, Size, World, open_source, sets, write_common_files, write_image
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.machine import cores
 from twist.contracts.progress import Progress
 
 FORMAT_VERSION = 2
-SAMPLE_JSON = "sample.json"
 SIZES = {
     "tiny": Size(40, 64, 24, 16, 96, 4, 2),
     "small": Size(2000, 128, 240, 80, 192, 60, 30),
     "medium": Size(10000, 128, 1200, 400, 192, 300, 100),
 }
-SOURCES = ("shapes", "photos")
 # Below this many images a second process costs more than it saves.
 ALONE_BELOW = 400
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A complete sample on disk. `info` is the content of its sample.json."""
+    """A complete sample on disk. `info` is the content of its sample.json: settings, classes, counts, provenance."""
 
     root: Path
     info: dict[str, Any]
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The ten class names, in the order of every label in the sample."""
-        return tuple(self.info["classes"])
 
     def summary(self) -> str:
         """One line: what was made, of how many images, where."""
         total = sum(self.info["counts"].values())
         return (
             f"Sample of {self.info['source']} ({self.info['size']}, seed {self.info['seed']}): {total} images of "
-            f"{', '.join(self.classes)} in {self.root}"
+            f"{', '.join(self.info['classes'])} in {self.root}"
         )
-
-    @property
-    def unlabelled(self) -> Path:
-        return self.root / "unlabelled"
-
-    @property
-    def coco(self) -> Path:
-        return self.root / "coco"
-
-    @property
-    def voc2007(self) -> Path:
-        return self.root / "VOC2007"
-
-    @property
-    def voc2012(self) -> Path:
-        return self.root / "VOC2012"
-
-    @property
-    def cityscapes(self) -> Path:
-        return self.root / "cityscapes"
-
-    @property
-    def imagenet(self) -> Path:
-        return self.root / "imagenet"
 
 
 def make_sample(
-    root: str | os.PathLike[str],
-    *,
-    source: Literal["shapes", "photos"] | str = "shapes",
-    size: Literal["tiny", "small", "medium"] | str = "small",
-    seed: int = 0,
-    progress: bool = True,
+    root: str | os.PathLike[str], *, source: str = "shapes", size: str = "small", seed: int = 0, progress: bool = True
 ) -> Sample:
     """Write a sample to `root`, or return the one that is there if it was made with the same settings.
 
-    It is written beside `root` and moved there when it is whole, so `root` is absent or complete at any moment.
+    `source` and `size` are keys of `SOURCES` and `SIZES`. It is written beside `root` and moved there when it is whole,
+    so `root` is absent or complete at any moment.
 
     Raises:
         UsageError: no such source or size.
@@ -105,8 +70,8 @@ def make_sample(
             raise UsageError(f'There is no sample {kind} "{value}".{did_you_mean(value, known)}')
     root = Path(root)
     settings = {"format_version": FORMAT_VERSION, "source": source, "size": size, "seed": seed}
-    if (root / SAMPLE_JSON).exists():
-        info = read_sample_json(root)
+    info = read_sample(root) if root.is_dir() else None
+    if info is not None:
         differing = [key for key in settings if info.get(key) != settings[key]]
         if differing:
             what = ", ".join(f"{key} {info.get(key)} and not {settings[key]}" for key in differing)
@@ -115,27 +80,6 @@ def make_sample(
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root} exists and is no sample: choose an empty or new folder, nothing is overwritten.")
     return _write(root, settings, progress=progress)
-
-
-def read_sample_json(root: str | os.PathLike[str]) -> dict[str, Any]:
-    """The sample.json at `root`: source, size, seed, classes, counts; `UserError` when it is absent or damaged."""
-    path = Path(root) / SAMPLE_JSON
-    try:
-        info = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"There is no sample at {root} ({SAMPLE_JSON} is missing): make one with `twist data sample {root}`."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove the sample and make it again.") from None
-    if not isinstance(info, dict) or info.get("format_version") != FORMAT_VERSION or "classes" not in info:
-        raise UserError(f"{path} is of another format than this version's ({FORMAT_VERSION}): make the sample again.")
-    return info
-
-
-def open_sample(root: str | os.PathLike[str]) -> Sample:
-    """The sample at `root`; `UserError` when there is none."""
-    return Sample(Path(root), read_sample_json(root))
 
 
 def _write(root: Path, settings: dict[str, Any], *, progress: bool) -> Sample:
@@ -147,13 +91,13 @@ def _write(root: Path, settings: dict[str, Any], *, progress: bool) -> Sample:
     temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
     try:
         world = World(temporary, settings["source"], settings["seed"], size, source.classes)
-        for folder in folders(world):
-            folder.mkdir(parents=True)
         counts = sets(size)
         returned: dict[str, list[Any]] = {name: [] for name in counts}
         with Progress(f"sample of {world.source}", total=sum(counts.values()), unit="image", quiet=not progress) as bar:
-            for item, value in _write_items(world, [Item(name, i) for name, n in counts.items() for i in range(n)]):
-                returned[item.set_name].append(value)
+            for (set_name, _), value in _write_images(
+                world, [(name, i) for name, n in counts.items() for i in range(n)]
+            ):
+                returned[set_name].append(value)
                 bar.advance()
         write_common_files(world, returned)
         info = {**settings, "classes": list(source.classes), "counts": counts, **source.provenance()}
@@ -166,13 +110,12 @@ def _write(root: Path, settings: dict[str, Any], *, progress: bool) -> Sample:
     return Sample(root, info)
 
 
-def _write_items(world: World, items: list[Item]) -> Iterator[tuple[Item, Any]]:
-    """Write every item, in as many processes as there are cores; yields in the order of `items`."""
+def _write_images(world: World, items: list[tuple[str, int]]) -> Iterator[tuple[tuple[str, int], Any]]:
+    """Write every image, in as many processes as there are cores; yields in the order of `items`."""
     workers = min(cores(), 16) if len(items) >= ALONE_BELOW else 1
-    write = functools.partial(write_item, world)
+    write = functools.partial(write_image, world)
     if workers == 1:
-        for item in items:
-            yield item, write(item)
+        yield from ((item, write(item)) for item in items)
         return
     # As torch's DataLoader does: fork where it exists, so that a caller needs no `if __name__ == "__main__"`.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"

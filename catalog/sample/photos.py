@@ -12,120 +12,43 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import shutil
+import struct
+import subprocess
 import tempfile
 import zlib
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter, UnidentifiedImageError
 
-from twist.catalog.sample.debian import cache_folder, fetch
-from twist.catalog.sample.qt_resources import read_rcc
-from twist.catalog.sample.scene import DISTRACTOR, Cutout, Split
-from twist.catalog.sample.textures import Array
+from twist.catalog.sample.scene import DISTRACTOR, Array, Cutout, Split
 from twist.contracts import files
+from twist.contracts.config import read_toml
 from twist.contracts.errors import UserError
+from twist.contracts.files import sha256_file
 from twist.contracts.progress import Progress
 
-PACKAGES = (
-    "tuxpaint-stamps-default",
-    "gcompris-qt-data",
-    "lomiri-wallpapers-16.04",
-    "lomiri-wallpapers-20.04",
-    "mate-backgrounds",
-)
+TAKEN = read_toml(Path(__file__).with_name("photos.toml"))
+CLASSES = tuple(kind for kind in TAKEN["stamps"] if kind != "distractor")
+LEFT_OUT = {name for kind, names in TAKEN["left_out"].items() if kind != "drawings" for name in names}
 # Changes when what is prepared changes, so that an old cache is not taken for a new one.
 PREPARED_VERSION = 2
-
-# Class → folders of stamps (below /usr/share/tuxpaint/stamps; subfolders too). Chosen by looking at every stamp: these
-# are the ten kinds of which there are enough photographs.
-CLASSES = {
-    "bird": ("animals/birds",),
-    "coin": (
-        "symbols/money/canadian/coins",
-        "symbols/money/euro/coins",
-        "symbols/money/japanese",
-        "symbols/money/us/coins",
-    ),
-    "fish": ("animals/fish",),
-    "flower": ("plants/flowers",),
-    "fruit": ("food/fruit",),
-    "hoofed": ("animals/mammals/bovines", "animals/mammals/camel", "animals/mammals/deer", "animals/mammals/equines"),
-    "insect": ("animals/insects",),
-    "instrument": ("hobbies/music",),
-    "tool": ("household/tools", "household/arttools"),
-    "vehicle": ("vehicles", "military/vehicles"),
-}
-# Of no class: they occlude.
-DISTRACTORS = ("household/dishes", "plants/mushrooms", "animals/shellfish", "food/nuts", "sports")
-
-# Stamps in those folders that are not taken. Drawings by their path or name; then one by one, with the reason.
-DRAWING_MARKS = ("cartoon", "tux", "_outline")
-NOT_TAKEN = {
-    # Not of the class that the folder stands for.
-    "lobster",
-    "shrimp",
-    "seahorse",
-    "Brown_slug",
-    "Woodlouse",
-    "7spoke256",
-    "wheel_tractor",
-    "balloon360",
-    "747",
-    "f22_raptor",
-    "walnutBoat",
-    "chineseJunk",
-    "pink_tricycle",
-    "highlighter",
-    "pen_dryerase",
-    "chuvanna_plastic_poo",
-    # Mostly see-through, or a line without a body.
-    "fly",
-    "glass",
-    "rugby_goal_posts",
-    # The same photograph mirrored; objects are mirrored here anyway.
-    "measuring_tape_mirror",
-    "sedan_police_mirror",
-    "dumper_mirror",
-    "bradley_mirror",
-}
+RCC_FOLDER = "usr/share/gcompris-qt/rcc"
 SMALLEST_STAMP = 45  # pixels on the longer side
 STAMP_SIDE, BACKGROUND_SIDE = 288, 640
 # Stamps that are taken of each class. The small sample's 600 labelled pictures then show each one ten times; with all
 # of them (up to forty a class) a picture's nearest neighbours could not be of its own stamp.
 SPECIMENS = 6
-
-# Photographs without any object of the ten classes, as (package's file, names or None for all).
-RCC_FOLDER = "usr/share/gcompris-qt/rcc"
-RCC_BACKGROUNDS = {
-    "explore_monuments.rcc": None,
-    "clickgame.rcc": ("sea1", "sea2", "sea3", "sea4", "sea5", "sea6"),
-    "details.rcc": (
-        "EgeskovSlotSpejling_background",
-        "EilanDonanCastle_background",
-        "FanoeWindmill_background",
-        "GizahPyramids_background",
-        "Nagoya_background",
-    ),
-}
-WALLPAPERS = (
-    "Bridge_by_Sander_Klootwijk.jpg",
-    "aitzgorri_by_Aitzol_Berasategi.jpg",
-    "life_by_Aitzol_Berasategi.jpg",
-    "picosdeeuropa_by_Aitzol_Berasategi.jpg",
-    "sunset_by_Aitzol_Berasategi.jpg",
-    "mate/nature/Aqua.jpg",
-    "mate/nature/Blinds.jpg",
-    "mate/nature/Dune.jpg",
-    "mate/nature/GreenMeadow.jpg",
-    "mate/nature/RainDrops.jpg",
-    "mate/nature/Storm.jpg",
-    "mate/nature/Wood.jpg",
-)
 VAL_SHARE = 0.25
+TIMEOUT_S = 900  # of one call of apt
+# A tree entry of a Qt resource file: name offset, flags, two numbers, time.
+ENTRY = struct.Struct(">IHIIQ")
+COMPRESSED_ZLIB, FOLDER, COMPRESSED_ZSTD = 1, 2, 4
+MAX_FILE_BYTES, MAX_ENTRIES = 64 * 2**20, 100_000
 
 
 def prepare_photos(*, progress: bool = True) -> Path:
@@ -143,8 +66,8 @@ def prepare_photos(*, progress: bool = True) -> Path:
     work = Path(tempfile.mkdtemp(prefix="photos-", dir=target.parent))
     try:
         packages = []
-        with Progress("photos: fetch", total=len(PACKAGES), unit="package", quiet=not progress) as bar:
-            for package in fetch(PACKAGES, work):
+        with Progress("photos: fetch", total=len(TAKEN["packages"]), unit="package", quiet=not progress) as bar:
+            for package in fetch(TAKEN["packages"], work):
                 packages.append(package)
                 bar.advance()
         prepared = work / "prepared"
@@ -167,7 +90,7 @@ def prepare_photos(*, progress: bool = True) -> Path:
 class Photos:
     """The `photos` source on a folder of `prepare_photos`."""
 
-    classes = tuple(CLASSES)
+    classes = CLASSES
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = prepare_photos() if folder is None else folder
@@ -196,23 +119,21 @@ class Photos:
         # Shrink first (cheap and free of aliasing), turn, then cut to what is left of it.
         factor = 1.3 * size / max(stamp.size)
         shape = (max(4, round(stamp.width * factor)), max(4, round(stamp.height * factor)))
-        turned = stamp.resize(shape, Image.Resampling.BICUBIC, reducing_gap=2.0).rotate(
-            float(rng.uniform(-28, 28)), Image.Resampling.BICUBIC, expand=True
-        )
-        turned = turned.crop(turned.getchannel("A").point(_above_edge).getbbox())
+        small = stamp.resize(shape, Image.Resampling.BICUBIC, reducing_gap=2.0)
+        turned = small.rotate(float(rng.uniform(-28, 28)), Image.Resampling.BICUBIC, expand=True)
+        turned = turned.crop(turned.getchannel("A").point(lambda alpha: 255 * (alpha > 40)).getbbox())
         factor = size / max(turned.size)
         shape = (max(3, round(turned.width * factor)), max(3, round(turned.height * factor)))
         pixels = np.asarray(turned.resize(shape, Image.Resampling.BICUBIC), dtype=np.float32) / np.float32(255)
         return Cutout(_relit(rng, pixels[..., :3], light), pixels[..., 3])
 
     def provenance(self) -> dict[str, Any]:
-        stamps = self._provenance["stamps"]
+        taken = {kind: self._provenance[kind].items() for kind in ("stamps", "backgrounds")}
         return {
             "packages": self._provenance["packages"],
             "licence": "each package's /usr/share/doc/<package>/copyright; the pictures are not ours to pass on",
             "split": "train and val use the same stamps on disjoint backgrounds",
-            "stamps": {kind: len(names) for kind, names in stamps.items()},
-            "backgrounds": {part: len(names) for part, names in self._provenance["backgrounds"].items()},
+            **{kind: {part: len(names) for part, names in parts} for kind, parts in taken.items()},
         }
 
 
@@ -240,10 +161,6 @@ def _relit(rng: np.random.Generator, rgb: Array, light: tuple[float, float]) -> 
     return np.clip(rgb * slope * tint, 0, 1)
 
 
-def _above_edge(alpha: int) -> int:
-    return 255 * (alpha > 40)
-
-
 @functools.lru_cache(maxsize=1024)
 def _picture(path: Path) -> Image.Image:
     with Image.open(path) as image:
@@ -254,12 +171,12 @@ def _picture(path: Path) -> Image.Image:
 def _prepare_stamps(root: Path, target: Path, bar: Progress) -> dict[str, list[str]]:
     """Write `SPECIMENS` stamps a class, and every distractor, as RGBA PNGs below `target`/<kind>; kind → names."""
     stamps: dict[str, list[str]] = {}
-    for kind, folders in {**CLASSES, "distractor": DISTRACTORS}.items():
+    for kind, folders in TAKEN["stamps"].items():
         names: list[str] = []
         paths = (path.relative_to(root).as_posix() for folder in folders for path in (root / folder).rglob("*.png"))
         for path in sorted(paths, key=_digest):
-            drawing = any(mark in path.lower() for mark in DRAWING_MARKS)
-            if drawing or Path(path).stem in NOT_TAKEN:
+            drawing = any(mark in path.lower() for mark in TAKEN["left_out"]["drawings"])
+            if drawing or Path(path).stem in LEFT_OUT:
                 continue
             stamp = _open(root / path).convert("RGBA")
             if max(stamp.size) < SMALLEST_STAMP:
@@ -282,7 +199,7 @@ def _prepare_stamps(root: Path, target: Path, bar: Progress) -> dict[str, list[s
 
 
 def _prepare_backgrounds(root: Path, target: Path, bar: Progress) -> dict[str, list[str]]:
-    """Write every taken photograph as an RGB PNG below `target`; split → names."""
+    """Write every taken photograph as an RGB PNG below `target`; split → names, a fixed quarter of them for val."""
     target.mkdir(parents=True)
     names = []
     for name, picture in _background_files(root):
@@ -292,27 +209,25 @@ def _prepare_backgrounds(root: Path, target: Path, bar: Progress) -> dict[str, l
         names.append(name)
         bar.advance()
     if len(names) < 8:
-        raise UserError(
-            f"Only {len(names)} of the photographs for backgrounds are in the packages: use --source shapes."
-        )
-    return _split(sorted(names))
+        raise UserError(f"Only {len(names)} photographs for backgrounds are in the packages: use --source shapes.")
+    ordered = sorted(sorted(names), key=_digest)
+    count = max(2, round(len(names) * VAL_SHARE))
+    return {"train": sorted(ordered[count:]), "val": sorted(ordered[:count])}
 
 
-def _background_files(root: Path) -> Iterable[tuple[str, Image.Image]]:
-    for file_name, wanted in RCC_BACKGROUNDS.items():
-
-        def taken(name: str, wanted: tuple[str, ...] | None = wanted) -> bool:
-            return name.endswith(".webp") and (wanted is None or Path(name).stem in wanted)
-
+def _background_files(root: Path) -> Iterator[tuple[str, Image.Image]]:
+    for file_name, wanted in TAKEN["backgrounds"]["gcompris"].items():
         path = root / RCC_FOLDER / file_name
-        if not path.exists():
-            continue
-        for name, content in read_rcc(path, taken):
+
+        def taken(name: PurePosixPath, wanted: list[str] = wanted) -> bool:
+            return name.suffix == ".webp" and (not wanted or name.stem in wanted)
+
+        for name, content in read_rcc(path, taken) if path.exists() else ():
             picture = _open(io.BytesIO(content))
             # The monuments' file holds maps and buttons too: photographs are the large pictures without alpha.
             if picture.mode == "RGB" and min(picture.size) >= 300:
-                yield f"{path.stem}-{Path(name).stem}", picture
-    for wallpaper in WALLPAPERS:
+                yield f"{path.stem}-{name.stem}", picture
+    for wallpaper in TAKEN["backgrounds"]["wallpapers"]:
         path = root / "usr/share/backgrounds" / wallpaper
         if path.exists():
             yield f"wallpaper-{path.stem}", _open(path)
@@ -329,13 +244,116 @@ def _open(file: Any) -> Image.Image:
     return image
 
 
-def _split(names: list[str]) -> dict[str, list[str]]:
-    """A fixed quarter (at least two) of the names for val, chosen by their digest so that order says nothing."""
-    ordered = sorted(names, key=_digest)
-    count = max(2, round(len(names) * VAL_SHARE))
-    return {"train": sorted(ordered[count:]), "val": sorted(ordered[:count])}
-
-
 def _digest(name: str) -> int:
-    """Sorts names in an order that is always the same and says nothing about them."""
+    """A key that sorts names in an order that is always the same and says nothing about them."""
     return zlib.crc32(name.encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Debian packages as plain archives. No root is needed, nothing is installed and apt's own state stays as it is: it gets
+# private folders for its lists and its cache and keeps checking signatures and digests with the system's keys.
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/twist-suite`, by default `~/.cache/twist-suite` (XDG base directory specification)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification says that a relative path is to be ignored.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "twist-suite"
+
+
+def fetch(packages: Sequence[str], folder: Path) -> Iterator[dict[str, Any]]:
+    """Download `packages` into `folder` and unpack them to `folder`/root; yields name, version and SHA-256 of each.
+
+    Raises:
+        UserError: apt or dpkg is missing, the machine's sources do not have a package, or the network does not answer.
+    """
+    absent = [program for program in ("apt-get", "dpkg-deb") if shutil.which(program) is None]
+    if absent:
+        raise UserError(
+            f"This data comes from Debian packages and needs {absent[0]}, which is not on this machine: copy "
+            "~/.cache/twist-suite from a Debian or Ubuntu machine that has made it, or use --source shapes."
+        )
+    downloads, root = folder / "packages", folder / "root"
+    for needed in (folder / "lists" / "partial", folder / "cache" / "archives" / "partial", downloads, root):
+        needed.mkdir(parents=True, exist_ok=True)
+    private = [f"Dir::State::Lists={folder / 'lists'}", f"Dir::Cache={folder / 'cache'}", "Acquire::Languages=none"]
+    # As root, apt would drop to a user who may not write here; as anyone else this changes nothing.
+    private.append("APT::Sandbox::User=root")
+    apt = ["apt-get", "--quiet", *(part for option in private for part in ("-o", option))]
+    _run([*apt, "update"], downloads)
+    for package in packages:
+        _run([*apt, "download", package], downloads)
+        archive = next(downloads.glob(f"{package}_*.deb"))
+        version = _run(["dpkg-deb", "--field", archive.name, "Version"], downloads).strip()
+        _run(["dpkg-deb", "--extract", archive.name, str(root)], downloads)
+        yield {"package": package, "version": version, "sha256": sha256_file(archive)}
+        archive.unlink()
+
+
+def _run(command: Sequence[str], folder: Path) -> str:
+    quiet: dict[str, Any] = {
+        "stdin": subprocess.DEVNULL,
+        "env": {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
+    }
+    try:
+        output = subprocess.check_output(
+            command, cwd=folder, stderr=subprocess.PIPE, timeout=TIMEOUT_S, text=True, **quiet
+        )
+        return str(output)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command[0]} did not finish in {TIMEOUT_S} s: check the network and try again.") from None
+    except subprocess.CalledProcessError as error:
+        errors = [line for line in error.stderr.splitlines() if line.startswith(("E:", "dpkg-deb: error"))]
+        raise UserError(
+            f"{command[0]} {command[-1]} failed ({(errors or [f'exit status {error.returncode}'])[0]}): check the "
+            "network and that Debian's main section is among this machine's apt sources, or use --source shapes."
+        ) from None
+
+
+def read_rcc(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """Name (with its folders) and content of every `wanted` file in the Qt resource file (`.rcc`) at `path`.
+
+    Big-endian: magic, version, offsets of tree, data and names; a tree entry is a folder with its number of children
+    and the first one's index, or a file with its data offset (qtbase `src/tools/rcc/rcc.cpp`, version 2 on). Input is
+    not trusted: every offset is checked, sizes and the number of entries are bounded.
+
+    Raises:
+        UserError: not a resource file, damaged, or compressed in a way that is not zlib.
+    """
+    blob = path.read_bytes()
+    try:
+        magic, version, tree, data, names = struct.unpack_from(">4sIIII", blob)
+        if magic != b"qres" or version < 2:
+            raise ValueError("no Qt resource file of version 2 or later")
+        pending, seen = [(0, PurePosixPath())], 0
+        while pending:
+            index, folder = pending.pop()
+            name_offset, flags, first, second, _time = ENTRY.unpack_from(blob, tree + index * ENTRY.size)
+            start = names + name_offset
+            (length,) = struct.unpack_from(">H", blob, start)
+            # 4 bytes of hash stand between; the root has no name.
+            name = folder / (blob[start + 6 : start + 6 + 2 * length].decode("utf-16-be") if index else "")
+            seen += first if flags & FOLDER else 1
+            if seen > MAX_ENTRIES or (flags & FOLDER and second <= index):  # Qt writes a folder before its content
+                raise ValueError("its tree has no end")
+            if flags & FOLDER:
+                pending += [(second + child, name) for child in reversed(range(first))]
+            elif wanted(name):
+                yield name, _content(blob, data + second, flags)
+    except (struct.error, IndexError, zlib.error, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged or no Qt resource file ({error}): remove it, it is fetched again."
+        ) from None
+
+
+def _content(blob: bytes, offset: int, flags: int) -> bytes:
+    (length,) = struct.unpack_from(">I", blob, offset)
+    content = blob[offset + 4 : offset + 4 + length]
+    if len(content) != length:
+        raise ValueError("the file ends too early")
+    if flags & COMPRESSED_ZSTD:
+        raise ValueError("compressed with zstd")
+    if flags & COMPRESSED_ZLIB:
+        # Four bytes of uncompressed length come before the zlib stream.
+        content = zlib.decompressobj().decompress(content[4:], MAX_FILE_BYTES)
+    return content

@@ -8,6 +8,7 @@ Legend: H×W the frame, h×w a cut-out; colours are float32 in [0, 1].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -16,13 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from twist.catalog.sample.textures import Array, smooth_noise
-
 Split = Literal["train", "val"]
 Mask = NDArray[np.bool_]
+Polygon = NDArray[np.float64]  # (N, 2) as x, y
+Corner = tuple[int, int]  # row, column
+Array = NDArray[np.floating[Any]]
 
 # A distractor belongs to no class; it occludes, and is background to every annotation.
 DISTRACTOR = -1
+# How far a polygon may lie from its mask, in pixels.
+TOLERANCE = 0.6
 
 
 @dataclass(frozen=True)
@@ -34,21 +38,19 @@ class Cutout:
 
 
 class Source(Protocol):
-    """Where backgrounds and objects come from. `light` is the direction of the scene's light (unit x, y)."""
+    """Where backgrounds (H, W, 3) and cut-outs come from.
+
+    A cut-out is of class `class_index` (`DISTRACTOR`: of none), its longer side `size` pixels; `light` is the direction
+    of the scene's light (unit x, y). `provenance` is what sample.json says of the pictures.
+    """
 
     classes: tuple[str, ...]
 
-    def background(self, rng: np.random.Generator, height: int, width: int, split: Split) -> Array:
-        """A background, (H, W, 3)."""
-        ...
+    def background(self, rng: np.random.Generator, height: int, width: int, split: Split) -> Array: ...
 
-    def cutout(self, rng: np.random.Generator, class_index: int, size: int, light: tuple[float, float]) -> Cutout:
-        """An object of class `class_index` (`DISTRACTOR`: of none), its longer side `size` pixels."""
-        ...
+    def cutout(self, rng: np.random.Generator, class_index: int, size: int, light: tuple[float, float]) -> Cutout: ...
 
-    def provenance(self) -> dict[str, Any]:
-        """What sample.json says of where the pictures come from."""
-        ...
+    def provenance(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,7 @@ def portrait(class_index: int, rng: np.random.Generator, height: int, width: int
     side = min(height, width)
     main = round(side * rng.uniform(0.7, 1.0))
     slack = 0.12 * side + (side - main) / 4
-    centre = (
-        round(height / 2 + rng.uniform(-slack, slack)),
-        round(width / 2 + rng.uniform(-slack, slack)),
-    )
+    centre = (round(height / 2 + rng.uniform(-slack, slack)), round(width / 2 + rng.uniform(-slack, slack)))
     behind = [_anywhere(rng, height, width, (0.15, 0.4)) for _ in range(rng.integers(0, 3))]
     before = [_anywhere(rng, height, width, (0.12, 0.28)) for _ in range(rng.random() < 0.35)]
     return [*behind, Placement(class_index, main, centre), *before]
@@ -154,6 +153,14 @@ def compose(
     return Scene(image, tuple(reversed(instances)))
 
 
+def smooth_noise(rng: np.random.Generator, height: int, width: int, *, cells: float) -> Array:
+    """Random values on a coarse grid (`cells` across the longer side), interpolated smoothly to (H, W)."""
+    longer = max(height, width)
+    rows, columns = (max(2, round(cells * side / longer) + 1) for side in (height, width))
+    grid = Image.fromarray(rng.random((rows, columns), dtype=np.float32))
+    return np.clip(np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC)), 0, 1)
+
+
 def _anywhere(rng: np.random.Generator, height: int, width: int, sizes: tuple[float, float]) -> Placement:
     centre = (round(rng.uniform(0, 1) * height), round(rng.uniform(0, 1) * width))
     return Placement(DISTRACTOR, max(8, round(min(height, width) * rng.uniform(*sizes))), centre)
@@ -161,11 +168,8 @@ def _anywhere(rng: np.random.Generator, height: int, width: int, sizes: tuple[fl
 
 def _overlap(a: Placement, b: Placement) -> float:
     """Shared area of the two squares as a share of the smaller one."""
-    sides = [
-        min(a.centre[k] + a.size / 2, b.centre[k] + b.size / 2)
-        - max(a.centre[k] - a.size / 2, b.centre[k] - b.size / 2)
-        for k in (0, 1)
-    ]
+    ends = [min(x + a.size / 2, y + b.size / 2) for x, y in zip(a.centre, b.centre)]
+    sides = [end - max(x - a.size / 2, y - b.size / 2) for end, x, y in zip(ends, a.centre, b.centre)]
     return max(sides[0], 0) * max(sides[1], 0) / min(a.size, b.size) ** 2
 
 
@@ -211,3 +215,127 @@ def _develop(rng: np.random.Generator, canvas: Array) -> NDArray[np.uint8]:
     # The response curve as a table of 256 values: a power of every pixel would be the dearest step of all.
     curve = 255 * (np.arange(256) / 255) ** rng.uniform(0.8, 1.25)
     return np.round(curve).astype(np.uint8)[(np.clip(exposed, 0, 1) * 255 + 0.5).astype(np.uint8)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks as annotations write them. A polygon's coordinates are pixel corners: column 0 reaches from x = 0 to x = 1.
+
+
+def bounding_box(mask: Mask) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a mask that is not empty, right and bottom exclusive."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def run_lengths(mask: Mask) -> dict[str, list[int]]:
+    """COCO's uncompressed run-length form: lengths of runs in column order, the first of zeros."""
+    flat = np.concatenate([[False], mask.ravel(order="F")])
+    changes = np.flatnonzero(flat[1:] != flat[:-1])
+    counts = np.diff(np.concatenate([[0], changes, [mask.size]]))
+    return {"counts": counts.tolist(), "size": list(mask.shape)}
+
+
+def borders(labels: NDArray[np.uint8]) -> Mask:
+    """Pixels at both sides of a change of label: the band that VOC marks 255, (H, W)."""
+    padded = np.pad(labels, 1, mode="edge")
+    neighbours = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
+    return np.any([labels != neighbour for neighbour in neighbours], axis=0)
+
+
+def outline(mask: Mask) -> Polygon:
+    """The simplified outer outline of the largest 4-connected part of a mask that is not empty."""
+    return _simplified(max(_loops(mask), key=_area))
+
+
+def polygons(mask: Mask) -> list[Polygon]:
+    """Polygons whose union is the mask up to `TOLERANCE`. COCO's have no holes: a part with one is cut in two.
+
+    Parts of fewer than four pixels are dropped: they are grains of an anti-aliased edge.
+    """
+    loops = _loops(mask)
+    hole = min(loops, key=_area, default=None)
+    if hole is not None and _area(hole) <= -1:
+        column = int(np.clip(round(hole[:, 0].mean()), hole[:, 0].min() + 1, hole[:, 0].max()))
+        if column < mask.shape[1]:
+            left, right = mask.copy(), mask.copy()
+            left[:, column:], right[:, :column] = False, False
+            return polygons(left) + polygons(right)
+    return [_simplified(loop) for loop in loops if _area(loop) >= 4]
+
+
+def _simplified(loop: Polygon) -> Polygon:
+    """Ramer-Douglas-Peucker on a closed loop: no dropped point is farther than `TOLERANCE` from what stays."""
+    # Plain numbers: loops have some dozens of points, too few for arrays to pay.
+    points: list[tuple[float, float]] = [(x, y) for x, y in loop.tolist()]
+    points.append(points[0])
+    far = int(((loop - loop[0]) ** 2).sum(1).argmax())
+    keep = {0, far}
+    stack = [(0, far), (far, len(loop))]
+    while stack:
+        first, last = stack.pop()
+        (x0, y0), (x1, y1) = points[first], points[last]
+        dx, dy = x1 - x0, y1 - y0
+        limit = TOLERANCE * max(math.hypot(dx, dy), 1e-9)
+        distances = [abs((x - x0) * dy - (y - y0) * dx) for x, y in points[first + 1 : last]]
+        worst = max(distances, default=0.0)
+        if worst > limit:
+            middle = first + 1 + distances.index(worst)
+            keep.add(middle)
+            stack += [(first, middle), (middle, last)]
+    # A sliver can shrink to a line; then the loop itself is the polygon.
+    return loop[sorted(keep)] if len(keep) >= 3 else loop
+
+
+def _loops(mask: Mask) -> list[Polygon]:
+    """Closed loops along pixel edges, clockwise on the screen around 4-connected parts and the other way around holes.
+
+    Every edge between a pixel inside and one outside is directed so that the inside lies to its right.
+    """
+    if not mask.any():
+        return []
+    left, top, right, bottom = bounding_box(mask)
+    padded = np.pad(mask[top:bottom, left:right], 1)
+    inside = padded[1:-1, 1:-1]
+    successors: dict[Corner, list[Corner]] = {}
+    # Top edges go right, right edges down, bottom edges left, left edges up: (missing neighbour, start, end).
+    for neighbour, start, end in (
+        (padded[:-2, 1:-1], (0, 0), (0, 1)),
+        (padded[1:-1, 2:], (0, 1), (1, 1)),
+        (padded[2:, 1:-1], (1, 1), (1, 0)),
+        (padded[1:-1, :-2], (1, 0), (0, 0)),
+    ):
+        for row, column in np.argwhere(inside & ~neighbour).tolist():
+            successors.setdefault((row + start[0], column + start[1]), []).append((row + end[0], column + end[1]))
+    loops = []
+    while successors:
+        first = next(iter(successors))
+        corner, before = first, first
+        path = [first]
+        while True:
+            choices = successors[corner]
+            # Where two parts touch at a corner, turning right keeps each loop around its own part.
+            following = choices[0] if len(choices) == 1 else min(choices, key=lambda c: _turn(before, corner, c))
+            choices.remove(following)
+            if not choices:
+                del successors[corner]
+            if following == first:
+                break
+            before, corner = corner, following
+            path.append(corner)
+        points = np.array(path, dtype=np.float64)
+        # Only corners: a point between two edges of the same direction says nothing.
+        straight = (points - np.roll(points, 1, axis=0) == np.roll(points, -1, axis=0) - points).all(1)
+        loops.append(points[~straight][:, ::-1] + (left, top))
+    return loops
+
+
+def _turn(before: Corner, corner: Corner, after: Corner) -> int:
+    """Negative for a right turn on the screen, positive for a left turn."""
+    rows, columns = (corner[0] - before[0], after[0] - corner[0]), (corner[1] - before[1], after[1] - corner[1])
+    return rows[0] * columns[1] - columns[0] * rows[1]
+
+
+def _area(loop: Polygon) -> float:
+    """Signed area, positive for a loop that runs clockwise on the screen."""
+    x, y = loop[:, 0], loop[:, 1]
+    return float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2)

@@ -11,28 +11,16 @@ Legend: outlines live in a square of about [-1, 1]², y downwards; N points, S s
 
 from __future__ import annotations
 
+import colorsys
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from twist.catalog.sample.scene import DISTRACTOR, Cutout, Split
-from twist.catalog.sample.textures import (
-    Array,
-    Material,
-    bricks,
-    checks,
-    dots,
-    draw_material,
-    smooth_noise,
-    stripes,
-    surface,
-    waves,
-    wood,
-)
+from twist.catalog.sample.scene import DISTRACTOR, Array, Cutout, Split, smooth_noise
 
 Points = NDArray[np.floating[Any]]
 Outline = list[Points]
@@ -68,21 +56,9 @@ def crescent(rng: np.random.Generator) -> Outline:
 
 def cross(rng: np.random.Generator) -> Outline:
     a, b = rng.uniform(0.24, 0.4), 1.0
-    corner = [
-        (-a, -b),
-        (a, -b),
-        (a, -a),
-        (b, -a),
-        (b, a),
-        (a, a),
-        (a, b),
-        (-a, b),
-        (-a, a),
-        (-b, a),
-        (-b, -a),
-        (-a, -a),
-    ]
-    return [np.array(corner)]
+    # One arm after the other: its two outer corners and the inner one behind it.
+    arms = [[(-a, -b), (a, -b), (a, -a)], [(b, -a), (b, a), (a, a)], [(a, b), (-a, b), (-a, a)], [(-b, a), (-b, -a)]]
+    return [np.array([corner for arm in arms for corner in arm] + [(-a, -a)])]
 
 
 def fish(rng: np.random.Generator) -> Outline:
@@ -150,19 +126,117 @@ OUTLINES: dict[str, Callable[[np.random.Generator], Outline]] = {
 }
 
 
+# Surfaces: patterns and colours in [0, 1]; a pattern is (H, W), a surface (H, W, 3).
+
+Range = tuple[float, float]
+
+
+def fractal_noise(rng: np.random.Generator, height: int, width: int, *, cells: float) -> Array:
+    """Two octaves of `smooth_noise`, the finer of half the weight, stretched to [0, 1]."""
+    coarse = smooth_noise(rng, height, width, cells=cells)
+    total = coarse + np.float32(0.5) * smooth_noise(rng, height, width, cells=2.5 * cells)
+    low, high = total.min(), total.max()
+    return (total - low) / max(high - low, np.float32(1e-6))
+
+
+def _bricks(rng: np.random.Generator, u: Array, v: Array) -> Array:
+    row = np.floor(v / np.float32(np.pi))
+    along = np.abs(np.sin(u / 2 + row * np.float32(np.pi / 2)))
+    across = np.abs(np.sin(v))
+    return np.minimum(_soft_step(along * 6 - 1), _soft_step(across * 4 - float(rng.uniform(0.8, 1.4))))
+
+
+Pattern = Callable[[np.random.Generator, Array, Array], Array]
+# Python's floats do not widen float32 arrays, so these stay float32; `uniform` is float() for that reason.
+PATTERNS: dict[str, Pattern] = {
+    "stripes": lambda rng, u, v: _soft_step(np.sin(u + 0.6 * np.sin(v * float(rng.uniform(0.1, 0.5))))),
+    "checks": lambda rng, u, v: _soft_step(np.sin(u) * np.sin(v * float(rng.uniform(0.7, 1.3))) * 2),
+    "dots": lambda rng, u, v: _soft_step(np.cos(u) + np.cos(v) - float(rng.uniform(0.2, 0.9))),
+    "bricks": _bricks,
+    "waves": lambda rng, u, v: 0.5 + 0.5 * np.sin(u + float(rng.uniform(1.0, 2.5)) * np.sin(v / 2)),
+    "wood": lambda rng, u, v: 0.5 + 0.5 * np.sin(u * 0.5 + 5 * fractal_noise(rng, *u.shape, cells=4) + 0.1 * v),
+}
+
+
+class Material(NamedTuple):
+    """A pattern, its repeat as a share of the surface's longer side, and its contrast; colours are drawn anew."""
+
+    pattern: str
+    period: float
+    contrast: Range = (0.6, 1.0)
+
+
+def draw_material(rng: np.random.Generator, *, contrast: Range) -> Material:
+    """Any pattern at any period."""
+    period = float(np.exp(rng.uniform(np.log(0.07), np.log(0.3))))
+    return Material([*PATTERNS][rng.integers(len(PATTERNS))], period, contrast)
+
+
+def _pattern(rng: np.random.Generator, kind: Pattern, period: float, bend: Array) -> Array:
+    """A pattern at a random angle, about `period` pixels a repeat, its lines bent by noise, (H, W) as `bend`."""
+    angle, phase_u, phase_v, strength = rng.random(4).tolist()
+    scale = 2 * np.pi / period
+    along, across = np.float32(np.cos(2 * np.pi * angle) * scale), np.float32(np.sin(2 * np.pi * angle) * scale)
+    y, x = (np.arange(side, dtype=np.float32) for side in bend.shape)
+    y = y[:, None]
+    bent = (bend - np.float32(0.5)) * np.float32(4 * np.pi * strength)
+    u = along * x + (across * y + np.float32(2 * np.pi * phase_u)) + bent
+    v = (along * y + np.float32(2 * np.pi * phase_v)) - across * x + bent
+    return kind(rng, u, v)
+
+
+def surface(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    materials: Sequence[Material],
+    brightness: Range,
+    saturation: Range,
+) -> Array:
+    """A patchwork of two materials, each in two related colours of the given ranges, (H, W, 3)."""
+    size = max(height, width)
+    bend = smooth_noise(rng, height, width, cells=3)
+    coloured = []
+    for kind, share, contrast in materials:
+        first, second = _related_colours(rng, brightness, saturation)
+        period = size * share * float(rng.uniform(0.85, 1.18))
+        weight = _pattern(rng, PATTERNS[kind], max(period, 4.0), bend)
+        coloured.append(first + (weight * np.float32(rng.uniform(*contrast)))[..., None] * (second - first))
+    patch = _soft_step((fractal_noise(rng, height, width, cells=2.5) - np.float32(0.5)) * np.float32(24))
+    grain = np.float32(0.86) + np.float32(0.28) * smooth_noise(rng, height, width, cells=size / 3)
+    mixed = coloured[0] + patch[..., None] * (coloured[1] - coloured[0])
+    mixed *= grain[..., None]
+    return np.clip(mixed, 0, 1, out=mixed)
+
+
+def _related_colours(rng: np.random.Generator, brightness: Range, saturation: Range) -> tuple[Array, Array]:
+    hue = rng.random()
+    other = hue + rng.choice([-1, 1]) * rng.uniform(0.03, 0.3)
+    pair = []
+    for one, change in ((hue, 0.0), (other, rng.uniform(-0.25, 0.25))):
+        value = min(max(rng.uniform(*brightness) + change, 0.08), 1.0)
+        pair.append(np.array(colorsys.hsv_to_rgb(one % 1, rng.uniform(*saturation), value), dtype=np.float32))
+    return pair[0], pair[1]
+
+
+def _soft_step(x: Array) -> Array:
+    # A step with a slope of a few pixels: patterns stay free of jagged edges without supersampling.
+    return np.clip(x * np.float32(1.5) + np.float32(0.5), 0, 1)
+
+
 # The material that a class wears most often: six patterns, fine or coarse.
 FINE, COARSE = 0.13, 0.3
 MATERIALS: dict[str, Material] = {
-    "butterfly": Material(dots, COARSE),
-    "crescent": Material(waves, COARSE),
-    "cross": Material(bricks, COARSE),
-    "fish": Material(dots, FINE),
-    "flower": Material(wood, COARSE),
-    "gear": Material(stripes, FINE),
-    "heart": Material(checks, COARSE),
-    "mushroom": Material(checks, FINE),
-    "ring": Material(stripes, COARSE),
-    "star": Material(bricks, FINE),
+    "butterfly": Material("dots", COARSE),
+    "crescent": Material("waves", COARSE),
+    "cross": Material("bricks", COARSE),
+    "fish": Material("dots", FINE),
+    "flower": Material("wood", COARSE),
+    "gear": Material("stripes", FINE),
+    "heart": Material("checks", COARSE),
+    "mushroom": Material("checks", FINE),
+    "ring": Material("stripes", COARSE),
+    "star": Material("bricks", FINE),
 }
 TYPICAL = 0.8
 
@@ -175,19 +249,22 @@ class Shapes:
     def background(self, rng: np.random.Generator, height: int, width: int, split: Split) -> Array:  # noqa: ARG002
         # Muted: with vivid backgrounds, two crops of a picture are matched by those, and objects are not learned.
         materials = draw_material(rng, contrast=(0.1, 0.4)), draw_material(rng, contrast=(0.1, 0.4))
-        return surface(rng, height, width, brightness=(0.4, 0.65), saturation=(0.0, 0.25), materials=materials)
+        return surface(rng, height, width, materials, brightness=(0.4, 0.65), saturation=(0.0, 0.25))
 
     def cutout(self, rng: np.random.Generator, class_index: int, size: int, light: tuple[float, float]) -> Cutout:
         name = "" if class_index == DISTRACTOR else self.classes[class_index]
         field = distance_field(name, int(rng.integers(VARIANTS)))
         canvas = round(size * REACH)
         # Distance to the edge in pixels, cut to the object, (h, w).
-        inside = _cropped(_posed(rng, field, canvas) * np.float32(canvas / (2 * REACH)))
+        inside = _posed(rng, field, canvas) * np.float32(canvas / (2 * REACH))
+        rows, columns = np.flatnonzero((inside > -1).any(1)), np.flatnonzero((inside > -1).any(0))
+        inside = inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         alpha = np.clip(inside + np.float32(0.5), 0, 1)
         bright = (0.7, 1.0) if rng.random() < 0.6 else (0.35, 0.8)
         worn = MATERIALS.get(name) if rng.random() < TYPICAL else None
         material = worn or draw_material(rng, contrast=(0.6, 1.0))
-        albedo = surface(rng, *inside.shape, brightness=bright, saturation=(0.3, 0.9), materials=(material, material))
+        height, width = inside.shape
+        albedo = surface(rng, height, width, [material, material], bright, saturation=(0.3, 0.9))
         return Cutout(np.clip(albedo * _relief(rng, inside, size, light)[..., None], 0, 1), alpha)
 
     def provenance(self) -> dict[str, Any]:
@@ -219,7 +296,8 @@ def _posed(rng: np.random.Generator, field: Array, size: int) -> Array:
     stretch = np.exp(rng.uniform(-0.2, 0.2))
     flip = rng.choice([-1.0, 1.0])
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    linear = rotation @ np.diag([flip * max(stretch, 1.0), max(1 / stretch, 1.0)]) @ _shear(rng.uniform(-0.15, 0.15))
+    shear = np.array([[1.0, rng.uniform(-0.15, 0.15)], [0.0, 1.0]])
+    linear = rotation @ np.diag([flip * max(stretch, 1.0), max(1 / stretch, 1.0)]) @ shear
     tilt = rng.uniform(-0.16, 0.16, 2)
     # Output pixel → [-REACH, REACH] → pose → field pixel, as one projective map with eight numbers (Pillow's order).
     to_plane = np.array([[2 * REACH / size, 0, -REACH], [0, 2 * REACH / size, -REACH], [0, 0, 1.0]])
@@ -234,18 +312,12 @@ def _posed(rng: np.random.Generator, field: Array, size: int) -> Array:
     return np.asarray(posed)
 
 
-def _cropped(inside: Array) -> Array:
-    rows, columns = np.flatnonzero((inside > -1).any(1)), np.flatnonzero((inside > -1).any(0))
-    return inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-
-
 def _relief(rng: np.random.Generator, inside: Array, size: int, light: tuple[float, float]) -> Array:
     """Brightness of a rounded, slightly uneven surface under the scene's light, (h, w)."""
     width = np.float32(size * rng.uniform(0.1, 0.3))
     rise = np.clip(inside / width, 0, 1)
-    height = width * np.sqrt(np.maximum(1 - (1 - rise) ** 2, 0)) + np.float32(0.05 * size) * smooth_noise(
-        rng, *inside.shape, cells=6
-    )
+    uneven = np.float32(0.05 * size) * smooth_noise(rng, *inside.shape, cells=6)
+    height = width * np.sqrt(np.maximum(1 - (1 - rise) ** 2, 0)) + uneven
     down, right = np.gradient(height)
     length = np.sqrt(down**2 + right**2 + 1)
     facing = (0.75 - (right * np.float32(light[0]) + down * np.float32(light[1])) * np.float32(-0.7)) / length
@@ -265,7 +337,3 @@ def _polar(angle: Points, radius: Points) -> Points:
 
 def _lobe(angle: Points, centre: float, half_width: float) -> Points:
     return np.clip(1 - ((angle - centre) / half_width) ** 2, 0, 1) ** 0.5
-
-
-def _shear(amount: float) -> Points:
-    return np.array([[1.0, amount], [0.0, 1.0]])

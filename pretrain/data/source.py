@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from twist.contracts.errors import UsageError, UserError
+from twist.contracts.errors import UsageError, UserError, require
 from twist.contracts.images import EXTENSIONS, UnreadableImage, image_names
 from twist.pretrain.config import DataConfig
 from twist.pretrain.data.views import ORDER_STREAM, REPLACEMENT_STREAM, Philox, Stage
@@ -260,12 +260,9 @@ def image_number(data: bytes) -> int:
 
 def _load_rows(config: DataConfig) -> Any:
     """`datasets.load_dataset` as `config` asks, one split, the image column left as bytes."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            'data.format = "datasets" needs the Hugging Face package: pip install "twist-suite[hub]".'
-        ) from None
+    require("hub")
+    import datasets
+
     options = {"split": "train", **config.dataset_options}
     try:
         rows = datasets.load_dataset(config.root, **options)

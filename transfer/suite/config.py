@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from twist.catalog.before_run import data_of, identify_data
 from twist.contracts.config import Config, problems, read_toml, validate
 from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.files import sha256_file, sha256_json
 from twist.contracts.record import RunRecord, find_records, read_record
-from twist.transfer.identity import data_of, identify_data
 from twist.transfer.protocols import PROTOCOLS, check_protocol
 
 RANDOM = "random"
@@ -128,7 +128,8 @@ def find_work(suite: SuiteConfig, *, results: Path, data: Path) -> Workload:
     Raises:
         UserError: a job has its record there, measured on other data.
     """
-    found = {protocol: identify_data(PROTOCOLS[protocol], data) for protocol in suite.protocols}
+    rows = [PROTOCOLS[protocol] for protocol in suite.protocols]
+    found = {row.name: identify_data(row.data, data, subset=row.subset) for row in rows}
     jobs = tuple(
         job
         for protocol, entry in itertools.product(suite.protocols, suite.weights)

@@ -11,7 +11,7 @@ from typing import IO, Any, ClassVar
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from twist.catalog.roots import read_sample
+from twist.catalog.data_sets import read_sample
 from twist.contracts.machine import cores
 from twist.transfer.engines import framework
 from twist.transfer.engines.detectron2 import ENGINE

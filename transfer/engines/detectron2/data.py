@@ -17,57 +17,55 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_pascal_voc
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 from detectron2.data.datasets.cityscapes import load_cityscapes_instances
-from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASS_NAMES
 
-from twist.catalog.roots import voc_folder
+from twist.catalog.data_sets import DATA_SETS, DataSet, Split
 from twist.contracts.errors import UserError
 
-_COCO = ("train", "val")
-_VOC = ((2007, "trainval"), (2007, "test"), (2012, "trainval"))
 
-
-def register_data(root: Path, names: Sequence[str], *, sample_classes: Sequence[str] | None) -> None:
-    """Register `names` (data sets of a config) at `root`; the `sample_…` ones have `sample_classes`."""
+def register_data(root: Path, names: Sequence[str], *, sample: dict[str, Any] | None) -> None:
+    """Register `names` (data sets of a config) at `root`; the `sample_…` ones have the classes of its `sample`.json."""
+    known = {split.detectron2: (row, split) for row in DATA_SETS.values() for split in row.splits.values()}
     for name in names:
+        plain = name.removeprefix("sample_")
+        if plain not in known or not plain:
+            listed = ", ".join(sorted(filter(None, known)))
+            raise UserError(f"There is no data set {name}: DATASETS of a config may name {listed}.")
         if name in DatasetCatalog:
             DatasetCatalog.remove(name)
         with contextlib.suppress(KeyError):
             MetadataCatalog.remove(name)
-        plain = name.removeprefix("sample_")
-        classes = sample_classes if plain != name else None
-        if plain.startswith("coco_2017_"):
-            split = plain.removeprefix("coco_2017_") + "2017"
-            metadata = {} if classes else _get_builtin_metadata("coco")
-            json_file = root / "coco" / "annotations" / f"instances_{split}.json"
-            register_coco_instances(name, metadata, str(json_file), str(root / "coco" / split))
-        elif plain.startswith("voc_"):
-            _, year, split = plain.split("_")
-            folder = str(voc_folder(root, int(year)))
-            register_pascal_voc(name, folder, split, int(year), tuple(classes or VOC_CLASS_NAMES))
-            MetadataCatalog.get(name).evaluator_type = "pascal_voc"
-        elif plain.startswith("cityscapes_fine_instance_seg_"):
-            split = plain.removeprefix("cityscapes_fine_instance_seg_")
-            images, truth = (str(root / "cityscapes" / part / split) + "/" for part in ("leftImg8bit", "gtFine"))
-            DatasetCatalog.register(
-                name,
-                lambda images=images, truth=truth: load_cityscapes_instances(
-                    images, truth, from_json=True, to_polygons=True
-                ),
-            )
-            metadata = _get_builtin_metadata("cityscapes")
-            MetadataCatalog.get(name).set(
-                image_dir=images, gt_dir=truth, evaluator_type="cityscapes_instance", **metadata
-            )
-        else:
-            raise UserError(f"This suite has no data set {name}: DATASETS of a config names {_known()}.")
+        _register(name, *known[plain], root, sample if plain != name else None)
+
+
+def _register(name: str, row: DataSet, split: Split, root: Path, sample: dict[str, Any] | None) -> None:
+    place = row.place(root)
+    images, listed = place / split.images.folder, place / split.names
+    # The names of a sample's classes are in its annotation files.
+    known_classes = row.detectron2_metadata and not (sample and row.classes_of_sample)
+    metadata = _get_builtin_metadata(row.detectron2_metadata) if known_classes else {}
+    if listed.suffix == ".json":
+        register_coco_instances(name, metadata, str(listed), str(images))
+    elif "boxes" in split.truth:
+        classes = row.label_names(sample)
+        assert isinstance(classes, tuple), f"{row.name} has boxes without names of classes"
+        register_pascal_voc(name, str(place), listed.stem, row.voc_year, classes)
+        MetadataCatalog.get(name).evaluator_type = "pascal_voc"
+    elif "polygons" in split.truth:
+        # Detectron2 finds the annotations by the folders' names, with a slash at the end.
+        folders = f"{images}/", f"{place / split.truth['polygons'].folder}/"
+        DatasetCatalog.register(name, lambda: load_cityscapes_instances(*folders, from_json=True, to_polygons=True))
+        MetadataCatalog.get(name).set(
+            image_dir=folders[0], gt_dir=folders[1], evaluator_type="cityscapes_instance", **metadata
+        )
+    else:
+        raise UserError(f"{row.name} has no boxes, so Detectron2 cannot be trained on it: use another data set.")
 
 
 def count_images(names: Sequence[str]) -> dict[str, int]:
     """Images of each registered set, all of them there.
 
     Raises:
-        UserError: an annotation file names images that are not on disk, or a set is empty, half extracted, or without
-            a single object.
+        UserError: annotations that cannot be read, images that are not on disk, or no single object.
     """
     counts = {}
     for name in names:
@@ -78,8 +76,6 @@ def count_images(names: Sequence[str]) -> dict[str, int]:
                 f"Cannot read the annotations of {name}: {type(error).__name__}: {str(error).splitlines()[0]}; "
                 "`twist data check` says what is wrong with the tree."
             ) from None
-        if not entries:
-            raise UserError(f"The data set {name} holds no images: `twist data check` says what is missing.")
         folders = {os.path.dirname(entry["file_name"]) for entry in entries}
         present = {os.path.join(folder, item.name) for folder in folders for item in os.scandir(folder)}
         absent = [entry["file_name"] for entry in entries if entry["file_name"] not in present]
@@ -95,8 +91,3 @@ def count_images(names: Sequence[str]) -> dict[str, int]:
             )
         counts[name] = len(entries)
     return counts
-
-
-def _known() -> str:
-    names = [f"coco_2017_{split}" for split in _COCO] + [f"voc_{year}_{split}" for year, split in _VOC]
-    return ", ".join([*names, "cityscapes_fine_instance_seg_train", "cityscapes_fine_instance_seg_val"])

@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage, has_event_storage
 
-from twist.catalog.roots import read_sample
+from twist.catalog.data_sets import read_sample
 from twist.contracts import files
 from twist.contracts.failures import explained, raise_reported
 from twist.contracts.progress import Progress
@@ -58,9 +58,8 @@ def _worker(request: Request, weights: Path, dumped: str) -> None:
         config = get_cfg()
         config.merge_from_other_cfg(CfgNode.load_cfg(dumped))
         config.freeze()
-        sample = read_sample(request.data) or {}
         names = [*config.DATASETS.TRAIN, *config.DATASETS.TEST]
-        register_data(request.data, names, sample_classes=sample.get("classes"))
+        register_data(request.data, names, sample=read_sample(request.data))
         images = count_images(names) if comm.is_main_process() else {}
         seed_all_rng(request.seed + rank)
         trainer = Trainer(config)

@@ -1,419 +1,307 @@
 """The ImageNet-style protocols: `resolve` says what will be done, `run` goes from weights and images to metrics.
 
-linear · semi-1pct, semi-10pct, finetune-100pct · knn · cluster, and their sample twins. Recipes: `recipes.py`; images:
-`dataset.py`; frozen features: `features.py`; then one file a protocol.
+linear · semi-1pct, semi-10pct, finetune-100pct · knn · cluster, and their sample twins. Recipes: `recipes.py`; images
+and their features: `images.py`; what trains: `training.py`; k-NN and clusters themselves: `twist.measure`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from twist.catalog.labelled import LabelledImages, open_tree
+from twist.catalog.class_folders import LabelledImages, open_tree
 from twist.contracts import files
 from twist.contracts.curves import CURVES
-from twist.contracts.errors import UsageError
+from twist.contracts.errors import UsageError, UserError
 from twist.contracts.failures import explained
 from twist.contracts.files import sha256_json
 from twist.contracts.networks import network_of
 from twist.contracts.weights import Backbone
-from twist.transfer.engines.imagenet.accuracy import top_percent
-from twist.transfer.engines.imagenet.dataset import labelled_subset
-from twist.transfer.engines.imagenet.features import extract, frozen, state_digest
-from twist.transfer.engines.imagenet.finetune import train_finetune
+from twist.measure.features import Batch, Extractor, FeatureFile, frozen
+from twist.measure.knn import nearest, plan_blocks, top_percent, vote_ranks
+from twist.transfer.engines.imagenet import recipes, training
 from twist.transfer.engines.imagenet.head import head_classes, read_head
+from twist.transfer.engines.imagenet.images import decoded, extract, labelled_subset
 from twist.transfer.engines.imagenet.journal import log
-from twist.transfer.engines.imagenet.linear import train_linear
-from twist.transfer.engines.imagenet.neighbours import nearest, plan_blocks, vote_ranks
-from twist.transfer.engines.imagenet.panel import Tile, write_panel
-from twist.transfer.engines.imagenet.plan import batch_too_large, render_plan
-from twist.transfer.engines.imagenet.processes import run_ranks
-from twist.transfer.engines.imagenet.recipes import (
-    FEATURES,
-    SEARCH,
-    START,
-    AnyRecipe,
-    ClassifierRecipe,
-    ClusterRecipe,
-    FinetuneRecipe,
-    LinearRecipe,
-    NeighboursRecipe,
-    load_recipe,
-)
-from twist.transfer.engines.imagenet.training import PICTURED, Job, require_finished
+from twist.transfer.engines.imagenet.panel import cluster_panel, neighbour_panel, prediction_panel
 from twist.transfer.pictures import plot_losses
 from twist.transfer.recipe import departures
-from twist.transfer.request import Result
+from twist.transfer.request import Request, Result, Weights
 
 if TYPE_CHECKING:
     from twist.transfer.protocols import Protocol
 
-RECIPE = "recipe.json"
 # ILSVRC 2012's training images by which of them have labels: all, or the lines of SimCLR's lists.
 _IMAGENET_TRAIN = {"all": 1_281_167, "10percent": 128_116, "1percent": 12_811}
+_IMAGENET_VAL = 50_000
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """What will run: recipe and images, what the record keeps of them, the plan's text, and whether it is reduced.
+class Setup:
+    """A run, resolved: recipe and images, what the record keeps of them, the plan's text, and whether it is reduced.
 
     `labelled` are the training images whose labels the recipe may use. Reduced means another recipe than the
     protocol's own, or another data set than ImageNet-1k.
     """
 
-    protocol: Protocol
-    config: AnyRecipe
-    header: Backbone
+    request: Request
+    weights: Weights
+    config: recipes.AnyRecipe
     train: LabelledImages
     labelled: LabelledImages
     val: LabelledImages
-    gpus: int
-    eval_only: bool
     recipe: dict[str, Any]
     plan: str
     reduced: bool
     notes: tuple[str, ...]
 
+    def extractor(self, device: torch.device) -> Extractor:
+        """The network with its weights, as the recipe reads its features."""
+        blocks = self.config.last_blocks if isinstance(self.config, recipes.LinearRecipe) else 1
+        network = network_of(self.weights.header, self.weights.tensors)
+        network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return Extractor(network, self.weights.header, device, self.config.precision, blocks)
 
-def resolve(
-    protocol: Protocol,
-    header: Backbone,
-    *,
-    data: Path,
-    overrides: Sequence[str] = (),
-    gpus: int = 0,
-    eval_only: bool = False,
-) -> Resolved:
-    """Recipe, images and plan for weights that `header` describes; nothing is built and nothing is written.
+    def crops(self, batches: Sequence[np.ndarray], epoch: int, device: torch.device) -> Iterator[Batch]:
+        """Random crops of the labelled images."""
+        return decoded(self.labelled, self.config, batches, device=device, crops=(self.request.seed, epoch))
 
-    Args:
-        protocol: its `config` names a recipe in `configs/imagenet/`.
-        overrides: `key=value` on the recipe.
-        gpus: processes with a GPU each; 0 runs on the CPU.
 
-    Raises:
-        UsageError: an override, or a number of GPUs that does not divide the batch.
-        UserError: data that are missing.
+def resolve(request: Request, weights: Weights) -> Setup:
+    """Recipe, images and plan of a request; nothing is built and nothing is written.
+
+    `UserError` for data that are missing, an override that is none, or a batch that does not fit images and GPUs.
     """
-    config = load_recipe(protocol.config, architecture=header.architecture, overrides=overrides)
-    if isinstance(config, ClassifierRecipe) and config.batch_size % max(gpus, 1):
-        raise UsageError(f"batch_size = {config.batch_size} does not divide over --gpus {gpus}.")
-    if isinstance(config, LinearRecipe) and config.last_blocks > 1 and not header.is_vit:
-        raise UsageError(
-            f"last_blocks = {config.last_blocks} is for ViTs, and these weights are a {header.display_name}."
-        )
-    train, val = open_tree(data)
-    labelled = labelled_subset(train, config) if isinstance(config, ClassifierRecipe) else train
-    if isinstance(config, FinetuneRecipe):
-        _check_last_batch(config, images=len(labelled), processes=max(gpus, 1))
+    protocol, header, gpus = request.protocol, weights.header, request.gpus
+    if request.controls.iterations or request.controls.nodes > 1:
+        raise UserError(f"{protocol.name} is counted in epochs on one machine: iterations and nodes are no keys of it.")
+    config = recipes.load_recipe(protocol.config, architecture=header.architecture, overrides=request.overrides)
+    if isinstance(config, recipes.LinearRecipe) and config.last_blocks > 1 and not header.is_vit:
+        raise UsageError(f"last_blocks = {config.last_blocks} is for ViTs, not for a {header.display_name}.")
+    train, val = open_tree(request.data)
+    labelled, warnings = train, []
+    if isinstance(config, recipes.ClassifierRecipe):
+        labelled = labelled_subset(train, config)
+        warnings = batch_warnings(config, len(labelled), processes=max(gpus, 1))
+    where = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "1 process on the CPU"
+    how = _plan(config, train, labelled, val, processes=max(gpus, 1))
+    if isinstance(config, recipes.ClassifierRecipe) and request.eval_only:
+        how = " → the stored weights are evaluated, nothing is trained\n  "
+    plan = f"plan: {where}{how}{len(val)} validation images of {len(val.classes)} classes at {config.size} pixels"
     recipe = recorded_recipe(config, labelled, val)
-    plan = render_plan(config, train=train, labelled=labelled, val=val, gpus=gpus, eval_only=eval_only)
-    notes = (
-        *batch_too_large(config, labelled, processes=max(gpus, 1)),
-        *_departures(protocol, header, recipe),
-        *_torn(protocol, train, val),
-    )
-    return Resolved(
-        protocol, config, header, train, labelled, val, gpus, eval_only, recipe, "\n".join([plan, *notes]),
-        reduced=not at_full_scale(protocol, header, recipe), notes=notes,
-    )  # fmt: skip
+    changed = changes(protocol, header, recipe)
+    reduced = bool(changed) or not is_imagenet(recipe)
+    if protocol.scale == "full" and len(train.classes) == 1000 and not is_imagenet(recipe):
+        changed.append(f"{len(train)} + {len(val)} images are not ImageNet's: see `twist data check imagenet`")
+    notes = (*warnings, *changed)
+    plan = "\n".join([plan, *notes])
+    return Setup(request, weights, config, train, labelled, val, recipe, plan, reduced, notes)
 
 
-def _check_last_batch(config: FinetuneRecipe, *, images: int, processes: int) -> None:
-    """Batch norm has no statistics of one image whose map is one pixel, as a ResNet's last is up to 32 pixels."""
-    last = -(-(images % config.batch_size or config.batch_size) // processes)
-    if last == 1 and config.size <= 32:
-        raise UsageError(
-            f"{images} images in batches of {config.batch_size} leave a process one for the last, of which batch norm "
-            "has no statistics at this size: choose another batch_size."
-        )
+def batch_warnings(config: recipes.ClassifierRecipe, images: int, *, processes: int) -> list[str]:
+    """Where a step would see fewer images than its rates are meant for, a sentence with overrides that fit.
 
-
-def run(resolved: Resolved, tensors: dict[str, Tensor], *, seed: int, output: Path, resume: bool = False) -> Result:
-    """Measure `tensors` by `resolved`; everything written lies in `output`.
-
-    Args:
-        resume: go on from the last finished epoch (linear and fine-tuning); k-NN and clusters start anew.
-
-    Raises:
-        UserError: data that are unreadable, a run folder with another run, one to evaluate that is not finished, a
-            diverged training, memory that ran out, a process that died.
+    `UsageError` for batches that do not divide over the processes, or that end in a single image for each.
     """
+    size = config.batch_size
+    if size % processes:
+        raise UsageError(f"batch_size = {size} does not divide over --gpus {processes}.")
+    last = -(-(images % size or size) // processes)
+    # Where the last map is one pixel, as a ResNet's is up to 32 pixels.
+    if isinstance(config, recipes.FinetuneRecipe) and config.size <= 32 and last == 1:
+        raise UsageError(
+            f"{images} images in batches of {size} leave a last batch of one image a process, of which batch norm has "
+            "no statistics at this size: choose another batch_size."
+        )
+    if size <= images:
+        return []
+    fitting = max(images - images % processes, processes)
+    # In proportion to the batch: Goyal et al. 2017, arXiv 1706.02677.
+    fit = " ".join(f"{name}={rate * fitting / size:.3g}" for name, rate in config.rates.items())
+    return [
+        f"warning: batch_size {size} is more than the {images} labelled images: batch_size={fitting} {fit} would fit"
+    ]
+
+
+def _plan(
+    config: recipes.AnyRecipe, train: LabelledImages, labelled: LabelledImages, val: LabelledImages, *, processes: int
+) -> str:
+    """What is measured, and on how many images, up to the validation images."""
+    if isinstance(config, recipes.ClassifierRecipe):
+        steps, batch = -(-len(labelled) // config.batch_size), min(config.batch_size, len(labelled))
+        rates = ", ".join(f"{name} {rate:g}" for name, rate in config.rates.items())
+        return (
+            f"{' share the batch' * (processes > 1)}\n  images a step {batch} ({batch / processes:g} a process), "
+            f"{rates}, {config.epochs} epochs of {steps} step{'s' * (steps > 1)}\n"
+            f"  {len(labelled)} labelled images of {len(train)}; "
+        )
+    if isinstance(config, recipes.NeighboursRecipe):
+        how = f"the {min(config.neighbours, len(train))} nearest of {len(train)} training images vote"
+    elif config.by == "head":
+        how = f"TWIST's own head of {config.head}"
+    else:
+        found_on = f"{len(train)} training" if config.fit_on == "train" else f"{len(val)} validation"
+        how = f"k-means ({config.algorithm}), {config.clusters or len(val.classes)} clusters on {found_on} images"
+    return f" → {how}\n  "
+
+
+def recorded_recipe(config: recipes.AnyRecipe, train: LabelledImages, val: LabelledImages) -> dict[str, Any]:
+    """What decides the number: the recipe and *which* images by name and label (the record's `data` says more)."""
+    digest = sha256_json([train.digest(), val.digest()])
+    images = {"classes": len(train.classes), "train": len(train), "val": len(val), "sha256": digest}
+    return {**config.recorded(), "images": images}
+
+
+def changes(protocol: Protocol, header: Backbone, recipe: dict[str, Any]) -> list[str]:
+    """How a recorded recipe differs from the protocol's own, a line each."""
+    # A head is another way of the same protocol, and the published one.
+    overrides = ("by=head", "head=given") if recipe.get("by") == "head" else ()
+    own = recipes.load_recipe(protocol.config, architecture=header.architecture, overrides=overrides).recorded()
+    return departures(own, {key: recipe[key] for key in own}, free=())
+
+
+def is_imagenet(recipe: dict[str, Any]) -> bool:
+    """Whether the images of a recorded recipe are ImageNet-1k's, with the labels that the recipe asks for."""
+    images, train = recipe["images"], _IMAGENET_TRAIN[recipe.get("labels", "all")]
+    return (images["classes"], images["train"], images["val"]) == (1000, train, _IMAGENET_VAL)
+
+
+def run(request: Request, weights: Weights, setup: Setup) -> Result:  # noqa: ARG001 (they are in `setup`)
+    """Measure the weights as resolved; everything written lies in the request's folder.
+
+    With `resume` it goes on from the last finished epoch of a training. `UserError` for an unreadable image, a folder
+    with another run or, to evaluate, an unfinished one, a diverged training, memory that ran out, a dead process.
+    """
+    config, output = setup.config, request.output
     output.mkdir(parents=True, exist_ok=True)
-    config = resolved.config
-    # Whole, with the machine's part: what to type again. The record keeps `resolved.recipe`.
-    written = {
-        "config": resolved.protocol.config,
+    # With the machine's part, which the record leaves out: what to type again.
+    whole = {
+        "config": setup.request.protocol.config,
         **config.model_dump(mode="json"),
-        "images": resolved.recipe["images"],
+        "images": setup.recipe["images"],
     }
-    files.write_json(output / RECIPE, written)
-    log(output, resolved.plan)
+    files.write_json(output / "recipe.json", whole)
+    log(output, setup.plan)
     try:
-        if isinstance(config, ClassifierRecipe):
-            result = _classify(config, resolved, tensors, seed=seed, output=output, resume=resume)
-        else:
-            device = torch.device("cuda", 0) if resolved.gpus else torch.device("cpu")
-            with explained(memory=START):
-                if isinstance(config, NeighboursRecipe):
-                    result = _neighbours(config, resolved, tensors, output=output, device=device)
-                else:
-                    result = _cluster(config, resolved, tensors, seed=seed, output=output, device=device)
+        if isinstance(config, recipes.ClassifierRecipe) and setup.request.eval_only:
+            training.require_finished(output, config)  # before features are extracted
+        finetunes = isinstance(config, recipes.FinetuneRecipe)
+        result = _classify(setup, training.train_finetune) if finetunes else _on_frozen_features(setup)
     except Exception as error:
         log(output, f"stopped: {error}")
         raise
     log(output, "result: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
-    return dataclasses.replace(result, notes=[*result.notes, *_empty_top5(resolved, result), *resolved.notes])
+    notes, classes = [*result.notes, *setup.notes], len(setup.train.classes)
+    if classes <= 5 and any("top5" in name for name in result.metrics):
+        notes.append(f"Top-5 of {classes} classes is 100 whatever the weights: it says nothing here.")
+    return replace(result, notes=notes)
 
 
-def _empty_top5(resolved: Resolved, result: Result) -> list[str]:
-    """Of at most five classes every answer is among the first five; the record keeps its protocol's metrics."""
-    classes = len(resolved.train.classes)
-    if classes > 5 or not any("top5" in name for name in result.metrics):
-        return []
-    return [f"Top-5 of {classes} classes is 100 whatever the weights: it says nothing here."]
+def _on_frozen_features(setup: Setup) -> Result:
+    """Linear probe, k-NN and clusters: features of a backbone that is proven not to change, then what reads them."""
+    device = torch.device("cuda", 0) if setup.request.gpus else torch.device("cpu")
+    with explained(memory=recipes.START):
+        extractor = setup.extractor(device)
+
+        def features(split: str) -> FeatureFile:
+            images, folder = {"train": setup.labelled, "val": setup.val}[split], setup.request.output / "features"
+            return extract(extractor, images, setup.config, folder=folder, title=f"{split} features")
+
+        with frozen(extractor.network) as digest:
+            measure = {"linear": _linear, "knn": _neighbours, "cluster": _clusters}[setup.config.kind]
+            result = measure(setup, features)
+    if not setup.config.machine.keep_features:
+        shutil.rmtree(setup.request.output / "features", ignore_errors=True)
+    note = f"The frozen backbone is bit-equal before and after: state SHA-256 {digest[:16]}."
+    return replace(result, notes=[*result.notes, note])
 
 
-def recorded_recipe(recipe: AnyRecipe, train: LabelledImages, val: LabelledImages) -> dict[str, Any]:
-    """What decides the number: the recipe and *which* images by name and label, wherever they lie.
-
-    What is in them is not looked at: other pictures of the same names are told apart by the record's `data`.
-    """
-    return {
-        **recipe.recorded(),
-        "images": {
-            "classes": len(train.classes),
-            "train": len(train),
-            "val": len(val),
-            "sha256": sha256_json([train.digest(), val.digest()]),
-        },
-    }
+_Features = Callable[[str], FeatureFile]  # of the images of a split, "train" or "val"
 
 
-def at_full_scale(protocol: Protocol, backbone: Backbone, recipe: dict[str, Any]) -> bool:
-    """Whether a recorded recipe is the protocol's own, on ImageNet-1k: only then are published rows its peers."""
-    unchanged = _own_recipe(protocol, backbone, recipe)
-    images = recipe["images"]
-    train = _IMAGENET_TRAIN[recipe.get("labels", "all")]
-    imagenet = (images["classes"], images["train"], images["val"]) == (1000, train, 50_000)
-    return imagenet and {key: value for key, value in recipe.items() if key in unchanged} == unchanged
+def _linear(setup: Setup, features: _Features) -> Result:
+    assert isinstance(setup.config, recipes.LinearRecipe)
+    train = None if setup.config.augment or setup.request.eval_only else features("train")
+    return _classify(setup, training.train_linear, features("val"), train)
 
 
-def _own_recipe(protocol: Protocol, backbone: Backbone, recipe: dict[str, Any]) -> dict[str, Any]:
-    # A head is another way of the same protocol, and the published one.
-    overrides = ("by=head", "head=given") if recipe.get("by") == "head" else ()
-    return load_recipe(protocol.config, architecture=backbone.architecture, overrides=overrides).recorded()
-
-
-def _departures(protocol: Protocol, backbone: Backbone, recipe: dict[str, Any]) -> list[str]:
-    own = _own_recipe(protocol, backbone, recipe)
-    return departures(own, {key: value for key, value in recipe.items() if key in own}, free=())
-
-
-def _torn(protocol: Protocol, train: LabelledImages, val: LabelledImages) -> Iterator[str]:
-    """A thousand classes with other counts than ImageNet's: half an archive, mostly, and never comparable."""
-    if protocol.scale == "full" and len(train.classes) == 1000:
-        for name, images, count in (("train", train, _IMAGENET_TRAIN["all"]), ("val", val, 50_000)):
-            if len(images) != count:
-                yield (
-                    f"{name} holds {len(images):,} images of 1,000 classes, and ImageNet {count:,}: `twist data check "
-                    "imagenet` says what is missing"
-                )
-
-
-def _classify(
-    config: LinearRecipe | FinetuneRecipe,
-    resolved: Resolved,
-    tensors: dict[str, Tensor],
-    *,
-    seed: int,
-    output: Path,
-    resume: bool,
-) -> Result:
-    """Linear and fine-tuning: one process a GPU, the recipe's total batch kept."""
-    if resolved.eval_only:
-        require_finished(output, config)  # said before processes are started and features taken
-    header, labelled, val = resolved.header, resolved.labelled, resolved.val
-    weights = state_digest(network_of(header, tensors))
-    identity = {"recipe": sha256_json(resolved.recipe), "seed": seed, "weights": weights}
-    job = Job(header, tensors, labelled, val, config, seed, output, identity, resume, resolved.eval_only)
-    done = run_ranks(
-        train_linear if isinstance(config, LinearRecipe) else train_finetune,
-        (job,),
-        processes=max(resolved.gpus, 1),
-        device="cuda" if resolved.gpus else "cpu",
-        output=output,
+def _classify(setup: Setup, work: Callable[..., Any], *arguments: Any) -> Result:
+    """A classifier trained by `work(rank, setup, *arguments)`: one process a GPU, the recipe's total batch kept."""
+    config, output = setup.config, setup.request.output
+    assert isinstance(config, recipes.ClassifierRecipe)
+    device = "cuda" if setup.request.gpus else "cpu"
+    done = training.run_ranks(
+        work, setup, *arguments, processes=max(setup.request.gpus, 1), device=device, output=output
     )
-    _clear_features(config, output)
     history = done["history"]
     best = max((row for row in history if "top1_percent" in row), key=lambda row: row["top1_percent"])
+    images = f"{len(setup.labelled)} labelled images of {len(setup.train)}"
     notes = [
-        f"{len(labelled)} labelled images of {len(resolved.train)}; total batch {config.batch_size} on any number of "
-        "GPUs.",
+        f"{images}; total batch {config.batch_size} on any number of GPUs.",
         f"Top-1 is the last epoch's; the best was {best['top1_percent']:.2f} in epoch {best['epoch'] + 1} of "
         f"{config.epochs} (TWIST's evaluate.py prints the best so far).",
     ]
-    if resolved.eval_only:
-        notes.append(
-            "Evaluated from the stored weights, nothing was trained; at the end of the training top-1 was "
-            f"{history[-1]['top1_percent']:.2f}."
-        )
-    if "backbone" in done:
-        notes.append(f"The frozen backbone is bit-equal before and after: state SHA-256 {done['backbone'][:16]}.")
-    return Result(
-        metrics=done["metrics"],
-        recipe=resolved.recipe,
-        media=[
-            _prediction_panel(output / "predictions.png", val.spread(PICTURED), done["predicted"]),
-            plot_losses(output / CURVES, output / "losses.png", title=resolved.protocol.name),
-        ],
-        curves=output / CURVES,
-        notes=notes,
-    )
-
-
-def _neighbours(
-    config: NeighboursRecipe, resolved: Resolved, tensors: dict[str, Tensor], *, output: Path, device: torch.device
-) -> Result:
-    header, train, val = resolved.header, resolved.train, resolved.val
-    network = network_of(header, tensors).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with frozen(network) as digest:
-        folder = output / "features"
-        bank = extract(network, header, train, config, folder=folder, title="train features", device=device)
-        queries = extract(network, header, val, config, folder=folder, title="val features", device=device)
-    neighbours = min(config.neighbours, len(bank))
-    blocks = plan_blocks(
-        queries=len(queries),
-        bank=len(bank),
-        dimension=bank.dimension,
-        neighbours=neighbours,
-        max_memory_mb=config.machine.max_memory_mb,
-    )
-    with explained(memory=SEARCH):
-        similarity, index = nearest(
-            queries.rows,
-            bank.rows,
-            query_count=len(queries),
-            bank_count=len(bank),
-            neighbours=neighbours,
-            blocks=blocks,
-            device=device,
-        )
-        similarity, index = similarity.cpu(), index.cpu()
-    ranks = vote_ranks(
-        similarity,
-        index,
-        bank.labels,
-        queries.labels,
-        classes=len(train.classes),
-        temperature=config.temperature,
-    )
-    _clear_features(config, output)
-    top1, top5 = top_percent(ranks)
-    return Result(
-        metrics={"knn_top1_percent": top1, "knn_top5_percent": top5},
-        recipe=resolved.recipe,
-        media=[_neighbour_panel(output / "neighbours.png", train, val, index)],
-        notes=[f"The frozen backbone is bit-equal before and after: state SHA-256 {digest[:16]}."],
-    )
-
-
-def _cluster(
-    config: ClusterRecipe,
-    resolved: Resolved,
-    tensors: dict[str, Tensor],
-    *,
-    seed: int,
-    output: Path,
-    device: torch.device,
-) -> Result:
-    # Here, because scikit-learn takes seconds to import and only this protocol needs it.
-    from twist.transfer.engines.imagenet.cluster import cluster_metrics, kmeans
-
-    header, train, val = resolved.header, resolved.train, resolved.val
-    network = network_of(header, tensors).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    # Before the features: a wrong checkpoint should be said at once.
-    head = None
-    if config.head is not None:
-        head = read_head(Path(config.head), tensors, activation=config.head_activation)
-    with frozen(network) as digest:
-        folder = output / "features"
-        held_out = extract(network, header, val, config, folder=folder, title="val features", device=device)
-        found_on = held_out
-        if head is None and config.fit_on == "train":
-            found_on = extract(network, header, train, config, folder=folder, title="train features", device=device)
-    if head is not None:
-        classes = head.output.out_features
-        blocks = range(0, len(held_out), config.machine.feature_batch_size)
-        rows = (held_out.rows(start, start + config.machine.feature_batch_size) for start in blocks)
-        with explained(memory=FEATURES):
-            assignment = torch.cat([head_classes(head, block) for block in rows]).numpy()
-        how = f"TWIST's own head with {classes} outputs"
-    else:
-        clusters = config.clusters or len(train.classes)
-        with explained(memory="take algorithm=minibatch restarts=1 and a small step_size"):
-            assignment = kmeans(found_on.mapped(), held_out.mapped(), clusters=clusters, recipe=config, seed=seed)
-        how = f"k-means with {clusters} clusters, found on the {config.fit_on} images"
-    _clear_features(config, output)
-    return Result(
-        metrics=cluster_metrics(val.labels, assignment),
-        recipe=resolved.recipe,
-        media=[_cluster_panel(output / "clusters.png", val, assignment)],
-        notes=[
-            f"{how}; the {len(val)} validation images fall into {len(np.unique(assignment))} of them.",
-            f"The frozen backbone is bit-equal before and after: state SHA-256 {digest[:16]}.",
-        ],
-    )
-
-
-def _clear_features(config: AnyRecipe, output: Path) -> None:
-    if not config.machine.keep_features:
-        shutil.rmtree(output / "features", ignore_errors=True)
-
-
-def _prediction_panel(path: Path, shown: LabelledImages, predicted: Sequence[int]) -> Path:
-    """Validation images with the truth and, below it, the prediction; the frame says whether they agree."""
-    tiles = [
-        Tile(shown.path(index), shown.classes[label], right=found == label, predicted=shown.classes[found])
-        for index, (label, found) in enumerate(zip(shown.labels.tolist(), predicted, strict=True))
+    if setup.request.eval_only:
+        end = f"at the end of the training top-1 was {history[-1]['top1_percent']:.2f}"
+        notes.append(f"Evaluated from the stored weights, nothing was trained; {end}.")
+    media = [
+        prediction_panel(output / "predictions.png", setup.val.spread(training.PICTURED), done["predicted"]),
+        plot_losses(output / CURVES, output / "losses.png", title=setup.request.protocol.name),
     ]
-    rows = [tiles[start : start + 6] for start in range(0, len(tiles), 6)]
-    return write_panel(path, rows, legend="truth, below it the prediction: blue frame right, broken orange frame wrong")
+    return Result(done["metrics"], setup.recipe, media, curves=output / CURVES, notes=notes)
 
 
-def _neighbour_panel(path: Path, train: LabelledImages, val: LabelledImages, index: Tensor) -> Path:
-    """Six validation images, spread over the classes, each with its six nearest training images."""
-    rows = []
-    for query in np.linspace(0, len(val) - 1, num=min(6, len(val)), dtype=int):
-        label = int(val.labels[query])
-        row = [Tile(val.path(int(query)), val.classes[label])]
-        for position in index[int(query), :6].tolist():
-            other = int(train.labels[position])
-            row.append(Tile(train.path(position), train.classes[other], right=other == label))
-        rows.append(row)
-    legend = "left the query, then its nearest: blue frame of its class, broken orange frame of another"
-    return write_panel(path, rows, first_apart=True, legend=legend)
+def _neighbours(setup: Setup, features: _Features) -> Result:
+    config = setup.config
+    assert isinstance(config, recipes.NeighboursRecipe)
+    bank, queries = features("train"), features("val")
+    neighbours, limit = min(config.neighbours, len(bank)), config.machine.max_memory_mb
+    blocks = plan_blocks(len(queries), len(bank), bank.dimension, neighbours=neighbours, max_memory_mb=limit)
+    device = torch.device("cuda", 0) if setup.request.gpus else None
+    with explained(memory=recipes.SEARCH):
+        similarity, index = nearest(queries, bank, neighbours=neighbours, blocks=blocks, device=device)
+        similarity, index = similarity.cpu(), index.cpu()
+    classes, labels = len(setup.train.classes), (bank.labels, queries.labels)
+    ranks = vote_ranks(similarity, index, *labels, classes=classes, temperature=config.temperature)
+    return Result(
+        metrics={f"knn_top{k}_percent": top_percent(ranks, k) for k in (1, 5)},
+        recipe=setup.recipe,
+        media=[neighbour_panel(setup.request.output / "neighbours.png", setup.train, setup.val, index)],
+    )
 
 
-def _cluster_panel(path: Path, val: LabelledImages, assignment: np.ndarray) -> Path:
-    """The six largest clusters, seven images each, framed by whether an image is of its cluster's commonest class."""
-    names, counts = np.unique(assignment, return_counts=True)
-    rows = []
-    for cluster in names[np.argsort(-counts, kind="stable")][:6]:
-        members = np.flatnonzero(assignment == cluster)
-        commonest = int(np.bincount(val.labels[members]).argmax())
-        shown = members[np.linspace(0, len(members) - 1, num=min(7, len(members)), dtype=int)]
-        rows.append(
-            [Tile(val.path(int(i)), val.classes[val.labels[i]], right=int(val.labels[i]) == commonest) for i in shown]
-        )
-    return write_panel(
-        path, rows, legend="a row a cluster: blue frame its commonest class, broken orange frame another"
+def _clusters(setup: Setup, features: _Features) -> Result:
+    # Here, because scikit-learn takes seconds to import and only this protocol needs it.
+    from twist.measure.clusters import cluster_metrics, kmeans
+
+    config = setup.config
+    assert isinstance(config, recipes.ClusterRecipe)
+    if config.head is not None:
+        # Before the features: a wrong checkpoint should be said at once.
+        head = read_head(Path(config.head), setup.weights.tensors, activation=config.head_activation)
+        held_out, size = features("val"), config.machine.feature_batch_size
+        with explained(memory=recipes.FEATURES):
+            blocks = [held_out[start : start + size] for start in range(0, len(held_out), size)]
+            assignment = torch.cat([head_classes(head, block) for block in blocks]).numpy()
+        how = f"TWIST's own head with {head.output.out_features} outputs"
+    else:
+        held_out, fit_on = features("val"), features(config.fit_on)
+        clusters = config.clusters or len(setup.train.classes)
+        settings = config.model_dump(include={"algorithm", "restarts", "max_passes", "step_size", "normalise"})
+        settings["seed"] = setup.request.seed
+        with explained(memory="take algorithm=minibatch restarts=1 and a small step_size"):
+            assignment = kmeans(fit_on.mapped(), held_out.mapped(), clusters=clusters, **settings)
+        how = f"k-means with {clusters} clusters, found on the {config.fit_on} images"
+    used = len(np.unique(assignment))
+    return Result(
+        metrics=cluster_metrics(setup.val.labels, assignment),
+        recipe=setup.recipe,
+        media=[cluster_panel(setup.request.output / "clusters.png", setup.val, assignment)],
+        notes=[f"{how}; the {len(setup.val)} validation images fall into {used} of them."],
     )

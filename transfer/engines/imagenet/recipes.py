@@ -1,23 +1,21 @@
 """The ImageNet-style recipes, typed: `configs/imagenet/*.toml`, one file a recipe, every number with its source.
 
-A recipe holds what decides the number. What only decides how fast and in how much memory lies in its `[machine]`
-section and never enters the recipe hash, so a laptop's row and a server's row can meet in one table.
+A recipe holds what decides the number. What only decides how fast and in how much memory is in its `[machine]` section
+and never enters the recipe hash, so a laptop's row and a server's row can meet in one table.
 """
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from twist.contracts.config import SHIPPED, Config, identity_of, load_config
+from twist.contracts.config import SHIPPED, Config, identity_of, load_config, read_toml
 from twist.contracts.errors import UsageError, did_you_mean
 from twist.transfer.request import Controls
 
 FOLDER = SHIPPED / "imagenet"
-
 # What needs less memory, by phase.
 FEATURES = "go on with --resume and a lower machine.feature_batch_size"
 SEARCH = "go on with --resume and a lower machine.max_memory_mb"
@@ -34,10 +32,9 @@ class Machine(Config):
     workers: int = Field(default=8, ge=0)
     # Images a forward pass where no gradient is kept.
     feature_batch_size: int = Field(default=256, gt=0)
-    # The k-NN search reads both sides in blocks, so that it takes no more than this much memory (MiB) above what the
-    # process held before. Features on disk are not in it, nor is what the system keeps of their files.
+    # MiB that the k-NN search may need; features on disk are not counted, nor what the system caches of their files.
     max_memory_mb: int = Field(default=2048, gt=0)
-    # Keep extracted features under the run folder, keyed by weights, images and transform; a later run reuses them.
+    # Keep extracted features in the run folder, keyed by weights, images and transform; a later run reuses them.
     keep_features: bool = False
     # Accuracy on the validation images every so many epochs; the last epoch is always evaluated.
     evaluate_every_epochs: int = Field(default=1, gt=0)
@@ -55,7 +52,7 @@ class Recipe(Config):
     machine: Machine = Machine()
 
     @model_validator(mode="after")
-    def _sides(self) -> Recipe:
+    def _crop_fits(self) -> Recipe:
         if self.resize < self.size:
             raise ValueError(f"resize = {self.resize} is smaller than size = {self.size}: the central crop cannot fit")
         return self
@@ -84,12 +81,17 @@ class ClassifierRecipe(Recipe):
     # Random resized crop and flip; without, every image is seen as at test time.
     augment: bool = True
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rates by their keys."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name.startswith("lr_")}
+
 
 class LinearRecipe(ClassifierRecipe):
     """A linear classifier on the frozen backbone."""
 
     kind: Literal["linear"]
-    # ViTs: class tokens of the last so many blocks, side by side, each after the last norm (DINO's probe).
+    # ViTs: class tokens of so many last blocks, side by side, each after the last norm (DINO's probe).
     last_blocks: int = Field(default=1, gt=0)
 
 
@@ -98,12 +100,7 @@ class FinetuneRecipe(ClassifierRecipe):
 
     kind: Literal["finetune"]
     lr_backbone: float = Field(gt=0)
-
-    @model_validator(mode="after")
-    def _augments(self) -> FinetuneRecipe:
-        if not self.augment:
-            raise ValueError("augment = false is for a frozen backbone, whose features can be taken once")
-        return self
+    augment: Literal[True] = True
 
 
 class NeighboursRecipe(Recipe):
@@ -123,8 +120,8 @@ class ClusterRecipe(Recipe):
     head: str | None = None
     # Of the head's hidden layers, where the checkpoint doesn't say.
     head_activation: Literal["relu", "gelu"] | None = None
-    # k-means: how many clusters (None: as many as classes), on which images they are found, restarts (the tightest
-    # counts; Lloyd's only, the mini-batch algorithm runs once), passes over the images.
+    # k-means: how many clusters (None: as many as classes), the images they are found on, restarts (of Lloyd's
+    # algorithm; the tightest counts), passes over the images.
     clusters: int | None = Field(default=None, gt=1)
     fit_on: Literal["train", "val"] = "train"
     algorithm: Literal["lloyd", "minibatch"] = "lloyd"
@@ -145,17 +142,13 @@ class ClusterRecipe(Recipe):
 
     def recorded(self) -> dict[str, Any]:
         """Without what belongs to the weights (the head), and without k-means' settings where a head is used."""
-        values = super().recorded()
-        for name in ("head", "head_activation"):
-            values.pop(name)
-        if self.by == "head":
-            for name in ("clusters", "fit_on", "algorithm", "restarts", "max_passes", "step_size", "normalise"):
-                values.pop(name)
-        return values
+        kmeans = {"clusters", "fit_on", "algorithm", "restarts", "max_passes", "step_size", "normalise"}
+        left_out = {"head", "head_activation"} | (kmeans if self.by == "head" else set())
+        return {name: value for name, value in super().recorded().items() if name not in left_out}
 
 
 AnyRecipe = LinearRecipe | FinetuneRecipe | NeighboursRecipe | ClusterRecipe
-_KINDS: dict[str, type[Recipe]] = {
+_KINDS: dict[str, type[AnyRecipe]] = {
     "linear": LinearRecipe,
     "finetune": FinetuneRecipe,
     "knn": NeighboursRecipe,
@@ -163,23 +156,14 @@ _KINDS: dict[str, type[Recipe]] = {
 }
 
 
-def recipe_names() -> list[str]:
-    """The recipes we ship, by file name."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
-
-
 def load_recipe(name: str, *, architecture: str, overrides: Sequence[str] = ()) -> AnyRecipe:
     """Read `<name>-<architecture>.toml` where there is one, else `<name>.toml`, and apply `key=value` overrides.
 
-    Raises:
-        UsageError: no such recipe, an unknown key (with the near match), or a value that does not fit.
+    `UsageError` for a recipe or a key that is unknown (with the near match), and a value that does not fit.
     """
     path = FOLDER / f"{name}-{architecture}.toml"
+    path = path if path.exists() else FOLDER / f"{name}.toml"
     if not path.exists():
-        path = FOLDER / f"{name}.toml"
-    if not path.exists():
-        raise UsageError(f'There is no ImageNet recipe "{name}".{did_you_mean(name, recipe_names())}')
-    kind = tomllib.loads(path.read_text())["kind"]
-    recipe = load_config(path, _KINDS[kind], overrides, extra_keys=Controls.model_fields)
-    assert isinstance(recipe, LinearRecipe | FinetuneRecipe | NeighboursRecipe | ClusterRecipe)
-    return recipe
+        shipped = [path.stem for path in FOLDER.glob("*.toml")]
+        raise UsageError(f'There is no ImageNet recipe "{name}".{did_you_mean(name, shipped)}')
+    return load_config(path, _KINDS[read_toml(path)["kind"]], overrides, extra_keys=Controls.model_fields)

@@ -1,84 +1,125 @@
-"""The one training loop of the ImageNet protocols: SGD on cross-entropy, cosine by epoch, a checkpoint an epoch.
+"""Linear and fine-tuning protocols: one training loop, SGD on cross-entropy, cosine by epoch, a checkpoint an epoch.
 
-What is trained is a module from inputs to class scores: a linear layer over frozen features, or a backbone with a
-linear layer. `B` images of one process, `K` classes.
+linear: a linear classifier on a frozen backbone, as TWIST's evaluate.py (ResNets) and DINO's probe (ViTs).
+finetune: backbone and classifier at two rates, as evaluate.py `--weights finetune`; each process has its own batch
+statistics. One process a GPU, through torch's own launcher. `B` images of one process, `K` classes.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from fvcore.common.param_scheduler import CosineParamScheduler
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from twist.catalog.labelled import LabelledImages
 from twist.contracts import files
 from twist.contracts.errors import UserError
-from twist.contracts.failures import explained
+from twist.contracts.failures import explained, raise_reported
+from twist.contracts.files import sha256_json
+from twist.contracts.networks import network_of
 from twist.contracts.progress import Progress
-from twist.contracts.run_folder import refuse_other_run
-from twist.contracts.weights import Backbone
-from twist.transfer.engines.imagenet.accuracy import label_ranks
-from twist.transfer.engines.imagenet.dataset import Batches
-from twist.transfer.engines.imagenet.features import autocast
+from twist.contracts.run_folder import refuse_other_run, refuse_second_start
+from twist.measure.features import Batch, FeatureFile, autocast, frozen, network_inputs, state_digest
+from twist.measure.knn import label_ranks
+from twist.transfer.engines.imagenet.images import Rank, decoded, epoch_batches, ordered_batches
 from twist.transfer.engines.imagenet.journal import Journal
-from twist.transfer.engines.imagenet.processes import Rank
-from twist.transfer.engines.imagenet.recipes import FEATURES, TRAINING, ClassifierRecipe, FinetuneRecipe, LinearRecipe
+from twist.transfer.engines.imagenet.recipes import (
+    FEATURES,
+    START,
+    TRAINING,
+    ClassifierRecipe,
+    FinetuneRecipe,
+    LinearRecipe,
+)
+
+if TYPE_CHECKING:
+    from twist.transfer.engines.imagenet.engine import Setup
 
 CHECKPOINT = "checkpoint.pth"
 METRICS = ("top1_percent", "top5_percent")
-
-
 # Validation images that are shown beside what was predicted for them.
 PICTURED = 24
 
 
-@dataclass(frozen=True)
-class Job:
-    """What every process of a run is given; `identity` is what makes this run this run.
+def run_ranks(work: Callable[..., Any], *arguments: Any, processes: int, device: str, output: Path) -> Any:
+    """`work(rank, *arguments)` in `processes` processes on `device` ("cuda" or "cpu"); the first one's value (JSON).
 
-    `train` are the images that have labels. With `eval_only` the stored model is measured and nothing is trained.
+    `UserError` for what a rank raised (by way of a file in `output`), memory that ran out, and a rank that died.
     """
-
-    header: Backbone
-    tensors: dict[str, Tensor]
-    train: LabelledImages
-    val: LabelledImages
-    recipe: LinearRecipe | FinetuneRecipe
-    seed: int
-    output: Path
-    identity: dict[str, Any]
-    resume: bool = False
-    eval_only: bool = False
+    if processes == 1:
+        with explained(memory=START):
+            return work(Rank(0, 1, torch.device(device)), *arguments)
+    with tempfile.TemporaryDirectory(prefix="twist-ranks-") as folder:
+        with raise_reported(output):
+            mp.spawn(_process, args=(processes, device, folder, output, work, arguments), nprocs=processes)
+        return json.loads((Path(folder) / "value.json").read_text())
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where batches of inputs and labels come from.
+def _process(
+    index: int, count: int, device: str, folder: str, output: Path, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    with explained(report=output, memory=START):
+        if device == "cuda":
+            torch.cuda.set_device(index)
+        backend = "nccl" if device == "cuda" else "gloo"
+        # A file as the meeting place: no port that another job on the machine may hold.
+        dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=index, world_size=count)
+        value = work(Rank(index, count, torch.device(f"cuda:{index}" if device == "cuda" else device)), *arguments)
+        if index == 0:
+            (Path(folder) / "value.json").write_text(json.dumps(value))
+        dist.destroy_process_group()
 
-    Those of an epoch; all validation images of this process in order; and the `PICTURED` ones, which the first process
-    takes alone.
-    """
 
-    epoch: Callable[[int], Iterator[tuple[Tensor, Tensor]]]
-    validation: Callable[[], Iterable[tuple[Tensor, Tensor]]]
-    pictured: Callable[[], Iterable[tuple[Tensor, Tensor]]]
-    steps_per_epoch: int
+# Index batches → a model's inputs with labels: of training images in an epoch, and of validation images.
+TrainInputs = Callable[[Sequence[np.ndarray], int], Iterable[Batch]]
+ValInputs = Callable[[Sequence[np.ndarray]], Iterable[Batch]]
 
 
-def image_batches(rank: Rank, job: Job, recipe: ClassifierRecipe) -> tuple[Batches, Batches]:
-    """This process's share of the images: random crops of those with labels, and the validation images in order."""
-    share: dict[str, Any] = {"rank": rank.index, "world_size": rank.count, "pin_memory": rank.device.type == "cuda"}
-    crops = Batches(job.train, recipe, batch_size=recipe.batch_size, augment=True, seed=job.seed, **share)
-    return crops, Batches(job.val, recipe, batch_size=recipe.machine.feature_batch_size * rank.count, **share)
+def train_linear(rank: Rank, setup: Setup, val: FeatureFile, train: FeatureFile | None) -> dict[str, Any]:
+    """What `Trainer.run` returns. `train` None computes the features of random crops as they come."""
+
+    def rows(file: FeatureFile, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
+        matrix = file.mapped()
+        for chosen in batches:
+            yield torch.from_numpy(matrix[chosen]).to(rank.device), file.labels[chosen].to(rank.device)
+
+    def fit(train_inputs: TrainInputs) -> dict[str, Any]:
+        model = new_classifier(val.dimension, len(setup.train.classes), seed=setup.request.seed)
+        return Trainer(model, [model], train_inputs, partial(rows, val), rank=rank, setup=setup).run()
+
+    if train is not None:
+        return fit(lambda batches, _: rows(train, batches))
+    extractor = setup.extractor(rank.device)
+    with frozen(extractor.network):
+        return fit(lambda batches, epoch: extractor.batches(setup.crops(batches, epoch, rank.device)))
+
+
+def train_finetune(rank: Rank, setup: Setup) -> dict[str, Any]:
+    """What `Trainer.run` returns."""
+    device, header = rank.device, setup.weights.header
+    backbone = setup.extractor(device)
+    classifier = new_classifier(backbone.dimension, len(setup.train.classes), seed=setup.request.seed)
+    return Trainer(
+        nn.Sequential(backbone.network, classifier),
+        [classifier, backbone.network],
+        lambda batches, epoch: network_inputs(setup.crops(batches, epoch, device), header, device),
+        lambda batches: network_inputs(decoded(setup.val, setup.config, batches, device=device), header, device),
+        rank=rank,
+        setup=setup,
+    ).run()
 
 
 def new_classifier(dimension: int, classes: int, *, seed: int) -> nn.Linear:
@@ -90,196 +131,143 @@ def new_classifier(dimension: int, classes: int, *, seed: int) -> nn.Linear:
     return classifier
 
 
-def train_classifier(
-    model: nn.Module,
-    rates: dict[str, tuple[float, Iterable[nn.Parameter]]],
-    source: Source,
-    recipe: ClassifierRecipe,
-    *,
-    rank: Rank,
-    title: str,
-    output: Path,
-    identity: dict[str, Any],
-    resume: bool,
-    eval_only: bool = False,
-) -> dict[str, Any]:
-    """Train `model` to its last epoch, or with `eval_only` measure the finished one that is stored.
+class Trainer:
+    """Trains `model`, from inputs to class scores (B, K); its `parts` have the recipe's `rates`, in their order."""
 
-    Returns:
-        `history`: one row an epoch with loss, rates and, where evaluated, accuracies; `metrics`: the accuracies at the
-        end; `predicted`: class of each pictured image (none in processes other than the first).
+    def __init__(
+        self, model: nn.Module, parts: list[nn.Module], train: TrainInputs, val: ValInputs, *, rank: Rank, setup: Setup
+    ) -> None:
+        assert isinstance(setup.config, LinearRecipe | FinetuneRecipe)
+        self.model, self.train, self.val, self.rank = model.to(rank.device), train, val, rank
+        self.setup, self.recipe, self.path = setup, setup.config, setup.request.output / CHECKPOINT
+        self.optimizer = torch.optim.SGD(
+            [{"params": [*part.parameters()]} for part in parts],
+            lr=self.recipe.lr_classifier,
+            momentum=self.recipe.momentum,
+            weight_decay=self.recipe.weight_decay,
+        )
+        # What a checkpoint must agree with to be continued.
+        weights = state_digest(network_of(setup.weights.header, setup.weights.tensors))
+        self.identity = {"recipe": sha256_json(setup.recipe), "seed": setup.request.seed, "weights": weights}
 
-    Args:
-        rates: parameter groups, name → (learning rate, parameters).
-        identity: what makes this run this run; a checkpoint with another one is refused.
+    def run(self) -> dict[str, Any]:
+        """Train to the last epoch, from the checkpoint where there is one; with `eval_only` measure the stored model.
 
-    Raises:
-        UserError: the checkpoint belongs to another run, there is one and `resume` was not given, there is none of a
-            finished run to evaluate, the training diverged, or the GPU's memory is too small.
-    """
-    if eval_only:
-        require_finished(output, recipe)
-    model.to(rank.device)
-    groups = [{"params": list(parameters), "lr": rate} for rate, parameters in rates.values()]
-    optimizer = torch.optim.SGD(groups, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    history = _restore(output / CHECKPOINT, model, optimizer, identity=identity, resume=resume or eval_only)
-    if eval_only:
-        metrics = evaluate(model, source.validation(), recipe, rank)
-    else:
-        peaks = {name: rate for name, (rate, _) in rates.items()}
-        for row in _epochs(
-            model, optimizer, peaks, source, recipe, rank, done=len(history), title=title, output=output
+        `history` has a row an epoch, `metrics` are the accuracies at the end, `predicted` the pictured images' classes.
+        `UserError` for a checkpoint of another run, or one without `resume`, divergence, and too little memory.
+        """
+        history = self._restore()
+        if self.setup.request.eval_only:
+            metrics = self._evaluate()
+        else:
+            self._train(history)
+            metrics = {name: history[-1][name] for name in METRICS}
+        count = len(self.setup.val)
+        shown = np.linspace(0, count - 1, num=min(PICTURED, count), dtype=int)  # as `LabelledImages.spread`
+        ((scores, _),) = self._scores(self.val([shown]))
+        return {"history": history, "metrics": metrics, "predicted": scores.argmax(dim=1).tolist()}
+
+    def _train(self, history: list[dict[str, Any]]) -> None:
+        """Train the epochs that `history` lacks, and add a row for each."""
+        recipe, rank = self.recipe, self.rank
+        steps = -(-len(self.setup.labelled) // recipe.batch_size)
+        cosine = CosineParamScheduler(1.0, 0.0)
+        model: nn.Module = self.model
+        if rank.count > 1:
+            model = DistributedDataParallel(model, device_ids=[rank.index] if rank.device.type == "cuda" else None)
+        total, start, quiet = recipe.epochs * steps, len(history) * steps, rank.index > 0
+        with (
+            Progress(recipe.kind, total=total, start=start, quiet=quiet, unit="step") as progress,
+            Journal(self.setup.request.output, done=start, quiet=quiet) as journal,
         ):
-            history.append(row)
-            if rank.first:
-                _save(output, model, optimizer, history, identity)
-            rank.wait()
-        metrics = {name: history[-1][name] for name in METRICS}
-    predicted = predict(model, source.pictured(), recipe, rank) if rank.first else []
-    return {"history": history, "metrics": metrics, "predicted": predicted}
+            for epoch in range(len(history), recipe.epochs):
+                rates = {name: peak * cosine(epoch / recipe.epochs) for name, peak in recipe.rates.items()}
+                for group, rate in zip(self.optimizer.param_groups, rates.values(), strict=True):
+                    group["lr"] = rate
+                done = self._train_epoch(model, epoch, progress)
+                if not math.isfinite(done["loss"]):
+                    raise UserError(f"The training diverged in epoch {epoch}: lower {' or '.join(rates)}.")
+                row = {"epoch": epoch, "step": (epoch + 1) * steps, **done, **rates}
+                if epoch + 1 == recipe.epochs or (epoch + 1) % recipe.machine.evaluate_every_epochs == 0:
+                    row |= self._evaluate()
+                # Before the checkpoint, so that a kill between them loses no line: the epoch is then trained again.
+                journal.epoch(row)
+                history.append(row)
+                if rank.index == 0:
+                    self._save(history)
+
+    def _train_epoch(self, model: nn.Module, epoch: int, progress: Progress) -> dict[str, float]:
+        model.train()
+        size, seed = self.recipe.batch_size, self.setup.request.seed
+        batches = epoch_batches(len(self.setup.labelled), batch_size=size, seed=seed, epoch=epoch, rank=self.rank)
+        began = time.monotonic()
+        # Summed on the device: reading the loss at every step would make the GPU wait for the host.
+        total = torch.zeros(2, dtype=torch.float64, device=self.rank.device)
+        with explained(memory=TRAINING):
+            for step, (inputs, labels) in enumerate(self.train(batches, epoch)):
+                with autocast(self.recipe.precision, self.rank.device):
+                    scores = model(inputs)
+                loss = F.cross_entropy(scores.float(), labels)
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                self.optimizer.step()
+                total += torch.stack([loss.detach().double() * len(labels), loss.new_tensor(len(labels)).double()])
+                progress.advance(1, **({"loss": loss.item()} if step % 20 == 0 else {}))
+        if self.rank.count > 1:
+            dist.all_reduce(total)
+        loss_sum, count = total.tolist()
+        return {"loss": loss_sum / count, "images_per_s": count / (time.monotonic() - began)}
+
+    def _evaluate(self) -> dict[str, float]:
+        """Top-1 and top-5 over every validation image once, whatever the number of processes."""
+        if self.rank.count > 1:
+            # Batch norm's running statistics are each process's own after the last step; the first one's count.
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+        hits = torch.zeros(3, dtype=torch.float64, device=self.rank.device)
+        size = self.recipe.machine.feature_batch_size
+        batches = ordered_batches(len(self.setup.val), batch_size=size, rank=self.rank)
+        for scores, labels in self._scores(self.val(batches)):
+            ranks = label_ranks(scores, labels)
+            hits += torch.stack([(ranks < 1).sum(), (ranks < 5).sum(), ranks.new_tensor(len(ranks))])
+        if self.rank.count > 1:
+            dist.all_reduce(hits)
+        top1, top5, count = hits.tolist()
+        return dict(zip(METRICS, (100.0 * top1 / count, 100.0 * top5 / count), strict=True))
+
+    @torch.no_grad()
+    def _scores(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """(scores (B, K) float32, labels (B,)) of each batch, in eval mode."""
+        self.model.eval()
+        with explained(memory=FEATURES):
+            for inputs, labels in batches:
+                with autocast(self.recipe.precision, self.rank.device):
+                    scores = self.model(inputs)
+                yield scores.float(), labels
+
+    def _save(self, history: list[dict[str, Any]]) -> None:
+        state = {"identity": self.identity, "history": history}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        with files.atomic_path(self.path) as temporary:
+            torch.save(state, temporary)
+
+    def _restore(self) -> list[dict[str, Any]]:
+        """The history in the checkpoint, loaded into model and optimizer; empty without one."""
+        if not self.path.exists():
+            return []
+        if not (self.setup.request.resume or self.setup.request.eval_only):
+            refuse_second_start(self.path.parent, {})
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        refuse_other_run(self.path.parent, state["identity"], self.identity)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return list(state["history"])
 
 
 def require_finished(output: Path, recipe: ClassifierRecipe) -> None:
     """Refuse to evaluate a run before its last epoch: what it has stored is a state that no protocol measures."""
-    path = output / CHECKPOINT
-    # Mapped: only the history is looked at.
+    path = output / CHECKPOINT  # mapped: only the history is looked at
     done = len(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["history"]) if path.exists() else 0
     if done < recipe.epochs:
-        raise UserError(
-            f"{output} stands at epoch {done} of {recipe.epochs}: --eval-only measures finished runs, so finish this "
-            "one with --resume."
-        )
-
-
-def _epochs(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    peaks: dict[str, float],
-    source: Source,
-    recipe: ClassifierRecipe,
-    rank: Rank,
-    *,
-    done: int,
-    title: str,
-    output: Path,
-) -> Iterator[dict[str, Any]]:
-    """Train from epoch `done` to the last, a row an epoch; `peaks` are the groups' rates before the cosine."""
-    cosine = CosineParamScheduler(1.0, 0.0)
-    parallel: nn.Module = model
-    if rank.count > 1:
-        parallel = DistributedDataParallel(model, device_ids=[rank.index] if rank.device.type == "cuda" else None)
-    steps = source.steps_per_epoch
-    with (
-        Progress(title, total=recipe.epochs * steps, start=done * steps, quiet=not rank.first, unit="step") as progress,
-        Journal(output, done=done * steps, quiet=not rank.first) as journal,
-    ):
-        for epoch in range(done, recipe.epochs):
-            shares = {name: rate * cosine(epoch / recipe.epochs) for name, rate in peaks.items()}
-            for group, rate in zip(optimizer.param_groups, shares.values(), strict=True):
-                group["lr"] = rate
-            row = _train_epoch(parallel, optimizer, source.epoch(epoch), recipe, rank, progress)
-            row = {"epoch": epoch, "step": (epoch + 1) * steps, **row, **{f"lr_{n}": r for n, r in shares.items()}}
-            if not math.isfinite(row["loss"]):
-                raise UserError(
-                    f"The loss is {row['loss']} in epoch {epoch}: the training diverged; lower "
-                    f"{' or '.join(f'lr_{name}' for name in peaks)}."
-                )
-            last = epoch + 1 == recipe.epochs
-            if last or (epoch + 1) % recipe.machine.evaluate_every_epochs == 0:
-                row |= evaluate(model, source.validation(), recipe, rank)
-            # Before the checkpoint, so that a kill between them loses no line: the epoch is then done and said again.
-            journal.epoch(row)
-            yield row
-
-
-def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe: ClassifierRecipe, rank: Rank
-) -> dict[str, float]:
-    """Top-1 and top-5 over every validation image once, whatever the number of processes."""
-    if rank.count > 1:
-        # Batch norm's running statistics are each process's own after the last step; the first one's count.
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)
-    model.eval()
-    hits = torch.zeros(3, dtype=torch.float64, device=rank.device)
-    with torch.no_grad(), explained(memory=FEATURES):
-        for inputs, labels in batches:
-            with autocast(recipe, rank.device):
-                scores = model(inputs)
-            ranks = label_ranks(scores.float(), labels)
-            hits += torch.stack([(ranks < 1).sum(), (ranks < 5).sum(), torch.tensor(len(ranks), device=rank.device)])
-    top1, top5, count = rank.sum(hits).tolist()
-    return dict(zip(METRICS, (100.0 * top1 / count, 100.0 * top5 / count), strict=True))
-
-
-@torch.no_grad()
-def predict(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], recipe: ClassifierRecipe, rank: Rank
-) -> list[int]:
-    """The class with the highest score of every input, in order."""
-    model.eval()
-    classes: list[int] = []
-    with explained(memory=FEATURES):
-        for inputs, _ in batches:
-            with autocast(recipe, rank.device):
-                scores = model(inputs)
-            classes += scores.float().argmax(dim=1).tolist()
-    return classes
-
-
-def _train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    recipe: ClassifierRecipe,
-    rank: Rank,
-    progress: Progress,
-) -> dict[str, float]:
-    model.train()
-    began = time.monotonic()
-    # Summed on the device: reading the loss at every step would make the GPU wait for the host.
-    total = torch.zeros(2, dtype=torch.float64, device=rank.device)
-    with explained(memory=TRAINING):
-        for step, (inputs, labels) in enumerate(batches):
-            with autocast(recipe, rank.device):
-                scores = model(inputs)
-            loss = F.cross_entropy(scores.float(), labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total += torch.stack([loss.detach().double() * len(labels), loss.new_tensor(len(labels)).double()])
-            progress.advance(1, **({"loss": loss.item()} if step % 20 == 0 else {}))
-    loss_sum, count = rank.sum(total).tolist()
-    return {"loss": loss_sum / count, "images_per_s": count / (time.monotonic() - began)}
-
-
-def _save(
-    output: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    history: list[dict[str, Any]],
-    identity: dict[str, Any],
-) -> None:
-    state = {
-        "identity": identity,
-        "history": history,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-    with files.atomic_path(output / CHECKPOINT) as temporary:
-        torch.save(state, temporary)
-
-
-def _restore(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, identity: dict[str, Any], resume: bool
-) -> list[dict[str, Any]]:
-    """The history in the checkpoint, loaded into model and optimizer; empty without one."""
-    if not path.exists():
-        return []
-    if not resume:
-        raise UserError(f"{path.parent} holds a run: go on with --resume, or choose another --output.")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    refuse_other_run(path.parent, state["identity"], identity)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return list(state["history"])
+        remedy = "--eval-only measures finished runs, so finish this one with --resume"
+        raise UserError(f"{output} stands at epoch {done} of {recipe.epochs}: {remedy}.")

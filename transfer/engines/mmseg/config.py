@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import mmseg
 from mmengine.config import Config
 
-from twist.catalog.roots import read_sample, voc_folder
-from twist.contracts.errors import UsageError
+from twist.catalog.data_sets import Split, find_data_set, read_sample
+from twist.contracts.errors import UsageError, UserError
 from twist.contracts.machine import cores
 from twist.transfer.engines import framework
 from twist.transfer.engines.framework import FrameworkConfig
@@ -66,22 +66,26 @@ class MMSegConfig(FrameworkConfig):
         self._set_data(request)
 
     def _set_data(self, request: Request) -> None:
+        """Where the data lie; their classes and files too, unless MMSegmentation's own dataset class knows those."""
         sample = read_sample(request.data)
-        kind: dict[str, Any] = {}
-        if "cityscapes" in request.protocol.data:
-            root = request.data / "cityscapes"
-        else:
-            root = voc_folder(request.data, 2012)
-            if sample is not None:
-                classes = ["background", *sample["classes"]]
-                # The sample's classes are none of VOC's, and PascalVOCDataset insists on its own names.
-                kind = {"type": "BaseSegDataset", "img_suffix": ".jpg", "seg_map_suffix": ".png"}
-                kind["metainfo"] = {"classes": classes}
+        row = find_data_set(request.protocol.data[0])
+        splits: dict[str, Split] = {split.role: split for split in row.run_splits().values() if "masks" in split.truth}
+        # A sample's classes are none of the data set's, and MMSegmentation's own classes insist on their names.
+        of_sample = sample is not None and row.classes_of_sample
+        for loader, role in zip(self._loaders, ("train", "val", "val"), strict=True):
+            dataset, images, masks = loader.dataset, splits[role].images, splits[role].truth["masks"]
+            dataset.data_root = str(row.place(request.data))
+            if dataset.type == "BaseSegDataset":
+                folders = {"img_path": images.folder, "seg_map_path": masks.folder}
+                dataset.update({"data_prefix": folders, "ann_file": splits[role].names})
+            if of_sample or dataset.type == "BaseSegDataset":
+                classes = row.label_names(sample)
+                if not isinstance(classes, tuple):
+                    raise UserError(f"{row.name} has no names of classes: write them into its row of data_sets.toml.")
+                suffixes = {"img_suffix": images.suffix, "seg_map_suffix": masks.suffix}
+                dataset.update({"type": "BaseSegDataset", **suffixes, "metainfo": {"classes": list(classes)}})
                 for head in self._heads:
                     head.num_classes = len(classes)
-        for loader in self._loaders:
-            loader.dataset.data_root = str(root)
-            loader.dataset.update(kind)
 
     @property
     def _loaders(self) -> list[Any]:  # an override replaces them
