@@ -27,9 +27,10 @@ from benchmarks.side_by_side import heading, write
 from twist.catalog.sample.make import make_sample
 from twist.contracts.networks import build_backbone
 from twist.contracts.weights import Backbone
+from twist.converters.targets import TARGETS
+from twist.transfer.engines.framework import frameworks_quiet
 from twist.transfer.protocols import find_protocol
-from twist.transfer.quiet import frameworks_quiet
-from twist.transfer.request import Controls, Request
+from twist.transfer.request import Controls, Request, Weights
 
 # Iterations at the start that are not counted: allocators, caches and loaders fill.
 WARM_UP = 5
@@ -82,20 +83,19 @@ def _spread(rates: list[float]) -> dict[str, float]:
     return {"median": statistics.median(rates), "low": min(rates), "high": max(rates)}
 
 
-def _request(name: str, arguments: argparse.Namespace, folder: Path, writer: Any) -> Request:
+def _request(name: str, arguments: argparse.Namespace, folder: Path, writer: Any) -> tuple[Request, Weights]:
     torch.manual_seed(0)
     header = Backbone(architecture="resnet18", method="random")
-    overlay = folder / writer.overlay_name(header)
-    overlay.write_text(writer.overlay_text(header))
+    name_of_settings, text = writer.settings(header)
+    overlay = folder / name_of_settings
+    overlay.write_text(text)
     writer.write(folder / "weights.pth", build_backbone("resnet18").state_dict(), header)
-    return Request(
-        find_protocol(name), arguments.data, folder, folder / "weights.pth", overlay, header, "random",
-        gpus=arguments.gpus, controls=Controls(iterations=arguments.iterations + WARM_UP),
-    )  # fmt: skip
+    controls = Controls(iterations=arguments.iterations + WARM_UP)
+    request = Request(find_protocol(name), arguments.data, folder, gpus=arguments.gpus, controls=controls)
+    return request, Weights(header, folder / "weights.pth", overlay)
 
 
 def _detectron2(arguments: argparse.Namespace, is_ours: bool) -> float:
-    from twist.converters.targets import detectron2
 
     with _folder() as folder, frameworks_quiet(folder / "log.txt"):
         from detectron2.engine import DefaultTrainer, HookBase
@@ -112,8 +112,8 @@ def _detectron2(arguments: argparse.Namespace, is_ours: bool) -> float:
                 if self.trainer.iter + 1 == self.trainer.max_iter:
                     self.wall_s = time.perf_counter() - self.began
 
-        request = _request("sample-coco-mrcnn-fpn", arguments, folder, detectron2)
-        config = engine.resolve(request).config.clone()
+        asked = _request("sample-coco-mrcnn-fpn", arguments, folder, TARGETS["detectron2"])
+        config = engine.resolve(*asked).config.clone()
         config.defrost()
         config.DATASETS.TEST = ()
         config.TEST.PRECISE_BN.ENABLED = False
@@ -131,7 +131,6 @@ def _detectron2(arguments: argparse.Namespace, is_ours: bool) -> float:
 
 
 def _mmseg(arguments: argparse.Namespace, is_ours: bool) -> float:
-    from twist.converters.targets import mmseg
 
     with _folder() as folder, frameworks_quiet():
         from mmengine.hooks import Hook
@@ -152,8 +151,8 @@ def _mmseg(arguments: argparse.Namespace, is_ours: bool) -> float:
 
         register_all_modules(init_default_scope=False)
         init_default_scope("mmseg")
-        request = _request("sample-voc-fcn-d8", arguments, folder, mmseg)
-        config = engine.resolve(request).config
+        request, weights = _request("sample-voc-fcn-d8", arguments, folder, TARGETS["mmseg"])
+        config = engine.resolve(request, weights).config
         for key in ("val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg"):
             config[key] = None
         config.default_hooks.checkpoint.interval = 10**9
@@ -165,7 +164,7 @@ def _mmseg(arguments: argparse.Namespace, is_ours: bool) -> float:
         runner = (engine._Runner if is_ours else Runner).from_cfg(config)
         clock = Clock()
         if is_ours:
-            runner.register_hook(engine._Watch(request, continued=False), priority="BELOW_NORMAL")
+            runner.register_hook(engine._Watch(request.output, weights.file), priority="BELOW_NORMAL")
         runner.register_hook(clock, priority="LOWEST")
         with contextlib.redirect_stderr(open(os.devnull, "w")):
             runner.train()

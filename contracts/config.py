@@ -12,13 +12,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from twist.contracts.errors import UsageError, did_you_mean
-from twist.contracts.files import sha256_json
 
 # Our own configs, in a clone and in an installed package alike: `configs` stands where `contracts` does.
 SHIPPED = Path(__file__).resolve().parent.parent / "configs"
+MOST_SEED: Final = 2**32 - 1
+_ADDED = "introduced_as"
 
 
 class Config(BaseModel):
@@ -30,12 +32,56 @@ class Config(BaseModel):
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
+def added(default: Any, *, introduced_as: Any = ..., **limits: Any) -> Any:
+    """A field that earlier versions did not have: their run folders and recipe hashes stay what they are.
+
+    `introduced_as` is what earlier versions did, where that is no longer the default. Every field that is added to a
+    config whose runs are stored is written `key: float = added(1.0, gt=0)`.
+    """
+    return Field(default, json_schema_extra={_ADDED: default if introduced_as is ... else introduced_as}, **limits)
+
+
+def identity_of(config: BaseModel) -> dict[str, Any]:
+    """The values of `config` as JSON, for hashes and comparisons: without `added` fields that change nothing."""
+    values = config.model_dump(mode="json")
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if value == _introduced_as(field):
+            del values[name]
+        elif isinstance(value, BaseModel):
+            values[name] = identity_of(value)
+    return values
+
+
+def read_stored(values: dict[str, Any], model: type[ConfigT]) -> ConfigT:
+    """A config that an earlier version stored, read through today's `model`; `ValueError` when it is none.
+
+    An `added` field that it lacks gets what earlier versions did, whatever today's default.
+    """
+    return model.model_validate(_with_added(values, model))
+
+
+def _with_added(values: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    filled = dict(values)
+    for name, field in model.model_fields.items():
+        if name not in filled and (introduced := _introduced_as(field)) is not ...:
+            filled[name] = introduced
+        elif isinstance(filled.get(name), dict) and (sections := _models_in(model, name)):
+            filled[name] = _with_added(filled[name], sections[0])
+    return filled
+
+
+def _introduced_as(field: FieldInfo) -> Any:
+    extra = field.json_schema_extra
+    return extra.get(_ADDED, ...) if isinstance(extra, dict) else ...
+
+
 def load_config(
-    path: str | os.PathLike[str], model: type[ConfigT], overrides: Sequence[str] = (), *, beside: Iterable[str] = ()
+    path: str | os.PathLike[str], model: type[ConfigT], overrides: Sequence[str] = (), *, extra_keys: Iterable[str] = ()
 ) -> ConfigT:
     """Read the TOML file at `path`, apply `overrides`, validate against `model`.
 
-    `beside` are keys that whoever calls takes himself: what a user may have meant by an unknown one.
+    `extra_keys` are also offered as suggestions for an unknown key: the caller takes them out of the overrides itself.
 
     Raises:
         UsageError: the file is missing or not TOML, a key is unknown, or a value does not fit. One sentence.
@@ -43,7 +89,7 @@ def load_config(
     values = read_toml(path)
     for override in overrides:
         _apply(values, override)
-    return validate(values, model, where=str(path), beside=beside)
+    return validate(values, model, where=str(path), extra_keys=extra_keys)
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -63,12 +109,12 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UsageError(f"{path} is not valid TOML: {error}.") from None
 
 
-def validate(values: dict[str, Any], model: type[ConfigT], *, where: str, beside: Iterable[str] = ()) -> ConfigT:
+def validate(values: dict[str, Any], model: type[ConfigT], *, where: str, extra_keys: Iterable[str] = ()) -> ConfigT:
     """`model` built from `values`; pydantic's first error becomes one sentence that names the key and `where`."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UsageError(_sentence(error.errors()[0], model, where, beside)) from None
+        raise UsageError(_sentence(error.errors()[0], model, where, extra_keys)) from None
 
 
 def problems(values: dict[str, Any], model: type[BaseModel], *, where: str) -> list[str]:
@@ -78,11 +124,6 @@ def problems(values: dict[str, Any], model: type[BaseModel], *, where: str) -> l
     except ValidationError as error:
         return [_sentence(one, model, where) for one in error.errors()]
     return []
-
-
-def config_hash(config: BaseModel) -> str:
-    """SHA-256 of the resolved config."""
-    return sha256_json(config.model_dump(mode="json"))
 
 
 def parse_override(override: str) -> tuple[list[str], Any]:
@@ -107,14 +148,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
     table[keys[-1]] = value
 
 
-def _sentence(first: Any, model: type[BaseModel], where: str, beside: Iterable[str] = ()) -> str:
+def _sentence(first: Any, model: type[BaseModel], where: str, extra_keys: Iterable[str] = ()) -> str:
     location = [str(part) for part in first["loc"]]
     name = ".".join(location)
     if first["type"] == "extra_forbidden":
         elsewhere = sorted(_paths_to(location[-1], model))
         if elsewhere:  # the right word, without its section
             return f"{where}: unknown key {name}. Did you mean {' or '.join(elsewhere)}?"
-        known = [*_fields_at(model, location[:-1]), *(() if location[1:] else beside)]
+        known = [*_fields_at(model, location[:-1]), *(() if location[1:] else extra_keys)]
         return f"{where}: unknown key {name}.{did_you_mean(location[-1], known)}"
     if first["type"] == "missing":
         return f"{where}: {name} is missing and has no default; add it to the file or pass {name}=value."
@@ -149,6 +190,3 @@ def _paths_to(name: str, model: type[BaseModel], prefix: str = "") -> Iterator[s
             yield f'"{prefix}{field}"'
         for section in _models_in(model, field)[:1]:
             yield from _paths_to(name, section, f"{prefix}{field}.")
-
-
-MOST_SEED: Final = 2**32 - 1

@@ -107,7 +107,7 @@ def _detectron2_rules(settings: Mapping[str, Any], backbone: Backbone) -> Iterab
     if not own_backbone and _at(settings, "MODEL.ROI_HEADS.NAME") in (None, "Res5ROIHeads"):
         reason = (
             "the C4 recipe of MoCo puts a norm after res5, without it the unnormalised features diverge "
-            "(`import twist.transfer.engines.detectron2.heads` registers it)"
+            "(`import twist.transfer.engines.detectron2.model` registers it)"
         )
         yield "MODEL.ROI_HEADS.NAME", "Res5ROIHeads", ("Res5ROIHeadsExtraNorm",), reason
     if str(_at(settings, "MODEL.WEIGHTS")).startswith("detectron2://ImageNetPretrained"):

@@ -12,6 +12,7 @@ from typing import Any
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.machine import software
+from twist.contracts.run_folder import replaced_whole
 from twist.contracts.weights import Backbone, weights_file
 from twist.converters import output_folder
 from twist.converters.output_folder import REPORT, TENSORS
@@ -75,7 +76,7 @@ def convert(
             "--to torchvision keeps any of them."
         )
     settings = into.settings(backbone) if into.settings else None
-    with output_folder.building(output) as folder:
+    with replaced_whole(output) as folder:
         into.write(folder / into.weights, source.tensors, backbone)
         if pkl and into.write_pickle:
             into.write_pickle(folder / "weights.pkl", source.tensors, backbone)

@@ -1,12 +1,8 @@
-"""The folder of a conversion: whole or absent, and never at the cost of anything but an older one of the same file."""
+"""The folder of a conversion: what it is called, and that it replaces nothing but an older one of the same network."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import secrets
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +25,7 @@ def name_of(checkpoint: Path) -> str:
     while Path(name).suffix.lower() in _ENDINGS:
         name = Path(name).stem
     folder = checkpoint.resolve().parent.name
-    if name == "teacher_backbone" and folder:  # beside a student's, in the folder of one run
+    if name == "teacher_backbone" and folder:  # of a run that has a student's too
         return f"{folder}-teacher"
     return folder or name if name in _COMMON_NAMES else name
 
@@ -43,60 +39,36 @@ def check(output: Path, checkpoint: Path) -> None:
     """`UserError` unless `output` is free, empty, or an earlier conversion that does not hold `checkpoint` itself."""
     if not output.exists() and not output.is_symlink():
         return
+    wrong = None
     if output.is_symlink() or not output.is_dir():
-        raise UserError(f"{output} is no folder of its own: choose another name with --output.")
-    if output.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise UserError(f"{output} is the folder you are in, or one above it: choose a new one with --output.")
-    if output.resolve() in checkpoint.resolve().parents:
-        raise UserError(f"{checkpoint} lies in {output}, which would be replaced: choose another folder with --output.")
-    others = sorted(path.name for path in output.iterdir() if path.name not in FILES)
-    if others or (any(output.iterdir()) and _earlier(output) is None):
-        what = f" (it holds {others[0]})" if others else ""
-        raise UserError(f"{output} exists and is no earlier conversion{what}: choose another folder with --output.")
+        wrong = "is no folder of its own"
+    elif output.resolve() in (Path.cwd(), *Path.cwd().parents):
+        wrong = "is the folder you are in, or one above it"
+    elif output.resolve() in checkpoint.resolve().parents:
+        wrong = f"would be replaced, and {checkpoint} lies in it"
+    elif others := sorted(path.name for path in output.iterdir() if path.name not in FILES):
+        wrong = f"exists and is no earlier conversion (it holds {others[0]})"
+    elif any(output.iterdir()) and not _source(output):
+        wrong = "exists and is no earlier conversion"
+    if wrong is not None:
+        raise UserError(f"{output} {wrong}: choose another --output.")
 
 
-def check_same_source(output: Path, checkpoint: Path, *, sha256: str, layout: str | None, branch: str | None) -> None:
-    """`UserError` when `output` is the conversion of another network: one's weights must not replace another's."""
-    source = _earlier(output)
-    if source is None:
-        return
-    if source.get("sha256") != sha256:
-        raise UserError(
-            f"{output} holds the conversion of another file ({source.get('file')}, sha256 "
-            f"{str(source.get('sha256'))[:8]}…; {checkpoint.name} is {sha256[:8]}…): choose another folder with "
-            "--output, or remove that one."
-        )
-    for what, theirs, ours in (("layout", source.get("layout"), layout), ("branch", source.get("branch"), branch)):
-        if theirs != ours:
+def check_same_source(output: Path, checkpoint: Path, **source: str | None) -> None:
+    """`UserError` when `output` is the conversion of another network: its sha256, layout and branch are compared."""
+    earlier = _source(output)
+    for what, ours in source.items() if earlier else ():
+        if earlier.get(what) != ours:
             raise UserError(
-                f"{output} holds the conversion of this file's {what} {theirs}, and this is {ours}: choose another "
-                "folder with --output, or remove that one."
+                f"{output} holds the conversion of another network ({what} {earlier.get(what)}, file "
+                f"{earlier.get('file')}; {checkpoint.name} has {ours}): choose another --output, or remove that one."
             )
 
 
-@contextlib.contextmanager
-def building(output: Path) -> Iterator[Path]:
-    """Yield a folder beside `output`, which takes its place if nothing fails; an earlier one goes only then."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    new = output.parent / f".{output.name}.{secrets.token_hex(4)}"
-    new.mkdir()
-    try:
-        yield new
-        if output.exists():
-            old = output.parent / f"{new.name}.old"
-            output.rename(old)
-            new.rename(output)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            new.rename(output)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _earlier(output: Path) -> dict[str, Any] | None:
-    """What the report of an earlier conversion in `output` says of its source; None when there is no such report."""
+def _source(output: Path) -> dict[str, Any]:
+    """What the report of an earlier conversion in `output` says of its source; empty when there is no such report."""
     try:
         report = json.loads((output / REPORT).read_text())
-        return report["source"] if {"sha256", "layout"} <= set(report["source"]) and "proof" in report else None
+        return report["source"] if {"sha256", "layout"} <= set(report["source"]) and "proof" in report else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}

@@ -114,7 +114,7 @@ def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, 
 
 
 def _take_folder(stack: contextlib.ExitStack, output: Path, config: PretrainConfig, *, resume: bool) -> None:
-    run_folder.refuse_foreign(output)
+    run_folder.refuse_foreign(output, type(config))
     start = config.run.warm_start
     if start is not None and not Path(start).is_file() and not any(output.glob("checkpoints/step_*.json")):
         raise UserError(f"There is no checkpoint at {start}: check run.warm_start.")

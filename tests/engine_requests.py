@@ -1,15 +1,12 @@
-"""What the tests of both framework engines start from: written weights, as the converter makes them, and requests.
-
-Names: `suffix` is the overlay's, `.yaml` for Detectron2 and `.py` for MMSegmentation.
-"""
+"""What the tests of both framework engines start from: written weights, as the converter makes them, and requests."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,50 +15,57 @@ from twist.contracts.errors import UsageError
 from twist.contracts.networks import build_backbone
 from twist.contracts.record import RunRecord, read_record
 from twist.contracts.weights import Backbone
+from twist.converters.targets import TARGETS
+from twist.transfer.engines import all_engines
 from twist.transfer.protocols import find_protocol
-from twist.transfer.request import Request, split_overrides
+from twist.transfer.request import Request, Resolved, Result, Weights, split_overrides
 
 ROOT = Path(__file__).resolve().parent.parent
 Written = tuple[Path, Path, Backbone]
 
 
-def weights_maker(folder: Path, writer: ModuleType, *, suffix: str) -> Callable[[str], Written]:
-    """architecture → (weights.pth, overlay, header) of a seeded random network, written once by a `*_writer` module."""
-    made: dict[str, Written] = {}
+def weights_maker(folder: Path, target: str) -> Callable[[str], Written]:
+    """architecture → (weights, overlay, header) of a seeded random network, converted to `target` once."""
 
+    @functools.cache
     def make(architecture: str) -> Written:
-        if architecture not in made:
-            torch.manual_seed(3)
-            header = Backbone(architecture=architecture, method="twist")  # type: ignore[arg-type]
-            file, overlay = folder / f"{architecture}.pth", folder / f"{architecture}{suffix}"
-            writer.write(file, build_backbone(architecture).state_dict(), header)
-            overlay.write_text(writer.overlay_text(header))
-            made[architecture] = file, overlay, header
-        return made[architecture]
+        torch.manual_seed(3)
+        header = Backbone(architecture=architecture, method="twist")  # type: ignore[arg-type]
+        writer = TARGETS[target]
+        assert writer.settings is not None
+        name, text = writer.settings(header)
+        file, overlay = folder / f"{architecture}.pth", folder / f"{architecture}-{name}"
+        writer.write(file, build_backbone(architecture).state_dict(), header)
+        overlay.write_text(text)
+        return file, overlay, header
 
     return make
 
 
-def request_maker(tree: Path, weights: Callable[[str], Written], output: Path) -> Callable[..., Request]:
-    """(protocol, *overrides, …) → the request that `twist transfer` would make, in the folder `output`."""
+class EngineUser:
+    """Requests of an engine as `twist transfer` would make them, in the folder `output`."""
 
-    def make(
-        protocol: str, *overrides: str, architecture: str = "resnet18", method: str = "twist", **more: Any
-    ) -> Request:
+    def __init__(self, name: str, tree: Path, weights: Callable[[str], Written], output: Path) -> None:
+        torch.set_num_threads(1)
+        self.engine: Any = all_engines()[name].load()
+        self._tree, self._weights, self.output = tree, weights, output
+
+    def ask(
+        self, protocol: str, *overrides: str, architecture: str = "resnet18", method: str = "twist", **more: Any
+    ) -> tuple[Request, Weights]:
         controls, rest = split_overrides(overrides)
-        output.mkdir(exist_ok=True)
-        return Request(
-            find_protocol(protocol),
-            tree,
-            output,
-            *weights(architecture),
-            method,
-            overrides=rest,
-            controls=controls,
-            **more,
-        )
+        self.output.mkdir(exist_ok=True)
+        file, overlay, header = self._weights(architecture)
+        row = find_protocol(protocol)
+        request = Request(row, self._tree, self.output, file, method=method, overrides=rest, controls=controls, **more)
+        return request, Weights(header, file, overlay)
 
-    return make
+    def resolve(self, protocol: str, *overrides: str, **more: Any) -> Resolved:
+        return self.engine.resolve(*self.ask(protocol, *overrides, **more))
+
+    def run(self, protocol: str, *overrides: str, **more: Any) -> Result:
+        asked = self.ask(protocol, *overrides, **more)
+        return self.engine.run(*asked, self.engine.resolve(*asked))
 
 
 def other_value(value: Any) -> str:

@@ -8,12 +8,18 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from twist.contracts.errors import UserError
+from twist.contracts.weights import Backbone
+from twist.transfer.protocols import find_protocol
+from twist.transfer.request import Request, Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_tree(root: Path, *, classes: int = 3, train: int = 6, val: int = 3, side: int = 40) -> Path:
@@ -63,3 +69,11 @@ def second_says_no(rank: Any) -> None:
     if rank.index == 1:
         raise UserError("the second of two says no")
     wait(rank)
+
+
+def ask(
+    protocol: str, header: Backbone, data: Path, *overrides: str, tensors: dict[str, Tensor] | None = None, **more: Any
+) -> tuple[Request, Weights]:
+    """What `twist transfer` asks of the ImageNet engine."""
+    more = {"output": Path(), **more}
+    return Request(find_protocol(protocol), data, overrides=overrides, **more), Weights(header, tensors=tensors or {})

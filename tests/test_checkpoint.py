@@ -176,7 +176,7 @@ def test_a_run_is_not_overwritten(config, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run_folder.prepare(folder_of(folder), config, resume=False)
     (folder / "metrics.jsonl").touch()
-    with pytest.raises(UserError, match="--resume to go on"):
+    with pytest.raises(UserError, match="pass --resume to continue"):
         run_folder.prepare(folder, config, resume=False)
 
 
@@ -190,7 +190,7 @@ def test_another_run_is_refused_with_the_key(config, tmp_path: Path) -> None:
     run_folder.prepare(folder, config, resume=False)
     (folder / "metrics.jsonl").touch()
     other = tiny_config(tmp_path / "images", run={"seed": 5}, optim={"lr": 1.0})
-    with pytest.raises(UserError, match=r"optim.lr is 8.0 there and 1.0 here, and 1 more"):
+    with pytest.raises(UserError, match=r"optim.lr was 8.0 and is 1.0 now \(and 1 more\)"):
         run_folder.prepare(folder, other, resume=True)
 
 
@@ -273,7 +273,7 @@ def test_the_lock_goes_with_the_process(tmp_path: Path) -> None:
     child = context.Process(target=hold, args=(tmp_path, ready))
     child.start()
     assert ready.wait(60)
-    with pytest.raises(UserError, match="Another process is training"), run_folder.locked(tmp_path):
+    with pytest.raises(UserError, match="Another process is writing"), run_folder.locked(tmp_path):
         pass
     child.kill()
     child.join()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from twist.contracts import files
-from twist.contracts.config import Config, config_hash, load_config, parse_override
+from twist.contracts.config import Config, load_config, parse_override
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.images import UnreadableImage, image_names, read_image
 from twist.contracts.networks import (
@@ -97,11 +97,6 @@ def test_missing_config_and_wrong_ending(tmp_path: Path) -> None:
 def test_numbers_survive_an_override(real: float, whole: int) -> None:
     assert parse_override(f"a.b={real!r}") == (["a", "b"], real)
     assert parse_override(f"a={whole}") == (["a"], whole)
-
-
-def test_config_hash_sees_values_not_spelling() -> None:
-    assert config_hash(Outer(name="a")) == config_hash(Outer(name="a", inner=Inner(learning_rate=0.1)))
-    assert config_hash(Outer(name="a")) != config_hash(Outer(name="b"))
 
 
 # Atomic writes

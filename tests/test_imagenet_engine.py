@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from imagenet_tree import write_tree
+from imagenet_tree import ask, write_tree
 from PIL import Image
 from torch import Tensor
 
@@ -33,7 +33,7 @@ from twist.transfer.engines.imagenet.engine import (
 from twist.transfer.engines.imagenet.panel import Tile, cluster_panel, neighbour_panel, prediction_panel, write_panel
 from twist.transfer.engines.imagenet.recipes import FOLDER, FinetuneRecipe, LinearRecipe, load_recipe
 from twist.transfer.protocols import PROTOCOLS
-from twist.transfer.result import EngineResult
+from twist.transfer.request import Result
 
 RESNET = Backbone(architecture="resnet18", method="random")
 SMALL = ("size=32", "resize=36", "machine.workers=0")
@@ -91,7 +91,7 @@ def test_published_numbers_of_the_recipes() -> None:
 
 def test_a_batch_larger_than_the_training_set_is_said_with_overrides_that_fit(tree: Path) -> None:
     def resolved(name: str, *overrides: str, gpus: int = 0) -> Setup:
-        return resolve(PROTOCOLS[name], RESNET, data=tree, overrides=(*SMALL, *overrides), gpus=gpus)
+        return resolve(*ask(name, RESNET, tree, *SMALL, *overrides, gpus=gpus))
 
     linear = resolved("linear")
     assert "batch_size 1024 is more than the 18 labelled images" in linear.notes[0]
@@ -128,9 +128,9 @@ def measure(
     *overrides: str,
     header: Backbone = RESNET,
     **how: Any,
-) -> EngineResult:
-    setup = resolve(PROTOCOLS[name], header, data=tree, overrides=(*SMALL, *overrides), **how)
-    result = run(setup, weights, seed=0, output=output)
+) -> Result:
+    asked = ask(name, header, tree, *SMALL, *overrides, tensors=weights, output=output, **how)
+    result = run(*asked, resolve(*asked))
     check_metrics(result.metrics, where=name)
     assert set(result.metrics) == set(PROTOCOLS[name].metrics)
     assert all(0 <= value <= 100 for value in result.metrics.values())
@@ -259,11 +259,11 @@ def test_a_last_batch_of_one_image_is_refused_where_it_has_no_statistics(
 
 
 def test_what_overrides_changed_stands_in_plan_and_notes(tree: Path) -> None:
-    changed = resolve(PROTOCOLS["knn"], RESNET, data=tree, overrides=(*SMALL, "neighbours=3"))
+    changed = resolve(*ask("knn", RESNET, tree, *SMALL, "neighbours=3"))
     said = "changed from the protocol: neighbours 20 → 3"
     assert said in changed.notes
     assert said in changed.plan
-    assert not [note for note in resolve(PROTOCOLS["knn"], RESNET, data=tree).notes if "neighbours" in note]
+    assert not [note for note in resolve(*ask("knn", RESNET, tree)).notes if "neighbours" in note]
 
 
 def test_a_torn_imagenet_is_said_before_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_torn_imagenet_is_said_before_the_start(monkeypatch: pytest.MonkeyPatc
         names = tuple(map(str, range(classes)))
         splits = [LabelledImages(Path("x"), names, np.zeros(n, "S1"), np.zeros(n, int)) for n in (train, 50_000)]
         monkeypatch.setattr(engine, "open_tree", lambda _: splits)
-        return resolve(PROTOCOLS[name], Backbone(architecture="resnet50", method="random"), data=tmp_path).notes
+        return resolve(*ask(name, Backbone(architecture="resnet50", method="random"), tmp_path)).notes
 
     assert notes("linear", 1_281_167) == ()
     (said,) = notes("linear", 1_281_166)
@@ -353,7 +353,7 @@ def test_neighbours_and_clusters_are_drawn_below_what_their_frames_mean(
 
 def test_plan_says_what_will_be_done(tree: Path) -> None:
     def plan(name: str, *overrides: str, **how: Any) -> str:
-        return resolve(PROTOCOLS[name], RESNET, data=tree, overrides=(*SMALL, *overrides), **how).plan
+        return resolve(*ask(name, RESNET, tree, *SMALL, *overrides, **how)).plan
 
     text = plan("semi-10pct", "batch_size=4", "size=33", gpus=2)
     assert text.startswith("plan: 2 GPUs share the batch\n")

@@ -13,11 +13,11 @@ import torch
 from imagenet_tree import write_tree
 from safetensors.torch import save_file
 
+from twist.contracts import run_folder as folder
 from twist.contracts.errors import UserError
 from twist.contracts.networks import build_backbone
 from twist.contracts.record import find_records, read_record
 from twist.contracts.weights import METADATA_KEY
-from twist.transfer import folder
 from twist.transfer.engines.imagenet import training
 from twist.transfer.run import transfer
 
@@ -51,7 +51,7 @@ def stopped(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def state_of(output: Path) -> str:
-    return json.loads((output / folder.FILE).read_text())["state"]
+    return json.loads((output / folder.RUN_FILE).read_text())["state"]
 
 
 @pytest.mark.slow

@@ -7,14 +7,13 @@ import math
 import multiprocessing.connection
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from imagenet_tree import no_room, second_is_killed, second_says_no, write_tree
+from imagenet_tree import ask, no_room, second_is_killed, second_says_no, write_tree
 from torch import Tensor, nn
 
 from twist.catalog.class_folders import LabelledImages
@@ -35,7 +34,6 @@ from twist.transfer.engines.imagenet.training import (
     train_finetune,
     train_linear,
 )
-from twist.transfer.protocols import PROTOCOLS
 
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS, LABELS = torch.randn(40, 6, generator=GENERATOR), torch.randint(0, 3, (40,), generator=GENERATOR)
@@ -65,9 +63,9 @@ def fit(
 ) -> tuple[nn.Linear, dict[str, Any]]:
     overrides = ("batch_size=16", "epochs=4", *overrides)
     config = load_recipe("sample-linear", architecture="resnet18", overrides=overrides)
-    what = (PROTOCOLS["sample-linear"], config, RESNET, IMAGES, IMAGES, IMAGES, 0, eval_only, {"name": recipe})
-    start = {"tensors": {"w": torch.tensor(weights)}, "seed": 1, "output": output, "resume": resume}
-    setup = Setup(*what, plan="", reduced=False, notes=(), **start)  # type: ignore[arg-type]
+    start = {"seed": 1, "output": output, "resume": resume, "eval_only": eval_only}
+    asked = ask("sample-linear", RESNET, output, tensors={"w": torch.tensor(weights)}, **start)
+    setup = Setup(*asked, config, IMAGES, IMAGES, IMAGES, {"name": recipe}, plan="", reduced=False, notes=())
     model = new_classifier(6, 3, seed=1)
     return model, Trainer(wrap(model), [model], rows, rows, rank=ALONE, setup=setup).run()
 
@@ -151,9 +149,9 @@ def scalars(output: Path, name: str) -> list[tuple[int, float]]:
 def test_another_run_is_not_continued_and_a_finished_one_only_read(tmp_path: Path) -> None:
     _, done = fit(tmp_path)
     before = (tmp_path / CHECKPOINT).read_bytes()
-    with pytest.raises(UserError, match=r"holds a run: go on with --resume, or choose another --output"):
+    with pytest.raises(UserError, match=r"holds this run: pass --resume"):
         fit(tmp_path)
-    with pytest.raises(UserError, match=r"another recipe and another weights"):
+    with pytest.raises(UserError, match=r"holds another run: recipe was .* \(and 1 more\)"):
         fit(tmp_path, resume=True, recipe="b", weights=1.0)
     assert fit(tmp_path, resume=True)[1] == done
     assert (tmp_path / CHECKPOINT).read_bytes() == before
@@ -251,8 +249,8 @@ def _train_all(rank: Rank, root: Path, output: Path) -> dict[str, Any]:
     for name, protocol in (("fixed", "linear"), ("crops", "linear"), ("finetune", "finetune-100pct")):
         (output / name).mkdir(parents=True, exist_ok=True)
         augment = "true" if name != "fixed" else "false"
-        setup = resolve(PROTOCOLS[protocol], RESNET, data=root, overrides=(*sizes, f"augment={augment}"))
-        setup = replace(setup, tensors=tensors, output=output / name)
+        asked = ask(protocol, RESNET, root, *sizes, f"augment={augment}", tensors=tensors, output=output / name)
+        setup = resolve(*asked)
         if protocol == "linear":
             extractor, folder = setup.extractor(rank.device), output / f"features{rank.index}"
             features = [

@@ -9,8 +9,7 @@ import pytest
 
 from twist.contracts.errors import UsageError
 from twist.contracts.files import sha256_json
-from twist.transfer.folder import differences
-from twist.transfer.overrides import departures, recorded, refuse_option
+from twist.transfer.recipe import departures, read_override, recorded
 
 BEFORE: dict[str, Any] = {
     "model": {"width": 1, "mean": [0.5, 0.5], "style": "a"},
@@ -71,17 +70,37 @@ def test_departures_name_what_is_not_free() -> None:
     assert len(departures(BEFORE, after, free=("solver.rat", "prob", "steps.prob", "model.mean.0"))) == 3
 
 
-def test_lists_are_gone_through_only_where_they_hold_more() -> None:
-    assert list(differences({"a": [1, 2]}, {"a": [1, 3]})) == [("a", [1, 2], [1, 3])]
-    assert list(differences({"a": [[1], [2]]}, {"a": [[1], [3]]})) == [("a.1", [2], [3])]
-    assert list(differences({"a": [{"b": 1}]}, {"a": [{"b": 1}, {"b": 2}]})) == [
-        ("a", [{"b": 1}], [{"b": 1}, {"b": 2}])
-    ]
-
-
 def test_what_an_option_decides_is_refused_with_the_option() -> None:
-    options = {"*_loader.root": "--data"}
+    config, options = {"val_loader": {"root": "/a", "roots": "/a"}, "root": "/a"}, {"*_loader.root": "--data"}
     with pytest.raises(UsageError, match=r'^"val_loader.root=/x": .* --data alone; pass --data in its place\.$'):
-        refuse_option("val_loader.root=/x", "val_loader.root", options)
-    refuse_option("val_loader.roots=/x", "val_loader.roots", options)
-    refuse_option("root=/x", "root", options)
+        read_override("val_loader.root=/x", config, options)
+    assert read_override("val_loader.roots=/x", config, options) == ("val_loader.roots", "/x")
+    assert read_override("root=/x", config, options) == ("root", "/x")
+
+
+CONFIG = {"on": True, "size": (1, 2), "steps": [{"type": "a"}, {"prob": 0.5}], "name": "x"}
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("on=False", False), ("on=true", True), ("size=[3, 4]", (3, 4)), ("steps.1.prob=1", 1), ("name=word", "word")],
+)
+def test_a_value_has_the_type_of_what_it_replaces(override: str, value: Any) -> None:
+    assert read_override(override, CONFIG, {})[1] == value
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("on=no", "on is True; write true or false"),
+        ("on=0", "on is True; write true or false"),
+        ("steps.1.prob=true", r"steps\.1\.prob is 0\.5, a number"),
+        ("steps.7.prob=1", r"no key steps\.7"),
+        ("steps.1=2", "is a section"),
+        ("sizes=1", 'Did you mean "size"'),
+        ("keep_batc=1", 'Did you mean "keep_batch"'),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_does(override: str, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        read_override(override, CONFIG, {})

@@ -15,7 +15,7 @@ from twist.contracts.errors import UsageError
 from twist.contracts.metrics import METRICS
 from twist.contracts.published import find_neighbours
 from twist.transfer.protocols import PROTOCOLS, find_protocol, list_protocols
-from twist.transfer.scaling import Schedule, choose_rule, leaves_protocol, linear_rule, render_plan, searched, stretch
+from twist.transfer.recipe import Schedule, choose_rule, leaves_protocol, linear_rule, render_plan, searched, stretch
 
 ROOT = Path(__file__).resolve().parent.parent
 COCO = Schedule(16, 0.02, 90000, 1000, (60000, 80000))
@@ -64,7 +64,7 @@ def test_the_list_shows_every_row_with_data_hardware_and_published_neighbours() 
 
 
 def test_the_table_needs_no_torch() -> None:
-    modules = ", ".join(f"twist.transfer.{name}" for name in ("protocols", "request", "result"))
+    modules = ", ".join(f"twist.transfer.{name}" for name in ("protocols", "request"))
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
@@ -161,7 +161,7 @@ def test_the_rule_is_named() -> None:
     assert "2 GPUs; the recipe is stated for 8 GPUs → linear rule" in text
     assert "lr 0.005" in text
     assert "images a step 4 (2 a process), lr 0.005, 360000 iterations, warm-up 4000, lr ×0.1 at 240000, 320000" in text
-    assert "(recipe: images a step 16, lr 0.02, 90000 iterations, warm-up 1000, steps 60000, 80000)" in text
+    assert "(recipe: images a step 16, lr 0.02, 90000 iterations, warm-up 1000, lr ×0.1 at 60000, 80000)" in text
     assert "batch norm takes its statistics over 4 images a step instead of 16" in text
     same = render_plan(COCO, COCO, rule="as published", processes=8, gpus=8, reference=8)
     assert "recipe:" not in same

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +14,21 @@ from imagenet_tree import write_tree
 from PIL import Image
 from tiny_trees import make_voc_segmentation
 
+from twist.catalog.before_run import identify_data
+from twist.contracts import run_folder as folder
 from twist.contracts.curves import Curves
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.networks import build_backbone
 from twist.contracts.record import find_records, read_record
 from twist.contracts.weights import Backbone, write_backbone
-from twist.transfer import folder
 from twist.transfer.end import render_end
-from twist.transfer.failures import guard, raise_failure
-from twist.transfer.pictures import colour_of, draw_classes, draw_instances, legend_of, plot_losses, save_pair
+from twist.transfer.engines import all_engines
+from twist.transfer.pictures import plot_losses, save_pairs
 from twist.transfer.protocols import find_protocol
-from twist.transfer.request import split_overrides
-from twist.transfer.run import _find_weights, transfer
+from twist.transfer.request import Controls, Result, split_overrides
+from twist.transfer.run import default_output, find_weights, transfer
+
+STORED = Path(__file__).resolve().parent / "stored" / "transfer"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is said before anything runs
@@ -40,188 +45,15 @@ def test_controls_are_taken_out_of_the_overrides() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The folder, curves, failures, pictures
+# Curves, pictures
 
 
-def test_a_folder_belongs_to_one_run(tmp_path) -> None:
-    target = tmp_path / "run"
-    run = {"protocol": "knn", "seed": 0, "recipe": {"SOLVER": {"BASE_LR": 0.02}}}
-    assert folder.earlier_run(target) is None
-    with folder.taken(target):
-        folder.note_run(target, run, state=folder.RUNNING)
-    earlier = folder.earlier_run(target)
-    assert earlier is not None
-    with pytest.raises(UserError, match=r"holds this run, unfinished: pass --resume to continue it"):
-        folder.refuse_again(target, earlier)
-    folder.check_same_run(target, earlier, run)
-    with pytest.raises(UserError, match=r"recipe\.SOLVER\.BASE_LR was 0\.02 and is 0\.01"):
-        folder.check_same_run(target, run, {**run, "recipe": {"SOLVER": {"BASE_LR": 0.01}}})
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "thesis.tex").touch()
-    with pytest.raises(UserError, match="is not empty and holds no run"):
-        folder.earlier_run(tmp_path / "foreign")
-
-
-def test_of_what_differs_the_protocol_is_named_first_and_whose_weights_before_their_network(tmp_path) -> None:
-    drawn = {"name": "random", "sha256": None, "architecture": "resnet18", "width": 1}
-    run = {"protocol": "knn", "seed": 0, "weights": drawn, "data": "imagenet a"}
-    with pytest.raises(UserError, match="protocol was 'knn' and is 'linear' now"):
-        folder.check_same_run(tmp_path, run, {**run, "data": "imagenet b", "protocol": "linear"})
-    with pytest.raises(UserError, match=r"weights\.name was 'random' and is 'r50' now"):
-        folder.check_same_run(tmp_path, run, {**run, "weights": {"name": "r50", "sha256": "ab"}})
-    with pytest.raises(UserError, match=r"weights\.architecture was 'resnet18' and is 'resnet50' now"):
-        folder.check_same_run(tmp_path, run, {**run, "weights": {**drawn, "architecture": "resnet50"}})
-
-
-def test_a_run_that_is_done_is_called_so_with_its_record(tmp_path) -> None:
-    record = tmp_path / "run" / "results" / "knn" / "x.json"
-    record.parent.mkdir(parents=True)
-    record.touch()
-    folder.note_run(tmp_path / "run", {"protocol": "knn"}, state=folder.DONE, record=record)
-    (tmp_path / "run").rename(tmp_path / "moved")  # a folder that was moved still says where
-    earlier = folder.earlier_run(tmp_path / "moved")
-    assert earlier is not None
-    there = tmp_path / "moved" / "results" / "knn" / "x.json"
-    assert folder.record_of(tmp_path / "moved", earlier) == there
-    assert folder.record_of(tmp_path / "moved", earlier, results=tmp_path / "other") is None
-    with pytest.raises(UserError, match=rf"holds this run, done \(its record is {there}\): pass --resume to print its"):
-        folder.refuse_again(tmp_path / "moved", earlier)
-    there.unlink()
-    with pytest.raises(UserError, match=r"holds this run, done: pass --resume to collect its .*, --eval-only"):
-        folder.refuse_again(tmp_path / "moved", earlier)
-
-
-def test_a_folder_that_a_failed_start_made_is_gone(tmp_path) -> None:
-    with pytest.raises(UserError), folder.taken(tmp_path / "run"):
-        folder.note_run(tmp_path / "run", {"protocol": "knn"}, state=folder.STARTED)
-        (tmp_path / "run" / "weights").mkdir()
-        raise UserError("no")
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "run").mkdir()
-    with pytest.raises(UserError), folder.taken(tmp_path / "run"):
-        (tmp_path / "run" / "weights").mkdir()
-        raise UserError("no")
-    assert list((tmp_path / "run").iterdir()) == []
-    with pytest.raises(UserError), folder.taken(tmp_path / "run"):
-        folder.note_run(tmp_path / "run", {"protocol": "knn"}, state=folder.RUNNING)
-        raise UserError("no")
-    assert (tmp_path / "run" / folder.FILE).exists(), "a run under way can be resumed"
-
-
-def test_a_run_that_was_killed_while_it_started_is_begun_again(tmp_path) -> None:
-    target, run = tmp_path / "run", {"protocol": "knn", "seed": 0}
-    folder.note_run(target, run, state=folder.STARTED)
-    (target / "weights").mkdir()
-    earlier = folder.earlier_run(target)
-    assert earlier is not None
-    assert earlier["state"] == folder.STARTED
-    folder.check_same_run(target, earlier, {**run, "recipe": {"k": 20}})
-    with pytest.raises(UserError, match="seed was 0 and is 1"):
-        folder.check_same_run(target, earlier, {**run, "seed": 1, "recipe": {"k": 20}})
-
-
-def test_curves_continue_without_repeating(tmp_path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    curves = Curves(path, start=0)
-    for step in (10, 20, 30):
-        curves.add(step, {"loss": 1 / step, "bad": float("nan")})
-    curves.close()
-    with path.open("a") as file:
-        file.write('{"step": 40, "lo')  # what a kill leaves
-    curves = Curves(path, start=21)
-    curves.add(30, {"loss": 7.0})
-    curves.close()
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["step"] for row in rows] == [10, 20, 30]
-    assert rows[-1] == {"step": 30, "loss": 7.0}
-
-
-def test_running_out_of_memory_names_the_knob(tmp_path) -> None:
-    expected = pytest.raises(UserError, match=r"CUDA ran out of memory .*lower SOLVER\.IMS_PER_BATCH")
-    with expected, raise_failure(tmp_path), guard(tmp_path, knob="SOLVER.IMS_PER_BATCH"):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("error", "sentence"),
-    [
-        (FloatingPointError("Loss became infinite or NaN at iteration=7!"), r"iteration=7.*lower the learning rate"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), r"pid 7.*fewer workers.*--resume"),
-    ],
-)
-def test_what_is_nobodys_bug_is_one_sentence_with_its_remedy(tmp_path, error: Exception, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence) as caught, raise_failure(tmp_path), guard(tmp_path, knob="x"):
-        raise error
-    assert "\n" not in str(caught.value)
-    with pytest.raises(RuntimeError, match="shape mismatch"), guard(tmp_path, knob="x"):
-        raise RuntimeError("shape mismatch")  # a bug stays what it is
-
-
-def _die(_rank: int) -> None:
-    import os
-    import signal
-
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _break(_rank: int, output: Path) -> None:
-    with guard(output, knob="x"):
-        raise ValueError("deep in the framework")
-
-
-def _complain(_rank: int, output: Path) -> None:
-    with guard(output, knob="x"):
-        raise UsageError("This key is wrong.")
-
-
-@pytest.mark.slow
-def test_what_happens_in_a_worker_reaches_the_user(tmp_path) -> None:
-    with pytest.raises(UserError, match=r"Worker 0 died \(SIGKILL\)"), raise_failure(tmp_path):
-        torch.multiprocessing.start_processes(_die, nprocs=1)
-    with pytest.raises(UsageError, match=r"^This key is wrong\.$"), raise_failure(tmp_path):
-        torch.multiprocessing.start_processes(_complain, args=(tmp_path,), nprocs=1)
-    with pytest.raises(RuntimeError, match=r"^ValueError: deep in the framework$"), raise_failure(tmp_path):
-        torch.multiprocessing.start_processes(_break, args=(tmp_path,), nprocs=1)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_pictures_are_small_and_coloured_by_class(tmp_path) -> None:
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (480, 640, 3), dtype=np.uint8)  # noise: the worst case for a PNG
-    boxes = np.array([[10.0, 20.0, 200.0, 300.0]])
-    left = draw_instances(image, boxes, [1], ["a", "b"])
-    right = draw_instances(image, boxes, [1], ["a", "b"], scores=[0.9], masks=np.ones((1, 480, 640), dtype=bool))
-    assert left.size == right.size == (352, 264)
-    assert left.getpixel((100, 11)) == colour_of(1)  # the box's upper edge, at the picture's scale
-    path = save_pair(left, right, tmp_path / "pair.png")
-    assert path.stat().st_size < 200_000
-    classes = np.zeros((480, 640), dtype=np.uint8)
-    classes[:, :320], classes[:, 320:] = 3, 255
-    panel = np.asarray(draw_classes(np.full((480, 640, 3), 100, np.uint8), classes))
-    assert np.array_equal(panel[100, 300], [100, 100, 100])  # ignored: untouched
-    assert np.abs(panel[100, 50] - (0.45 * 100 + 0.55 * np.array(colour_of(3)))).max() <= 1
-
-
-def test_the_legend_of_a_pair_names_the_classes_in_it(tmp_path) -> None:
-    truth, prediction = np.full((48, 64), 255, np.uint8), np.full((48, 64), 255, np.uint8)
-    truth[:9], prediction[:9] = 2, 0
-    names = ["background", "cat", "dog"]
-    legend = legend_of([truth, prediction], names)
-    assert legend == [((0, 0, 0), "background"), (colour_of(2), "dog")]  # neither the absent nor what is ignored
-    panel = draw_classes(np.full((48, 64, 3), 255, np.uint8), truth)
-    plain, named = (
-        Image.open(save_pair(panel, panel, tmp_path / f"{number}.png", legend=given)).convert("RGB")
-        for number, given in enumerate(([], legend))
-    )
-    assert named.height > plain.height
-    strip = np.asarray(named)[plain.height :].reshape(-1, 3).astype(int)
-    assert (np.abs(strip - colour_of(2)).max(axis=1) <= 8).sum() >= 80, "a swatch of the class's colour"
-    many = [(colour_of(number), f"a class called {number}") for number in range(30)]
-    with Image.open(save_pair(panel, panel, tmp_path / "many.png", legend=many)) as picture:
-        strip = np.asarray(picture.convert("L"))[plain.height :]
-    assert strip.shape[0] > 18 * 3, "as many rows as they need"
-    assert (strip[:, -2:] > 200).all(), "none beyond the edge"
+def test_pictures_are_small(tmp_path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)  # noise: the worst case for a PNG
+    (name,) = save_pairs(tmp_path, [(image, image)])
+    assert (tmp_path / name).stat().st_size < 200_000
+    with Image.open(tmp_path / name) as picture:
+        assert picture.size == (2 * 352 + 4, 264 + 18)
 
 
 def test_losses_are_plotted(tmp_path) -> None:
@@ -321,7 +153,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tree, tmp_path) -> None:
     assert str(junk) in attempt(weights=str(junk))
     assert "There is no weights file" in attempt(weights="absent.pth")
     assert "has no key optim" in attempt(overrides=("optim.lr=1",))
-    assert "is no backbone of an FCN recipe" in attempt(overrides=("architecture=vit_small_patch16",))
+    assert "vit_small_patch16 is no backbone of voc12aug-fcn-d16-30k" in attempt(
+        overrides=("architecture=vit_small_patch16",)
+    )
     assert "holds no run to evaluate" in attempt(eval_only=True)
     assert "this machine shows" in attempt(gpus=99)
     assert "this machine shows" in attempt(gpus=-1)
@@ -331,16 +165,19 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tree, tmp_path) -> None:
     )
 
 
+KNN = find_protocol("sample-knn")
+
+
 def test_weights_are_called_by_their_folder_from_within_it(tmp_path, monkeypatch) -> None:
     (tmp_path / "r50").mkdir()
     (tmp_path / "r50" / "backbone.safetensors").write_bytes(b"")
     monkeypatch.chdir(tmp_path / "r50")
-    assert _find_weights("backbone.safetensors", layout=None, branch=None).name == "r50"
-    assert _find_weights(str(tmp_path / "r50"), layout=None, branch=None).path == tmp_path / "r50/backbone.safetensors"
+    assert find_weights("backbone.safetensors", KNN, Controls())["name"] == "r50"
+    assert find_weights(str(tmp_path / "r50"), KNN, Controls())["checkpoint"] == tmp_path / "r50/backbone.safetensors"
     # Of a run with a teacher, its network, and by a name that the student's run does not have.
     (tmp_path / "r50" / "teacher_backbone.safetensors").write_bytes(b"")
-    found = _find_weights(str(tmp_path / "r50"), layout=None, branch=None)
-    assert (found.path, found.name) == (tmp_path / "r50" / "teacher_backbone.safetensors", "r50-teacher")
+    found = find_weights(str(tmp_path / "r50"), KNN, Controls())
+    assert (found["checkpoint"].name, found["name"]) == ("teacher_backbone.safetensors", "r50-teacher")
 
 
 def test_the_end_compares_with_the_published_rows_of_the_same_method(make_record) -> None:
@@ -376,21 +213,22 @@ def make_record():
 
 def test_how_a_checkpoint_is_read_can_be_said(tmp_path) -> None:
     """What `twist convert` takes as --from and --branch; here for a file that two layouts fit."""
-    from twist.transfer.run import _default_output
-
     file = tmp_path / "byol_r18.pth"
     torch.save({}, file)
-    source = _find_weights(str(file), layout="byol-torch", branch="online")
-    assert (source.layout, source.branch, source.name) == ("byol-torch", "online", "byol_r18")
-    assert _find_weights(f"torchvision:{file}", layout=None, branch=None).layout == "torchvision"
+
+    def found(weights: str, **given: str):
+        return find_weights(weights, KNN, Controls(), **given)
+
+    online, target = (found(str(file), layout="byol-torch", branch=branch) for branch in ("online", "target"))
+    assert (online["layout"], online["branch"], online["name"]) == ("byol-torch", "online", "byol_r18")
+    assert default_output(KNN, online, 0) != default_output(KNN, target, 0)
+    supervised = found(f"torchvision:{file}")
+    assert (supervised["layout"], supervised["method"]) == ("torchvision", "supervised")
     with pytest.raises(UsageError, match="leave out the prefix"):
-        _find_weights(f"torchvision:{file}", layout="moco", branch=None)
-    row = find_protocol("sample-knn")
-    other = _find_weights(str(file), layout="byol-torch", branch="target")
-    assert _default_output(row, source, None, 0, None) != _default_output(row, other, None, 0, None)
-    for given in ({"layout": "moco", "branch": None}, {"layout": None, "branch": "online"}):
+        found(f"torchvision:{file}", layout="moco")
+    for given in ({"layout": "moco"}, {"branch": "online"}):
         with pytest.raises(UsageError, match="--weights random reads none"):
-            _find_weights("random", **given)
+            found("random", **given)
 
 
 def test_a_checkpoint_that_needs_its_layout_said_is_measured(tmp_path) -> None:
@@ -420,9 +258,9 @@ def test_a_run_is_continued_on_its_own_data_alone(tmp_path) -> None:
     (tmp_path / "data").rename(tmp_path / "moved")
     assert transfer("knn", data=tmp_path / "moved", overrides=quick, **given).metrics == record.metrics
     # A run that was begun before folders said their data goes on.
-    account = json.loads((tmp_path / "run" / folder.FILE).read_text())
+    account = json.loads((tmp_path / "run" / folder.RUN_FILE).read_text())
     del account["data"]
-    (tmp_path / "run" / folder.FILE).write_text(json.dumps(account))
+    (tmp_path / "run" / folder.RUN_FILE).write_text(json.dumps(account))
     assert transfer("knn", data=tmp_path / "moved", overrides=quick, **given).data == record.data
 
 
@@ -452,27 +290,23 @@ def test_random_weights_of_another_network_are_another_run(knn, tmp_path) -> Non
         with pytest.raises(UserError, match=r"weights\.width was 1 and is 2 now"):
             knn("architecture=resnet18", "width=2", output=out, resume=resume)
     with pytest.raises(UserError, match=r"recipe\.neighbours was 20 and is 3 now"):
-        knn("architecture=resnet18", "neighbours=3", output=out)
+        knn("architecture=resnet18", "neighbours=3", output=out, resume=True)
     # Earlier versions noted no network: that of the weights in the folder counts.
-    account = json.loads((out / folder.FILE).read_text())
+    account = json.loads((out / folder.RUN_FILE).read_text())
     del account["weights"]["architecture"], account["weights"]["width"], account["record"]
-    (out / folder.FILE).write_text(json.dumps(account))
+    (out / folder.RUN_FILE).write_text(json.dumps(account))
     with pytest.raises(UserError, match=r"weights\.architecture was 'resnet18' and is 'resnet34' now"):
         knn("architecture=resnet34", output=out, resume=True)
     assert (out / "weights" / "random.safetensors").read_bytes() == began_with
     knn("architecture=resnet18", output=out, resume=True)
-    assert json.loads((out / folder.FILE).read_text())["weights"]["architecture"] == "resnet18"
+    assert json.loads((out / folder.RUN_FILE).read_text())["weights"]["architecture"] == "resnet18"
     (_,) = find_records([out / "results"])
 
 
 def test_random_weights_of_another_network_have_a_folder_of_their_own(knn, tmp_path) -> None:
-    from twist.transfer.run import _default_output, _find_weights, _random_network
-
-    random = _find_weights("random", layout=None, branch=None)
-
     def name(protocol: str, *overrides: str) -> str:
         row, (controls, _) = find_protocol(protocol), split_overrides(overrides)
-        return _default_output(row, random, "random", 0, _random_network(random, controls, row, seed=0)).name
+        return default_output(row, find_weights("random", row, controls), 0).name
 
     assert name("sample-knn") == name("sample-knn", "architecture=resnet18") == name("knn") == "random-seed0"
     assert name("sample-knn", "architecture=resnet50") == "random-resnet50-seed0"
@@ -480,6 +314,60 @@ def test_random_weights_of_another_network_have_a_folder_of_their_own(knn, tmp_p
     knn("architecture=resnet18")
     (record,) = find_records([tmp_path / "runs" / "knn" / "random-resnet18-seed0" / "results"])
     assert read_record(record).recipe["architecture"] == "resnet18"
+
+
+@pytest.mark.parametrize(
+    ("stored", "make_data", "overrides", "other"),
+    [
+        (
+            "knn",
+            write_tree,
+            ("architecture=resnet18", *QUICK_KNN),
+            ("neighbours=3", "recipe.neighbours was 20 and is 3"),
+        ),
+        pytest.param(
+            PROTOCOL,
+            make_voc_segmentation,
+            ("architecture=resnet18", *QUICK),
+            ("optim_wrapper.optimizer.lr=1.0", "lr was 0.0015 and is 1.0"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_run_folder_of_an_earlier_version_is_the_same_run(
+    stored, make_data, overrides, other, tmp_path, monkeypatch
+) -> None:
+    """`tests/stored/transfer` was made at commit 9b5e91f, stopped before the first step."""
+    make_data(tmp_path / "data")
+    row, out = find_protocol(stored), tmp_path / "run"
+    shutil.copytree(STORED / stored, out)
+    run = json.loads((out / "run.json").read_text())
+    # The sizes of the tree's pictures are Pillow's.
+    (out / "run.json").write_text(
+        json.dumps({**run, "data": identify_data(row.data, tmp_path / "data", subset=row.subset)})
+    )
+    program = all_engines()[row.engine].load()
+    monkeypatch.setattr(program, "run", lambda _, __, plan: Result(dict.fromkeys(row.metrics, 1.0), plan.recipe))
+
+    def go_on(*more: str, **options):
+        given = {"weights": "random", "data": tmp_path / "data", "gpus": 0, "resume": True, **options}
+        return transfer(stored, overrides=[*overrides, *more], output=out, **given)
+
+    with pytest.raises(UserError, match=re.escape(other[1])):
+        go_on(other[0])
+    with pytest.raises(UserError, match="seed was 0 and is 1"):
+        go_on(seed=1)
+    record = go_on()
+    assert {key: record.recipe[key] for key in run["recipe"]} == run["recipe"]
+
+
+def test_the_record_of_a_run_that_an_earlier_version_finished_is_taken(knn, tmp_path) -> None:
+    shutil.copytree(STORED / "knn-done", tmp_path / "out")
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    run["data"] = identify_data(("imagenet",), tmp_path / "data")
+    (tmp_path / "out" / "run.json").write_text(json.dumps(run))
+    record = knn("architecture=resnet18", output=tmp_path / "out", resume=True)
+    assert record == read_record(tmp_path / "out" / run["record"])
 
 
 def test_a_run_that_is_done_is_not_measured_again_by_a_resume(knn, tmp_path, capsys) -> None:

@@ -15,12 +15,10 @@ from twist.contracts.metrics import METRICS
 from twist.contracts.published import PublishedRow, find_neighbours, protocol_title
 from twist.contracts.record import RunRecord, Task
 
-Engine = Literal["detectron2", "mmseg", "imagenet"]
-
 
 @dataclass(frozen=True)
 class Protocol:
-    """One row. `data`: rows of `catalog/data_sets.toml`; `config` lies under `configs/<engine>/`.
+    """One row. `engine` is a folder of `transfer/engines/`; `data` are rows of `catalog/data_sets.toml`.
 
     `gpus` is the recipe's count (0: one process, CPU will do).
 
@@ -29,7 +27,7 @@ class Protocol:
     """
 
     name: str
-    engine: Engine
+    engine: str
     task: Task
     config: str
     data: tuple[str, ...]

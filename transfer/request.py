@@ -1,14 +1,11 @@
-"""What an engine is asked to do: one protocol, one set of weights already converted, one data root, one run folder.
-
-Beside the framework's own keys a run takes a few `key=value` controls that belong to no framework; they are read here.
-"""
+"""What a run is asked to do (`Request`), what its engine makes of that (`Resolved`), and what comes out (`Result`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,14 +13,17 @@ from twist.contracts.config import Config, parse_override, validate
 from twist.contracts.weights import Architecture, Backbone
 from twist.transfer.protocols import Protocol
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 class Controls(Config):
     """Ours, not the framework's: `architecture=resnet18`, `keep_batch=true`, `nodes=2 node_rank=0 master=host:port`."""
 
-    # Of the network that `--weights random` initialises; given weights say their own.
+    # Of the network that `--weights random` initialises; a checkpoint has its own.
     architecture: Architecture | None = None
     width: Literal[1, 2, 4] | None = None
-    # With another number of GPUs than the recipe's: keep its batch, lr and iterations (needs the memory) instead of
+    # On another number of GPUs than the recipe's: keep its batch, lr and iterations (needs the memory) instead of
     # scaling them by the linear rule.
     keep_batch: bool = False
     # A shorter or longer run: milestones and warm-up move in proportion, so the schedule keeps its form.
@@ -44,15 +44,23 @@ class Controls(Config):
 
 @dataclass(frozen=True)
 class Request:
-    """`weights` and `overlay` are the converter's; `gpus` is a node's, 0 means one process on the CPU."""
+    """A run as it is asked for; `gpus` is a node's, 0 means one process on the CPU.
+
+    `checkpoint` is None for random weights, whose header `random` is; `name` is what the record calls the weights, and
+    `method` what it calls the method, None to take what the weights say. `overrides` are `key=value` on the engine's
+    own config.
+    """
 
     protocol: Protocol
     data: Path
     output: Path
-    weights: Path
-    overlay: Path
-    backbone: Backbone
-    method: str
+    checkpoint: Path | None = None
+    name: str = "random"
+    sha256: str | None = None
+    layout: str | None = None
+    branch: str | None = None
+    random: Backbone | None = None
+    method: str | None = None
     seed: int = 0
     gpus: int = 0
     overrides: tuple[str, ...] = ()
@@ -61,9 +69,51 @@ class Request:
     eval_only: bool = False
 
     @property
+    def leads(self) -> bool:
+        """On several machines the first one writes the folder's `run.json`; the others work in it, or in their own."""
+        return self.controls.node_rank == 0
+
+    @property
     def processes(self) -> int:
         """Processes of the whole run, over all nodes."""
         return max(self.gpus, 1) * self.controls.nodes
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a run as its engine takes them: converted to `file` and `overlay`, or as `tensors`."""
+
+    header: Backbone
+    file: Path | None = None
+    overlay: Path | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What will run: the engine's final config, the record's recipe, the plan's text.
+
+    `recipe` is JSON-able and holds what decides the number but no weights, path or seed. A run is `reduced` when it is
+    not the protocol's own: published numbers are no peers of it.
+    """
+
+    config: Any
+    recipe: dict[str, Any]
+    plan: str
+    reduced: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished training and evaluation: metrics by the names of `contracts.metrics`, the recipe to record, small
+    PNGs, a `metrics.jsonl`, and sentences that belong beside the number."""
+
+    metrics: dict[str, float]
+    recipe: dict[str, Any]
+    media: list[Path] = field(default_factory=list)
+    curves: Path | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[Controls, tuple[str, ...]]:

@@ -6,7 +6,6 @@ a proof did not hold, 2 wrong usage, 75 stopped by a signal and ready to be star
 
 from __future__ import annotations
 
-import errno
 import functools
 import importlib.metadata
 import os
@@ -17,7 +16,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from twist.contracts.config import MOST_SEED
-from twist.contracts.errors import UsageError, UserError, missing_package, require
+from twist.contracts.errors import UsageError, missing_package, require
+from twist.contracts.failures import describe
 
 app = typer.Typer(
     name="twist",
@@ -383,12 +383,6 @@ def main() -> None:
     sys.exit(status)
 
 
-# A file where a folder is wanted, a folder where a file is, a place that takes neither.
-_OF_THE_PATH = (
-    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY,
-)  # fmt: skip
-
-
 def _explain(error: Exception) -> int:
     """Print `error` as a sentence and return the exit status."""
     if os.environ.get("TWIST_DEBUG"):
@@ -396,44 +390,16 @@ def _explain(error: Exception) -> int:
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own usage errors
         error.show()
         return int(error.exit_code)
-    if isinstance(error, UserError):
-        print(f"twist: {error}", file=sys.stderr)
-        return error.exit_status
-    if hasattr(error, "exit_status"):  # a run that stopped on a signal, ready to be requeued
-        print(f"twist: {error}", file=sys.stderr)
-        return int(error.exit_status)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
-        print(f"twist: the disk is full{where}: free some space and start the same command again.", file=sys.stderr)
-        return 1
-    text = str(error)
-    # torch and safetensors have errors of their own for a disk that is full.
-    if "No space left on device" in text or "PytorchStreamWriter failed" in text or "unexpected pos" in text:
-        print("twist: the disk is full: free some space and start the same command again.", file=sys.stderr)
-        return 1
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or isinstance(error, MemoryError):
-        print(
-            "twist: memory ran out: lower the batch (pretraining: run.batch_size, or "
-            "model.activation_checkpointing=true), or free the device of other processes.",
-            file=sys.stderr,
+    # A user's mistake, or a run that stopped on a signal and is ready to be requeued, says all there is to say.
+    sentence = str(error) if hasattr(error, "exit_status") else describe(error)
+    if sentence is None:
+        reason = str(error).splitlines()[0] if str(error) else "no message"
+        sentence = (
+            f"unexpected error ({type(error).__name__}: {reason}). "
+            "Run the command again as `twist --debug …` for the traceback, and please report it."
         )
-        return 1
-    if type(error).__name__ == "DistBackendError" or "Connection closed by peer" in text:
-        print("twist: another process of this run has ended; what it printed says why.", file=sys.stderr)
-        return 1
-    if isinstance(error, PermissionError):
-        print(f"twist: {error.filename} may not be written or read: check its permissions.", file=sys.stderr)
-        return 1
-    if isinstance(error, OSError) and error.errno in _OF_THE_PATH and error.filename:
-        print(f"twist: {error.filename} cannot be used ({error.strerror}): give another path.", file=sys.stderr)
-        return 1
-    reason = str(error).splitlines()[0] if str(error) else "no message"
-    print(
-        f"twist: something we did not foresee ({type(error).__name__}: {reason}). "
-        "Run the command again as `twist --debug …` for the traceback, and please report it.",
-        file=sys.stderr,
-    )
-    return 1
+    print(f"twist: {sentence}", file=sys.stderr)
+    return int(getattr(error, "exit_status", 1))
 
 
 def _device_numbers(text: str) -> list[int]:

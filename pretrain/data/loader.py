@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from twist.contracts.errors import UserError
+from twist.contracts.failures import describe
 from twist.pretrain.config import PretrainConfig
 from twist.pretrain.data import photometric, source
 from twist.pretrain.data.source import Images, RankShare, Request
@@ -150,11 +151,9 @@ class ViewLoader:
             if not self._loader.num_workers:
                 raise
             # A worker that is killed while it hands over a batch shows as a broken connection.
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise UserError(
-                f"A data worker died ({reason}), mostly of too little memory or too small a /dev/shm: lower "
-                "data.workers, or give the container more (docker run --shm-size); then start again with --resume."
-            ) from error
+            lost = RuntimeError(f"DataLoader worker: {str(error) or type(error).__name__}")
+            remedy = "lower data.workers, or give the container more (docker run --shm-size), then --resume"
+            raise UserError(describe(lost, worker=remedy)) from error
 
     def _iterator(self) -> Iterator[Made]:
         """The loader's iterator, without torch's SIGCHLD handler, which raises in the middle of anything.

@@ -1,0 +1,51 @@
+"""The engines, found by name: one folder each under `transfer/engines/`, whose `__init__.py` holds its row `ENGINE`.
+
+A protocol names its engine; nothing else in the suite knows one engine from another. What an engine has to do is
+`resolve` (a request and its weights → what will run; nothing is built or written) and `run` (→ the result).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twist.contracts.config import SHIPPED
+from twist.contracts.errors import require
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One row.
+
+    `module` has `resolve(request, weights) -> Resolved` and `run(request, weights, resolved) -> Result`, and is
+    imported only when a run needs it. `configs` is its folder under `configs/`. `target` is what the weights are
+    converted to, None to take them as tensors. `packages` must be installed; `extra` is the part that has them.
+    """
+
+    name: str
+    module: str
+    configs: str
+    target: str | None
+    packages: tuple[str, ...]
+    extra: str = "transfer"
+
+    def load(self) -> Any:
+        """Its module; `UserError` with the command that installs it when a package is missing."""
+        require(self.extra, *self.packages)
+        return importlib.import_module(self.module)
+
+    @property
+    def folder(self) -> Path:
+        return SHIPPED / self.configs
+
+
+@functools.cache
+def all_engines() -> dict[str, Engine]:
+    """Every engine by its name."""
+    folders = [found.name for found in pkgutil.iter_modules(__path__) if found.ispkg]
+    rows = [importlib.import_module(f"{__name__}.{folder}").ENGINE for folder in folders]
+    return {row.name: row for row in rows}

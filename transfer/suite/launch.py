@@ -9,7 +9,6 @@ leaves those of SLURM in their queue.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import os
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, require
+from twist.contracts.run_folder import try_lock
 
 JOB_NUMBER = "slurm-job.txt"
 
@@ -56,7 +56,7 @@ class LocalLauncher:
 
     def claim(self, folder: Path) -> int | None:
         """A descriptor that holds the folder's lock; None while a process of an earlier suite holds it."""
-        return _lock(folder)
+        return try_lock(folder / ".suite-lock", inherited=True)
 
     def start(self, command: Sequence[str], *, log: Path, slot: int, lock: int) -> LocalRun:
         """Run `command`, its output appended to `log`; it holds a copy of `lock`."""
@@ -121,7 +121,7 @@ class SlurmLauncher:
         """A descriptor that holds the folder's lock; None while another suite, or a job that one queued, is there."""
         import submitit
 
-        number, lock = folder / JOB_NUMBER, _lock(folder)
+        number, lock = folder / JOB_NUMBER, try_lock(folder / ".suite-lock", inherited=True)
         if lock is None or not number.exists():
             return lock
         if submitit.SlurmJob(folder=self._folder, job_id=number.read_text()).done():
@@ -177,15 +177,3 @@ def gpu_sets(gpus: Sequence[int] | None, *, size: int) -> list[list[str]]:
             "choose among them, or change the variable."
         )
     return [[names[gpu] for gpu in gpus[i : i + size]] for i in range(0, len(gpus) - size + 1, size)]
-
-
-def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock until it and its copies are closed; None when another holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / ".suite-lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock

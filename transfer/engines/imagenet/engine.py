@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from twist.catalog.class_folders import LabelledImages, open_tree
 from twist.contracts import files
 from twist.contracts.curves import CURVES
-from twist.contracts.errors import UsageError
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.failures import explained
 from twist.contracts.files import sha256_json
 from twist.contracts.networks import network_of
 from twist.contracts.weights import Backbone
@@ -29,11 +29,10 @@ from twist.transfer.engines.imagenet import recipes, training
 from twist.transfer.engines.imagenet.head import head_classes, read_head
 from twist.transfer.engines.imagenet.images import decoded, extract, labelled_subset
 from twist.transfer.engines.imagenet.journal import log
-from twist.transfer.engines.imagenet.memory import FEATURES, SEARCH, START, memory
 from twist.transfer.engines.imagenet.panel import cluster_panel, neighbour_panel, prediction_panel
-from twist.transfer.overrides import departures
 from twist.transfer.pictures import plot_losses
-from twist.transfer.result import EngineResult
+from twist.transfer.recipe import departures
+from twist.transfer.request import Request, Result, Weights
 
 if TYPE_CHECKING:
     from twist.transfer.protocols import Protocol
@@ -48,63 +47,51 @@ class Setup:
     """A run, resolved: recipe and images, what the record keeps of them, the plan's text, and whether it is reduced.
 
     `labelled` are the training images whose labels the recipe may use. Reduced means another recipe than the
-    protocol's own, or another data set than ImageNet-1k. `run` adds what it starts from.
+    protocol's own, or another data set than ImageNet-1k.
     """
 
-    protocol: Protocol
+    request: Request
+    weights: Weights
     config: recipes.AnyRecipe
-    header: Backbone
     train: LabelledImages
     labelled: LabelledImages
     val: LabelledImages
-    gpus: int
-    eval_only: bool
     recipe: dict[str, Any]
     plan: str
     reduced: bool
     notes: tuple[str, ...]
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    seed: int = 0
-    output: Path = Path()
-    resume: bool = False
 
     def extractor(self, device: torch.device) -> Extractor:
         """The network with its weights, as the recipe reads its features."""
         blocks = self.config.last_blocks if isinstance(self.config, recipes.LinearRecipe) else 1
-        network = network_of(self.header, self.tensors)
+        network = network_of(self.weights.header, self.weights.tensors)
         network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return Extractor(network, self.header, device, self.config.precision, blocks)
+        return Extractor(network, self.weights.header, device, self.config.precision, blocks)
 
     def crops(self, batches: Sequence[np.ndarray], epoch: int, device: torch.device) -> Iterator[Batch]:
         """Random crops of the labelled images."""
-        return decoded(self.labelled, self.config, batches, device=device, crops=(self.seed, epoch))
+        return decoded(self.labelled, self.config, batches, device=device, crops=(self.request.seed, epoch))
 
 
-def resolve(
-    protocol: Protocol,
-    header: Backbone,
-    *,
-    data: Path,
-    overrides: Sequence[str] = (),
-    gpus: int = 0,
-    eval_only: bool = False,
-) -> Setup:
-    """Recipe, images and plan for weights that `header` describes; nothing is built and nothing is written.
+def resolve(request: Request, weights: Weights) -> Setup:
+    """Recipe, images and plan of a request; nothing is built and nothing is written.
 
-    `overrides` are `key=value` on the recipe, `gpus` processes with a GPU each, 0 the CPU. `UserError` for data that
-    are missing, an override that is none, or a batch that does not fit images and GPUs.
+    `UserError` for data that are missing, an override that is none, or a batch that does not fit images and GPUs.
     """
-    config = recipes.load_recipe(protocol.config, architecture=header.architecture, overrides=overrides)
+    protocol, header, gpus = request.protocol, weights.header, request.gpus
+    if request.controls.iterations or request.controls.nodes > 1:
+        raise UserError(f"{protocol.name} is counted in epochs on one machine: iterations and nodes are no keys of it.")
+    config = recipes.load_recipe(protocol.config, architecture=header.architecture, overrides=request.overrides)
     if isinstance(config, recipes.LinearRecipe) and config.last_blocks > 1 and not header.is_vit:
         raise UsageError(f"last_blocks = {config.last_blocks} is for ViTs, not for a {header.display_name}.")
-    train, val = open_tree(data)
+    train, val = open_tree(request.data)
     labelled, warnings = train, []
     if isinstance(config, recipes.ClassifierRecipe):
         labelled = labelled_subset(train, config)
         warnings = batch_warnings(config, len(labelled), processes=max(gpus, 1))
     where = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "1 process on the CPU"
     how = _plan(config, train, labelled, val, processes=max(gpus, 1))
-    if isinstance(config, recipes.ClassifierRecipe) and eval_only:
+    if isinstance(config, recipes.ClassifierRecipe) and request.eval_only:
         how = " → the stored weights are evaluated, nothing is trained\n  "
     plan = f"plan: {where}{how}{len(val)} validation images of {len(val.classes)} classes at {config.size} pixels"
     recipe = recorded_recipe(config, labelled, val)
@@ -114,7 +101,7 @@ def resolve(
         changed.append(f"{len(train)} + {len(val)} images are not ImageNet's: see `twist data check imagenet`")
     notes = (*warnings, *changed)
     plan = "\n".join([plan, *notes])
-    return Setup(protocol, config, header, train, labelled, val, gpus, eval_only, recipe, plan, reduced, notes)
+    return Setup(request, weights, config, train, labelled, val, recipe, plan, reduced, notes)
 
 
 def batch_warnings(config: recipes.ClassifierRecipe, images: int, *, processes: int) -> list[str]:
@@ -185,21 +172,24 @@ def is_imagenet(recipe: dict[str, Any]) -> bool:
     return (images["classes"], images["train"], images["val"]) == (1000, train, _IMAGENET_VAL)
 
 
-def run(setup: Setup, tensors: dict[str, Tensor], *, seed: int, output: Path, resume: bool = False) -> EngineResult:
-    """Measure `tensors` as resolved; everything written lies in `output`.
+def run(request: Request, weights: Weights, setup: Setup) -> Result:  # noqa: ARG001 (they are in `setup`)
+    """Measure the weights as resolved; everything written lies in the request's folder.
 
-    `resume` goes on from the last finished epoch of a training. `UserError` for an unreadable image, a folder with
-    another run or, to evaluate, an unfinished one, a diverged training, memory that ran out, a process that died.
+    With `resume` it goes on from the last finished epoch of a training. `UserError` for an unreadable image, a folder
+    with another run or, to evaluate, an unfinished one, a diverged training, memory that ran out, a dead process.
     """
+    config, output = setup.config, request.output
     output.mkdir(parents=True, exist_ok=True)
-    setup = replace(setup, tensors=tensors, seed=seed, output=output, resume=resume)
-    config = setup.config
     # With the machine's part, which the record leaves out: what to type again.
-    whole = {"config": setup.protocol.config, **config.model_dump(mode="json"), "images": setup.recipe["images"]}
+    whole = {
+        "config": setup.request.protocol.config,
+        **config.model_dump(mode="json"),
+        "images": setup.recipe["images"],
+    }
     files.write_json(output / "recipe.json", whole)
     log(output, setup.plan)
     try:
-        if isinstance(config, recipes.ClassifierRecipe) and setup.eval_only:
+        if isinstance(config, recipes.ClassifierRecipe) and setup.request.eval_only:
             training.require_finished(output, config)  # before features are extracted
         finetunes = isinstance(config, recipes.FinetuneRecipe)
         result = _classify(setup, training.train_finetune) if finetunes else _on_frozen_features(setup)
@@ -213,21 +203,21 @@ def run(setup: Setup, tensors: dict[str, Tensor], *, seed: int, output: Path, re
     return replace(result, notes=notes)
 
 
-def _on_frozen_features(setup: Setup) -> EngineResult:
+def _on_frozen_features(setup: Setup) -> Result:
     """Linear probe, k-NN and clusters: features of a backbone that is proven not to change, then what reads them."""
-    device = torch.device("cuda", 0) if setup.gpus else torch.device("cpu")
-    with memory(START):
+    device = torch.device("cuda", 0) if setup.request.gpus else torch.device("cpu")
+    with explained(memory=recipes.START):
         extractor = setup.extractor(device)
 
         def features(split: str) -> FeatureFile:
-            images, folder = {"train": setup.labelled, "val": setup.val}[split], setup.output / "features"
+            images, folder = {"train": setup.labelled, "val": setup.val}[split], setup.request.output / "features"
             return extract(extractor, images, setup.config, folder=folder, title=f"{split} features")
 
         with frozen(extractor.network) as digest:
             measure = {"linear": _linear, "knn": _neighbours, "cluster": _clusters}[setup.config.kind]
             result = measure(setup, features)
     if not setup.config.machine.keep_features:
-        shutil.rmtree(setup.output / "features", ignore_errors=True)
+        shutil.rmtree(setup.request.output / "features", ignore_errors=True)
     note = f"The frozen backbone is bit-equal before and after: state SHA-256 {digest[:16]}."
     return replace(result, notes=[*result.notes, note])
 
@@ -235,18 +225,20 @@ def _on_frozen_features(setup: Setup) -> EngineResult:
 _Features = Callable[[str], FeatureFile]  # of the images of a split, "train" or "val"
 
 
-def _linear(setup: Setup, features: _Features) -> EngineResult:
+def _linear(setup: Setup, features: _Features) -> Result:
     assert isinstance(setup.config, recipes.LinearRecipe)
-    train = None if setup.config.augment or setup.eval_only else features("train")
+    train = None if setup.config.augment or setup.request.eval_only else features("train")
     return _classify(setup, training.train_linear, features("val"), train)
 
 
-def _classify(setup: Setup, work: Callable[..., Any], *arguments: Any) -> EngineResult:
+def _classify(setup: Setup, work: Callable[..., Any], *arguments: Any) -> Result:
     """A classifier trained by `work(rank, setup, *arguments)`: one process a GPU, the recipe's total batch kept."""
-    config, output = setup.config, setup.output
+    config, output = setup.config, setup.request.output
     assert isinstance(config, recipes.ClassifierRecipe)
-    device = "cuda" if setup.gpus else "cpu"
-    done = training.run_ranks(work, setup, *arguments, processes=max(setup.gpus, 1), device=device, output=output)
+    device = "cuda" if setup.request.gpus else "cpu"
+    done = training.run_ranks(
+        work, setup, *arguments, processes=max(setup.request.gpus, 1), device=device, output=output
+    )
     history = done["history"]
     best = max((row for row in history if "top1_percent" in row), key=lambda row: row["top1_percent"])
     images = f"{len(setup.labelled)} labelled images of {len(setup.train)}"
@@ -255,36 +247,36 @@ def _classify(setup: Setup, work: Callable[..., Any], *arguments: Any) -> Engine
         f"Top-1 is the last epoch's; the best was {best['top1_percent']:.2f} in epoch {best['epoch'] + 1} of "
         f"{config.epochs} (TWIST's evaluate.py prints the best so far).",
     ]
-    if setup.eval_only:
+    if setup.request.eval_only:
         end = f"at the end of the training top-1 was {history[-1]['top1_percent']:.2f}"
         notes.append(f"Evaluated from the stored weights, nothing was trained; {end}.")
     media = [
         prediction_panel(output / "predictions.png", setup.val.spread(training.PICTURED), done["predicted"]),
-        plot_losses(output / CURVES, output / "losses.png", title=setup.protocol.name),
+        plot_losses(output / CURVES, output / "losses.png", title=setup.request.protocol.name),
     ]
-    return EngineResult(done["metrics"], setup.recipe, media, curves=output / CURVES, notes=notes)
+    return Result(done["metrics"], setup.recipe, media, curves=output / CURVES, notes=notes)
 
 
-def _neighbours(setup: Setup, features: _Features) -> EngineResult:
+def _neighbours(setup: Setup, features: _Features) -> Result:
     config = setup.config
     assert isinstance(config, recipes.NeighboursRecipe)
     bank, queries = features("train"), features("val")
     neighbours, limit = min(config.neighbours, len(bank)), config.machine.max_memory_mb
     blocks = plan_blocks(len(queries), len(bank), bank.dimension, neighbours=neighbours, max_memory_mb=limit)
-    device = torch.device("cuda", 0) if setup.gpus else None
-    with memory(SEARCH):
+    device = torch.device("cuda", 0) if setup.request.gpus else None
+    with explained(memory=recipes.SEARCH):
         similarity, index = nearest(queries, bank, neighbours=neighbours, blocks=blocks, device=device)
         similarity, index = similarity.cpu(), index.cpu()
     classes, labels = len(setup.train.classes), (bank.labels, queries.labels)
     ranks = vote_ranks(similarity, index, *labels, classes=classes, temperature=config.temperature)
-    return EngineResult(
+    return Result(
         metrics={f"knn_top{k}_percent": top_percent(ranks, k) for k in (1, 5)},
         recipe=setup.recipe,
-        media=[neighbour_panel(setup.output / "neighbours.png", setup.train, setup.val, index)],
+        media=[neighbour_panel(setup.request.output / "neighbours.png", setup.train, setup.val, index)],
     )
 
 
-def _clusters(setup: Setup, features: _Features) -> EngineResult:
+def _clusters(setup: Setup, features: _Features) -> Result:
     # Here, because scikit-learn takes seconds to import and only this protocol needs it.
     from twist.measure.clusters import cluster_metrics, kmeans
 
@@ -292,9 +284,9 @@ def _clusters(setup: Setup, features: _Features) -> EngineResult:
     assert isinstance(config, recipes.ClusterRecipe)
     if config.head is not None:
         # Before the features: a wrong checkpoint should be said at once.
-        head = read_head(Path(config.head), setup.tensors, activation=config.head_activation)
+        head = read_head(Path(config.head), setup.weights.tensors, activation=config.head_activation)
         held_out, size = features("val"), config.machine.feature_batch_size
-        with memory(FEATURES):
+        with explained(memory=recipes.FEATURES):
             blocks = [held_out[start : start + size] for start in range(0, len(held_out), size)]
             assignment = torch.cat([head_classes(head, block) for block in blocks]).numpy()
         how = f"TWIST's own head with {head.output.out_features} outputs"
@@ -302,13 +294,14 @@ def _clusters(setup: Setup, features: _Features) -> EngineResult:
         held_out, fit_on = features("val"), features(config.fit_on)
         clusters = config.clusters or len(setup.train.classes)
         settings = config.model_dump(include={"algorithm", "restarts", "max_passes", "step_size", "normalise"})
-        with memory("take algorithm=minibatch restarts=1 and a small step_size, which hold a block of rows at a time"):
-            assignment = kmeans(fit_on.mapped(), held_out.mapped(), clusters=clusters, seed=setup.seed, **settings)
+        settings["seed"] = setup.request.seed
+        with explained(memory="take algorithm=minibatch restarts=1 and a small step_size"):
+            assignment = kmeans(fit_on.mapped(), held_out.mapped(), clusters=clusters, **settings)
         how = f"k-means with {clusters} clusters, found on the {config.fit_on} images"
     used = len(np.unique(assignment))
-    return EngineResult(
+    return Result(
         metrics=cluster_metrics(setup.val.labels, assignment),
         recipe=setup.recipe,
-        media=[cluster_panel(setup.output / "clusters.png", setup.val, assignment)],
+        media=[cluster_panel(setup.request.output / "clusters.png", setup.val, assignment)],
         notes=[f"{how}; the {len(setup.val)} validation images fall into {used} of them."],
     )

@@ -20,11 +20,11 @@ from torchvision.transforms.v2 import functional as F
 
 from twist.catalog.class_folders import SUBSETS, LabelledImages, draw_subset, find_subset, read_subset
 from twist.contracts.errors import UserError
+from twist.contracts.failures import explained
 from twist.contracts.images import UnreadableImage, read_image
 from twist.contracts.machine import cores
 from twist.measure.features import Batch, Extractor, FeatureFile, centre_crop
-from twist.transfer.engines.imagenet.memory import FEATURES, memory
-from twist.transfer.engines.imagenet.recipes import ClassifierRecipe, Recipe
+from twist.transfer.engines.imagenet.recipes import FEATURES, ClassifierRecipe, Recipe
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def extract(extractor: Extractor, images: LabelledImages, recipe: Recipe, *, fol
     """Features of `images` as at test time, in a file below `folder`: see `Extractor.to_file`."""
     batches = ordered_batches(len(images), batch_size=recipe.machine.feature_batch_size)
     transform = recipe.model_dump(mode="json", include={"size", "resize", "interpolation"})
-    with memory(FEATURES):
+    with explained(memory=FEATURES):
         return extractor.to_file(
             decoded(images, recipe, batches, device=extractor.device),
             images.labels,

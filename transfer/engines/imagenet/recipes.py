@@ -11,11 +11,18 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from twist.contracts.config import SHIPPED, Config, load_config, read_toml
+from twist.contracts.config import SHIPPED, Config, identity_of, load_config, read_toml
 from twist.contracts.errors import UsageError, did_you_mean
 from twist.transfer.request import Controls
 
 FOLDER = SHIPPED / "imagenet"
+# What needs less memory, by phase.
+FEATURES = "go on with --resume and a lower machine.feature_batch_size"
+SEARCH = "go on with --resume and a lower machine.max_memory_mb"
+# Another batch is another recipe, which a resumed run may not take.
+TRAINING = "go on with --resume on more GPUs, or lower batch_size and every lr_* by the same factor in another --output"
+# Where a network does not even lie in memory yet: another process most likely holds the rest of it.
+START = "free the device of other processes, then --resume with a lower machine.feature_batch_size"
 
 
 class Machine(Config):
@@ -52,7 +59,9 @@ class Recipe(Config):
 
     def recorded(self) -> dict[str, Any]:
         """The part that decides the number, for the record's recipe hash."""
-        return self.model_dump(mode="json", exclude={"machine"})
+        values = identity_of(self)
+        del values["machine"]
+        return values
 
 
 class ClassifierRecipe(Recipe):
@@ -157,4 +166,4 @@ def load_recipe(name: str, *, architecture: str, overrides: Sequence[str] = ()) 
     if not path.exists():
         shipped = [path.stem for path in FOLDER.glob("*.toml")]
         raise UsageError(f'There is no ImageNet recipe "{name}".{did_you_mean(name, shipped)}')
-    return load_config(path, _KINDS[read_toml(path)["kind"]], overrides, beside=Controls.model_fields)
+    return load_config(path, _KINDS[read_toml(path)["kind"]], overrides, extra_keys=Controls.model_fields)

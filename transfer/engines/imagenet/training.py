@@ -27,16 +27,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from twist.contracts import files
 from twist.contracts.errors import UserError
+from twist.contracts.failures import explained, raise_reported
 from twist.contracts.files import sha256_json
 from twist.contracts.networks import network_of
 from twist.contracts.progress import Progress
+from twist.contracts.run_folder import refuse_other_run, refuse_second_start
 from twist.measure.features import Batch, FeatureFile, autocast, frozen, network_inputs, state_digest
 from twist.measure.knn import label_ranks
 from twist.transfer.engines.imagenet.images import Rank, decoded, epoch_batches, ordered_batches
 from twist.transfer.engines.imagenet.journal import Journal
-from twist.transfer.engines.imagenet.memory import FEATURES, START, TRAINING, memory
-from twist.transfer.engines.imagenet.recipes import ClassifierRecipe, FinetuneRecipe, LinearRecipe
-from twist.transfer.failures import guard, raise_failure
+from twist.transfer.engines.imagenet.recipes import (
+    FEATURES,
+    START,
+    TRAINING,
+    ClassifierRecipe,
+    FinetuneRecipe,
+    LinearRecipe,
+)
 
 if TYPE_CHECKING:
     from twist.transfer.engines.imagenet.engine import Setup
@@ -53,10 +60,10 @@ def run_ranks(work: Callable[..., Any], *arguments: Any, processes: int, device:
     `UserError` for what a rank raised (by way of a file in `output`), memory that ran out, and a rank that died.
     """
     if processes == 1:
-        with memory(START):
+        with explained(memory=START):
             return work(Rank(0, 1, torch.device(device)), *arguments)
     with tempfile.TemporaryDirectory(prefix="twist-ranks-") as folder:
-        with raise_failure(output):
+        with raise_reported(output):
             mp.spawn(_process, args=(processes, device, folder, output, work, arguments), nprocs=processes)
         return json.loads((Path(folder) / "value.json").read_text())
 
@@ -64,8 +71,7 @@ def run_ranks(work: Callable[..., Any], *arguments: Any, processes: int, device:
 def _process(
     index: int, count: int, device: str, folder: str, output: Path, work: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    # The inner context knows the remedy for lack of memory, so `guard` never uses its own.
-    with guard(output, knob="batch_size"), memory(START):
+    with explained(report=output, memory=START):
         if device == "cuda":
             torch.cuda.set_device(index)
         backend = "nccl" if device == "cuda" else "gloo"
@@ -91,7 +97,7 @@ def train_linear(rank: Rank, setup: Setup, val: FeatureFile, train: FeatureFile 
             yield torch.from_numpy(matrix[chosen]).to(rank.device), file.labels[chosen].to(rank.device)
 
     def fit(train_inputs: TrainInputs) -> dict[str, Any]:
-        model = new_classifier(val.dimension, len(setup.train.classes), seed=setup.seed)
+        model = new_classifier(val.dimension, len(setup.train.classes), seed=setup.request.seed)
         return Trainer(model, [model], train_inputs, partial(rows, val), rank=rank, setup=setup).run()
 
     if train is not None:
@@ -103,9 +109,9 @@ def train_linear(rank: Rank, setup: Setup, val: FeatureFile, train: FeatureFile 
 
 def train_finetune(rank: Rank, setup: Setup) -> dict[str, Any]:
     """What `Trainer.run` returns."""
-    device, header = rank.device, setup.header
+    device, header = rank.device, setup.weights.header
     backbone = setup.extractor(device)
-    classifier = new_classifier(backbone.dimension, len(setup.train.classes), seed=setup.seed)
+    classifier = new_classifier(backbone.dimension, len(setup.train.classes), seed=setup.request.seed)
     return Trainer(
         nn.Sequential(backbone.network, classifier),
         [classifier, backbone.network],
@@ -133,7 +139,7 @@ class Trainer:
     ) -> None:
         assert isinstance(setup.config, LinearRecipe | FinetuneRecipe)
         self.model, self.train, self.val, self.rank = model.to(rank.device), train, val, rank
-        self.setup, self.recipe, self.path = setup, setup.config, setup.output / CHECKPOINT
+        self.setup, self.recipe, self.path = setup, setup.config, setup.request.output / CHECKPOINT
         self.optimizer = torch.optim.SGD(
             [{"params": [*part.parameters()]} for part in parts],
             lr=self.recipe.lr_classifier,
@@ -141,8 +147,8 @@ class Trainer:
             weight_decay=self.recipe.weight_decay,
         )
         # What a checkpoint must agree with to be continued.
-        weights = state_digest(network_of(setup.header, setup.tensors))
-        self.identity = {"recipe": sha256_json(setup.recipe), "seed": setup.seed, "weights": weights}
+        weights = state_digest(network_of(setup.weights.header, setup.weights.tensors))
+        self.identity = {"recipe": sha256_json(setup.recipe), "seed": setup.request.seed, "weights": weights}
 
     def run(self) -> dict[str, Any]:
         """Train to the last epoch, from the checkpoint where there is one; with `eval_only` measure the stored model.
@@ -151,7 +157,7 @@ class Trainer:
         `UserError` for a checkpoint of another run, or one without `resume`, divergence, and too little memory.
         """
         history = self._restore()
-        if self.setup.eval_only:
+        if self.setup.request.eval_only:
             metrics = self._evaluate()
         else:
             self._train(history)
@@ -172,7 +178,7 @@ class Trainer:
         total, start, quiet = recipe.epochs * steps, len(history) * steps, rank.index > 0
         with (
             Progress(recipe.kind, total=total, start=start, quiet=quiet, unit="step") as progress,
-            Journal(self.setup.output, done=start, quiet=quiet) as journal,
+            Journal(self.setup.request.output, done=start, quiet=quiet) as journal,
         ):
             for epoch in range(len(history), recipe.epochs):
                 rates = {name: peak * cosine(epoch / recipe.epochs) for name, peak in recipe.rates.items()}
@@ -192,12 +198,12 @@ class Trainer:
 
     def _train_epoch(self, model: nn.Module, epoch: int, progress: Progress) -> dict[str, float]:
         model.train()
-        size, seed = self.recipe.batch_size, self.setup.seed
+        size, seed = self.recipe.batch_size, self.setup.request.seed
         batches = epoch_batches(len(self.setup.labelled), batch_size=size, seed=seed, epoch=epoch, rank=self.rank)
         began = time.monotonic()
         # Summed on the device: reading the loss at every step would make the GPU wait for the host.
         total = torch.zeros(2, dtype=torch.float64, device=self.rank.device)
-        with memory(TRAINING):
+        with explained(memory=TRAINING):
             for step, (inputs, labels) in enumerate(self.train(batches, epoch)):
                 with autocast(self.recipe.precision, self.rank.device):
                     scores = model(inputs)
@@ -233,7 +239,7 @@ class Trainer:
     def _scores(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """(scores (B, K) float32, labels (B,)) of each batch, in eval mode."""
         self.model.eval()
-        with memory(FEATURES):
+        with explained(memory=FEATURES):
             for inputs, labels in batches:
                 with autocast(self.recipe.precision, self.rank.device):
                     scores = self.model(inputs)
@@ -249,13 +255,10 @@ class Trainer:
         """The history in the checkpoint, loaded into model and optimizer; empty without one."""
         if not self.path.exists():
             return []
-        if not (self.setup.resume or self.setup.eval_only):
-            raise UserError(f"{self.path.parent} holds a run: go on with --resume, or choose another --output.")
+        if not (self.setup.request.resume or self.setup.request.eval_only):
+            refuse_second_start(self.path.parent, {})
         state = torch.load(self.path, map_location="cpu", weights_only=True)
-        changed = [name for name, value in self.identity.items() if state["identity"].get(name) != value]
-        if changed:
-            names = " and another ".join(changed)
-            raise UserError(f"{self.path.parent} holds a run with another {names}: choose another --output.")
+        refuse_other_run(self.path.parent, state["identity"], self.identity)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         return list(state["history"])

@@ -1,0 +1,11 @@
+"""Semantic segmentation by real MMSegmentation."""
+
+from twist.transfer.engines import Engine
+
+ENGINE = Engine(
+    name="mmseg",
+    module="twist.transfer.engines.mmseg.engine",
+    configs="mmseg",
+    target="mmseg",
+    packages=("mmseg",),
+)

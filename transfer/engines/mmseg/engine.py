@@ -1,60 +1,65 @@
-"""Semantic segmentation by real MMSegmentation: its models, pipelines, Runner and IoU metric.
+"""Semantic segmentation by real MMSegmentation: its models, pipelines, Runner, IoU metric and visualiser.
 
-What this file adds is what a comparison needs and MMSegmentation leaves to its user: configs that stand on the
-installed ones, a data root a run, the linear rule stated before the start, proof that the backbone's weights really
-arrived (mmengine only prints a warning), curves, pictures, and one sentence for everything that goes wrong.
+What this adds is what a comparison needs: configs that stand on the installed ones, a data root a run, proof that the
+backbone's weights really arrived (mmengine only prints a warning), curves, pictures, one sentence for what goes wrong.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mmcv
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
+from mmengine.model import is_model_wrapper
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.structures import PixelData
 from mmseg.utils import register_all_modules
+from mmseg.visualization import SegLocalVisualizer
 from torch import Tensor, nn
+from torch.distributed.elastic.utils.distributed import get_free_port
 
-from twist.contracts.curves import CURVES, Curves
 from twist.contracts.errors import UserError
+from twist.contracts.failures import explained, raise_reported
 from twist.contracts.progress import Progress
+from twist.transfer.engines import framework
+from twist.transfer.engines.framework import TrainingLog, collect, frameworks_quiet
 from twist.transfer.engines.mmseg.config import resolve
-from twist.transfer.engines.mmseg.outcome import bare, draw, metrics_of, prove_loaded
-from twist.transfer.evaluation import Resolved, collect, leave, require_finished
-from twist.transfer.failures import guard, raise_failure
-from twist.transfer.quiet import frameworks_quiet
-from twist.transfer.request import Request
-from twist.transfer.result import EngineResult
+from twist.transfer.pictures import PANEL_PIXELS, save_pairs
+from twist.transfer.request import Request, Resolved, Result, Weights
 
 __all__ = ["resolve", "run"]
-KNOB = "train_dataloader.batch_size and optim_wrapper.optimizer.lr by one factor and raise iterations by it"
+NEEDS_LESS = (
+    "lower train_dataloader.batch_size and optim_wrapper.optimizer.lr by one factor and raise iterations by it, or use "
+    "more GPUs with keep_batch=true"
+)
+_METRICS = {"miou_percent": "mIoU", "macc_percent": "mAcc", "aacc_percent": "aAcc"}
 
 
-def run(request: Request, resolved: Resolved) -> EngineResult:
-    """Train and evaluate by `resolved`; files go to `request.output`.
-
-    Raises:
-        UserError: memory ran out, a worker died, the data or the weights are not what they should be.
-    """
+def run(request: Request, weights: Weights, resolved: Resolved) -> Result:
+    """Train and evaluate by `resolved`; files go to `request.output`. `UserError` for what is nobody's bug."""
     resolved.config.dump(request.output / "config.py")
-    with raise_failure(request.output):
+    assert weights.file is not None
+    with raise_reported(request.output):
         if request.processes == 1:
-            _worker(0, request, None)
+            _worker(0, request, weights.file, None)
         else:
-            address = request.controls.master or f"127.0.0.1:{_free_port()}"
-            torch.multiprocessing.start_processes(_worker, args=(request, address), nprocs=request.gpus)
+            address = request.controls.master or f"127.0.0.1:{get_free_port()}"
+            arguments = (request, weights.file, address)
+            torch.multiprocessing.start_processes(_worker, args=arguments, nprocs=request.gpus)
     return collect(request, resolved)
 
 
-def _worker(local_rank: int, request: Request, address: str | None) -> None:
+def _worker(local_rank: int, request: Request, weights: Path, address: str | None) -> None:
     """One process of the run; with an address, it joins the others as mmengine's "pytorch" launcher expects."""
     if address is not None:
         host, _, port = address.rpartition(":")
@@ -66,49 +71,74 @@ def _worker(local_rank: int, request: Request, address: str | None) -> None:
             MASTER_ADDR=host,
             MASTER_PORT=port,
         )
-    with guard(request.output, knob=KNOB), frameworks_quiet():
+    with explained(report=request.output, memory=NEEDS_LESS), frameworks_quiet():
         register_all_modules(init_default_scope=False)
         init_default_scope("mmseg")
         config = Config.fromfile(request.output / "config.py")
         last = _last_checkpoint(request.output) if request.resume or request.eval_only else None
         if request.eval_only:
             done = 0 if last is None else int(last.stem.rpartition("_")[2])  # mmengine's iter_120.pth
-            require_finished(request.output, done=done, of=config.train_cfg.max_iters)
+            framework.require_finished(request.output, done=done, of=config.train_cfg.max_iters)
         config.resume = last is not None and not request.eval_only
         config.load_from = None if last is None else str(last)
         runner = _Runner.from_cfg(config)
-        watch = _Watch(request, continued=last is not None)
+        watch = _Watch(request.output, None if last else weights)
         # Before the scheduler moves lr on and before the checkpoint: a kill then loses no line of the curves.
         runner.register_hook(watch, priority="BELOW_NORMAL")
         try:
-            if request.eval_only:
-                runner.val()
-            else:
+            if not request.eval_only:
                 runner.train()
-                if not watch.metrics:  # a finished run that is resumed has no iteration left, so no evaluation ran
-                    runner.val()
+            if not watch.metrics:  # nothing was to be trained, here or in a finished run that is resumed
+                runner.val()
         finally:
             runner.logger.handlers = []  # its terminal handler holds a stream that is closed now
         if local_rank == 0:  # one process of every node: its caller wants the result too
             train, test = runner.train_dataloader.dataset, runner.val_dataloader.dataset
-            media = draw(runner, request.output)
-            leave(
-                request.output,
-                metrics_of(watch.metrics),
-                images={"train": len(train), "test": len(test)},
-                media=media,
-                notes=(),
-            )
+            images = {"train": len(train), "test": len(test)}
+            media = save_pairs(request.output, draw(bare(runner.model), test))
+            framework.leave(request.output, metrics=metrics_of(watch.metrics), images=images, media=media)
+
+
+def prove_loaded(backbone: nn.Module, weights: Path) -> None:
+    """`backbone` holds exactly the tensors of the weights file, bit for bit."""
+    loaded = torch.load(weights, map_location="cpu", weights_only=True)
+    tensors = {name.removeprefix("backbone."): t for name, t in loaded.get("state_dict", loaded).items()}
+    state = backbone.state_dict()
+    framework.prove_loaded("MMSegmentation", tensors, state, expected=set(state))
+
+
+def metrics_of(measured: dict[str, float]) -> dict[str, float]:
+    """mmseg's IoU metric under the names of `twist.contracts.metrics`."""
+    metrics = {name: float(measured[key]) for name, key in _METRICS.items()}
+    if not all(map(math.isfinite, metrics.values())):
+        raise UserError(f"{metrics}: no labelled pixel was evaluated; `twist data check` looks at the masks.")
+    return {name: round(value, 4) for name, value in metrics.items()}  # two decimals, gathered as float32 over ranks
+
+
+@torch.no_grad()
+def draw(model: Any, dataset: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Truth and prediction of the images of the validation set."""
+    visualizer = SegLocalVisualizer(alpha=0.5)
+    names = {"classes": dataset.metainfo["classes"], "palette": dataset.metainfo["palette"]}
+    model.eval()
+    for item in dataset:
+        (found,) = model.test_step({"inputs": [item["inputs"]], "data_samples": [item["data_samples"]]})
+        image = mmcv.imread(found.img_path, channel_order="rgb")
+        image = mmcv.imrescale(image, (PANEL_PIXELS, PANEL_PIXELS))  # so that the names of classes can be read
+        drawn = []
+        for part in (item["data_samples"].gt_sem_seg, found.pred_sem_seg):
+            map_ = torch.nn.functional.interpolate(part.data[None].float().cpu(), image.shape[:2], mode="nearest")
+            drawn.append(visualizer._draw_sem_seg(image, PixelData(data=map_[0].long()), **names))
+        yield drawn[0], drawn[1]
+
+
+def bare(model: nn.Module) -> Any:
+    return model.module if is_model_wrapper(model) else model
 
 
 def _last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint of the run in `output`, None before the first.
-
-    mmengine notes its whole path, which after the folder was moved or copied is another run's, or nobody's.
-
-    Raises:
-        UserError: the file that is noted is not in the folder.
-    """
+    """The newest checkpoint of the run in `output`, None before the first; `UserError` when it is not there."""
+    # mmengine notes its whole path, which after the folder was moved or copied is another run's, or nobody's.
     noted = find_latest_checkpoint(str(output))
     if noted is None:
         return None
@@ -132,40 +162,33 @@ class _Runner(Runner):
 class _Watch(Hook):
     """Proof before the first iteration, curves and progress during, the metrics of the last evaluation after."""
 
-    def __init__(self, request: Request, *, continued: bool) -> None:
-        self.request, self.continued = request, continued
+    def __init__(self, output: Path, weights: Path | None) -> None:
+        """`weights` are proven to be there before the first iteration, None in a run that continues."""
+        self._output, self._weights = output, weights
         self.metrics: dict[str, float] = {}
-        self._curves: Curves | None = None
-        self._progress: Progress | None = None
+        self._log: TrainingLog | None = None
 
     def before_train(self, runner: Runner) -> None:
-        if not self.continued:
-            prove_loaded(bare(runner.model).backbone, self.request.weights)
-        self._every = runner.cfg.default_hooks.logger.interval
+        if self._weights is not None:
+            prove_loaded(bare(runner.model).backbone, self._weights)
         if is_main_process():
-            self._curves = Curves(self.request.output / CURVES, start=runner.iter + 1)
-            self._progress = Progress("train", total=runner.max_iters, unit="step", start=runner.iter).__enter__()
+            self._log = TrainingLog(self._output, start=runner.iter, total=runner.max_iters)
 
     def after_train_iter(self, runner: Runner, *, outputs: dict[str, Tensor], **_: Any) -> None:
-        if self._progress is None or self._curves is None:
-            return
-        done = runner.iter + 1
-        if done % self._every == 0 or done == runner.max_iters:
-            values = {name: float(value.detach()) for name, value in outputs.items() if "loss" in name}
-            if not math.isfinite(values.get("loss", 0.0)):
-                raise FloatingPointError(f"loss {values['loss']} at iteration {done}")
-            self._curves.add(done, {**values, "lr": runner.optim_wrapper.get_lr()["lr"][0]})
-            self._progress.advance(done - self._progress.done, loss=values.get("loss", math.nan))
-        if done == runner.max_iters:  # the evaluation that follows shows its own
-            self._progress.__exit__(None, None, None)
-            self._progress = None
+        def values() -> dict[str, float]:
+            losses = {name: float(value.detach()) for name, value in outputs.items() if "loss" in name}
+            return {**losses, "lr": runner.optim_wrapper.get_lr()["lr"][0]}
+
+        if self._log is not None:
+            self._log.step(runner.iter + 1, values)
 
     def after_train(self, _runner: Runner) -> None:
-        if self._curves is not None:
-            self._curves.close()
+        if self._log is not None:
+            self._log.close()
 
     def before_val_epoch(self, runner: Runner) -> None:
-        quiet = not is_main_process() or self._progress is not None
+        # One bar at a time: an evaluation in the middle of the training stays silent.
+        quiet = not is_main_process() or (self._log is not None and not self._log.finished)
         total = len(runner.val_dataloader)
         self._evaluation = Progress("evaluate", total=total, unit="image", quiet=quiet).__enter__()
 
@@ -175,9 +198,3 @@ class _Watch(Hook):
     def after_val_epoch(self, _runner: Runner, *, metrics: dict[str, float]) -> None:
         self._evaluation.__exit__(None, None, None)
         self.metrics = dict(metrics)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

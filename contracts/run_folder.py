@@ -1,0 +1,179 @@
+"""The folder of a run: who may write there, which run is in it, whether it is done.
+
+The rules of all folders that a user names: one process writes at a time, a folder with anything else in it is refused,
+a run goes on only as it was started, what fails before it has begun leaves nothing behind. A transfer run describes
+itself in `run.json`: protocol, weights, data, seed, recipe, its state, and, once it is done, where its record is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from twist.contracts import files
+from twist.contracts.errors import UserError
+
+RUN_FILE, LOCK = "run.json", "lock"
+# Started: the weights are being converted, the recipe is not known yet.
+STARTED, RUNNING, DONE = "started", "running", "done"
+# What makes a transfer run this run, in the order in which a difference is named.
+IDENTITY = ("protocol", "weights.name", "weights.sha256", "weights", "data", "seed", "recipe")
+
+
+def try_lock(path: Path, *, inherited: bool = False) -> int | None:
+    """An open descriptor that holds the lock file `path`, or None where another process holds it.
+
+    The lock ends with the process, however that dies. With `inherited` child processes that are given the descriptor
+    hold the lock too; without, they never do, so data workers that outlive a killed trainer do not block the next one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        (fcntl.flock if inherited else fcntl.lockf)(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder`, made where it is absent, for this process; `UserError` where another process holds it."""
+    descriptor = try_lock(folder / LOCK)
+    if descriptor is None:
+        raise UserError(f"Another process is writing in {folder}: stop it first, or choose another --output.")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def refuse_foreign(folder: Path, *, run_file: str = RUN_FILE, written: Sequence[str] = ("*",)) -> None:
+    """`UserError` where `folder` has no `run_file` and holds what a run would replace, the `written` patterns."""
+    if (folder / run_file).exists():
+        return
+    for pattern in written:
+        for found in (path for path in folder.glob(pattern) if path.name != LOCK):
+            raise UserError(
+                f"{folder} holds {found.relative_to(folder)} and no {run_file}, so it is no run to continue: choose "
+                "another --output, nothing is overwritten."
+            )
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """What `run.json` says, None in an empty or absent folder; `UserError` where the folder holds anything else."""
+    refuse_foreign(folder)
+    path = folder / RUN_FILE
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): choose another --output.") from None
+
+
+def write_run(folder: Path, run: Mapping[str, Any], *, state: str, record: Path | None = None) -> None:
+    """Write `run.json`; `record` is where a finished run has its record, relative where it lies in the folder."""
+    place = {}
+    if record is not None:
+        place = {"record": str(record.relative_to(folder) if folder in record.parents else record)}
+    files.write_json(folder / RUN_FILE, {**run, "state": state, **place})
+
+
+def record_of(folder: Path, run: Mapping[str, Any], *, results: Path | None = None) -> Path | None:
+    """The record of a finished run; None where the file is gone, or is not in the folder `results`."""
+    if run.get("state") != DONE or "record" not in run:
+        return None
+    path = folder / run["record"]
+    return path if path.is_file() and results in (None, path.parent.parent) else None
+
+
+def refuse_second_start(folder: Path, run: Mapping[str, Any]) -> NoReturn:
+    """Refuse to start a run anew in its own folder; say whether it is done and what may be done with it."""
+    if run.get("state") == DONE:
+        raise UserError(
+            f"{folder} holds this run, done (its record is {record_of(folder, run) or 'gone'}): pass --resume to print "
+            "or make its record again, --eval-only to measure it again, or choose another --output."
+        )
+    raise UserError(f"{folder} already holds this run: pass --resume to continue it, or choose another --output.")
+
+
+def refuse_other_run(folder: Path, before: Any, now: Any, *, first: Sequence[str] = ()) -> None:
+    """`UserError` naming the first difference between two descriptions of a run; those of `first` are named first."""
+
+    def place(difference: tuple[str, Any, Any]) -> int:
+        path = difference[0]
+        return next((i for i, name in enumerate(first) if path == name or path.startswith(f"{name}.")), len(first))
+
+    found = sorted(differences(before, now), key=place)
+    if found:
+        path, was, value = found[0]
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise UserError(
+            f"{folder} holds another run: {path} was {was!r} and is {value!r} now{more}; a run continues as it was "
+            "started, so choose another --output."
+        )
+
+
+def refuse_other_transfer(folder: Path, earlier: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """`refuse_other_run` on what both say: a run that was killed while it started had no recipe yet."""
+    shared = [key for key in ("protocol", "weights", "data", "seed", "recipe") if key in earlier and key in run]
+    refuse_other_run(folder, {k: earlier[k] for k in shared}, {k: run[k] for k in shared}, first=IDENTITY)
+
+
+def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two trees of JSON values differ: dotted path, value before, value now (None where there is none).
+
+    A list of numbers or words is one value; lists of tables or of lists are compared item by item when equally long.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            yield from differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+    elif _nested(before) and _nested(now) and len(before) == len(now):
+        for index, (one, other) in enumerate(zip(before, now, strict=True)):
+            yield from differences(one, other, f"{path}.{index}".lstrip("."))
+    elif before != now:
+        yield path, before, now
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(entry, (dict, list)) for entry in value)
+
+
+@contextlib.contextmanager
+def removed_on_failure(folder: Path) -> Iterator[None]:
+    """Make `folder`; when what follows fails before the run is in state `running`, nothing is left behind."""
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    was_empty = not any(folder.iterdir())
+    try:
+        yield
+    except BaseException:
+        path = folder / RUN_FILE
+        if was_empty and (not path.exists() or json.loads(path.read_text()).get("state") == STARTED):
+            shutil.rmtree(folder)
+            if existed:
+                folder.mkdir()
+        raise
+
+
+@contextlib.contextmanager
+def replaced_whole(folder: Path) -> Iterator[Path]:
+    """Yield a new folder that takes the place of `folder` when nothing fails; an older one goes only then."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
+    new.mkdir()
+    try:
+        yield new
+        old = folder.parent / f"{new.name}.old"
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)

@@ -1,0 +1,243 @@
+"""Who may write in a folder, which run is in it, what ends a run, and what keeps its identity over versions."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from twist.contracts import run_folder
+from twist.contracts.config import Config, added, identity_of, read_stored
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.failures import describe, explained, raise_reported
+from twist.contracts.files import sha256_json
+from twist.contracts.run_folder import DONE, RUN_FILE, RUNNING, STARTED, differences
+
+RUN = {"protocol": "knn", "seed": 0, "weights": {"name": "random", "architecture": "resnet18"}, "data": "imagenet a"}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    target, run = tmp_path / "run", {**RUN, "recipe": {"SOLVER": {"BASE_LR": 0.02}}}
+    assert run_folder.read_run(target) is None
+    with run_folder.removed_on_failure(target):
+        run_folder.write_run(target, run, state=RUNNING)
+    earlier = run_folder.read_run(target)
+    assert earlier is not None
+    run_folder.refuse_other_transfer(target, earlier, run)
+    with pytest.raises(UserError, match=r"already holds this run: pass --resume"):
+        run_folder.refuse_second_start(target, earlier)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"holds thesis\.tex and no run\.json"):
+        run_folder.read_run(tmp_path / "foreign")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"recipe": {"k": 10}}, "recipe.k was 20 and is 10 now"),
+        ({"data": "imagenet b", "protocol": "linear"}, "protocol was 'knn' and is 'linear' now (and 1 more)"),
+        ({"weights": {"name": "r50", "sha256": "ab"}}, "weights.name was 'random' and is 'r50' now"),
+        ({"weights": {"name": "random", "architecture": "resnet50"}}, "weights.architecture was 'resnet18'"),
+    ],
+)
+def test_the_first_difference_to_another_run_is_named(tmp_path: Path, change: dict, sentence: str) -> None:
+    run = {**RUN, "recipe": {"k": 20}}
+    with pytest.raises(UserError) as caught:
+        run_folder.refuse_other_transfer(tmp_path, run, {**run, **change})
+    assert sentence in str(caught.value)
+
+
+def test_a_finished_run_says_where_its_record_is(tmp_path: Path) -> None:
+    record = tmp_path / "run" / "results" / "knn" / "x.json"
+    record.parent.mkdir(parents=True)
+    record.touch()
+    run_folder.write_run(tmp_path / "run", RUN, state=DONE, record=record)
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    earlier = run_folder.read_run(moved)
+    assert earlier is not None
+    there = moved / "results" / "knn" / "x.json"
+    assert run_folder.record_of(moved, earlier) == there
+    assert run_folder.record_of(moved, earlier, results=tmp_path / "other") is None
+    with pytest.raises(UserError, match=rf"done \(its record is {there}\): pass --resume .*--eval-only"):
+        run_folder.refuse_second_start(moved, earlier)
+    there.unlink()
+    assert run_folder.record_of(moved, earlier) is None
+
+
+def test_a_failed_start_leaves_nothing_behind(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    with pytest.raises(UserError), run_folder.removed_on_failure(target):
+        run_folder.write_run(target, RUN, state=STARTED)
+        (target / "weights").mkdir()
+        raise UserError("no")
+    assert not target.exists()
+    target.mkdir()
+    with pytest.raises(UserError), run_folder.removed_on_failure(target):
+        (target / "weights").mkdir()
+        raise UserError("no")
+    assert list(target.iterdir()) == []
+    with pytest.raises(UserError), run_folder.removed_on_failure(target):
+        run_folder.write_run(target, RUN, state=RUNNING)
+        raise UserError("no")
+    assert (target / RUN_FILE).exists(), "a run under way can be resumed"
+
+
+def test_a_run_that_was_killed_while_it_started_has_no_recipe_to_compare(tmp_path: Path) -> None:
+    run_folder.write_run(tmp_path, RUN, state=STARTED)
+    earlier = run_folder.read_run(tmp_path)
+    assert earlier is not None
+    run_folder.refuse_other_transfer(tmp_path, earlier, {**RUN, "recipe": {"k": 20}})
+    with pytest.raises(UserError, match="seed was 0 and is 1"):
+        run_folder.refuse_other_transfer(tmp_path, earlier, {**RUN, "seed": 1, "recipe": {"k": 20}})
+
+
+def test_lists_are_compared_by_item_where_they_hold_tables() -> None:
+    assert list(differences({"a": [1, 2]}, {"a": [1, 3]})) == [("a", [1, 2], [1, 3])]
+    assert list(differences({"a": [[1], [2]]}, {"a": [[1], [3]]})) == [("a.1", [2], [3])]
+    assert list(differences({"a": [{"b": 1}]}, {"a": [{"b": 1}, {"b": 2}]})) == [
+        ("a", [{"b": 1}], [{"b": 1}, {"b": 2}])
+    ]
+
+
+def test_an_inherited_lock_belongs_to_the_open_file(tmp_path: Path) -> None:
+    lock = run_folder.try_lock(tmp_path / "lock", inherited=True)
+    assert lock is not None
+    copy = os.dup(lock)
+    os.close(lock)
+    assert run_folder.try_lock(tmp_path / "lock", inherited=True) is None, "a child's copy holds it"
+    os.close(copy)
+    other = os.open(tmp_path / "lock", os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with pytest.raises(UserError), run_folder.replaced_whole(tmp_path / "out") as folder:
+        (folder / "new").touch()
+        raise UserError("no")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+    with run_folder.replaced_whole(tmp_path / "out") as folder:
+        (folder / "new").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failures
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (torch.OutOfMemoryError("Tried to allocate 2.00 GiB.\nmore"), r"CUDA ran out of memory \(.*GiB\): lower x\.$"),
+        (MemoryError(), r"machine ran out of memory .*: lower x\.$"),
+        (FloatingPointError("Loss became infinite or NaN at iteration=7!"), r"iteration=7.*lower the learning rate"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), r"pid 7.*fewer workers.*--resume"),
+        (RuntimeError("[gloo] Connection closed by peer"), r"Another process of the run died .*--resume"),
+        (OSError(28, "No space left on device", "/x/y"), r"disk is full.*free some space"),
+        (RuntimeError("PytorchStreamWriter failed writing file"), r"disk is full"),
+        (PermissionError(13, "Permission denied", "/x/y"), r"/x/y may not be written or read: check its permissions"),
+        (FileExistsError(17, "File exists", "/x/y"), r"/x/y cannot be used \(File exists\): give another path"),
+    ],
+)
+def test_what_is_nobodys_bug_is_one_sentence_with_its_remedy(tmp_path: Path, error: Exception, sentence: str) -> None:
+    worker = explained(report=tmp_path, memory="lower x")
+    with pytest.raises(UserError, match=sentence) as caught, raise_reported(tmp_path), worker:
+        raise error
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_kinds_asked_for_are_explained_and_a_bug_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lower y"), explained(memory="lower x"), explained(memory="lower y"):
+        raise MemoryError
+    with pytest.raises(FloatingPointError), explained(memory="lower x"):
+        raise FloatingPointError
+    with pytest.raises(RuntimeError, match="shape mismatch"), explained(report=tmp_path):
+        raise RuntimeError("shape mismatch")
+    assert describe(RuntimeError("shape mismatch")) is None
+
+
+def _die(_rank: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _break(_rank: int, output: Path) -> None:
+    with explained(report=output):
+        raise ValueError("deep in the framework")
+
+
+def _complain(_rank: int, output: Path) -> None:
+    with explained(report=output):
+        raise UsageError("This key is wrong.")
+
+
+@pytest.mark.slow
+def test_what_happens_in_a_worker_reaches_the_user(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Worker 0 died \(SIGKILL\)"), raise_reported(tmp_path):
+        torch.multiprocessing.start_processes(_die, nprocs=1)
+    with pytest.raises(UsageError, match=r"^This key is wrong\.$"), raise_reported(tmp_path):
+        torch.multiprocessing.start_processes(_complain, args=(tmp_path,), nprocs=1)
+    with pytest.raises(RuntimeError, match=r"^ValueError: deep in the framework$"), raise_reported(tmp_path):
+        torch.multiprocessing.start_processes(_break, args=(tmp_path,), nprocs=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configs that get a key later
+
+
+class Loss(Config):
+    weight: float = 1.0
+
+
+class Now(Config):
+    lr: float
+    scales: tuple[float, ...] = (0.1, 0.5)
+    loss: Loss = Loss()
+
+
+class LaterLoss(Loss):
+    tau: float = added(1.0, gt=0)
+    kind: str = added("sharp", introduced_as="plain")
+
+
+class Later(Now):
+    loss: LaterLoss = LaterLoss()
+    sizes: tuple[int, ...] = added((1, 2))
+    extra: LaterLoss = added(LaterLoss())
+
+
+def test_a_key_that_is_added_with_a_default_changes_no_identity() -> None:
+    plain = {"loss": {"kind": "plain"}}  # the default may change later, what it stood for may not
+    before, after = identity_of(Now(lr=0.1)), identity_of(Later(lr=0.1, **plain))
+    assert before == after == Now(lr=0.1).model_dump(mode="json")
+    assert sha256_json(before) == sha256_json(after)
+    assert identity_of(Later(lr=0.1))["loss"] == {"weight": 1.0, "kind": "sharp"}
+    changed = Later(lr=0.1, loss={"tau": 2.0, "kind": "plain"}, sizes=(3,))
+    assert identity_of(changed) == {**before, "loss": {"weight": 1.0, "tau": 2.0}, "sizes": [3]}
+
+
+def test_a_stored_config_is_read_through_todays_model() -> None:
+    stored = Now(lr=0.1).model_dump(mode="json")
+    read = read_stored(stored, Later)
+    assert (read.loss.tau, read.loss.kind, read.sizes) == (1.0, "plain", (1, 2))
+    assert identity_of(read) == stored
+    assert read_stored(Later(lr=0.1).model_dump(mode="json"), Later) == Later(lr=0.1), "its own values stay"
+    with pytest.raises(ValueError, match="momentum"):
+        read_stored({**stored, "momentum": 0.9}, Later)
+
+
+def test_an_added_field_is_checked_like_any_other() -> None:
+    with pytest.raises(ValueError, match="greater than 0"):
+        LaterLoss(tau=0)

@@ -1,0 +1,263 @@
+"""What the framework engines share: a config's way to a run, silence, the proof of loaded weights, the evaluation.
+
+A framework's own part is a `FrameworkConfig`: how its config is read and changed. What is done with it, and in which
+order, is the same for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from twist.contracts import files
+from twist.contracts.curves import CURVES, Curves
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.progress import Progress
+from twist.transfer import recipe
+from twist.transfer.pictures import plot_losses
+from twist.transfer.recipe import Schedule, Tree
+from twist.transfer.request import Request, Resolved, Result, Weights
+
+_EVALUATION = "evaluation.json"
+# Known and harmless; every other warning passes.
+_NOISE = (
+    "pkg_resources is deprecated",  # detectron2.model_zoo imports it
+    "torch.meshgrid: in an upcoming release",  # detectron2's anchor generator
+    "Fail to import ``MultiScaleDeformableAttention``",  # mmcv without compiled operators: none is needed here
+    "Default ``avg_non_ignore`` is False",  # mmseg's cross entropy, as every published recipe has it
+    "The given NumPy array is not writable",
+)
+_LOGGERS = ("detectron2", "fvcore", "mmengine", "current", "torch.fx._symbolic_trace")
+
+
+class FrameworkConfig(ABC):
+    """The config of a run in a framework's own form, read from the protocol's file and the weights' overlay.
+
+    `schedule` is what it says for so many processes and `set_schedule` writes it; `override` sets a key that exists;
+    `tree` is the config as JSON has it; `recipe` is what of such a tree decides the number, for any weights and data;
+    `place` sets what is the machine's and the run's own: devices, workers, folders, seed, weights.
+    """
+
+    # Keys that an option of the command line decides, with the option; overridden, they would be ignored.
+    options: ClassVar[dict[str, str]]
+    # What cannot change the number: how the machine works, how often something is shown or saved.
+    harmless: ClassVar[tuple[str, ...]]
+    # What an override may change without making the run another protocol's, as long as `leaves_protocol` is empty.
+    schedule_keys: ClassVar[tuple[str, ...]]
+    # Keys, with their values, of a backbone that learns.
+    unfrozen: ClassVar[str]
+    # Sections whose values others have copied, which an unknown key is not looked for in.
+    copied: ClassVar[tuple[str, ...]] = ()
+    # GPUs for which the recipe is stated, 0 for any number.
+    reference: int
+    config: Any
+
+    @abstractmethod
+    def schedule(self, *, processes: int) -> Schedule: ...
+    @abstractmethod
+    def set_schedule(self, schedule: Schedule, *, processes: int) -> None: ...
+    @abstractmethod
+    def override(self, key: str, value: Any) -> None: ...
+    @abstractmethod
+    def tree(self) -> Tree: ...
+    @abstractmethod
+    def recipe(self, tree: Tree, processes: int) -> Tree: ...
+    @abstractmethod
+    def is_frozen(self) -> bool: ...
+    @abstractmethod
+    def is_synchronised(self) -> bool: ...
+    @abstractmethod
+    def place(self, request: Request, weights: Weights) -> None: ...
+
+    def nested(self) -> Any:
+        """The config as dicts and lists that an override's key is looked up in."""
+        return self.config
+
+    def more_departures(self) -> list[str]:
+        """What else makes the run another protocol's."""
+        return []
+
+
+def resolve(read: Callable[[Request, Weights], FrameworkConfig], request: Request, weights: Weights) -> Resolved:
+    """Config, plan and recipe of `request`; nothing is built and nothing is written.
+
+    Order, later wins: the framework's config, ours, the weights' overlay, the linear rule, `key=value` overrides (taken
+    as written: the rule does not scale them again).
+
+    Raises:
+        UsageError: an override that does not fit, a batch that does not divide, frozen batch norm.
+        UserError: a ViT, for which these recipes are not made.
+    """
+    if weights.header.is_vit:
+        raise UserError(
+            f"{weights.header.display_name} is no backbone of {request.protocol.name}: use linear, knn or "
+            "finetune-100pct for ViTs, or a ResNet."
+        )
+    run = read(request, weights)
+    processes, reference, controls = request.processes, run.reference, request.controls
+    published = run.schedule(processes=reference or 1)
+    rule = recipe.choose_rule(processes=processes, reference=reference, keep_batch=controls.keep_batch)
+    planned = published
+    if rule == "linear rule":
+        planned = recipe.linear_rule(published, processes=processes, reference=reference)
+    if controls.iterations:
+        planned = recipe.stretch(planned, controls.iterations)
+    run.set_schedule(planned, processes=processes)
+
+    before, ruled = run.tree(), run.schedule(processes=processes)
+    for text in request.overrides:
+        key, value = recipe.read_override(text, run.nested(), run.options, copied=run.copied)
+        try:
+            run.override(key, value)
+        except (ValueError, AssertionError) as error:
+            raise UsageError(f'"{text}" does not fit: {str(error).splitlines()[0].rstrip(".")}.') from None
+    after, planned = run.tree(), run.schedule(processes=processes)
+    _check(run, planned, request, weights)
+    run.place(request, weights)
+
+    changed = recipe.leaves_protocol(published, planned)
+    changed += recipe.departures(before, after, free=(*run.schedule_keys, *run.harmless))
+    changed += run.more_departures()
+    notes = []
+    if rule != "as published" and request.protocol.scale == "full":
+        lr, iterations = planned.learning_rate, planned.iterations
+        notes.append(f"{rule}: {planned.images_per_step} images a step, lr {lr:g}, {iterations} iterations")
+    if request.gpus == 0 and run.is_synchronised():  # not in the recipe: over one process both use the same statistics
+        notes.append("one process on the CPU: synchronised batch norm is plain batch norm there")
+    return Resolved(
+        run.config,
+        recipe.recorded(before, after, recipe_of=lambda tree: run.recipe(tree, processes), harmless=run.harmless),
+        recipe.render_plan(
+            published, planned, rule=rule, processes=processes, gpus=request.gpus, reference=reference, changed=changed
+        ),
+        reduced=bool(changed),
+        notes=(*notes, *recipe.searched(ruled, planned), *changed),
+    )
+
+
+def _check(run: FrameworkConfig, planned: Schedule, request: Request, weights: Weights) -> None:
+    if run.is_frozen() and (request.method or weights.header.method) != "supervised":
+        raise UsageError(
+            "Frozen batch norm or frozen stages do not go with self-supervised or random weights: their feature scales "
+            f"are not those the statistics were tuned for (MoCo, arXiv 1911.05722, section 4.2); keep {run.unfrozen}."
+        )
+    if request.processes > 1 and not request.gpus:
+        raise UsageError("Several processes need GPUs: synchronised batch norm does not run on CPUs.")
+    if planned.images_per_step < request.processes or planned.images_per_step % request.processes:
+        raise UsageError(f"{planned.images_per_step} images a step do not divide over {request.processes} processes.")
+    if planned.iterations < 1:
+        raise UsageError("A run needs at least one iteration.")
+
+
+def prove_loaded(title: str, tensors: Mapping[str, Any], state: Mapping[str, Any], *, expected: set[str]) -> None:
+    """`UserError` unless all `tensors` are in a model's `state` bit for bit, as or at the end of a name, and no name of
+    `expected` is left over: the frameworks only print a warning."""
+    import torch
+
+    filled, wrong = set(), []
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or name.endswith("num_batches_tracked"):
+            continue
+        places = [name] if name in state else [key for key in state if key.endswith(f".{name}")]
+        if len(places) != 1 or not torch.equal(state[places[0]].cpu(), tensor):
+            wrong.append(name)
+        filled.update(places)
+    absent = sorted(name for name in expected - filled if not name.endswith("num_batches_tracked"))
+    if wrong or absent:
+        raise UserError(
+            f"{title} did not take the weights: {len(wrong)} tensors of the file are not in the model, {len(absent)} "
+            f"of the backbone's were left at random (first: {(wrong or absent)[0]}); convert them again."
+        )
+
+
+class TrainingLog:
+    """Curves and progress of a training from step `start` to `total`, in the first process of a run."""
+
+    def __init__(self, output: Path, *, start: int, total: int) -> None:
+        self.every = max(1, min(20, total // 50))
+        self._total = total
+        self._curves = Curves(output / CURVES, start=start + 1)
+        self._progress = Progress("train", total=total, unit="step", start=start).__enter__()
+
+    def step(self, done: int, values: Callable[[], Mapping[str, float]]) -> None:
+        """After a step: every few of them `values`, losses and lr by name, are read and written."""
+        if done % self.every and done != self._total:
+            return
+        numbers = values()
+        loss = numbers.get("loss", math.nan)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"loss {loss} at iteration {done}")
+        self._curves.add(done, numbers)
+        self._progress.advance(done - self._progress.done, loss=loss)
+        if self.finished:  # the evaluation that follows shows its own
+            self._progress.__exit__(None, None, None)
+
+    @property
+    def finished(self) -> bool:
+        return self._progress.done >= self._total
+
+    def close(self) -> None:
+        self._curves.close()
+
+
+def require_finished(output: Path, *, done: int, of: int) -> None:
+    """Refuse to evaluate a run before its end, a state that the protocol never measures."""
+    if done < of:
+        raise UserError(
+            f"{output} stands at iteration {done} of {of}: --eval-only measures finished runs, so finish this one with "
+            "--resume."
+        )
+
+
+def leave(output: Path, **measured: Any) -> None:
+    """In a worker: write `metrics`, `images` (how many of each set), `media` (files in `output`) and `notes`."""
+    files.write_json(output / _EVALUATION, measured)
+
+
+def collect(request: Request, resolved: Resolved) -> Result:
+    """In the caller: metrics, recipe with the sizes of the data, pictures, the plot of losses."""
+    values = json.loads((request.output / _EVALUATION).read_text())
+    media = [request.output / name for name in values["media"]]
+    curves = request.output / CURVES
+    if curves.exists() and curves.stat().st_size:
+        media.append(plot_losses(curves, request.output / "losses.png", title=request.protocol.name))
+    return Result(
+        metrics={name: values["metrics"][name] for name in request.protocol.metrics},
+        recipe={**resolved.recipe, "data": values["images"]},
+        media=media,
+        curves=curves if curves.exists() else None,  # None on a node that is not the first, in a folder of its own
+        notes=[*resolved.notes, *values.get("notes", ())],
+    )
+
+
+@contextlib.contextmanager
+def frameworks_quiet(log: Path | None = None) -> Iterator[None]:
+    """Inside, the frameworks' loggers write to `log` (nowhere when None), prints and known warnings go nowhere."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
+    handler = logging.NullHandler() if log is None else logging.FileHandler(log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.handlers = [handler]
+    try:
+        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            for text in _NOISE:
+                warnings.filterwarnings("ignore", message=r"\s*" + re.escape(text))
+            yield
+    finally:
+        handler.close()
+        for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+            logger.propagate = propagate
+            logger.handlers = handlers
