@@ -7,7 +7,7 @@ from pathlib import Path
 from twist.contracts.files import write_text
 from twist.contracts.weights import ARCHITECTURES, Backbone
 from twist.converters.proof import TOLERANCE
-from twist.converters.sources import LAYOUTS, Layout
+from twist.converters.sources import ANYWHERE, LAYOUTS, Layout
 from twist.converters.targets import TARGETS, Target
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "conversions.md"
@@ -26,7 +26,7 @@ def page() -> str:
             networks=_table(["network", *_target_heads()], map(_network_row, _networks())),
             sources=_table(
                 ["layout (`--from`)", "method", "branches", "pixels", "found", *_target_heads(), "read from"],
-                map(_source_row, LAYOUTS),
+                map(_source_row, (*LAYOUTS, ANYWHERE)),
             ),
         )
     )
@@ -61,7 +61,7 @@ def _network_row(backbone: Backbone) -> list[str]:
 
 def _source_row(layout: Layout) -> list[str]:
     branches = ", ".join(dict.fromkeys(branch.name for branch in layout.branches))
-    found = "by content" if layout.detect else "*by name*"
+    found = "by search" if layout.generic or layout is ANYWHERE else "by content" if layout.detect else "*by name*"
     cells = [_cell(layout, target) for target in TARGETS.values()]
     return [f"`{layout.name}`", layout.method, branches, layout.pixels.label, found, *cells, layout.note]
 

@@ -15,9 +15,9 @@ from twist.contracts.machine import software
 from twist.contracts.run_folder import replaced_whole
 from twist.contracts.weights import Backbone, weights_file
 from twist.converters import output_folder
-from twist.converters.output_folder import REPORT, TENSORS
+from twist.converters.output_folder import DROPPED, REPORT, TENSORS
 from twist.converters.proof import TOLERANCE, Proof, prove
-from twist.converters.read import Source, load_source
+from twist.converters.read import Source, assumed, counts_by_module, load_source
 from twist.converters.targets import TARGETS, Target
 
 
@@ -40,6 +40,8 @@ def convert(
     target: str,
     layout: str | None = None,
     branch: str | None = None,
+    entry: str | None = None,
+    prefix: str | None = None,
     output: Path | None = None,
     verify: bool = True,
     pkl: bool = False,
@@ -47,8 +49,9 @@ def convert(
 ) -> Conversion:
     """Convert `checkpoint` into the folder `output` (default: `<its name>-<target>` in the working directory).
 
-    The folder holds the weights, the overlay where the target has settings, `report.json` and `tensors.txt`. An earlier
-    conversion of the same file there is replaced.
+    The folder holds the weights, the overlay where the target has settings, `report.json`, `tensors.txt` and, where
+    tensors were left out, `dropped.txt`. An earlier conversion of the same file there is replaced. `layout`, `branch`,
+    `entry` and `prefix` say what to read, as `twist inspect` lists it.
 
     Raises:
         UserError: the checkpoint cannot be read, the target has no such network, or the folder holds anything else;
@@ -64,7 +67,7 @@ def convert(
         raise UsageError(f"--pkl has no meaning with --to {target}: Detectron2 reads such a file.")
     output = Path(output or output_folder.default_folder(checkpoint, target))
     output_folder.check(output, checkpoint)
-    source = load_source(checkpoint, layout=layout, branch=branch, allow_nan=allow_nan)
+    source = load_source(checkpoint, layout=layout, branch=branch, entry=entry, prefix=prefix, allow_nan=allow_nan)
     backbone = source.backbone
     output_folder.check_same_source(
         output, checkpoint, sha256=source.sha256, layout=backbone.source_layout, branch=backbone.source_branch
@@ -84,6 +87,9 @@ def convert(
             files.write_text(folder / settings[0], settings[1])
         names = into.names(backbone)
         files.write_text(folder / TENSORS, _listing(source, names))
+        dropped = _dropped(source, names)
+        if dropped:
+            files.write_text(folder / DROPPED, "\n".join(dropped) + "\n")
         proof = prove(into, folder, backbone, source.tensors) if verify else Proof("none", "nothing: --no-verify")
         files.write_json(folder / REPORT, _report(into, source, checkpoint, names, proof))
     return Conversion(
@@ -105,8 +111,9 @@ def conversion_text(conversion: Conversion) -> str:
         ours = "against a recorded manifest and our reference network, no framework ran"
         by = "with the framework itself" if proof.kind == "framework" else ours
         proven = (
-            f"proven {by}: every stage's features agree to {proof.max_difference or 0:.2g} of their largest "
-            f"({proof.max_absolute_difference or 0:.2g} absolutely); {TOLERANCE:g} is allowed"
+            f"proven {by}: the target computes what this reading of the file computes; every stage's features agree to "
+            f"{proof.max_difference or 0:.2g} of their largest ({proof.max_absolute_difference or 0:.2g} absolutely), "
+            f"{TOLERANCE:g} is allowed"
         )
     return (
         f"{backbone.method} {backbone.display_name} (layout {backbone.source_layout}, branch {backbone.source_branch}) "
@@ -118,7 +125,6 @@ def conversion_text(conversion: Conversion) -> str:
 
 
 def _report(into: Target, source: Source, checkpoint: Path, names: Mapping[str, str], proof: Proof) -> dict[str, Any]:
-    unplaced = [name for name in source.tensors if name not in names]
     return {
         "source": {
             "file": checkpoint.name,
@@ -128,7 +134,8 @@ def _report(into: Target, source: Source, checkpoint: Path, names: Mapping[str, 
             "dtype": source.dtype,
             "tensors": len(source.names) + len(source.dropped),
             "used": sum(name in names for name in source.names),
-            "dropped": [*source.dropped, *(source.names.get(name, name) for name in unplaced)],
+            # Tensors that were left out, by the module they are in; their names are in dropped.txt.
+            "dropped": counts_by_module(_dropped(source, names), used=source.used_modules),
             "entries_left_aside": source.unused_entries,
         },
         "target": {
@@ -138,11 +145,18 @@ def _report(into: Target, source: Source, checkpoint: Path, names: Mapping[str, 
             "filled_from_source": sum(name in source.names for name in names),
             "filled_by_rule": [names[name] for name in source.filled if name in names],
         },
+        # What no tensor says: the proof compares the target with this reading of the file.
+        "assumed": list(assumed(source.backbone)),
         "backbone": source.backbone.model_dump(mode="json"),
         "proof": proof.to_json(),
         "notes": [*source.notes, *proof.notes],
         "software": software(),
     }
+
+
+def _dropped(source: Source, names: Mapping[str, str]) -> list[str]:
+    """Names in the file of tensors beside the backbone, and of those that the target has no place for."""
+    return [*source.dropped, *(source.names.get(name, name) for name in source.tensors if name not in names)]
 
 
 def _listing(source: Source, names: Mapping[str, str]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,9 @@ from twist.contracts.errors import UserError
 from twist.contracts.rename import Table
 from twist.contracts.weights import METADATA_KEY, RESNETS, VITS, difference
 from twist.converters import sources
+from twist.converters.evidence import trained_for
 from twist.converters.open import Contents
-from twist.converters.sources import Branch, Layout, Pixels
+from twist.converters.sources import Branch, Layout, Pixels, matches
 from twist.converters.tables import DETECTRON2, MMSEG_VIT, TIMM_VIT, TORCHVISION
 
 if TYPE_CHECKING:
@@ -47,10 +47,12 @@ class Found:
     table: Table
     state: dict[str, Tensor]  # names without `module.` and `_orig_mod.`
     present: tuple[str, ...] = ()  # names of all branches in the file
+    asked: bool = False  # the user said where it is
+    notes: tuple[str, ...] = ()
 
 
-def find(contents: Contents, *, layout: str | None = None, branch: str | None = None) -> Found:
-    """The layout of a file and the branch to take; raises as `load_artefact` does."""
+def find(contents: Contents, *, layout: str | None = None, branch: str | None = None) -> Found | None:
+    """The layout of a file and the branch to take, None where no layout fits; raises as `load_artefact` does."""
     value, where = contents.value, str(contents.path)
     if not isinstance(value, dict):
         kind = "list" if isinstance(value, list) else type(value).__name__
@@ -58,7 +60,7 @@ def find(contents: Contents, *, layout: str | None = None, branch: str | None = 
     value = join_haiku(value)
     if layout is not None:
         candidates: tuple[Layout, ...] = (sources.BY_NAME[layout],)
-    elif METADATA_KEY in contents.metadata or isinstance(value.get(METADATA_KEY), str):
+    elif is_converted(contents):
         candidates = (CONVERTED,)
     elif hub_pixels(contents) is not None:
         candidates = (sources.BY_NAME["timm"],)
@@ -70,6 +72,7 @@ def find(contents: Contents, *, layout: str | None = None, branch: str | None = 
         if places:
             if layout is None:
                 _ask_if_named(contents.path, row)
+                check_not_dense(places[0].state, row, where, places[0].branch.prefix)
             present = tuple(dict.fromkeys(place.branch.name for place in places))
             chosen = [place for place in places if branch in (None, place.branch.name)]
             if not chosen:
@@ -77,8 +80,16 @@ def find(contents: Contents, *, layout: str | None = None, branch: str | None = 
                     f"{where} (layout {row.name}) holds no branch {branch}: it holds {', '.join(present)}; choose one "
                     "of them, or leave --branch away."
                 )
-            return replace(chosen[0], present=present)
-    raise UserError(_why_not(where, value, layout))
+            return replace(chosen[0], present=present, asked=layout is not None)
+    if layout is not None:
+        raise UserError(_not_that(where, layout))
+    return None
+
+
+def is_converted(contents: Contents) -> bool:
+    """Whether an earlier conversion's header is in the file."""
+    value = contents.value
+    return METADATA_KEY in contents.metadata or (isinstance(value, dict) and isinstance(value.get(METADATA_KEY), str))
 
 
 def state_dicts(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
@@ -90,11 +101,6 @@ def state_dicts(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield from state_dicts(item, (*path, str(key)))
-
-
-def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a name fits one of the globs (`a|b`: either)."""
-    return any(fnmatchcase(name, part) for pattern in patterns for part in pattern.split("|"))
 
 
 def hub_pixels(contents: Contents) -> Pixels | None:
@@ -153,11 +159,41 @@ def check_complete(tensors: Mapping[str, Tensor], shape: Mapping[str, Any], wher
     return list(expected)
 
 
+def readable(tensors: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
+    """The same tensors; `UserError` when one is sparse or has no values."""
+    import torch
+
+    bad = next((name for name, t in tensors.items() if t.is_meta or t.layout is not torch.strided), None)
+    if bad is not None:
+        raise UserError(f"{where}: {bad} is a sparse tensor or one without values: save the network's plain tensors.")
+    return tensors
+
+
+def fill(tensors: dict[str, Tensor], shape: Mapping[str, Any], table: Table) -> list[str]:
+    """Add what the layout does not keep at all (BN's counter, Caffe2's statistics); return the names added."""
+    import torch
+
+    from twist.contracts.networks import meta_tensors
+
+    absent = tuple(end for end in table.absent if not any(name.endswith(end) for name in tensors))
+    expected = meta_tensors(shape["architecture"], width=shape["width"], image_size=shape["image_size"])
+    filled = [name for name in expected if name not in tensors and absent and name.endswith(absent)]
+    for name in filled:
+        # As Detectron2 fills them when it loads these files (layers/batch_norm.py): mean 0, variance 1, counter 0.
+        empty = torch.ones_like if name.endswith("running_var") else torch.zeros_like
+        tensors[name] = empty(expected[name], device="cpu")
+    return filled
+
+
 def known_network(names: Iterable[str]) -> str | None:
-    """Why a state dict with these names is of a well-known network that is not converted; else None."""
-    names = list(names)
-    patterns = sources.FOREIGN.items()
-    return next((reason for pattern, reason in patterns if any(re.search(pattern, name) for name in names)), None)
+    """Why a state dict with these names (cleaned) is of a well-known network that is not converted; else None."""
+    text = "\n".join(names)  # one search a pattern, not one a name
+
+    def found(pattern: str) -> bool:
+        return re.search(pattern, text, re.MULTILINE) is not None
+
+    rows = (row for row in sources.FOREIGN if all(map(found, row.has)) and not (row.lacks and found(row.lacks)))
+    return next((row.says for row in rows), None)
 
 
 def join_haiku(value: dict[str, Any]) -> dict[str, Any]:
@@ -209,11 +245,18 @@ def _vit_of(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
 
 def _places(layout: Layout, value: dict[str, Any], *, forced: bool) -> Iterator[Found]:
     """Each branch of `layout` that is in the file, the preferred one first."""
-    if not forced and not all(entry in value for entry in layout.top):
+    if not forced and not all(_entry_at(value, tuple(entry.split("/"))) is not None for entry in layout.top):
         return
-    for branch in layout.branches:
-        state = _state_at(value, branch.entry)
-        if not forced and not _holds(state, layout.evidence):
+    named = {branch.name for branch in layout.branches}
+    copies = [
+        Branch(name, (*branch.entry[:-1], copy), branch.prefix)
+        for branch in layout.branches
+        for name, copy in sources.copies_of(branch.entry)
+        if name not in named
+    ]
+    for branch in (*layout.branches, *copies):
+        state = state_at(value, branch.entry)
+        if not forced and not _fits(layout, state):
             continue
         for table in layout.tables:
             if any(branch.prefix + anchor in state for anchor in table.anchors):
@@ -221,9 +264,31 @@ def _places(layout: Layout, value: dict[str, Any], *, forced: bool) -> Iterator[
                 break
 
 
+def _fits(layout: Layout, state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict has the layout's evidence, lacks what it must lack, and its linear layers are that."""
+    for module in layout.linear:
+        parts = {name.removeprefix(f"{module}."): t.ndim for name, t in state.items() if name.startswith(f"{module}.")}
+        if parts != {"weight": 2, "bias": 1}:
+            return False
+    return _holds(state, layout.evidence) and not any(matches(name, layout.lacks) for name in state)
+
+
+def check_not_dense(state: Mapping[str, Tensor], layout: Layout, where: str, prefix: str) -> None:
+    """`UserError` for the state dict of a trained detector or segmentor, whose backbone has to be asked for."""
+    # A pretraining with detection heads of its own names them in its row; `*head.*` names no such thing.
+    named = tuple(pattern for pattern in layout.drop if pattern[0] != "*")
+    dense = trained_for(state, named) if layout is not CONVERTED else None
+    if dense is not None:
+        ask = f"--prefix {prefix}" if prefix else f"--from {layout.name}"
+        raise UserError(
+            f"{where} is a trained {dense.title}, whose backbone ran {dense.runs}; to take that backbone all the same, "
+            f"as a plain network, say {ask}."
+        )
+
+
 def _ask_if_ambiguous(where: str, value: dict[str, Any]) -> None:
     for case in sources.AMBIGUOUS:
-        state = _state_at(value, case.entry)
+        state = state_at(value, case.entry)
         if state and _holds(state, case.evidence) and not any(entry in value for entry in case.absent):
             choices = " or ".join(f"--from {choice}" for choice in case.choices)
             raise UserError(f"{where} does not say what it is ({case.why}): say {choices}.")
@@ -238,17 +303,20 @@ def _ask_if_named(path: Path, layout: Layout) -> None:
             )
 
 
-def _why_not(where: str, value: dict[str, Any], layout: str | None) -> str:
+def _not_that(where: str, layout: str) -> str:
+    row = sources.BY_NAME[layout]
+    entry = "/".join(row.branches[0].entry) or "the file itself"
+    first = row.branches[0].prefix + row.tables[0].anchors[0]
+    return (
+        f"{where} does not have the layout {layout} (expected in {entry}: {first}); `twist inspect {where}` shows "
+        "what it holds."
+    )
+
+
+def why_not(where: str, value: dict[str, Any]) -> str:
+    """Why nothing in a file can be converted, in one sentence."""
     found = list(state_dicts(value))
-    names = [name for _, tensors in found for name in tensors]
-    if layout is not None:
-        row = sources.BY_NAME[layout]
-        entry = "/".join(row.branches[0].entry) or "the file itself"
-        first = row.branches[0].prefix + row.tables[0].anchors[0]
-        return (
-            f"{where} does not have the layout {layout} (expected in {entry}: {first}); `twist inspect {where}` shows "
-            "what it holds."
-        )
+    names = {_clean(name): tensor for _, tensors in found for name, tensor in tensors.items()}
     if not names:
         entries = ", ".join(map(str, list(value)[:6])) or "none"
         return f"{where} holds no tensors (entries: {entries}): save the state dict."
@@ -258,8 +326,8 @@ def _why_not(where: str, value: dict[str, Any], layout: str | None) -> str:
     if known:
         return f"{where} cannot be converted: {known}."
     return (
-        f"{where}: none of the {len(sources.LAYOUTS)} layouts fits its {len(names)} tensors (first: {names[0]}); if it "
-        "is a ResNet or ViT of a layout in docs/conversions.md, name the layout with --from."
+        f"{where} holds no ResNet and no ViT whose names are known (its {len(names)} tensors begin with "
+        f"{next(iter(names))}): save the backbone alone under torchvision's or timm's names."
     )
 
 
@@ -267,10 +335,17 @@ def _holds(state: Mapping[str, Tensor], evidence: tuple[str, ...]) -> bool:
     return all(any(matches(name, (pattern,)) for name in state) for pattern in evidence)
 
 
-def _state_at(value: Any, entry: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors at a path of entries, names without `module.` and `_orig_mod.`; {} when there are none."""
+def _entry_at(value: Any, entry: tuple[str, ...]) -> Any:
     for key in entry:
-        value = value.get(key) if isinstance(value, dict) else None
+        value = (
+            next((item for own, item in value.items() if str(own) == key), None) if isinstance(value, dict) else None
+        )
+    return value
+
+
+def state_at(value: Any, entry: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors at a path of entries, names without `module.` and `_orig_mod.`; {} when there are none."""
+    value = _entry_at(value, entry)
     tensors = _tensors_of(value) if isinstance(value, dict) else {}
     cleaned = {_clean(name): tensor for name, tensor in tensors.items()}
     if len(cleaned) != len(tensors):

@@ -11,7 +11,8 @@ from twist.contracts.errors import UsageError, UserError
 from twist.contracts.weights import weights_file
 from twist.converters.detect import state_dicts
 from twist.converters.open import Contents, read_contents
-from twist.converters.read import Source, check_values, read_source
+from twist.converters.read import Source, assumed, check_values, counts_by_module, read_source
+from twist.converters.search import Network, networks
 from twist.converters.targets import TARGETS
 
 
@@ -23,6 +24,7 @@ class Inspection:
     source: Source | None
     problems: tuple[str, ...]
     targets: tuple[str, ...] = ()  # that can hold the backbone
+    networks: tuple[Network, ...] = ()  # every whole one in the file, wherever it lies
 
     def to_json(self) -> dict[str, Any]:
         """All of it; None for what the file does not give."""
@@ -51,16 +53,27 @@ class Inspection:
             "backbone_tensors": len(source.names) if source else 0,
             "backbone_parameters": sum(t.numel() for name, t in tensors.items() if not name.endswith(statistics)),
             "dropped": source.dropped if source else (),
-            # First parts of the names that the backbone has in the file.
-            "used": tuple(sorted({name.partition(".")[0] for name in source.names.values()})) if source else (),
+            "used": source.used_modules if source else (),
             "notes": source.notes if source else (),
+            "assumed": assumed(header) if header else (),
+            "networks": [
+                {
+                    "architecture": net.architecture,
+                    "entry": "/".join(net.entry),
+                    "prefix": net.prefix,
+                    "tensors": len(net.tensors),
+                }
+                for net in self.networks
+            ],
             "targets": self.targets,
             "problems": self.problems,
         }
 
 
-def inspect(checkpoint: Path, *, layout: str | None = None) -> Inspection:
-    """Look into `checkpoint`, as the source layout of that name when one is given.
+def inspect(
+    checkpoint: Path, *, layout: str | None = None, entry: str | None = None, prefix: str | None = None
+) -> Inspection:
+    """Look into `checkpoint`, as the source layout of that name, or at the network in that place, where one is given.
 
     Raises:
         UsageError: there is no layout of that name.
@@ -68,12 +81,14 @@ def inspect(checkpoint: Path, *, layout: str | None = None) -> Inspection:
             is among the problems.
     """
     contents = read_contents(weights_file(checkpoint))
+    whole = isinstance(contents.value, dict)
+    found = tuple(net for net in networks(contents.value) if not net.reason) if whole else ()
     try:
-        source = read_source(contents, layout=layout, allow_nan=True)
+        source = read_source(contents, layout=layout, entry=entry, prefix=prefix, allow_nan=True)
     except UsageError:
         raise
     except UserError as error:
-        return Inspection(contents, None, (str(error),))
+        return Inspection(contents, None, (str(error),), networks=found)
     problems = []
     try:
         check_values(source.tensors, str(contents.path))
@@ -82,7 +97,7 @@ def inspect(checkpoint: Path, *, layout: str | None = None) -> Inspection:
     refusals = {target: target.refuse(source.backbone) for target in TARGETS.values()}
     problems += [f"not for {target.title}: {reason}" for target, reason in refusals.items() if reason]
     targets = tuple(target.name for target, reason in refusals.items() if not reason)
-    return Inspection(contents, source, tuple(problems), targets)
+    return Inspection(contents, source, tuple(problems), targets, found)
 
 
 def inspection_text(inspection: Inspection) -> str:
@@ -106,21 +121,15 @@ def inspection_text(inspection: Inspection) -> str:
         ]
         if seen["padding"] == "same" or seen["stride_in"] == "1x1":
             rows.append(("network", f"padding {seen['padding']}, stride in the {seen['stride_in']} convolution"))
-        rows.append(("would drop", _shortened(seen["dropped"], used=seen["used"])))
+        counts = counts_by_module(seen["dropped"], used=seen["used"])
+        dropped = ", ".join(module + (f" ({count})" if count > 1 else "") for module, count in counts.items())
+        rows.append(("would drop", dropped or "nothing"))
         rows.append(("converts to", ", ".join(seen["targets"])))
     if seen["epochs"] is not None:
         rows.append(("epochs", f"{seen['epochs']}"))
     elif seen["epoch_entry"] is not None:
         rows.append(("epochs", f"{seen['epoch_entry']} (the entry `epoch`, as it stands)"))
+    rows += [("network", net.text) for net in inspection.networks if len(inspection.networks) > 1 or not seen["layout"]]
     rows += [("note", note) for note in seen["notes"]]
     rows += [("problem", problem) for problem in seen["problems"]]
     return "\n".join(f"{key:12}  {value}" for key, value in rows)
-
-
-def _shortened(names: tuple[str, ...], *, used: tuple[str, ...]) -> str:
-    """`encoder_k (320), encoder_q.fc (4), queue` instead of 325 names; of a module in use, the part that is not."""
-    counts: Counter[str] = Counter()
-    for name in names:
-        parts = name.split(".")
-        counts[".".join(parts[: 2 if parts[0] in used else 1]).split("/")[0]] += 1
-    return ", ".join(module + (f" ({count})" if count > 1 else "") for module, count in counts.items()) or "nothing"

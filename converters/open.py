@@ -47,6 +47,8 @@ class Contents:
     value: Any
     metadata: dict[str, str] = field(default_factory=dict)  # safetensors' own
     hub: dict[str, Any] = field(default_factory=dict)  # timm's config.json in the same folder
+    # Settings beside the file, by name: solo-learn's args.json, a model hub's config.json.
+    beside: dict[str, Any] = field(default_factory=dict)
 
 
 def read_contents(path: Path) -> Contents:
@@ -80,7 +82,7 @@ def read_contents(path: Path) -> Contents:
         raise
     except Exception as error:  # a damaged file makes a reader raise anything: it becomes one sentence
         raise _refusal(path, container, error) from None
-    return Contents(path, container, sha256_file(path), value, metadata, _hub_settings(path))
+    return Contents(path, container, sha256_file(path), value, metadata, _hub_settings(path), _settings_beside(path))
 
 
 # First bytes (lower case, after white space) of files that are mistaken for checkpoints, and what to do about them.
@@ -189,14 +191,27 @@ def _refusal(path: Path, container: Container, error: Exception) -> UserError:
 
 
 def _hub_settings(path: Path) -> dict[str, Any]:
-    """The config.json that timm and the model hubs write next to a weights file; {} when there is none."""
-    if path.name not in ("model.safetensors", "pytorch_model.bin"):
-        return {}
-    try:
-        config = json.loads((path.parent / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) and "architecture" in config else {}
+    """The config.json that timm writes next to a weights file; {} when there is none."""
+    config = _settings_beside(path).get("config.json", {})
+    return config if "architecture" in config else {}
+
+
+# Names of weights files whose folder holds nothing but one model, as the hubs have it.
+_HUB_FILES = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+
+
+def _settings_beside(path: Path) -> dict[str, Any]:
+    """What programs write beside their checkpoints, by file name; a config.json only where the file is a hub's."""
+    found = {}
+    names = ("args.json", "config.json", "preprocessor_config.json")
+    for name in names if _HUB_FILES.fullmatch(path.name) else names[:1]:
+        try:
+            settings = json.loads((path.parent / name).read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(settings, dict):
+            found[name] = settings
+    return found
 
 
 def _plain(value: Any, path: Path) -> Any:
@@ -222,6 +237,9 @@ def _plain(value: Any, path: Path) -> Any:
         if isinstance(value, (list, tuple)):
             return [walk(item, depth + 1) for item in value]
         if isinstance(value, Opaque) and isinstance(value.state, dict):
+            for key in ("_content", "_val"):  # omegaconf's containers and leaves
+                if key in value.state:
+                    return walk(value.state[key], depth + 1)
             value.state = {key: item for key, item in value.state.items() if isinstance(item, (int, float, str, bool))}
         return value
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from twist.contracts.errors import UserError
 
-REPORT, TENSORS = "report.json", "tensors.txt"
+REPORT, TENSORS, DROPPED = "report.json", "tensors.txt", "dropped.txt"
 # All that a conversion writes, whatever the target; a folder with anything else is not ours to replace.
 FILES = {
-    REPORT, TENSORS, "weights.pth", "weights.pkl", "overlay.yaml", "overlay.py", "backbone.safetensors",
+    REPORT, TENSORS, DROPPED, "weights.pth", "weights.pkl", "overlay.yaml", "overlay.py", "backbone.safetensors",
     "model.safetensors", "config.json",
 }  # fmt: skip
 _ENDINGS = {".pth", ".pt", ".tar", ".pkl", ".ckpt", ".bin", ".npz", ".safetensors"}

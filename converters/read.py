@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,6 @@ from pydantic import ValidationError
 
 from twist.contracts import rename
 from twist.contracts.errors import UsageError, UserError, did_you_mean
-from twist.contracts.rename import Table
 from twist.contracts.weights import METADATA_KEY, Backbone, read_header
 from twist.converters import sources
 from twist.converters.detect import (
@@ -25,21 +25,22 @@ from twist.converters.detect import (
     Found,
     architecture_of,
     check_complete,
-    find,
+    fill,
     hub_pixels,
+    is_converted,
     known_network,
-    matches,
+    readable,
     state_dicts,
 )
-from twist.converters.open import Contents, Opaque, read_contents
+from twist.converters.evidence import contradiction, method_of, trained_for
+from twist.converters.open import Contents, read_contents
+from twist.converters.search import locate
+from twist.converters.sources import matches
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# timm's names of the networks that an artefact describes; others (resnetaa50, resnet50_gn) may have the same tensors.
-_TIMM_NAMES = re.compile(
-    r"(tv_|gluon_|ssl_|swsl_)?resnet\d+(_v1b)?|(vit|deit)_(small|base)_patch16(_\d+)?", re.IGNORECASE
-)
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 # A ViT-S of timm, DeiT, DINO and mmpretrain has 6 heads of 64 channels; MoCo v3's has 12 (moco-v3 vits.py, mmpretrain
 # `arch='mocov3-small'`). The weights have the same names and shapes.
 _VIT_SMALL_HEADS = 6
@@ -61,6 +62,11 @@ class Source:
     notes: tuple[str, ...] = ()
     branches: tuple[str, ...] = ()  # all that are in the file
 
+    @property
+    def used_modules(self) -> tuple[str, ...]:
+        """First parts of the names that the backbone has in the file."""
+        return tuple(sorted({name.partition(".")[0] for name in self.names.values()}))
+
 
 def load_artefact(
     checkpoint: Path, *, layout: str | None = None, branch: str | None = None
@@ -77,38 +83,66 @@ def load_artefact(
 
 
 def load_source(
-    checkpoint: Path, *, layout: str | None = None, branch: str | None = None, allow_nan: bool = False
+    checkpoint: Path,
+    *,
+    layout: str | None = None,
+    branch: str | None = None,
+    entry: str | None = None,
+    prefix: str | None = None,
+    allow_nan: bool = False,
 ) -> Source:
-    """`load_artefact` with what became of every tensor; the tensors may be mapped onto the file."""
-    return read_source(read_contents(Path(checkpoint)), layout=layout, branch=branch, allow_nan=allow_nan)
+    """`load_artefact` with what became of every tensor; the tensors may be mapped onto the file.
+
+    `entry` (a path of entries, `a/b`) and `prefix` choose among the networks of a file, wherever they are.
+    """
+    place = {"layout": layout, "branch": branch, "entry": entry, "prefix": prefix}
+    return read_source(read_contents(Path(checkpoint)), **place, allow_nan=allow_nan)
 
 
 def read_source(
-    contents: Contents, *, layout: str | None = None, branch: str | None = None, allow_nan: bool = False
+    contents: Contents,
+    *,
+    layout: str | None = None,
+    branch: str | None = None,
+    entry: str | None = None,
+    prefix: str | None = None,
+    allow_nan: bool = False,
 ) -> Source:
     """The same for a file whose contents have been read already."""
+    import torch
+
     if layout is not None and layout not in sources.BY_NAME:
         raise UsageError(f'There is no layout "{layout}".{did_you_mean(layout, sources.BY_NAME)}')
     where = str(contents.path)
+    if (entry, prefix) != (None, None) and is_converted(contents):
+        raise UserError(f"{where} is a converted backbone and nothing else: leave --entry and --prefix away.")
     if METADATA_KEY in contents.metadata:
         header = read_header(contents.path)
         for option, asked, is_ in (("from", layout, header.source_layout), ("branch", branch, header.source_branch)):
             if asked not in (None, is_):
                 raise UserError(f"{where} was made from {is_}: leave --{option} away, or convert the original file.")
         layout = branch = None  # the header says more than any layout
-    found = find(contents, layout=layout, branch=branch)
-    backbone, dropped = _split(found, where)
+    found = locate(contents, layout=layout, branch=branch, entry=entry, prefix=prefix)
+    backbone, dropped = _split(found)
     try:
         steps = rename.inwards(found.table, backbone)
     except rename.RenameError as error:
-        reason = known_network(backbone) or "a backbone has no such tensor, take the file as its authors published it"
+        reason = known_network(backbone) or "its backbone is another network than a plain ResNet or ViT"
         raise UserError(f"{where} (layout {found.layout.name}): {str(error).rstrip('.')}; {reason}.") from None
-    tensors = rename.apply(steps, backbone)
-    shape = architecture_of(tensors, where)
-    filled = fill(tensors, shape, found.table)
-    ordered = check_complete(tensors, shape, where)
+    tensors = rename.apply(steps, readable(backbone, where))
+    try:
+        shape = architecture_of(tensors, where)
+        filled = fill(tensors, shape, found.table)
+        ordered = check_complete(tensors, shape, where)
+    except UserError:
+        reason = known_network(backbone)
+        if reason is None:
+            raise
+        raise UserError(f"{where} (layout {found.layout.name}) cannot be converted: {reason}.") from None
     _check_network(contents, found, shape["architecture"])
-    tensors, dtype = _float32({name: tensors[name] for name in ordered}, where)
+    kept = {name: tensors[name] for name in ordered}
+    tensors, dtype = _float32(kept, where)
+    rounded = sum(t.dtype is torch.float64 and not torch.equal(t, tensors[name].double()) for name, t in kept.items())
     if not allow_nan:
         check_values(tensors, where)
     return Source(
@@ -118,52 +152,29 @@ def read_source(
         names={step.name: found.branch.prefix + name for name, step in steps.items()},
         dropped=tuple(dropped),
         filled=tuple(filled),
-        unused_entries=_unused_entries(contents.value, found, where),
+        unused_entries=_unused_entries(contents.value, found),
         dtype=dtype,
-        notes=_notes(contents, found, shape["architecture"], filled, dtype),
+        notes=_notes(contents, found, shape["architecture"], filled, rounded, dtype),
         branches=found.present,
     )
 
 
-def _split(found: Found, where: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The backbone's tensors without prefix, and the names that the layout drops; `UserError` for any other name."""
+def _split(found: Found) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors under the prefix, without it, and the names of all others.
+
+    Only what the layout names as a head is left out under the prefix: the rename table has to know the rest.
+    """
     layout, prefix = found.layout, found.branch.prefix
-    others = tuple(f"{branch.prefix}*" for branch in layout.branches if branch.prefix not in ("", prefix))
-    backbone, dropped, unknown = {}, [], []
+    backbone, dropped = {}, []
     for name, tensor in found.state.items():
-        inside, tail = name.startswith(prefix), name[len(prefix) :]
+        tail = name.removeprefix(prefix)
         # A prefix wins over the drop list (`encoder_q.0.` over `encoder_q.*`); without one the list decides alone.
-        if (inside and matches(tail, layout.heads)) or (not (inside and prefix) and matches(name, layout.drop)):
-            dropped.append(name)
-        elif inside:
-            backbone[tail] = tensor
-        elif matches(name, others):
+        head = matches(tail, layout.heads) or (not prefix and matches(name, layout.drop))
+        if head or not name.startswith(prefix):
             dropped.append(name)
         else:
-            unknown.append(name)
-    if unknown:
-        reason = known_network(found.state) or "another layout may fit: name it with --from"
-        raise UserError(
-            f"{where}: {len(unknown)} tensors are neither the backbone's nor among those that the layout {layout.name} "
-            f"drops (first: {unknown[0]}); {reason}."
-        )
+            backbone[tail] = tensor
     return backbone, dropped
-
-
-def fill(tensors: dict[str, Tensor], shape: Mapping[str, Any], table: Table) -> list[str]:
-    """Add what the layout does not keep at all (BN's counter, Caffe2's statistics); return the names added."""
-    import torch
-
-    from twist.contracts.networks import meta_tensors
-
-    absent = tuple(end for end in table.absent if not any(name.endswith(end) for name in tensors))
-    expected = meta_tensors(shape["architecture"], width=shape["width"], image_size=shape["image_size"])
-    filled = [name for name in expected if name not in tensors and absent and name.endswith(absent)]
-    for name in filled:
-        # As Detectron2 fills them when it loads these files (layers/batch_norm.py): mean 0, variance 1, counter 0.
-        empty = torch.ones_like if name.endswith("running_var") else torch.zeros_like
-        tensors[name] = empty(expected[name], device="cpu")
-    return filled
 
 
 def _check_network(contents: Contents, found: Found, architecture: str) -> None:
@@ -172,11 +183,13 @@ def _check_network(contents: Contents, found: Found, architecture: str) -> None:
     heads = heads_of_vit_small(contents.value)
     if architecture == "vit_small_patch16" and heads not in (None, _VIT_SMALL_HEADS):
         reason = f"its settings give this ViT-S {heads} heads, as MoCo v3's has, and the usual ViT-S/16 has 6"
-    named = contents.hub.get("architecture")
-    if isinstance(named, str) and not _TIMM_NAMES.fullmatch(named.partition(".")[0]):
-        reason = f"its config.json calls it {named}, which is not the {architecture} it looks like"
+    if reason is None and found.layout is not CONVERTED:
+        reason = contradiction(contents, architecture, dense=found.asked)
     if reason is not None:
-        raise UserError(f"{contents.path}: {reason}: frameworks would compute something else with these weights.")
+        raise UserError(
+            f"{contents.path}: {reason}: frameworks would compute something else with these weights; where the name is "
+            "wrong, save the state dict alone."
+        )
 
 
 def _header(contents: Contents, found: Found, shape: dict[str, Any]) -> Backbone:
@@ -187,16 +200,13 @@ def _header(contents: Contents, found: Found, shape: dict[str, Any]) -> Backbone
         return _earlier_header(json.dumps(contents.hub[METADATA_KEY]), shape, str(contents.path))
     pixels = (hub_pixels(contents) if layout.name == "timm" else None) or layout.pixels
     epoch = value.get("epoch")
-    method = value
-    for key in layout.method_at:
-        method = _items(method).get(key)
     return Backbone(
         **shape,
         # The place of the stride and TensorFlow's padding are properties of bottlenecks and of convolutions.
         stride_in=layout.stride_in if shape["architecture"] not in ("resnet18", "resnet34") else "3x3",
         padding="symmetric" if shape["image_size"] else layout.padding,
         **pixels.model_dump(exclude={"label"}),
-        method=method if layout.method_at and isinstance(method, str) else layout.method,
+        method=method_of(contents, layout),
         epochs=epoch if layout.epoch_is_count and type(epoch) is int and epoch >= 0 else None,
         source_layout=layout.name,
         source_branch=found.branch.name,
@@ -222,23 +232,20 @@ def _earlier_header(text: str, shape: dict[str, Any], where: str) -> Backbone:
 
 
 def _float32(tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], str]:
-    """The tensors as float32 (batch norms' counters as int64), and the dtype that they had."""
+    """The tensors as float32 (batch norms' counters as int64), and the dtypes that they had."""
     import torch
 
-    bad = next((name for name, t in tensors.items() if t.is_meta or t.layout is not torch.strided), None)
-    if bad is not None:
-        raise UserError(f"{where}: {bad} is a sparse tensor or one without values: save the network's plain tensors.")
     counters = {name for name in tensors if name.endswith(".num_batches_tracked")}
     kinds = sorted({str(t.dtype).removeprefix("torch.") for name, t in tensors.items() if name not in counters})
-    if len(kinds) != 1 or kinds[0] not in ("float32", "float16", "bfloat16"):
+    other = [kind for kind in kinds if kind not in _DTYPES]
+    if other:
         raise UserError(
-            f"{where} holds weights as {' and '.join(kinds)}: one of float32, float16 and bfloat16 is converted; take "
-            "the float32 checkpoint."
+            f"{where} holds weights as {' and '.join(other)}: {', '.join(_DTYPES)} are converted; take the checkpoint "
+            "that was trained, before it was quantised."
         )
-    # float16 and bfloat16 are exact in float32.
     return {
         name: tensor.to(torch.int64 if name in counters else torch.float32) for name, tensor in tensors.items()
-    }, kinds[0]
+    }, " and ".join(kinds)
 
 
 def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -255,31 +262,23 @@ def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
         )
 
 
-def _unused_entries(value: dict[str, Any], found: Found, where: str) -> dict[str, int]:
-    """Entries with tensors other than the one that was used; `UserError` for one that nobody declared."""
-    unused: dict[str, int] = {}
-    layout, entry = found.layout, found.branch.entry
-    known = (
-        *layout.entries,
-        *(branch.entry[0] for branch in layout.branches if branch.entry),
-        *sources.TRAINING_ENTRIES,
-    )
-    for key, item in value.items():
-        used = entry[1:] if entry[:1] == (key,) else None
-        count = sum(len(tensors) for path, tensors in state_dicts(item) if path != used)
-        if count == 0:
-            continue
-        if not matches(str(key), known):
-            raise UserError(
-                f"{where}: the entry {key} holds {count} tensors that the layout {layout.name} does not know: name "
-                "another layout with --from, or save the network's state dict alone."
-            )
-        unused[str(key)] = count
-    return unused
+def _unused_entries(value: dict[str, Any], found: Found) -> dict[str, int]:
+    """Entries with tensors other than the one that was used, and how many tensors each holds."""
+    used = found.branch.entry
+    counts = {
+        str(key): sum(len(tensors) for path, tensors in state_dicts(item, (str(key),)) if path != used)
+        for key, item in value.items()
+    }
+    return {key: count for key, count in counts.items() if count and (used or key not in found.state)}
 
 
-def _notes(contents: Contents, found: Found, architecture: str, filled: list[str], dtype: str) -> tuple[str, ...]:
-    layout, notes = found.layout, []
+def _notes(
+    contents: Contents, found: Found, architecture: str, filled: list[str], rounded: int, dtype: str
+) -> tuple[str, ...]:
+    layout, notes = found.layout, [*found.notes]
+    dense = trained_for(found.state) if found.asked else None
+    if dense is not None:
+        notes.append(f"it comes out of a trained {dense.title}, where it ran {dense.runs}; here it is a plain network")
     if layout.lookalikes:
         notes.append(f"files of {layout.lookalikes} have the same names: for one of them say --from")
     heads_unknown = heads_of_vit_small(contents.value) is None and not layout.heads_known
@@ -288,11 +287,40 @@ def _notes(contents: Contents, found: Found, architecture: str, filled: list[str
     if filled:
         endings = sorted({name.rpartition(".")[2] for name in filled})
         notes.append(f"{len(filled)} tensors that this layout does not keep were filled: {', '.join(endings)}")
-    if dtype != "float32":
+    if rounded:
+        notes.append(f"the file holds {dtype}: {rounded} tensors have values that float32 rounds")
+    elif dtype != "float32":
         notes.append(f"the file holds {dtype}; every value is exact in the float32 that is written")
     if layout.padding == "same":
         notes.append("this network was trained with TensorFlow's asymmetric 'same' padding")
     return tuple(notes)
+
+
+def assumed(backbone: Backbone) -> tuple[str, ...]:
+    """What no tensor of a file says, and how it was read: a proof compares the target with this reading."""
+    if backbone.is_vit:
+        return (
+            "GELU in the feed-forward layers",
+            "layer norms with the epsilon 1e-6",
+            "softmax attention over all tokens",
+        )
+    return (
+        "ReLU after each norm and each sum",
+        f"the stride of a stage in its first {backbone.stride_in} convolution",
+        "no dilation",
+        f"{backbone.padding} padding",
+        "a 3×3 max pool of stride 2 after the stem",
+        "batch norms with the epsilon 1e-5",
+    )
+
+
+def counts_by_module(names: Iterable[str], *, used: tuple[str, ...]) -> dict[str, int]:
+    """`{"encoder_k": 320, "encoder_q.fc": 4}` instead of 324 names; of a module in use, the part that is not."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        counts[".".join(parts[: 2 if parts[0] in used else 1]).split("/")[0]] += 1
+    return dict(counts)
 
 
 def heads_of_vit_small(value: Any) -> int | None:
@@ -302,9 +330,3 @@ def heads_of_vit_small(value: Any) -> int | None:
     if re.search(r"moco[-_]?v3", text, re.IGNORECASE):
         heads.add(12)
     return heads.pop() if len(heads) == 1 else None
-
-
-def _items(value: Any) -> dict[Any, Any]:
-    """Entries of a dictionary, or attributes of a settings object."""
-    state = value.state if isinstance(value, Opaque) else value
-    return state if isinstance(state, dict) else {}

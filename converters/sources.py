@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,11 @@ class Pixels(Config):
     label: str = ""
 
 
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a name fits one of the globs (`a|b`: either)."""
+    return any(fnmatchcase(name, part) for pattern in patterns for part in pattern.split("|"))
+
+
 @dataclass(frozen=True)
 class Branch:
     """One network in a file: the path of entries to its state dict, and the prefix of its names there."""
@@ -45,7 +51,9 @@ class Layout(Config):
     method: str
     branches: tuple[Branch, ...]
     evidence: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
     top: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     entries: tuple[str, ...] = ()
@@ -57,6 +65,7 @@ class Layout(Config):
     heads_known: bool = False
     epoch_is_count: bool = False
     detect: bool = True
+    generic: bool = False
     lookalikes: str = ""
     refuse: dict[str, str] = Field(default_factory=dict)
     note: str = ""
@@ -70,6 +79,26 @@ class Ambiguous(Config):
     absent: tuple[str, ...] = ()
     choices: tuple[str, ...]
     why: str
+
+
+class Dense(Config):
+    """A trained detector or segmentor: a regular expression for names that only it has, and how its backbone ran.
+
+    `axes` is the number of axes that such a tensor has, where names alone would also fit a classifier.
+    """
+
+    title: str
+    names: str
+    runs: str
+    axes: int | None = None
+
+
+class Foreign(Config):
+    """Another network: expressions that each match one of its names (`lacks`: that match none), and what it is."""
+
+    has: tuple[str, ...]
+    lacks: str | None = None
+    says: str
 
 
 class Named(Config):
@@ -94,9 +123,20 @@ def layout_of(name: str, row: dict[str, Any]) -> Layout:
 _ROWS = tomllib.loads(Path(__file__).with_name("sources.toml").read_text())
 PIXELS = {name: Pixels(**row) for name, row in _ROWS["pixels"].items()}
 LAYOUTS = tuple(layout_of(name, row) for name, row in _ROWS["layout"].items())
-BY_NAME = {layout.name: layout for layout in LAYOUTS}
+# A backbone in no layout's place (search.py); its `heads` are the field's names of what comes after a backbone.
+ANYWHERE = layout_of("anywhere", _ROWS["anywhere"])
+BY_NAME = {layout.name: layout for layout in (*LAYOUTS, ANYWHERE)}
 AMBIGUOUS = tuple(Ambiguous(**row) for row in _ROWS["ambiguous"])
 NAMED = tuple(Named(**row) for row in _ROWS["named"])
-# Regular expression for a name in the state dict of another network → why that is not converted; the first match.
-FOREIGN: dict[str, str] = _ROWS["foreign"]
+DENSE = tuple(Dense(**row) for row in _ROWS["dense"])
+FOREIGN = tuple(Foreign(**row) for row in _ROWS["foreign"])
+# Where timm's config.json names a pretraining: expression for architecture and tag → method, the first that matches.
+TIMM_METHODS: dict[str, str] = _ROWS["timm_methods"]
+# Entry of a network's state dict → branch name and entry of the copy that its program keeps beside it.
+COPIES: dict[str, list[tuple[str, str]]] = _ROWS["copies"]
 TRAINING_ENTRIES: tuple[str, ...] = tuple(_ROWS["training_entries"])
+
+
+def copies_of(entry: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Branch name and last entry of each copy that programs keep beside the state dict at `entry`."""
+    return [(name, copy) for name, copy in COPIES.get(entry[-1], ())] if entry else []

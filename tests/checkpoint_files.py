@@ -19,8 +19,7 @@ from torch import Tensor
 
 from twist.contracts import rename
 from twist.contracts.networks import meta_tensors
-from twist.converters.detect import matches
-from twist.converters.sources import Branch, Layout
+from twist.converters.sources import Branch, Layout, matches
 from twist.converters.tables import CAFFE2, HAIKU
 
 
@@ -31,6 +30,15 @@ def flat_tensors(architecture: str = "resnet18", *, seed: int = 1, **geometry: A
         value = torch.tensor(seed * 1000 + index, dtype=empty.dtype)
         tensors[name] = value.reshape((1,) * empty.ndim).expand(empty.shape)
     return tensors
+
+
+def flat_state(network: torch.nn.Module, *, seed: int = 1) -> dict[str, Tensor]:
+    """The state dict of any network (built on the meta device) with one distinct number a tensor."""
+    numbered = enumerate(network.state_dict().items())
+    return {
+        name: torch.tensor(seed * 1000 + index, dtype=empty.dtype).reshape((1,) * empty.ndim).expand(empty.shape)
+        for index, (name, empty) in numbered
+    }
 
 
 def random_tensors(architecture: str = "resnet18", *, seed: int = 0, **geometry: Any) -> dict[str, Tensor]:
@@ -97,7 +105,7 @@ def checkpoint_value(layout: Layout, branch: Branch, tensors: dict[str, Tensor])
     """The nested value of a training file of this layout, `tensors` in `branch` and decoys everywhere else."""
     decoy = torch.tensor(-1.0).expand(3, 3)
     wrap = "" if absent(layout) else "module."
-    value: dict[str, Any] = {entry: {} for entry in layout.top}
+    value: dict[str, Any] = {entry: {} for entry in layout.top if "/" not in entry}
     used: set[str] = set()
     for other in [branch, *layout.branches]:
         if other.name in used or (other is not branch and (other.entry, other.prefix) == (branch.entry, branch.prefix)):
@@ -116,10 +124,16 @@ def checkpoint_value(layout: Layout, branch: Branch, tensors: dict[str, Tensor])
         provided = pattern in layout.evidence and any(matches(key.removeprefix("module."), (pattern,)) for key in place)
         if not provided and wrap + name not in place:
             place[wrap + name] = decoy
+    for module in layout.linear:
+        place |= {f"{wrap}{module}.weight": decoy, f"{wrap}{module}.bias": decoy[0]}
+    for *outer, name in (entry.split("/") for entry in layout.top if "/" in entry):
+        inner = _place(value, tuple(outer))
+        inner.pop(wrap + name, None)
+        inner[name] = decoy[0, 0]
     if branch.entry:
         value.update({"epoch": 100, "optimizer": {"state": {0: {"exp_avg": decoy}}, "param_groups": []}})
     for entry in layout.top:
-        if value[entry] == {}:
+        if value.get(entry) == {}:
             value[entry] = "x" if entry in ("arch", "__author__", "meta") else {"state": {"weight": decoy}}
     return value
 

@@ -147,6 +147,17 @@ def test_mutated_weights_are_caught(target: str, written: dict[str, Path], tmp_p
         proof.prove(TARGETS[target], folder, header, tensors)
 
 
+def test_mmsegs_overlay_names_the_weights_beside_it(
+    written: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmengine.config import Config
+
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(written["r18-mmseg"], tmp_path / "moved")
+    settings = Config.fromfile(str(folder / "overlay.py")).model.backbone.init_cfg
+    assert Path(settings.checkpoint).samefile(folder / "weights.pth")
+
+
 def test_one_file_fills_c4_too(written: dict[str, Path]) -> None:
     """The same weights.pth in a C4 detector: res2 … res4 in the backbone, res5 in the box head."""
     from detectron2 import model_zoo
@@ -192,11 +203,11 @@ def test_vit(target: str, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["proof"]["stages"]) == 12
     if target == "detectron2":
-        assert report["source"]["dropped"] == ["cls_token", "norm.weight", "norm.bias"]
+        assert (done.output / "dropped.txt").read_text().split() == ["cls_token", "norm.weight", "norm.bias"]
         assert report["proof"]["drift"][11]["relative"] > 1e-3
         assert "no class token" in report["notes"][0]
     else:
-        assert report["source"]["dropped"] == []
+        assert report["source"]["dropped"] == {}
 
 
 @pytest.mark.parametrize("target", ["mmseg", "torchvision"])

@@ -23,10 +23,10 @@ from twist.contracts import rename
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.networks import meta_tensors
 from twist.contracts.weights import RESNETS, VITS
-from twist.converters.detect import architecture_of, check_complete, find, matches
+from twist.converters.detect import architecture_of, check_complete, fill, find
 from twist.converters.open import read_contents
-from twist.converters.read import fill, load_artefact, load_source
-from twist.converters.sources import BY_NAME, LAYOUTS, Branch, Layout
+from twist.converters.read import load_artefact, load_source
+from twist.converters.sources import BY_NAME, LAYOUTS, Branch, Layout, matches
 from twist.converters.tables import CAFFE2, DETECTRON2, TABLES, TORCHVISION
 
 RESNET18 = flat_tensors()
@@ -237,7 +237,8 @@ def test_vits(architecture: str, table: str, layout: str, tmp_path: Path) -> Non
         "mmseg": {"state_dict": {**state, "decode_head.w": torch.ones(1)}},
     }[layout]
     torch.save(value, tmp_path / "x.pth")
-    found, header = load_artefact(tmp_path / "x.pth")
+    # A segmentor's backbone has to be asked for.
+    found, header = load_artefact(tmp_path / "x.pth", layout="mmseg" if layout == "mmseg" else None)
     assert (header.architecture, header.image_size, header.source_layout) == (architecture, 384, layout)
     assert all(same(found[name], tensors[name]) for name in tensors)
 
@@ -272,19 +273,29 @@ def test_what_content_cannot_tell_is_asked(tmp_path: Path) -> None:
     assert (header.channel_order, header.stride_in, header.input_range) == ("BGR", "1x1", 255)
 
 
-def test_a_head_named_like_nothing_known_is_an_error(tmp_path: Path) -> None:
-    for layout in (BY_NAME["moco"], BY_NAME["barlow-twins"], BY_NAME["swav"]):
-        value = checkpoint_value(layout, layout.branches[0], RESNET18)
-        (value.get("state_dict") or value.get("model") or value)["module.surprise.weight"] = torch.ones(2, 2)
+def test_what_lies_outside_a_backbones_names_is_left_aside_and_what_lies_inside_is_not(tmp_path: Path) -> None:
+    """Heads have any name: PixPro's instance branch, MAE's decoder, VICRegL's maps. Inside, every tensor counts."""
+    for name, prefix in (("moco", "encoder_q."), ("barlow-twins", "backbone."), ("vicreg", "backbone.")):
+        value = checkpoint_value(BY_NAME[name], BY_NAME[name].branches[0], RESNET18)
+        state = value.get("state_dict") or value["model"]
+        state["module.surprise.weight"] = torch.ones(2, 2)
         torch.save(value, tmp_path / "x.pth")
-        with pytest.raises(UserError, match=r"surprise\.weight"):
-            load_artefact(tmp_path / "x.pth")
+        assert "surprise.weight" in load_source(tmp_path / "x.pth", allow_nan=True).dropped
+        state[f"module.{prefix}layer1.0.surprise.weight"] = torch.ones(2, 2)
+        torch.save(value, tmp_path / "x.pth")
+        with pytest.raises(UserError, match=r"layer1\.0\.surprise\.weight"):
+            load_source(tmp_path / "x.pth", allow_nan=True)
+    value = checkpoint_value(BY_NAME["swav"], BY_NAME["swav"].branches[0], RESNET18)
+    torch.save({**value, "module.surprise.weight": torch.ones(2, 2)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"surprise\.weight"):
+        load_artefact(tmp_path / "x.pth")
 
 
 def vit_small(**settings: object) -> dict[str, object]:
     """solo-learn's file of a ViT-S with these hyper-parameters."""
     state = {f"backbone.{name}": tensor for name, tensor in flat_tensors("vit_small_patch16", image_size=224).items()}
-    return {"state_dict": {**state, "classifier.weight": torch.ones(2, 2)}, "hyper_parameters": settings}
+    probe = {"classifier.weight": torch.ones(2, 2), "classifier.bias": torch.ones(2)}
+    return {"state_dict": {**state, **probe}, "hyper_parameters": settings}
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,10 @@ Data = Annotated[Path | None, typer.Option(help="Folder with the data sets; defa
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED)]
 Layout = Annotated[str | None, typer.Option("--from", help="Source layout, when it should not be detected.")]
 Branch = Annotated[str | None, typer.Option(help="Branch of the source, for example momentum or teacher.")]
+Entry = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Entry of the file with the network's state dict: model, a/b.")
+]
+Prefix = Annotated[str | None, typer.Option(help="Prefix of the network's names there, such as backbone.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what the run folder holds.")]
 # Packages of an engine that `pip install "twist-suite[transfer]"` may not have brought.
 _FRAMEWORKS = {"detectron2": ("detectron2", "pycocotools"), "mmseg": ("mmseg", "mmcv", "mmengine"), "imagenet": ()}
@@ -108,6 +112,8 @@ def pretrain(
 def inspect(
     checkpoint: Path,
     layout: Layout = None,
+    entry: Entry = None,
+    prefix: Prefix = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what is in a checkpoint.
@@ -117,7 +123,7 @@ def inspect(
     require("convert")
     from twist.converters import inspect as inspection
 
-    found = inspection.inspect(checkpoint, layout=layout)
+    found = inspection.inspect(checkpoint, layout=layout, entry=entry, prefix=prefix)
     print(_json(found.to_json()) if as_json else inspection.inspection_text(found))
 
 
@@ -127,6 +133,8 @@ def convert(
     to: Annotated[str | None, typer.Option(metavar="TARGET", help="detectron2, mmseg, torchvision or timm.")] = None,
     layout: Layout = None,
     branch: Branch = None,
+    entry: Entry = None,
+    prefix: Prefix = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof.")] = False,
     pkl: Annotated[bool, typer.Option("--pkl", help="Detectron2: also a .pkl of plain arrays.")] = False,
@@ -154,7 +162,7 @@ def convert(
         raise UsageError("Say what to convert and for whom: twist convert CHECKPOINT --to detectron2.")
     from twist.converters import convert as conversion
 
-    source = {"layout": layout, "branch": branch}
+    source = {"layout": layout, "branch": branch, "entry": entry, "prefix": prefix}
     done = conversion.convert(
         checkpoint, target=to, output=output, verify=not no_verify, pkl=pkl, allow_nan=allow_nan, **source
     )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "weights.pth"
+# What mmengine replaces by the overlay's own folder when it reads it.
+_BESIDE = "{{ fileDirname }}/" + WEIGHTS
 OVERLAY = "overlay.py"
 PREFIX = "backbone."
 
@@ -60,7 +62,7 @@ def overlay_text(backbone: Backbone) -> str:
     return (
         f"# Settings that these weights imply ({backbone.method}, {backbone.display_name}, from the layout "
         f"{backbone.source_layout}).\n# Merge over any config (config.merge_from_dict(Config.fromfile(this "
-        f"file).to_dict())), and give\n# init_cfg.checkpoint the full path of the weights.\nmodel = {_literal(model)}\n"
+        f"file).to_dict())).\nmodel = {_literal(model)}\n"
     )
 
 
@@ -71,13 +73,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None
 
 
 def usage(folder: Path, backbone: Backbone) -> str:  # noqa: ARG001 (the same for every network)
-    """Lines that merge the settings and name the weights."""
+    """Lines that merge the settings, which name the weights beside them."""
     return f"""\
 from mmengine.config import Config
 
 config = Config.fromfile("your_config.py")
 config.merge_from_dict(Config.fromfile({quoted(folder / OVERLAY)}).to_dict())
-config.model.backbone.init_cfg.checkpoint = {quoted(folder / WEIGHTS)}
 """
 
 
@@ -142,7 +143,7 @@ def _backbone(backbone: Backbone) -> dict[str, Any]:
             "norm_cfg": {"type": "LN", "eps": 1e-6},
             "act_cfg": {"type": "GELU"},
             "interpolate_mode": "bicubic",
-            "init_cfg": {"type": "Pretrained", "checkpoint": WEIGHTS},
+            "init_cfg": {"type": "Pretrained", "checkpoint": _BESIDE},
         }
     return {
         "type": "ResNet",
@@ -154,7 +155,7 @@ def _backbone(backbone: Backbone) -> dict[str, Any]:
         "avg_down": False,
         "frozen_stages": -1,
         "norm_eval": False,
-        "init_cfg": {"type": "Pretrained", "checkpoint": WEIGHTS, "prefix": PREFIX},
+        "init_cfg": {"type": "Pretrained", "checkpoint": _BESIDE, "prefix": PREFIX},
     }
 
 
