@@ -153,8 +153,8 @@ def check_complete(tensors: Mapping[str, Tensor], shape: Mapping[str, Any], wher
     reason = difference(expected, tensors, values=False)
     if reason is not None:
         raise UserError(
-            f"{where}: not a plain {shape['architecture']}: {reason}. ResNeXt and wide_resnet have its names and other "
-            "shapes; take a plain ResNet or ViT, as its authors published it."
+            f"{where}: not a plain {shape['architecture']}: {reason}. ResNeXt (grouped convolutions) and wide_resnet "
+            "have its names and other shapes; only plain ResNets and ViTs are converted."
         )
     return list(expected)
 
@@ -289,7 +289,8 @@ def check_not_dense(state: Mapping[str, Tensor], layout: Layout, where: str, pre
 def _ask_if_ambiguous(where: str, value: dict[str, Any]) -> None:
     for case in sources.AMBIGUOUS:
         state = state_at(value, case.entry)
-        if state and _holds(state, case.evidence) and not any(entry in value for entry in case.absent):
+        fits = state and _holds(state, case.evidence) and not any(entry in value for entry in case.absent)
+        if fits and known_network(state) is None:
             choices = " or ".join(f"--from {choice}" for choice in case.choices)
             raise UserError(f"{where} does not say what it is ({case.why}): say {choices}.")
 

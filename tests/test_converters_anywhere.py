@@ -295,3 +295,53 @@ def test_a_timm_folders_tag_names_the_method(architecture: str, tag: str, method
     (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture, "pretrained_cfg": pretrained}))
     header = load_source(tmp_path / "model.safetensors", allow_nan=True).backbone
     assert (header.method, header.std) == (method, (0.5, 0.5, 0.5))
+
+
+# ---- No false word --------------------------------------------------------------------------------------------------
+
+# timm's or torchvision's name of a network that is not ours → a word of what is said about it.
+FOREIGN = {
+    "convnext_tiny": "ConvNeXt", "convnextv2_atto": "ConvNeXt", "tv:convnext_tiny": "ConvNeXt",
+    "swin_tiny_patch4_window7_224": "Swin", "swinv2_tiny_window8_256": "Swin", "tv:swin_t": "Swin",
+    "regnety_002": "RegNet", "efficientnet_b0": "EfficientNet", "tv:mobilenet_v2": "MobileNet",
+    "resnet50_gn": "group norm", "resnetv2_50": "pre-activation", "resnetv2_50x1_bit": "pre-activation",
+    "resnet50d": "deep stem", "seresnet50": "squeeze-and-excitation", "skresnet50": "selective kernels",
+    "resnet50_clip.openai": "CLIP's ResNet", "res2net50_26w_4s": "Res2Net", "resnest14d": "ResNeSt",
+    "hrnet_w18_small": "HRNet", "densenet121": "DenseNet", "inception_v3": "Inception",
+    "nf_resnet50": "normaliser-free", "mixer_s32_224": "MLP-Mixer", "xcit_nano_12_p16_224": "XCiT",
+    "beit_base_patch16_224": "relative position", "vit_relpos_small_patch16_224": "relative position",
+    "vit_small_r26_s32_224": "hybrid ViT", "pvt_v2_b0": "pyramid vision transformer",
+    "resnext50_32x4d": "ResNeXt", "wide_resnet50_2": "wide_resnet",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", ["", "module.model."])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_refusal_says_what_the_file_is(name: str, prefix: str, tmp_path: Path) -> None:
+    kind, _, own = name.rpartition(":")
+    with torch.device("meta"):
+        network = getattr(torchvision.models, own)() if kind else timm.create_model(own)
+    value = under(prefix, flat_state(network))
+    with pytest.raises(UserError) as caught:
+        load_source(saved(tmp_path / "x.pth", {"state_dict": value} if prefix else value), allow_nan=True)
+    message = str(caught.value)
+    assert FOREIGN[name] in message
+    assert message.endswith(".")
+    assert "\n" not in message
+    assert "published" not in message
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["base_model.model.blocks.0.attn.qkv.lora_A.default.weight"], "LoRA adapters"),
+        (["conv1.weight_scale", "layer1.0.conv1.weight_scale"], "quantised"),
+        (["root.conv.weight", "block1.unit01.conv1.weight"], "BiT"),
+        (["vision_model.pre_layrnorm.weight"], "norm before its first block"),
+        (["encoder.layers.0.blocks.0.attn.relative_position_bias_table"], "Swin"),
+    ],
+)
+def test_a_file_is_named_by_signatures_too(names: list[str], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        load_source(saved(tmp_path / "x.pth", {"state_dict": dict.fromkeys(names, torch.ones(2))}))
