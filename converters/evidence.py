@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from twist.contracts.errors import UserError
 from twist.contracts.weights import depth_of
 from twist.converters import sources
 from twist.converters.open import Contents, Opaque
@@ -129,3 +130,29 @@ def method_of(contents: Contents, layout: Layout) -> str:
         if method:
             return method
     return layout.method
+
+
+# Settings of transformers' models that no tensor shows, and the value that the network built here has.
+_HUGGINGFACE = {"hidden_act": ("relu", "gelu"), "downsample_in_first_stage": (False,), "qkv_bias": (True,)}
+
+
+def huggingface(contents: Contents) -> dict[str, Any]:
+    """Fields of a header that the config files of a Hugging Face folder give.
+
+    Raises:
+        UserError: a setting makes another network of it than its tensors look like.
+    """
+    config = contents.beside.get("config.json", {})
+    if "model_type" not in config:
+        return {}
+    for key, values in _HUGGINGFACE.items():
+        if config.get(key, values[0]) not in values:
+            raise UserError(
+                f"{contents.path}: its config.json sets {key} to {config[key]}, another network than the plain "
+                f"{config['model_type']} that is built here; it is not converted."
+            )
+    found: dict[str, Any] = {"stride_in": "1x1" if config.get("downsample_in_bottleneck") else "3x3"}
+    images = contents.beside.get("preprocessor_config.json", {})
+    if "image_mean" in images and "image_std" in images and images.get("do_normalize", True):
+        found |= {"mean": images["image_mean"], "std": images["image_std"]}
+    return found

@@ -11,6 +11,7 @@ trusts a hostile file's flags.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -57,7 +58,9 @@ def read_contents(path: Path) -> Contents:
     Raises:
         UserError: not a checkpoint, damaged, too large when unpacked, or it asks for code to be run. One sentence.
     """
-    path = Path(path)
+    path = _file_in(Path(path))
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
     container = _container(path)
     metadata: dict[str, str] = {}
     try:
@@ -85,6 +88,43 @@ def read_contents(path: Path) -> Contents:
     return Contents(path, container, sha256_file(path), value, metadata, _hub_settings(path), _settings_beside(path))
 
 
+def _file_in(path: Path) -> Path:
+    """`path`, or the weights file of a model hub's folder; `UserError` for a folder of another kind."""
+    if not path.is_dir():
+        return path
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        for file in (path / name, path / f"{name}.index.json"):
+            if file.is_file():
+                return file
+    if (path / ".metadata").is_file():
+        command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} {path.name}.pth"
+        raise UserError(f"{path} is a folder of torch's distributed checkpoints: make one file of it with `{command}`.")
+    raise UserError(
+        f"{path} is a folder without a backbone.safetensors, model.safetensors or pytorch_model.bin: name the "
+        "checkpoint file in it."
+    )
+
+
+def _read_shards(index: Path) -> Contents:
+    """The state dict that an index (`weight_map`: tensor → file) spreads over several files of its own folder."""
+    try:
+        shards = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(shards.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is no index of a sharded checkpoint: download the folder again.") from None
+    if not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
+        raise UserError(f"{index} names files outside its own folder: they are not read.")
+    parts = [read_contents(index.parent / file) for file in files]
+    value = {name: tensor for part in parts for name, tensor in part.value.items()}
+    missing = [name for name in shards if name not in value]
+    if missing:
+        raise UserError(
+            f"{index.parent} lacks {len(missing)} tensors of its index (first: {missing[0]}): download it again."
+        )
+    digest = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
+    return Contents(index, parts[0].container, digest, value, {}, {}, _settings_beside(index))
+
+
 # First bytes (lower case, after white space) of files that are mistaken for checkpoints, and what to do about them.
 _NOT_CHECKPOINTS = (
     (b"version https://git-lfs", "is a git-lfs pointer, not the file itself: run `git lfs pull` where it came from"),
@@ -99,8 +139,6 @@ _NOT_CHECKPOINTS = (
 
 def _container(path: Path) -> Container:
     """The container by its first bytes; `UserError` for anything that is no checkpoint."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder without a backbone.safetensors: name the checkpoint file in it.")
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no regular file: copy its contents into one first.")
     try:

@@ -32,7 +32,7 @@ from twist.converters.detect import (
     readable,
     state_dicts,
 )
-from twist.converters.evidence import contradiction, method_of, trained_for
+from twist.converters.evidence import contradiction, huggingface, method_of, trained_for
 from twist.converters.open import Contents, read_contents
 from twist.converters.search import locate
 from twist.converters.sources import matches
@@ -200,12 +200,13 @@ def _header(contents: Contents, found: Found, shape: dict[str, Any]) -> Backbone
         return _earlier_header(json.dumps(contents.hub[METADATA_KEY]), shape, str(contents.path))
     pixels = (hub_pixels(contents) if layout.name == "timm" else None) or layout.pixels
     epoch = value.get("epoch")
+    fields = {"stride_in": layout.stride_in, **pixels.model_dump(exclude={"label"}), **huggingface(contents)}
+    if shape["architecture"] in ("resnet18", "resnet34") or shape["image_size"]:
+        fields["stride_in"] = "3x3"  # the place of the stride is a property of bottlenecks
     return Backbone(
         **shape,
-        # The place of the stride and TensorFlow's padding are properties of bottlenecks and of convolutions.
-        stride_in=layout.stride_in if shape["architecture"] not in ("resnet18", "resnet34") else "3x3",
+        **fields,
         padding="symmetric" if shape["image_size"] else layout.padding,
-        **pixels.model_dump(exclude={"label"}),
         method=method_of(contents, layout),
         epochs=epoch if layout.epoch_is_count and type(epoch) is int and epoch >= 0 else None,
         source_layout=layout.name,

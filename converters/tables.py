@@ -61,6 +61,18 @@ SEQUENTIAL = _resnet(
     """,
 )
 
+# Hugging Face transformers' ResNet, bottlenecks and basic blocks.
+HUGGINGFACE_RESNET = _resnet(
+    "huggingface-resnet",
+    """
+    embedder.embedder.convolution                      embedder.embedder.normalization
+    encoder.stages.<0>.layers.{}.layer.0.convolution   encoder.stages.<0>.layers.{}.layer.0.normalization
+    encoder.stages.<0>.layers.{}.layer.1.convolution   encoder.stages.<0>.layers.{}.layer.1.normalization
+    encoder.stages.<0>.layers.{}.layer.2.convolution   encoder.stages.<0>.layers.{}.layer.2.normalization
+    encoder.stages.<0>.layers.{}.shortcut.convolution  encoder.stages.<0>.layers.{}.shortcut.normalization
+    """,
+)
+
 # SimCLR v2 as Separius/SimCLRv2-Pytorch builds it (sk0): every norm is the first of a BatchNormRelu pair.
 SIMCLR_V2 = _resnet(
     "simclr-v2",
@@ -132,5 +144,16 @@ MMSEG_VIT = Table("mmseg-vit", (*_OPENMMLAB_VIT, *_MMSEG_ATTENTION))
 MMPRETRAIN_VIT = Table("mmpretrain-vit", (*_OPENMMLAB_VIT, *_MMPRETRAIN_ATTENTION))
 TIMM_VIT = Table("timm-vit", tuple((kind, there, there) for kind, _, there in MMPRETRAIN_VIT.rows))
 
-_ALL = (TORCHVISION, DETECTRON2, SEQUENTIAL, SIMCLR_V2, HAIKU, CAFFE2, MMSEG_VIT, MMPRETRAIN_VIT, TIMM_VIT)
+_ALL = (
+    TORCHVISION,
+    DETECTRON2,
+    SEQUENTIAL,
+    HUGGINGFACE_RESNET,
+    SIMCLR_V2,
+    HAIKU,
+    CAFFE2,
+    MMSEG_VIT,
+    MMPRETRAIN_VIT,
+    TIMM_VIT,
+)
 TABLES = {table.name: table for table in _ALL}
