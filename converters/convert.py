@@ -40,6 +40,7 @@ def convert(
     target: str,
     layout: str | None = None,
     branch: str | None = None,
+    heads: int | None = None,
     output: Path | None = None,
     verify: bool = True,
     pkl: bool = False,
@@ -64,7 +65,7 @@ def convert(
         raise UsageError(f"--pkl has no meaning with --to {target}: Detectron2 reads such a file.")
     output = Path(output or output_folder.default_folder(checkpoint, target))
     output_folder.check(output, checkpoint)
-    source = load_source(checkpoint, layout=layout, branch=branch, allow_nan=allow_nan)
+    source = load_source(checkpoint, layout=layout, branch=branch, heads=heads, allow_nan=allow_nan)
     backbone = source.backbone
     output_folder.check_same_source(
         output, checkpoint, sha256=source.sha256, layout=backbone.source_layout, branch=backbone.source_branch

@@ -13,6 +13,7 @@ from twist.converters.detect import state_dicts
 from twist.converters.open import Contents, read_contents
 from twist.converters.read import Source, check_values, read_source
 from twist.converters.targets import TARGETS
+from twist.converters.vit import HeadsUnknownError
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Inspection:
         }
 
 
-def inspect(checkpoint: Path, *, layout: str | None = None) -> Inspection:
+def inspect(checkpoint: Path, *, layout: str | None = None, heads: int | None = None) -> Inspection:
     """Look into `checkpoint`, as the source layout of that name when one is given.
 
     Raises:
@@ -68,21 +69,24 @@ def inspect(checkpoint: Path, *, layout: str | None = None) -> Inspection:
             is among the problems.
     """
     contents = read_contents(weights_file(checkpoint))
+    problems, targets = [], list(TARGETS.values())
     try:
-        source = read_source(contents, layout=layout, allow_nan=True)
+        source = read_source(contents, layout=layout, heads=heads, allow_nan=True)
     except UsageError:
         raise
+    except HeadsUnknownError as error:
+        problems, targets = [str(error)], []
+        source = read_source(contents, layout=layout, heads=error.usual, allow_nan=True)
     except UserError as error:
         return Inspection(contents, None, (str(error),))
-    problems = []
     try:
         check_values(source.tensors, str(contents.path))
     except UserError as error:
         problems.append(str(error))
-    refusals = {target: target.refuse(source.backbone) for target in TARGETS.values()}
+    refusals = {target: target.refuse(source.backbone) for target in targets}
     problems += [f"not for {target.title}: {reason}" for target, reason in refusals.items() if reason]
-    targets = tuple(target.name for target, reason in refusals.items() if not reason)
-    return Inspection(contents, source, tuple(problems), targets)
+    able = tuple(target.name for target, reason in refusals.items() if not reason)
+    return Inspection(contents, source, tuple(problems), able)
 
 
 def inspection_text(inspection: Inspection) -> str:

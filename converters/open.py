@@ -47,6 +47,8 @@ class Contents:
     value: Any
     metadata: dict[str, str] = field(default_factory=dict)  # safetensors' own
     hub: dict[str, Any] = field(default_factory=dict)  # timm's config.json in the same folder
+    # Settings beside the file, by name: args.json (solo-learn), config.json.
+    beside: dict[str, Any] = field(default_factory=dict)
 
 
 def read_contents(path: Path) -> Contents:
@@ -80,7 +82,7 @@ def read_contents(path: Path) -> Contents:
         raise
     except Exception as error:  # a damaged file makes a reader raise anything: it becomes one sentence
         raise _refusal(path, container, error) from None
-    return Contents(path, container, sha256_file(path), value, metadata, _hub_settings(path))
+    return Contents(path, container, sha256_file(path), value, metadata, _hub_settings(path), _settings_beside(path))
 
 
 # First bytes (lower case, after white space) of files that are mistaken for checkpoints, and what to do about them.
@@ -192,11 +194,21 @@ def _hub_settings(path: Path) -> dict[str, Any]:
     """The config.json that timm and the model hubs write next to a weights file; {} when there is none."""
     if path.name not in ("model.safetensors", "pytorch_model.bin"):
         return {}
-    try:
-        config = json.loads((path.parent / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) and "architecture" in config else {}
+    config = _settings_beside(path).get("config.json", {})
+    return config if "architecture" in config else {}
+
+
+def _settings_beside(path: Path) -> dict[str, Any]:
+    """What training programs write beside their checkpoints, by file name."""
+    found = {}
+    for name in ("args.json", "config.json"):
+        try:
+            settings = json.loads((path.parent / name).read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(settings, dict):
+            found[name] = settings
+    return found
 
 
 def _plain(value: Any, path: Path) -> Any:

@@ -19,12 +19,13 @@ from twist.contracts import rename
 from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.rename import Table
 from twist.contracts.weights import METADATA_KEY, Backbone, read_header
-from twist.converters import sources
+from twist.converters import sources, vit
 from twist.converters.detect import (
     CONVERTED,
     Found,
     architecture_of,
     check_complete,
+    expected_of,
     find,
     hub_pixels,
     known_network,
@@ -38,11 +39,9 @@ if TYPE_CHECKING:
 
 # timm's names of the networks that an artefact describes; others (resnetaa50, resnet50_gn) may have the same tensors.
 _TIMM_NAMES = re.compile(
-    r"(tv_|gluon_|ssl_|swsl_)?resnet\d+(_v1b)?|(vit|deit)_(small|base)_patch16(_\d+)?", re.IGNORECASE
+    r"(tv_|gluon_|ssl_|swsl_)?resnet\d+(_v1b)?|(vit|deit)_(tiny|small|base|large|huge)_patch\d+(_\d+|_dinov2|_reg4_dinov2)?",
+    re.IGNORECASE,
 )
-# A ViT-S of timm, DeiT, DINO and mmpretrain has 6 heads of 64 channels; MoCo v3's has 12 (moco-v3 vits.py, mmpretrain
-# `arch='mocov3-small'`). The weights have the same names and shapes.
-_VIT_SMALL_HEADS = 6
 
 
 @dataclass(frozen=True)
@@ -63,28 +62,41 @@ class Source:
 
 
 def load_artefact(
-    checkpoint: Path, *, layout: str | None = None, branch: str | None = None
+    checkpoint: Path, *, layout: str | None = None, branch: str | None = None, heads: int | None = None
 ) -> tuple[dict[str, Tensor], Backbone]:
     """Tensors (artefact names, float32) and header of any supported checkpoint; our own artefact passes through.
+
+    `heads` is the number of a ViT's attention heads, for a file that does not say it.
 
     Raises:
         UserError: the file is not readable, not supported, or does not hold the branch. One sentence.
         UsageError: there is no layout of that name.
     """
-    source = load_source(checkpoint, layout=layout, branch=branch)
+    source = load_source(checkpoint, layout=layout, branch=branch, heads=heads)
     # Copies: a reader's tensors are mapped onto the file, and would change with it.
     return {name: tensor.clone() for name, tensor in source.tensors.items()}, source.backbone
 
 
 def load_source(
-    checkpoint: Path, *, layout: str | None = None, branch: str | None = None, allow_nan: bool = False
+    checkpoint: Path,
+    *,
+    layout: str | None = None,
+    branch: str | None = None,
+    heads: int | None = None,
+    allow_nan: bool = False,
 ) -> Source:
     """`load_artefact` with what became of every tensor; the tensors may be mapped onto the file."""
-    return read_source(read_contents(Path(checkpoint)), layout=layout, branch=branch, allow_nan=allow_nan)
+    contents = read_contents(Path(checkpoint))
+    return read_source(contents, layout=layout, branch=branch, heads=heads, allow_nan=allow_nan)
 
 
 def read_source(
-    contents: Contents, *, layout: str | None = None, branch: str | None = None, allow_nan: bool = False
+    contents: Contents,
+    *,
+    layout: str | None = None,
+    branch: str | None = None,
+    heads: int | None = None,
+    allow_nan: bool = False,
 ) -> Source:
     """The same for a file whose contents have been read already."""
     if layout is not None and layout not in sources.BY_NAME:
@@ -107,20 +119,21 @@ def read_source(
     shape = architecture_of(tensors, where)
     filled = fill(tensors, shape, found.table)
     ordered = check_complete(tensors, shape, where)
-    _check_network(contents, found, shape["architecture"])
+    _check_network(contents, shape["architecture"])
+    header, shape = _described(contents, found, shape, heads, tensors)
     tensors, dtype = _float32({name: tensors[name] for name in ordered}, where)
     if not allow_nan:
         check_values(tensors, where)
     return Source(
         tensors=tensors,
-        backbone=_header(contents, found, shape),
+        backbone=header or _header(contents, found, shape),
         sha256=contents.sha256,
         names={step.name: found.branch.prefix + name for name, step in steps.items()},
         dropped=tuple(dropped),
         filled=tuple(filled),
         unused_entries=_unused_entries(contents.value, found, where),
         dtype=dtype,
-        notes=_notes(contents, found, shape["architecture"], filled, dtype),
+        notes=_notes(found, filled, dtype),
         branches=found.present,
     )
 
@@ -154,10 +167,8 @@ def fill(tensors: dict[str, Tensor], shape: Mapping[str, Any], table: Table) -> 
     """Add what the layout does not keep at all (BN's counter, Caffe2's statistics); return the names added."""
     import torch
 
-    from twist.contracts.networks import meta_tensors
-
     absent = tuple(end for end in table.absent if not any(name.endswith(end) for name in tensors))
-    expected = meta_tensors(shape["architecture"], width=shape["width"], image_size=shape["image_size"])
+    expected = expected_of(shape)
     filled = [name for name in expected if name not in tensors and absent and name.endswith(absent)]
     for name in filled:
         # As Detectron2 fills them when it loads these files (layers/batch_norm.py): mean 0, variance 1, counter 0.
@@ -166,12 +177,9 @@ def fill(tensors: dict[str, Tensor], shape: Mapping[str, Any], table: Table) -> 
     return filled
 
 
-def _check_network(contents: Contents, found: Found, architecture: str) -> None:
+def _check_network(contents: Contents, architecture: str) -> None:
     """`UserError` when the file says that it is another network of the same names and shapes."""
-    reason = found.layout.refuse.get(architecture)
-    heads = heads_of_vit_small(contents.value)
-    if architecture == "vit_small_patch16" and heads not in (None, _VIT_SMALL_HEADS):
-        reason = f"its settings give this ViT-S {heads} heads, as MoCo v3's has, and the usual ViT-S/16 has 6"
+    reason = None
     named = contents.hub.get("architecture")
     if isinstance(named, str) and not _TIMM_NAMES.fullmatch(named.partition(".")[0]):
         reason = f"its config.json calls it {named}, which is not the {architecture} it looks like"
@@ -179,12 +187,27 @@ def _check_network(contents: Contents, found: Found, architecture: str) -> None:
         raise UserError(f"{contents.path}: {reason}: frameworks would compute something else with these weights.")
 
 
+def _described(
+    contents: Contents, found: Found, shape: dict[str, Any], heads: int | None, tensors: Mapping[str, Tensor]
+) -> tuple[Backbone | None, dict[str, Any]]:
+    """The header that an earlier conversion left, or None; and `shape` with a ViT's whole description."""
+    text, where = None, str(contents.path)
+    if found.layout is CONVERTED:
+        text = contents.metadata.get(METADATA_KEY) or contents.value[METADATA_KEY]
+    elif found.layout.name == "timm" and METADATA_KEY in contents.hub:
+        text = json.dumps(contents.hub[METADATA_KEY])
+    if heads is not None and shape["vit"] is None:
+        raise UserError(f"{where} is a {shape['architecture']}, which has no attention heads: leave --heads away.")
+    if text is not None:
+        header = _earlier_header(text, shape, where)
+        if heads is not None and heads != header.transformer.heads:
+            raise UserError(f"{where} says that it has {header.transformer.heads} heads: leave --heads away.")
+        return header, {**shape, "vit": header.vit}
+    return None, shape if shape["vit"] is None else vit.with_heads(shape, heads, contents, found.layout, tensors)
+
+
 def _header(contents: Contents, found: Found, shape: dict[str, Any]) -> Backbone:
     value, layout = contents.value, found.layout
-    if layout is CONVERTED:
-        return _earlier_header(contents.metadata.get(METADATA_KEY) or value[METADATA_KEY], shape, str(contents.path))
-    if layout.name == "timm" and METADATA_KEY in contents.hub:
-        return _earlier_header(json.dumps(contents.hub[METADATA_KEY]), shape, str(contents.path))
     pixels = (hub_pixels(contents) if layout.name == "timm" else None) or layout.pixels
     epoch = value.get("epoch")
     method = value
@@ -213,7 +236,12 @@ def _earlier_header(text: str, shape: dict[str, Any], where: str) -> Backbone:
             f"{where}: the header that came with it is not valid ({error.errors()[0]['msg']}): convert the original "
             "again."
         ) from None
-    if any(getattr(header, key) != value for key, value in shape.items()):
+    # What no shape gives is the header's alone.
+    unseen = dict.fromkeys(("heads", "positions", "norm_eps", "resize", "pooling")) if header.is_vit else {}
+    seen = {key: value for key, value in shape.items() if key != "vit"}
+    described = header.transformer.model_dump(exclude=set(unseen)) if header.is_vit else None
+    shaped = shape["vit"] and shape["vit"].model_dump(exclude=set(unseen))
+    if described != shaped or any(getattr(header, key) != value for key, value in seen.items()):
         raise UserError(
             f"{where}: the header says {header.display_name}, the tensors are {shape['architecture']}: one of them "
             "is not this file's; convert the original again."
@@ -278,13 +306,10 @@ def _unused_entries(value: dict[str, Any], found: Found, where: str) -> dict[str
     return unused
 
 
-def _notes(contents: Contents, found: Found, architecture: str, filled: list[str], dtype: str) -> tuple[str, ...]:
+def _notes(found: Found, filled: list[str], dtype: str) -> tuple[str, ...]:
     layout, notes = found.layout, []
     if layout.lookalikes:
         notes.append(f"files of {layout.lookalikes} have the same names: for one of them say --from")
-    heads_unknown = heads_of_vit_small(contents.value) is None and not layout.heads_known
-    if architecture == "vit_small_patch16" and heads_unknown:
-        notes.append("nothing in the file says how many heads this ViT-S has: 6 are taken, MoCo v3's has 12")
     if filled:
         endings = sorted({name.rpartition(".")[2] for name in filled})
         notes.append(f"{len(filled)} tensors that this layout does not keep were filled: {', '.join(endings)}")
@@ -293,15 +318,6 @@ def _notes(contents: Contents, found: Found, architecture: str, filled: list[str
     if layout.padding == "same":
         notes.append("this network was trained with TensorFlow's asymmetric 'same' padding")
     return tuple(notes)
-
-
-def heads_of_vit_small(value: Any) -> int | None:
-    """How many attention heads the settings in a checkpoint give to its ViT-S; None when they say none or several."""
-    text = json.dumps(value, default=lambda item: getattr(item, "state", None), skipkeys=True)
-    heads = {int(number) for number in re.findall(r"num_heads[^\w\[]{1,4}(\d+)", text)}
-    if re.search(r"moco[-_]?v3", text, re.IGNORECASE):
-        heads.add(12)
-    return heads.pop() if len(heads) == 1 else None
 
 
 def _items(value: Any) -> dict[Any, Any]:
