@@ -25,7 +25,7 @@ check test test-all: export OMP_NUM_THREADS ?= 1
 MORE := install
 
 # mypy does not follow setuptools' package-dir, so it gets a folder in which the rooms lie as they are imported.
-ROOMS := contracts measure catalog pretrain converters transfer compare
+ROOMS := contracts measure catalog pretrain converters transfer compare integrations
 define types
 @rm -rf .types && mkdir -p .types/twist && ln -s $(abspath $(wildcard twist/*.py) $(ROOMS)) .types/twist/
 endef

@@ -19,10 +19,7 @@ from torchvision.models import resnet as tv
 from twist.contracts import rename
 from twist.contracts.errors import UserError
 from twist.contracts.rename import Table
-from twist.contracts.weights import ARCHITECTURES, RESNETS, VITS, Backbone, difference
-
-# timm's names of the ViTs.
-_VITS = {name: f"{name}_224" for name in VITS}
+from twist.contracts.weights import ARCHITECTURES, RESNETS, Backbone, Vit, difference, is_vit, stem_of, usual_vit
 
 
 class ResNet(tv.ResNet):
@@ -88,20 +85,25 @@ class SameMaxPool2d(nn.Module):
         return F.max_pool2d(F.pad(x, _same_padding(x, 3, 2), value=float("-inf")), kernel_size=3, stride=2)
 
 
-def build_backbone(architecture: str, *, width: int = 1, image_size: int = 224, drop_path: float = 0.0) -> nn.Module:
+def build_backbone(
+    architecture: str, *, width: int = 1, image_size: int | None = None, drop_path: float = 0.0, vit: Vit | None = None
+) -> nn.Module:
     """A randomly initialised backbone; `forward(images (B, 3, H, W))` gives (B, `num_features`).
+
+    Of a ViT, `image_size` is the side of the images of its position table (default 224), and `vit` describes it where
+    it is not the usual one of its name.
 
     Raises:
         UserError: the architecture is unknown.
     """
     if architecture in RESNETS:
         return ResNet(architecture, width)
-    if architecture in _VITS:
-        import timm  # two seconds that a ResNet need not pay
+    if architecture in ARCHITECTURES and is_vit(architecture):
+        from twist.contracts.vit import VisionTransformer  # timm: two seconds that a ResNet need not pay
 
-        # Other crop sizes than `image_size` interpolate the position table on the fly (multi-crop's 96 pixels).
-        return timm.create_model(
-            _VITS[architecture], num_classes=0, img_size=image_size, dynamic_img_size=True, drop_path_rate=drop_path
+        patch = int(stem_of(architecture).removeprefix("patch"))
+        return VisionTransformer(
+            vit or usual_vit(architecture), patch_size=patch, image_size=image_size or 224, drop_path=drop_path
         )
     raise UserError(f"Unknown architecture {architecture}: known are {', '.join(ARCHITECTURES)}.")
 
@@ -112,7 +114,7 @@ def network_of(header: Backbone, tensors: Mapping[str, Tensor] | None = None) ->
     Raises:
         UserError: `tensors` are not exactly this architecture's (every missing, extra or misshapen name is counted).
     """
-    network = build_backbone(header.architecture, width=header.width, image_size=header.image_size or 224)
+    network = build_backbone(header.architecture, width=header.width, image_size=header.image_size, vit=header.vit)
     if header.stride_in == "1x1":
         _move_strides_to_1x1(network)
     if header.padding == "same":
@@ -133,10 +135,17 @@ def load_exactly(network: nn.Module, tensors: Mapping[str, Tensor], *, name: str
 
 
 @functools.cache
-def meta_tensors(architecture: str, *, width: int = 1, image_size: int | None = None) -> dict[str, Tensor]:
+def meta_tensors(
+    architecture: str, *, width: int = 1, image_size: int | None = None, vit: Vit | None = None
+) -> dict[str, Tensor]:
     """A backbone's state dict on torch's meta device: every name and shape, in order, without values."""
     with torch.device("meta"):
-        return build_backbone(architecture, width=width, image_size=image_size or 224).state_dict()
+        return build_backbone(architecture, width=width, image_size=image_size, vit=vit).state_dict()
+
+
+def tensors_of(header: Backbone) -> dict[str, Tensor]:
+    """`meta_tensors` of the network that a header describes."""
+    return meta_tensors(header.architecture, width=header.width, image_size=header.image_size, vit=header.vit)
 
 
 def stage_features(network: nn.Module, images: Tensor) -> dict[str, Tensor]:

@@ -64,13 +64,13 @@ class Table:
 
     @cached_property
     def anchors(self) -> tuple[str, ...]:
-        """Names that show that a state dict follows this table: those of the first row."""
+        """Names that show that a state dict follows this table: those of the first row, in block 0."""
         return self.leaves_of(0)
 
     def leaves_of(self, index: int) -> tuple[str, ...]:
-        """The names in the layout that one row covers."""
+        """The names in the layout that one row covers, in block 0."""
         kind, here, _ = self.rows[index]
-        return tuple(here + ending for ending, _, _ in self.leaves[kind])
+        return tuple(here.replace("{}", "0") + ending for ending, _, _ in self.leaves[kind])
 
     def _index(self, *, inwards: bool) -> Index:
         index: Index = {}

@@ -11,9 +11,9 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from twist.contracts.config import Config
 from twist.contracts.errors import UserError
@@ -23,15 +23,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Architecture = Literal[
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnet200",
-    "vit_small_patch16",
-    "vit_base_patch16",
-]
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200",
+    "vit_tiny_patch8", "vit_tiny_patch14", "vit_tiny_patch16", "vit_tiny_patch32",
+    "vit_small_patch8", "vit_small_patch14", "vit_small_patch16", "vit_small_patch32",
+    "vit_base_patch8", "vit_base_patch14", "vit_base_patch16", "vit_base_patch32",
+    "vit_large_patch8", "vit_large_patch14", "vit_large_patch16", "vit_large_patch32",
+    "vit_huge_patch8", "vit_huge_patch14", "vit_huge_patch16", "vit_huge_patch32",
+    "vit_giant_patch8", "vit_giant_patch14", "vit_giant_patch16", "vit_giant_patch32",
+]  # fmt: skip
 # Blocks a stage, and whether a block is a bottleneck (He et al. 2015, table 1; 200: He et al. 2016, with the same
 # bottleneck and not the identity mappings).
 RESNETS: Final[dict[str, tuple[tuple[int, int, int, int], bool]]] = {
@@ -42,10 +41,74 @@ RESNETS: Final[dict[str, tuple[tuple[int, int, int, int], bool]]] = {
     "resnet152": ((3, 8, 36, 3), True),
     "resnet200": ((3, 24, 36, 3), True),
 }
-# Name → embedding dimension; both have 12 blocks, heads of 64, an MLP of 4 × the dimension, patches of 16 pixels.
-VITS: Final[dict[str, int]] = {"vit_small_patch16": 384, "vit_base_patch16": 768}
-VIT_BLOCKS: Final = 12
-ARCHITECTURES: Final = (*RESNETS, *VITS)
+Resize = Literal["antialias", "plain", "offset"]
+
+
+class Vit(Config):
+    """What a ViT's name does not say; the defaults are those of DeiT and timm.
+
+    A bias of the keys alone changes no attention, so networks without it (BEiT, DINOv3) hold zeros there.
+    """
+
+    embed_dim: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    mlp_features: int = Field(gt=0)  # between the two layers; of SwiGLU, in each of its two halves
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    class_token: bool = True
+    registers: int = Field(default=0, ge=0)
+    layer_scale: bool = False
+    qkv_bias: bool = True
+    positions: Literal["learned", "sincos"] = "learned"  # sincos: a fixed table
+    prefix_positions: bool = True  # the table has a row for the class token and each register
+    pre_norm: bool = False  # a norm before the first block (CLIP); the patch embedding then has no bias
+    final_norm: bool = True
+    norm_eps: float = Field(default=1e-6, gt=0)
+    pooling: Literal["token", "avg"] = "token"  # what the network returns: the class token, or the patches' mean
+    # How the position table is interpolated (bicubic) for other image sizes: with antialiasing (timm), without (MAE,
+    # MMSegmentation, Detectron2), or without and by the scale (n + 0.1) / N (DINO, iBOT, DINOv2, TWIST as published).
+    resize: Resize = "antialias"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Vit:
+        if self.embed_dim % self.heads:
+            raise ValueError(f"{self.embed_dim} features cannot be shared by {self.heads} heads")
+        if self.pooling == "token" and not self.class_token:
+            raise ValueError("without a class token a ViT's output is pooled: pooling is avg")
+        return self
+
+
+# Size → embedding dimension, blocks, heads, features of the MLP. Base to huge: Dosovitskiy et al. 2021, table 1; tiny
+# and small: Touvron et al. 2021 (DeiT), table 1; giant: DINOv2's, with SwiGLU (dinov2/models/vision_transformer.py).
+VITS: Final[dict[str, tuple[int, int, int, int]]] = {
+    "tiny": (192, 12, 3, 768),
+    "small": (384, 12, 6, 1536),
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "huge": (1280, 32, 16, 5120),
+    "giant": (1536, 40, 24, 4096),
+}
+# Embedding dimension → size; the giant of Zhai et al. 2022 is narrower than DINOv2's.
+VIT_SIZES: Final = {dimension: size for size, (dimension, *_) in VITS.items()} | {1408: "giant"}
+ARCHITECTURES: Final[tuple[str, ...]] = get_args(Architecture)
+
+
+def is_vit(architecture: str) -> bool:
+    """Whether it is the name of a ViT, and not a ResNet's."""
+    return architecture.startswith("vit_")
+
+
+def usual_vit(architecture: str) -> Vit:
+    """The ViT that a header means which says no more than the name."""
+    size = architecture.split("_")[1]
+    dimension, depth, heads, features = VITS[size]
+    mlp: Literal["gelu", "swiglu"] = "swiglu" if size == "giant" else "gelu"
+    return Vit(embed_dim=dimension, depth=depth, heads=heads, mlp_features=features, mlp=mlp)
+
+
+def stem_of(architecture: str) -> Any:
+    """`patch16` of `vit_small_patch16`, `conv7x7` of a ResNet."""
+    return architecture.split("_")[2] if is_vit(architecture) else "conv7x7"
 
 
 def depth_of(architecture: str) -> int:
@@ -73,13 +136,15 @@ class Backbone(Config):
     # Every width of a ResNet times this (TWIST's and SimCLR's "w2"; not torchvision's wide_resnet50_2).
     width: Literal[1, 2, 4] = 1
     # The 7×7 stem of the original ResNet; a ViT's patch embedding. Deep stems (ResNet-D, V1c) are not representable.
-    stem: Literal["conv7x7", "patch16"] = "conv7x7"
+    stem: Literal["conv7x7", "patch8", "patch14", "patch16", "patch32"] = "conv7x7"
     # Which convolution of a bottleneck has the stride: "3x3" is torchvision's, "1x1" is MSRA's (Caffe style).
     stride_in: Literal["3x3", "1x1"] = "3x3"
     # "same" pads as TensorFlow does (bottom and right first): DeepMind's BYOL.
     padding: Literal["symmetric", "same"] = "symmetric"
     # Side of the images whose position table a ViT holds.
     image_size: int | None = None
+    # What the ViT is where it is not the usual one of its name (`usual_vit`); `transformer` gives either.
+    vit: Vit | None = None
     channel_order: Literal["RGB", "BGR"] = "RGB"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -98,15 +163,38 @@ class Backbone(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Backbone:
-        if self.is_vit != (self.stem == "patch16"):
+        if self.stem != stem_of(self.architecture):
             raise ValueError(f"stem {self.stem} does not belong to {self.architecture}")
-        if self.is_vit and (self.width != 1 or self.image_size is None):
-            raise ValueError("a ViT has width 1 and states the image size of its position table")
+        if self.is_vit and (self.width != 1 or self.image_size is None or self.image_size % self.patch_size):
+            raise ValueError("a ViT has width 1 and states the image size of its position table, in whole patches")
+        size = VIT_SIZES.get(self.vit.embed_dim) if self.vit else None
+        if self.vit and not self.architecture.startswith(f"vit_{size}_"):
+            raise ValueError(f"{self.vit.embed_dim} features are not those of {self.architecture}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Headers of ResNets and of the usual ViTs are those of before the field, byte for byte.
+        return {key: value for key, value in dump(self).items() if key != "vit" or value is not None}
 
     @property
     def is_vit(self) -> bool:
-        return self.architecture.startswith("vit_")
+        return is_vit(self.architecture)
+
+    @property
+    def transformer(self) -> Vit:
+        """All of a ViT's description."""
+        return self.vit or usual_vit(self.architecture)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a ViT's patches in pixels."""
+        return int(self.stem.removeprefix("patch"))
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before a ViT's patches: the class token and the registers."""
+        return self.transformer.class_token + self.transformer.registers
 
     def pixels(self, input_range: int) -> tuple[list[float], list[float]]:
         """Mean and std for images from 0 to `input_range`."""
@@ -115,8 +203,13 @@ class Backbone(Config):
 
     @property
     def display_name(self) -> str:
-        """`resnet50`, `resnet50w2`, `vit_small_patch16`."""
-        return self.architecture + (f"w{self.width}" if self.width > 1 else "")
+        """`resnet50`, `resnet50w2`, `vit_small_patch16`, `vit_small_patch16_heads12`, `vit_base_patch14_reg4`."""
+        name = self.architecture + (f"w{self.width}" if self.width > 1 else "")
+        if self.vit is None:
+            return name
+        if self.vit.heads != usual_vit(name).heads:
+            name += f"_heads{self.vit.heads}"
+        return name + (f"_reg{self.vit.registers}" if self.vit.registers else "")
 
 
 def write_backbone(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Backbone) -> Path:

@@ -38,7 +38,7 @@ Rule = tuple[str, Any, tuple[Any, ...], str]
 
 
 def check_config(
-    config: Path, weights: Path, *, layout: str | None = None, branch: str | None = None
+    config: Path, weights: Path, *, layout: str | None = None, branch: str | None = None, heads: int | None = None
 ) -> list[Mismatch]:
     """Every setting of `config` that does not fit `weights` (any checkpoint); empty when all do.
 
@@ -50,7 +50,7 @@ def check_config(
         raise UserError(f"There is no config at {config}: check the path.")
     if config.suffix not in _READERS:
         raise UsageError(f"{config} is neither a Detectron2 config (.yaml) nor an MMSegmentation config (.py).")
-    backbone = load_artefact(weights_file(weights), layout=layout, branch=branch)[1]
+    backbone = load_artefact(weights_file(weights), layout=layout, branch=branch, heads=heads)[1]
     read, rules_of = _READERS[config.suffix]
     try:
         settings = read(config)

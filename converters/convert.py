@@ -42,6 +42,7 @@ def convert(
     branch: str | None = None,
     entry: str | None = None,
     prefix: str | None = None,
+    heads: int | None = None,
     output: Path | None = None,
     verify: bool = True,
     pkl: bool = False,
@@ -67,7 +68,9 @@ def convert(
         raise UsageError(f"--pkl has no meaning with --to {target}: Detectron2 reads such a file.")
     output = Path(output or output_folder.default_folder(checkpoint, target))
     output_folder.check(output, checkpoint)
-    source = load_source(checkpoint, layout=layout, branch=branch, entry=entry, prefix=prefix, allow_nan=allow_nan)
+    source = load_source(
+        checkpoint, layout=layout, branch=branch, entry=entry, prefix=prefix, heads=heads, allow_nan=allow_nan
+    )
     backbone = source.backbone
     output_folder.check_same_source(
         output, checkpoint, sha256=source.sha256, layout=backbone.source_layout, branch=backbone.source_branch

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from twist.contracts.errors import UserError
 from twist.contracts.rename import Table
-from twist.contracts.weights import METADATA_KEY, RESNETS, VITS, difference
-from twist.converters import sources
+from twist.contracts.weights import METADATA_KEY, RESNETS, difference
+from twist.converters import sources, vit
 from twist.converters.evidence import trained_for
 from twist.converters.open import Contents
 from twist.converters.sources import Branch, Layout, Pixels, matches
@@ -31,6 +31,7 @@ CONVERTED = Layout(
     branches=(
         Branch("backbone", (), ""),
         Branch("backbone", ("model",), ""),
+        Branch("backbone", ("state_dict",), "backbone.network."),
         Branch("backbone", ("state_dict",), "backbone."),
         Branch("backbone", ("state_dict",), ""),
     ),
@@ -112,14 +113,14 @@ def hub_pixels(contents: Contents) -> Pixels | None:
         return None
 
 
-def architecture_of(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    """The fields of a header that shapes alone give: architecture, width, stem, image size.
+def architecture_of(tensors: dict[str, Tensor], where: str) -> dict[str, Any]:
+    """The fields of a header that shapes give: architecture, width, stem, image size, and of a ViT the description.
 
     Raises:
         UserError: the stem and the number of blocks are those of no architecture.
     """
     if "patch_embed.proj.weight" in tensors:
-        return _vit_of(tensors, where)
+        return vit.shape_of(tensors, where)
     if "conv1.weight" not in tensors:
         raise UserError(f"{where}: there is no conv1.weight of a ResNet and no patch_embed.proj.weight of a ViT in it.")
     stem = tuple(tensors["conv1.weight"].shape)
@@ -135,7 +136,13 @@ def architecture_of(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]
     bottleneck = "layer1.0.conv3.weight" in tensors
     for architecture, layout in RESNETS.items():
         if layout == (blocks, bottleneck):
-            return {"architecture": architecture, "width": stem[0] // 64, "stem": "conv7x7", "image_size": None}
+            return {
+                "architecture": architecture,
+                "width": stem[0] // 64,
+                "stem": "conv7x7",
+                "image_size": None,
+                "vit": None,
+            }
     raise UserError(
         f"{where}: a ResNet with {blocks} {'bottleneck' if bottleneck else 'basic'} blocks is none of "
         f"{', '.join(RESNETS)}."
@@ -147,9 +154,7 @@ def check_complete(tensors: Mapping[str, Tensor], shape: Mapping[str, Any], wher
 
     `shape` is what `architecture_of` gave.
     """
-    from twist.contracts.networks import meta_tensors
-
-    expected = meta_tensors(shape["architecture"], width=shape["width"], image_size=shape["image_size"])
+    expected = expected_of(shape)
     reason = difference(expected, tensors, values=False)
     if reason is not None:
         raise UserError(
@@ -157,6 +162,13 @@ def check_complete(tensors: Mapping[str, Tensor], shape: Mapping[str, Any], wher
             "have its names and other shapes; only plain ResNets and ViTs are converted."
         )
     return list(expected)
+
+
+def expected_of(shape: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Names and shapes of the network that `shape` describes."""
+    from twist.contracts.networks import meta_tensors
+
+    return meta_tensors(**{key: value for key, value in shape.items() if key != "stem"})
 
 
 def readable(tensors: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
@@ -173,10 +185,8 @@ def fill(tensors: dict[str, Tensor], shape: Mapping[str, Any], table: Table) -> 
     """Add what the layout does not keep at all (BN's counter, Caffe2's statistics); return the names added."""
     import torch
 
-    from twist.contracts.networks import meta_tensors
-
     absent = tuple(end for end in table.absent if not any(name.endswith(end) for name in tensors))
-    expected = meta_tensors(shape["architecture"], width=shape["width"], image_size=shape["image_size"])
+    expected = expected_of(shape)
     filled = [name for name in expected if name not in tensors and absent and name.endswith(absent)]
     for name in filled:
         # As Detectron2 fills them when it loads these files (layers/batch_norm.py): mean 0, variance 1, counter 0.
@@ -223,24 +233,6 @@ def _haiku_name(module: str, leaf: str) -> str:
     first = next((index for index, part in enumerate(parts) if part.startswith(starts)), 0)
     parts = [part.removesuffix("_1") if part.startswith("initial_") else part for part in parts[first:]]
     return "/".join((*parts, leaf))
-
-
-def _vit_of(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    dimension, _, patch, *_ = (*tensors["patch_embed.proj.weight"].shape, 0, 0, 0)
-    architecture = next((name for name, width in VITS.items() if width == dimension), None)
-    if architecture is None or patch != 16:
-        raise UserError(
-            f"{where}: a ViT with dimension {dimension} and patches of {patch} pixels; known are ViT-S/16 (384) and "
-            "ViT-B/16 (768)."
-        )
-    positions = tensors["pos_embed"].shape[1] if "pos_embed" in tensors and tensors["pos_embed"].ndim == 3 else 0
-    side = round(max(positions - 1, 0) ** 0.5)
-    if positions < 2 or side * side != positions - 1:
-        raise UserError(
-            f"{where}: the position table holds {positions} positions, not one for the class token and a square grid; "
-            "others are not converted, since a resize could not be undone."
-        )
-    return {"architecture": architecture, "width": 1, "stem": "patch16", "image_size": 16 * side}
 
 
 def _places(layout: Layout, value: dict[str, Any], *, forced: bool) -> Iterator[Found]:
@@ -363,6 +355,8 @@ def _tensors_of(value: dict[Any, Any]) -> dict[str, Tensor]:
 
 
 def _clean(name: str) -> str:
+    # DINOv2's chunks for FSDP (BlockChunk) number blocks through.
+    name = re.sub(r"(^|\.)blocks\.\d+\.(\d+)\.", r"\1blocks.\2.", name)
     name = name.replace("_orig_mod.", "")  # first: a compiled wrapper may be around a distributed one, or inside
     while name.startswith("module."):
         name = name.removeprefix("module.")

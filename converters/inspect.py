@@ -14,6 +14,7 @@ from twist.converters.open import Contents, read_contents
 from twist.converters.read import Source, assumed, check_values, counts_by_module, read_source
 from twist.converters.search import Network, networks
 from twist.converters.targets import TARGETS
+from twist.converters.vit import HeadsUnknownError
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,12 @@ class Inspection:
 
 
 def inspect(
-    checkpoint: Path, *, layout: str | None = None, entry: str | None = None, prefix: str | None = None
+    checkpoint: Path,
+    *,
+    layout: str | None = None,
+    entry: str | None = None,
+    prefix: str | None = None,
+    heads: int | None = None,
 ) -> Inspection:
     """Look into `checkpoint`, as the source layout of that name, or at the network in that place, where one is given.
 
@@ -83,21 +89,25 @@ def inspect(
     contents = read_contents(weights_file(checkpoint))
     whole = isinstance(contents.value, dict)
     found = tuple(net for net in networks(contents.value) if not net.reason) if whole else ()
+    place: dict[str, Any] = {"layout": layout, "entry": entry, "prefix": prefix, "allow_nan": True}
+    problems, targets = [], list(TARGETS.values())
     try:
-        source = read_source(contents, layout=layout, entry=entry, prefix=prefix, allow_nan=True)
+        source = read_source(contents, heads=heads, **place)
     except UsageError:
         raise
+    except HeadsUnknownError as error:
+        problems, targets = [str(error)], []
+        source = read_source(contents, heads=error.usual, **place)
     except UserError as error:
         return Inspection(contents, None, (str(error),), networks=found)
-    problems = []
     try:
         check_values(source.tensors, str(contents.path))
     except UserError as error:
         problems.append(str(error))
-    refusals = {target: target.refuse(source.backbone) for target in TARGETS.values()}
+    refusals = {target: target.refuse(source.backbone) for target in targets}
     problems += [f"not for {target.title}: {reason}" for target, reason in refusals.items() if reason]
-    targets = tuple(target.name for target, reason in refusals.items() if not reason)
-    return Inspection(contents, source, tuple(problems), targets, found)
+    able = tuple(target.name for target, reason in refusals.items() if not reason)
+    return Inspection(contents, source, tuple(problems), able, found)
 
 
 def inspection_text(inspection: Inspection) -> str:

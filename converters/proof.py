@@ -34,6 +34,8 @@ Kind = Literal["framework", "manifest", "none"]
 TOLERANCE = 1e-5
 # Height and width of the proof's images: multiples of 32, since Detectron2 pads its batches to that.
 SIZES = ((96, 128), (128, 64))
+# Patches of a ViT's second image, not square, so that the position table is resized.
+GRID = (20, 12)
 
 
 class ProofError(UserError):
@@ -102,9 +104,7 @@ def prove(target: Target, folder: Path, backbone: Backbone, tensors: Mapping[str
 
     kind, run, by = runner(target, backbone)
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        # A ViT is proven at the size of its position table, where no framework resizes anything.
-        side = backbone.image_size
-        files = write_images(Path(scratch), SIZES if side is None else ((side, side),))
+        files = write_images(Path(scratch), _sizes(backbone))
         ours, drift, notes = _reference(target, backbone, tensors, files)
         with quiet():
             theirs = run(folder, backbone, files)
@@ -221,6 +221,14 @@ def write_images(folder: Path, sizes: tuple[tuple[int, int], ...]) -> list[Path]
     return files
 
 
+def _sizes(backbone: Backbone) -> tuple[tuple[int, int], ...]:
+    """Height and width of the proof's images: of a ViT, those of its position table and another."""
+    if backbone.image_size is None:
+        return SIZES
+    patch = backbone.patch_size
+    return (backbone.image_size, backbone.image_size), (GRID[0] * patch, GRID[1] * patch)
+
+
 def _reference(
     target: Target, backbone: Backbone, tensors: Mapping[str, Tensor], files: list[Path]
 ) -> tuple[list[Stages], tuple[Difference, ...], tuple[str, ...]]:
@@ -234,14 +242,15 @@ def _reference(
             "'same'"
         )
         return plain, compare(trained, plain), (note,)
-    if not _has_class_token(target, backbone):
-        bare = _features_of(backbone, tensors, files, class_token=False)
+    if backbone.is_vit and target.resize not in (None, backbone.transformer.resize):
+        vit = backbone.transformer.model_copy(update={"resize": target.resize})
+        resized = _features_of(backbone.model_copy(update={"vit": vit}), tensors, files)
         note = (
-            f"{target.title}'s ViT has no class token: the proof compares patch tokens of a network without it, and "
-            "`drift` is how far those are from the network with it"
+            f"for images of other sizes than {backbone.image_size} pixels, {target.title} resizes the position table "
+            f"in its own way ({target.resize}) and the source's code in another ({backbone.transformer.resize}): the "
+            "proof compares with the target's way, and `drift` is how far that is from the source's"
         )
-        patches = [{stage: value[:, 1:] for stage, value in image.items()} for image in trained]
-        return bare, compare(patches, bare), (note,)
+        return resized, compare(trained, resized), (note,)
     return trained, (), ()
 
 
@@ -249,27 +258,23 @@ def _read_back(target: Target, folder: Path, backbone: Backbone, files: list[Pat
     """Without the framework: names and shapes of the written file, and its tensors in our network."""
     import torch
 
-    from twist.contracts.networks import meta_tensors
+    from twist.contracts.networks import tensors_of
 
-    expected = meta_tensors(backbone.architecture, width=backbone.width, image_size=backbone.image_size)
+    expected = tensors_of(backbone)
     names, written = target.names(backbone), written_tensors(folder / target.weights)
     check_loaded({new: expected[old] for old, new in names.items()}, written, values=False)
-    # What the target has no place for (a class token, the last norm) takes no part in what is compared.
+    # What the target has no place for takes no part in what is compared.
     tensors = {
         name: written[names[name]] if name in names else torch.ones_like(tensor, device="cpu")
         for name, tensor in expected.items()
     }
     header = backbone.model_copy(update={} if target.keeps_padding else {"padding": "symmetric"})
-    return _features_of(header, tensors, files, class_token=_has_class_token(target, backbone))
+    if header.is_vit and target.resize:
+        header = header.model_copy(update={"vit": header.transformer.model_copy(update={"resize": target.resize})})
+    return _features_of(header, tensors, files)
 
 
-def _has_class_token(target: Target, backbone: Backbone) -> bool:
-    return not backbone.is_vit or "cls_token" in target.names(backbone)
-
-
-def _features_of(
-    backbone: Backbone, tensors: Mapping[str, Tensor], files: list[Path], *, class_token: bool = True
-) -> list[Stages]:
+def _features_of(backbone: Backbone, tensors: Mapping[str, Tensor], files: list[Path]) -> list[Stages]:
     """The stages of each image in the reference network with `tensors`."""
     import torch
 
@@ -279,17 +284,4 @@ def _features_of(
     with torch.device("meta"):  # no random initialisation, and no second copy of the tensors
         network = network_of(backbone)
     network.load_state_dict(dict(tensors), strict=True, assign=True)
-    stages = stage_features if class_token else _patch_features
-    return [stages(network.eval(), normalise(read_image(file)[None], backbone)) for file in files]
-
-
-def _patch_features(network: nn.Module, images: Tensor) -> Stages:
-    """The patch tokens after each block of timm's ViT without its class token."""
-    x = network.patch_embed(images)  # type: ignore[operator]
-    x = x.flatten(1, 2) if x.ndim == 4 else x
-    x = x + network.pos_embed[:, 1:]  # type: ignore[index]
-    stages = {}
-    for index, block in enumerate(network.blocks):  # type: ignore[arg-type]
-        x = block(x)
-        stages[f"block{index}"] = x
-    return stages
+    return [stage_features(network.eval(), normalise(read_image(file)[None], backbone)) for file in files]

@@ -7,7 +7,6 @@ that is how half a network goes missing. Nothing here imports a framework.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from pydantic import ValidationError
 from twist.contracts import rename
 from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.weights import METADATA_KEY, Backbone, read_header
-from twist.converters import sources
+from twist.converters import sources, vit
 from twist.converters.detect import (
     CONVERTED,
     Found,
@@ -41,9 +40,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
-# A ViT-S of timm, DeiT, DINO and mmpretrain has 6 heads of 64 channels; MoCo v3's has 12 (moco-v3 vits.py, mmpretrain
-# `arch='mocov3-small'`). The weights have the same names and shapes.
-_VIT_SMALL_HEADS = 6
 
 
 @dataclass(frozen=True)
@@ -69,15 +65,17 @@ class Source:
 
 
 def load_artefact(
-    checkpoint: Path, *, layout: str | None = None, branch: str | None = None
+    checkpoint: Path, *, layout: str | None = None, branch: str | None = None, heads: int | None = None
 ) -> tuple[dict[str, Tensor], Backbone]:
     """Tensors (artefact names, float32) and header of any supported checkpoint; our own artefact passes through.
+
+    `heads` is the number of a ViT's attention heads, for a file that does not say it.
 
     Raises:
         UserError: the file is not readable, not supported, or does not hold the branch. One sentence.
         UsageError: there is no layout of that name.
     """
-    source = load_source(checkpoint, layout=layout, branch=branch)
+    source = load_source(checkpoint, layout=layout, branch=branch, heads=heads)
     # Copies: a reader's tensors are mapped onto the file, and would change with it.
     return {name: tensor.clone() for name, tensor in source.tensors.items()}, source.backbone
 
@@ -89,6 +87,7 @@ def load_source(
     branch: str | None = None,
     entry: str | None = None,
     prefix: str | None = None,
+    heads: int | None = None,
     allow_nan: bool = False,
 ) -> Source:
     """`load_artefact` with what became of every tensor; the tensors may be mapped onto the file.
@@ -96,7 +95,7 @@ def load_source(
     `entry` (a path of entries, `a/b`) and `prefix` choose among the networks of a file, wherever they are.
     """
     place = {"layout": layout, "branch": branch, "entry": entry, "prefix": prefix}
-    return read_source(read_contents(Path(checkpoint)), **place, allow_nan=allow_nan)
+    return read_source(read_contents(Path(checkpoint)), **place, heads=heads, allow_nan=allow_nan)
 
 
 def read_source(
@@ -106,6 +105,7 @@ def read_source(
     branch: str | None = None,
     entry: str | None = None,
     prefix: str | None = None,
+    heads: int | None = None,
     allow_nan: bool = False,
 ) -> Source:
     """The same for a file whose contents have been read already."""
@@ -135,11 +135,12 @@ def read_source(
         filled = fill(tensors, shape, found.table)
         ordered = check_complete(tensors, shape, where)
     except UserError:
-        reason = known_network(backbone)
-        if reason is None:
+        known = known_network(backbone)
+        if known is None:
             raise
-        raise UserError(f"{where} (layout {found.layout.name}) cannot be converted: {reason}.") from None
+        raise UserError(f"{where} (layout {found.layout.name}) cannot be converted: {known}.") from None
     _check_network(contents, found, shape["architecture"])
+    earlier, shape = _described(contents, found, shape, heads, tensors)
     kept = {name: tensors[name] for name in ordered}
     tensors, dtype = _float32(kept, where)
     rounded = sum(t.dtype is torch.float64 and not torch.equal(t, tensors[name].double()) for name, t in kept.items())
@@ -147,14 +148,14 @@ def read_source(
         check_values(tensors, where)
     return Source(
         tensors=tensors,
-        backbone=_header(contents, found, shape),
+        backbone=earlier or _header(contents, found, shape),
         sha256=contents.sha256,
         names={step.name: found.branch.prefix + name for name, step in steps.items()},
         dropped=tuple(dropped),
         filled=tuple(filled),
         unused_entries=_unused_entries(contents.value, found),
         dtype=dtype,
-        notes=_notes(contents, found, shape["architecture"], filled, rounded, dtype),
+        notes=_notes(found, filled, rounded, dtype),
         branches=found.present,
     )
 
@@ -179,12 +180,7 @@ def _split(found: Found) -> tuple[dict[str, Tensor], list[str]]:
 
 def _check_network(contents: Contents, found: Found, architecture: str) -> None:
     """`UserError` when the file says that it is another network of the same names and shapes."""
-    reason = found.layout.refuse.get(architecture)
-    heads = heads_of_vit_small(contents.value)
-    if architecture == "vit_small_patch16" and heads not in (None, _VIT_SMALL_HEADS):
-        reason = f"its settings give this ViT-S {heads} heads, as MoCo v3's has, and the usual ViT-S/16 has 6"
-    if reason is None and found.layout is not CONVERTED:
-        reason = contradiction(contents, architecture, dense=found.asked)
+    reason = None if found.layout is CONVERTED else contradiction(contents, architecture, dense=found.asked)
     if reason is not None:
         raise UserError(
             f"{contents.path}: {reason}: frameworks would compute something else with these weights; where the name is "
@@ -192,12 +188,27 @@ def _check_network(contents: Contents, found: Found, architecture: str) -> None:
         )
 
 
+def _described(
+    contents: Contents, found: Found, shape: dict[str, Any], heads: int | None, tensors: Mapping[str, Tensor]
+) -> tuple[Backbone | None, dict[str, Any]]:
+    """The header that an earlier conversion left, or None; and `shape` with a ViT's whole description."""
+    text, where = None, str(contents.path)
+    if found.layout is CONVERTED:
+        text = contents.metadata.get(METADATA_KEY) or contents.value[METADATA_KEY]
+    elif found.layout.name == "timm" and METADATA_KEY in contents.hub:
+        text = json.dumps(contents.hub[METADATA_KEY])
+    if heads is not None and shape["vit"] is None:
+        raise UserError(f"{where} is a {shape['architecture']}, which has no attention heads: leave --heads away.")
+    if text is not None:
+        header = _earlier_header(text, shape, where)
+        if heads is not None and heads != header.transformer.heads:
+            raise UserError(f"{where} says that it has {header.transformer.heads} heads: leave --heads away.")
+        return header, {**shape, "vit": header.vit}
+    return None, shape if shape["vit"] is None else vit.with_heads(shape, heads, contents, found.layout, tensors)
+
+
 def _header(contents: Contents, found: Found, shape: dict[str, Any]) -> Backbone:
     value, layout = contents.value, found.layout
-    if layout is CONVERTED:
-        return _earlier_header(contents.metadata.get(METADATA_KEY) or value[METADATA_KEY], shape, str(contents.path))
-    if layout.name == "timm" and METADATA_KEY in contents.hub:
-        return _earlier_header(json.dumps(contents.hub[METADATA_KEY]), shape, str(contents.path))
     pixels = (hub_pixels(contents) if layout.name == "timm" else None) or layout.pixels
     epoch = value.get("epoch")
     fields = {"stride_in": layout.stride_in, **pixels.model_dump(exclude={"label"}), **huggingface(contents)}
@@ -224,7 +235,12 @@ def _earlier_header(text: str, shape: dict[str, Any], where: str) -> Backbone:
             f"{where}: the header that came with it is not valid ({error.errors()[0]['msg']}): convert the original "
             "again."
         ) from None
-    if any(getattr(header, key) != value for key, value in shape.items()):
+    # What no shape gives is the header's alone.
+    unseen = dict.fromkeys(("heads", "positions", "norm_eps", "resize", "pooling")) if header.is_vit else {}
+    seen = {key: value for key, value in shape.items() if key != "vit"}
+    described = header.transformer.model_dump(exclude=set(unseen)) if header.is_vit else None
+    shaped = shape["vit"] and shape["vit"].model_dump(exclude=set(unseen))
+    if described != shaped or any(getattr(header, key) != value for key, value in seen.items()):
         raise UserError(
             f"{where}: the header says {header.display_name}, the tensors are {shape['architecture']}: one of them "
             "is not this file's; convert the original again."
@@ -273,18 +289,13 @@ def _unused_entries(value: dict[str, Any], found: Found) -> dict[str, int]:
     return {key: count for key, count in counts.items() if count and (used or key not in found.state)}
 
 
-def _notes(
-    contents: Contents, found: Found, architecture: str, filled: list[str], rounded: int, dtype: str
-) -> tuple[str, ...]:
+def _notes(found: Found, filled: list[str], rounded: int, dtype: str) -> tuple[str, ...]:
     layout, notes = found.layout, [*found.notes]
     dense = trained_for(found.state) if found.asked else None
     if dense is not None:
         notes.append(f"it comes out of a trained {dense.title}, where it ran {dense.runs}; here it is a plain network")
     if layout.lookalikes:
         notes.append(f"files of {layout.lookalikes} have the same names: for one of them say --from")
-    heads_unknown = heads_of_vit_small(contents.value) is None and not layout.heads_known
-    if architecture == "vit_small_patch16" and heads_unknown:
-        notes.append("nothing in the file says how many heads this ViT-S has: 6 are taken, MoCo v3's has 12")
     if filled:
         endings = sorted({name.rpartition(".")[2] for name in filled})
         notes.append(f"{len(filled)} tensors that this layout does not keep were filled: {', '.join(endings)}")
@@ -300,9 +311,11 @@ def _notes(
 def assumed(backbone: Backbone) -> tuple[str, ...]:
     """What no tensor of a file says, and how it was read: a proof compares the target with this reading."""
     if backbone.is_vit:
+        vit = backbone.transformer
         return (
-            "GELU in the feed-forward layers",
-            "layer norms with the epsilon 1e-6",
+            f"{vit.mlp} in the feed-forward layers",
+            f"{vit.heads} attention heads",
+            f"layer norms with the epsilon {vit.norm_eps:g}",
             "softmax attention over all tokens",
         )
     return (
@@ -322,12 +335,3 @@ def counts_by_module(names: Iterable[str], *, used: tuple[str, ...]) -> dict[str
         parts = name.split(".")
         counts[".".join(parts[: 2 if parts[0] in used else 1]).split("/")[0]] += 1
     return dict(counts)
-
-
-def heads_of_vit_small(value: Any) -> int | None:
-    """How many attention heads the settings in a checkpoint give to its ViT-S; None when they say none or several."""
-    text = json.dumps(value, default=lambda item: getattr(item, "state", None), skipkeys=True)
-    heads = {int(number) for number in re.findall(r"num_heads[^\w\[]{1,4}(\d+)", text)}
-    if re.search(r"moco[-_]?v3", text, re.IGNORECASE):
-        heads.add(12)
-    return heads.pop() if len(heads) == 1 else None

@@ -30,7 +30,7 @@ from twist.converters.detect import (
 )
 from twist.converters.open import Contents
 from twist.converters.sources import ANYWHERE, Branch, Layout
-from twist.converters.tables import TABLES
+from twist.converters.tables import TABLES, VIT_TABLES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,8 +86,8 @@ def locate(
     if not chosen:
         broken = next((net.reason for net in seen if net.reason and place in (None, net.prefix)), None)
         if asked and any(not net.reason for net in seen):
-            broken = f"{where} holds no network there; it holds {_list(seen)}."
-        raise UserError(broken or why_not(where, value))
+            raise UserError(f"{where} holds no network there; it holds {_list(seen)}.")
+        raise UserError(f"{where}, {broken}" if broken else why_not(where, value))
     net, name, present = _one_of(chosen, seen if not asked else chosen, where, branch)
     row = sources.BY_NAME[layout] if layout is not None else _row_of(net)
     if not asked:
@@ -114,7 +114,7 @@ def networks(value: Any) -> Iterator[Network]:
 def _beginnings(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Table]]:
     """Prefix and table wherever the first and the third row of a table have a tensor."""
     for table in TABLES.values():
-        third = [name.replace("{}", "0") for name in table.leaves_of(2)]
+        third = table.leaves_of(2)
         for anchor in table.anchors[:1]:
             for name in state:
                 prefix = name.removesuffix(anchor)
@@ -136,7 +136,7 @@ def _network(
         module, dot, _ = tail.partition(".")
         elsewhere = any(name.startswith(other) for other in deeper if other != prefix)
         # What is beside a ResNet's modules and holds no convolution comes after it: a head, a queue, a counter.
-        if module not in own and (elsewhere or (table.name not in _VITS and tensor.ndim <= 2)):
+        if module not in own and (elsewhere or (table not in VIT_TABLES and tensor.ndim <= 2)):
             others.add(module + (".*" if dot else ""))
         else:
             inside[tail] = tensor
@@ -151,9 +151,6 @@ def _network(
         why = known_network(inside)
         return replace(net, reason=f"{net.place}: {why}." if why else str(error))
     return replace(net, tensors=tensors, architecture=shape["architecture"])
-
-
-_VITS = tuple(name for name in TABLES if name.endswith("vit"))
 
 
 def _row_of(net: Network) -> Layout:

@@ -12,11 +12,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
-
 from twist.contracts.config import Config
 from twist.contracts.rename import Table
-from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD
+from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD, Resize
 from twist.converters.tables import TABLES, TIMM_VIT, TORCHVISION
 
 
@@ -63,11 +61,13 @@ class Layout(Config):
     padding: Literal["symmetric", "same"] = "symmetric"
     method_at: tuple[str, ...] = ()
     heads_known: bool = False
+    vit_heads: int | None = None
+    resize: Resize = "antialias"
+    norm_eps: float = 1e-6
     epoch_is_count: bool = False
     detect: bool = True
     generic: bool = False
     lookalikes: str = ""
-    refuse: dict[str, str] = Field(default_factory=dict)
     note: str = ""
 
 

@@ -142,18 +142,27 @@ _MMPRETRAIN_ATTENTION: Rows = (
 )
 MMSEG_VIT = Table("mmseg-vit", (*_OPENMMLAB_VIT, *_MMSEG_ATTENTION))
 MMPRETRAIN_VIT = Table("mmpretrain-vit", (*_OPENMMLAB_VIT, *_MMPRETRAIN_ATTENTION))
-TIMM_VIT = Table("timm-vit", tuple((kind, there, there) for kind, _, there in MMPRETRAIN_VIT.rows))
-
-_ALL = (
-    TORCHVISION,
-    DETECTRON2,
-    SEQUENTIAL,
-    HUGGINGFACE_RESNET,
-    SIMCLR_V2,
-    HAIKU,
-    CAFFE2,
-    MMSEG_VIT,
-    MMPRETRAIN_VIT,
-    TIMM_VIT,
+_TIMM_ONLY: Rows = tuple(
+    ("tensor" if path.endswith(("gamma", "token")) else "scale", path, path)
+    for path in ("reg_token", "blocks.{}.ls1.gamma", "blocks.{}.ls2.gamma", "norm_pre")
 )
-TABLES = {table.name: table for table in _ALL}
+_TIMM: Rows = tuple((kind, there, there) for kind, _, there in MMPRETRAIN_VIT.rows)
+TIMM_VIT = Table("timm-vit", (*_TIMM, *_TIMM_ONLY))
+# DINOv2: timm's names but for the registers and, in its giant, the layers of SwiGLU (dinov2/layers/swiglu_ffn.py).
+_DINOV2: Rows = (
+    *(row for row in TIMM_VIT.rows if row[1] != "reg_token"),
+    ("tensor", "register_tokens", "reg_token"),
+)
+DINOV2 = Table("dinov2", _DINOV2)
+DINOV2_SWIGLU = Table(
+    "dinov2-swiglu",
+    (
+        ("linear", "blocks.{}.mlp.w12", "blocks.{}.mlp.fc1"),
+        ("linear", "blocks.{}.mlp.w3", "blocks.{}.mlp.fc2"),
+        *(row for row in _DINOV2 if ".mlp." not in row[1]),
+    ),
+)
+
+_RESNETS = (TORCHVISION, DETECTRON2, SEQUENTIAL, HUGGINGFACE_RESNET, SIMCLR_V2, HAIKU, CAFFE2)
+VIT_TABLES = (MMSEG_VIT, MMPRETRAIN_VIT, TIMM_VIT, DINOV2, DINOV2_SWIGLU)
+TABLES = {table.name: table for table in (*_RESNETS, *VIT_TABLES)}

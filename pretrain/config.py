@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from twist.contracts.config import MOST_SEED, SHIPPED, Config
 from twist.contracts.errors import UsageError, did_you_mean
-from twist.contracts.weights import Architecture
+from twist.contracts.weights import Architecture, Resize, Vit, is_vit, stem_of, usual_vit
 
 Precision = Literal["bf16", "fp16", "fp32"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -87,6 +87,9 @@ class ModelConfig(Config):
     backbone: Architecture = "resnet50"
     width: Literal[1, 2, 4] = 1
     drop_path: float = Field(default=0.0, ge=0, lt=1)
+    # How a ViT's position table is made smaller for the local crops (`Vit.resize` in contracts/weights.py): with
+    # antialiasing, or as the published code does, "offset".
+    resize: Resize = "antialias"
     hidden_dim: int = Field(default=4096, gt=0)
     # K, the outputs of the head: 4096 with multi-crop, 32768 without, 1000 for unsupervised classification.
     classes: int = Field(default=4096, gt=1)
@@ -98,6 +101,27 @@ class ModelConfig(Config):
     teacher_momentum: tuple[Share, Share] = (0.996, 1.0)
     # Trade compute for memory in the backbone.
     activation_checkpointing: bool = False
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Recipes of before the key keep their hash.
+        return {key: value for key, value in dump(self).items() if key != "resize" or value != "antialias"}
+
+    @property
+    def is_vit(self) -> bool:
+        return is_vit(self.backbone)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a ViT's patches in pixels."""
+        return int(stem_of(self.backbone).removeprefix("patch"))
+
+    @property
+    def vit(self) -> Vit | None:
+        """The description of a ViT that is not the usual one of its name (`Backbone.vit`)."""
+        if not self.is_vit or self.resize == "antialias":
+            return None
+        return usual_vit(self.backbone).model_copy(update={"resize": self.resize})
 
 
 class LossConfig(Config):
@@ -197,7 +221,7 @@ class PretrainConfig(Config):
     def _problems(self) -> Iterator[str]:
         """What does not go together, a sentence each."""
         run, model, optim, views = self.run, self.model, self.optim, self.views
-        is_vit, lars = model.backbone.startswith("vit_"), optim.name == "lars"
+        is_vit, lars = model.is_vit, optim.name == "lars"
         first, second = run.mutual_information_epochs, run.epochs - run.mutual_information_epochs
         if views.kind != "multicrop" and views.local_count:
             yield f'views of kind "{views.kind}" have no local crops: set views.local_count = 0'
@@ -218,14 +242,16 @@ class PretrainConfig(Config):
                 f"self_label.warmup_epochs = {self.self_label.warmup_epochs} is not less than the {second} epochs of "
                 f"self-labelling: pass self_label.warmup_epochs={second // 2}"
             )
-        if is_vit and (views.global_size % 16 or views.local_size % 16):
-            yield "a ViT with 16-pixel patches needs view sizes that are multiples of 16"
+        patch = model.patch_size if is_vit else 1
+        if views.global_size % patch or views.local_size % patch:
+            yield f"a ViT with {patch}-pixel patches needs view sizes that are multiples of {patch}"
         if run.compile and model.activation_checkpointing and not is_vit:
             # The second resolution moves the running statistics that the first one's second forward would start from.
             yield "run.compile and model.activation_checkpointing do not go together with batch norms: keep one of them"
         for table, name, has_effect, where in (
             ("model", "width", not is_vit, "in ResNets"),
             ("model", "drop_path", is_vit, "in ViTs"),
+            ("model", "resize", is_vit, "in ViTs"),
             ("model", "teacher_momentum", model.teacher, "with model.teacher = true"),
             ("optim", "momentum", lars, "with LARS"),
             ("optim", "eta", lars, "with LARS"),

@@ -46,9 +46,9 @@ def build_model(config: PretrainConfig, *, device: torch.device) -> tuple[Twist,
     model = config.model
     torch.manual_seed(config.run.seed)
     backbone = build_backbone(
-        model.backbone, width=model.width, image_size=config.views.global_size, drop_path=model.drop_path
+        model.backbone, width=model.width, image_size=config.views.global_size, drop_path=model.drop_path, vit=model.vit
     )
-    is_vit = model.backbone.startswith("vit_")
+    is_vit = model.is_vit
     if is_vit:  # as published; timm's starts at almost nothing
         nn.init.trunc_normal_(backbone.cls_token, std=0.02)  # type: ignore[arg-type]
     student = Twist(backbone, build_head(int(backbone.num_features), model, truncated_normal=is_vit))  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from twist.contracts import files
 from twist.contracts.errors import UserError
-from twist.contracts.weights import Backbone, write_backbone
+from twist.contracts.weights import Backbone, stem_of, write_backbone
 from twist.pretrain import checkpoint, distributed
 from twist.pretrain.checkpoint import Manifest, Position
 from twist.pretrain.config import PretrainConfig
@@ -261,12 +261,13 @@ class Run:
         return path
 
     def _header(self, branch: str) -> Backbone:
-        is_vit = self.config.model.backbone.startswith("vit_")
+        is_vit = self.config.model.is_vit
         return Backbone(
             architecture=self.config.model.backbone,
             width=self.config.model.width,
-            stem="patch16" if is_vit else "conv7x7",
+            stem=stem_of(self.config.model.backbone),
             image_size=self.config.views.global_size if is_vit else None,
+            vit=self.config.model.vit,
             method="twist",
             epochs=self.config.run.epochs,
             source_branch=branch,

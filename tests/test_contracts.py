@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -219,7 +220,11 @@ def test_an_artefact_that_does_not_read_back_is_not_written(
 # Networks
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# timm has no name for the others, which differ from these in the patches alone.
+TIMM_LACKS = re.compile(r"vit_.*_patch(8|14)|vit_(tiny|huge|giant)_patch32|vit_(huge|giant)_patch16")
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if not TIMM_LACKS.fullmatch(name)])
 def test_networks_are_the_libraries_own(architecture: str) -> None:
     """Names and shapes equal torchvision's and timm's (a manifest nobody else has to keep)."""
     import timm

@@ -398,7 +398,7 @@ FOREIGN = {
     "resnet50_clip.openai": "CLIP's ResNet", "res2net50_26w_4s": "Res2Net", "resnest14d": "ResNeSt",
     "hrnet_w18_small": "HRNet", "densenet121": "DenseNet", "inception_v3": "Inception",
     "nf_resnet50": "normaliser-free", "mixer_s32_224": "MLP-Mixer", "xcit_nano_12_p16_224": "XCiT",
-    "beit_base_patch16_224": "relative position", "vit_relpos_small_patch16_224": "relative position",
+    "beit_base_patch16_224": "relative positions", "vit_relpos_small_patch16_224": "relative positions",
     "vit_small_r26_s32_224": "hybrid ViT", "pvt_v2_b0": "pyramid vision transformer",
     "resnext50_32x4d": "ResNeXt", "wide_resnet50_2": "wide_resnet",
 }  # fmt: skip

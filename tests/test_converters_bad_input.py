@@ -167,11 +167,15 @@ VALUES: dict[str, tuple[Any, str]] = {
     "C4 detector": ({"model": {"backbone.stem.conv1.weight": ONE, "roi_heads.res5.0.conv1.weight": ONE}}, "trained C4"),
     "infinite": (changed("bn1.bias", torch.full((64,), float("inf"))), "NaN or infinite"),
     "same name twice": ({**RESNET, "module.conv1.weight": torch.ones(64, 3, 7, 7)}, "the same name"),
-    "12-headed ViT": ({"state_dict": {f"module.base_encoder.{n}": t for n, t in vit().items()}}, "12 heads"),
-    "oblong ViT": (vit(positions=1 + 14 * 15), "not one for the class token and a square grid"),
-    "ViT without class token": (vit(positions=196), "not one for the class token"),
-    "ViT-S/8": (vit(patch=8), "patches of 8 pixels"),
-    "layer scale": (vit() | {"blocks.0.ls1.gamma": torch.ones(384)}, "layer scale"),
+    "ViT with any number of heads": (vit(), "--heads 6"),
+    "oblong ViT": (vit(positions=1 + 14 * 15), "and a square grid"),
+    "ViT-S/10": (vit(patch=10), "patches of 10 pixels"),
+    "layer scale in one block": (vit() | {"blocks.0.ls1.gamma": torch.ones(384)}, "tensors missing"),
+    "BEiT": (vit() | {"blocks.0.attn.relative_position_bias_table": ONE}, "relative positions"),
+    "DINOv3": (vit() | {"rope_embed.periods": ONE}, "rotary positions"),
+    "CLIP": (vit() | {"norm_pre.weight": torch.ones(384), "norm_pre.bias": torch.ones(384)}, "quick GELU"),
+    "distilled DeiT": (vit() | {"dist_token": torch.ones(1, 1, 384)}, "distilled DeiT"),
+    "ViT with LoRA": (vit() | {"blocks.0.attn.qkv.lora_A": ONE}, "LoRA"),
 }
 
 

@@ -14,8 +14,8 @@ from checkpoint_files import random_tensors
 from torch import nn
 
 from twist.contracts.errors import UserError
-from twist.contracts.networks import build_backbone, meta_tensors
-from twist.contracts.weights import Backbone, write_backbone
+from twist.contracts.networks import build_backbone, tensors_of
+from twist.contracts.weights import Backbone, usual_vit, write_backbone
 from twist.converters import proof
 from twist.converters.check_config import check_config, mismatch_text
 from twist.converters.convert import conversion_text, convert
@@ -33,6 +33,7 @@ NETWORKS = [
     WIDE,
     VIT,
     VIT.model_copy(update={"architecture": "vit_base_patch16", "image_size": 384}),
+    VIT.model_copy(update={"vit": usual_vit("vit_small_patch16").model_copy(update={"heads": 12, "resize": "plain"})}),
 ]
 
 
@@ -54,7 +55,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("header", NETWORKS, ids=lambda header: header.display_name)
 def test_names_and_shapes_are_the_frameworks(header: Backbone, tmp_path: Path) -> None:
     """What the overlays build has exactly the tensors that are written for it."""
-    ours = meta_tensors(header.architecture, width=header.width, image_size=header.image_size)
+    ours = tensors_of(header)
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
     if detectron2.refuse(header) is None:
         expected = {new: shapes[old] for old, new in detectron2.names(header).items()}
@@ -80,7 +81,7 @@ def built_by_detectron2(header: Backbone, folder: Path) -> dict[str, tuple[int, 
     name, text = detectron2.settings(header)
     (folder / name).write_text(text)
     if header.is_vit:  # its constructor asks for values, so it cannot be built without memory
-        network = instantiate(LazyConfig.load(str(folder / name)).backbone)
+        network = instantiate(LazyConfig.load(str(folder / name)).backbone).network
     else:
         with torch.device("meta"):
             network = detectron2_resnet(folder / name)
@@ -90,8 +91,11 @@ def built_by_detectron2(header: Backbone, folder: Path) -> dict[str, tuple[int, 
 def built_by_mmseg(header: Backbone) -> dict[str, tuple[int, ...]]:
     from mmseg.models import ResNet, VisionTransformer
 
+    from twist.integrations import mmseg as ours
+
     settings = mmseg.mmseg_overlay(header)["model"]["backbone"]
-    kind = {"ResNet": ResNet, "VisionTransformer": VisionTransformer}[settings["type"]]
+    kinds = {"ResNet": ResNet, "VisionTransformer": VisionTransformer, "TwistVisionTransformer": ours.VisionTransformer}
+    kind: Any = kinds[settings["type"]]
     with torch.device("cpu" if header.is_vit else "meta"):
         network = kind(**{key: value for key, value in settings.items() if key not in ("type", "_delete_")})
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -202,12 +206,8 @@ def test_vit(target: str, tmp_path: Path) -> None:
     assert done.proof.kind == "framework"
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["proof"]["stages"]) == 12
-    if target == "detectron2":
-        assert (done.output / "dropped.txt").read_text().split() == ["cls_token", "norm.weight", "norm.bias"]
-        assert report["proof"]["drift"][11]["relative"] > 1e-3
-        assert "no class token" in report["notes"][0]
-    else:
-        assert report["source"]["dropped"] == {}
+    assert report["source"]["dropped"] == {}
+    assert report["proof"]["drift"] == []
 
 
 @pytest.mark.parametrize("target", ["mmseg", "torchvision"])

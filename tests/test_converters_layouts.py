@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,14 @@ from safetensors.torch import save_file
 from twist.contracts import rename
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.networks import meta_tensors
-from twist.contracts.weights import RESNETS, VITS
+from twist.contracts.weights import RESNETS, write_backbone
 from twist.converters.detect import architecture_of, check_complete, fill, find
+from twist.converters.inspect import inspect
 from twist.converters.open import read_contents
 from twist.converters.read import load_artefact, load_source
 from twist.converters.sources import BY_NAME, LAYOUTS, Branch, Layout, matches
 from twist.converters.tables import CAFFE2, DETECTRON2, TABLES, TORCHVISION
+from twist.converters.vit import HeadsUnknownError
 
 RESNET18 = flat_tensors()
 RESNET50 = flat_tensors("resnet50")
@@ -38,7 +41,9 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and all(bool(a[place] == b[place]) for place in ((0,) * a.ndim, (-1,) * a.ndim))
 
 
-PLACES = [(layout, branch) for layout in LAYOUTS for branch in layout.branches]
+# Files of DINOv2 hold ViTs alone (tests/test_vit.py).
+OF_RESNETS = [layout for layout in LAYOUTS if not layout.tables[0].name.startswith("dinov2")]
+PLACES = [(layout, branch) for layout in OF_RESNETS for branch in layout.branches]
 R18 = architecture_of(RESNET18, "it")
 
 
@@ -58,9 +63,10 @@ def test_thirty_four_rows_cover_a_resnet50() -> None:
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_tables_are_total_injective_and_invertible(table: rename.Table) -> None:
+    vits = ["vit_giant_patch14"] if "swiglu" in table.name else ["vit_small_patch16", "vit_large_patch14"]
     vit = any(row[2] == "cls_token" for row in table.rows)
     lacking = table.absent if table.name in ("haiku", "caffe2") else ()
-    for architecture in VITS if vit else RESNETS:
+    for architecture in vits if vit else RESNETS:
         names = [name for name in meta_tensors(architecture) if not name.endswith(lacking)]
         steps = rename.outwards(table, names)
         assert len({step.name for step in steps.values()}) == len(names)
@@ -122,7 +128,7 @@ def test_round_trip_is_the_identity(layout: Layout, branch: Branch, tmp_path: Pa
     assert set(source.filled) == set(RESNET18) - set(kept)
 
 
-@pytest.mark.parametrize("layout", [row for row in LAYOUTS if row.detect], ids=lambda row: row.name)
+@pytest.mark.parametrize("layout", [row for row in OF_RESNETS if row.detect], ids=lambda row: row.name)
 def test_layouts_are_told_apart_by_content(layout: Layout, tmp_path: Path) -> None:
     file = write_checkpoint(tmp_path / "model.bin", layout, layout.branches[0], RESNET18)
     source = load_source(file, allow_nan=True)  # the check costs most of the time here, and has its own test
@@ -237,9 +243,11 @@ def test_vits(architecture: str, table: str, layout: str, tmp_path: Path) -> Non
         "mmseg": {"state_dict": {**state, "decode_head.w": torch.ones(1)}},
     }[layout]
     torch.save(value, tmp_path / "x.pth")
+    heads = None if layout == "dino" else 12  # DINO's file says that they are the usual ones
     # A segmentor's backbone has to be asked for.
-    found, header = load_artefact(tmp_path / "x.pth", layout="mmseg" if layout == "mmseg" else None)
+    found, header = load_artefact(tmp_path / "x.pth", layout="mmseg" if layout == "mmseg" else None, heads=heads)
     assert (header.architecture, header.image_size, header.source_layout) == (architecture, 384, layout)
+    assert header.transformer.heads == (heads or tensors["norm.bias"].numel() // 64)
     assert all(same(found[name], tensors[name]) for name in tensors)
 
 
@@ -298,30 +306,69 @@ def vit_small(**settings: object) -> dict[str, object]:
     return {"state_dict": {**state, **probe}, "hyper_parameters": settings}
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"method": "mocov3"},
-        {"backbone": {"name": "vit_small", "kwargs": {"num_heads": 12}}},
-        {"cfg": "backbone=dict(type='MoCoV3ViT', arch='mocov3-small')"},
-        {"cfg": "backbone=dict(type='VisionTransformer', num_heads=12)"},
-    ],
-)
-def test_a_vit_small_with_twelve_heads_is_refused(settings: dict, tmp_path: Path) -> None:
+HEADS = {
+    "the method": ({"method": "mocov3"}, 12),
+    "keyword arguments": ({"backbone": {"name": "vit_small", "kwargs": {"num_heads": 12}}}, 12),
+    "a config's text": ({"cfg": "backbone=dict(type='VisionTransformer', num_heads=12)"}, 12),
+    "an architecture": ({"cfg": "backbone=dict(type='MoCoV3ViT', arch='mocov3-small')"}, 12),
+    "the usual": ({"backbone": {"num_heads": 6}}, 6),
+    "timm's name": ({"model": "deit_small_patch16_224"}, 6),
+    "a decoder's": ({"decoder_num_heads": 16}, None),
+    "nothing": ({"lr": 0.1}, None),
+    "two numbers": ({"a": {"num_heads": 6}, "b": {"num_heads": 12}}, None),
+}
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("case", HEADS)
+def test_the_settings_say_how_many_heads_a_vit_has(case: str, beside: bool, tmp_path: Path) -> None:
     """Twelve heads have the names and shapes of six, and other features (8 % of them, measured on random weights)."""
-    torch.save(vit_small(**settings), tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match="give this ViT-S 12 heads"):
-        load_source(tmp_path / "x.ckpt")
+    settings, heads = HEADS[case]
+    torch.save(vit_small(**({} if beside else settings)), tmp_path / "x.ckpt")
+    if beside:
+        (tmp_path / "args.json").write_text(json.dumps(settings))
+    if heads is None:
+        with pytest.raises(HeadsUnknownError, match=r"--heads 6 .* or --heads 12"):
+            load_source(tmp_path / "x.ckpt")
+        assert "--heads" in inspect(tmp_path / "x.ckpt").problems[0]
+    else:
+        header = load_source(tmp_path / "x.ckpt").backbone
+        assert (header.transformer.heads, header.vit is None) == (heads, heads == 6)
 
 
-def test_what_settings_say_of_a_vit_small_is_taken_and_what_they_do_not_is_noted(tmp_path: Path) -> None:
-    torch.save(vit_small(method="dino", backbone={"num_heads": 6}), tmp_path / "six.ckpt")
-    source = load_source(tmp_path / "six.ckpt")
-    assert (source.backbone.method, source.notes) == ("dino", ())
-    torch.save(vit_small(lr=0.1), tmp_path / "x.ckpt")
-    source = load_source(tmp_path / "x.ckpt")
-    assert source.backbone.method == "unknown"
-    assert "how many heads" in source.notes[0]
+def test_told_heads_are_taken_and_impossible_ones_refused(tmp_path: Path) -> None:
+    torch.save(vit_small(), tmp_path / "x.ckpt")
+    header = load_source(tmp_path / "x.ckpt", heads=12).backbone
+    assert header.display_name == "vit_small_patch16_heads12"
+    with pytest.raises(UserError, match="cannot be shared by 5 heads"):
+        load_source(tmp_path / "x.ckpt", heads=5)
+    write_backbone(tmp_path / "x.safetensors", load_source(tmp_path / "x.ckpt", heads=12).tensors, header)
+    assert load_source(tmp_path / "x.safetensors", heads=12).backbone == header
+    with pytest.raises(UserError, match="12 heads: leave --heads away"):
+        load_source(tmp_path / "x.safetensors", heads=6)
+    torch.save({**RESNET18}, tmp_path / "r.pth")
+    with pytest.raises(UserError, match="no attention heads"):
+        load_source(tmp_path / "r.pth", heads=6)
+
+
+@pytest.mark.parametrize(("source", "heads"), [("moco-v3", 12), ("mae", None), ("learned", None)])
+def test_the_fixed_table_of_moco_v3_says_twelve_heads(source: str, heads: int | None, tmp_path: Path) -> None:
+    """moco-v3 vits.py, written out for one dimension: sines and cosines down the image, then across; MAE's turned."""
+    state = {name: tensor.clone() for name, tensor in flat_tensors("vit_small_patch16").items()}
+    frequencies = [1 / 10000 ** (index / 96) for index in range(96)]
+    places = [(row, column) if source == "moco-v3" else (column, row) for row in range(14) for column in range(14)]
+    waves = [
+        [wave(place * f) for place in pair for wave in (math.sin, math.cos) for f in frequencies] for pair in places
+    ]
+    if source != "learned":
+        state["pos_embed"] = torch.tensor([[[0.0] * 384, *waves]])
+    torch.save({"model": state}, tmp_path / "x.pth")
+    if heads is None:
+        with pytest.raises(HeadsUnknownError):
+            load_source(tmp_path / "x.pth")
+    else:
+        vit = load_source(tmp_path / "x.pth").backbone.transformer
+        assert (vit.heads, vit.positions) == (heads, "sincos")
 
 
 @pytest.mark.parametrize(
@@ -370,9 +417,11 @@ def test_a_method_is_named_only_where_the_file_is_its_own(value: dict, method: s
 
 def test_mae_and_deit_lie_under_model(tmp_path: Path) -> None:
     vit = flat_tensors("vit_base_patch16", image_size=224)
-    decoder = {"mask_token": torch.ones(1, 1, 512), "decoder_blocks.0.norm1.weight": torch.ones(512)}
-    torch.save({"model": vit | decoder | {"head.weight": torch.ones(2, 768)}}, tmp_path / "x.pth")
-    source = load_source(tmp_path / "x.pth", allow_nan=True)
-    assert (source.backbone.architecture, source.backbone.method) == ("vit_base_patch16", "unknown")
-    assert set(source.dropped) == {*decoder, "head.weight"}
-    assert load_source(tmp_path / "x.pth", layout="mae", allow_nan=True).backbone.method == "mae"
+    decoder = {"mask_token": torch.ones(1, 1, 512), "decoder_pos_embed": torch.ones(1, 197, 512)}
+    torch.save({"model": vit | decoder}, tmp_path / "mae.pth")
+    torch.save({"model": vit | {"head.weight": torch.ones(2, 768)}}, tmp_path / "deit.pth")
+    mae = load_source(tmp_path / "mae.pth", allow_nan=True)
+    assert (mae.backbone.method, mae.backbone.transformer.heads, set(mae.dropped)) == ("mae", 12, {*decoder})
+    deit = load_source(tmp_path / "deit.pth", heads=12, allow_nan=True)
+    assert (deit.backbone.method, deit.backbone.vit, deit.dropped) == ("unknown", None, ("head.weight",))
+    assert load_source(tmp_path / "deit.pth", layout="mae", allow_nan=True).backbone.method == "mae"

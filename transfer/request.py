@@ -59,6 +59,7 @@ class Request:
     sha256: str | None = None
     layout: str | None = None
     branch: str | None = None
+    heads: int | None = None
     random: Backbone | None = None
     method: str | None = None
     seed: int = 0
@@ -67,6 +68,11 @@ class Request:
     controls: Controls = field(default_factory=Controls)
     resume: bool = False
     eval_only: bool = False
+
+    @property
+    def read_as(self) -> dict[str, Any]:
+        """How the checkpoint is read, as `twist convert` takes it."""
+        return {"layout": self.layout, "branch": self.branch, "heads": self.heads}
 
     @property
     def leads(self) -> bool:

@@ -23,7 +23,7 @@ from twist.contracts.errors import UsageError, UserError
 from twist.contracts.files import sha256_file
 from twist.contracts.machine import git_commit, hardware, software
 from twist.contracts.record import RunRecord, WeightsProvenance, check_label, name_in, read_record, write_record
-from twist.contracts.weights import Architecture, Backbone, read_header, weights_file, write_backbone
+from twist.contracts.weights import Architecture, Backbone, read_header, stem_of, weights_file, write_backbone
 from twist.converters.output_folder import name_of
 from twist.transfer.end import render_end, render_places
 from twist.transfer.engines import Engine, all_engines
@@ -54,6 +54,7 @@ def transfer(
     method: str | None = None,
     layout: str | None = None,
     branch: str | None = None,
+    heads: int | None = None,
 ) -> RunRecord:
     """Run `protocol` on `weights` and write one record.
 
@@ -67,7 +68,7 @@ def transfer(
         eval_only: evaluate the last checkpoint of the run in the folder, without training.
         overrides: `key=value` on the engine's own config, or on `twist.transfer.request.Controls`.
         method: what the record calls the method; None takes what the weights say.
-        layout, branch: of the checkpoint, as for `twist convert`; None finds them by its content.
+        layout, branch, heads: of the checkpoint, as for `twist convert`; None finds them by its content.
 
     Raises:
         UsageError: an unknown protocol or layout, an unknown or impossible override.
@@ -79,7 +80,7 @@ def transfer(
     root = find_root(data)
     sample = require_data(row.data, root, task=row.task, scale=row.scale)
     data_name = identify_data(row.data, root, subset=row.subset)
-    given = find_weights(weights, row, controls, layout=layout, branch=branch, method=method, seed=seed)
+    given = find_weights(weights, row, controls, layout=layout, branch=branch, heads=heads, method=method, seed=seed)
     output = (output or default_output(row, given, seed)).resolve()
     results = (results or output / "results").resolve()
     request = Request(
@@ -152,6 +153,7 @@ def find_weights(
     *,
     layout: str | None = None,
     branch: str | None = None,
+    heads: int | None = None,
     method: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -159,8 +161,8 @@ def find_weights(
     if method is not None:
         check_label(method)
     if weights == RANDOM:
-        if layout or branch:
-            raise UsageError("--from and --branch say how a checkpoint is read, and --weights random reads none.")
+        if layout or branch or heads:
+            raise UsageError("--from, --branch and --heads say how a checkpoint is read; --weights random reads none.")
         return {"name": RANDOM, "random": _random_network(row, controls, seed=seed), "method": method or RANDOM}
     if controls.architecture or controls.width:
         raise UserError("architecture and width are for --weights random: a checkpoint says its own.")
@@ -173,7 +175,7 @@ def find_weights(
         raise UserError(f"There is no weights file at {path}: check the path, or pass random or torchvision:FILE.")
     method = method or (SUPERVISED if layout == "torchvision" else None)
     source = {"checkpoint": path.resolve(), "name": name_of(path), "sha256": sha256_file(path)}
-    return {**source, "layout": layout, "branch": branch, "method": method}
+    return {**source, "layout": layout, "branch": branch, "heads": heads, "method": method}
 
 
 def _random_network(row: Protocol, controls: Controls, *, seed: int) -> Backbone:
@@ -181,7 +183,7 @@ def _random_network(row: Protocol, controls: Controls, *, seed: int) -> Backbone
     vit = architecture.startswith("vit_")
     if vit and controls.width not in (None, 1):
         raise UsageError(f"width={controls.width} is for ResNets: leave it out with architecture={architecture}.")
-    form = {"stem": "patch16", "image_size": 224} if vit else {"width": controls.width or 1}
+    form = {"stem": stem_of(architecture), "image_size": 224} if vit else {"width": controls.width or 1}
     return Backbone(architecture=architecture, method=RANDOM, seed=seed, **form)
 
 
@@ -189,7 +191,13 @@ def default_output(row: Protocol, given: dict[str, Any], seed: int) -> Path:
     """`runs/<protocol>/…`, with the network where random weights are not of the protocol's usual one."""
     network = given.get("random")
     other = network.display_name if network and network.display_name != USUAL_NETWORK[row.scale] else None
-    parts = [given["method"] or given["name"], (given.get("sha256") or "")[:8], given.get("branch"), other]
+    parts = [
+        given["method"] or given["name"],
+        (given.get("sha256") or "")[:8],
+        given.get("branch"),
+        given.get("heads") and f"heads{given['heads']}",
+        other,
+    ]
     return Path("runs") / row.name / "-".join([*filter(None, parts), f"seed{seed}"])
 
 
@@ -199,8 +207,8 @@ def default_output(row: Protocol, given: dict[str, Any], seed: int) -> Path:
 def describe_run(request: Request, data_name: str | None) -> dict[str, Any]:
     """What `run.json` says of the run before its recipe is known."""
     weights: dict[str, Any] = {"name": request.name, "sha256": request.sha256}
-    if request.branch is not None:  # another branch of the file is another run
-        weights["branch"] = request.branch
+    # Another branch of the file, or the same tensors in another number of heads, is another run.
+    weights |= {key: value for key, value in request.read_as.items() if key != "layout" and value is not None}
     if request.random is not None:  # nothing but their network tells two runs of random weights apart
         weights |= {"architecture": request.random.architecture, "width": request.random.width}
     return {"protocol": request.protocol.name, "seed": request.seed, "weights": weights, "data": data_name}
@@ -250,7 +258,7 @@ def prepare_weights(request: Request, engine: Engine) -> Weights:
     if engine.target is None:
         from twist.converters.read import load_artefact
 
-        tensors, header = load_artefact(artefact, layout=request.layout, branch=request.branch)
+        tensors, header = load_artefact(artefact, **request.read_as)
         return Weights(header, tensors=tensors)
     from twist.converters.convert import convert
 
@@ -259,7 +267,7 @@ def prepare_weights(request: Request, engine: Engine) -> Weights:
     if target.exists():  # a continued run: the conversion is deterministic, so it is made anew rather than trusted
         shutil.rmtree(target)
     with frameworks_quiet():
-        done = convert(artefact, target=engine.target, layout=request.layout, branch=request.branch, output=target)
+        done = convert(artefact, target=engine.target, output=target, **request.read_as)
     return Weights(done.backbone, done.weights, done.overlay)
 
 

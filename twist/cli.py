@@ -37,6 +37,7 @@ DataRoot = Annotated[Path | None, typer.Argument(show_default=False, help="Defau
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", show_default=False)]
 Data = Annotated[Path | None, typer.Option(help="Folder with the data sets; default $DETECTRON2_DATASETS.")]
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED)]
+Heads = Annotated[int | None, typer.Option(min=1, help="Attention heads of a ViT whose file does not say them.")]
 Layout = Annotated[str | None, typer.Option("--from", help="Source layout, when it should not be detected.")]
 Branch = Annotated[str | None, typer.Option(help="Branch of the source, for example momentum or teacher.")]
 Entry = Annotated[
@@ -114,6 +115,7 @@ def inspect(
     layout: Layout = None,
     entry: Entry = None,
     prefix: Prefix = None,
+    heads: Heads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what is in a checkpoint.
@@ -123,7 +125,7 @@ def inspect(
     require("convert")
     from twist.converters import inspect as inspection
 
-    found = inspection.inspect(checkpoint, layout=layout, entry=entry, prefix=prefix)
+    found = inspection.inspect(checkpoint, layout=layout, entry=entry, prefix=prefix, heads=heads)
     print(_json(found.to_json()) if as_json else inspection.inspection_text(found))
 
 
@@ -135,6 +137,7 @@ def convert(
     branch: Branch = None,
     entry: Entry = None,
     prefix: Prefix = None,
+    heads: Heads = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof.")] = False,
     pkl: Annotated[bool, typer.Option("--pkl", help="Detectron2: also a .pkl of plain arrays.")] = False,
@@ -155,7 +158,7 @@ def convert(
         file = weights or checkpoint
         if file is None:
             raise UsageError("--check-config needs the weights too: add --weights FILE.")
-        mismatches = own.check_config(check_config, file, layout=layout, branch=branch)
+        mismatches = own.check_config(check_config, file, layout=layout, branch=branch, heads=heads)
         print(own.mismatch_text(mismatches))
         raise typer.Exit(1 if mismatches else 0)
     if checkpoint is None or to is None:
@@ -164,7 +167,14 @@ def convert(
 
     source = {"layout": layout, "branch": branch, "entry": entry, "prefix": prefix}
     done = conversion.convert(
-        checkpoint, target=to, output=output, verify=not no_verify, pkl=pkl, allow_nan=allow_nan, **source
+        checkpoint,
+        target=to,
+        heads=heads,
+        output=output,
+        verify=not no_verify,
+        pkl=pkl,
+        allow_nan=allow_nan,
+        **source,
     )
     print(conversion.conversion_text(done))
 
@@ -182,6 +192,7 @@ def transfer(
     method: Annotated[str | None, typer.Option(help="Row of the table; default what the weights say.")] = None,
     layout: Layout = None,
     branch: Branch = None,
+    heads: Heads = None,
     resume: Resume = False,
     eval_only: Annotated[bool, typer.Option("--eval-only", help="Evaluate the finished run in the folder.")] = False,
     list_protocols: Annotated[bool, typer.Option("--list", help="Print the protocols.")] = False,
@@ -216,6 +227,7 @@ def transfer(
         method=method,
         layout=layout,
         branch=branch,
+        heads=heads,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twist.contracts.files import atomic_path
-from twist.contracts.weights import Backbone, check_written
+from twist.contracts.weights import Backbone, Resize, check_written
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,14 +48,14 @@ class Target:
     # The same as `write` for `--pkl`.
     write_pickle: Callable[[Path, Mapping[str, Tensor], Backbone], None] | None = None
     keeps_padding: bool = False  # whether the target's network can pad as TensorFlow
+    resize: Resize | None = None  # the one way in which its ViTs resize their position table; None: the source's way
 
 
 def own_names(backbone: Backbone) -> dict[str, str]:
     """The artefact's names as they are, in the order of the network's state dict."""
-    from twist.contracts.networks import meta_tensors
+    from twist.contracts.networks import tensors_of
 
-    tensors = meta_tensors(backbone.architecture, width=backbone.width, image_size=backbone.image_size)
-    return {name: name for name in tensors}
+    return {name: name for name in tensors_of(backbone)}
 
 
 def write_torch(path: Path, tensors: Mapping[str, Tensor], *, entry: str, extras: Mapping[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """Detectron2: names, settings that the weights imply, and the proof in a real R-CNN. Only the proof needs Detectron2.
 
-ResNets get `overlay.yaml`, to be merged over any R-CNN config; plain ViTs live in lazy configs, so they get
-`overlay.py`. The file's names are `stem`, `res2` … `res5` with Detectron2's flag for matching heuristics, so the same
-file fills `backbone.bottom_up.*` (FPN) and `backbone.*` with `roi_heads.res5.*` (C4).
+ResNets get `overlay.yaml`, to be merged over any R-CNN config; ViTs live in lazy configs, so they get `overlay.py`
+with this suite's backbone (`twist.integrations.detectron2`), since Detectron2's own has no class token. The file's
+names are `stem`, `res2` … `res5` with Detectron2's flag for matching heuristics, so the same file fills
+`backbone.bottom_up.*` (FPN) and `backbone.*` with `roi_heads.res5.*` (C4).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from twist.contracts import rename
 from twist.contracts.files import atomic_path
-from twist.contracts.weights import METADATA_KEY, VIT_BLOCKS, VITS, Backbone, check_written, depth_of
+from twist.contracts.weights import METADATA_KEY, Backbone, check_written, depth_of
 from twist.converters import tables
 from twist.converters.proof import block_outputs, check_loaded, written_tensors
 from twist.converters.targets import ProofRun, Stages, Target, own_names, quoted, write_torch
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = "weights.pth"
 AUTHOR = "twist-suite"
-# detectron2 modeling/backbone/vit.py: the network has no class token (its position is skipped) and no last norm.
-VIT_DROPPED = ("cls_token", "norm.weight", "norm.bias")
 
 
 def refuse(backbone: Backbone) -> str | None:
@@ -42,7 +41,7 @@ def names(backbone: Backbone) -> dict[str, str]:
     """Artefact name → name in the file, for every tensor that Detectron2 has a place for."""
     ours = own_names(backbone)
     if backbone.is_vit:
-        return {name: name for name in ours if name not in VIT_DROPPED}
+        return ours
     return {name: step.name for name, step in rename.outwards(tables.DETECTRON2, ours).items()}
 
 
@@ -50,16 +49,16 @@ def detectron2_overlay(backbone: Backbone) -> dict[str, Any]:
     """The settings as a nested dictionary: Detectron2's config keys (ResNet) or those of a lazy config (ViT)."""
     mean, std = ([round(value, 6) for value in values] for values in backbone.pixels(255))
     if backbone.is_vit:
-        dimension = VITS[backbone.architecture]
         return {
             "backbone": {
-                "img_size": backbone.image_size, "patch_size": 16, "embed_dim": dimension, "depth": VIT_BLOCKS,
-                "num_heads": dimension // 64, "mlp_ratio": 4, "qkv_bias": True, "window_size": 0, "use_rel_pos": False,
-                "pretrain_img_size": backbone.image_size, "pretrain_use_cls_token": True, "out_feature": "last_feat",
+                "architecture": backbone.architecture,
+                "image_size": backbone.image_size,
+                "vit": backbone.vit and backbone.vit.model_dump(),
+                "out_blocks": (-1,),
             },
             "model": {"pixel_mean": mean, "pixel_std": std, "input_format": backbone.channel_order},
             "train": {"init_checkpoint": WEIGHTS},
-        }  # fmt: skip
+        }
     basic = backbone.architecture in ("resnet18", "resnet34")
     return {
         "MODEL": {
@@ -97,10 +96,10 @@ def overlay_text(backbone: Backbone) -> str:
         ) + yaml.safe_dump(overlay, sort_keys=False)
     arguments = "".join(f"    {key}={value!r},\n" for key, value in overlay["backbone"].items())
     return (
-        f"# Settings that these weights imply ({origin}), as a lazy config.\nfrom functools import partial\n\nfrom "
-        "detectron2.config import LazyCall as L\nfrom detectron2.modeling import ViT\nfrom torch import "
-        f"nn\n\nbackbone = L(ViT)(\n{arguments}    norm_layer=partial(nn.LayerNorm, eps=1e-6),\n)\nmodel = "
-        f"{overlay['model']!r}\ntrain = {overlay['train']!r}\n"
+        f"# Settings that these weights imply ({origin}), as a lazy config. Detectron2's own\n# ViT can load the same "
+        "file, and computes something else: it has no class token.\nfrom detectron2.config import LazyCall as L\n\n"
+        f"from twist.integrations.detectron2 import VisionTransformer\n\nbackbone = L(VisionTransformer)(\n{arguments}"
+        f")\nmodel = {overlay['model']!r}\ntrain = {overlay['train']!r}\n"
     )
 
 
@@ -133,7 +132,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 
 backbone = instantiate(LazyConfig.load({quoted(folder / "overlay.py")}).backbone)
-DetectionCheckpointer(backbone).load({quoted(folder / WEIGHTS)})
+DetectionCheckpointer(backbone.network).load({quoted(folder / WEIGHTS)})
 """
     return f"""\
 from detectron2 import model_zoo
@@ -188,13 +187,12 @@ def _run_vit(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages
     # Where ViTDet's feature pyramid has it: backbone.net.
     holder = nn.ModuleDict({"backbone": nn.ModuleDict({"net": network})})
     DetectionCheckpointer(holder).load(str(folder / config.train.init_checkpoint))
-    check_loaded(written_tensors(folder / WEIGHTS), network.state_dict())
+    check_loaded(written_tensors(folder / WEIGHTS), network.network.state_dict())
     mean, std = (torch.tensor(list(config.model[key])).view(-1, 1, 1) for key in ("pixel_mean", "pixel_std"))
     result = []
     for file in files:
         image = (_read(file, config.model.input_format) - mean) / std
-        outputs = block_outputs(network, network.blocks, image[None])
-        result.append({stage: value.flatten(1, 2) for stage, value in outputs.items()})  # (1, H, W, D) → (1, H·W, D)
+        result.append(block_outputs(network, network.network.blocks, image[None]))
     return result
 
 

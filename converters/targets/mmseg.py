@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twist.contracts import rename
-from twist.contracts.weights import METADATA_KEY, VIT_BLOCKS, VITS, Backbone, depth_of
+from twist.contracts.weights import METADATA_KEY, Backbone, Vit, depth_of
 from twist.converters import tables
 from twist.converters.proof import block_outputs, check_loaded, written_tensors
 from twist.converters.targets import ProofRun, Stages, Target, own_names, quoted, write_torch
@@ -26,6 +26,7 @@ WEIGHTS = "weights.pth"
 _BESIDE = "{{ fileDirname }}/" + WEIGHTS
 OVERLAY = "overlay.py"
 PREFIX = "backbone."
+OURS = "TwistVisionTransformer"  # twist.integrations.mmseg
 
 
 def refuse(backbone: Backbone) -> str | None:
@@ -35,9 +36,19 @@ def refuse(backbone: Backbone) -> str | None:
     return None
 
 
+def is_mmsegs(backbone: Backbone) -> bool:
+    """Whether MMSegmentation's own VisionTransformer computes what this ViT does, its table resized alike."""
+    vit = backbone.transformer
+    says = {"embed_dim", "depth", "heads", "mlp_features", "qkv_bias", "norm_eps", "positions"}
+    plain = Vit(**vit.model_dump(include=says), resize="plain")
+    return vit == plain and vit.mlp_features % vit.embed_dim == 0
+
+
 def names(backbone: Backbone) -> dict[str, str]:
-    """Artefact name → name in the file. VisionTransformer's own loader knows no prefix, so a ViT has none."""
+    """Artefact name → name in the file. VisionTransformer's own loader knows no prefix, so its ViTs have none."""
     ours = own_names(backbone)
+    if backbone.is_vit and not is_mmsegs(backbone):
+        return {name: f"{PREFIX}network.{name}" for name in ours}
     if backbone.is_vit:
         return {name: step.name for name, step in rename.outwards(tables.MMSEG_VIT, ours).items()}
     return {name: PREFIX + name for name in ours}
@@ -59,10 +70,12 @@ def mmseg_overlay(backbone: Backbone) -> dict[str, Any]:
 def overlay_text(backbone: Backbone) -> str:
     """The overlay as a config file, to be merged: bases that both define `model` are refused by mmengine."""
     model = mmseg_overlay(backbone)["model"]
+    ours = model["backbone"]["type"] == OURS
+    imports = 'custom_imports = dict(imports=["twist.integrations.mmseg"])\n' if ours else ""
     return (
         f"# Settings that these weights imply ({backbone.method}, {backbone.display_name}, from the layout "
         f"{backbone.source_layout}).\n# Merge over any config (config.merge_from_dict(Config.fromfile(this "
-        f"file).to_dict())).\nmodel = {_literal(model)}\n"
+        f"file).to_dict())).\n{imports}model = {_literal(model)}\n"
     )
 
 
@@ -116,7 +129,8 @@ def _run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
         packed = torch.from_numpy(image).permute(2, 0, 1).contiguous()  # PackSegInputs
         images = preprocessor({"inputs": [packed]})["inputs"]
         if backbone.is_vit:
-            result.append(block_outputs(network, network.layers, images))
+            blocks = network.layers if is_mmsegs(backbone) else network.network.blocks
+            result.append(block_outputs(network, blocks, images))
         else:
             result.append({f"res{index + 2}": value for index, value in enumerate(network(images))})
     return result
@@ -124,23 +138,35 @@ def _run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
 
 def _backbone(backbone: Backbone) -> dict[str, Any]:
     if backbone.is_vit:
-        dimension = VITS[backbone.architecture]
+        vit = backbone.transformer
+        out_indices = tuple(vit.depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
+        if not is_mmsegs(backbone):
+            return {
+                "_delete_": True,
+                "type": OURS,
+                "architecture": backbone.architecture,
+                "image_size": backbone.image_size,
+                "vit": backbone.vit and backbone.vit.model_dump(),
+                "out_indices": out_indices,
+                "final_norm": True,
+                "init_cfg": {"type": "Pretrained", "checkpoint": _BESIDE, "prefix": PREFIX},
+            }
         return {
             # A ResNet's settings in the base would not fit a transformer's constructor.
             "_delete_": True,
             "type": "VisionTransformer",
             "img_size": (backbone.image_size, backbone.image_size),
-            "patch_size": 16,
+            "patch_size": backbone.patch_size,
             "patch_bias": True,
-            "embed_dims": dimension,
-            "num_layers": VIT_BLOCKS,
-            "num_heads": dimension // 64,
-            "mlp_ratio": 4,
-            "out_indices": (2, 5, 8, 11),
-            "qkv_bias": True,
+            "embed_dims": vit.embed_dim,
+            "num_layers": vit.depth,
+            "num_heads": vit.heads,
+            "mlp_ratio": vit.mlp_features // vit.embed_dim,
+            "out_indices": out_indices,
+            "qkv_bias": vit.qkv_bias,
             "with_cls_token": True,
             "final_norm": True,
-            "norm_cfg": {"type": "LN", "eps": 1e-6},
+            "norm_cfg": {"type": "LN", "eps": vit.norm_eps},
             "act_cfg": {"type": "GELU"},
             "interpolate_mode": "bicubic",
             "init_cfg": {"type": "Pretrained", "checkpoint": _BESIDE},

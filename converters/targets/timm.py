@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twist.contracts.weights import RESNETS, VITS, Backbone, write_safetensors
+from twist.contracts.weights import RESNETS, Backbone, usual_vit, write_safetensors
 from twist.converters.targets import ProofRun, Stages, Target, own_names, quoted
 
 if TYPE_CHECKING:
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 def refuse(backbone: Backbone) -> str | None:
     """Why timm has no such network, or None."""
+    vit = backbone.transformer if backbone.is_vit else None
+    if vit and vit.norm_eps not in ((1e-6,) if vit.mlp == "swiglu" else (1e-6, 1e-5)):
+        return f"timm has no name for a ViT with {vit.mlp.upper()} whose norms have an epsilon of {vit.norm_eps:g}"
     if backbone.width > 1:
         return "timm has no ResNet with every width multiplied (its wide_resnet50_2 is another network)"
     if backbone.stride_in == "1x1":
@@ -55,7 +58,7 @@ def run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
 
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text()) if config_file.exists() else _config(backbone)
-    options: dict[str, Any] = {"img_size": backbone.image_size} if backbone.is_vit else {}
+    options = {**config.get("model_args", {}), **({"dynamic_img_size": True} if backbone.is_vit else {})}
     network: Any = timm.create_model(config["architecture"], pretrained=False, num_classes=0, **options)
     network.load_state_dict(load_file(next(folder.glob("*.safetensors"))), strict=True)
     network.eval()
@@ -75,14 +78,54 @@ def pil_input(file: Path, mean: list[float], std: list[float]) -> Tensor:
     return transforms.normalize(transforms.to_tensor(Image.open(file).convert("RGB")), mean, std)[None]
 
 
+# timm's names for the usual ViTs; other ViTs are one of these with arguments.
+_USUAL = (
+    "vit_tiny_patch16", "vit_small_patch8", "vit_small_patch16", "vit_small_patch32", "vit_base_patch8",
+    "vit_base_patch16", "vit_base_patch32", "vit_large_patch14", "vit_large_patch16", "vit_large_patch32",
+    "vit_huge_patch14",
+)  # fmt: skip
+
+
+def _vit_arguments(backbone: Backbone) -> tuple[str, dict[str, Any]]:
+    """timm's name for the network, and the arguments that make it this one."""
+    vit = backbone.transformer
+    size = {"img_size": backbone.image_size}
+    same = {"resize": vit.resize, "positions": vit.positions}  # no argument of timm's
+    if backbone.architecture in _USUAL and vit == usual_vit(backbone.architecture).model_copy(update=same):
+        return f"{backbone.architecture}_224", size if backbone.image_size != 224 else {}
+    # These have what no argument in a file can say: SwiGLU, and an epsilon of 1e-5.
+    swiglu, clip = vit.mlp == "swiglu", vit.norm_eps == 1e-5
+    name = "vit_giant_patch14_dinov2" if swiglu else f"vit_base_patch16{'_clip' * clip}_224"
+    return name, {
+        **size,
+        "patch_size": backbone.patch_size,
+        "embed_dim": vit.embed_dim,
+        "depth": vit.depth,
+        "num_heads": vit.heads,
+        # timm takes the integer part of the product.
+        "mlp_ratio": ((2 if swiglu else 1) * vit.mlp_features + 0.5) / vit.embed_dim,
+        "qkv_bias": vit.qkv_bias,
+        "init_values": 1e-5 if vit.layer_scale else None,
+        "class_token": vit.class_token,
+        "reg_tokens": vit.registers,
+        "no_embed_class": not vit.prefix_positions,
+        "pre_norm": vit.pre_norm,
+        "final_norm": vit.final_norm,
+        "fc_norm": False,
+        "global_pool": vit.pooling,
+    }
+
+
 def _config(backbone: Backbone) -> dict[str, Any]:
+    architecture, arguments = _vit_arguments(backbone) if backbone.is_vit else (backbone.architecture, {})
     side = backbone.image_size or 224
     mean, std = backbone.pixels(1)
     bottleneck = RESNETS.get(backbone.architecture, ((), False))[1]
     return {
-        "architecture": backbone.architecture + ("_224" if backbone.is_vit else ""),
+        "architecture": architecture,
+        **({"model_args": arguments} if arguments else {}),
         "num_classes": 0,
-        "num_features": VITS.get(backbone.architecture, 2048 if bottleneck else 512),
+        "num_features": backbone.transformer.embed_dim if backbone.is_vit else 2048 if bottleneck else 512,
         "pretrained_cfg": {
             "input_size": [3, side, side],
             "mean": mean,
@@ -107,4 +150,5 @@ TARGET = Target(
     usage=usage,
     refuse=refuse,
     settings=settings,
+    resize="antialias",
 )

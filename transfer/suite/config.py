@@ -35,6 +35,7 @@ class WeightsEntry(Config):
     file: str
     layout: str | None = None
     branch: str | None = None
+    heads: int | None = Field(default=None, gt=0)  # of a ViT whose file does not say them
     method: str | None = None
     epochs: int | None = Field(default=None, gt=0)
     seeds: Seeds | None = None
@@ -163,6 +164,7 @@ def jobs_of(suite: SuiteConfig, protocol: str, entry: WeightsEntry, *, data: str
             "protocol": protocol,
             "seed": seed,
             "overrides": list(overrides),
+            **({"heads": entry.heads} if entry.heads else {}),
         }
         yield Job(entry, protocol, seed, overrides, sha256_json(identity)[:12], data)
 

@@ -101,13 +101,15 @@ def _artefact(entry: WeightsEntry, folder: Path) -> Path | str:
     from twist.converters.read import load_artefact
 
     digest = config.digest(entry.file)
-    identity = sha256_json([digest, entry.layout, entry.branch, entry.method, entry.epochs])
+    identity = sha256_json(
+        [digest, entry.layout, entry.branch, entry.method, entry.epochs, *filter(None, [entry.heads])]
+    )
     # The record calls weights by their file's name; the folder's name tells two conversions apart.
     path = folder / identity[:12] / f"{entry.name}.safetensors"
     if path.exists():
         read_header(path)  # raises when it is damaged or not ours
         return path
-    tensors, header = load_artefact(Path(entry.file), layout=entry.layout, branch=entry.branch)
+    tensors, header = load_artefact(Path(entry.file), layout=entry.layout, branch=entry.branch, heads=entry.heads)
     if entry.epochs is not None and header.epochs not in (None, entry.epochs):
         raise UsageError(
             f"The suite says that {entry.name} has {entry.epochs} epochs, {entry.file} says {header.epochs}: "

@@ -1,0 +1,256 @@
+"""ViTs beyond DeiT's: what a header says of them, their position table at other sizes, DINOv2's files, every target.
+
+Networks have two blocks of 192 features; nothing that is tested depends on the size.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor
+
+from twist.contracts.config import load_config
+from twist.contracts.networks import build_backbone, network_of, stage_features
+from twist.contracts.vit import resized
+from twist.contracts.weights import Backbone, Resize, Vit, usual_vit, write_backbone
+from twist.converters.convert import convert
+from twist.converters.read import load_source
+from twist.converters.targets import TARGETS, mmseg
+from twist.pretrain.config import RECIPES, ModelConfig, PretrainConfig
+
+TINY: dict[str, Any] = {"embed_dim": 192, "depth": 2, "heads": 3, "mlp_features": 96}
+
+
+def header(patch: int = 16, side: int = 4, **vit: Any) -> Backbone:
+    return Backbone(
+        architecture=f"vit_tiny_patch{patch}",  # type: ignore[arg-type]
+        stem=f"patch{patch}",  # type: ignore[arg-type]
+        image_size=patch * side,
+        method="any",
+        vit=Vit(**{**TINY, **vit}),
+    )
+
+
+def drawn(backbone: Backbone) -> dict[str, Tensor]:
+    """Weights of which none is zero or the same as its neighbour."""
+    torch.manual_seed(3)
+    state = network_of(backbone).state_dict()
+    return {name: tensor + 0.2 * torch.randn_like(tensor) for name, tensor in state.items()}
+
+
+def test_the_usual_networks_have_the_headers_of_before() -> None:
+    old = Backbone(architecture="vit_small_patch16", stem="patch16", image_size=224, method="x")
+    assert "vit" not in json.loads(old.model_dump_json())
+    assert old.transformer == Vit(embed_dim=384, depth=12, heads=6, mlp_features=1536)
+    assert (old.patch_size, old.prefix_tokens) == (16, 1)
+    new = header(registers=4, prefix_positions=False, heads=2)
+    assert Backbone.model_validate_json(new.model_dump_json()) == new
+    assert (new.display_name, new.prefix_tokens) == ("vit_tiny_patch16_heads2_reg4", 5)
+
+
+@pytest.mark.parametrize(
+    ("vit", "says"),
+    [
+        ({"heads": 5}, "cannot be shared by 5 heads"),
+        ({"class_token": False}, "pooling is avg"),
+        ({"embed_dim": 384, "heads": 6}, "not those of vit_tiny_patch16"),
+    ],
+)
+def test_a_header_that_contradicts_itself_is_refused(vit: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        header(**vit)
+
+
+def test_tables_are_resized_as_the_published_code_does() -> None:
+    """DINO's and TWIST's interpolate_pos_encoding: the scale is (n + 0.1) / N, and the sampling points follow it."""
+    table = torch.randn(1, 1 + 14 * 14, 8, generator=torch.Generator().manual_seed(0))
+    found = resized(table, (6, 6), prefix_rows=1, rule="offset")
+    assert torch.equal(found[:, :1], table[:, :1])
+    square = table[0, 1:].reshape(14, 14, 8).permute(2, 0, 1)
+    # Bicubic by hand (Keys' kernel with a = -0.75, torch's) at the point of row 2, column 3.
+    weights = {size: cubic((place + 0.5) * 14 / 6.1 - 0.5) for size, place in (("row", 2), ("column", 3))}
+    expected = sum(
+        weights["row"][y] * weights["column"][x] * square[:, y, x] for y in weights["row"] for x in weights["column"]
+    )
+    torch.testing.assert_close(found[0, 1 + 2 * 6 + 3], expected, rtol=1e-4, atol=1e-5)
+    plain = resized(table, (6, 6), prefix_rows=1, rule="plain")
+    smooth = resized(table, (6, 6), prefix_rows=1, rule="antialias")
+    assert (found - plain).abs().max() > 0.01, "the scale is another than 14 / 6"
+    assert (smooth - plain).abs().max() > 0.5
+    assert resized(table, (14, 14), prefix_rows=1, rule="offset") is table
+
+
+def cubic(point: float) -> dict[int, float]:
+    """Weights of the four places around a point."""
+    first = int(point // 1)
+    distances = {place: abs(point - place) for place in range(first - 1, first + 3)}
+    a = -0.75
+    return {
+        place: (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * (d**3 - 5 * d**2 + 8 * d - 4)
+        for place, d in distances.items()
+    }
+
+
+@pytest.mark.parametrize("rule", ["antialias", "plain", "offset"])
+@pytest.mark.parametrize("prefix_positions", [True, False])
+def test_a_network_resizes_its_table_by_its_rule(rule: Resize, prefix_positions: bool) -> None:
+    """Registers included, and not square: the table resized by hand and put into a network of that grid."""
+    backbone = header(registers=4, prefix_positions=prefix_positions, resize=rule)
+    state = drawn(backbone)
+    images = torch.randn(1, 3, 20 * 16, 12 * 16)
+    rows = 5 if prefix_positions else 0
+    prefix, square = (
+        state["pos_embed"][:, :rows],
+        state["pos_embed"][:, rows:].reshape(1, 4, 4, 192).permute(0, 3, 1, 2),
+    )
+    scale = {"scale_factor": (20.1 / 4, 12.1 / 4)} if rule == "offset" else {"size": (20, 12)}
+    grid = F.interpolate(square, mode="bicubic", antialias=rule == "antialias", **scale)  # type: ignore[arg-type]
+    from timm.models.vision_transformer import VisionTransformer
+
+    fixed = VisionTransformer(
+        img_size=(320, 192), embed_dim=192, depth=2, num_heads=3, mlp_ratio=0.5, num_classes=0, reg_tokens=4,
+        no_embed_class=not prefix_positions,
+    ).eval()  # fmt: skip
+    fixed.load_state_dict({**state, "pos_embed": torch.cat([prefix, grid.flatten(2).transpose(1, 2)], dim=1)})
+    with torch.inference_mode():
+        expected, found = fixed(images), network_of(backbone, state)(images)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def dinov2_state(backbone: Backbone, *, chunked: bool) -> dict[str, Tensor]:
+    """The network under DINOv2's names: a position for the class token and none for the registers."""
+    state = drawn(backbone)
+    position = torch.randn(1, 1, 192)
+    file = {"mask_token": torch.zeros(1, 192), "cls_token": state.pop("cls_token") - position}
+    patches = state.pop("pos_embed")
+    file["pos_embed"] = torch.cat([position, patches[:, -16:]], dim=1)
+    if "reg_token" in state:
+        file["register_tokens"] = state.pop("reg_token")
+    swiglu = backbone.transformer.mlp == "swiglu"
+    for name, tensor in state.items():
+        if chunked:
+            name = name.replace("blocks.", "blocks.0.")
+        if swiglu:
+            name = name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3")
+        file[name] = tensor
+    return file
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_dinov2_with_registers(mlp: str, chunked: bool, tmp_path: Path) -> None:
+    backbone = header(patch=14, registers=4, prefix_positions=False, layer_scale=True, mlp=mlp)
+    torch.save(dinov2_state(backbone, chunked=chunked), tmp_path / "x.pth")
+    source = load_source(tmp_path / "x.pth")
+    assert (source.backbone.vit, source.backbone.method) == (backbone.vit, "dinov2")
+    assert (source.backbone.source_layout, source.dropped) == ("dinov2-registers", ("mask_token",))
+    images = torch.randn(1, 3, 280, 168)
+    with torch.inference_mode():
+        found, expected = (network_of(backbone, state)(images) for state in (source.tensors, drawn(backbone)))
+    # The class token's position is added in another order.
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_dinov2_without_registers_resizes_by_its_offset(tmp_path: Path) -> None:
+    backbone = header(patch=14, layer_scale=True)
+    file = {**drawn(backbone), "mask_token": torch.zeros(1, 192)}
+    teacher = {f"backbone.{name}": tensor for name, tensor in file.items()}
+    torch.save({"teacher": {**teacher, "dino_head.w": torch.ones(2)}}, tmp_path / "x.pth")
+    source = load_source(tmp_path / "x.pth")
+    assert (source.backbone.source_layout, source.backbone.source_branch) == ("dinov2", "teacher")
+    assert source.backbone.transformer.resize == "offset"
+    assert torch.equal(source.tensors["pos_embed"], file["pos_embed"])
+
+
+def test_the_gate_of_swiglu_is_silu() -> None:
+    """DINOv2's swiglu_ffn.py: w3(silu(x₁) · x₂), where x₁ and x₂ are the halves of w12(x)."""
+    block = build_backbone("vit_tiny_patch16", vit=Vit(**{**TINY, "mlp": "swiglu"})).blocks[0].mlp  # type: ignore[union-attr, index]
+    x = torch.randn(3, 192)
+    gate, value = block.fc1(x).chunk(2, dim=1)
+    torch.testing.assert_close(block(x), block.fc2(F.silu(gate) * value))
+
+
+def test_the_published_recipes_resize_as_published() -> None:
+    for name in ("deit_s_300ep", "vit_b_300ep"):
+        config = load_config(RECIPES / f"{name}.toml", PretrainConfig)
+        assert config.model.vit == usual_vit(config.model.backbone).model_copy(update={"resize": "offset"})
+    default = ModelConfig(backbone="vit_small_patch16")
+    assert "resize" not in default.model_dump(), "recipes of before the key keep their hash"
+    assert default.vit is None
+
+
+NETWORKS = {
+    "twelve heads": header(heads=12),
+    "registers": header(patch=14, registers=4, prefix_positions=False, layer_scale=True),
+    "swiglu, offset": header(patch=14, mlp="swiglu", layer_scale=True, resize="offset"),
+    "plain": header(resize="plain"),
+    "no class token": header(patch=8, class_token=False, prefix_positions=True, pooling="avg"),
+    "CLIP": header(pre_norm=True, norm_eps=1e-5, qkv_bias=False),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_target_computes_the_features_at_two_sizes(name: str, target: str, tmp_path: Path) -> None:
+    backbone = NETWORKS[name]
+    file = write_backbone(tmp_path / "vit.safetensors", drawn(backbone), backbone)
+    done = convert(file, target=target, output=tmp_path / "out")
+    resizes = TARGETS[target].resize in (None, backbone.transformer.resize)
+    assert len(done.proof.stages) == 2
+    if target != "torchvision":  # whose networks are ours where timm's resize otherwise
+        assert done.proof.kind == "framework"
+        assert bool(done.proof.drift) != resizes
+    if target == "mmseg":
+        assert mmseg.is_mmsegs(backbone) == (name == "plain")
+    assert load_source(done.weights).backbone == backbone
+
+
+@pytest.mark.slow
+def test_the_frameworks_registries_build_patch_features() -> None:
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_backbone as build_detectron2
+    from mmseg.registry import MODELS
+
+    from twist.integrations import detectron2, mmseg  # noqa: F401 (importing registers)
+
+    backbone = NETWORKS["registers"]
+    state = drawn(backbone)
+    images = torch.randn(2, 3, 5 * 14, 3 * 14)
+    described = {"architecture": backbone.architecture, "image_size": 56, "vit": backbone.vit.model_dump()}  # type: ignore[union-attr]
+    first = MODELS.build({"type": "mmseg.TwistVisionTransformer", **described, "out_indices": (0, -1)}).eval()
+    cfg = get_cfg()
+    detectron2.add_vit_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = "build_twist_vit_backbone"
+    keys = cfg.MODEL.TWIST_VIT
+    keys.ARCHITECTURE, keys.IMAGE_SIZE, keys.VIT = backbone.architecture, 56, backbone.vit.model_dump_json()  # type: ignore[union-attr]
+    keys.OUT_BLOCKS, keys.FINAL_NORM = [0, 1], False
+    second = build_detectron2(cfg).eval()
+    for network in (first, second):
+        network.network.load_state_dict(state)
+    reference = network_of(backbone, state)
+    with torch.inference_mode():
+        tokens = stage_features(reference, images)["block1"]
+        maps, named = first(images), second(images)
+    assert [tuple(map_.shape) for map_ in maps] == [(2, 192, 5, 3)] * 2
+    patches = tokens[:, 5:].transpose(1, 2).unflatten(2, (5, 3))
+    torch.testing.assert_close(named["block1"], patches)
+    torch.testing.assert_close(maps[0], named["block0"])
+    normed = reference.norm(tokens)[:, 5:].transpose(1, 2).unflatten(2, (5, 3))  # type: ignore[operator]
+    torch.testing.assert_close(maps[1], normed)
+    assert (second.output_shape()["block1"].stride, second.size_divisibility) == (14, 14)
+    with pytest.raises(ValueError, match="choose from 0 to 1"):
+        MODELS.build({"type": "mmseg.TwistVisionTransformer", **described, "out_indices": (2,)})
+    cfg.MODEL.BACKBONE.NAME = "build_twist_vit_pyramid_backbone"
+    keys.ARCHITECTURE, keys.IMAGE_SIZE, keys.VIT = "vit_tiny_patch16", 64, header().vit.model_dump_json()  # type: ignore[union-attr]
+    pyramid = build_detectron2(cfg)
+    shapes = {name: tuple(map_.shape) for name, map_ in pyramid(torch.randn(1, 3, 64, 32)).items()}
+    assert shapes == {f"p{level}": (1, 256, 2 ** (6 - level), 2 ** (5 - level)) for level in (2, 3, 4, 5)} | {
+        "p6": (1, 256, 1, 1)
+    }
