@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # timm's names of the networks that an artefact describes; others (resnetaa50, resnet50_gn) may have the same tensors.
 _TIMM_NAMES = re.compile(
-    r"(tv_|gluon_|ssl_|swsl_)?resnet\d+(_v1b)?|(vit|deit)_(tiny|small|base|large|huge)_patch\d+(_\d+|_dinov2|_reg4_dinov2)?",
+    r"(tv_|gluon_|ssl_|swsl_)?resnet\d+(_v1b)?|(vit|deit)_(tiny|small|base|large|huge|giant)_patch\d+(_\d+|_dinov2|_reg4_dinov2)?",
     re.IGNORECASE,
 )
 
@@ -120,13 +120,13 @@ def read_source(
     filled = fill(tensors, shape, found.table)
     ordered = check_complete(tensors, shape, where)
     _check_network(contents, shape["architecture"])
-    header, shape = _described(contents, found, shape, heads, tensors)
+    earlier, shape = _described(contents, found, shape, heads, tensors)
     tensors, dtype = _float32({name: tensors[name] for name in ordered}, where)
     if not allow_nan:
         check_values(tensors, where)
     return Source(
         tensors=tensors,
-        backbone=header or _header(contents, found, shape),
+        backbone=earlier or _header(contents, found, shape),
         sha256=contents.sha256,
         names={step.name: found.branch.prefix + name for name, step in steps.items()},
         dropped=tuple(dropped),
@@ -180,7 +180,7 @@ def fill(tensors: dict[str, Tensor], shape: Mapping[str, Any], table: Table) -> 
 def _check_network(contents: Contents, architecture: str) -> None:
     """`UserError` when the file says that it is another network of the same names and shapes."""
     reason = None
-    named = contents.hub.get("architecture")
+    named = None if METADATA_KEY in contents.hub else contents.hub.get("architecture")
     if isinstance(named, str) and not _TIMM_NAMES.fullmatch(named.partition(".")[0]):
         reason = f"its config.json calls it {named}, which is not the {architecture} it looks like"
     if reason is not None:
