@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from twist.contracts.files import write_text
-from twist.contracts.weights import ARCHITECTURES, Backbone
+from twist.contracts.weights import ARCHITECTURES, Backbone, is_vit, stem_of
 from twist.converters.proof import TOLERANCE
 from twist.converters.sources import ANYWHERE, LAYOUTS, Layout
 from twist.converters.targets import TARGETS, Target
@@ -74,7 +74,7 @@ def _cell(layout: Layout, target: Target) -> str:
 
 
 def _backbone(architecture: str, width: int = 1) -> Backbone:
-    vit = {"stem": "patch16", "image_size": 224} if architecture.startswith("vit_") else {}
+    vit = {"stem": stem_of(architecture), "image_size": 224} if is_vit(architecture) else {}
     return Backbone(architecture=architecture, width=width, method="any", **vit)  # type: ignore[arg-type]
 
 

@@ -155,7 +155,9 @@ def stage_features(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     tokens = network.forward_intermediates(  # type: ignore[operator]
         images, norm=False, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True
     )
-    return {f"block{i}": torch.cat([prefix, patches], dim=1) for i, (patches, prefix) in enumerate(tokens)}
+    # Patches and prefix tokens of each block, or the patches alone where there is no prefix.
+    both = (block[::-1] if isinstance(block, tuple) else (block,) for block in tokens)
+    return {f"block{i}": torch.cat(parts, dim=1) for i, parts in enumerate(both)}
 
 
 def normalise(images: Tensor, header: Backbone) -> Tensor:

@@ -36,7 +36,7 @@ class VisionTransformer(timm.VisionTransformer):
             num_heads=vit.heads,
             # timm takes the integer part of ratio × dimension: the half keeps rounding away from it.
             mlp_ratio=(halves * vit.mlp_features + 0.5) / vit.embed_dim,
-            mlp_layer=SwiGLUPacked if vit.mlp == "swiglu" else Mlp,
+            mlp_layer=SwiGLUPacked if vit.mlp == "swiglu" else Mlp,  # type: ignore[arg-type]
             act_layer=nn.SiLU if vit.mlp == "swiglu" else nn.GELU,
             qkv_bias=vit.qkv_bias,
             init_values=1e-5 if vit.layer_scale else None,  # DINOv2's (dinov2/configs/ssl_default_config.yaml)
@@ -56,6 +56,7 @@ class VisionTransformer(timm.VisionTransformer):
         if self.resize == "antialias":
             return super()._pos_embed(x)
         rows = 0 if self.no_embed_class else self.num_prefix_tokens
+        assert self.pos_embed is not None
         table = resized(self.pos_embed, (x.shape[1], x.shape[2]), prefix_rows=rows, rule=self.resize)
         patches = x.flatten(1, 2)
         if self.no_embed_class:

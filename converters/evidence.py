@@ -34,7 +34,7 @@ _METHODS = (
     r"(moco|simclr|deepcluster|sela|swav|dino|byol|pcl|simsiam|barlow_?twins|vicreg|vicregl|twist|mae|msn|ibot|ijepa|"
     r"densecl|pixpro|soco|detco|slotcon|infomin|pirl|nnclr|ressl|mim|sup|supervised|ssl|swsl|self)[-_]?(v?[1-4](?!\d))?"
 )
-_DATA = r"(imagenet\w*|in\d+k?|cifar\d*|coco|pretrain(ed|ing)?|[rs]gb|\d+e(p|pochs?)?)"
+_DATA = r"(reg\d*|imagenet\w*|in\d+k?|cifar\d*|coco|pretrain(ed|ing)?|[rs]gb|\d+e(p|pochs?)?)"
 _HARMLESS = re.compile(
     rf"(tv|gluon|torchvision|timm|facebookresearch|facebook|microsoft|backbone|encoder|v1b|{_METHODS}|{_DATA})"
 )

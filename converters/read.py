@@ -180,7 +180,8 @@ def _split(found: Found) -> tuple[dict[str, Tensor], list[str]]:
 
 def _check_network(contents: Contents, found: Found, architecture: str) -> None:
     """`UserError` when the file says that it is another network of the same names and shapes."""
-    reason = None if found.layout is CONVERTED else contradiction(contents, architecture, dense=found.asked)
+    ours = found.layout is CONVERTED or METADATA_KEY in contents.hub  # the header says what it is
+    reason = None if ours else contradiction(contents, architecture, dense=found.asked)
     if reason is not None:
         raise UserError(
             f"{contents.path}: {reason}: frameworks would compute something else with these weights; where the name is "

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PATCHES = (8, 14, 16, 32)
 # moco-v3 vits.py: 12 heads in both sizes.
-MOCO_V3_HEADS = 12
+MOCO_V3_HEADS, _MOCO_V3_SIZES = 12, (384, 768)
 _NUM_HEADS = re.compile(r"(?<![A-Za-z_])num_(?:attention_)?heads[^\w\[]{1,4}(\d+)")
 _MOCO_V3 = re.compile(r"moco[-_]?v3", re.IGNORECASE)
 # Names of networks with the usual heads: timm's, DeiT's and MAE's.
@@ -55,11 +55,6 @@ def shape_of(tensors: dict[str, Tensor], where: str) -> dict[str, Any]:
             f"{where}: a ViT with dimension {dimension} and patches of {patch} pixels; known are {sizes}, with patches "
             f"of {', '.join(map(str, PATCHES))} pixels."
         )
-    if "norm_pre.weight" in tensors:
-        raise UserError(
-            f"{where} is a ViT with a norm before its blocks (CLIP), and no tensor says whether its MLPs have GELU or "
-            "quick GELU, so it is not converted; take a plain ViT's weights."
-        )
     class_token = "cls_token" in tensors
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     side, prefix_positions = _table(tensors, class_token, registers, where)
@@ -78,6 +73,7 @@ def shape_of(tensors: dict[str, Tensor], where: str) -> dict[str, Any]:
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
         "positions": "learned" if sincos(tensors["pos_embed"]) is None else "sincos",
         "prefix_positions": prefix_positions,
+        "pre_norm": "norm_pre.weight" in tensors,
         "final_norm": "norm.weight" in tensors,
         "pooling": "token" if class_token else "avg",
     }
@@ -99,10 +95,15 @@ def with_heads(
 
     Raises:
         HeadsUnknownError: there is no evidence, or it disagrees.
-        UserError: the dimension is no multiple of the heads.
+        UserError: the dimension is no multiple of the heads, or the activation is not known.
     """
     usual = usual_vit(shape["architecture"])
     vit: Vit = shape["vit"]
+    if vit.pre_norm:
+        raise UserError(
+            f"{contents.path} is a ViT with a norm before its blocks (CLIP), and no tensor says whether its MLPs have "
+            "GELU or quick GELU, so it is not converted; take a plain ViT's weights."
+        )
     if heads is None:
         said = _evidence(contents, layout, vit, tensors)
         if len(said) != 1:
@@ -161,26 +162,36 @@ def _table(tensors: dict[str, Tensor], class_token: bool, registers: int, where:
 
 
 def _evidence(contents: Contents, layout: Layout, vit: Vit, tensors: Mapping[str, Tensor]) -> dict[int, str]:
-    """Number of heads → what says so."""
-    said: dict[int, str] = {}
-    if layout.heads_known or layout.vit_heads:
-        said[layout.vit_heads or vit.heads] = f"the layout {layout.name}"
-    for place, settings in {"its settings": contents.value, "config.json": contents.hub, **contents.beside}.items():
-        for heads in sorted(_said_by(settings, vit)):
-            said.setdefault(heads, place)
-    if not said and sincos(tensors["pos_embed"]) == "moco-v3" and vit.embed_dim in (384, 768):
-        said[MOCO_V3_HEADS] = "the position table"
-    return said
+    """Number of heads → what says so: the strongest kind of evidence that there is, which may disagree with itself."""
+    inside = {"its settings": contents.value, "config.json": contents.hub}
+    kinds = [
+        {heads: place for place, settings in inside.items() for heads in _numbers(settings)},
+        {layout.vit_heads or vit.heads: f"the layout {layout.name}"} if layout.heads_known or layout.vit_heads else {},
+        {heads: place for place, settings in inside.items() for heads in _named(settings, vit)},
+        {heads: place for place, settings in contents.beside.items() for heads in _numbers(settings)},
+        {heads: place for place, settings in contents.beside.items() for heads in _named(settings, vit)},
+    ]
+    if vit.embed_dim in _MOCO_V3_SIZES and sincos(tensors["pos_embed"]) == "moco-v3":
+        kinds.append({MOCO_V3_HEADS: "the position table"})
+    return next((said for said in kinds if said), {})
 
 
-def _said_by(settings: Any, vit: Vit) -> set[int]:
-    """Numbers of heads that nested settings give, by number or by the name of a known network."""
-    text = json.dumps(settings, default=lambda item: item.state if isinstance(item, Opaque) else None, skipkeys=True)
-    heads = {int(number) for number in _NUM_HEADS.findall(text)}
-    if not heads and _MOCO_V3.search(text) and vit.embed_dim in (384, 768):
+def _numbers(settings: Any) -> set[int]:
+    """Numbers of heads in nested settings."""
+    return {int(number) for number in _NUM_HEADS.findall(_text(settings))}
+
+
+def _named(settings: Any, vit: Vit) -> set[int]:
+    """Heads of the known networks that nested settings name: MoCo v3's, or the usual ones of that size."""
+    text = _text(settings)
+    if _MOCO_V3.search(text) and vit.embed_dim in _MOCO_V3_SIZES:
         return {MOCO_V3_HEADS}
     named = {VITS[size] for size in _USUAL.findall(text)}
-    return heads or {count for dimension, _, count, _ in named if dimension == vit.embed_dim}
+    return {heads for dimension, _, heads, _ in named if dimension == vit.embed_dim}
+
+
+def _text(settings: Any) -> str:
+    return json.dumps(settings, default=lambda item: item.state if isinstance(item, Opaque) else None, skipkeys=True)
 
 
 def _question(where: str, vit: Vit, said: Mapping[int, str]) -> str:

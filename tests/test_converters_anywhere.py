@@ -59,6 +59,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
         ("vit_small_patch16_224", "vit_small_patch16", True), ("deit_small", "vit_small_patch16", True),
         ("mae_vit_base_patch16", "vit_base_patch16", True), ("vit_small", "vit_small_patch16", True),
         ("dino_vits16", "vit_small_patch16", True), ("VisionTransformer", "vit_small_patch16", True),
+        ("vit_small_patch14_reg4_dinov2.lvd142m", "vit_small_patch14", True), ("dinov2_vits14_reg", "vit_small_patch14", True),
         ("vit_relpos_small_patch16_224", "vit_small_patch16", False), ("vit_small_r26_s32", "vit_small_patch16", False),
         ("vit_base_patch16_siglip_224", "vit_base_patch16", False), ("swin_tiny", "vit_small_patch16", False),
         ("vit_base_patch16_clip_quickgelu_224", "vit_base_patch16", False), ("convnext_tiny", "resnet50", False),

@@ -136,7 +136,14 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "array that lies": (lying_array, "an array of shape"),
     "npz with objects": (npz_of_objects, "pickled objects"),
 }
+
+
 # What torch.save was given.
+def clip() -> dict[str, torch.Tensor]:
+    norm = {"norm_pre.weight": torch.ones(384), "norm_pre.bias": torch.ones(384)}
+    return {name: tensor for name, tensor in (vit() | norm).items() if name != "patch_embed.proj.bias"}
+
+
 VALUES: dict[str, tuple[Any, str]] = {
     "nested too deeply": (deep(), "too deeply"),
     "reduce payload": ({"state_dict": RESNET, "x": Payload()}, "asks for posix.system"),
@@ -173,7 +180,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "layer scale in one block": (vit() | {"blocks.0.ls1.gamma": torch.ones(384)}, "tensors missing"),
     "BEiT": (vit() | {"blocks.0.attn.relative_position_bias_table": ONE}, "relative positions"),
     "DINOv3": (vit() | {"rope_embed.periods": ONE}, "rotary positions"),
-    "CLIP": (vit() | {"norm_pre.weight": torch.ones(384), "norm_pre.bias": torch.ones(384)}, "quick GELU"),
+    "CLIP": (clip(), "quick GELU"),
     "distilled DeiT": (vit() | {"dist_token": torch.ones(1, 1, 384)}, "distilled DeiT"),
     "ViT with LoRA": (vit() | {"blocks.0.attn.qkv.lora_A": ONE}, "LoRA"),
 }

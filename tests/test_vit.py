@@ -24,7 +24,7 @@ from twist.converters.read import load_source
 from twist.converters.targets import TARGETS, mmseg
 from twist.pretrain.config import RECIPES, ModelConfig, PretrainConfig
 
-TINY: dict[str, Any] = {"embed_dim": 192, "depth": 2, "heads": 3, "mlp_features": 96}
+TINY: dict[str, Any] = {"embed_dim": 192, "depth": 2, "heads": 3, "mlp_features": 192}
 
 
 def header(patch: int = 16, side: int = 4, **vit: Any) -> Backbone:
@@ -114,7 +114,7 @@ def test_a_network_resizes_its_table_by_its_rule(rule: Resize, prefix_positions:
     from timm.models.vision_transformer import VisionTransformer
 
     fixed = VisionTransformer(
-        img_size=(320, 192), embed_dim=192, depth=2, num_heads=3, mlp_ratio=0.5, num_classes=0, reg_tokens=4,
+        img_size=(320, 192), embed_dim=192, depth=2, num_heads=3, mlp_ratio=1, num_classes=0, reg_tokens=4,
         no_embed_class=not prefix_positions,
     ).eval()  # fmt: skip
     fixed.load_state_dict({**state, "pos_embed": torch.cat([prefix, grid.flatten(2).transpose(1, 2)], dim=1)})
@@ -235,20 +235,22 @@ def test_the_frameworks_registries_build_patch_features() -> None:
     for network in (first, second):
         network.network.load_state_dict(state)
     reference = network_of(backbone, state)
-    with torch.inference_mode():
+    with torch.no_grad():
         tokens = stage_features(reference, images)["block1"]
         maps, named = first(images), second(images)
     assert [tuple(map_.shape) for map_ in maps] == [(2, 192, 5, 3)] * 2
     patches = tokens[:, 5:].transpose(1, 2).unflatten(2, (5, 3))
     torch.testing.assert_close(named["block1"], patches)
     torch.testing.assert_close(maps[0], named["block0"])
-    normed = reference.norm(tokens)[:, 5:].transpose(1, 2).unflatten(2, (5, 3))  # type: ignore[operator]
+    with torch.no_grad():
+        normed = reference.norm(tokens)[:, 5:].transpose(1, 2).unflatten(2, (5, 3))  # type: ignore[operator]
     torch.testing.assert_close(maps[1], normed)
     assert (second.output_shape()["block1"].stride, second.size_divisibility) == (14, 14)
     with pytest.raises(ValueError, match="choose from 0 to 1"):
         MODELS.build({"type": "mmseg.TwistVisionTransformer", **described, "out_indices": (2,)})
     cfg.MODEL.BACKBONE.NAME = "build_twist_vit_pyramid_backbone"
     keys.ARCHITECTURE, keys.IMAGE_SIZE, keys.VIT = "vit_tiny_patch16", 64, header().vit.model_dump_json()  # type: ignore[union-attr]
+    keys.OUT_BLOCKS = [-1]
     pyramid = build_detectron2(cfg)
     shapes = {name: tuple(map_.shape) for name, map_ in pyramid(torch.randn(1, 3, 64, 32)).items()}
     assert shapes == {f"p{level}": (1, 256, 2 ** (6 - level), 2 ** (5 - level)) for level in (2, 3, 4, 5)} | {
