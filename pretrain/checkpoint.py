@@ -55,8 +55,8 @@ def save(folder: Path, state: dict[str, Any], manifest: Manifest, *, keep: int) 
     with files.atomic_path(path) as temporary:
         torch.save(state, temporary)
         manifest = replace(manifest, bytes=temporary.stat().st_size, sha256=sha256_file(temporary))
-        # Only now: an earlier state of this step stays valid until the new one is whole, even when the disk is full.
-        path.with_suffix(".json").unlink(missing_ok=True)
+    # Only now: an earlier state of this step stays valid until the new one is in its place, even when the disk is full.
+    path.with_suffix(".json").unlink(missing_ok=True)
     files.write_json(path.with_suffix(".json"), asdict(manifest))
     for old in sorted(folder.glob("step_*.json"))[:-keep]:
         old.unlink()  # first: a state without a manifest is ignored, a manifest without a state is damage

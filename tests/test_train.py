@@ -81,20 +81,14 @@ def test_a_run_writes_what_it_promises(images: Path, tmp_path: Path, capsys) -> 
     assert differing(tensors, teacher) != []
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), ModuleNotFoundError("No module named 'matplotlib'")], ids=repr
-)
-def test_a_picture_that_cannot_be_drawn_costs_no_result(
-    error: Exception, images: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_a_picture_that_cannot_be_drawn_costs_no_result(images: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     def fails(*_, **__):
-        raise error
+        raise OSError(28, "No space left on device")
 
     with tiny_networks():
         monkeypatch.setattr(train, "draw_curves", fails)
-        path = train.pretrain(tiny_config(images), output=tmp_path / "run")
-    assert path.is_file()
-    assert f"There is no picture of the curves: {error.args[-1]}." in capsys.readouterr().err
+        assert train.pretrain(tiny_config(images), output=tmp_path / "run").is_file()
+    assert "There is no picture of the curves: No space left on device." in capsys.readouterr().err
 
 
 def test_the_plan_states_the_resolved_numbers(images: Path) -> None:

@@ -27,7 +27,7 @@ from twist.pretrain.data.loader import BUFFERS
 from twist.pretrain.data.photometric import denormalise
 from twist.pretrain.data.source import Images, RankShare, Request, open_images
 from twist.pretrain.data.view_maker import Made, PipelineName, ViewMaker
-from twist.pretrain.data.views import Stage, ViewSampler, plan_views, resolutions
+from twist.pretrain.data.views import ViewSampler, plan_views, resolutions
 
 GAP, FRAME = 8, 3  # pixels between pictures, and around each
 COLUMNS = 8
@@ -43,7 +43,7 @@ IMAGES = 32
 GPU_IMAGES_PER_S = (500, 1000, 2000)
 
 
-def contact_sheet(config: PretrainConfig, count: int, path: Path, *, stage: Stage = "mutual_information") -> Path:
+def contact_sheet(config: PretrainConfig, count: int, path: Path) -> Path:
     """Write a PNG: each of `count` images with its crops outlined, then its V views, framed in the crops' colours.
 
     The views are made as in training (first epoch, the run's seed): they are the run's own pixels.
@@ -56,9 +56,9 @@ def contact_sheet(config: PretrainConfig, count: int, path: Path, *, stage: Stag
     images, seed = open_images(config.data), config.run.seed
     if not 0 < count <= len(images):
         raise UserError(f"{config.data.root} holds {len(images)} images: ask for 1 to {len(images)}, not {count}.")
-    request = next(images.requests(RankShare(seed, count), epoch=0, stage=stage))
+    request = next(images.requests(RankShare(seed, count), epoch=0, stage="mutual_information"))
     made = _made(ViewMaker(images, config.views, seed=seed, pipeline="cpu"), request)
-    plan = plan_views(config.views, stage)
+    plan = plan_views(config.views)
     draw = ViewSampler(plan).draw(seed, epoch=0, indices=request.indices)
     of_stream = dict(zip(request.indices.tolist(), request.encoded or ()))
     side = max(plan[0].size, LEAST_SIDE)
