@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class EngineUser:
 
     def __init__(self, name: str, tree: Path, weights: Callable[[str], Written], output: Path) -> None:
         torch.set_num_threads(1)
-        self.engine: Any = all_engines()[name].load()
+        self.engine: Any = importlib.import_module(all_engines()[name].module)
         self._tree, self._weights, self.output = tree, weights, output
 
     def ask(

@@ -46,9 +46,7 @@ def _toy_module() -> ModuleType:
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Protocol:
-    row = Protocol(
-        "toy-count", "toy", "segmentation", "x", ("voc2012-aug",), ("miou_percent",), 0, "count", 1.0, "sample"
-    )
+    row = Protocol("toy-count", "toy", "segmentation", "x", ("voc2012-aug",), ("miou_percent",), 0, "count", 1.0)
     monkeypatch.setitem(sys.modules, "toy_engine", _toy_module())
     monkeypatch.setitem(all_engines(), "toy", TOY)
     monkeypatch.setitem(PROTOCOLS, row.name, row)

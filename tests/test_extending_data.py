@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_requests import ROOT, request_maker, weights_maker
+from engine_requests import ROOT, EngineUser, weights_maker
 from PIL import Image
 
 from twist.catalog.before_run import identify_data, require_data
@@ -62,9 +62,6 @@ def test_a_new_row_is_checked_required_and_identified(meadow: Path) -> None:
 
 @pytest.mark.slow
 def test_a_new_row_is_trained_on(meadow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from twist.converters.targets import mmseg
-    from twist.transfer.engines.mmseg import engine
-
     values = PROTOCOL["meadow-fcn-d8"]
     config = tmp_path / values["config"]
     config.write_text(CONFIG.replace("./voc12aug", f"{ROOT}/configs/mmseg/voc12aug"))
@@ -72,14 +69,13 @@ def test_a_new_row_is_trained_on(meadow: Path, tmp_path: Path, monkeypatch: pyte
     assert (row.engine, row.task) == (values["engine"], values["evaluation"])
     row = replace(row, name="meadow-fcn-d8", config=str(config), data=tuple(values["data"]), gpus=values["gpus"])
     monkeypatch.setitem(protocols.PROTOCOLS, row.name, row)
-    weights = weights_maker(tmp_path, mmseg, suffix=".py")
+    user = EngineUser("mmseg", meadow, weights_maker(tmp_path, "mmseg"), tmp_path / "run")
     quick = ["iterations=2", "train_dataloader.batch_size=2", "model.data_preprocessor.size=[65, 65]"]
     quick += [f"{loader}_dataloader.num_workers=0" for loader in ("train", "val")]
     quick += [f"train_dataloader.dataset.pipeline.{part}" for part in ("2.scale=[128, 80]", "3.crop_size=[65, 65]")]
-    request = request_maker(meadow, weights, tmp_path / "run")(row.name, *quick)
-    resolved = engine.resolve(request)
+    resolved = user.resolve(row.name, *quick)
     assert resolved.config.model.decode_head.num_classes == 3
     assert resolved.config.val_dataloader.dataset.data_prefix.img_path == "images/val"
-    result = engine.run(request, resolved)
+    result = user.run(row.name, *quick)
     assert list(result.metrics) == list(row.metrics)
     assert [len(result.curves.read_text().splitlines())] == [2]

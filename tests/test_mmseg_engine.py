@@ -259,7 +259,7 @@ def test_two_processes_train_and_evaluate_together(user) -> None:
     config = user.resolve("voc12aug-fcn-d16-30k", *QUICK).config
     config.launcher = "pytorch"
     config.dump(user.output / "config.py")
-    address = f"127.0.0.1:{user.engine._free_port()}"
+    address = f"127.0.0.1:{user.engine.get_free_port()}"
     # Processes are counted by GPUs, and there are none.
     both = replace(request, controls=request.controls.model_copy(update={"nodes": 2}))
     torch.multiprocessing.start_processes(_worker_on_cpu, args=(both, made.file, address), nprocs=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -346,7 +347,7 @@ def test_a_run_folder_of_an_earlier_version_is_the_same_run(
     (out / "run.json").write_text(
         json.dumps({**run, "data": identify_data(row.data, tmp_path / "data", subset=row.subset)})
     )
-    program = all_engines()[row.engine].load()
+    program = importlib.import_module(all_engines()[row.engine].module)
     monkeypatch.setattr(program, "run", lambda _, __, plan: Result(dict.fromkeys(row.metrics, 1.0), plan.recipe))
 
     def go_on(*more: str, **options):

@@ -8,6 +8,7 @@ Any checkpoint that `twist convert` reads will do. `random` (a seeded random ini
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 from twist.catalog.before_run import identify_data, require_data
 from twist.catalog.data_sets import find_root
 from twist.contracts import files, run_folder
-from twist.contracts.errors import UsageError, UserError
+from twist.contracts.errors import UsageError, UserError, require
 from twist.contracts.files import sha256_file
 from twist.contracts.machine import git_commit, hardware, software
 from twist.contracts.record import RunRecord, WeightsProvenance, check_label, name_in, read_record, write_record
@@ -76,6 +77,7 @@ def transfer(
     """
     row = find_protocol(protocol)
     engine = all_engines()[row.engine]
+    require(engine.extra, *engine.packages)
     controls, rest = split_overrides(overrides)
     root = find_root(data)
     sample = require_data(row.data, root, task=row.task, scale=row.scale)
@@ -87,7 +89,6 @@ def transfer(
         row, root, output, **given, seed=seed, gpus=_choose_gpus(gpus, row), overrides=rest, controls=controls,
         resume=resume, eval_only=eval_only,
     )  # fmt: skip
-    program = engine.load()
     began = time.monotonic()
 
     with run_folder.removed_on_failure(output):
@@ -95,6 +96,7 @@ def transfer(
         earlier = take_folder(request, run)
         ready = prepare_weights(request, engine)
         with frameworks_quiet():
+            program = importlib.import_module(engine.module)
             plan: Resolved = program.resolve(request, ready)
         run["recipe"] = plan.recipe
         if earlier is not None:

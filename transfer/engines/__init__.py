@@ -11,10 +11,8 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from twist.contracts.config import SHIPPED
-from twist.contracts.errors import require
 
 
 @dataclass(frozen=True)
@@ -32,11 +30,6 @@ class Engine:
     target: str | None
     packages: tuple[str, ...]
     extra: str = "transfer"
-
-    def load(self) -> Any:
-        """Its module; `UserError` with the command that installs it when a package is missing."""
-        require(self.extra, *self.packages)
-        return importlib.import_module(self.module)
 
     @property
     def folder(self) -> Path:
