@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from twist.contracts.errors import UserError
+from twist.converters.targets import TARGETS
 
 REPORT, TENSORS, DROPPED = "report.json", "tensors.txt", "dropped.txt"
-# All that a conversion writes, whatever the target; a folder with anything else is not ours to replace.
-FILES = {
-    REPORT, TENSORS, DROPPED, "weights.pth", "weights.pkl", "overlay.yaml", "overlay.py", "backbone.safetensors",
-    "model.safetensors", "config.json",
-}  # fmt: skip
+# What a conversion writes next to the weights; a folder with anything else is not ours to replace.
+FILES = {REPORT, TENSORS, DROPPED, "weights.pkl", "overlay.yaml", "overlay.py", "config.json"}
 _ENDINGS = {".pth", ".pt", ".tar", ".pkl", ".ckpt", ".bin", ".npz", ".safetensors"}
 # What training programs call every file they write: the folder it lies in says more.
 _COMMON_NAMES = {"backbone", "checkpoint", "last", "latest", "model", "pytorch_model", "weights"}
@@ -39,6 +37,7 @@ def check(output: Path, checkpoint: Path) -> None:
     """`UserError` unless `output` is free, empty, or an earlier conversion that does not hold `checkpoint` itself."""
     if not output.exists() and not output.is_symlink():
         return
+    ours = FILES | {target.weights for target in TARGETS.values()}
     wrong = None
     if output.is_symlink() or not output.is_dir():
         wrong = "is no folder of its own"
@@ -46,7 +45,7 @@ def check(output: Path, checkpoint: Path) -> None:
         wrong = "is the folder you are in, or one above it"
     elif output.resolve() in checkpoint.resolve().parents:
         wrong = f"would be replaced, and {checkpoint} lies in it"
-    elif others := sorted(path.name for path in output.iterdir() if path.name not in FILES):
+    elif others := sorted(path.name for path in output.iterdir() if path.name not in ours):
         wrong = f"exists and is no earlier conversion (it holds {others[0]})"
     elif any(output.iterdir()) and not _source(output):
         wrong = "exists and is no earlier conversion"

@@ -192,10 +192,10 @@ def test_a_target_of_ones_own(artefact: Path, tmp_path: Path, monkeypatch: pytes
     example: dict[str, Any] = {}
     exec(compile(blocks("A new target", "python")[0], str(EXTENDING), "exec"), example)
     monkeypatch.setitem(TARGETS, "numpy", example["TARGET"])
-    done = convert(artefact, target="numpy", output=tmp_path / "out")
+    for _ in range(2):  # the second replaces the first
+        done = convert(artefact, target="numpy", output=tmp_path / "out")
     assert (done.proof.kind, done.proof.max_difference) == ("manifest", 0)
     assert "numpy runs no networks" in json.loads((tmp_path / "out" / "report.json").read_text())["proof"]["by"]
-    assert done.target.usage(done.output, HEADER).splitlines()[-1] in conversion_text(done)
     tensors, _ = load_artefact(done.weights)
     assert all(torch.equal(tensors[name], tensor) for name, tensor in read_backbone(artefact)[0].items())
 

@@ -194,7 +194,7 @@ def test_weights_that_do_not_arrive_are_found(user, weights) -> None:
     settings = {k: v for k, v in config.model.backbone.items() if k not in ("deep_stem", "avg_down")}
     deep = MODELS.build({**settings, "type": "ResNetV1c"})
     deep.init_weights()
-    with pytest.raises(UserError, match=r"left at random \(first: .*"):
+    with pytest.raises(UserError, match=r"extra \(first: .*left at random"):
         outcome.prove_loaded(deep, file)
 
 

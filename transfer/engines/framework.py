@@ -22,6 +22,7 @@ from twist.contracts import files
 from twist.contracts.curves import CURVES, Curves
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.progress import Progress
+from twist.contracts.weights import difference
 from twist.transfer import recipe
 from twist.transfer.pictures import plot_losses
 from twist.transfer.recipe import Schedule, Tree
@@ -161,21 +162,17 @@ def _check(run: FrameworkConfig, planned: Schedule, request: Request, weights: W
 def prove_loaded(title: str, tensors: Mapping[str, Any], state: Mapping[str, Any], *, expected: set[str]) -> None:
     """`UserError` unless all `tensors` are in a model's `state` bit for bit, as or at the end of a name, and no name of
     `expected` is left over: the frameworks only print a warning."""
-    import torch
-
-    filled, wrong = set(), []
+    given = {}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or name.endswith("num_batches_tracked"):
-            continue
-        places = [name] if name in state else [key for key in state if key.endswith(f".{name}")]
-        if len(places) != 1 or not torch.equal(state[places[0]].cpu(), tensor):
-            wrong.append(name)
-        filled.update(places)
-    absent = sorted(name for name in expected - filled if not name.endswith("num_batches_tracked"))
-    if wrong or absent:
+        if hasattr(tensor, "dtype") and not name.endswith("num_batches_tracked"):
+            places = [name] if name in state else [key for key in state if key.endswith(f".{name}")]
+            given[places[0] if len(places) == 1 else name] = tensor
+    names = {*given, *(name for name in expected if not name.endswith("num_batches_tracked"))}
+    reason = difference(given, {name: state[name] for name in sorted(names) if name in state})
+    if reason is not None:
         raise UserError(
-            f"{title} did not take the weights: {len(wrong)} tensors of the file are not in the model, {len(absent)} "
-            f"of the backbone's were left at random (first: {(wrong or absent)[0]}); convert them again."
+            f"{title} did not take the weights into its model: {reason}; extra tensors were left at random: convert "
+            "them again."
         )
 
 
