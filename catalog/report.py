@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,10 @@ SAMPLED, SAMPLED_QUICKLY = 200, 20
 NAMED, AHEAD = 5, 4096
 # File → bytes; None where there is nothing to read, as behind a link whose target is gone.
 Sizes = dict[str, int | None]
+# What Pillow raises for files that are no pictures, are damaged, or are too large for it.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# EXIF's tag of the orientation.
+ORIENTATION = 0x0112
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -164,12 +169,21 @@ def size_of(file: Path | os.DirEntry[str]) -> int | None:
 
 
 def picture_size(path: Path) -> tuple[int, int] | None:
-    """(width, height); None when it cannot be read, which is reported with the pictures themselves."""
+    """(width, height), seen upright as the engines read pictures (by EXIF); None when it cannot be read.
+
+    That is reported with the pictures themselves.
+    """
     try:
         with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError):
+            return upright(image)
+    except UNREADABLE:
         return None
+
+
+def upright(image: Image.Image) -> tuple[int, int]:
+    """(width, height) once EXIF's orientation is applied: 5 to 8 lie on their side."""
+    width, height = image.size
+    return (height, width) if image.getexif().get(ORIENTATION, 1) >= 5 else (width, height)
 
 
 def named(names: Sequence[str]) -> str:
