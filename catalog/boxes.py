@@ -275,7 +275,9 @@ def yolo_names(file: Path) -> tuple[str, ...]:
         names = yaml.safe_load(file.read_text(encoding="utf-8-sig"))["names"]
         return tuple(str(names[key]) for key in sorted(names)) if isinstance(names, dict) else tuple(map(str, names))
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{file} has no names of classes ({error}): correct data in the card, or add classes.") from None
+        raise UserError(
+            f"{file} has no names of classes ({error}): correct data in the card, or add classes."
+        ) from None
 
 
 def _read_yolo(card: Card, section: Detection, split: BoxSplit, classes: Sequence[str]) -> BoxSet:

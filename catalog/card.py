@@ -42,7 +42,7 @@ class BoxSplit(Config):
 
 
 class Detection(Config):
-    """Boxes, and masks where the annotations have them. `classes` where they have no names; `data`: YOLO's data.yaml."""
+    """Boxes, and masks where the annotations have them. `classes` where these have no names; `data`: a data.yaml."""
 
     format: Literal["coco", "voc", "yolo"] = "coco"
     train: BoxSplit
@@ -184,7 +184,7 @@ def find_card(data: Path | None, *, root: str | None = None) -> Card | None:
     card = validate(values, Card, where=str(path))
     if not card.sections() and card.pretraining is None:
         raise UsageError(
-            f"{path} names no data: a card has a section [detection], [segmentation], [classification] or [pretraining]."
+            f"{path} names no data: a card has [detection], [segmentation], [classification] or [pretraining]."
         )
     if not card.folder.is_dir():
         raise UserError(f"{path}: there is no folder {card.folder}: correct its root, or pass root=DIR.")

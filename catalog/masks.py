@@ -1,7 +1,7 @@
 """Masks of a data card: which mask belongs to which picture, and a mask file as class numbers.
 
-The check, the engine and its evaluation read masks through `read_mask` alone. Forms: a number a pixel (with a palette or
-without, 8 or 16 bits), or colours with a table. Pixels that belong to no class become `VOID`.
+The check, the engine and its evaluation read masks through `read_mask` alone. Forms: a number a pixel (with or without a
+palette, 8 or 16 bits), or colours with a table. Pixels that belong to no class become `VOID`.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def read_mask(path: Path, section: Segmentation) -> NDArray[np.uint8]:
         first = 1 if section.reduce_zero_label else 0
         raise UserError(
             f"The mask {path} holds the value {strange[0]}: classes are {first} to "
-            f"{first + len(section.names) - 1}, and {', '.join(map(str, section.ignored))} is no class; correct classes "
-            "or ignore in the card."
+            f"{first + len(section.names) - 1}, and {', '.join(map(str, section.ignored))} is no class; correct "
+            "classes or ignore in the card."
         )
     looked_up = np.array([table.get(int(value), VOID) for value in found], dtype=np.uint8)
     return looked_up[places.reshape(numbers.shape)]
