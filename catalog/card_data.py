@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from twist.catalog.boxes import BoxSet, read_boxes
-from twist.catalog.card import Card, Role, Section
+from twist.catalog.card import Card, Role, Section, split_card
 from twist.catalog.class_folders import LabelledImages
 from twist.catalog.data_sets import spread
 from twist.catalog.masks import Pair, check_pair, read_pairs
 from twist.catalog.report import picture_size
-from twist.catalog.tables import read_labelled
-from twist.contracts.errors import UserError
+from twist.catalog.tables import lines_of, read_labelled
+from twist.contracts.errors import UsageError, UserError
 from twist.contracts.files import sha256_json
+from twist.contracts.images import image_names
 from twist.contracts.record import Task
 
 # Files of a split whose sizes are a part of its identity, and masks that are looked at before a run.
@@ -126,6 +129,54 @@ def require_card_data(card: Card, task: Task) -> CardData:
             "numbers with them are too high; take them out of one."
         )
     return data
+
+
+def prepare_card(card: Card, **options: Any) -> list[Path]:
+    """Write the lists that divide the training images of each section without `val`; options are split and seed.
+
+    Raises:
+        UsageError: no split, or another option. UserError: there is nothing to split, or other lists are there.
+    """
+    if unknown := options.keys() - {"split", "seed"}:
+        raise UsageError(f'prepare {card.path} has no option "{min(unknown)}": it takes split=SHARE and seed=N.')
+    share, seed = options.get("split"), options.get("seed", 0)
+    if not isinstance(share, float) or not isinstance(seed, int) or seed < 0:
+        raise UsageError("prepare CARD takes split=SHARE, the part that becomes val, and seed=N: split=0.2 seed=0.")
+    names: dict[Section, list[str]] = {}
+    for section in card.sections():
+        if getattr(card, section).val is not None:
+            continue
+        alone = card.model_copy(update={"path": card.path.with_name(f"{card.path.stem}.unsplit.toml")})
+        data = open_card(alone, section)
+        if data.labelled is not None:
+            names[section] = lines_of(data.labelled["train"])
+        else:
+            folder = card.place(getattr(card, section).train.images)
+            names[section] = [os.path.relpath(path, folder) for path in data.images("train")]
+    return split_card(card, names, share=share, seed=seed)
+
+
+def pretraining_images(card: Card) -> tuple[Path, set[Path]]:
+    """The folder of a card's pictures for pretraining, and those below it that are held out to measure with.
+
+    Without [pretraining] it is the folder of a section's training images. Held out are the `val` splits and what
+    `exclude` names; of a table the folder cannot be told.
+    """
+    sections = [card.detection, card.segmentation]
+    folders = [card.pretraining.images] if card.pretraining else [part.train.images for part in sections if part]
+    if card.classification and not folders:
+        folders = [card.classification.train]
+    root = card.place(folders[0])
+    held_out: set[Path] = set()
+    for section in card.sections():
+        data = open_card(card, section)
+        if "val" in data.splits:
+            held_out |= {path.resolve() for path in data.images("val")}
+    patterns = card.pretraining.exclude if card.pretraining else ()
+    for name in image_names(root) if patterns and root.is_dir() else ():
+        if any(fnmatch(name, pattern) for pattern in patterns):
+            held_out.add((root / name).resolve())
+    return root, held_out
 
 
 def _plain(one: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Masks of a data card: which mask belongs to which picture, and a mask file as class numbers.
 
-The check, the engine and its evaluation read masks through `read_mask` alone. Forms: a number a pixel (with or without a
-palette, 8 or 16 bits), or colours with a table. Pixels that belong to no class become `VOID`.
+The check, the engine and its evaluation read masks through `read_mask` alone. Forms: a number a pixel (with or without
+a palette, 8 or 16 bits), or colours with a table. Pixels that belong to no class become `VOID`.
 """
 
 from __future__ import annotations

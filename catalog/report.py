@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from PIL import Image
 
 from twist.catalog.data_sets import read_names, spread
 from twist.contracts.errors import UserError
-from twist.contracts.images import file_entries
+from twist.contracts.images import MAX_PIXELS, file_entries
 from twist.contracts.progress import Progress
 
 Severity = Literal["error", "warning", "fine"]
@@ -27,7 +28,11 @@ NAMED, AHEAD = 5, 4096
 # File → bytes; None where there is nothing to read, as behind a link whose target is gone.
 Sizes = dict[str, int | None]
 # What Pillow raises for files that are no pictures, are damaged, or are too large for it.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, ArithmeticError, LookupError, TypeError,
+    Image.DecompressionBombError,
+)  # fmt: skip
+TOO_LARGE = f"have more than {MAX_PIXELS:,} pixels, which a run does not decode"
 # EXIF's tag of the orientation.
 ORIENTATION = 0x0112
 Item = TypeVar("Item")
@@ -134,10 +139,14 @@ class Report:
 
         def look(path: Path) -> str | None:
             try:
-                with Image.open(path) as image:
+                with warnings.catch_warnings(), Image.open(path) as image:
+                    if image.width * image.height > MAX_PIXELS:
+                        return TOO_LARGE
                     image.load()
                     return fault(path, image)
-            except (OSError, SyntaxError):
+            except Image.DecompressionBombError:
+                return TOO_LARGE
+            except UNREADABLE:
                 return "cannot be decoded"
 
         chosen = spread(paths, len(paths) if decode_all else self.sampled)
