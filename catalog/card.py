@@ -16,11 +16,13 @@ from pydantic import Field
 
 from twist.catalog.data_sets import VOID, read_names
 from twist.contracts import files
-from twist.contracts.config import Config, read_toml, validate
+from twist.contracts.config import SHIPPED, Config, read_toml, validate
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.record import Task
 
 CARD = "card.toml"
+# Cards of well-known sets; they say where these lie, or `root=DIR` does.
+OURS = SHIPPED / "data"
 Role = Literal["train", "val"]
 ROLES: tuple[Role, ...] = ("train", "val")
 Section = Literal["detection", "segmentation", "classification"]
@@ -166,12 +168,16 @@ class Card(Config):
 def find_card(data: Path | None, *, root: str | None = None) -> Card | None:
     """The card that `data` is or, as a folder, holds; None where `data` is a data root. `root` overrides the card's.
 
+    A name alone, as `camvid`, may stand for one of ours.
+
     Raises:
         UsageError: the file is no TOML or no card. UserError: there is no such file.
     """
     if data is None:
         return None
     path = data / CARD if data.is_dir() else data
+    if data.parent == Path() and not data.exists() and (OURS / f"{data.stem}.toml").is_file():
+        path = OURS / f"{data.stem}.toml"
     if path.suffix != ".toml" or (data.is_dir() and not path.is_file()):
         if root is not None:
             raise UsageError(f"root={root} belongs to a data card, and {data} is none: name the card's .toml file.")

@@ -82,3 +82,16 @@ def test_class_folders_and_tables_by_card_meet_in_one_table(tmp_path: Path) -> N
         assert record.scale == "own"
         assert record.data is not None
     assert {record.protocol for _, record in read_records([results])} == {"sample-knn", "sample-linear"}
+
+
+@pytest.mark.parametrize(("name", "folder", "protocol"), [
+    ("real-coco", "coco", "sample-coco-mrcnn-fpn"),
+    ("camvid", "camvid", "sample-voc-fcn-d8"),
+])  # fmt: skip
+def test_real_pictures_by_our_cards(tmp_path: Path, name: str, folder: str, protocol: str) -> None:
+    place = Path(__file__).resolve().parents[2] / "shared" / "real" / folder
+    if not place.is_dir():
+        pytest.skip(f"the real pictures of ../shared/real/{folder} are not here")
+    record = run(protocol, Path(name), tmp_path / "run", "iterations=4", f"root={place}")
+    assert record.scale == "own"
+    assert (record.data or "").startswith(name)

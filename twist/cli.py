@@ -279,7 +279,7 @@ def _card(named: str) -> Any:
     from twist.catalog.card import find_card
 
     path = Path(named)
-    return find_card(path) if path.suffix == ".toml" or path.is_dir() else None
+    return find_card(path)
 
 
 @data_app.command("check")

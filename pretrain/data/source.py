@@ -103,7 +103,7 @@ def _open(config: DataConfig) -> Images:
         return ImageStream(config) if config.dataset_options.get("streaming") else HubImages(config)
     if config.format == "list":
         return ListedImages(Path(config.root))
-    card = find_card(Path(config.root)) if Path(config.root).exists() else None
+    card = find_card(Path(config.root))
     if card is None:
         return FolderImages(Path(config.root), exclude=config.exclude)
     folders, held_out = pretraining_images(card)
