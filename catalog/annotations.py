@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from PIL import Image
 from pydantic import Field, StrictInt, StrictStr, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic refuses typing's before Python 3.12
 
+from twist.catalog.boxes import read_voc_xml
 from twist.catalog.data_sets import VOID
 from twist.catalog.report import Report, picture_size, size_of, spread
 from twist.contracts.errors import UserError
@@ -47,7 +47,7 @@ class _Annotation(TypedDict):
     id: Id
     image_id: Id
     category_id: Id
-    segmentation: Annotated[list[Any] | dict[str, Any], Field(min_length=1)]
+    segmentation: list[Any] | dict[str, Any]
     area: Number
     iscrowd: Literal[0, 1]
     bbox: tuple[Number, Number, Length, Length]
@@ -127,23 +127,22 @@ def check_voc_boxes(
     """Read the XML of every image of a split and report what is wrong; gives the pictures' sizes by name."""
     sizes: PictureSizes = {}
     unreadable, bare = [], []
+    flagless = 0
     unknown: Counter[str] = Counter()
     total = outside = 0
     for name, path in files.items():
         report.bar.advance(0)
         try:
-            tree = ElementTree.parse(path)
-            width, height = (int(tree.findtext(f"size/{side}") or "") for side in ("width", "height"))
-            objects = list(tree.iter("object"))
-            corners = ("xmin", "ymin", "xmax", "ymax")
-            boxes = [[float(node.findtext(f"bndbox/{side}") or "") for side in corners] for node in objects]
-        except (ElementTree.ParseError, OSError, ValueError):
+            (width, height), objects = read_voc_xml(path)
+        except UserError:
             unreadable.append(path.name)
             continue
+        boxes = [one["bbox"] for one in objects]
+        flagless += sum(one["lacks flags"] for one in objects)
         sizes[name] = (width, height)
         bare += [] if objects else [path.name]
         total += len(objects)
-        labels = [node.findtext("name") or "" for node in objects]
+        labels = [one["name"] for one in objects]
         unknown.update(label for label in labels if isinstance(classes, tuple) and label not in classes)
         outside += sum(not (1 <= x0 < x1 <= width and 1 <= y0 < y1 <= height) for x0, y0, x1, y1 in boxes)
     for bad, message in ((unreadable, "are no VOC annotation"), (bare, "have no object")):
@@ -155,6 +154,8 @@ def check_voc_boxes(
     if outside:
         said = f"{outside} of {total} boxes are empty or reach outside their image (pixels are counted from 1)"
         report.warning(where, said, "a few are in the originals; many mean boxes of another convention")
+    if flagless:
+        report.fine(where, f"{flagless} objects of {split} have no truncated or difficult, which count as 0")
     report.fine(where, f"{total} objects in {split}")
     return sizes
 

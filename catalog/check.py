@@ -29,7 +29,7 @@ from twist.catalog.annotations import (
 )
 from twist.catalog.class_folders import check_class_folders
 from twist.catalog.data_sets import DATA_SETS, ORIGINS, SAMPLE_JSON, VOID, DataSet, Files, Split, Truth, read_sample
-from twist.catalog.report import SEVERITIES, Finding, Report
+from twist.catalog.report import SEVERITIES, Finding, Report, upright
 from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.progress import Progress
 
@@ -130,8 +130,10 @@ class SplitLook:
         expected = {path: sizes[name] for name, path in images.items() if name in sizes}
 
         def fault(path: Path, image: Image.Image) -> str | None:
-            same = expected.get(path, image.size) == image.size
-            return None if same else "are of another size than their annotation says"
+            size = upright(image)
+            if expected.get(path, size) == size:
+                return None
+            return "are, seen upright (EXIF), of another size than their annotation says, and the engine stops there"
 
         report.pictures(self.place / split.images.folder, [*images.values()], fault)
         if "polygons" in found:
@@ -150,7 +152,12 @@ class SplitLook:
             self.coco = read_coco(where, report)
             if self.coco is None:
                 return []
-            report.expect(where, "categories", len(self.coco["categories"]), self.row.label_count(self.sample))
+            found, expected = len(self.coco["categories"]), self.row.label_count(self.sample)
+            if expected is not None and found != expected:
+                remedy = f"classes of your own go with a data card: `twist data card {self.place}` writes one"
+                report.error(where, f"{found} categories, {expected} expected", remedy)
+            else:
+                report.expect(where, "categories", found, expected)
             names = [image["file_name"] for image in self.coco["images"]]
         elif split.names:
             made = f"`{split.masks_made_by}` makes it. {report.origin}" if split.masks_made_by else ""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from PIL import Image
@@ -18,13 +18,16 @@ from PIL import Image
 from twist.catalog.data_sets import DATA_SETS, DataSet, Split, read_names
 from twist.catalog.report import Report, named
 from twist.contracts.errors import UserError
-from twist.contracts.images import EXTENSIONS, image_names, is_folder, is_image
+from twist.contracts.images import EXTENSIONS, image_names, is_folder, is_image, read_image
 from twist.contracts.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Names of SimCLR's lists (google-research/simclr, imagenet_subsets/) and the share of each class a drawn subset has.
 SUBSETS = {"1percent": ("1percent.txt", 0.01), "10percent": ("10percent.txt", 0.10)}
 # What `twist.contracts.images` decodes, by Pillow's names; MPO is a JPEG with more behind it, as cameras write it.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF")
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB")
 ARCHIVES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zip", ".7z", ".rar")
 
 
@@ -43,9 +46,17 @@ class LabelledImages:
     def path(self, index: int) -> Path:
         return self.folder / os.fsdecode(bytes(self.paths[index]))
 
-    def spread(self, count: int) -> LabelledImages:
+    def read(self, index: int) -> Tensor:
+        """Image `index` decoded, uint8 RGB (3, H, W); `UnreadableImage` when it cannot be."""
+        return read_image(self.path(index))
+
+    def only(self, indices: np.ndarray) -> Self:
+        """These of the images, in this order."""
+        return replace(self, paths=self.paths[indices], labels=self.labels[indices])
+
+    def spread(self, count: int) -> Self:
         """At most `count` of the images, evenly spread over the classes: those that pictures show."""
-        return _select(self, np.linspace(0, len(self) - 1, num=min(count, len(self)), dtype=int))
+        return self.only(np.linspace(0, len(self) - 1, num=min(count, len(self)), dtype=int))
 
     def digest(self) -> str:
         """SHA-256 of the relative paths and labels: which images, whatever the folder is called."""
@@ -150,7 +161,7 @@ def read_subset(train: LabelledImages, list_file: Path) -> LabelledImages:
     doubled = len(chosen) - len(set(chosen))
     if doubled:
         raise UserError(f"{list_file} names {doubled} files twice: each line must be another image.")
-    return _select(train, np.array(chosen))
+    return train.only(np.array(chosen))
 
 
 def list_lines(train: LabelledImages, subset: LabelledImages) -> list[str]:
@@ -174,17 +185,13 @@ def draw_subset(train: LabelledImages, share: float, *, seed: int) -> LabelledIm
         members = np.flatnonzero(train.labels == label)
         count = max(1, round(share * len(members)))
         chosen.append(np.sort(rng.permutation(members)[:count]))
-    return _select(train, np.concatenate(chosen))
+    return train.only(np.concatenate(chosen))
 
 
 def _labelled(folder: Path, classes: Mapping[str, list[str]]) -> LabelledImages:
     paths = [os.fsencode(image) for images in classes.values() for image in images]
     counts = [len(images) for images in classes.values()]
     return LabelledImages(folder, tuple(classes), np.array(paths), np.repeat(np.arange(len(classes)), counts))
-
-
-def _select(images: LabelledImages, indices: np.ndarray) -> LabelledImages:
-    return replace(images, paths=images.paths[indices], labels=images.labels[indices])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ from PIL import Image
 
 from twist.catalog.data_sets import read_names, spread
 from twist.contracts.errors import UserError
-from twist.contracts.images import file_entries
+from twist.contracts.images import MAX_PIXELS, file_entries
 from twist.contracts.progress import Progress
 
 Severity = Literal["error", "warning", "fine"]
@@ -25,6 +27,14 @@ SAMPLED, SAMPLED_QUICKLY = 200, 20
 NAMED, AHEAD = 5, 4096
 # File → bytes; None where there is nothing to read, as behind a link whose target is gone.
 Sizes = dict[str, int | None]
+# What Pillow raises for files that are no pictures, are damaged, or are too large for it.
+UNREADABLE = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, ArithmeticError, LookupError, TypeError,
+    Image.DecompressionBombError,
+)  # fmt: skip
+TOO_LARGE = f"have more than {MAX_PIXELS:,} pixels, which a run does not decode"
+# EXIF's tag of the orientation.
+ORIENTATION = 0x0112
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -129,10 +139,14 @@ class Report:
 
         def look(path: Path) -> str | None:
             try:
-                with Image.open(path) as image:
+                with warnings.catch_warnings(), Image.open(path) as image:
+                    if image.width * image.height > MAX_PIXELS:
+                        return TOO_LARGE
                     image.load()
                     return fault(path, image)
-            except (OSError, SyntaxError):
+            except Image.DecompressionBombError:
+                return TOO_LARGE
+            except UNREADABLE:
                 return "cannot be decoded"
 
         chosen = spread(paths, len(paths) if decode_all else self.sampled)
@@ -164,12 +178,21 @@ def size_of(file: Path | os.DirEntry[str]) -> int | None:
 
 
 def picture_size(path: Path) -> tuple[int, int] | None:
-    """(width, height); None when it cannot be read, which is reported with the pictures themselves."""
+    """(width, height), seen upright as the engines read pictures (by EXIF); None when it cannot be read.
+
+    That is reported with the pictures themselves.
+    """
     try:
         with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError):
+            return upright(image)
+    except UNREADABLE:
         return None
+
+
+def upright(image: Image.Image) -> tuple[int, int]:
+    """(width, height) once EXIF's orientation is applied: 5 to 8 lie on their side."""
+    width, height = image.size
+    return (height, width) if image.getexif().get(ORIENTATION, 1) >= 5 else (width, height)
 
 
 def named(names: Sequence[str]) -> str:

@@ -133,11 +133,18 @@ def conditions_of(records: Sequence[RunRecord]) -> list[Condition]:
     ]
 
 
+def place_of(record: RunRecord) -> str:
+    """What a column is of: the protocol, and a user's own data where it was run on a data card."""
+    return f"{record.protocol} on {record.data}" if record.scale == "own" else record.protocol
+
+
 def find_mixtures(records: Sequence[RunRecord], conditions: Sequence[Condition]) -> dict[str, dict[Condition, str]]:
-    """Protocol → condition → how it differs from the others, for the protocols with more than one condition."""
+    """Protocol (of a user's own data, with their name) → condition → how it differs from the others there, for those
+    with more than one condition. Runs on two data cards are two columns, and nobody takes them for one.
+    """
     recipes: dict[str, dict[Condition, dict[str, Any]]] = defaultdict(dict)
     for record, condition in zip(records, conditions, strict=True):
-        recipes[record.protocol].setdefault(condition, record.recipe)
+        recipes[place_of(record)].setdefault(condition, record.recipe)
     return {protocol: _differences(groups) for protocol, groups in recipes.items() if len(groups) > 1}
 
 

@@ -19,6 +19,7 @@ from twist.compare.grouping import (
     find_copies,
     find_mixtures,
     mixture_sentence,
+    place_of,
     pretraining,
     variant_names,
     weights_key,
@@ -45,6 +46,8 @@ class Column:
     scale: str
     # How this recipe differs from the protocol's other ones in a mixed table; empty where it is the only one.
     mixed: str = ""
+    # A user's own data, by the name and digest of their card.
+    data: str = ""
 
     @property
     def definition(self) -> Metric:
@@ -179,9 +182,10 @@ def build_table(
     for record, condition in zip(records, conditions, strict=True):
         variant = variants[weights_key(record)]
         row = Row(record.method, "", architecture_of(record), record.weights.epochs, variant)
-        mixed = mixtures.get(record.protocol, {}).get(condition, "")
+        mixed = mixtures.get(place_of(record), {}).get(condition, "")
+        data = (record.data or "") if record.scale == "own" else ""
         for metric in record.metrics.keys() & wanted:
-            column = Column(record.protocol, metric, record.task, record.recipe_hash, record.scale, mixed)
+            column = Column(record.protocol, metric, record.task, record.recipe_hash, record.scale, mixed, data)
             runs[row, column].append(record)
 
     sources: dict[Source, int] = {}
@@ -246,6 +250,7 @@ def _column_order(column: Column, homes: dict[str, str]) -> tuple[Any, ...]:
         column.recipe_hash is None,
         column.mixed,
         column.scale,
+        column.data,
         column.recipe_hash or "",
         list(METRICS).index(column.metric),
     )

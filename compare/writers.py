@@ -114,6 +114,8 @@ def _group(column: Column) -> tuple[str, str | None, str, str]:
 
 def metric_head(column: Column) -> str:
     """`AP50 (VOC07)`, with the scale where neither the protocol's name nor `mixed` says it."""
+    if column.data:
+        return f"{column.definition.label} [{column.data}]"
     known = column.mixed or column.scale in ("full", PUBLISHED) or column.protocol.startswith(column.scale)
     return column.definition.label + ("" if known else f" [{column.scale}]")
 

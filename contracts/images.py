@@ -5,7 +5,10 @@ Names that begin with a dot are none: `.ipynb_checkpoints`, `._photo.jpg` and th
 
 from __future__ import annotations
 
+import io
 import os
+import struct
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +18,13 @@ from twist.contracts.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif"})
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp"})
+# Pixels of the largest picture that is decoded: a larger one is a mistake, or the memory of a whole machine.
+MAX_PIXELS = 100_000_000
+# What torchvision does not decode and Pillow does, by Pillow's names.
+_BY_PILLOW = ("TIFF", "BMP", "DIB")
+# Bits that cameras and microscopes put into values of 16.
+_DEPTHS = (8, 10, 12, 14, 16)
 
 
 def is_image(name: str) -> bool:
@@ -88,17 +97,23 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
     return decode(data, name=str(path))
 
 
-def decode(data: bytes, *, name: str) -> Tensor:
+def decode(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode an image file's bytes to uint8 RGB (3, H, W), EXIF orientation applied; of a moving GIF the first frame.
 
+    Values of 16 bits are scaled by the bits in use (8, 10, 12, 14 or 16): 12-bit pictures are not almost black.
+
     Raises:
-        UnreadableImage: the bytes are empty, truncated or of no known format; the message says `name`.
+        UnreadableImage: the bytes are empty, truncated, of no known format or of more than `max_pixels`; the message
+            says `name`.
     """
     import torch
     from torchvision.io import ImageReadMode, decode_image
 
     if not data:
         raise UnreadableImage(f"Cannot read the image {name}: the file is empty")
+    kind = _look_at_header(data, name=name, max_pixels=max_pixels)
+    if kind in _BY_PILLOW:
+        return _decode_by_pillow(data, name=name)
     try:
         # bytearray, because torch has no read-only tensors and warns of a buffer that it could write to.
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -110,5 +125,49 @@ def decode(data: bytes, *, name: str) -> Tensor:
     if image.ndim == 4:
         image = image[0]
     if image.dtype == torch.uint16:  # a PNG of 16 bits a channel
-        image = (image.to(torch.int32) >> 8).to(torch.uint8)
+        image = (image.to(torch.int32) >> _surplus_bits(int(image.to(torch.int32).max()))).to(torch.uint8)
     return image
+
+
+def _look_at_header(data: bytes, *, name: str, max_pixels: int) -> str | None:
+    """The format by Pillow's name, None where Pillow knows none; `UnreadableImage` for more than `max_pixels`."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                kind = image.format
+    except Image.DecompressionBombError:
+        raise UnreadableImage(f"Cannot read the image {name}: it has far more than {max_pixels:,} pixels") from None
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return None  # the decoder says what is wrong
+    if width * height > max_pixels:
+        raise UnreadableImage(
+            f"Cannot read the image {name}: its {width * height:,} pixels are more than data.max_pixels, {max_pixels:,}"
+        )
+    return kind
+
+
+def _decode_by_pillow(data: bytes, *, name: str) -> Tensor:
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # one channel of 16 bits
+                values = np.asarray(image).astype(np.int32).clip(0)
+                grey = (values >> _surplus_bits(int(values.max()))).astype(np.uint8)
+                image = Image.fromarray(grey)
+            pixels = np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        raise UnreadableImage(f"Cannot read the image {name}: {error}") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _surplus_bits(largest: int) -> int:
+    """By how many bits values up to `largest` are shifted to fit 8."""
+    return next((bits for bits in _DEPTHS if largest < 1 << bits), _DEPTHS[-1]) - 8

@@ -23,7 +23,8 @@ from twist.contracts.metrics import check_metrics, check_values
 SCHEMA_VERSION: Final = 1
 # JSON with none of these fields (a benchmark's figures, a table) is no record; with any of them it is one.
 MARKS: Final = ("schema_version", "method", "protocol", "metrics", "weights", "recipe", "recipe_hash")
-Scale = Literal["full", "reduced", "sample"]
+# own: a user's own data, by a data card.
+Scale = Literal["full", "reduced", "sample", "own"]
 Task = Literal["detection", "instance-segmentation", "segmentation", "classification", "clustering"]
 # Numbers of JSON: pydantic alone would accept the string "55".
 Integer = Annotated[int, Strict()]

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from twist.contracts.config import MOST_SEED, SHIPPED, Config
+from twist.contracts.config import MOST_SEED, SHIPPED, Config, added
 from twist.contracts.errors import UsageError, did_you_mean
+from twist.contracts.images import MAX_PIXELS
 from twist.contracts.weights import Architecture, Resize, Vit, is_vit, stem_of, usual_vit
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -35,8 +36,9 @@ PUBLISHED_SCALES = {"barlow": (0.08, 1.0), "moco": (0.2, 1.0)}
 class DataConfig(Config):
     """Where the images are and how they reach the device."""
 
-    # A folder (any depth, no classes needed), a text file with one path a line, or with `format = "datasets"`
-    # whatever Hugging Face `datasets.load_dataset` takes: "parquet", "webdataset", "imagefolder", a hub name.
+    # A folder (any depth, no classes needed), a data card, a text file with one path a line, or with
+    # `format = "datasets"` whatever Hugging Face `datasets.load_dataset` takes: "parquet", "webdataset", "imagefolder",
+    # a hub name.
     root: str = Field(min_length=1)
     format: Literal["folder", "list", "datasets"] = "folder"
     # For `format = "datasets"`: keyword arguments of load_dataset (data_files, split, streaming, …) and the column.
@@ -50,9 +52,13 @@ class DataConfig(Config):
     # `cpu` does both in workers. The pictures are the same up to float rounding.
     pipeline: Literal["device", "cpu"] = "device"
     workers: int = Field(default=8, ge=0)
-    # The run stops when more than this share of an epoch's images (and more than one, unless it is 0) cannot be read;
-    # fewer are replaced and counted, on each rank.
+    # The run stops when more than this share of an epoch's images (and at least 20, unless the share is 0) cannot be
+    # read; fewer are named, replaced and counted, on each rank.
     bad_image_share: float = Field(default=0.001, ge=0, lt=1)
+    # Left out of a folder: names or patterns of paths below it (`val/*`, `*.gif`). Of a data card val is left out.
+    exclude: tuple[str, ...] = added(())
+    # A picture of more pixels is not decoded, and counts as unreadable.
+    max_pixels: int = added(MAX_PIXELS, gt=0)
 
 
 class ViewsConfig(Config):

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from twist.catalog.class_folders import LabelledImages, open_tree
-from twist.contracts.images import read_image
 from twist.contracts.weights import Backbone
 from twist.measure.features import Batch, Extractor, centre_crop
 from twist.measure.knn import nearest, plan_blocks, top_percent, vote_ranks
@@ -64,7 +63,7 @@ def _features(
     def decoded() -> Iterator[Batch]:
         with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock, and training's workers are idle meanwhile
             for part in (mine[start : start + BATCH] for start in range(0, share, BATCH)):
-                pixels = pool.map(lambda index: view(read_image(images.path(index))), part)
+                pixels = pool.map(lambda index: view(images.read(index)), part)
                 yield torch.stack([*pixels]), torch.from_numpy(images.labels[part])
 
     # Of the header only the pixels' mean and std count, and those of all our networks are ImageNet's.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from twist.contracts.errors import UserError
 from twist.pretrain import distributed, run_folder
 from twist.pretrain.config import LossConfig, PretrainConfig
 from twist.pretrain.data.loader import ViewLoader
-from twist.pretrain.data.source import open_images
+from twist.pretrain.data.source import FolderImages, open_images
 from twist.pretrain.data.views import Stage
 from twist.pretrain.loss import Loss, LossWeights, self_label_loss, teacher_loss, twist_loss
 from twist.pretrain.model import in_layout
@@ -102,6 +103,9 @@ def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, 
     if config.run.online_eval_root is not None:  # before hours of training, not after
         open_tree(config.run.online_eval_root)
     rank, ranks = distributed.rank(), distributed.world_size()
+    if rank == 0 and isinstance(images, FolderImages):
+        for line in images.remarks():
+            print(line, file=sys.stderr)
     loader = ViewLoader(images, config, rank=rank, world_size=ranks, device=device)
     return loader, Plan(
         config,

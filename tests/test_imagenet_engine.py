@@ -331,7 +331,7 @@ def test_predictions_are_framed_by_whether_they_are_right(tree: Path, tmp_path: 
 def test_a_panel_has_room_for_its_legend(columns: int, tree: Path, tmp_path: Path) -> None:
     """What is written to the right edge of the picture would be cut off in it."""
     _, val = open_tree(tree)
-    rows = [[Tile(val.path(0), ("x",))] * columns]
+    rows = [[Tile(val.read(0), ("x",))] * columns]
     legend = "left the query, then its nearest: blue frame of its class, broken orange frame of another"
     with Image.open(write_panel(tmp_path / "p.png", rows, legend=legend)) as picture:
         heading = np.asarray(picture.convert("L"))[:16]

@@ -88,6 +88,15 @@ def stretch(schedule: Schedule, iterations: int) -> Schedule:
     )
 
 
+# A schedule of a few dozen pictures would end before its warm-up has.
+FEWEST_OWN = 500
+
+
+def fit_length(schedule: Schedule, images: int, *, epochs: float, fewest: int = 0) -> Schedule:
+    """`schedule` over so many passes over `images` training images of one's own, at least `fewest` iterations."""
+    return stretch(schedule, max(round(epochs * images / schedule.images_per_step), fewest, 1))
+
+
 def leaves_protocol(published: Schedule, planned: Schedule) -> list[str]:
     """Where `planned` is no longer the published schedule, a line each; empty when it is.
 

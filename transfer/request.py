@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from twist.catalog.card_data import CardData
 from twist.contracts.config import Config, parse_override, validate
 from twist.contracts.weights import Architecture, Backbone
 from twist.transfer.protocols import Protocol
@@ -28,6 +29,10 @@ class Controls(Config):
     keep_batch: bool = False
     # A shorter or longer run: milestones and warm-up move in proportion, so the schedule keeps its form.
     iterations: int | None = Field(default=None, gt=0)
+    # The same in passes over a data card's training images (the ImageNet engine's recipes have a key of that name).
+    epochs: float | None = Field(default=None, gt=0)
+    # Of a data card: what its paths are relative to.
+    root: str | None = None
     # Several machines, each with `--gpus`; the same command on every one with its own node_rank.
     nodes: int = Field(default=1, gt=0)
     node_rank: int = Field(default=0, ge=0)
@@ -37,6 +42,8 @@ class Controls(Config):
     def _cluster(self) -> Controls:
         if self.nodes > 1 and not self.master:
             raise ValueError("several nodes need master=HOST:PORT, the address of the node with node_rank 0")
+        if self.iterations and self.epochs:
+            raise ValueError("iterations and epochs say the same: keep one of them")
         if self.node_rank >= self.nodes:
             raise ValueError(f"node_rank {self.node_rank} is not below nodes {self.nodes}")
         return self
@@ -48,7 +55,7 @@ class Request:
 
     `checkpoint` is None for random weights, whose header `random` is; `name` is what the record calls the weights, and
     `method` what it calls the method, None to take what the weights say. `overrides` are `key=value` on the engine's
-    own config.
+    own config. `own` are the data of a card, which `data` then is the file of; None on a data root.
     """
 
     protocol: Protocol
@@ -68,6 +75,7 @@ class Request:
     controls: Controls = field(default_factory=Controls)
     resume: bool = False
     eval_only: bool = False
+    own: CardData | None = None
 
     @property
     def read_as(self) -> dict[str, Any]:
@@ -122,13 +130,16 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
 
-def split_overrides(overrides: Sequence[str]) -> tuple[Controls, tuple[str, ...]]:
-    """Our controls, and what remains for the engine's own config, in order."""
+def split_overrides(overrides: Sequence[str], *, in_epochs: bool = False) -> tuple[Controls, tuple[str, ...]]:
+    """Our controls, and what remains for the engine's own config, in order.
+
+    `epochs` is the engine's own key where its recipes are counted `in_epochs`.
+    """
     ours: dict[str, Any] = {}
     theirs = []
     for override in overrides:
         keys, value = parse_override(override)
-        if len(keys) == 1 and keys[0] in Controls.model_fields:
+        if len(keys) == 1 and keys[0] in Controls.model_fields and not (in_epochs and keys[0] == "epochs"):
             ours[keys[0]] = value
         else:
             theirs.append(override)

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from twist.catalog.before_run import identify_data, require_data
+from twist.catalog.card import find_card
+from twist.catalog.card_data import CardData, require_card_data
 from twist.catalog.data_sets import find_root
 from twist.contracts import files, run_folder
 from twist.contracts.errors import UsageError, UserError, require
@@ -78,16 +80,21 @@ def transfer(
     row = find_protocol(protocol)
     engine = all_engines()[row.engine]
     require(engine.extra, *engine.packages)
-    controls, rest = split_overrides(overrides)
-    root = find_root(data)
-    sample = require_data(row.data, root, task=row.task, scale=row.scale)
-    data_name = identify_data(row.data, root, subset=row.subset)
+    controls, rest = split_overrides(overrides, in_epochs=engine.target is None)
+    card, sample = find_card(data, root=controls.root), None
+    if card is not None:
+        root, own = card.path, require_card_data(card, row.task)
+        data_name: str | None = own.name
+    else:
+        root, own = find_root(data), None
+        sample = require_data(row.data, root, task=row.task, scale=row.scale)
+        data_name = identify_data(row.data, root, subset=row.subset)
     given = find_weights(weights, row, controls, layout=layout, branch=branch, heads=heads, method=method, seed=seed)
-    output = (output or default_output(row, given, seed)).resolve()
+    output = (output or default_output(row, given, seed, card=card and card.name)).resolve()
     results = (results or output / "results").resolve()
     request = Request(
         row, root, output, **given, seed=seed, gpus=_choose_gpus(gpus, row), overrides=rest, controls=controls,
-        resume=resume, eval_only=eval_only,
+        resume=resume, eval_only=eval_only, own=own,
     )  # fmt: skip
     began = time.monotonic()
 
@@ -115,11 +122,11 @@ def transfer(
         method=request.method or ready.header.method,
         protocol=row.name,
         task=row.task,
-        scale="sample" if row.scale == "sample" else "reduced" if plan.reduced else "full",
+        scale="own" if own else "sample" if row.scale == "sample" else "reduced" if plan.reduced else "full",
         seed=seed,
         metrics=result.metrics,
         weights=_provenance(request, ready.header),
-        recipe=_recipe(result, ready.header, sample),
+        recipe=_recipe(result, ready.header, sample, own),
         data=data_name,
         software=software(),
         hardware={**hardware(), "gpus_used": request.gpus, "nodes": controls.nodes},
@@ -189,11 +196,12 @@ def _random_network(row: Protocol, controls: Controls, *, seed: int) -> Backbone
     return Backbone(architecture=architecture, method=RANDOM, seed=seed, **form)
 
 
-def default_output(row: Protocol, given: dict[str, Any], seed: int) -> Path:
-    """`runs/<protocol>/…`, with the network where random weights are not of the protocol's usual one."""
+def default_output(row: Protocol, given: dict[str, Any], seed: int, *, card: str | None = None) -> Path:
+    """`runs/<protocol>/…`, with a data card's name, and the network where random weights are not of the usual one."""
     network = given.get("random")
     other = network.display_name if network and network.display_name != USUAL_NETWORK[row.scale] else None
     parts = [
+        card,
         given["method"] or given["name"],
         (given.get("sha256") or "")[:8],
         given.get("branch"),
@@ -305,14 +313,18 @@ def _provenance(request: Request, header: Backbone) -> WeightsProvenance:
     )
 
 
-def _recipe(result: Result, header: Backbone, sample: dict[str, Any] | None) -> dict[str, Any]:
-    """The engine's recipe with what makes two numbers comparable: the same network, and the same sample.
+def _recipe(
+    result: Result, header: Backbone, sample: dict[str, Any] | None, own: CardData | None = None
+) -> dict[str, Any]:
+    """The engine's recipe with what makes two numbers comparable: the same network, and the same sample or own data.
 
     Mean, std, channel order and stride belong to the weights, not to the recipe: rows of other weights must meet.
     """
     recipe = {**result.recipe, "architecture": header.display_name}
     if sample is not None:
         recipe["sample"] = {key: sample.get(key) for key in ("source", "size", "seed", "format_version")}
+    if own is not None:
+        recipe["card"] = {"name": own.card.name, "sha256": own.sha256}
     return recipe
 
 

@@ -35,7 +35,9 @@ Source = Literal["shapes", "photos"]
 TableFormat = Literal["table", "markdown", "csv", "json", "latex", "html"]
 DataRoot = Annotated[Path | None, typer.Argument(show_default=False, help="Default: $DETECTRON2_DATASETS.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", show_default=False)]
-Data = Annotated[Path | None, typer.Option(help="Folder with the data sets; default $DETECTRON2_DATASETS.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Folder with the data sets, or a data card; default $DETECTRON2_DATASETS.")
+]
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED)]
 Heads = Annotated[int | None, typer.Option(min=1, help="Attention heads of a ViT whose file does not say them.")]
 Layout = Annotated[str | None, typer.Option("--from", help="Source layout, when it should not be detected.")]
@@ -256,6 +258,7 @@ def data_prepare(
 
     voc: trainaug (sbd=FOLDER). cityscapes: the trainIds. imagenet: the 1 % and 10 % lists (lists=FOLDER or seed=N).
     detectron2: one tree of links (coco=, VOC2007=, VOC2012=, cityscapes=, imagenet=FOLDER). coco needs nothing.
+    A data card: lists that take a part of its training images as val (split=0.2 seed=0).
     """
     require("transfer", "PIL")
     from twist.catalog.prepare import prepare
@@ -264,23 +267,65 @@ def data_prepare(
     if root is not None and "=" in str(root) and not root.exists():  # the root was left out: this is the first option
         root, overrides = None, [str(root), *(overrides or [])]
     options = {".".join(keys): value for keys, value in map(parse_override, overrides or [])}
+    if (card := _card(dataset)) is not None:
+        from twist.catalog.card_data import prepare_card
+
+        for path in prepare_card(card, **options):
+            print(path)
+        return
     for path in prepare(dataset, root, **options):
         print(path)
+
+
+@data_app.command("card")
+def data_card(
+    folder: Path,
+    output: Annotated[Path | None, typer.Option(help="The card's file; default FOLDER/card.toml.")] = None,
+) -> None:
+    """Write the data card that a folder suggests.
+
+    FOLDER holds COCO, VOC or YOLO boxes, images and masks, class folders, Parquet files, or pictures alone. What cannot
+    be known is a comment in the card.
+    """
+    require("transfer", "PIL")
+    from twist.catalog.card_guess import write_card
+
+    path = write_card(folder, output)
+    print(path.read_text(), path, sep="\n")
+
+
+def _card(named: str) -> Any:
+    """The data card that a word of the command line names, None where it is a data set's name."""
+    from twist.catalog.card import find_card
+
+    path = Path(named)
+    return find_card(path)
 
 
 @data_app.command("check")
 def data_check(dataset: str, root: DataRoot = None) -> None:
     """Say everything that is missing or wrong in a data set, at once.
 
-    DATASET is coco, voc, cityscapes, imagenet, sample, or folders: images of your own, in ROOT/train/<class>/ and
-    ROOT/val/<class>/, on which the ImageNet-style protocols run.
+    DATASET is a data card, coco, voc, cityscapes, imagenet, sample, or folders: images of your own, in
+    ROOT/train/<class>/ and ROOT/val/<class>/, on which the ImageNet-style protocols run; or images: a folder of
+    pictures without labels, of which ROOT/../<folder>-contact-sheet.png shows some.
     """
     require("transfer", "PIL")
     from twist.catalog.check import check
     from twist.catalog.data_sets import find_root
     from twist.catalog.report import has_errors, render
 
-    findings = check(dataset, find_root(None) if root is None else root)
+    if (card := _card(dataset)) is not None:
+        from twist.catalog.card_check import check_card
+
+        findings = check_card(card)
+    elif dataset == "images" and root is not None:
+        from twist.catalog.card_check import check_images
+
+        sheet = root.resolve().with_name(f"{root.resolve().name}-contact-sheet.png")
+        findings = check_images(root, sheet=sheet)
+    else:
+        findings = check(dataset, find_root(None) if root is None else root)
     print(render(findings))
     raise typer.Exit(1 if has_errors(findings) else 0)
 

@@ -65,6 +65,10 @@ class _Requests:
         return self.plan
 
 
+# Unreadable images below which a run goes on, whatever their share.
+FEW_BAD = 20
+
+
 class ViewLoader:
     """Batches of views of `images`, on `device`; workers are started once and stay until `close()`.
 
@@ -91,8 +95,9 @@ class ViewLoader:
             data.bad_image_share,
         )
         self._images_per_epoch = steps * batch_size
-        # At least one, unless none at all is allowed.
-        self._bad_limit = max(1, int(self._bad_share * self._images_per_epoch)) if self._bad_share else 0
+        # At least 19, unless none at all is allowed.
+        allowed = int(self._bad_share * self._images_per_epoch)
+        self._bad_limit = max(FEW_BAD - 1, allowed) if self._bad_share else 0
         self._bad: set[int] = set()
         self._requests = _Requests()
         self._copy_stream = torch.cuda.Stream(device) if on_gpu else None

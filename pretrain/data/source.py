@@ -14,16 +14,19 @@ import hashlib
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from twist.catalog.card import find_card
+from twist.catalog.card_data import pretraining_images
 from twist.contracts.errors import UsageError, UserError, require
-from twist.contracts.images import EXTENSIONS, UnreadableImage, image_names
+from twist.contracts.images import EXTENSIONS, MAX_PIXELS, UnreadableImage, image_names
 from twist.pretrain.config import DataConfig
 from twist.pretrain.data.views import ORDER_STREAM, REPLACEMENT_STREAM, Philox, Stage
 
@@ -55,7 +58,9 @@ class Request:
 
 
 class Images:
-    """Images by number, in a fixed order."""
+    """Images by number, in a fixed order; those of more than `max_pixels` are unreadable."""
+
+    max_pixels = MAX_PIXELS
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -88,9 +93,21 @@ class Images:
 
 def open_images(config: DataConfig) -> Images:
     """The images that `config` names; `UserError` in one sentence when there are none or they cannot be opened."""
+    images = _open(config)
+    images.max_pixels = config.max_pixels
+    return images
+
+
+def _open(config: DataConfig) -> Images:
     if config.format == "datasets":
         return ImageStream(config) if config.dataset_options.get("streaming") else HubImages(config)
-    return {"folder": FolderImages, "list": ListedImages}[config.format](Path(config.root))
+    if config.format == "list":
+        return ListedImages(Path(config.root))
+    card = find_card(Path(config.root))
+    if card is None:
+        return FolderImages(Path(config.root), exclude=config.exclude)
+    folders, held_out = pretraining_images(card)
+    return FolderImages(folders, exclude=config.exclude, held_out=held_out)
 
 
 def permutation(images: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -108,6 +125,10 @@ def replacements(images: int, *, seed: int, epoch: int, index: int) -> Iterator[
     generator = Philox().at(seed, REPLACEMENT_STREAM, epoch=epoch, index=index)
     for _ in range(REPLACEMENT_TRIES):
         yield int(generator.integers(images))
+
+
+# Folders that by their names are there to measure with.
+HELD_OUT = frozenset({"val", "valid", "validation", "test"})
 
 
 class _Files(Images):
@@ -146,17 +167,41 @@ class _Files(Images):
 
 
 class FolderImages(_Files):
-    """Every image below `root`, at any depth, in the order of their relative paths."""
+    """Every image below `root`, at any depth, in the order of their relative paths.
 
-    def __init__(self, root: Path) -> None:
+    But for those that a pattern of `exclude` meets, or that are `held_out` (resolved paths) to measure with.
+    """
+
+    def __init__(self, root: Path, *, exclude: Sequence[str] = (), held_out: Set[Path] = frozenset()) -> None:
         if not root.is_dir():
             raise UserError(
                 f"There is no image folder at {root}: check data.root, or make a sample with `twist data sample`."
             )
-        names = image_names(root)
+        found = image_names(root)
+        names = [
+            name
+            for name in found
+            if not any(fnmatch(name, pattern) for pattern in exclude)
+            and not (held_out and (root / name).resolve() in held_out)
+        ]
+        self.left_out = len(found) - len(names)
+        # Trained on, pictures that are later measured with make numbers too high.
+        self.measured_with = [] if held_out else [n for n in names if {*n.lower().split("/")[:-1]} & HELD_OUT]
         if not names:
             raise UserError(f"{root} holds no images ({', '.join(sorted(EXTENSIONS))} are looked for, at any depth).")
         super().__init__(root, names)
+
+    def remarks(self) -> list[str]:
+        """What a user should know of the choice of images, a sentence each."""
+        lines = [f"{self.left_out} images are left out: held out by the data card, or by data.exclude."]
+        lines = lines if self.left_out else []
+        if self.measured_with:
+            folder = self.measured_with[0].rpartition("/")[0]
+            lines.append(
+                f"Note: {len(self.measured_with)} of the images lie in folders such as {folder}/ and are trained on; "
+                f"to measure with them later, leave them out with data.exclude='[\"{folder}/*\"]'."
+            )
+        return lines
 
 
 class ListedImages(_Files):

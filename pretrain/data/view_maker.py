@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from twist.contracts.errors import UserError
-from twist.contracts.images import UnreadableImage, decode
+from twist.contracts.images import MAX_PIXELS, UnreadableImage, decode
 from twist.pretrain.config import ViewsConfig
 from twist.pretrain.data.source import Images, Request, replacements
 from twist.pretrain.data.views import STAGES, VIEW, Draw, ViewSampler, cut, plan_views, resolutions
@@ -143,7 +143,9 @@ class ViewMaker:
             try:
                 data = self._images.encoded(index) if encoded is None else encoded[candidate]
                 name = self._images.name(index) if encoded is None else f"{index:016x} of the stream"
-                return *picture(data, name, functools.partial(draw.place, place), self._sizes), index
+                return *picture(
+                    data, name, functools.partial(draw.place, place), self._sizes, self._images.max_pixels
+                ), index
             except UnreadableImage as error:
                 unreadable[index] = str(error)
         raise UserError(
@@ -152,20 +154,22 @@ class ViewMaker:
         )
 
 
-def picture(data: bytes, name: str, place: Callable[..., np.ndarray], sizes: np.ndarray) -> tuple[Tensor, np.ndarray]:
+def picture(
+    data: bytes, name: str, place: Callable[..., np.ndarray], sizes: np.ndarray, max_pixels: int = MAX_PIXELS
+) -> tuple[Tensor, np.ndarray]:
     """Decoded pixels (3, H, W), of a large JPEG perhaps fewer than it has, and the records (V,) whose boxes fit them.
 
     `place` is `Draw.place` of this image, which takes `height` and `width`; `sizes` are the sides of the views (V,).
     """
     size = upright_size(data)
-    if size is not None:
+    if size is not None and size[0] * size[1] <= max_pixels:
         views = place(height=size[0], width=size[1])
         reduction = divisor(views["box"], sizes)
         image = decode_reduced(data, reduction) if reduction > 1 else None
         if image is not None:
             views["box"] = shrink_boxes(views["box"], size, (image.shape[1], image.shape[2]))
             return image, views
-    image = decode(data, name=name)
+    image = decode(data, name=name, max_pixels=max_pixels)
     return image, place(height=image.shape[1], width=image.shape[2])
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from twist.catalog.data_sets import find_data_set
 from twist.contracts import files
 from twist.contracts.curves import CURVES, Curves
 from twist.contracts.errors import UsageError, UserError
@@ -83,6 +84,10 @@ class FrameworkConfig(ABC):
         """The config as dicts and lists that an override's key is looked up in."""
         return self.config
 
+    def about_data(self) -> list[str]:
+        """What the data decided, a line each, for the plan and the record."""
+        return []
+
     def more_departures(self) -> list[str]:
         """What else makes the run another protocol's."""
         return []
@@ -112,6 +117,10 @@ def resolve(read: Callable[[Request, Weights], FrameworkConfig], request: Reques
         planned = recipe.linear_rule(published, processes=processes, reference=reference)
     if controls.iterations:
         planned = recipe.stretch(planned, controls.iterations)
+    elif request.own is not None:
+        planned = _fit_own(request, published, planned)
+    elif controls.epochs:
+        raise UsageError("epochs counts passes over a data card's images: on a data root pass iterations=N.")
     run.set_schedule(planned, processes=processes)
 
     before, ruled = run.tree(), run.schedule(processes=processes)
@@ -125,10 +134,14 @@ def resolve(read: Callable[[Request, Weights], FrameworkConfig], request: Reques
     _check(run, planned, request, weights)
     run.place(request, weights)
 
-    changed = recipe.leaves_protocol(published, planned)
+    changed = [] if request.own is not None else recipe.leaves_protocol(published, planned)
     changed += recipe.departures(before, after, free=(*run.schedule_keys, *run.harmless))
     changed += run.more_departures()
-    notes = []
+    about = run.about_data()
+    if request.own is not None:
+        passes = planned.images_seen / request.own.count("train")
+        about.insert(0, f"{request.own.summary()}; {planned.iterations} iterations see each {passes:.1f} times")
+    notes = [*about]
     if rule != "as published" and request.protocol.scale == "full":
         lr, iterations = planned.learning_rate, planned.iterations
         notes.append(f"{rule}: {planned.images_per_step} images a step, lr {lr:g}, {iterations} iterations")
@@ -138,11 +151,30 @@ def resolve(read: Callable[[Request, Weights], FrameworkConfig], request: Reques
         run.config,
         recipe.recorded(before, after, recipe_of=lambda tree: run.recipe(tree, processes), harmless=run.harmless),
         recipe.render_plan(
-            published, planned, rule=rule, processes=processes, gpus=request.gpus, reference=reference, changed=changed
+            published,
+            planned,
+            rule=rule,
+            processes=processes,
+            gpus=request.gpus,
+            reference=reference,
+            changed=[*about, *changed],
         ),
         reduced=bool(changed),
         notes=(*notes, *recipe.searched(ruled, planned), *changed),
     )
+
+
+def _fit_own(request: Request, published: Schedule, planned: Schedule) -> Schedule:
+    """`planned` over as many passes over the user's own images as the recipe makes over its own, or as he says."""
+    assert request.own is not None
+    images, epochs = request.own.count("train"), request.controls.epochs
+    if epochs:
+        return recipe.fit_length(planned, images, epochs=epochs)
+    rows = [find_data_set(name) for name in request.protocol.data]
+    whole = sum(s.count or 0 for row in rows for s in row.run_splits().values() if s.role == "train")
+    if request.protocol.scale == "sample" or not whole:
+        return planned  # a recipe for a small set, whatever its size
+    return recipe.fit_length(planned, images, epochs=published.images_seen / whole, fewest=recipe.FEWEST_OWN)
 
 
 def _check(run: FrameworkConfig, planned: Schedule, request: Request, weights: Weights) -> None:
@@ -228,7 +260,7 @@ def collect(request: Request, resolved: Resolved) -> Result:
     if curves.exists() and curves.stat().st_size:
         media.append(plot_losses(curves, request.output / "losses.png", title=request.protocol.name))
     return Result(
-        metrics={name: values["metrics"][name] for name in request.protocol.metrics},
+        metrics={name: values["metrics"][name] for name in request.protocol.metrics if name in values["metrics"]},
         recipe={**resolved.recipe, "data": values["images"]},
         media=media,
         curves=curves if curves.exists() else None,  # None on a node that is not the first, in a folder of its own

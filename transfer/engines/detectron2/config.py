@@ -11,10 +11,13 @@ from typing import IO, Any, ClassVar
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from twist.catalog.data_sets import read_sample
+from twist.catalog.boxes import mask_format
+from twist.catalog.data_sets import DATA_SETS, read_sample
+from twist.contracts.errors import UserError
 from twist.contracts.machine import cores
 from twist.transfer.engines import framework
 from twist.transfer.engines.detectron2 import ENGINE
+from twist.transfer.engines.detectron2.data import OWN_TRAIN, OWN_VAL
 from twist.transfer.engines.framework import FrameworkConfig
 from twist.transfer.recipe import Schedule, Tree
 from twist.transfer.request import Request, Weights
@@ -62,13 +65,55 @@ class Detectron2Config(FrameworkConfig):
         self.config = get_cfg()
         path = str(ENGINE.folder / request.protocol.config)
         self.config.merge_from_other_cfg(CfgNode(_Files.load_yaml_with_base(path, allow_unsafe=False)))
-        if request.protocol.scale == "sample":
+        if request.protocol.scale == "sample" and request.own is None:
             sample = read_sample(request.data)
             assert sample is not None, "run.py checks the root first"
             self.config.MODEL.ROI_HEADS.NUM_CLASSES = len(sample["classes"])
+        self._about = self._set_own(request) if request.own else self._set_masks(request)
         self.config.merge_from_other_cfg(CfgNode(yaml.safe_load(weights.overlay.read_text())))
         self.reference = self.config.SOLVER.REFERENCE_WORLD_SIZE
         self.config.SOLVER.REFERENCE_WORLD_SIZE = 0  # the rule is applied here; the trainer shall not do it again
+
+    def _set_own(self, request: Request) -> list[str]:
+        """A card's classes and forms of annotation; what was chosen for them, a line each."""
+        assert request.own is not None
+        assert request.own.boxes is not None
+        if any(name.startswith("cityscapes") for name in self.config.DATASETS.TRAIN):
+            raise UserError(
+                f"{request.protocol.name} is measured by Cityscapes' own evaluator, which needs its instanceIds: take "
+                "coco-mrcnn-fpn-1x for masks of your own."
+            )
+        config, about = self.config, []
+        config.DATASETS.TRAIN, config.DATASETS.TEST = (OWN_TRAIN,), (OWN_VAL,)
+        config.MODEL.ROI_HEADS.NUM_CLASSES = len(request.own.classes)
+        if config.MODEL.MASK_ON and not all(boxes.has_masks for boxes in request.own.boxes.values()):
+            config.MODEL.MASK_ON = False
+            about.append("the annotations have no masks: boxes alone are learnt and measured (MODEL.MASK_ON False)")
+        for role, boxes in request.own.boxes.items():
+            found = {text: count for text, count in boxes.found.items() if config.MODEL.MASK_ON or "mask" not in text}
+            about += [f"{role}: {count} {text}" for text, count in found.items() if count]
+        if config.MODEL.MASK_ON and any(boxes.mask_format == "bitmask" for boxes in request.own.boxes.values()):
+            about += self._take_bitmasks()
+        return about
+
+    def _set_masks(self, request: Request) -> list[str]:
+        """The form of masks that the training files of a data root in COCO's layout have."""
+        if not self.config.MODEL.MASK_ON:
+            return []
+        known = {split.detectron2: (row, split) for row in DATA_SETS.values() for split in row.splits.values()}
+        for name in self.config.DATASETS.TRAIN:
+            row, split = known.get(name.removeprefix("sample_"), (None, None))
+            described = row is not None and split is not None and split.names.endswith(".json")
+            if described and mask_format(row.place(request.data) / split.names) == "bitmask":
+                return self._take_bitmasks()
+        return []
+
+    def _take_bitmasks(self) -> list[str]:
+        self.config.INPUT.MASK_FORMAT = "bitmask"
+        return ["masks are run lengths and not outlines alone: they are learnt as bitmaps (INPUT.MASK_FORMAT bitmask)"]
+
+    def about_data(self) -> list[str]:
+        return list(self._about)
 
     def schedule(self, *, processes: int) -> Schedule:  # noqa: ARG002 (the config counts the images of all)
         solver = self.config.SOLVER

@@ -8,18 +8,68 @@ Detectron2's own register functions, and the sample gets names of its own with i
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances, register_pascal_voc
+from detectron2.data.datasets import load_coco_json, register_coco_instances, register_pascal_voc
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 from detectron2.data.datasets.cityscapes import load_cityscapes_instances
 
-from twist.catalog.data_sets import DATA_SETS, DataSet, Split
+from twist.catalog.boxes import read_voc_xml
+from twist.catalog.card_data import CardData
+from twist.catalog.data_sets import DATA_SETS, DataSet, Split, read_names
+from twist.contracts import files
 from twist.contracts.errors import UserError
+
+OWN_TRAIN, OWN_VAL = "own_train", "own_val"
+
+
+def write_own(own: CardData, folder: Path, *, masks: bool) -> None:
+    """A card's boxes below `folder`, a COCO file a split, for `register_own` in every process."""
+    assert own.boxes is not None
+    for role, boxes in own.boxes.items():
+        files.write_json(folder / f"own_{role}.json", boxes.as_coco(masks=masks))
+
+
+def register_own(folder: Path, *, voc: bool) -> None:
+    """Register what `write_own` wrote; `voc`: measured as Pascal VOC is."""
+    for name in (OWN_TRAIN, OWN_VAL):
+        _forget(name)
+        file = str(folder / f"{name}.json")
+        DatasetCatalog.register(name, functools.partial(load_coco_json, file, "", name))
+        kind = {"evaluator_type": "pascal_voc", "year": 2007, "split": name} if voc else {"evaluator_type": "coco"}
+        MetadataCatalog.get(name).set(json_file=file, image_root="", dirname=str(folder), **kind)
+
+
+def voc_objects(name: str) -> dict[str, list[dict[str, Any]]]:
+    """The objects of each image of a registered set, by the id in its results, as VOC's evaluation wants them."""
+    metadata = MetadataCatalog.get(name)
+    if name not in (OWN_TRAIN, OWN_VAL):
+        folder = Path(metadata.dirname)
+        names = read_names(folder / "ImageSets" / "Main" / f"{metadata.split}.txt")
+        return {one: read_voc_xml(folder / "Annotations" / f"{one}.xml")[1] for one in names}
+    content = json.loads(Path(metadata.json_file).read_text(encoding="utf-8"))
+    classes = {category["id"]: category["name"] for category in content["categories"]}
+    found: dict[str, list[dict[str, Any]]] = {str(image["id"]): [] for image in content["images"]}
+    for one in content["annotations"]:
+        x, y, width, height = one["bbox"]
+        # Pixels from 1, the last one inside: the evaluator adds 1 to the left and upper edge of what is detected.
+        box = [x + 1, y + 1, x + width, y + height]
+        ignored = int(bool(one.get("difficult", 0) or one["iscrowd"]))
+        found[str(one["image_id"])].append({"name": classes[one["category_id"]], "difficult": ignored, "bbox": box})
+    return found
+
+
+def _forget(name: str) -> None:
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+    with contextlib.suppress(KeyError):
+        MetadataCatalog.remove(name)
 
 
 def register_data(root: Path, names: Sequence[str], *, sample: dict[str, Any] | None) -> None:
@@ -30,10 +80,7 @@ def register_data(root: Path, names: Sequence[str], *, sample: dict[str, Any] | 
         if plain not in known or not plain:
             listed = ", ".join(sorted(filter(None, known)))
             raise UserError(f"There is no data set {name}: DATASETS of a config may name {listed}.")
-        if name in DatasetCatalog:
-            DatasetCatalog.remove(name)
-        with contextlib.suppress(KeyError):
-            MetadataCatalog.remove(name)
+        _forget(name)
         _register(name, *known[plain], root, sample if plain != name else None)
 
 

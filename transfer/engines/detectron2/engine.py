@@ -6,8 +6,11 @@ that the backbone's weights really arrived (Detectron2 only warns), curves, pict
 
 from __future__ import annotations
 
+import tempfile
 import unittest.mock
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,14 @@ from twist.contracts import files
 from twist.contracts.failures import explained, raise_reported
 from twist.contracts.progress import Progress
 from twist.transfer.engines.detectron2.config import resolve
-from twist.transfer.engines.detectron2.data import count_images, register_data
+from twist.transfer.engines.detectron2.data import (
+    OWN_VAL,
+    count_images,
+    register_data,
+    register_own,
+    voc_objects,
+    write_own,
+)
 from twist.transfer.engines.detectron2.model import bare, draw, metrics_of, prove_loaded
 from twist.transfer.engines.framework import TrainingLog, collect, frameworks_quiet, leave, require_finished
 from twist.transfer.pictures import save_pairs
@@ -44,7 +54,9 @@ def run(request: Request, weights: Weights, resolved: Resolved) -> Result:
     files.write_text(request.output / "config.yaml", resolved.config.dump())
     controls = request.controls
     url = f"tcp://{controls.master}" if controls.master else "auto"
-    arguments = (request, weights.file, resolved.config.dump())
+    if request.own is not None and request.leads:
+        write_own(request.own, request.output / "data", masks=resolved.config.MODEL.MASK_ON)
+    arguments = (replace(request, own=None), weights.file, resolved.config.dump())
     with raise_reported(request.output):
         launch(_worker, max(request.gpus, 1), controls.nodes, controls.node_rank, url, arguments)
     return collect(request, resolved)
@@ -59,7 +71,11 @@ def _worker(request: Request, weights: Path, dumped: str) -> None:
         config.merge_from_other_cfg(CfgNode.load_cfg(dumped))
         config.freeze()
         names = [*config.DATASETS.TRAIN, *config.DATASETS.TEST]
-        register_data(request.data, names, sample=read_sample(request.data))
+        own = OWN_VAL in names
+        if own:
+            register_own(request.output / "data", voc=request.protocol.metrics[0].startswith("voc"))
+        else:
+            register_data(request.data, names, sample=read_sample(request.data))
         images = count_images(names) if comm.is_main_process() else {}
         seed_all_rng(request.seed + rank)
         trainer = Trainer(config)
@@ -74,7 +90,7 @@ def _worker(request: Request, weights: Path, dumped: str) -> None:
             results = trainer._last_eval_results
         results, images = comm.all_gather((results, images))[0]
         if comm.get_local_rank() == 0:  # one process of every node: its caller wants the result too
-            metrics, notes = metrics_of(results, request)
+            metrics, notes = metrics_of(results, request, masks=config.MODEL.MASK_ON or not own)
             media = save_pairs(request.output, draw(bare(trainer.model), config))
             leave(request.output, metrics=metrics, images=images, media=media, notes=notes)
 
@@ -88,7 +104,7 @@ class Trainer(DefaultTrainer):
         if kind == "coco":
             tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
             return COCOEvaluator(dataset_name, tasks=tasks, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
-        evaluators = {"pascal_voc": PascalVOCDetectionEvaluator, "cityscapes_instance": _CityscapesEvaluator}
+        evaluators = {"pascal_voc": _VocEvaluator, "cityscapes_instance": _CityscapesEvaluator}
         return evaluators[kind](dataset_name)
 
     @classmethod
@@ -126,6 +142,40 @@ class _Watch(HookBase):
 
     def after_train(self) -> None:
         self._log.close()
+
+
+class _VocEvaluator(PascalVOCDetectionEvaluator):
+    """Detectron2's on the objects as our one reader of VOC's XML gives them, or on a data card's.
+
+    Its own reader fails, after the training, on files without <pose>, <truncated> or <difficult>. Classes go by number,
+    because their names become names of files.
+    """
+
+    def __init__(self, dataset_name: str) -> None:
+        super().__init__(dataset_name)
+        numbers = {name: str(index) for index, name in enumerate(self._class_names)}
+        self._objects = {
+            image: [{**one, "name": numbers[one["name"]]} for one in objects]
+            for image, objects in voc_objects(dataset_name).items()
+        }
+        found = {one["name"] for objects in self._objects.values() for one in objects if not one["difficult"]}
+        # Of a user's own classes some may be in no validation image; the mean is over the others, as COCO's is.
+        self._class_names = [name for name in numbers.values() if name in found or dataset_name != OWN_VAL]
+        flagless = sum(one.get("lacks flags", False) for objects in self._objects.values() for one in objects)
+        if flagless:
+            self._logger.warning(f"{flagless} objects have no <truncated> or <difficult>: they count as 0")
+
+    def evaluate(self) -> Any:
+        from detectron2.evaluation import pascal_voc_evaluation as scripts
+
+        kept = enumerate(map(int, self._class_names))
+        self._predictions = defaultdict(list, {place: self._predictions[number] for place, number in kept})
+        with tempfile.TemporaryDirectory() as folder:
+            listed = Path(folder) / "images.txt"
+            listed.write_text("".join(f"{image}\n" for image in self._objects))
+            self._image_set_path, self._anno_file_template = str(listed), "{}"
+            with unittest.mock.patch.object(scripts, "parse_rec", self._objects.__getitem__):
+                return super().evaluate()
 
 
 class _CityscapesEvaluator(CityscapesInstanceEvaluator):

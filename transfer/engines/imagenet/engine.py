@@ -84,7 +84,11 @@ def resolve(request: Request, weights: Weights) -> Setup:
     config = recipes.load_recipe(protocol.config, architecture=header.architecture, overrides=request.overrides)
     if isinstance(config, recipes.LinearRecipe) and config.last_blocks > 1 and not header.is_vit:
         raise UsageError(f"last_blocks = {config.last_blocks} is for ViTs, not for a {header.display_name}.")
-    train, val = open_tree(request.data)
+    if request.own is not None:
+        assert request.own.labelled is not None
+        train, val = request.own.labelled["train"], request.own.labelled["val"]
+    else:
+        train, val = open_tree(request.data)
     labelled, warnings = train, []
     if isinstance(config, recipes.ClassifierRecipe):
         labelled = labelled_subset(train, config)
@@ -97,9 +101,10 @@ def resolve(request: Request, weights: Weights) -> Setup:
     recipe = recorded_recipe(config, labelled, val)
     changed = changes(protocol, header, recipe)
     reduced = bool(changed) or not is_imagenet(recipe)
-    if protocol.scale == "full" and len(train.classes) == 1000 and not is_imagenet(recipe):
+    if request.own is None and protocol.scale == "full" and len(train.classes) == 1000 and not is_imagenet(recipe):
         changed.append(f"{len(train)} + {len(val)} images are not ImageNet's: see `twist data check imagenet`")
-    notes = (*warnings, *changed)
+    own = [request.own.summary()] if request.own is not None else []
+    notes = (*own, *warnings, *changed)
     plan = "\n".join([plan, *notes])
     return Setup(request, weights, config, train, labelled, val, recipe, plan, reduced, notes)
 

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as F
 from twist.catalog.class_folders import SUBSETS, LabelledImages, draw_subset, find_subset, read_subset
 from twist.contracts.errors import UserError
 from twist.contracts.failures import explained
-from twist.contracts.images import UnreadableImage, read_image
+from twist.contracts.images import UnreadableImage
 from twist.contracts.machine import cores
 from twist.measure.features import Batch, Extractor, FeatureFile, centre_crop
 from twist.transfer.engines.imagenet.recipes import FEATURES, ClassifierRecipe, Recipe
@@ -123,7 +123,7 @@ class _Decoded(Dataset[tuple[Tensor, int]]):
             self.transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = read_image(self.images.path(index)), int(self.images.labels[index])
+        image, label = self.images.read(index), int(self.images.labels[index])
         if self.crops is None:
             return self.transform(image), label
         seeds = np.random.SeedSequence([*self.crops, index]).generate_state(1, np.uint64)

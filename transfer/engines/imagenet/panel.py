@@ -15,7 +15,6 @@ from torch import Tensor
 
 from twist.catalog.class_folders import LabelledImages
 from twist.contracts import files
-from twist.contracts.images import read_image
 
 RIGHT, WRONG, PLAIN = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's blue and vermilion; a query
 _TEXT = "#222222"
@@ -26,7 +25,7 @@ _SIDE, _FRAME, _GAP, _LINE, _FONT = 64, 3, 6, 14, 11
 class Tile:
     """One image with captions below it, the second in the frame's colour; `right` None is a query's plain frame."""
 
-    path: Path
+    image: Tensor
     captions: tuple[str, ...]
     right: bool | None = None
 
@@ -34,7 +33,7 @@ class Tile:
 def prediction_panel(path: Path, shown: LabelledImages, predicted: Sequence[int]) -> Path:
     """Validation images with the truth and, below it, the prediction; the frame says whether they agree."""
     tiles = [
-        Tile(shown.path(index), (shown.classes[label], shown.classes[found]), right=found == label)
+        Tile(shown.read(index), (shown.classes[label], shown.classes[found]), right=found == label)
         for index, (label, found) in enumerate(zip(shown.labels.tolist(), predicted, strict=True))
     ]
     rows = [tiles[start : start + 6] for start in range(0, len(tiles), 6)]
@@ -46,7 +45,7 @@ def neighbour_panel(path: Path, train: LabelledImages, val: LabelledImages, inde
     rows = []
     for query in np.linspace(0, len(val) - 1, num=min(6, len(val)), dtype=int):
         label = val.labels[query]
-        first = Tile(val.path(query), (val.classes[label],))
+        first = Tile(val.read(query), (val.classes[label],))
         rows.append([first, *_tiles(train, index[query, :6].numpy(), right=label)])
     legend = "left the query, then its nearest: blue frame of its class, broken orange frame of another"
     return write_panel(path, rows, legend=legend)
@@ -67,7 +66,7 @@ def cluster_panel(path: Path, val: LabelledImages, assignment: np.ndarray) -> Pa
 def _tiles(images: LabelledImages, shown: np.ndarray, *, right: int) -> list[Tile]:
     """The images `shown`, framed by whether their class is `right`."""
     labels = images.labels[shown]
-    return [Tile(images.path(i), (images.classes[k],), bool(k == right)) for i, k in zip(shown, labels, strict=True)]
+    return [Tile(images.read(i), (images.classes[k],), bool(k == right)) for i, k in zip(shown, labels, strict=True)]
 
 
 def write_panel(path: Path, rows: Sequence[Sequence[Tile]], *, legend: str) -> Path:
@@ -102,6 +101,6 @@ def _framed(tile: Tile) -> Image.Image:
         for gap in range(7, edge, 10):
             draw.rectangle((gap, 0, gap + 2, edge), fill="white")
             draw.rectangle((0, gap, edge, gap + 2), fill="white")
-    picture = Image.fromarray(read_image(tile.path).permute(1, 2, 0).numpy())
+    picture = Image.fromarray(tile.image.permute(1, 2, 0).numpy())
     framed.paste(ImageOps.fit(picture, (_SIDE, _SIDE), Image.Resampling.LANCZOS), (_FRAME, _FRAME))
     return framed

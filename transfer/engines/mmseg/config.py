@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import mmseg
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
+from twist.catalog.card_data import CardData
 from twist.catalog.data_sets import Split, find_data_set, read_sample
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.machine import cores
@@ -67,6 +68,9 @@ class MMSegConfig(FrameworkConfig):
 
     def _set_data(self, request: Request) -> None:
         """Where the data lie; their classes and files too, unless MMSegmentation's own dataset class knows those."""
+        if request.own is not None:
+            self._set_own(request.own, request.output)
+            return
         sample = read_sample(request.data)
         row = find_data_set(request.protocol.data[0])
         splits: dict[str, Split] = {split.role: split for split in row.run_splits().values() if "masks" in split.truth}
@@ -86,6 +90,17 @@ class MMSegConfig(FrameworkConfig):
                 dataset.update({"type": "BaseSegDataset", **suffixes, "metainfo": {"classes": list(classes)}})
                 for head in self._heads:
                     head.num_classes = len(classes)
+
+    def _set_own(self, own: CardData, output: Path) -> None:
+        assert own.card.segmentation is not None
+        load = {"type": "LoadOwnMask", "section": own.card.segmentation.model_dump(mode="json")}
+        for loader, role in zip(self._loaders, ("train", "val", "val"), strict=True):
+            steps = [load if step["type"] == "LoadAnnotations" else step for step in loader.dataset.pipeline]
+            written = str(output / "data" / f"own_{role}.json")
+            own_set = {"type": "OwnSegDataset", "ann_file": written, "metainfo": {"classes": list(own.classes)}}
+            loader.dataset = ConfigDict({**own_set, "pipeline": steps})
+        for head in self._heads:
+            head.num_classes = len(own.classes)
 
     @property
     def _loaders(self) -> list[Any]:  # an override replaces them
@@ -126,7 +141,13 @@ class MMSegConfig(FrameworkConfig):
         model = {key: value for key, value in tree["model"].items() if key not in _OF_THE_WEIGHTS}
         model["backbone"] = {k: v for k, v in model["backbone"].items() if k not in _OF_A_BACKBONE}
         train, val = (
-            {"pipeline": data["pipeline"], "prefix": data["data_prefix"], "list": data.get("ann_file", "")}
+            {"pipeline": data["pipeline"]}
+            # Of a card the run's record has a digest, and paths are no part of a recipe.
+            | (
+                {}
+                if data["type"] == "OwnSegDataset"
+                else {"prefix": data["data_prefix"], "list": data.get("ann_file", "")}
+            )
             for data in (tree["train_dataloader"]["dataset"], tree["val_dataloader"]["dataset"])
         )
         return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from twist.contracts.failures import explained, raise_reported
 from twist.contracts.progress import Progress
 from twist.transfer.engines import framework
 from twist.transfer.engines.framework import TrainingLog, collect, frameworks_quiet
+from twist.transfer.engines.mmseg import data
 from twist.transfer.engines.mmseg.config import resolve
 from twist.transfer.pictures import PANEL_PIXELS, save_pairs
 from twist.transfer.request import Request, Resolved, Result, Weights
@@ -49,6 +51,9 @@ def run(request: Request, weights: Weights, resolved: Resolved) -> Result:
     """Train and evaluate by `resolved`; files go to `request.output`. `UserError` for what is nobody's bug."""
     resolved.config.dump(request.output / "config.py")
     assert weights.file is not None
+    if request.own is not None and request.leads:
+        data.write_own(request.own, request.output / "data")
+    request = replace(request, own=None)  # every process reads what was written
     with raise_reported(request.output):
         if request.processes == 1:
             _worker(0, request, weights.file, None)

@@ -1,0 +1,243 @@
+"""A data card: one TOML file beside a user's own data that says where boxes, masks, classes and pictures lie.
+
+`--data`, `twist data check`, suites and pretraining take a card wherever they take a data root; a folder that holds a
+`card.toml` stands for that card. Paths are relative to the card, or to its `root`. Each section has a `train` and a
+`val` split; where a card has no `val`, the lists that `twist data prepare CARD split=0.2` writes beside it divide
+`train`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+from pydantic import Field
+
+from twist.catalog.data_sets import VOID, read_names
+from twist.contracts import files
+from twist.contracts.config import SHIPPED, Config, read_toml, validate
+from twist.contracts.errors import UsageError, UserError
+from twist.contracts.record import Task
+
+CARD = "card.toml"
+# Cards of well-known sets; they say where these lie, or `root=DIR` does.
+OURS = SHIPPED / "data"
+Role = Literal["train", "val"]
+ROLES: tuple[Role, ...] = ("train", "val")
+Section = Literal["detection", "segmentation", "classification"]
+SECTION_OF: dict[Task, Section] = {
+    "detection": "detection",
+    "instance-segmentation": "detection",
+    "segmentation": "segmentation",
+    "classification": "classification",
+    "clustering": "classification",
+}
+
+
+class BoxSplit(Config):
+    """`annotations`: COCO's JSON, or the folder of VOC's .xml or YOLO's .txt. `list`: the images that are meant."""
+
+    images: str
+    annotations: str = ""
+    list: str = ""
+
+
+class Detection(Config):
+    """Boxes, and masks where the annotations have them. `classes` where these have no names; `data`: a data.yaml."""
+
+    format: Literal["coco", "voc", "yolo"] = "coco"
+    train: BoxSplit
+    val: BoxSplit | None = None
+    classes: tuple[str, ...] = ()
+    data: str = ""
+
+
+class MaskSplit(Config):
+    """Pictures and the masks with the same stems."""
+
+    images: str
+    masks: str
+    list: str = ""
+
+
+class Segmentation(Config):
+    """A class for each pixel. `classes`: names of the values 0, 1, …, or a table of value or "#rrggbb" → name.
+
+    Pixels of value `ignore`, and in a mask with a table all that the table doesn't have, belong to no class; with
+    `reduce_zero_label` value 0 doesn't either and 1 is the first class. An image `a<image_suffix>.jpg` has the mask
+    `a<mask_suffix>.png`.
+    """
+
+    train: MaskSplit
+    val: MaskSplit | None = None
+    classes: tuple[str, ...] | dict[str, str]
+    ignore: int | tuple[int, ...] = VOID
+    reduce_zero_label: bool = False
+    image_suffix: str = ""
+    mask_suffix: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The classes' names, in the order of the network's outputs."""
+        names = self.classes.values() if isinstance(self.classes, dict) else self.classes
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def ignored(self) -> tuple[int, ...]:
+        return (self.ignore,) if isinstance(self.ignore, int) else self.ignore
+
+
+class Classification(Config):
+    """Folders of class folders, or Parquet files with an image and a label column."""
+
+    train: str
+    val: str | None = None
+    image_column: str = "image"
+    label_column: str = "label"
+
+
+class Pretraining(Config):
+    """Pictures without labels; `exclude` are names or patterns of what is left out, beside the `val` splits."""
+
+    images: str
+    exclude: tuple[str, ...] = ()
+
+
+SplitT = TypeVar("SplitT", BoxSplit, MaskSplit)
+
+
+class Card(Config):
+    """One card; `path` is its file."""
+
+    path: Path
+    name: str = Field(pattern=r"^[\w][\w .+-]*$")
+    root: str = ""
+    detection: Detection | None = None
+    segmentation: Segmentation | None = None
+    classification: Classification | None = None
+    pretraining: Pretraining | None = None
+
+    @property
+    def folder(self) -> Path:
+        """What paths are relative to."""
+        return (self.path.parent / Path(self.root).expanduser()).resolve()
+
+    def place(self, path: str) -> Path:
+        return self.folder / Path(path).expanduser()
+
+    def sections(self) -> tuple[Section, ...]:
+        """The sections with labels that this card has."""
+        return tuple(name for name in dict.fromkeys(SECTION_OF.values()) if getattr(self, name) is not None)
+
+    def list_file(self, section: Section, role: Role) -> Path:
+        """Where `twist data prepare` writes the list of a split."""
+        return self.path.with_name(f"{self.path.stem}.{section}.{role}.txt")
+
+    def require(self, task: Task) -> Section:
+        """The section that a run of `task` reads; `UserError` when the card does not have it, or has no `val`."""
+        section = SECTION_OF[task]
+        part = getattr(self, section)
+        if part is None:
+            has = ", ".join(f"[{name}]" for name in self.sections()) or "none with labels"
+            raise UserError(
+                f"{self.path} has no section [{section}], which {task} is measured on (it has {has}): add the section, "
+                f"or let `twist data card {self.folder}` guess it."
+            )
+        if part.val is None and not self.list_file(section, "val").is_file():
+            raise UserError(
+                f"{self.path} has no val in [{section}], and without one nothing can be measured: name one, or "
+                f"`twist data prepare {self.path} split=0.2 seed=0` takes a part of train (it writes lists, no file is "
+                "moved)."
+            )
+        return section
+
+    def split(self, section: Section, role: Role, given: tuple[SplitT, SplitT | None]) -> SplitT:
+        """The split `role` of the section's (train, val); without a val the written list takes its part of train."""
+        train, val = given
+        if val is not None:
+            return train if role == "train" else val
+        written = self.list_file(section, role)
+        if not written.is_file():
+            if role == "val":
+                self.require("segmentation" if section == "segmentation" else "detection")
+            return train
+        return train.model_copy(update={"list": str(written)})
+
+
+def find_card(data: Path | None, *, root: str | None = None) -> Card | None:
+    """The card that `data` is or, as a folder, holds; None where `data` is a data root. `root` overrides the card's.
+
+    A name alone, as `camvid`, may stand for one of ours.
+
+    Raises:
+        UsageError: the file is no TOML or no card. UserError: there is no such file.
+    """
+    if data is None:
+        return None
+    path = data / CARD if data.is_dir() else data
+    if data.parent == Path() and not data.exists() and (OURS / f"{data.stem}.toml").is_file():
+        path = OURS / f"{data.stem}.toml"
+    if path.suffix != ".toml" or (data.is_dir() and not path.is_file()):
+        if root is not None:
+            raise UsageError(f"root={root} belongs to a data card, and {data} is none: name the card's .toml file.")
+        return None
+    if not path.is_file():
+        raise UserError(f"There is no data card at {path}: check the path, or write one with `twist data card FOLDER`.")
+    values = {**read_toml(path), "path": path.resolve()}
+    if root is not None:
+        values["root"] = str(Path(root).expanduser().resolve())
+    card = validate(values, Card, where=str(path))
+    if not card.sections() and card.pretraining is None:
+        raise UsageError(
+            f"{path} names no data: a card has [detection], [segmentation], [classification] or [pretraining]."
+        )
+    if not card.folder.is_dir():
+        raise UserError(f"{path}: there is no folder {card.folder}: correct its root, or pass root=DIR.")
+    return card
+
+
+def chosen(names: list[str], listed: str, card: Card) -> list[str]:
+    """Those of `names` (files below a folder) that the list file `listed` has, by name or stem; all without a list."""
+    if not listed:
+        return names
+    path = card.place(listed)
+    wanted = read_names(path, whole_lines=True)
+    by_stem: dict[str, str] = {}
+    for name in names:
+        for key in (name, name.rpartition(".")[0], Path(name).name, Path(name).stem):
+            by_stem.setdefault(key, name)
+    absent = [name for name in wanted if name.removeprefix("./") not in by_stem and Path(name).name not in by_stem]
+    if absent:
+        raise UserError(
+            f"{path} names {len(absent)} images that are not there (first: {absent[0]}): correct the list, or complete "
+            "the images."
+        )
+    return sorted({by_stem.get(name.removeprefix("./")) or by_stem[Path(name).name] for name in wanted})
+
+
+def split_card(card: Card, names: dict[Section, list[str]], *, share: float, seed: int) -> list[Path]:
+    """Write the lists that divide `names`, the training images of each section without `val`; no file is moved.
+
+    Raises:
+        UsageError: `share` is no share. UserError: every section has a `val`, or a list is there and differs.
+    """
+    if not 0 < share < 1:
+        raise UsageError(f"split={share} is no share: write the part that becomes val, for example split=0.2.")
+    if not names:
+        raise UserError(f"Every section of {card.path} has a val already: there is nothing to split.")
+    written = []
+    for section, images in names.items():
+        order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(images))
+        held_out = max(1, round(share * len(images)))
+        if held_out >= len(images):
+            raise UserError(f"[{section}] of {card.path} has {len(images)} images: too few to split.")
+        parts: dict[Role, np.ndarray] = {"val": order[:held_out], "train": order[held_out:]}
+        for role in ROLES:
+            path = card.list_file(section, role)
+            text = "".join(f"{images[index]}\n" for index in sorted(parts[role]))
+            if path.exists() and path.read_text(encoding="utf-8") != text:
+                raise UserError(f"{path} exists and holds another split: remove it to have it made again.")
+            files.write_text(path, text)
+            written.append(path)
+    return written
