@@ -40,8 +40,6 @@ Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED)]
 Layout = Annotated[str | None, typer.Option("--from", help="Source layout, when it should not be detected.")]
 Branch = Annotated[str | None, typer.Option(help="Branch of the source, for example momentum or teacher.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what the run folder holds.")]
-# Packages of an engine that `pip install "twist-suite[transfer]"` may not have brought.
-_FRAMEWORKS = {"detectron2": ("detectron2", "pycocotools"), "mmseg": ("mmseg", "mmcv", "mmengine"), "imagenet": ()}
 
 
 def _print_version(asked: bool) -> None:
@@ -191,7 +189,9 @@ def transfer(
     if protocol is None or weights is None:
         raise UsageError("Say which protocol and which weights: twist transfer PROTOCOL --weights FILE (see --list).")
     require("transfer")
-    require("transfer", *_FRAMEWORKS[protocols.find_protocol(protocol).engine])
+    from twist.transfer.engines import all_engines
+
+    require("transfer", *all_engines()[protocols.find_protocol(protocol).engine].packages)
     from twist.transfer.run import transfer as run
 
     run(
@@ -361,7 +361,9 @@ def demo(
     Sample → pretrain → convert → detection, segmentation, k-NN → table and page.
     """
     require("transfer")
-    require("transfer", *_FRAMEWORKS["detectron2"], *_FRAMEWORKS["mmseg"])
+    from twist.transfer.engines import all_engines
+
+    require("transfer", *(package for engine in all_engines().values() for package in engine.packages))
     from twist.demo import run_demo
 
     run_demo(output, twist=functools.partial(app, standalone_mode=False), source=source, fast=fast)

@@ -30,7 +30,7 @@ from twist.measure.segmentation import VOID
 
 @dataclass(frozen=True)
 class Pictures:
-    """The images of one split, in the order of its list; `truth` has the annotation file of each, where there is one."""
+    """The images of one split, in the order of its list, and where their annotations are."""
 
     row: DataSet
     split: Split
@@ -159,7 +159,7 @@ def open_split(row: DataSet, root: Path, role: str, sample: dict[str, Any] | Non
 
 
 def squashed(pictures: Pictures, size: int, *, start: int, batch_size: int, workers: int) -> Iterator[Tensor]:
-    """(B, 3, size, size) uint8 RGB of the images from `start` on, both sides reduced to `size` (bilinear, antialias)."""
+    """(B, 3, size, size) uint8 RGB of the images from `start` on, both sides scaled to `size` (antialiased)."""
     rest = range(start, len(pictures))
     loader: DataLoader[Tensor] = DataLoader(
         _Squashed(pictures, size),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -47,16 +46,6 @@ class HeadGrid(nn.Module):
         return scores.view(-1, height, width, *scores.shape[1:]).permute(3, 0, 4, 1, 2)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The heads, the (rate, decay) of each, and of each its metrics on the split that the best was chosen on."""
-
-    heads: HeadGrid
-    grid: list[tuple[float, float]]
-    chosen: int
-    chosen_metrics: list[dict[str, float]]
-
-
 def grid_of(recipe: LinearRecipe) -> list[tuple[float, float]]:
     return [(rate, decay) for rate in recipe.learning_rates for decay in recipe.weight_decays]
 
@@ -76,7 +65,7 @@ def split_holdout(recipe: LinearRecipe, images: int) -> tuple[np.ndarray, np.nda
 
 def train(
     features: DenseFile, labels: Labels, chosen: np.ndarray, recipe: LinearRecipe, *, classes: int, seed: int,
-    device: torch.device, step_done: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    device: torch.device, step_done: Callable[[int, dict[str, float]], None],
 ) -> HeadGrid:  # fmt: skip
     """The heads of the grid, trained together on the images `chosen`; `labels` are of the recipe's `loss_size`."""
     grid = grid_of(recipe)
@@ -106,7 +95,7 @@ def train(
 
 def _batches(chosen: np.ndarray, recipe: LinearRecipe, seed: int) -> list[np.ndarray]:
     """Image numbers of every step: shuffled passes, one after the other; a batch may hold the end of one."""
-    size, needed = min(recipe.batch_size, len(chosen)), 0
+    size = min(recipe.batch_size, len(chosen))
     needed = size * recipe.iterations
     passes = -(-needed // len(chosen))
     orders = [np.random.Generator(np.random.Philox(key=[seed, number])).permutation(chosen) for number in range(passes)]

@@ -76,7 +76,7 @@ class NeighboursRecipe(DenseRecipe):
 
 
 class LinearRecipe(DenseRecipe):
-    """Batch norm and a 1×1 convolution, AdamW on cross-entropy of the enlarged scores; a head for each rate and decay."""
+    """Batch norm and a 1×1 convolution, AdamW on cross-entropy of the enlarged scores; one head a rate and decay."""
 
     kind: Literal["linear-seg"]
     batch_norm: bool = True
@@ -157,10 +157,17 @@ class SvmRecipe(ImageRecipe):
     kind: Literal["svm"]
     costs: tuple[float, ...] = Field(min_length=1)
     folds: int = Field(default=3, gt=1)
-    # Positive images a class; () takes all. For each, the mean over `draws` (and the best cost on the test images, as
-    # mmselfsup and VISSL report it).
+    # Positive images a class, each the mean over `draws`; () takes all images.
     shots: tuple[int, ...] = ()
     draws: int = Field(default=5, gt=0)
+    # "test": the best cost on the test images, as mmselfsup and VISSL report low-shot results.
+    cost_chosen_on: Literal["cross-validation", "test"] = "cross-validation"
+
+    @model_validator(mode="after")
+    def _one_way(self) -> SvmRecipe:
+        if bool(self.shots) != (self.cost_chosen_on == "test"):
+            raise ValueError('shots and cost_chosen_on = "test" go together: one image a class cannot be validated')
+        return self
 
 
 AnyRecipe = NeighboursRecipe | LinearRecipe | ClustersRecipe | DiscoveryRecipe | FewShotRecipe | SvmRecipe
@@ -183,4 +190,4 @@ def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> AnyRecipe:
     if not path.exists():
         shipped = [path.stem for path in ENGINE.folder.glob("*.toml")]
         raise UsageError(f'There is no recipe "{name}" for frozen features.{did_you_mean(name, shipped)}')
-    return load_config(path, KINDS[read_toml(path)["kind"]], overrides, beside=Controls.model_fields)
+    return load_config(path, KINDS[read_toml(path)["kind"]], overrides, extra_keys=Controls.model_fields)
