@@ -80,7 +80,7 @@ METRICS: dict[str, Metric] = {
         *(
             _percent(
                 f"voc07_svm_k{k}_map",
-                f"VOC07 SVM mAP, k = {k}",
+                f"SVM mAP k={k}",
                 f"Mean AP of linear SVMs from {k} positive image{'s' * (k > 1)} a class, VOC 2007",
             )
             for k in (1, 2, 4, 8, 16, 32, 64, 96)

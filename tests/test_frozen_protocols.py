@@ -19,8 +19,6 @@ from twist.transfer.engines.frozen.images import open_split
 from twist.transfer.protocols import PROTOCOLS
 from twist.transfer.run import transfer
 
-SMALL = ("architecture=resnet18", "machine.workers=0", "size=64")
-
 
 def run(protocol: str, data: Path, output: Path, *overrides: str) -> RunRecord:
     return transfer(protocol, weights="random", data=data, output=output, gpus=0, overrides=overrides)
@@ -29,8 +27,13 @@ def run(protocol: str, data: Path, output: Path, *overrides: str) -> RunRecord:
 def test_every_recipe_is_read_and_belongs_to_a_protocol() -> None:
     shipped = {path.stem for path in recipes.ENGINE.folder.glob("*.toml")}
     assert shipped == {row.config for row in PROTOCOLS.values() if row.engine == "frozen"}
+    for row in PROTOCOLS.values():
+        if row.engine == "frozen":
+            assert row.metrics
+            recipes.load_recipe(row.config)
     for name in shipped:
-        recipes.load_recipe(name)
+        text = (recipes.ENGINE.folder / f"{name}.toml").read_text()
+        assert "twist transfer" in text.split("kind =")[0], "a config opens with its command"
     with pytest.raises(UsageError, match="neighbours"):
         recipes.load_recipe("knn-seg", ("neighbors=3",))
 
@@ -90,7 +93,7 @@ def test_a_label_that_the_data_set_does_not_have_is_named(tmp_path: Path) -> Non
 
 # ── Runs ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-SHORT = ("iterations=8", "warmup_iterations=1", "loss_size=16", "label_size=64")
+SHORT = ("iterations=8", "loss_size=16", "label_size=64")
 
 
 @pytest.mark.slow
@@ -98,14 +101,14 @@ def test_one_extraction_serves_every_dense_protocol(tmp_path: Path, monkeypatch:
     data, seen = tiny_sample().root, []
     forward = DenseExtractor.maps
     monkeypatch.setattr(DenseExtractor, "maps", lambda self, images: seen.append(len(images)) or forward(self, images))
-    record = run("sample-voc-knn-seg", data, tmp_path / "a", "architecture=resnet18", "label_size=448")
+    record = run("sample-voc-knn-seg", data, tmp_path / "a", "architecture=resnet18", "size=64", "label_size=448")
     assert set(record.metrics) == {"miou_percent", "macc_percent", "aacc_percent"}
     first = sum(seen)
-    again = run("sample-voc-linear-seg", data, tmp_path / "b", "architecture=resnet18", "iterations=8")
+    again = run("sample-voc-linear-seg", data, tmp_path / "b", "architecture=resnet18", "size=64", "iterations=8")
     assert sum(seen) == first + 2  # one probe of the shape for each split
     assert any("chosen on" in note for note in again.notes)
     assert again.recipe["learning_rates"] == [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
-    reduced = run("sample-voc-knn-seg", data, tmp_path / "c", "architecture=resnet18", "label_size=100")
+    reduced = run("sample-voc-knn-seg", data, tmp_path / "c", "architecture=resnet18", "size=64", "label_size=100")
     assert record.recipe_hash != reduced.recipe_hash  # 448- and 100-pixel label maps do not meet in a table
 
 
@@ -126,24 +129,23 @@ def test_sample_twins_make_their_metrics(protocol: str, overrides: tuple[str, ..
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("protocol", "make", "overrides"),
+    ("architecture", "protocol", "make", "overrides"),
     [
-        ("voc12aug-linear-seg", make_voc_segmentation, (*SHORT, "holdout_every=2")),
-        ("cityscapes-linear-seg", make_cityscapes, (*SHORT, "chosen_on=val")),
-        ("voc12aug-knn-seg", make_voc_segmentation, ()),
-        ("cityscapes-knn-seg", make_cityscapes, ("memory_size=32",)),
-        ("voc12-cluster-seg", make_voc_segmentation, ("clusters=10", "max_passes=1")),
-        ("voc12-corloc", make_voc_detection, ()),
+        ("resnet18", "voc12aug-linear-seg", make_voc_segmentation, (*SHORT, "holdout_every=2")),
+        ("vit_small_patch16", "cityscapes-linear-seg", make_cityscapes, (*SHORT, "chosen_on=val")),
+        ("resnet18", "voc12aug-knn-seg", make_voc_segmentation, ()),
+        ("vit_small_patch16", "cityscapes-knn-seg", make_cityscapes, ("memory_size=32",)),
+        ("resnet18", "voc12-cluster-seg", make_voc_segmentation, ("clusters=10", "max_passes=1")),
+        ("vit_small_patch16", "voc12-corloc", make_voc_detection, ()),
     ],
 )
 def test_full_protocols_run_on_small_trees_and_say_that_they_are_reduced(
-    protocol: str, make: Any, overrides: tuple[str, ...], tmp_path: Path
+    architecture: str, protocol: str, make: Any, overrides: tuple[str, ...], tmp_path: Path
 ) -> None:
     make(tmp_path / "data")
     sized = () if protocol.endswith("corloc") else ("size=64",)
-    for architecture in ("resnet18", "vit_small_patch16"):
-        chosen = (f"architecture={architecture}", "machine.workers=0", *sized, *overrides)
-        record = run(protocol, tmp_path / "data", tmp_path / architecture, *chosen)
-        assert tuple(record.metrics) == PROTOCOLS[protocol].metrics
-        assert record.scale == "reduced"
-        assert any("as published" in note for note in record.notes)
+    chosen = (f"architecture={architecture}", "machine.workers=0", *sized, *overrides)
+    record = run(protocol, tmp_path / "data", tmp_path / "run", *chosen)
+    assert tuple(record.metrics) == PROTOCOLS[protocol].metrics
+    assert record.scale == "reduced"
+    assert any("as published" in note for note in record.notes)

@@ -75,11 +75,9 @@ def resolve(request: Request, weights: Weights) -> Setup:
     `UserError` for data that are missing, an override that is none, or layers that these weights do not have.
     """
     protocol = request.protocol
-    if request.controls.iterations or request.processes > 1:
-        raise UsageError(
-            f"{protocol.name} runs in one process; iterations, nodes and several --gpus are no keys of it."
-        )
-    config = recipes.load_recipe(protocol.config, request.overrides)
+    if request.processes > 1:
+        raise UsageError(f"{protocol.name} runs in one process: pass --gpus 1 or 0, and no nodes.")
+    config = _shortened(recipes.load_recipe(protocol.config, request.overrides), request)
     train, val = _open(request, config)
     own = recipes.load_recipe(protocol.config).recorded()
     changed = departures(own, config.recorded(), free=())
@@ -91,6 +89,17 @@ def resolve(request: Request, weights: Weights) -> Setup:
     digests = [one.digest() for one in (train, val) if one is not None]
     recipe = {**config.recorded(), "data": {**counts, "names": digests}}
     return Setup(request, weights, config, train, val, recipe, "\n  ".join([plan, *notes]), bool(notes), notes)
+
+
+def _shortened(config: recipes.AnyRecipe, request: Request) -> recipes.AnyRecipe:
+    """With `iterations=N`, which is one of the suite's own controls; the warm-up moves in proportion."""
+    iterations = request.controls.iterations
+    if not iterations:
+        return config
+    if not isinstance(config, recipes.LinearRecipe):
+        raise UsageError(f"iterations={iterations}: {request.protocol.name} has none.")
+    warmup = round(config.warmup_iterations * iterations / config.iterations)
+    return config.model_copy(update={"iterations": iterations, "warmup_iterations": warmup})
 
 
 def _open(request: Request, config: recipes.AnyRecipe) -> tuple[Any, Any]:
