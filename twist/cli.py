@@ -311,6 +311,9 @@ def compare(
     title: Annotated[str | None, typer.Option(help="HTML: headline of the page.")] = None,
     picture: Annotated[list[str] | None, typer.Option(metavar="CAPTION=FILE", help="HTML: one more picture.")] = None,
     published_only: Annotated[bool, typer.Option("--published-only", help="Published numbers, no records.")] = False,
+    correlate: Annotated[
+        bool, typer.Option("--correlate", help="Which protocol ranks backbones as which; --output FILE.png draws it.")
+    ] = False,
     check: Annotated[Path | None, typer.Option(help="Fail when this file's tables are stale.")] = None,
     update: Annotated[Path | None, typer.Option(help="Rewrite this file's tables.")] = None,
 ) -> None:
@@ -326,6 +329,9 @@ def compare(
         raise typer.Exit(comparing.refresh_tables(check, write=False))
     if update is not None:
         raise typer.Exit(comparing.refresh_tables(update, write=True))
+    if correlate:
+        comparing.correlate(records or [], output=output)
+        return
     choice = Choice(
         baseline=baseline,
         allow_mixed=allow_mixed,
