@@ -76,14 +76,14 @@ def columns_of(records: Iterable[RunRecord]) -> list[Column]:
         recipe = {key: value for key, value in record.recipe.items() if key != "architecture"}
         groups[record.protocol, sha256_json([recipe, record.data])[:8]].append(record)
     columns = []
-    for (protocol, recipe), members in groups.items():
+    for (protocol, digest), members in groups.items():
         metric = next(iter(members[0].metrics))
         of: dict[str, list[float]] = defaultdict(list)
         for record in members:
             if metric in record.metrics:
                 of[backbone_of(record)].append(record.metrics[metric])
         hours = mean([device_hours(record) for record in members])
-        columns.append(Column(protocol, metric, recipe, {name: mean(values) for name, values in of.items()}, hours))
+        columns.append(Column(protocol, metric, digest, {name: mean(values) for name, values in of.items()}, hours))
     return sorted(columns, key=lambda column: (column.hours, column.protocol, column.recipe))
 
 

@@ -189,7 +189,8 @@ def _knn(setup: Setup, extractor: DenseExtractor) -> Result:
     assert isinstance(config, recipes.NeighboursRecipe)
     memory = _memory(setup, _dense(setup, extractor, setup.train, "train"))
     val = _dense(setup, extractor, setup.val, "val")
-    confusion, shown = Confusion(setup.val.class_count), []
+    confusion = Confusion(setup.val.class_count)
+    shown: list[tuple[int, Tensor, Tensor]] = []
     k = min(config.neighbours, len(memory[0]))
     together = max(1, QUERIES // val.patches)
     limits = {"neighbours": k, "max_memory_mb": config.machine.max_memory_mb}

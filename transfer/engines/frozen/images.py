@@ -75,9 +75,8 @@ class Pictures:
             with Image.open(path) as image:
                 if image.mode not in ("L", "P"):
                     raise UserError(f"{path} is a colour picture ({image.mode}), not a map of class numbers.")
-                if size:
-                    image = image.resize((size, size), Image.Resampling.NEAREST)
-                labels = torch.from_numpy(np.array(image, dtype=np.int64))
+                reduced = image.resize((size, size), Image.Resampling.NEAREST) if size else image
+                labels = torch.from_numpy(np.array(reduced, dtype=np.int64))
         except OSError as error:
             raise UserError(f"Cannot read the label map {path} ({error}): copy or unpack it again.") from None
         strange = labels[(labels >= self.class_count) & (labels != VOID)]
@@ -111,7 +110,8 @@ class Pictures:
 
     def difficult_classes(self, index: int) -> tuple[set[str], set[str]]:
         """The classes of an image's objects in VOC's XML that are not difficult, and of those that are."""
-        plain, difficult = set(), set()
+        plain: set[str] = set()
+        difficult: set[str] = set()
         for node in ElementTree.parse(self.truth("boxes", index)).iter("object"):
             hard = node.findtext("difficult", "0").strip() == "1"
             (difficult if hard else plain).add(node.findtext("name", ""))
@@ -160,10 +160,10 @@ def open_split(row: DataSet, root: Path, role: str, sample: dict[str, Any] | Non
 
 def squashed(pictures: Pictures, size: int, *, start: int, batch_size: int, workers: int) -> Iterator[Tensor]:
     """(B, 3, size, size) uint8 RGB of the images from `start` on, both sides scaled to `size` (antialiased)."""
-    rest = range(start, len(pictures))
+    rest = list(range(start, len(pictures)))
     loader: DataLoader[Tensor] = DataLoader(
         _Squashed(pictures, size),
-        batch_sampler=[rest[first : first + batch_size] for first in range(0, len(rest), batch_size)],  # type: ignore[arg-type]
+        batch_sampler=[rest[first : first + batch_size] for first in range(0, len(rest), batch_size)],
         num_workers=min(workers, cores(), -(-len(rest) // batch_size)),
         generator=torch.Generator(),
     )
