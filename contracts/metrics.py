@@ -77,6 +77,15 @@ METRICS: dict[str, Metric] = {
         _percent("inat18_accuracy", "iNat18", "Accuracy on iNaturalist 2018, top-1"),
         _percent("voc07_classification_map", "VOC07 mAP", "Mean AP of image classification on VOC 2007"),
         _percent("voc07_svm_map", "VOC07 SVM mAP", "Mean AP of linear SVMs on frozen features, VOC 2007"),
+        *(
+            _percent(
+                f"voc07_svm_k{k}_map",
+                f"SVM mAP k={k}",
+                f"Mean AP of linear SVMs from {k} positive image{'s' * (k > 1)} a class, VOC 2007",
+            )
+            for k in (1, 2, 4, 8, 16, 32, 64, 96)
+        ),
+        _percent("corloc", "CorLoc", "Share of images where the one predicted box overlaps an object (IoU ≥ .50)"),
         # Clustering against labels.
         _percent("nmi", "NMI", "Normalised mutual information of clusters and labels, arithmetic mean"),
         _percent("ami", "AMI", "Mutual information of clusters and labels, adjusted for chance", lowest=-100.0),

@@ -28,16 +28,14 @@ from twist.contracts.weights import Backbone
 Batch = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class FeatureFile:
-    """(N, D) float32 rows of a file and their labels (N,) int64. `file[start:stop]` reads these rows alone."""
+class RowFile:
+    """`len(self)` float32 rows of `dimension` values in the file `path`. `file[start:stop]` reads these rows alone."""
 
     path: Path
-    labels: Tensor
     dimension: int
 
     def __len__(self) -> int:
-        return len(self.labels)
+        raise NotImplementedError
 
     def __getitem__(self, rows: slice) -> Tensor:
         # Read, not mapped, so that no more memory is used than is asked for.
@@ -49,6 +47,22 @@ class FeatureFile:
     def mapped(self) -> np.ndarray:
         """The rows as a read-only memory map, for scikit-learn and for rows in any order."""
         return np.memmap(self.path, dtype=np.float32, mode="r", shape=(len(self), self.dimension))
+
+    @property
+    def complete(self) -> bool:
+        return self.path.exists() and self.path.stat().st_size == len(self) * self.dimension * 4
+
+
+@dataclass(frozen=True)
+class FeatureFile(RowFile):
+    """(N, D) rows, one an image, and their labels (N,) int64."""
+
+    path: Path
+    labels: Tensor
+    dimension: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 def state_digest(network: nn.Module) -> str:
@@ -140,7 +154,7 @@ class Extractor:
             "last_blocks": self.last_blocks,
         }
         target = FeatureFile(folder / f"{sha256_json(key)[:24]}.f32", torch.from_numpy(labels), self.dimension)
-        if target.path.exists() and target.path.stat().st_size == len(target) * self.dimension * 4:
+        if target.complete:
             return target
         with (
             files.atomic_path(target.path) as temporary,

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.progress import Progress
-from twist.measure.features import FeatureFile
+from twist.measure.features import RowFile
 
 # What is searched is read in slices, of so many rows at a time.
-Rows = FeatureFile | Tensor
+Rows = RowFile | Tensor
 READ = 256
 # MiB of the limit for everything else: buffers of the matrix product, and what a library loads when first called.
 RESERVE_MB = 32

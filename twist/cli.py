@@ -47,8 +47,6 @@ Entry = Annotated[
 ]
 Prefix = Annotated[str | None, typer.Option(help="Prefix of the network's names there, such as backbone.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what the run folder holds.")]
-# Packages of an engine that `pip install "twist-suite[transfer]"` may not have brought.
-_FRAMEWORKS = {"detectron2": ("detectron2", "pycocotools"), "mmseg": ("mmseg", "mmcv", "mmengine"), "imagenet": ()}
 
 
 def _print_version(asked: bool) -> None:
@@ -212,7 +210,9 @@ def transfer(
     if protocol is None or weights is None:
         raise UsageError("Say which protocol and which weights: twist transfer PROTOCOL --weights FILE (see --list).")
     require("transfer")
-    require("transfer", *_FRAMEWORKS[protocols.find_protocol(protocol).engine])
+    from twist.transfer.engines import all_engines
+
+    require("transfer", *all_engines()[protocols.find_protocol(protocol).engine].packages)
     from twist.transfer.run import transfer as run
 
     run(
@@ -376,6 +376,9 @@ def compare(
     title: Annotated[str | None, typer.Option(help="HTML: headline of the page.")] = None,
     picture: Annotated[list[str] | None, typer.Option(metavar="CAPTION=FILE", help="HTML: one more picture.")] = None,
     published_only: Annotated[bool, typer.Option("--published-only", help="Published numbers, no records.")] = False,
+    correlate: Annotated[
+        bool, typer.Option("--correlate", help="Which protocol ranks backbones as which; --output FILE.png draws it.")
+    ] = False,
     check: Annotated[Path | None, typer.Option(help="Fail when this file's tables are stale.")] = None,
     update: Annotated[Path | None, typer.Option(help="Rewrite this file's tables.")] = None,
 ) -> None:
@@ -391,6 +394,9 @@ def compare(
         raise typer.Exit(comparing.refresh_tables(check, write=False))
     if update is not None:
         raise typer.Exit(comparing.refresh_tables(update, write=True))
+    if correlate:
+        comparing.correlate(records or [], output=output)
+        return
     choice = Choice(
         baseline=baseline,
         allow_mixed=allow_mixed,
@@ -426,7 +432,9 @@ def demo(
     Sample → pretrain → convert → detection, segmentation, k-NN → table and page.
     """
     require("transfer")
-    require("transfer", *_FRAMEWORKS["detectron2"], *_FRAMEWORKS["mmseg"])
+    from twist.transfer.engines import all_engines
+
+    require("transfer", *(package for engine in all_engines().values() for package in engine.packages))
     from twist.demo import run_demo
 
     run_demo(output, twist=functools.partial(app, standalone_mode=False), source=source, fast=fast)

@@ -16,12 +16,14 @@ from pathlib import Path
 
 from twist.compare.comparison import Choice
 from twist.compare.comparison import compare as compare_records
+from twist.compare.correlate import correlate as find_correlations
+from twist.compare.correlate import draw_correlations, render_correlations
 from twist.compare.page import HEADLINE, render_page
 from twist.compare.table import build_table
 from twist.compare.writers import format_for, render, render_all
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError
-from twist.contracts.record import RESULTS, RunRecord
+from twist.contracts.record import RESULTS, RunRecord, read_records
 from twist.transfer.protocols import check_protocol
 
 # The folder of run folders where `twist transfer` is given no --output.
@@ -74,6 +76,24 @@ def compare(
             f"Cannot write {output} ({error.strerror}): check the path and the room there, or give another --output."
         ) from None
     print(output)
+
+
+def correlate(paths: Sequence[Path], *, output: Path | None) -> None:
+    """Print which protocol ranks the backbones of the records as which; `output`, a .png, gets the points drawn.
+
+    Raises:
+        UsageError: `output` is no .png.
+        UserError: fewer than five backbones that two protocols share.
+    """
+    if output is not None and output.suffix != ".png":
+        raise UsageError(f"--correlate draws its points into a .png, and {output} is none.")
+    pairs = read_records(paths or [_default_folder()])
+    for path, record in pairs:
+        check_protocol(path, record)
+    found = find_correlations([record for _, record in pairs])
+    print(render_correlations(found))
+    if output is not None:
+        print(draw_correlations(found, output))
 
 
 def _default_folder() -> Path:

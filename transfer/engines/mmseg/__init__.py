@@ -7,5 +7,5 @@ ENGINE = Engine(
     module="twist.transfer.engines.mmseg.engine",
     configs="mmseg",
     target="mmseg",
-    packages=("mmseg",),
+    packages=("mmseg", "mmcv", "mmengine"),
 )

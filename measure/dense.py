@@ -1,0 +1,219 @@
+"""Dense features of a frozen backbone: one row a patch, extracted once into a file that every dense protocol reads.
+
+A ResNet gives the outputs of chosen stages, a ViT its patch tokens after chosen blocks, or the keys of its last
+attention. Rows lie image by image and line by line of the map, so the file is (N·h·w, D), and a k-NN search or k-means
+takes it as it is. `N` images, `B` of a batch, `H` `W` the input's sides, `h` `w` those of the map, `D` features.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from twist.contracts.config import Config
+from twist.contracts.errors import UserError
+from twist.contracts.files import sha256_json
+from twist.contracts.networks import ResNet, network_of, normalise
+from twist.contracts.progress import Progress
+from twist.contracts.weights import Backbone
+from twist.measure.features import RowFile, autocast, state_digest
+
+
+class Layers(Config):
+    """Which features of a network are meant: `stages` and `output_stride` of a ResNet, the others of a ViT.
+
+    Several stages lie side by side, the coarser ones enlarged (bilinear) to the map of the finest.
+    """
+
+    stages: tuple[Literal[1, 2, 3, 4], ...] = Field(default=(4,), min_length=1)
+    # 16: the last stage keeps its resolution and is dilated instead (DeepLab; torchvision's
+    # replace_stride_with_dilation).
+    output_stride: Literal[16, 32] = 32
+    # Patch tokens of so many last blocks, side by side, each after the network's last norm or as they are.
+    last_blocks: int = Field(default=1, gt=0)
+    last_norm: bool = True
+    # "keys": those of the last block's attention, all heads side by side, which LOST reads.
+    tokens: Literal["patches", "keys"] = "patches"
+
+
+def dense_network(header: Backbone, tensors: dict[str, Tensor], layers: Layers) -> nn.Module:
+    """The network that `header` describes with its weights, dilated where `layers` ask for it."""
+    network = network_of(header, tensors)
+    if layers.output_stride == 16 and isinstance(network, ResNet):
+        if header.padding == "same":
+            raise UserError("output_stride = 16 is not known for networks with TensorFlow's padding: use 32.")
+        _dilate_last_stage(network)
+    return network
+
+
+def _dilate_last_stage(network: ResNet) -> None:
+    """Stride 1 in the last stage, its 3×3 convolutions dilated by 2 after the first block, as torchvision builds it."""
+    for number, block in enumerate(network.layer4):
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+                if module.kernel_size == (3, 3) and number > 0:
+                    module.dilation = module.padding = (2, 2)
+
+
+@dataclass(frozen=True)
+class DenseExtractor:
+    """A network in eval mode on `device` and which of its features are read; `header` says how it wants its pixels."""
+
+    network: nn.Module
+    header: Backbone
+    device: torch.device
+    layers: Layers
+    precision: str = "fp32"
+
+    @property
+    def is_resnet(self) -> bool:
+        return isinstance(self.network, ResNet)
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the input that one place of the map stands for."""
+        if self.is_resnet:
+            return min(4 * 2 ** (min(self.layers.stages) - 1), self.layers.output_stride)
+        return int(self.network.patch_embed.patch_size[0])  # type: ignore[union-attr,index]
+
+    @property
+    def multiple(self) -> int:
+        """The sides of an input must be a multiple of this: a ViT has whole patches only."""
+        return 1 if self.is_resnet else self.stride
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> Tensor:
+        """(B, D, h, w) float32 on `device`, of decoded images (B, 3, H, W) uint8.
+
+        Raises:
+            UserError: a side is no multiple of a ViT's patches.
+        """
+        if images.shape[2] % self.multiple or images.shape[3] % self.multiple:
+            raise UserError(
+                f"{self.header.display_name} reads patches of {self.multiple} pixels, and {images.shape[2]} × "
+                f"{images.shape[3]} is no multiple of that: choose another size."
+            )
+        inputs = normalise(images.to(self.device, non_blocking=True), self.header)
+        with autocast(self.precision, self.device):
+            parts = self._parts(inputs.contiguous(memory_format=torch.channels_last))
+        finest = parts[0].shape[2:]
+        return torch.cat([part.float() if part.shape[2:] == finest else _enlarge(part, finest) for part in parts], 1)
+
+    def _parts(self, inputs: Tensor) -> list[Tensor]:
+        network: Any = self.network
+        if self.is_resnet:
+            stages = network.stages(inputs)
+            return [stages[f"res{number + 1}"] for number in sorted(self.layers.stages)]
+        if self.layers.tokens == "keys":
+            return [self._keys(inputs)]
+        return list(
+            network.forward_intermediates(
+                inputs, indices=self.layers.last_blocks, norm=self.layers.last_norm, output_fmt="NCHW",
+                intermediates_only=True,
+            )
+        )  # fmt: skip
+
+    def _keys(self, inputs: Tensor) -> Tensor:
+        network: Any = self.network
+        found: list[Tensor] = []
+        hook = network.blocks[-1].attn.qkv.register_forward_hook(lambda *call: found.append(call[2]))
+        try:
+            network.forward_features(inputs)
+        finally:
+            hook.remove()
+        _, keys, _ = found[0].chunk(3, dim=2)  # (B, tokens, D) each, timm's order q, k, v
+        patches = keys[:, network.num_prefix_tokens :]
+        height, width = (side // self.stride for side in inputs.shape[2:])
+        return patches.transpose(1, 2).reshape(len(patches), -1, height, width)
+
+    def to_file(
+        self, batches: Callable[[int], Iterable[Tensor]], *, images: int, size: int, key: dict[str, Any], folder: Path,
+        title: str, max_disk_gb: float,
+    ) -> DenseFile:  # fmt: skip
+        """Features of `images` images of `size` × `size` pixels in a file below `folder`.
+
+        Its name is a digest of weights, header, layers and `key` (the images, and what made inputs of them). A complete
+        file is reused without a forward pass; of one that was begun, what is there is kept.
+
+        Args:
+            batches: number of the first image → decoded images (B, 3, size, size) uint8 from there to the last.
+            max_disk_gb: `UserError` where the file would be larger.
+        """
+        one = self.maps(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        dimension, height, width = one.shape[1:]
+        name = sha256_json(
+            {
+                **key,
+                "weights": state_digest(self.network),
+                "header": self.header.model_dump(mode="json"),
+                "layers": self.layers.model_dump(mode="json"),
+                "precision": self.precision if self.device.type == "cuda" else "fp32",
+                "size": size,
+            }
+        )[:24]
+        file = DenseFile(folder / f"{name}.f32", images, height, width, dimension)
+        if file.complete:
+            return file
+        needed = len(file) * dimension * 4 / 1e9
+        if needed > max_disk_gb:
+            raise UserError(
+                f"The features of {images} images need {needed:.1f} GB of disk in {folder}, and machine.max_disk_gb is "
+                f"{max_disk_gb:g}: allow more, or take a smaller size."
+            )
+        self._write(file, batches, title)
+        return file
+
+    def _write(self, file: DenseFile, batches: Callable[[int], Iterable[Tensor]], title: str) -> None:
+        part, image_bytes = file.path.with_suffix(".part"), file.patches * file.dimension * 4
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("ab") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)  # a second run that wants the same waits for the first
+            if file.complete:
+                return
+            done = os.fstat(stream.fileno()).st_size // image_bytes
+            stream.truncate(done * image_bytes)
+            with Progress(title, total=file.images, start=done, unit="image") as progress:
+                for images in batches(done):
+                    rows = self.maps(images).permute(0, 2, 3, 1).contiguous()
+                    stream.write(rows.cpu().numpy().tobytes())
+                    progress.advance(len(images))
+            stream.flush()
+            os.fsync(stream.fileno())
+            part.replace(file.path)
+
+
+def _enlarge(part: Tensor, size: torch.Size) -> Tensor:
+    return F.interpolate(part.float(), size=tuple(size), mode="bilinear", align_corners=False)
+
+
+@dataclass(frozen=True)
+class DenseFile(RowFile):
+    """(N·h·w, D) rows, one a patch, of `images` maps."""
+
+    path: Path
+    images: int
+    height: int
+    width: int
+    dimension: int
+
+    def __len__(self) -> int:
+        return self.images * self.patches
+
+    @property
+    def patches(self) -> int:
+        """Of one image."""
+        return self.height * self.width
+
+    def rows_of(self, image: int, count: int = 1) -> Tensor:
+        """(count·h·w, D) of `count` images from `image` on."""
+        return self[image * self.patches : (image + count) * self.patches]

@@ -1,0 +1,96 @@
+"""`twist compare --correlate`: which protocol ranks backbones as which, and when it may not say so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_records import make_record
+from scipy.stats import spearmanr
+
+from twist.compare.correlate import correlate, device_hours, draw_correlations, render_correlations
+from twist.contracts.errors import UserError
+from twist.contracts.record import RunRecord
+
+ROOT = Path(__file__).resolve().parent.parent
+KNN, MIOU = [40.0, 45.0, 52.0, 50.0, 61.0, 66.0], [20.0, 24.0, 23.0, 30.0, 35.0, 33.0]
+
+
+def measured(count: int = 6, **others: Any) -> list[RunRecord]:
+    made = []
+    for number, (knn, miou) in enumerate(zip(KNN[:count], MIOU[:count], strict=True)):
+        network = "resnet50" if number % 2 else "vit_small_patch16"
+        of = {"weights": {"sha256": f"{number}" * 64, "architecture": network}, **others}
+        made.append(make_record(metrics={"knn_top1_percent": knn}, recipe={"k": 20, "architecture": network}, **of))
+        made.append(
+            make_record(
+                protocol="voc12aug-fcn-d8-20k", task="segmentation", metrics={"miou_percent": miou},
+                recipe={"lr": 0.1, "architecture": network}, **{**of, "wall_s": 7200.0, "hardware": {"gpus_used": 4}},
+            )
+        )  # fmt: skip
+    return made
+
+
+def test_rank_correlation_over_resnets_and_vits_is_scipys() -> None:
+    (one,) = correlate(measured())
+    assert (one.cheap.protocol, one.dear.protocol) == ("sample-knn", "voc12aug-fcn-d8-20k")
+    assert one.rho == pytest.approx(spearmanr(KNN, MIOU).statistic)
+    assert len(one.backbones) == 6
+    assert -1 <= one.low < one.rho < one.high <= 1
+    assert one.dear.hours == 8  # two hours on four devices
+    text = render_correlations([one])
+    assert "n = 6" in text
+    assert "8 h" in text
+
+
+def test_seeds_of_one_file_and_of_random_weights_are_one_backbone() -> None:
+    more = [
+        make_record("random", protocol, seed=seed, metrics={metric: value},
+                    recipe={key: of, "architecture": "resnet50"}, task=task, weights={"architecture": None})
+        for protocol, metric, value, key, of, task in (
+            ("sample-knn", "knn_top1_percent", 10.0, "k", 20, "classification"),
+            ("voc12aug-fcn-d8-20k", "miou_percent", 5.0, "lr", 0.1, "segmentation"),
+        )
+        for seed in range(9)
+    ]  # fmt: skip
+    (one,) = correlate([*measured(), *more])
+    assert len(one.backbones) == 7
+    assert one.cheap.values[next(name for name in one.backbones if "random" in name)] == 10
+
+
+def test_too_few_backbones_and_other_recipes_are_refused() -> None:
+    with pytest.raises(UserError, match="at most 4"):
+        correlate(measured(4))
+    apart = [
+        record.model_copy(update={"recipe": {**record.recipe, "label_size": number}})
+        for number, record in enumerate(measured())
+    ]
+    with pytest.raises(UserError, match=r"at most [01]: "):
+        correlate(apart)
+
+
+def test_a_column_that_ranks_nothing_says_so() -> None:
+    flat = [
+        record.model_copy(update={"metrics": dict.fromkeys(record.metrics, 50.0)})
+        if record.protocol == "sample-knn"
+        else record
+        for record in measured()
+    ]
+    assert "nothing to rank" in render_correlations(correlate(flat))
+
+
+def test_points_are_drawn(tmp_path: Path) -> None:
+    path = draw_correlations(correlate(measured()), tmp_path / "points.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert device_hours(measured(1)[0]) == pytest.approx(60 / 3600)
+
+
+@pytest.mark.slow
+def test_the_command_line_correlates_the_study() -> None:
+    command = [sys.executable, "-m", "twist", "compare", "results/study", "--correlate"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "sample-knn" in shown
+    assert "n = 8" in shown

@@ -1,0 +1,178 @@
+"""Images and their annotations of the frozen protocols, by the catalog's rows: label maps and boxes.
+
+`N` images, `S` the input's side.
+"""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from twist.catalog.data_sets import DataSet, Split, read_names
+from twist.contracts.errors import UserError
+from twist.contracts.files import sha256_json
+from twist.contracts.images import file_entries, read_image
+from twist.contracts.machine import cores
+from twist.measure.segmentation import VOID
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The images of one split, in the order of its list, and where their annotations are."""
+
+    row: DataSet
+    split: Split
+    place: Path
+    names: tuple[str, ...]
+    classes: tuple[str, ...] | int | None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> Path:
+        files = self.split.images
+        return self.place / files.folder / f"{self.names[index]}{files.suffix}"
+
+    def truth(self, kind: str, index: int) -> Path:
+        files = self.split.truth[kind]  # type: ignore[index]
+        return self.place / files.folder / f"{self.names[index]}{files.suffix}"
+
+    @property
+    def class_count(self) -> int:
+        return len(self.classes) if isinstance(self.classes, tuple) else int(self.classes or 0)
+
+    def stamp(self) -> str:
+        """Digest of names, sizes and times of the image files: changes when a picture may have."""
+        status = [self.path(index).stat() for index in range(len(self))]
+        return sha256_json([list(self.names), [(one.st_size, one.st_mtime_ns) for one in status]])
+
+    def digest(self) -> str:
+        """Digest of the names: which images, wherever they lie."""
+        return sha256_json(list(self.names))[:16]
+
+    # ── Label maps ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def label_map(self, index: int, *, size: int) -> Tensor:
+        """(H, W) int64 class numbers and VOID, reduced to `size` × `size` (nearest) where it is not 0.
+
+        Raises:
+            UserError: the file is no map of class numbers, or holds a class that the data set does not have.
+        """
+        path = self.truth("masks", index)
+        try:
+            with Image.open(path) as image:
+                if image.mode not in ("L", "P"):
+                    raise UserError(f"{path} is a colour picture ({image.mode}), not a map of class numbers.")
+                reduced = image.resize((size, size), Image.Resampling.NEAREST) if size else image
+                labels = torch.from_numpy(np.array(reduced, dtype=np.int64))
+        except OSError as error:
+            raise UserError(f"Cannot read the label map {path} ({error}): copy or unpack it again.") from None
+        strange = labels[(labels >= self.class_count) & (labels != VOID)]
+        if len(strange):
+            raise UserError(
+                f"{path} holds {int(strange[0])}, where 0–{self.class_count - 1} and {VOID} are allowed: `twist data "
+                f"check {self.row.group}` says what is wrong."
+            )
+        return labels
+
+    # ── Boxes ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def boxes(self, index: int, *, hard_objects: bool = True) -> tuple[np.ndarray, list[str]]:
+        """(n, 4) x0, y0, x1, y1 in pixels, right and lower edge outside, and the class of each; crowds are left out."""
+        if self._coco:
+            found = self._coco.get(self.names[index], [])
+            return np.array([box for box, _ in found]).reshape(-1, 4), [name for _, name in found]
+        path = self.truth("boxes", index)
+        boxes, names = [], []
+        try:
+            for node in ElementTree.parse(path).iter("object"):
+                hard = any(node.findtext(key, "0").strip() == "1" for key in ("difficult", "truncated"))
+                if hard and not hard_objects:
+                    continue
+                corners = [float(node.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")]
+                boxes.append([corners[0] - 1, corners[1] - 1, *corners[2:]])  # pixels are counted from 1, inclusive
+                names.append(node.findtext("name", ""))
+        except (ElementTree.ParseError, OSError, ValueError) as error:
+            raise UserError(f"{path} is no VOC annotation ({error}): unpack it again.") from None
+        return np.array(boxes, dtype=np.float64).reshape(-1, 4), names
+
+    def difficult_classes(self, index: int) -> tuple[set[str], set[str]]:
+        """The classes of an image's objects in VOC's XML that are not difficult, and of those that are."""
+        plain: set[str] = set()
+        difficult: set[str] = set()
+        for node in ElementTree.parse(self.truth("boxes", index)).iter("object"):
+            hard = node.findtext("difficult", "0").strip() == "1"
+            (difficult if hard else plain).add(node.findtext("name", ""))
+        return plain, difficult - plain
+
+    @cached_property
+    def _coco(self) -> dict[str, list[tuple[list[float], str]]]:
+        """Boxes by image name where the split's list is COCO's file, else nothing."""
+        if not self.split.names.endswith(".json"):
+            return {}
+        content: dict[str, Any] = json.loads((self.place / self.split.names).read_text())
+        classes = {one["id"]: one["name"] for one in content["categories"]}
+        suffix = self.split.images.suffix
+        files = {one["id"]: one["file_name"].removesuffix(suffix) for one in content["images"]}
+        found: dict[str, list[tuple[list[float], str]]] = {name: [] for name in files.values()}
+        for one in content["annotations"]:
+            if not one.get("iscrowd"):
+                x, y, width, height = one["bbox"]
+                found[files[one["image_id"]]].append(([x, y, x + width, y + height], classes[one["category_id"]]))
+        return found
+
+
+def open_split(row: DataSet, root: Path, role: str, sample: dict[str, Any] | None) -> Pictures:
+    """The split of `row` below `root` that runs train on (`role` "train") or measure on ("val").
+
+    Raises:
+        UserError: the data set has no such split, or its list is missing or empty.
+    """
+    splits = [split for split in row.run_splits().values() if split.role == role]
+    if not splits:
+        raise UserError(f"{row.name} has no split for {'training' if role == 'train' else 'validation'}.")
+    split, place = splits[0], row.place(root)
+    if split.names.endswith(".txt"):
+        names = read_names(place / split.names)
+    elif split.names.endswith(".json"):
+        content = json.loads((place / split.names).read_text())
+        names = [image["file_name"].removesuffix(split.images.suffix) for image in content["images"]]
+    else:
+        suffix = split.images.suffix
+        entries = file_entries(place / split.images.folder, lambda name: name.endswith(suffix))
+        names = sorted(name.removesuffix(suffix) for name, _ in entries)
+    if not names:
+        raise UserError(f"{place / split.images.folder} holds no image that ends in {split.images.suffix}.")
+    return Pictures(row, split, place, tuple(names), row.label_names(sample))
+
+
+def squashed(pictures: Pictures, size: int, *, start: int, batch_size: int, workers: int) -> Iterator[Tensor]:
+    """(B, 3, size, size) uint8 RGB of the images from `start` on, both sides scaled to `size` (antialiased)."""
+    rest = list(range(start, len(pictures)))
+    loader: DataLoader[Tensor] = DataLoader(
+        _Squashed(pictures, size),
+        batch_sampler=[rest[first : first + batch_size] for first in range(0, len(rest), batch_size)],
+        num_workers=min(workers, cores(), -(-len(rest) // batch_size)),
+        generator=torch.Generator(),
+    )
+    yield from loader
+
+
+class _Squashed(Dataset[Tensor]):
+    def __init__(self, pictures: Pictures, size: int) -> None:
+        self.pictures, self.resize = pictures, v2.Resize([size, size], antialias=True)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.resize(read_image(self.pictures.path(index)))
