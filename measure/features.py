@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-from twist.contracts import files
+from twist.contracts import files, states
 from twist.contracts.files import sha256_json
 from twist.contracts.networks import normalise
 from twist.contracts.progress import Progress
@@ -49,6 +49,15 @@ class FeatureFile:
     def mapped(self) -> np.ndarray:
         """The rows as a read-only memory map, for scikit-learn and for rows in any order."""
         return np.memmap(self.path, dtype=np.float32, mode="r", shape=(len(self), self.dimension))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the features in `path` are as they were written; where not, they are to be computed anew."""
+    try:
+        fields, sealed = states.read_manifest(states.manifest_of(path))
+        return sealed and states.damage(path, fields) is None
+    except (OSError, ValueError):
+        return False
 
 
 def state_digest(network: nn.Module) -> str:
@@ -140,7 +149,7 @@ class Extractor:
             "last_blocks": self.last_blocks,
         }
         target = FeatureFile(folder / f"{sha256_json(key)[:24]}.f32", torch.from_numpy(labels), self.dimension)
-        if target.path.exists() and target.path.stat().st_size == len(target) * self.dimension * 4:
+        if _is_whole(target.path):
             return target
         with (
             files.atomic_path(target.path) as temporary,
@@ -150,4 +159,5 @@ class Extractor:
             for rows, _ in self.batches(decoded):
                 file.write(rows.cpu().numpy().tobytes())
                 progress.advance(len(rows))
+        states.write_manifest(states.manifest_of(target.path), states.description(target.path))
         return target
