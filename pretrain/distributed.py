@@ -139,6 +139,14 @@ def on_main_rank(work: Callable[[], Value]) -> Value:
     return outcome[0]
 
 
+@torch.no_grad()
+def take_buffers_of_main_rank(model: nn.Module) -> None:
+    """Give every rank rank 0's buffers, those that are saved: each bunch's last norm has statistics of its own."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def ranks_per_bunch(bunch_size: int, *, batch_size: int, world_size: int) -> int:
     """How many consecutive ranks share the statistics of the last batch norm; `bunch_size` 0 means all ranks.
 
@@ -169,7 +177,7 @@ def consecutive_group(ranks: int) -> Group:
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """`model` under DistributedDataParallel when there are several ranks, else itself.
 
-    Buffers are not broadcast: batch norms are synchronised, and the statistics that count are rank 0's.
+    Buffers are not broadcast at each step: batch norms are synchronised, and the statistics that count are rank 0's.
     """
     if world_size() == 1:
         return model
