@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from twist.contracts.errors import UserError
+from twist.contracts.run_folder import differences
 
 Value = TypeVar("Value")
 Group = ProcessGroup | None  # None: all ranks
@@ -137,6 +138,32 @@ def on_main_rank(work: Callable[[], Value]) -> Value:
     if isinstance(outcome[0], UserError):
         raise outcome[0]
     return outcome[0]
+
+
+def require_equal(describe: Callable[[], dict[str, Any]]) -> None:
+    """Every rank says what it is about to do (JSON values); `UserError` on all of them where one says something else.
+
+    A `UserError` in `describe` is raised on every rank too: none waits for one that has ended.
+    """
+    if world_size() == 1:
+        describe()
+        return
+    mine: dict[str, Any] | UserError
+    try:
+        mine = describe()
+    except UserError as error:
+        mine = error
+    said: list[Any] = [None] * world_size()
+    dist.all_gather_object(said, mine)
+    for number, error in enumerate(said):
+        if isinstance(error, UserError):
+            raise type(error)(f"Rank {number}: {error}")
+    for number, theirs in enumerate(said):
+        for path, first, other in differences(said[0], theirs):
+            raise UserError(
+                f"The ranks are not of one run: {path} is {first!r} on rank 0 and {other!r} on rank {number}; give "
+                "every machine the same images, config and code."
+            )
 
 
 @torch.no_grad()

@@ -15,16 +15,18 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from twist.catalog.class_folders import open_tree
 from twist.contracts.errors import UserError
+from twist.contracts.machine import code_sha256
 from twist.pretrain import distributed, run_folder
 from twist.pretrain.config import LossConfig, PretrainConfig
 from twist.pretrain.data.loader import ViewLoader
-from twist.pretrain.data.source import open_images
+from twist.pretrain.data.source import Images, open_images
 from twist.pretrain.data.views import Stage
 from twist.pretrain.loss import Loss, LossWeights, self_label_loss, teacher_loss, twist_loss
 from twist.pretrain.model import in_layout
@@ -34,6 +36,11 @@ from twist.pretrain.run import Run, say
 from twist.pretrain.slurm import Requeue, StopFlag, stop_flag
 
 __all__ = ["Requeue", "pretrain"]
+
+# What may be another on each machine of a run: where the files lie, and how fast they come.
+PLACES: dict[str, set[str]] = {"data": {"root", "workers"}, "run": {"online_eval_root", "warm_start"}}
+# The rooms whose code trains.
+ROOMS = ("contracts", "measure", "catalog", "pretrain")
 
 
 def pretrain(config: PretrainConfig, *, output: Path, resume: bool = False) -> Path:
@@ -98,9 +105,19 @@ def objective(
 
 def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, Plan]:
     """The loader, and the numbers that follow from images and ranks; `UserError` when they do not fit together."""
-    images = open_images(config.data)
-    if config.run.online_eval_root is not None:  # before hours of training, not after
-        open_tree(config.run.online_eval_root)
+    opened: list[Images] = []
+
+    def describe() -> dict[str, Any]:
+        images = open_images(config.data)
+        opened.append(images)
+        if config.run.online_eval_root is not None:  # before hours of training, not after
+            open_tree(config.run.online_eval_root)
+        code = {"torch": torch.__version__, "twist": code_sha256(*ROOMS)}
+        settings = config.model_dump(mode="json", exclude=PLACES)
+        return {"images": len(images), "names_sha256": images.order(), "code": code, **settings}
+
+    distributed.require_equal(describe)
+    (images,) = opened
     rank, ranks = distributed.rank(), distributed.world_size()
     loader = ViewLoader(images, config, rank=rank, world_size=ranks, device=device)
     return loader, Plan(
