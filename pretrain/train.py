@@ -112,6 +112,7 @@ def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, 
         opened.append(images)
         if config.run.online_eval_root is not None:  # before hours of training, not after
             open_tree(config.run.online_eval_root)
+        refuse_held_out(config)
         code = {"torch": torch.__version__, "twist": code_sha256(*ROOMS)}
         settings = config.model_dump(mode="json", exclude=PLACES)
         return {"images": len(images), "names_sha256": images.order(), "code": code, **settings}
@@ -130,6 +131,23 @@ def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, 
     )
 
 
+def refuse_held_out(config: PretrainConfig) -> None:
+    """`UserError` where the folder to train on contains labelled validation images, its own or online evaluation's."""
+    if config.data.format != "folder":  # a list says itself which images it means
+        return
+    root = Path(config.data.root).resolve()
+    trees = [root, root / "imagenet"]
+    if config.run.online_eval_root is not None:
+        trees += [Path(config.run.online_eval_root).resolve() / part for part in ("", "imagenet")]
+    for tree in trees:
+        train, val = tree / "train", tree / "val"
+        if train.is_dir() and val.is_dir() and (val == root or root in val.parents):
+            raise UserError(
+                f"data.root = {config.data.root} contains {val}, on which backbones are measured: pass "
+                f'data.root={train}; to train on all of them, name them in a list (data.format="list").'
+            )
+
+
 def _take_folder(stack: contextlib.ExitStack, output: Path, config: PretrainConfig, *, resume: bool) -> None:
     run_folder.refuse_foreign(output, type(config))
     start = config.run.warm_start
@@ -140,11 +158,11 @@ def _take_folder(stack: contextlib.ExitStack, output: Path, config: PretrainConf
 
 
 def _announce(plan: Plan, run: Run) -> None:
-    text, lack = plan.render(), plan.lack_of_shared_memory()
+    text = plan.render()
     (run.output / "plan.txt").write_text(text)
     if run.position.steps == 0:
         say(text)
-    if lack is not None:
+    for lack in filter(None, (plan.lack_of_steps(), plan.lack_of_shared_memory())):
         say(lack)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from gloo import run_on_ranks
 from host_reads import HostReads
+from imagenet_tree import write_tree
 from tiny_run import differing, final_state, make_images, rows, run, tiny_config, tiny_networks
 from torch import nn
 
@@ -225,6 +226,19 @@ def test_it_learns(images: Path, tmp_path: Path) -> None:
 def test_a_run_that_cannot_be_leaves_no_folder(changes: dict, said: str, images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         run(tiny_config(images, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("root", [".", "imagenet", "imagenet/val", "above"])
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_validation_images_are_not_trained_on(root: str, evaluated: bool, tmp_path: Path) -> None:
+    write_tree(tmp_path / "imagenet", train=4, val=2)
+    (tmp_path / "above").symlink_to(tmp_path)
+    online = {"online_eval_root": str(tmp_path / "imagenet")} if evaluated else {}
+    if root.endswith("val") and not evaluated:
+        return  # one folder of images among others, as far as anybody said
+    with pytest.raises(UserError, match=r"contains .*imagenet/val, on which .*data.root=.*imagenet/train"):
+        run(tiny_config(tmp_path / root, run=online), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
