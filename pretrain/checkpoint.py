@@ -2,11 +2,15 @@
 
 The state is written to a temporary file, synced and renamed; then its manifest, with size and SHA-256 and a SHA-256 of
 its own fields, the same way. A state without a manifest is an unfinished write and is ignored. Reading verifies the
-newest first and falls back to the one before. States are tensors and plain values only, read with `weights_only=True`.
+newest first and falls back to the one before. `first_stage.pt`, the end of the first stage, is never pruned: another
+run can start its second stage from it (`run.warm_start`). States are tensors and plain values only, read with
+`weights_only=True`.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +23,7 @@ from twist.contracts.errors import UserError
 
 # 1 had no digest of the manifest's own fields.
 FORMAT_VERSION = 2
+FIRST_STAGE = "first_stage"
 READABLE = (1, FORMAT_VERSION)
 
 
@@ -68,6 +73,19 @@ def move(path: Path, position: Position) -> None:
     """Give the state at `path`, just written, another `position`: its step is also the end of an epoch."""
     manifest = path.with_suffix(".json")
     states.write_manifest(manifest, {**states.read_manifest(manifest)[0], "position": asdict(position)})
+
+
+def keep_as(path: Path, name: str) -> Path:
+    """Keep the state at `path`, with its manifest, as `name` for good; the same file where links are possible."""
+    kept = path.with_name(f"{name}.pt")
+    for source, target in ((path, kept), (path.with_suffix(".json"), kept.with_suffix(".json"))):
+        with files.atomic_path(target) as temporary:
+            temporary.unlink()
+            try:
+                os.link(source, temporary)
+            except OSError:  # a file system without links
+                shutil.copyfile(source, temporary)
+    return kept
 
 
 def newest_valid(folder: Path, *, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
