@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,13 @@ from twist.contracts.errors import UsageError, UserError
 RESUME = "the last checkpoint is whole, --resume continues from it"
 _BATCH = "lower the batch (pretraining: run.batch_size or model.activation_checkpointing=true), or end other processes"
 _REPORT = "failure.json"
+# How gloo, NCCL and torch's store say that another process is gone: closed, reset, refused, timed out, aborted.
+_LOST = (
+    "Connection closed by peer", "Connection reset by peer", "gloo/transport", "Socket Timeout",
+    "Timed out waiting", "Application timeout caused pair closure", "client socket has timed out",
+    "remote process exited", "collective operation timeout", "NCCL communicator was aborted", "ncclCommAbort",
+    "connectFullMesh failed", "Connection was likely closed",
+)  # fmt: skip
 
 
 class Failure(NamedTuple):
@@ -57,8 +65,8 @@ FAILURES = (
         texts=("DataLoader worker",),
     ),
     Failure(
-        "peer", "Another process of the run died ({reason}), most often for lack of memory or by the scheduler", RESUME,
-        ("DistBackendError",), ("Connection closed by peer", "Connection reset by peer", "remote process exited"),
+        "peer", "{peer} ({reason}), most often for lack of memory or by the scheduler", RESUME,
+        ("DistBackendError", "DistNetworkError"), _LOST,
     ),
     Failure("permission", "{file} may not be written or read", "check its permissions", types=("PermissionError",)),
     Failure("path", "{file} cannot be used ({reason})", "give another path", codes=(
@@ -74,7 +82,9 @@ def describe(error: BaseException, **remedies: str) -> str | None:
     if failure is None:
         return None
     reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-    what = failure.sentence.format(reason=reason, file=getattr(error, "filename", None))
+    rank = os.environ.get("RANK")
+    peer = "Another process of the run died" if rank is None else f"Rank {rank} lost another process of the run"
+    what = failure.sentence.format(reason=reason, file=getattr(error, "filename", None), peer=peer)
     return f"{what}: {remedies.get(failure.kind, failure.remedy)}."
 
 

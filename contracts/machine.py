@@ -5,6 +5,7 @@ Only `cpu_has_bf16` imports torch.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from twist.contracts.files import sha256_file
 
 # The folder that holds the rooms: the top of a clone, or `twist` in site-packages.
 _TOP = Path(__file__).resolve().parent.parent
@@ -84,6 +87,14 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + changes if CLONE else None
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def code_sha256(*rooms: str) -> str:
+    """SHA-256 over names and bytes of the Python files in our `rooms` (folders): equal ones run the same code."""
+    digest = hashlib.sha256()
+    for path in sorted(path for room in rooms for path in (_TOP / room).rglob("*.py")):
+        digest.update(f"{path.relative_to(_TOP)} {sha256_file(path)};".encode())
+    return digest.hexdigest()
 
 
 def software() -> dict[str, str]:

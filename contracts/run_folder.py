@@ -45,14 +45,24 @@ def try_lock(path: Path, *, inherited: bool = False) -> int | None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`, made where it is absent, for this process; `UserError` where another process holds it."""
+    """Hold `folder`, made where it is absent, for this process; `UserError` where another process holds it.
+
+    A folder that was made for the lock and has nothing else in it at the end is removed again.
+    """
+    made = not folder.exists()
     descriptor = try_lock(folder / LOCK)
     if descriptor is None:
         raise UserError(f"Another process is writing in {folder}: stop it first, or choose another --output.")
     try:
         yield
     finally:
+        if made and not _holds_more_than_lock(folder):
+            shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
+
+
+def _holds_more_than_lock(folder: Path) -> bool:
+    return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
 
 
 def refuse_foreign(folder: Path, *, run_file: str = RUN_FILE, written: Sequence[str] = ("*",)) -> None:
@@ -150,7 +160,7 @@ def removed_on_failure(folder: Path) -> Iterator[None]:
     """Make `folder`; when what follows fails before the run is in state `running`, nothing is left behind."""
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    was_empty = not any(folder.iterdir())
+    was_empty = not _holds_more_than_lock(folder)
     try:
         yield
     except BaseException:

@@ -190,6 +190,7 @@ class DenseExtractor:
             stream.flush()
             os.fsync(stream.fileno())
             part.replace(file.path)
+            file.seal()
 
 
 def _enlarge(part: Tensor, size: torch.Size) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-from twist.contracts import files
+from twist.contracts import files, states
 from twist.contracts.files import sha256_json
 from twist.contracts.networks import normalise
 from twist.contracts.progress import Progress
@@ -50,7 +50,16 @@ class RowFile:
 
     @property
     def complete(self) -> bool:
-        return self.path.exists() and self.path.stat().st_size == len(self) * self.dimension * 4
+        """Whether the rows are as they were written; where not, they are to be computed anew."""
+        try:
+            fields, sealed = states.read_manifest(states.manifest_of(self.path))
+            return sealed and states.damage(self.path, fields) is None
+        except (OSError, ValueError):
+            return False
+
+    def seal(self) -> None:
+        """Note size and digest of the rows, which are all there now."""
+        states.write_manifest(states.manifest_of(self.path), states.description(self.path))
 
 
 @dataclass(frozen=True)
@@ -164,4 +173,5 @@ class Extractor:
             for rows, _ in self.batches(decoded):
                 file.write(rows.cpu().numpy().tobytes())
                 progress.advance(len(rows))
+        target.seal()
         return target

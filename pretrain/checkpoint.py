@@ -1,13 +1,16 @@
 """Resume files that are never torn: `checkpoints/step_XXXXXXXX.pt` with a manifest `.json` of the same name.
 
-The state is written to a temporary file, synced and renamed; then its manifest, with size and SHA-256, the same way. A
-state without a manifest is an unfinished write and is ignored. Reading verifies the newest first and falls back to the
-one before. States are tensors and plain values only, read with `weights_only=True`.
+The state is written to a temporary file, synced and renamed; then its manifest, with size and SHA-256 and a SHA-256 of
+its own fields, the same way. A state without a manifest is an unfinished write and is ignored. Reading verifies the
+newest first and falls back to the one before. `first_stage.pt`, the end of the first stage, is never pruned: another
+run can start its second stage from it (`run.warm_start`). States are tensors and plain values only, read with
+`weights_only=True`.
 """
 
 from __future__ import annotations
 
-import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,11 +18,13 @@ from typing import Any
 
 import torch
 
-from twist.contracts import files
+from twist.contracts import files, states
 from twist.contracts.errors import UserError
-from twist.contracts.files import sha256_file
 
-FORMAT_VERSION = 1
+# 1 had no digest of the manifest's own fields.
+FORMAT_VERSION = 2
+FIRST_STAGE = "first_stage"
+READABLE = (1, FORMAT_VERSION)
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,10 @@ def save(folder: Path, state: dict[str, Any], manifest: Manifest, *, keep: int) 
     path = folder / f"step_{manifest.position.steps:08d}.pt"
     with files.atomic_path(path) as temporary:
         torch.save(state, temporary)
-        manifest = replace(manifest, bytes=temporary.stat().st_size, sha256=sha256_file(temporary))
+        manifest = replace(manifest, **states.description(temporary))
     # Only now: an earlier state of this step stays valid until the new one is in its place, even when the disk is full.
     path.with_suffix(".json").unlink(missing_ok=True)
-    files.write_json(path.with_suffix(".json"), asdict(manifest))
+    states.write_manifest(path.with_suffix(".json"), asdict(manifest))
     for old in sorted(folder.glob("step_*.json"))[:-keep]:
         old.unlink()  # first: a state without a manifest is ignored, a manifest without a state is damage
         old.with_suffix(".pt").unlink(missing_ok=True)
@@ -67,7 +72,20 @@ def save(folder: Path, state: dict[str, Any], manifest: Manifest, *, keep: int) 
 def move(path: Path, position: Position) -> None:
     """Give the state at `path`, just written, another `position`: its step is also the end of an epoch."""
     manifest = path.with_suffix(".json")
-    files.write_json(manifest, {**json.loads(manifest.read_text()), "position": asdict(position)})
+    states.write_manifest(manifest, {**states.read_manifest(manifest)[0], "position": asdict(position)})
+
+
+def keep_as(path: Path, name: str) -> Path:
+    """Keep the state at `path`, with its manifest, as `name` for good; the same file where links are possible."""
+    kept = path.with_name(f"{name}.pt")
+    for source, target in ((path, kept), (path.with_suffix(".json"), kept.with_suffix(".json"))):
+        with files.atomic_path(target) as temporary:
+            temporary.unlink()
+            try:
+                os.link(source, temporary)
+            except OSError:  # a file system without links
+                shutil.copyfile(source, temporary)
+    return kept
 
 
 def newest_valid(folder: Path, *, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
@@ -104,16 +122,25 @@ def clean(folder: Path) -> None:
 
 def _verified(path: Path) -> Manifest | str:
     """The manifest at `path` when its state is as it says, or what is wrong."""
-    state = path.with_suffix(".pt")
     try:
-        values = json.loads(path.read_text())
+        values, sealed = states.read_manifest(path)
         manifest = Manifest(**{**values, "position": Position(**values["position"])})
+        version = values["format_version"]
     except (ValueError, KeyError, TypeError):
         return "its manifest is damaged"
-    if manifest.format_version != FORMAT_VERSION:
-        return f"it has format {manifest.format_version}, this version reads {FORMAT_VERSION}"
-    if not state.exists():
-        return "the file is gone"
-    if state.stat().st_size != manifest.bytes or sha256_file(state) != manifest.sha256:
-        return "size or SHA-256 differ from its manifest"
-    return manifest
+    if version not in READABLE:
+        return f"it has format {version}, this version reads {FORMAT_VERSION}"
+    if sealed != (version > 1) or not _plausible(manifest):
+        return "its manifest is damaged"
+    return states.damage(path.with_suffix(".pt"), values) or manifest
+
+
+def _plausible(manifest: Manifest) -> bool:
+    """Whether types and ranges are those of a run's; older manifests have nothing else that vouches for them."""
+    at = manifest.position
+    counts = [(at.steps, 0), (at.epoch, 0), (at.samples, 0)]
+    counts += [(manifest.images, 1), (manifest.world_size, 1), (manifest.bytes, 1)]
+    whole = all(type(count) is int and count >= least for count, least in counts)  # `True` is no count
+    return whole and all(
+        digest is None or isinstance(digest, str) for digest in (manifest.images_sha256, manifest.names_sha256)
+    )

@@ -171,7 +171,7 @@ class RunConfig(Config):
 
     epochs: int = Field(gt=0)
     # Epochs of the first stage; the rest is self-labelling. Left out: all of them.
-    mutual_information_epochs: int = Field(gt=0)
+    mutual_information_epochs: int = Field(ge=0)
     # Images a rank.
     batch_size: int = Field(default=128, gt=0)
     seed: int = Field(default=0, ge=0, le=MOST_SEED)
@@ -238,7 +238,12 @@ class PretrainConfig(Config):
             )
         if second < 0:
             yield f"run.mutual_information_epochs = {first} is more than run.epochs = {run.epochs}: lower it too"
-        if (optim.warmup_epochs or 0) >= first:
+        if first == 0 and run.warm_start is None:
+            yield (
+                "self-labelling needs a network that has learnt classes: with run.mutual_information_epochs = 0 set "
+                "run.warm_start to a whole checkpoint, as RUN/checkpoints/first_stage.pt"
+            )
+        if first and (optim.warmup_epochs or 0) >= first:
             yield (
                 f"optim.warmup_epochs = {optim.warmup_epochs} is not less than run.mutual_information_epochs = "
                 f"{first}: pass optim.warmup_epochs={first // 2}"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from twist.contracts.errors import UserError
+from twist.contracts.run_folder import differences
 
 Value = TypeVar("Value")
 Group = ProcessGroup | None  # None: all ranks
@@ -139,6 +140,40 @@ def on_main_rank(work: Callable[[], Value]) -> Value:
     return outcome[0]
 
 
+def require_equal(describe: Callable[[], dict[str, Any]]) -> None:
+    """Every rank says what it is about to do (JSON values); `UserError` on all of them where one says something else.
+
+    A `UserError` in `describe` is raised on every rank too: none waits for one that has ended.
+    """
+    if world_size() == 1:
+        describe()
+        return
+    mine: dict[str, Any] | UserError
+    try:
+        mine = describe()
+    except UserError as error:
+        mine = error
+    said: list[Any] = [None] * world_size()
+    dist.all_gather_object(said, mine)
+    for number, error in enumerate(said):
+        if isinstance(error, UserError):
+            raise type(error)(f"Rank {number}: {error}")
+    for number, theirs in enumerate(said):
+        for path, first, other in differences(said[0], theirs):
+            raise UserError(
+                f"The ranks are not of one run: {path} is {first!r} on rank 0 and {other!r} on rank {number}; give "
+                "every machine the same images, config and code."
+            )
+
+
+@torch.no_grad()
+def take_buffers_of_main_rank(model: nn.Module) -> None:
+    """Give every rank rank 0's buffers, those that are saved: each bunch's last norm has statistics of its own."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def ranks_per_bunch(bunch_size: int, *, batch_size: int, world_size: int) -> int:
     """How many consecutive ranks share the statistics of the last batch norm; `bunch_size` 0 means all ranks.
 
@@ -169,7 +204,7 @@ def consecutive_group(ranks: int) -> Group:
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """`model` under DistributedDataParallel when there are several ranks, else itself.
 
-    Buffers are not broadcast: batch norms are synchronised, and the statistics that count are rank 0's.
+    Buffers are not broadcast at each step: batch norms are synchronised, and the statistics that count are rank 0's.
     """
     if world_size() == 1:
         return model

@@ -36,6 +36,7 @@ def evaluate(model: Twist, config: PretrainConfig, *, device: torch.device) -> d
     assert config.run.online_eval_root is not None
     train, val = open_tree(config.run.online_eval_root)
     was_training, size = model.training, config.views.global_size
+    distributed.take_buffers_of_main_rank(model)  # so that no number depends on the rank, nor on a resume in between
     model.eval()
     try:
         bank, bank_labels, _ = _features(model, train, size=size, device=device)

@@ -20,6 +20,9 @@ from twist.pretrain.config import Precision, PretrainConfig
 from twist.pretrain.data.loader import BUFFERS
 from twist.pretrain.data.views import Stage, plan_views, resolutions
 
+# The shortest published recipe takes 625 steps an epoch; what has fewer than this in all shows only that it runs.
+FEW_STEPS = 100
+
 
 def precision_on(device: torch.device, asked: Precision) -> Precision:
     """CUDA does all three; a CPU bf16 where it has the instructions (`benchmarks/small_views.py`), else float32."""
@@ -155,6 +158,15 @@ class Plan:
         values = sum(count * 3 * side**2 for count, side in resolutions(plan_views(self.config.views)))
         per_value = 1 if self.config.data.pipeline == "device" else 4  # bytes, or float32
         return self.config.data.workers * BUFFERS * self.config.run.batch_size * values * per_value
+
+    def lack_of_steps(self) -> str | None:
+        """A sentence when the run ends before a backbone can have learnt anything, or None."""
+        if self.steps >= FEW_STEPS:
+            return None
+        return (
+            f"This run has {self.steps} steps in all ({self.images:,} images, batches of {self.total_batch}): too few "
+            "to learn from; lower run.batch_size, raise run.epochs, or give it more images."
+        )
 
     def lack_of_shared_memory(self) -> str | None:
         """A sentence when shared memory has less room than all workers of this machine may take, or None."""

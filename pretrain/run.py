@@ -148,6 +148,8 @@ class Run:
         self.position = Position(self.position.steps, epoch + 1, 0)
         if self._is_due(epoch, self.config.run.checkpoint_every_epochs):
             self.save()
+        if self._saved is not None:
+            self._keep_first_stage(self._saved[0])
         if self._is_evaluated(epoch):
             self._evaluate(epoch)
 
@@ -213,6 +215,13 @@ class Run:
         folder, keep = self.output / "checkpoints", self.config.run.keep_checkpoints
         self._saved = checkpoint.save(folder, self.state(), manifest, keep=keep), self.position.steps
 
+    def _keep_first_stage(self, path: Path) -> None:
+        """Keep the state at `path` for good when it is the end of the first of two stages."""
+        run = self.config.run
+        at_end = 0 < self.position.epoch == run.mutual_information_epochs < run.epochs and self.position.samples == 0
+        if at_end and distributed.rank() == 0:
+            checkpoint.keep_as(path, checkpoint.FIRST_STAGE)
+
     def restore(self, *, asked: bool) -> None:
         """Load the newest valid checkpoint, or stay at the start; `UserError` when the run has seen other images."""
         found = distributed.on_main_rank(lambda: checkpoint.newest_valid(self.output / "checkpoints", say=say))
@@ -231,6 +240,7 @@ class Run:
                 part.load_state_dict(state[name])
         self.guard.refresh()
         self.position = manifest.position
+        self._keep_first_stage(path)  # a kill may have come between that state and its copy
         say(f"Resuming from {path}: {self.position.steps} steps done, epoch {self.position.epoch}.")
 
     def _require_same_images(self, path: Path, manifest: Manifest) -> None:

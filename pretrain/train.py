@@ -16,16 +16,18 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from twist.catalog.class_folders import open_tree
 from twist.contracts.errors import UserError
+from twist.contracts.machine import code_sha256
 from twist.pretrain import distributed, run_folder
 from twist.pretrain.config import LossConfig, PretrainConfig
 from twist.pretrain.data.loader import ViewLoader
-from twist.pretrain.data.source import FolderImages, open_images
+from twist.pretrain.data.source import FolderImages, Images, open_images
 from twist.pretrain.data.views import Stage
 from twist.pretrain.loss import Loss, LossWeights, self_label_loss, teacher_loss, twist_loss
 from twist.pretrain.model import in_layout
@@ -35,6 +37,11 @@ from twist.pretrain.run import Run, say
 from twist.pretrain.slurm import Requeue, StopFlag, stop_flag
 
 __all__ = ["Requeue", "pretrain"]
+
+# What may be another on each machine of a run: where the files lie, and how fast they come.
+PLACES: dict[str, set[str]] = {"data": {"root", "workers"}, "run": {"online_eval_root", "warm_start"}}
+# The rooms whose code trains.
+ROOMS = ("contracts", "measure", "catalog", "pretrain")
 
 
 def pretrain(config: PretrainConfig, *, output: Path, resume: bool = False) -> Path:
@@ -99,9 +106,20 @@ def objective(
 
 def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, Plan]:
     """The loader, and the numbers that follow from images and ranks; `UserError` when they do not fit together."""
-    images = open_images(config.data)
-    if config.run.online_eval_root is not None:  # before hours of training, not after
-        open_tree(config.run.online_eval_root)
+    opened: list[Images] = []
+
+    def describe() -> dict[str, Any]:
+        images = open_images(config.data)
+        opened.append(images)
+        if config.run.online_eval_root is not None:  # before hours of training, not after
+            open_tree(config.run.online_eval_root)
+        refuse_held_out(config)
+        code = {"torch": torch.__version__, "twist": code_sha256(*ROOMS)}
+        settings = config.model_dump(mode="json", exclude=PLACES)
+        return {"images": len(images), "names_sha256": images.order(), "code": code, **settings}
+
+    distributed.require_equal(describe)
+    (images,) = opened
     rank, ranks = distributed.rank(), distributed.world_size()
     if rank == 0 and isinstance(images, FolderImages):
         for line in images.remarks():
@@ -117,6 +135,23 @@ def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, 
     )
 
 
+def refuse_held_out(config: PretrainConfig) -> None:
+    """`UserError` where the folder to train on contains labelled validation images, its own or online evaluation's."""
+    if config.data.format != "folder":  # a list says itself which images it means
+        return
+    root = Path(config.data.root).resolve()
+    trees = [root, root / "imagenet"]
+    if config.run.online_eval_root is not None:
+        trees += [Path(config.run.online_eval_root).resolve() / part for part in ("", "imagenet")]
+    for tree in trees:
+        train, val = tree / "train", tree / "val"
+        if train.is_dir() and val.is_dir() and (val == root or root in val.parents):
+            raise UserError(
+                f"data.root = {config.data.root} contains {val}, on which backbones are measured: pass "
+                f'data.root={train}; to train on all of them, name them in a list (data.format="list").'
+            )
+
+
 def _take_folder(stack: contextlib.ExitStack, output: Path, config: PretrainConfig, *, resume: bool) -> None:
     run_folder.refuse_foreign(output, type(config))
     start = config.run.warm_start
@@ -127,11 +162,11 @@ def _take_folder(stack: contextlib.ExitStack, output: Path, config: PretrainConf
 
 
 def _announce(plan: Plan, run: Run) -> None:
-    text, lack = plan.render(), plan.lack_of_shared_memory()
+    text = plan.render()
     (run.output / "plan.txt").write_text(text)
     if run.position.steps == 0:
         say(text)
-    if lack is not None:
+    for lack in filter(None, (plan.lack_of_steps(), plan.lack_of_shared_memory())):
         say(lack)
 
 

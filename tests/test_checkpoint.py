@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_run import Crash, crash_after, differing, final_state, make_images, rows, run, tiny_config
 
+from twist.contracts import states
 from twist.contracts.errors import UserError
 from twist.pretrain import checkpoint, run_folder
 from twist.pretrain.checkpoint import Manifest, Position
@@ -43,7 +44,7 @@ def test_what_is_saved_reads_back_and_the_newest_are_kept(tmp_path: Path) -> Non
     assert (found, said) == (path, [])
     assert manifest is not None
     assert (manifest.position, manifest.images, manifest.world_size) == (Position(7, 1, 8), 20, 2)
-    assert (manifest.images_sha256, manifest.names_sha256, manifest.format_version) == ("x", "y", 1)
+    assert (manifest.images_sha256, manifest.names_sha256, manifest.format_version) == ("x", "y", 2)
     assert differing(checkpoint.load(path, device=torch.device("cpu")), STATE) == []
     for steps in (5, 10, 100, 15):
         save(tmp_path, steps, keep=2)
@@ -86,10 +87,54 @@ def test_a_damaged_manifest_counts_as_damage(tmp_path: Path) -> None:
         assert found == before
         assert "manifest is damaged" in said[0]
     future = json.loads(before.with_suffix(".json").read_text())
-    before.with_suffix(".json").write_text(json.dumps({**future, "format_version": 99}))
+    del future["manifest_sha256"]
+    states.write_manifest(before.with_suffix(".json"), {**future, "format_version": 99})
     with pytest.raises(UserError, match="None of the 2 checkpoint"):
         checkpoint.newest_valid(tmp_path, say=said.append)
     assert "format 99" in said[-1]
+
+
+def test_a_flipped_bit_of_a_manifest_is_damage(tmp_path: Path) -> None:
+    before, damaged = save(tmp_path, 1), save(tmp_path, 2).with_suffix(".json")
+    whole = damaged.read_bytes()
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        damaged.write_bytes(flipped)
+        assert newest(tmp_path)[0] == before, bytes(flipped)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"position": {"steps": 2, "epoch": 0, "samples": 8}},
+        {"position": {"steps": 2, "epoch": 1, "samples": 9}},
+        {"images": 21},
+        {"format_version": 1},
+        {"manifest_sha256": None},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_says_something_else_is_damage(tmp_path: Path, change: dict) -> None:
+    before, damaged = save(tmp_path, 1), save(tmp_path, 2).with_suffix(".json")
+    damaged.write_text(json.dumps({**json.loads(damaged.read_text()), **change}))
+    found, _, (sentence,) = newest(tmp_path)
+    assert found == before
+    assert "manifest is damaged" in sentence
+
+
+@pytest.mark.parametrize(
+    ("position", "is_taken"),
+    [({}, True), ({"steps": -1}, False), ({"steps": 8.5}, False), ({"epoch": True}, False), ({"samples": "8"}, False)],
+    ids=str,
+)
+def test_an_older_manifest_is_read_and_its_ranges_are_checked(tmp_path: Path, position: dict, is_taken: bool) -> None:
+    before, older = save(tmp_path, 1), save(tmp_path, 2)
+    values = json.loads(older.with_suffix(".json").read_text())
+    del values["manifest_sha256"]
+    values |= {"format_version": 1, "position": {**values["position"], **position}}
+    older.with_suffix(".json").write_text(json.dumps(values))
+    assert newest(tmp_path)[0] == (older if is_taken else before)
 
 
 def test_a_state_without_manifest_is_an_unfinished_write(tmp_path: Path) -> None:

@@ -51,6 +51,9 @@ def test_help_names_every_stage_and_imports_no_torch() -> None:
     ("arguments", "status", "sentence"),
     [
         (["nonsense"], 2, "No such command"),
+        (["pretrain", "smoke", "--output", ""], 2, '--output is empty (""): give a value'),
+        (["transfer", "sample-knn", "--weights", "random", "--results="], 2, "--results is empty"),
+        (["compare", ""], 2, "One of the arguments is empty"),
         (["pretrain"], 2, "Missing argument"),
         (["pretrain", "absent.toml"], 2, "There is no config at absent.toml"),
         (["convert"], 2, "Say what to convert and for whom"),

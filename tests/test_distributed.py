@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 from gloo import run_on_ranks
+from imagenet_tree import write_tree
 from torch import Tensor, nn
 
 from twist.contracts.config import validate
@@ -14,6 +17,7 @@ from twist.pretrain import distributed
 from twist.pretrain.batch_norm import SynchronisedBatchNorm, synchronise
 from twist.pretrain.config import PretrainConfig
 from twist.pretrain.model import build_model
+from twist.pretrain.online_eval import evaluate
 from twist.pretrain.optim import LARS, parameter_groups
 from twist.pretrain.train import objective
 
@@ -227,6 +231,30 @@ def small_things(rank: int) -> dict[str, Tensor]:
         "group_mean": distributed.averaged(torch.tensor([float(rank)]), group),
         "gathered": distributed.gathered(torch.tensor([rank])),
     }
+
+
+def evaluated(rank: int, root: str, bunch: int) -> dict[str, Tensor]:
+    """What online evaluation says on two ranks with a bunch each, and when all continue from rank 0's state."""
+    config = step_config(2, bunch=bunch)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"online_eval_root": root})})
+    student, _ = build_model(config, device=CPU)
+    for norm in (m for m in student.head.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+        norm.running_mean.normal_(generator=torch.Generator().manual_seed(rank))
+    saved = {name: value.clone() for name, value in student.state_dict().items()}
+    whole = [saved if rank == 0 else None]
+    dist.broadcast_object_list(whole, src=0)
+    first = evaluate(student, config, device=CPU)
+    student.load_state_dict(whole[0])
+    again = evaluate(student, config, device=CPU)
+    return {"first": torch.tensor([*first.values()]), "again": torch.tensor([*again.values()])}
+
+
+@pytest.mark.slow
+def test_online_evaluation_does_not_depend_on_the_rank_and_a_resume_repeats_it(tmp_path: Path) -> None:
+    write_tree(tmp_path, val=8)
+    ranks = run_on_ranks(2, evaluated, str(tmp_path), 4)
+    assert torch.equal(ranks[0]["first"], ranks[1]["first"])
+    assert torch.equal(ranks[0]["first"], ranks[0]["again"])
 
 
 def refuse() -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from twist.catalog.class_folders import LabelledImages, open_tree
+from twist.contracts import states
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.files import sha256_json
 from twist.contracts.metrics import check_metrics
@@ -310,7 +311,7 @@ def test_evaluation_only_measures_the_stored_weights(
     state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     (bias,) = (value for key, value in state["model"].items() if key in ("bias", "1.bias"))
     bias[0] = 1e6
-    torch.save(state, tmp_path / "checkpoint.pth")
+    states.save(tmp_path / "checkpoint.pth", lambda path: torch.save(state, path))
     biased = measure(name, tree, weights, tmp_path, *overrides, eval_only=True)
     assert biased.metrics["top1_percent"] == pytest.approx(100 / 3)
     assert set(shown[-1]) == {0}

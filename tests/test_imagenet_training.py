@@ -17,6 +17,7 @@ from imagenet_tree import ask, no_room, second_is_killed, second_says_no, write_
 from torch import Tensor, nn
 
 from twist.catalog.class_folders import LabelledImages
+from twist.contracts import states
 from twist.contracts.curves import CURVES
 from twist.contracts.errors import UserError
 from twist.contracts.networks import build_backbone
@@ -162,7 +163,7 @@ def test_evaluation_measures_what_is_stored_and_trains_nothing(tmp_path: Path) -
     state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     # Other weights than those of the history, so that a number read back would show.
     state["model"]["weight"] = -state["model"]["weight"]
-    torch.save(state, tmp_path / CHECKPOINT)
+    states.save(tmp_path / CHECKPOINT, lambda path: torch.save(state, path))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     model, measured = fit(tmp_path, eval_only=True)
     assert torch.equal(model.weight, -trained.weight)
@@ -173,6 +174,55 @@ def test_evaluation_measures_what_is_stored_and_trains_nothing(tmp_path: Path) -
     assert measured["predicted"] == scores[np.linspace(0, 39, 24, dtype=int)].argmax(1).tolist()
     assert measured["history"] == done["history"]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("damaged", ["state", "cut state", "manifest", "state and its manifest gone"])
+def test_a_damaged_state_is_said_and_the_one_before_it_continued(
+    damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    straight, done = fit(tmp_path / "straight")
+    cut, state = tmp_path / "cut", tmp_path / "cut" / CHECKPOINT
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 3)
+        fit(cut)
+    path = states.manifest_of(state) if damaged == "manifest" else state
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    path.write_bytes(data[:-50] if damaged == "cut state" else data)
+    if damaged == "state and its manifest gone":
+        states.manifest_of(path).unlink()
+    continued, again = fit(cut, resume=True)
+    said = capsys.readouterr().err
+    assert said.count("is not valid") == 1
+    assert str(state) in said
+    assert "checkpoint_before.pth" in said
+    assert torch.equal(straight.weight, continued.weight)
+    assert again["metrics"] == done["metrics"]
+
+
+def test_when_no_state_is_whole_nothing_is_continued(tmp_path: Path) -> None:
+    fit(tmp_path)
+    for path in tmp_path.glob("*.pth"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"--output.*good copy"):
+        fit(tmp_path, resume=True)
+
+
+def test_a_state_of_an_earlier_version_has_no_manifest_and_is_kept_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 1)
+        fit(tmp_path)
+    state = tmp_path / CHECKPOINT
+    states.manifest_of(state).unlink()
+    old = state.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 1)
+        fit(tmp_path, resume=True)
+    assert states.before(state).read_bytes() == old
+    state.unlink()
+    assert states.newest(state, say=print) == states.before(state)
 
 
 class _RunsOut(nn.Module):

@@ -130,3 +130,12 @@ def test_a_cpu_does_bf16_only_with_the_instructions(expected: str, monkeypatch: 
     with autocast(CPU, "bf16"):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == (torch.bfloat16 if expected == "bf16" else torch.float32)
+
+
+@pytest.mark.parametrize(("steps", "is_said"), [(1, True), (3, True), (50, False)])
+def test_a_run_of_a_few_steps_is_said_to_be_too_short(steps: int, is_said: bool) -> None:
+    lack = plan_of(steps, run={"epochs": 2}).lack_of_steps()
+    assert (lack is not None) == is_said
+    if lack is not None:
+        assert f"{2 * steps} steps in all" in lack
+        assert "run.batch_size" in lack

@@ -17,7 +17,7 @@ from tiny_run import Crash, crash_after, differing, final_state, make_images, ro
 
 from twist.contracts.errors import UserError
 from twist.contracts.weights import read_backbone
-from twist.pretrain import run_folder
+from twist.pretrain import run_folder, train
 from twist.pretrain.config import LossConfig, PretrainConfig
 from twist.pretrain.data.loader import ViewLoader
 from twist.pretrain.slurm import stop_flag
@@ -296,6 +296,48 @@ def test_other_ranks_go_on_and_use_each_image_once(tmp_path: Path) -> None:
     again = [index for epoch, batch in second["seen"] if epoch == 1 for index in batch]
     assert sorted(again) == list(range(36))
     assert [row["step"] for row in rows(folder)] == list(range(done + (36 - 6 * done) // 3 + 12))
+
+
+def refused(rank: int, pairs: list[tuple[object, object, str]], folder: str) -> list[str]:
+    """What each rank says when the two are given a pair of configs, and rank 1 other code where that is the pair's."""
+    said = []
+    digest = train.code_sha256
+    for number, (first, second, code) in enumerate(pairs):
+        train.code_sha256 = lambda *rooms, code=code: code if rank and code else digest(*rooms)
+        try:
+            with tiny_networks():
+                pretrain((first, second)[rank], output=Path(folder) / str(number))
+            said.append("trained")
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.slow
+def test_ranks_that_are_not_of_one_run_are_refused_in_one_sentence_on_each(tmp_path: Path) -> None:
+    def config(count: int, prefix: str = "", **run):
+        folder = make_images(tmp_path / f"{prefix}{count}", count)
+        for path in [*folder.iterdir()] if prefix else ():
+            path.rename(folder / f"{prefix}{path.name}")
+        return tiny_config(folder, run={"batch_size": 3, **run})
+
+    usual, absent = config(12), config(13)
+    shutil.rmtree(tmp_path / "13")
+    shutil.copytree(tmp_path / "12", tmp_path / "same")
+    elsewhere = tiny_config(tmp_path / "same", run={"batch_size": 3})
+    pairs = {
+        "names_sha256 is": (usual, config(12, "x"), ""),
+        "images is 12 on rank 0 and 10 on rank 1": (usual, config(10), ""),
+        "run.seed is 0 on rank 0 and 7 on rank 1": (usual, config(12, "", seed=7), ""),
+        "run.log_every_steps is 1 on rank 0 and 2 on rank 1": (usual, config(12, "", log_every_steps=2), ""),
+        "'other' on rank 1": (usual, usual, "other"),
+        "Rank 1: There is no image folder at": (usual, absent, ""),
+        "trained": (usual, elsewhere, ""),
+    }
+    ranks = run_on_ranks(2, refused, [*pairs.values()], str(tmp_path / "runs"))
+    for number, expected in enumerate(pairs):
+        assert all(expected in rank[number] for rank in ranks), (expected, ranks[0][number])
+        assert (tmp_path / "runs" / str(number)).exists() == (expected == "trained")
 
 
 # --- a run folder of an earlier version -------------------------------------------------------------------------------

@@ -158,6 +158,32 @@ def test_what_is_nobodys_bug_is_one_sentence_with_its_remedy(tmp_path: Path, err
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:554] Connection closed by peer [127.0.0.1]:3123",
+        "[gloo/transport/tcp/pair.cc:534] Read error [127.0.0.1]:9: Connection reset by peer",
+        "Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:150] connect: Connection refused",
+        "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete",
+        "[gloo/transport/tcp/pair.cc:446] writev [127.0.0.1]:9: Broken pipe",
+        "Application timeout caused pair closure",
+        "NCCL error in: x.cpp:2251, remote process exited or there was a network error, NCCL version 2.21.5",
+        "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4, OpType=ALLREDUCE)",
+        "NCCL communicator was aborted on rank 1.",
+        "The client socket has timed out after 60000ms while trying to connect to (10.0.0.1, 29500).",
+    ],
+)
+def test_all_ways_of_losing_a_peer_are_one_sentence_with_the_rank(text: str, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    sentence = describe(RuntimeError(text))
+    assert sentence is not None
+    assert sentence.startswith("Rank 3 lost another process of the run")
+    assert "--resume" in sentence
+    assert describe(BrokenPipeError(32, "Broken pipe")) is None, "a reader that went away is no rank"
+    monkeypatch.delenv("RANK")
+    assert str(describe(RuntimeError(text))).startswith("Another process of the run died")
+
+
 def test_only_the_kinds_asked_for_are_explained_and_a_bug_stays_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lower y"), explained(memory="lower x"), explained(memory="lower y"):
         raise MemoryError

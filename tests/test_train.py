@@ -15,10 +15,11 @@ import pytest
 import torch
 from gloo import run_on_ranks
 from host_reads import HostReads
+from imagenet_tree import write_tree
 from tiny_run import differing, final_state, make_images, rows, run, tiny_config, tiny_networks
 from torch import nn
 
-from twist.contracts import machine
+from twist.contracts import machine, states
 from twist.contracts.config import load_config
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.weights import read_backbone
@@ -226,6 +227,40 @@ def test_a_run_that_cannot_be_leaves_no_folder(changes: dict, said: str, images:
     with pytest.raises(UserError, match=said):
         run(tiny_config(images, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("root", [".", "imagenet", "imagenet/val", "above"])
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_validation_images_are_not_trained_on(root: str, evaluated: bool, tmp_path: Path) -> None:
+    write_tree(tmp_path / "imagenet", train=4, val=2)
+    (tmp_path / "above").symlink_to(tmp_path)
+    online = {"online_eval_root": str(tmp_path / "imagenet")} if evaluated else {}
+    if root.endswith("val") and not evaluated:
+        return  # one folder of images among others, as far as anybody said
+    with pytest.raises(UserError, match=r"contains .*imagenet/val, on which .*data.root=.*imagenet/train"):
+        run(tiny_config(tmp_path / root, run=online), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_end_of_the_first_stage_is_kept_and_the_second_one_starts_from_it(images: Path, tmp_path: Path) -> None:
+    both = {"epochs": 3, "mutual_information_epochs": 1, "keep_checkpoints": 1}
+    run(tiny_config(images, run=both), tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    kept = folder / "first_stage.pt"
+    assert sorted(path.stem for path in folder.glob("*.pt")) == ["first_stage", "step_00000015"]
+    fields, sealed = states.read_manifest(states.manifest_of(kept))
+    assert sealed
+    assert states.damage(kept, fields) is None
+    assert fields["position"] == {"steps": 5, "epoch": 1, "samples": 0}
+    alone = {"epochs": 2, "mutual_information_epochs": 0, "warm_start": str(kept)}
+    run(tiny_config(images, run=alone), tmp_path / "second")
+    first, second = rows(tmp_path / "run")[5], rows(tmp_path / "second")[0]
+    # The same weights and batch norms, at the rate of the second stage's first step; other views, as of another epoch.
+    assert (second["lr"], second["step"]) == (first["lr"], 0)
+    assert second["total"] == pytest.approx(first["total"], rel=0.5)
+    with pytest.raises(UserError, match=r"needs a network that has learnt classes.*run.warm_start"):
+        tiny_config(images, run={"epochs": 2, "mutual_information_epochs": 0})
 
 
 def test_other_images_than_before(images: Path, tmp_path: Path, capsys) -> None:

@@ -6,6 +6,8 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +281,32 @@ def knn(tmp_path, monkeypatch):
         return transfer("knn", weights="random", overrides=(*QUICK_KNN, *overrides), **options)
 
     return run
+
+
+HOLD = (
+    "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+)
+
+
+def test_two_processes_do_not_continue_one_run(knn, tmp_path) -> None:
+    out = tmp_path / "out"
+    first = knn("architecture=resnet18", output=out)
+    account = (out / folder.RUN_FILE).read_bytes()
+    command = [sys.executable, "-c", HOLD, str(out / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        for again in ({"resume": True}, {"eval_only": True}, {}):
+            with pytest.raises(UserError, match=r"Another process is writing in .*--output"):
+                knn("architecture=resnet18", output=out, **again)
+        other.stdin.write("\n")
+    assert (out / folder.RUN_FILE).read_bytes() == account
+    assert knn("architecture=resnet18", output=out, resume=True) == first
+
+
+def test_a_refused_start_leaves_no_lock(knn, tmp_path) -> None:
+    with pytest.raises(UserError, match="holds no run to evaluate"):
+        knn("architecture=resnet18", output=tmp_path / "new", eval_only=True)
+    assert not (tmp_path / "new").exists()
 
 
 def test_random_weights_of_another_network_are_another_run(knn, tmp_path) -> None:

@@ -8,6 +8,7 @@ Any checkpoint that `twist convert` reads will do. `random` (a seeded random ini
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shutil
@@ -96,6 +97,16 @@ def transfer(
         row, root, output, **given, seed=seed, gpus=_choose_gpus(gpus, row), overrides=rest, controls=controls,
         resume=resume, eval_only=eval_only, own=own,
     )  # fmt: skip
+    # The other nodes of one run write beside the first, which holds the folder for all.
+    with run_folder.locked(output) if request.leads else contextlib.nullcontext():
+        return _measure(request, engine, data_name, sample, results)
+
+
+def _measure(
+    request: Request, engine: Engine, data_name: str | None, sample: dict[str, Any] | None, results: Path
+) -> RunRecord:
+    """Train and evaluate in the run's folder, which this process holds, and write the record."""
+    row, output = request.protocol, request.output
     began = time.monotonic()
 
     with run_folder.removed_on_failure(output):
@@ -112,7 +123,7 @@ def transfer(
                 return done
         print(plan.plan, file=sys.stderr)
         # Whatever becomes of an evaluation, the run stays as finished as it was.
-        if request.leads and not eval_only:
+        if request.leads and not request.eval_only:
             run_folder.write_run(output, run, state=run_folder.RUNNING)
         result: Result = program.run(request, ready, plan)
 
@@ -122,14 +133,14 @@ def transfer(
         method=request.method or ready.header.method,
         protocol=row.name,
         task=row.task,
-        scale="own" if own else "sample" if row.scale == "sample" else "reduced" if plan.reduced else "full",
-        seed=seed,
+        scale="own" if request.own else "sample" if row.scale == "sample" else "reduced" if plan.reduced else "full",
+        seed=request.seed,
         metrics=result.metrics,
         weights=_provenance(request, ready.header),
-        recipe=_recipe(result, ready.header, sample, own),
+        recipe=_recipe(result, ready.header, sample, request.own),
         data=data_name,
         software=software(),
-        hardware={**hardware(), "gpus_used": request.gpus, "nodes": controls.nodes},
+        hardware={**hardware(), "gpus_used": request.gpus, "nodes": request.controls.nodes},
         wall_s=round(time.monotonic() - began, 1),
         git_commit=git_commit(),
         notes=(*result.notes, *continued),

@@ -443,6 +443,7 @@ def demo(
 def main() -> None:
     """Run the command; a user's mistake is one sentence on stderr, a traceback only with --debug."""
     try:
+        _refuse_empty(sys.argv[1:])
         # Without click's standalone mode `Exit` comes back as the returned status, and usage errors reach us.
         returned = app(standalone_mode=False)
         status = returned if isinstance(returned, int) else 0
@@ -454,6 +455,17 @@ def main() -> None:
     except Exception as error:
         status = _explain(missing_package(error) or error)
     sys.exit(status)
+
+
+def _refuse_empty(words: list[str]) -> None:
+    """An empty word, most often of a variable that is not set: as a path it would mean the working directory."""
+    for before, word in zip(["", *words], words):
+        name = (
+            before if word == "" else word.removesuffix("=") if word.startswith("--") and word.endswith("=") else None
+        )
+        if name is not None and name not in ("--gpus", "--title"):
+            place = name if name.startswith("-") else "One of the arguments"
+            raise UsageError(f'{place} is empty (""): give a value, or leave it out; the working directory is ".".')
 
 
 def _explain(error: Exception) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ from fvcore.common.param_scheduler import CosineParamScheduler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from twist.contracts import files
+from twist.contracts import states
 from twist.contracts.errors import UserError
 from twist.contracts.failures import explained, raise_reported
 from twist.contracts.files import sha256_json
@@ -248,26 +249,31 @@ class Trainer:
     def _save(self, history: list[dict[str, Any]]) -> None:
         state = {"identity": self.identity, "history": history}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        with files.atomic_path(self.path) as temporary:
-            torch.save(state, temporary)
+        states.save(self.path, lambda path: torch.save(state, path))
 
     def _restore(self) -> list[dict[str, Any]]:
         """The history in the checkpoint, loaded into model and optimizer; empty without one."""
-        if not self.path.exists():
+        path = newest_state(self.path.parent, quiet=self.rank.index > 0)
+        if path is None:
             return []
         if not (self.setup.request.resume or self.setup.request.eval_only):
             refuse_second_start(self.path.parent, {})
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         refuse_other_run(self.path.parent, state["identity"], self.identity)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         return list(state["history"])
 
 
+def newest_state(output: Path, *, quiet: bool = False) -> Path | None:
+    """The state to go on from, verified: see `states.newest`; `quiet` says nothing of damage."""
+    return states.newest(output / CHECKPOINT, say=lambda text: None if quiet else print(text, file=sys.stderr))
+
+
 def require_finished(output: Path, recipe: ClassifierRecipe) -> None:
     """Refuse to evaluate a run before its last epoch: what it has stored is a state that no protocol measures."""
-    path = output / CHECKPOINT  # mapped: only the history is looked at
-    done = len(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["history"]) if path.exists() else 0
+    path = newest_state(output, quiet=True)  # mapped: only the history is looked at
+    done = len(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["history"]) if path else 0
     if done < recipe.epochs:
         remedy = "--eval-only measures finished runs, so finish this one with --resume"
         raise UserError(f"{output} stands at epoch {done} of {recipe.epochs}: {remedy}.")

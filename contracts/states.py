@@ -1,0 +1,119 @@
+"""States that a run goes on from: a file, and beside it a manifest that vouches for it and for itself.
+
+The manifest is JSON with the file's size and SHA-256, whatever else its writer notes, and a SHA-256 over all these
+fields. Both are checked before a byte of the state is read. `save` keeps the state before, so that a damaged newest one
+costs what was done since, not the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from twist.contracts import files
+from twist.contracts.errors import UserError
+from twist.contracts.files import sha256_file, sha256_json
+
+# The field of a manifest that is the SHA-256 of all others.
+SEAL = "manifest_sha256"
+FORMAT_VERSION = 1
+
+
+def manifest_of(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def before(path: Path) -> Path:
+    """Where `save` keeps the state that `path` held last."""
+    return path.with_stem(f"{path.stem}_before")
+
+
+def description(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as a manifest has them."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def write_manifest(path: Path, fields: Mapping[str, Any]) -> None:
+    """Write the sealed manifest `path`."""
+    files.write_json(path, {**fields, SEAL: sha256_json(fields)})
+
+
+def read_manifest(path: Path) -> tuple[dict[str, Any], bool]:
+    """The fields of the manifest `path`, and whether it is sealed (those of earlier versions are not).
+
+    Raises:
+        ValueError: it is no JSON object, or its fields are not as they were written.
+    """
+    fields = json.loads(path.read_bytes())
+    if not isinstance(fields, dict):
+        raise ValueError("a manifest is a JSON object")
+    seal = fields.pop(SEAL, None)
+    if seal is not None and seal != sha256_json(fields):
+        raise ValueError("its digest is of other fields")
+    return fields, seal is not None
+
+
+def damage(path: Path, fields: Mapping[str, Any]) -> str | None:
+    """What is wrong with the state `path` beside the `fields` of its manifest; None where nothing is."""
+    if not path.exists():
+        return "the file is gone"
+    if path.stat().st_size != fields["bytes"] or sha256_file(path) != fields["sha256"]:
+        return "size or SHA-256 differ from its manifest"
+    return None
+
+
+def save(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make the state `path`, with its manifest; the state that was there is kept as `before(path)`.
+
+    Each moment of it leaves a state that `newest` takes: the old one is moved behind its manifest, the new one appears
+    behind its own.
+    """
+    with files.atomic_path(path) as temporary:
+        write(temporary)
+        fields = {"format_version": FORMAT_VERSION, **description(temporary)}
+        if path.exists() and (_is_older(path) or _damage(path) is None):  # a damaged one replaces no good one
+            write_manifest(manifest_of(before(path)), {"format_version": FORMAT_VERSION, **description(path)})
+            os.replace(path, before(path))
+        write_manifest(manifest_of(path), fields)
+
+
+def newest(path: Path, *, say: Callable[[str], None]) -> Path | None:
+    """The state at `path` when it is as it was written, else the one before, and `say` names the damage.
+
+    None where neither was ever written. A state without any manifest beside it is an earlier version's: it is taken.
+
+    Raises:
+        UserError: there are states, and none is as it was written.
+    """
+    if _is_older(path):
+        return path
+    damaged = []
+    for one in (path, before(path)):
+        wrong = _damage(one)
+        if wrong is None:
+            for sentence in damaged:
+                say(f"{sentence} The run goes on from the state before, {one.name}.")
+            return one
+        if one.exists() or (one == path and manifest_of(one).exists()):
+            damaged.append(f"The state {one} is not valid ({wrong}).")
+    if path.exists() or before(path).exists():
+        raise UserError(f"{' '.join(damaged)} Start again in another folder (--output), or put a good copy back.")
+    return None
+
+
+def _is_older(path: Path) -> bool:
+    """Whether the state `path` is of a version that wrote no manifests."""
+    return path.exists() and not any(manifest_of(one).exists() for one in (path, before(path)))
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        fields, sealed = read_manifest(manifest_of(path))
+    except FileNotFoundError:
+        return "it has no manifest"
+    except ValueError:
+        return "its manifest is damaged"
+    return damage(path, fields) if sealed else "its manifest has no digest"
