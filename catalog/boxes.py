@@ -64,7 +64,8 @@ class BoxSet:
 
     def as_coco(self, *, masks: bool) -> dict[str, Any]:
         """The content of a COCO file. With `masks` objects that have none are left out: nothing can be learnt there."""
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for number, image in enumerate(self.images, start=1):
             names = {"file_name": str(image["file"]), "width": image["width"], "height": image["height"]}
             images.append({"id": number, **names})

@@ -208,8 +208,8 @@ def _mask_classes(masks: list[Path]) -> str:
         except UNREADABLE:
             continue
         if pixels.ndim == 3:
-            colours = np.unique(pixels.reshape(-1, pixels.shape[-1])[:, :3], axis=0)
-            values.update("#{:02x}{:02x}{:02x}".format(*colour) for colour in colours.tolist())
+            triples = np.unique(pixels.reshape(-1, pixels.shape[-1])[:, :3], axis=0)
+            values.update("#{:02x}{:02x}{:02x}".format(*colour) for colour in triples.tolist())
         else:
             values.update(np.unique(pixels).tolist())
     said = f"# names are not in the masks; found in {len(masks)} of them\n"

@@ -91,7 +91,7 @@ def transfer(
         sample = require_data(row.data, root, task=row.task, scale=row.scale)
         data_name = identify_data(row.data, root, subset=row.subset)
     given = find_weights(weights, row, controls, layout=layout, branch=branch, heads=heads, method=method, seed=seed)
-    output = (output or default_output(row, given, seed, card=card and card.name)).resolve()
+    output = (output or default_output(row, given, seed, card=None if card is None else card.name)).resolve()
     results = (results or output / "results").resolve()
     request = Request(
         row, root, output, **given, seed=seed, gpus=_choose_gpus(gpus, row), overrides=rest, controls=controls,

@@ -102,9 +102,10 @@ class Detectron2Config(FrameworkConfig):
             return []
         known = {split.detectron2: (row, split) for row in DATA_SETS.values() for split in row.splits.values()}
         for name in self.config.DATASETS.TRAIN:
-            row, split = known.get(name.removeprefix("sample_"), (None, None))
-            described = row is not None and split is not None and split.names.endswith(".json")
-            if described and mask_format(row.place(request.data) / split.names) == "bitmask":
+            if (found := known.get(name.removeprefix("sample_"))) is None:
+                continue
+            row, split = found
+            if split.names.endswith(".json") and mask_format(row.place(request.data) / split.names) == "bitmask":
                 return self._take_bitmasks()
         return []
 

@@ -151,6 +151,9 @@ class _VocEvaluator(PascalVOCDetectionEvaluator):
     because their names become names of files.
     """
 
+    _class_names: list[str]
+    _predictions: dict[int, list[str]]
+
     def __init__(self, dataset_name: str) -> None:
         super().__init__(dataset_name)
         numbers = {name: str(index) for index, name in enumerate(self._class_names)}

@@ -32,7 +32,7 @@ class OwnSegDataset(BaseSegDataset):
 
     def load_data_list(self) -> list[dict[str, Any]]:
         pairs = json.loads(Path(self.ann_file).read_text(encoding="utf-8"))
-        fixed = {"label_map": None, "reduce_zero_label": False, "seg_fields": []}
+        fixed: dict[str, Any] = {"label_map": None, "reduce_zero_label": False}
         return [{"img_path": image, "seg_map_path": mask, **fixed, "seg_fields": []} for image, mask in pairs]
 
 
