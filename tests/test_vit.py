@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from twist.contracts.config import load_config
+from twist.contracts.errors import UsageError
 from twist.contracts.networks import build_backbone, network_of, stage_features
 from twist.contracts.vit import resized
 from twist.contracts.weights import Backbone, Resize, Vit, usual_vit, write_backbone
@@ -23,6 +24,10 @@ from twist.converters.convert import convert
 from twist.converters.read import load_source
 from twist.converters.targets import TARGETS, mmseg
 from twist.pretrain.config import RECIPES, ModelConfig, PretrainConfig
+from twist.transfer.protocols import find_protocol
+from twist.transfer.request import Controls, Request
+from twist.transfer.run import default_output, describe_run, find_weights
+from twist.transfer.suite.config import SuiteConfig, WeightsEntry, jobs_of
 
 TINY: dict[str, Any] = {"embed_dim": 192, "depth": 2, "heads": 3, "mlp_features": 192}
 
@@ -256,3 +261,23 @@ def test_the_frameworks_registries_build_patch_features() -> None:
     assert shapes == {f"p{level}": (1, 256, 2 ** (6 - level), 2 ** (5 - level)) for level in (2, 3, 4, 5)} | {
         "p6": (1, 256, 1, 1)
     }
+
+
+def test_a_transfer_run_and_a_suite_pass_the_heads_on(tmp_path: Path) -> None:
+    """Another number of heads is another run: other key, other folder, other `run.json`."""
+    torch.save(drawn(header()), tmp_path / "x.pth")
+    row = find_protocol("sample-knn")
+    given = {
+        heads: find_weights(str(tmp_path / "x.pth"), row, Controls(), heads=heads, method="m", seed=0)
+        for heads in (None, 2)
+    }
+    assert given[2]["heads"] == 2
+    assert "heads2" in default_output(row, given[2], 0).name
+    requests = [Request(row, tmp_path, tmp_path, **fields) for fields in given.values()]
+    assert [describe_run(request, None)["weights"].get("heads") for request in requests] == [None, 2]
+    with pytest.raises(UsageError, match="--heads"):
+        find_weights("random", row, Controls(), heads=2)
+    entries = [WeightsEntry(name="w", file=str(tmp_path / "x.pth"), heads=heads) for heads in (None, 2)]
+    suites = [SuiteConfig(weights=(entry,), protocols=("sample-knn",), seeds=(0,)) for entry in entries]
+    keys = [next(jobs_of(suite, "sample-knn", entry)).key for suite, entry in zip(suites, entries, strict=True)]
+    assert keys[0] != keys[1]
