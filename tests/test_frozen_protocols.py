@@ -149,3 +149,14 @@ def test_full_protocols_run_on_small_trees_and_say_that_they_are_reduced(
     assert tuple(record.metrics) == PROTOCOLS[protocol].metrics
     assert record.scale == "reduced"
     assert any("as published" in note for note in record.notes)
+
+
+@pytest.mark.slow
+def test_features_that_are_not_kept_take_no_other_file_with_them(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "precious.f32").write_bytes(b"of another run")
+    where = (f"machine.features={shared}", "machine.keep_features=false", "size=32", "architecture=resnet18")
+    run("sample-voc-knn-seg", tiny_sample().root, tmp_path / "run", *where)
+    assert [path.name for path in shared.iterdir()] == ["precious.f32"]
+    assert not (tmp_path / "run" / "features").exists()

@@ -62,6 +62,8 @@ class Setup:
     @property
     def features(self) -> Path:
         """The folder of features: beside the run folders, where every protocol of these weights finds them."""
+        if not self.config.machine.keep_features:  # removed at the end, so no other run may have its features there
+            return self.request.output / "features"
         if self.config.machine.features:
             return Path(self.config.machine.features).expanduser()
         output = self.request.output
