@@ -90,7 +90,7 @@ def newest(path: Path, *, say: Callable[[str], None]) -> Path | None:
     """
     if _is_older(path):
         return path
-    damaged = []
+    damaged: list[str] = []
     for one in (path, before(path)):
         wrong = _damage(one)
         if wrong is None:

@@ -155,9 +155,9 @@ def require_equal(describe: Callable[[], dict[str, Any]]) -> None:
         mine = error
     said: list[Any] = [None] * world_size()
     dist.all_gather_object(said, mine)
-    for number, error in enumerate(said):
-        if isinstance(error, UserError):
-            raise type(error)(f"Rank {number}: {error}")
+    for number, theirs in enumerate(said):
+        if isinstance(theirs, UserError):
+            raise type(theirs)(f"Rank {number}: {theirs}")
     for number, theirs in enumerate(said):
         for path, first, other in differences(said[0], theirs):
             raise UserError(
