@@ -7,9 +7,11 @@ submitit's own handler puts the job back into the queue, where it resumes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 import tomllib
@@ -49,6 +51,27 @@ class Requeue(Exception):
     """The run was asked to stop, has saved, and is to be started again with --resume (75 is EX_TEMPFAIL)."""
 
     exit_status = 75
+
+
+def end_with_torchrun() -> None:
+    """Under torchrun, have Linux send this process SIGTERM when torchrun dies, whatever killed it.
+
+    Without it the ranks of a killed torchrun train on, with nobody to restart them, and hold the run's folder.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
+
+
+def refuse_bare_tasks() -> None:
+    """`UsageError` where srun has started several processes that know nothing of each other."""
+    of_job = os.environ.get("SLURM_NTASKS", "1") if "SLURM_STEP_ID" in os.environ else "1"  # a batch script is one
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", of_job)
+    if "WORLD_SIZE" not in os.environ and tasks.isdecimal() and int(tasks) > 1:
+        raise UsageError(
+            f"srun has started {tasks} processes, and each would train alone: start one torchrun a node (srun "
+            "--ntasks-per-node=1 torchrun …), or let `twist pretrain … --slurm` submit the job."
+        )
 
 
 class StopFlag:

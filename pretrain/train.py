@@ -34,7 +34,7 @@ from twist.pretrain.model import in_layout
 from twist.pretrain.monitor import draw_curves
 from twist.pretrain.plan import Plan, autocast
 from twist.pretrain.run import Run, say
-from twist.pretrain.slurm import Requeue, StopFlag, stop_flag
+from twist.pretrain.slurm import Requeue, StopFlag, end_with_torchrun, refuse_bare_tasks, stop_flag
 
 __all__ = ["Requeue", "pretrain"]
 
@@ -57,6 +57,8 @@ def pretrain(config: PretrainConfig, *, output: Path, resume: bool = False) -> P
         Requeue: a signal asked to stop; the state is saved.
     """
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    refuse_bare_tasks()
+    end_with_torchrun()
     with contextlib.ExitStack() as stack:
         device = stack.enter_context(distributed.process_group(config.run.device))
         stack.enter_context(_reproducible(config, device))

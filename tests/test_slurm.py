@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -113,3 +115,50 @@ def wait_for_rows(folder: Path, count: int, job: submitit.Job) -> None:
         assert not job.done(), job.stderr()
         time.sleep(0.02)
     raise AssertionError(f"no {count} rows in two minutes")
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_refused"),
+    [
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}, True),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, False),
+        ({"SLURM_NTASKS": "4"}, False),  # the batch script itself
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "WORLD_SIZE": "4"}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_bare_processes_of_srun_are_told_to_use_torchrun(environment: dict, is_refused: bool, monkeypatch) -> None:
+    for name in ("SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if not is_refused:
+        slurm.refuse_bare_tasks()
+        return
+    with pytest.raises(UsageError, match=r"started 4 processes.*torchrun.*--slurm"):
+        slurm.refuse_bare_tasks()
+
+
+CHILD = """
+import time
+from twist.pretrain import slurm
+slurm.end_with_torchrun()
+print("up", flush=True)
+time.sleep(20)
+print("slept to its end")
+"""
+PARENT = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(60)"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="parent-death signals are Linux's")
+def test_a_rank_ends_with_its_torchrun() -> None:
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "x"}
+    command = [sys.executable, "-c", PARENT, CHILD]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as torchrun:
+        assert torchrun.stdout is not None
+        assert torchrun.stdout.readline() == b"up\n"
+        torchrun.kill()
+        assert torchrun.stdout.read() == b""  # its end is the child's, which has the same pipe
