@@ -15,6 +15,7 @@ from checkpoint_files import flat_state, flat_tensors, renamed_back
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+import twist
 from twist.contracts.errors import UserError
 from twist.contracts.networks import network_of
 from twist.converters.evidence import agrees
@@ -437,3 +438,11 @@ def test_a_refusal_says_what_the_file_is(name: str, prefix: str, tmp_path: Path)
 def test_a_file_is_named_by_signatures_too(names: list[str], says: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=says):
         load_source(saved(tmp_path / "x.pth", {"state_dict": dict.fromkeys(names, torch.ones(2))}))
+
+
+def test_a_program_calls_what_the_command_line_does(tmp_path: Path) -> None:
+    file = saved(tmp_path / "x.pth", {"state_dict": under("net.")})
+    assert twist.inspect(file).to_json()["networks"][0]["prefix"] == "net."
+    assert twist.load_artefact(file)[1].architecture == "resnet18"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = twist.nothing

@@ -3,9 +3,20 @@
 In a clone the rooms are folders beside this one; the wheel has them inside it.
 """
 
+from importlib import import_module
 from pathlib import Path
 
 # A second work tree that borrows the environment of the first then runs its own rooms, not those that are installed.
 _CLONE = Path(__file__).resolve().parent.parent
 if (_CLONE / "contracts").is_dir() and (_CLONE / "pyproject.toml").is_file():
     __path__.append(str(_CLONE))
+
+# What a program calls, and where it lives: `twist.inspect(path)`, `twist.load_artefact(path) → (tensors, header)`. They
+# are looked up when they are used, so that `import twist` stays without torch.
+_PUBLIC = {"inspect": "converters.inspect", "load_artefact": "converters.read"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'twist' has no attribute {name!r}")
+    return getattr(import_module(f"twist.{_PUBLIC[name]}"), name)
