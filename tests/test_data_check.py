@@ -446,7 +446,7 @@ def test_each_break_of_class_folders_is_the_one_error(folders: Path, break_it, m
 
 def test_what_a_run_leaves_out_without_a_word_is_a_warning(folders: Path) -> None:
     shutil.copy(folders / "train" / "class_0" / "train_0_000.png", folders / "train" / "stray.png")
-    for name in ("val.tar.gz", "val/class_0/more.zip", "val/class_0/photo.tif"):
+    for name in ("val.tar.gz", "val/class_0/more.zip", "val/class_0/photo.heic"):
         (folders / name).write_bytes(b"x")
     found = [finding for finding in check("folders", folders, progress=False) if finding.severity != "fine"]
     assert [(Path(finding.where).name, finding.severity) for finding in found] == [
@@ -456,7 +456,7 @@ def test_what_a_run_leaves_out_without_a_word_is_a_warning(folders: Path) -> Non
     for part in (
         "archives are not unpacked: val.tar.gz",
         "no class folder: stray.png",
-        "a run reads: class_0/photo.tif",
+        "a run reads: class_0/photo.heic",
     ):
         assert part in said
     read_split(folders / "train")  # it does go
