@@ -24,8 +24,9 @@ from photographs import jpeg, photograph, write_folder
 from PIL import Image
 
 from twist.contracts.errors import UsageError, UserError
-from twist.contracts.images import UnreadableImage, decode
+from twist.contracts.images import MAX_PIXELS, UnreadableImage, decode
 from twist.pretrain.config import DataConfig, PretrainConfig, RunConfig, ViewsConfig
+from twist.pretrain.data import loader as loader_module
 from twist.pretrain.data import source
 from twist.pretrain.data.loader import BUFFERS, Batch, ViewLoader
 from twist.pretrain.data.photometric import denormalise
@@ -303,8 +304,10 @@ def test_the_replacement_is_the_same_on_any_ranks(damaged: tuple[Path, list[str]
             assert torch.equal(views, expected_views[step][place::5])
 
 
-def test_too_many_bad_images_stop_the_run(damaged: tuple[Path, list[str]]) -> None:
+def test_too_many_bad_images_stop_the_run(damaged: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     images = open_images(DataConfig(root=str(damaged[0])))
+    assert list(loader(images, batch_size=5, bad_image_share=0.01).epoch(0))  # a few never stop a run
+    monkeypatch.setattr(loader_module, "FEW_BAD", 1)
     with pytest.raises(UserError, match=r"data.bad_image_share = 0.01 allows \(1 of 25 on a rank\)"):
         list(loader(images, batch_size=5, bad_image_share=0.01).epoch(0))
 
@@ -322,6 +325,8 @@ def test_a_damaged_file_is_decoded_or_unreadable_and_nothing_else(data: st.DataO
 
 
 class _OneFile:
+    max_pixels = MAX_PIXELS
+
     def __init__(self, data: bytes) -> None:
         self._data = data
 
