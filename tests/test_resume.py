@@ -15,6 +15,7 @@ import torch
 from gloo import run_on_ranks
 from tiny_run import Crash, crash_after, differing, final_state, make_images, rows, run, tiny_config, tiny_networks
 
+from twist.contracts.config import added
 from twist.contracts.errors import UserError
 from twist.contracts.weights import read_backbone
 from twist.pretrain import run_folder, train
@@ -360,7 +361,7 @@ def test_a_run_folder_of_an_earlier_version_is_resumed_to_the_same_end(images: P
 
 def test_it_is_resumed_after_a_key_with_a_default_was_added(images: Path, tmp_path: Path) -> None:
     class Loss(LossConfig):
-        new_term: float = 0.0
+        new_term: float = added(0.0)
 
     class Extended(PretrainConfig):
         loss: Loss = Loss()
