@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="TWIST pretraining, conversion of any self-supervised checkpoint, transfer runs and honest tables.",
+    help="TWIST pretraining, conversion of any self-supervised checkpoint, transfer runs and comparison tables.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Make the sample; prepare and check data sets.")
 app.add_typer(data_app, name="data")
@@ -382,7 +382,7 @@ def compare(
     check: Annotated[Path | None, typer.Option(help="Fail when this file's tables are stale.")] = None,
     update: Annotated[Path | None, typer.Option(help="Rewrite this file's tables.")] = None,
 ) -> None:
-    """Records → a table that cannot lie, or an HTML page.
+    """Records → comparison tables, or an HTML page.
 
     RECORDS are files, folders of records or of runs; default results, else runs.
     """
