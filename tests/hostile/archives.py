@@ -392,11 +392,25 @@ def resumed_states() -> Iterator[Case]:
         "tree/run",
     )
     for name, data in chosen.items():
-        yield Case(f"linear: {name}", "tree/run/checkpoint.pth", data, (*linear, "--resume"), tree="linear")
+        yield Case(
+            f"linear: {name}",
+            "tree/run/checkpoint.pth",
+            data,
+            (*linear, "--resume"),
+            tree="linear",
+            named=("tree/run",),
+        )
         yield Case(f"replay: {name}", "capture.pt", data, ("capture.pt",), entry="twist.pretrain.replay")
         warm = ("pretrain", "tree/tiny.toml", "run.warm_start=warm.pt", "--output", "out")
         yield Case(f"warm start: {name}", "warm.pt", data, warm, tree="pretraining", setup=TINY)
         head = ("transfer", "sample-cluster", "by=head", "head=head.pt", "--weights", "random", "--data", "tree")
         yield Case(f"head: {name}", "head.pt", data, (*head, "--output", "out"), tree="sample")
     for name, content in NO_FILES.items():
-        yield Case(f"linear: {name}", "tree/run/checkpoint.pth", content, (*linear, "--resume"), tree="linear")
+        yield Case(
+            f"linear: {name}",
+            "tree/run/checkpoint.pth",
+            content,
+            (*linear, "--resume"),
+            tree="linear",
+            named=("tree/run",),
+        )

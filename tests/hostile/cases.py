@@ -12,8 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+
+@dataclass(frozen=True)
+class Edit:
+    """What becomes of the sound file that lies there."""
+
+    of: Callable[[bytes], str]
+
+
 # What a file holds, or what makes it at its path: a FIFO, a link, a folder.
-Content = bytes | str | Callable[[Path], object]
+Content = bytes | str | Callable[[Path], object] | Edit
 NEVER_RUN = "ran.txt"  # appears in the folder of a case whose file had code run
 TINY = "tiny_run:tiny_networks"  # a pretraining of milliseconds
 TOUCH = f"touch {NEVER_RUN}"
@@ -44,6 +52,8 @@ class Case:
         for name, content in ((self.file, self.content), *self.others):
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Edit):
+                content = content.of(path.read_bytes())
             if path.exists() or path.is_symlink():
                 path.unlink()  # trees are linked, not copied
             if isinstance(content, bytes):

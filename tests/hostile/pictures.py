@@ -47,6 +47,13 @@ def sized_jpeg(width: int, height: int) -> bytes:
     return bytes(data)
 
 
+def sized_webp(width: int, height: int) -> bytes:
+    data = bytearray(encoded("WEBP"))
+    place = data.find(b"\x9d\x01\x2a") + 3
+    data[place : place + 4] = struct.pack("<HH", width, height)
+    return bytes(data)
+
+
 def gif(width: int, height: int, *, frames: int = 1) -> bytes:
     frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x44\x01\x00"
     palette = b"\0\0\0\xff\xff\xff"
@@ -92,7 +99,8 @@ def variants() -> Iterator[tuple[str, Content]]:
         yield f"a JPEG of {width} × {height}", sized_jpeg(width, height)
     yield "a progressive JPEG with 2,000 scans", _scans(2000)
     yield "a JPEG of four inks", encoded("JPEG", cmyk=True)
-    yield "a WebP of 16,383 a side", encoded("WEBP", (16_383, 16_383), quality=1, method=0)
+    yield "a WebP of 16,383 a side", sized_webp(16_383, 16_383)
+    yield "a WebP of nothing", sized_webp(0, 0)
     yield "a GIF of 65,535 a side", gif(65_535, 65_535)
     yield "a GIF of nothing", gif(0, 0)
     yield "a GIF of 100,000 frames", gif(2, 2, frames=100_000)

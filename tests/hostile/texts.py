@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from cases import NO_FILES, TINY, TOUCH, Case, Content, broken_json, broken_text, fifo, zeros_behind_a_link
+from cases import NO_FILES, TINY, TOUCH, Case, Content, Edit, broken_json, broken_text, fifo, zeros_behind_a_link
 from made_records import make_record
 
 RECORD: dict[str, Any] = make_record().model_dump(mode="json")
@@ -183,14 +184,19 @@ def run_accounts() -> Iterator[Case]:
 
 def manifests() -> Iterator[Case]:
     """What stands beside a pretraining's state, and the config of its folder."""
+    last = "tree/run/checkpoints/step_00000020"
+    named = ("step_00000020", "checkpoints")
+
+    def case(name: str, content: Content, *, refused: bool = False) -> Case:
+        return Case(name, f"{last}.json", content, PRETRAIN, tree="pretraining", setup=TINY, named=named,
+                    refused=refused, others=((f"{last}.older", _without_older),))  # fmt: skip
+
     good = {
-        "position": {"steps": 10, "epoch": 2, "samples": 0}, "images": 20, "world_size": 1, "bytes": 1000,
+        "position": {"steps": 20, "epoch": 2, "samples": 0}, "images": 40, "world_size": 1, "bytes": 1000,
         "sha256": "0" * 64, "format_version": 1, "images_sha256": None, "names_sha256": None,
     }  # fmt: skip
-    file = "tree/run/checkpoints/step_00000010.json"
     for name, content in broken_json(json.dumps(good)):
-        named = ("step_00000010", "checkpoints")
-        yield Case(name, file, content, PRETRAIN, tree="pretraining", setup=TINY, named=named)
+        yield case(name, content)
     for name, changes in {
         "a position of a list": {"position": []},
         "a position of text": {"position": "evil"},
@@ -198,20 +204,35 @@ def manifests() -> Iterator[Case]:
         "steps of 8.5": {"position__steps": 8.5},
         "steps of 10^400": {"position__steps": 10**400},
         "steps of text": {"position__steps": "10"},
+        "steps of true": {"position__steps": True},
         "an epoch of -1": {"position__epoch": -1},
         "an epoch of 10^9": {"position__epoch": 10**9},
+        "an epoch before": {"position__epoch": 1},
         "samples of 10^9": {"position__samples": 10**9},
+        "samples of -4": {"position__samples": -4},
         "samples of not a number": {"position__samples": float("nan")},
+        "more images": {"images": 41},
         "an unknown field": {"evil": 1},
         "bytes of true": {"bytes": True},
         "a digest of a number": {"sha256": 5},
         "a version of text": {"format_version": "1"},
         "a version of a table": {"format_version": {}},
     }.items():
-        yield Case(name, file, changed(good, **changes), PRETRAIN, tree="pretraining", setup=TINY, named=("step_00",))
+        yield case(name, _edited(changes), refused=True)
     for name, content in broken_json('{"run": {"epochs": 2}}'):
         yield Case(f"config: {name}", "tree/run/config.json", content, PRETRAIN, tree="pretraining", setup=TINY,
                    named=("config.json", "tree/run"))  # fmt: skip
+
+
+def _edited(changes: dict[str, Any]) -> Edit:
+    return Edit(lambda data: changed(json.loads(data), **changes))
+
+
+def _without_older(path: Path) -> None:
+    """Only the newest state is left in the folder of `path`: none to fall back to."""
+    for manifest in sorted(path.parent.glob("step_*.json"))[:-1]:
+        manifest.unlink()
+        manifest.with_suffix(".pt").unlink()
 
 
 def samples() -> Iterator[Case]:
