@@ -41,6 +41,7 @@ LAZY = (
     "scipy.stats",
     "sklearn.cluster",
     "torch.utils.tensorboard",
+    "torch._dynamo",
     "cityscapesscripts.preparation.json2labelImg",
     "yaml",
 )
@@ -56,7 +57,8 @@ class Command:
     """One command and what happens to it.
 
     `entry` is a function (`module:function`) or a module that is run as `python -m` does; `setup` names a context
-    manager around it. After `kill_after_s` the process of rank `kill_rank` gets `kill_signal`.
+    manager around it. `kill_after_s` after the folder holds so many files of every pattern of `kill_when` (after the
+    start, where there is none), the process of rank `kill_rank` gets `kill_signal`.
     """
 
     arguments: tuple[str, ...]
@@ -67,6 +69,7 @@ class Command:
     environment: dict[str, str] = field(default_factory=dict)
     ranks: int = 1
     kill_after_s: float | None = None
+    kill_when: dict[str, int] = field(default_factory=dict)
     kill_rank: int = 0
     kill_signal: int = signal.SIGKILL
 
@@ -146,6 +149,8 @@ def import_everything(*, frameworks: bool) -> None:
     for name in LAZY:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    with contextlib.suppress(ImportError, AttributeError):  # half a second of every pretraining
+        importlib.import_module("twist.pretrain.data.photometric_cpu").compile_it()
 
 
 def serve(*, frameworks: bool) -> None:
@@ -174,7 +179,8 @@ def _run(command: Command) -> list[Ended]:
             _child(command, rank, output.fileno())
         pids.append(pid)
     ended: dict[int, tuple[int, float, int, bool]] = {}
-    killed = out_of_time = False
+    killing, out_of_time = command.kill_after_s is not None or bool(command.kill_when), False
+    clock: float | None = None  # when what the kill waits for was there
     while len(ended) < len(pids):
         for rank, pid in enumerate(pids):
             if rank in ended:
@@ -184,8 +190,10 @@ def _run(command: Command) -> list[Ended]:
                 peak = max(0, usage.ru_maxrss * 1024 - own)
                 ended[rank] = os.waitstatus_to_exitcode(status), time.monotonic() - began, peak, out_of_time
         elapsed = time.monotonic() - began
-        if command.kill_after_s is not None and not killed and elapsed >= command.kill_after_s:
-            killed = True
+        if killing and clock is None and _holds(command):
+            clock = elapsed
+        if killing and clock is not None and elapsed - clock >= (command.kill_after_s or 0.0):
+            killing = False
             if command.kill_rank not in ended:
                 os.kill(pids[command.kill_rank], command.kill_signal)
         if elapsed > command.seconds and not out_of_time:
@@ -205,6 +213,15 @@ def _run(command: Command) -> list[Ended]:
         output.close()
         answers.append(Ended(status, said, seconds, peak, late))
     return answers
+
+
+def _holds(command: Command) -> bool:
+    folder = Path(command.folder)
+    # Files that begin with a dot are still being written.
+    return all(
+        sum(not path.name.startswith(".") for path in folder.glob(pattern)) >= count
+        for pattern, count in command.kill_when.items()
+    )
 
 
 def _child(command: Command, rank: int, output: int) -> None:
