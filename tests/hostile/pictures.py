@@ -222,7 +222,7 @@ def resource_files() -> Iterator[Case]:
 
     bomb = zlib.compress(bytes(60 * 2**20))
     for name, content in {
-        "folders that overlap": rcc(tree),
+        "folders that overlap": rcc(tree, bytes(4)),
         "10^5 children": rcc(entry.pack(0, 2, 100_000, 1, 0) * 100),
         "children of 2^32": rcc(entry.pack(0, 2, 2**32 - 1, 1, 0)),
         "a folder in itself": rcc(entry.pack(0, 2, 1, 0, 0)),

@@ -69,7 +69,6 @@ def wrong_markdown(text: str, word: str) -> str | None:
         (r"`", "code"),
         (r"<http", "a link"),
         (r"(?m)^# ", "a heading"),
-        (r"-->", "the end of a marker"),
         (r"~~", "struck words"),
         (r"(?<![*\w])_\w+_(?!\w)", "emphasis"),
     ):
@@ -141,7 +140,10 @@ def _check(form: str, word: str) -> Callable[[Path, str], str | None]:
     def check(folder: Path, _said: str) -> str | None:
         file = folder / f"out.{FORMATS[form]}"
         # Refused with a sentence is as good: a method's name becomes part of a file's.
-        return WRONG[form](file.read_text(encoding="utf-8"), word) if file.exists() else None
+        try:
+            return WRONG[form](file.read_bytes().decode(), word) if file.exists() else None
+        except (csv.Error, ValueError) as error:
+            return f"cannot be read again: {error}"
 
     return check
 

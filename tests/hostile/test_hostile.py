@@ -23,6 +23,7 @@ from cases import NEVER_RUN, Case
 from forked import Command, Ended, Server
 from trees import Trees
 
+pytestmark = [pytest.mark.slow, pytest.mark.hostile]
 SECONDS = 20.0
 MOST_BYTES = int(1.5 * 2**30)
 # A sentence of this many characters is no sentence, and what a stranger's file says fills no terminal.
@@ -106,8 +107,6 @@ def faults_of(case: Case, ended: Ended, folder: Path) -> Iterator[str]:
         yield wrong
 
 
-@pytest.mark.slow
-@pytest.mark.hostile
 @pytest.mark.parametrize("kind", KINDS)
 def test_hostile_files_are_refused(kind: str, server: Server, trees: Trees, tmp_path: Path) -> None:
     chosen, count, failed = os.environ.get("HOSTILE_CASE", ""), 0, []

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from forked import Command, Server
@@ -31,9 +33,10 @@ class Trees:
             MAKERS[name](self, source)
         shutil.copytree(source, target, symlinks=True, copy_function=_linked)
 
-    def twist(self, *arguments: str, folder: Path, setup: str | None = None) -> None:
-        (ended,) = self._server.run(Command(arguments, str(folder), setup=setup, seconds=120))
-        assert ended.status == 0, ended.said
+    def twist(self, *arguments: str, folder: Path, **options: Any) -> None:
+        """Run `twist`, to its end or until it is killed; `options` are those of `Command`."""
+        (ended,) = self._server.run(Command(arguments, str(folder), seconds=120, **options))
+        assert ended.status == (-signal.SIGKILL if "kill_when" in options else 0), ended.said
 
 
 def _linked(source: str, target: str) -> None:
@@ -62,16 +65,11 @@ def _knn(trees: Trees, folder: Path) -> None:
 
 
 def _linear(trees: Trees, folder: Path) -> None:
-    """A run that was killed after its last epoch."""
+    """A run that was killed when it had its first checkpoint."""
     trees.copy("sample", folder / "data")
-    trees.twist(
-        "transfer", "sample-linear", "epochs=4", "--weights", "random", "--data", "data", "--output", "run",
-        folder=folder,
-    )  # fmt: skip
-    account = folder / "run" / "run.json"
-    values = json.loads(account.read_text())
-    account.write_text(json.dumps({**values, "state": "running", "record": None}))
-    shutil.rmtree(folder / "run" / "results")
+    run = ("transfer", "sample-linear", "epochs=4", "--weights", "random", "--data", "data", "--output", "run")
+    trees.twist(*run, folder=folder, kill_when={"run/checkpoint.pth": 1})
+    assert not (folder / "run" / "results").exists(), "it was not killed in time"
 
 
 def _pretraining(trees: Trees, folder: Path) -> None:
