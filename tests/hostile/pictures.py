@@ -241,7 +241,7 @@ def read_resource() -> None:
     import sys
 
     try:
-        from twist.catalog.sample.qt_resources import read_rcc
+        from twist.catalog.sample.photos import read_rcc
     except ImportError:
         return
     from twist.contracts.errors import UserError

@@ -510,6 +510,9 @@ def detectron2_configs() -> Iterator[Case]:
         "a list in itself": "MODEL: &a\n  PIXEL_MEAN: [*a]\n",
         "os.system": f'a: !!python/object/apply:os.system ["{TOUCH}"]\n' + good,
         "an object": f'a: !!python/object/new:subprocess.Popen [["{TOUCH}"]]\n' + good,
+        "os.system, in full": f'a: !<tag:yaml.org,2002:python/object/apply:os.system> ["{TOUCH}"]\n' + good,
+        "os.system, renamed": f'%TAG !e! tag:yaml.org,2002:python/\n---\na: !e!object/apply:os.system ["{TOUCH}"]\n'
+        + good,
         "another tag": "a: !evil 1\n" + good,
         "5,000 digits": "MODEL:\n  RESNETS:\n    DEPTH: " + "9" * 5000,
         "base of itself": "_BASE_: x.yaml\n" + good,
