@@ -664,8 +664,13 @@ def carried_out(
                 outcomes.append(outcome)
                 if outcome.verdict in ("LOST", "SILENTLY DIFFERENT"):
                     print(f"  {outcome.verdict}: {trial.work.name}, {outcome.done}: {outcome.reason[:200]}", flush=True)
+                if len(outcomes) % 100 == 0:
+                    print(f"  {len(outcomes)} of {len(trials)} trials", flush=True)
 
-        _in_parallel(labs, trials, carry_out)
+        try:
+            _in_parallel(labs, trials, carry_out)
+        except RuntimeError as error:  # a server was ended from outside: what was found counts
+            print(f"  not all trials: {error}", flush=True)
     return outcomes
 
 
