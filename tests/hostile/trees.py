@@ -1,0 +1,128 @@
+"""The trees that some hostile files lie in: a sample, runs of it, SBD beside VOC. Each is made once and copied."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from forked import Command, Server
+from PIL import Image
+from tiny_run import tiny_config
+
+from twist.contracts.config import Config
+
+LARGE = 2**20  # linked, not copied: nothing writes into large files
+
+
+class Trees:
+    """Prepared folders by name, each made once, when the first case asks for a copy."""
+
+    def __init__(self, server: Server, folder: Path) -> None:
+        self._server, self._folder = server, folder
+
+    def copy(self, name: str, target: Path) -> None:
+        source = self._folder / name
+        if not source.exists():
+            source.mkdir(parents=True)
+            MAKERS[name](self, source)
+        shutil.copytree(source, target, symlinks=True, copy_function=_linked)
+
+    def twist(self, *arguments: str, folder: Path, **options: Any) -> None:
+        """Run `twist`, to its end or until it is killed; `options` are those of `Command`."""
+        (ended,) = self._server.run(Command(arguments, str(folder), seconds=120, **options))
+        assert ended.status == (-signal.SIGKILL if "kill_when" in options else 0), ended.said
+
+
+def _linked(source: str, target: str) -> None:
+    # Of a sample every file is only read.
+    if os.path.getsize(source) > LARGE or source.endswith((".png", ".jpg", ".xml", ".txt")):
+        os.link(source, target)
+    else:
+        shutil.copy2(source, target)
+
+
+def _sample(trees: Trees, folder: Path) -> None:
+    trees.twist("data", "sample", "made", "--size", "tiny", folder=folder)
+    _lift(folder / "made")
+
+
+def _lift(folder: Path) -> None:
+    """What is in `folder` to where `folder` is."""
+    for item in folder.iterdir():
+        item.rename(folder.parent / item.name)
+    folder.rmdir()
+
+
+def _knn(trees: Trees, folder: Path) -> None:
+    trees.copy("sample", folder / "data")
+    trees.twist("transfer", "sample-knn", "--weights", "random", "--data", "data", "--output", "run", folder=folder)
+
+
+def _linear(trees: Trees, folder: Path) -> None:
+    """A run that was killed when it had its first checkpoint."""
+    trees.copy("sample", folder / "data")
+    run = ("transfer", "sample-linear", "epochs=4", "--weights", "random", "--data", "data", "--output", "run")
+    trees.twist(*run, folder=folder, kill_when={"run/checkpoint.pth": 1})
+    assert not (folder / "run" / "results").exists(), "it was not killed in time"
+
+
+def _pretraining(trees: Trees, folder: Path) -> None:
+    trees.copy("sample", folder / "data")
+    (folder / "tiny.toml").write_text(toml(tiny_config(Path("tree/data/unlabelled"))))
+    (folder / "tree").symlink_to(".")  # as the cases see it, from the folder above
+    trees.twist("pretrain", "tiny.toml", "--output", "run", folder=folder, setup="tiny_run:tiny_networks")
+    (folder / "tree").unlink()
+
+
+def _unpainted(trees: Trees, folder: Path) -> None:
+    trees.copy("sample", folder / "made")
+    _lift(folder / "made")
+    for painted in folder.glob("cityscapes/gtFine/train/aachen/aachen_000001_*_labelTrainIds.png"):
+        painted.unlink()
+
+
+def _weights(trees: Trees, folder: Path) -> None:
+    trees.copy("knn", folder / "x")
+    os.link(folder / "x" / "run" / "weights" / "random.safetensors", folder / "weights.safetensors")
+    shutil.rmtree(folder / "x")
+
+
+def _sbd(_: Trees, folder: Path) -> None:
+    """VOC's and SBD's folders with one image that only SBD has labels of, and 24 that VOC has."""
+    voc, sbd = folder / "VOC2012", folder / "sbd"
+    names = [f"2010_{i:06d}" for i in range(24)]
+    for place in (voc / "ImageSets" / "Segmentation", voc / "SegmentationClass", voc / "JPEGImages", sbd / "cls"):
+        place.mkdir(parents=True)
+    for part, listed in (("train", names), ("val", ["2011_000001"])):
+        (voc / "ImageSets" / "Segmentation" / f"{part}.txt").write_text("\n".join(listed) + "\n")
+    for part, listed in (("train", ["2020_000001"]), ("val", names[:1])):
+        (sbd / f"{part}.txt").write_text("\n".join(listed) + "\n")
+    for name in names:
+        Image.fromarray(np.zeros((34, 40), np.uint8)).save(voc / "SegmentationClass" / f"{name}.png")
+    (voc / "JPEGImages" / "2020_000001.jpg").touch()
+
+
+MAKERS: dict[str, Callable[[Trees, Path], None]] = {
+    "sample": _sample,
+    "knn": _knn,
+    "linear": _linear,
+    "pretraining": _pretraining,
+    "unpainted": _unpainted,
+    "weights": _weights,
+    "sbd": _sbd,
+}
+
+
+def toml(config: Config) -> str:
+    """A config as the file that it could have been read from."""
+    lines = []
+    for section, values in config.model_dump(mode="json").items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None and value != {}]
+    return "\n".join(lines) + "\n"
