@@ -309,7 +309,7 @@ def _not_that(where: str, layout: str) -> str:
 def why_not(where: str, value: dict[str, Any]) -> str:
     """Why nothing in a file can be converted, in one sentence."""
     found = list(state_dicts(value))
-    names = {_clean(name): tensor for _, tensors in found for name, tensor in tensors.items()}
+    names = {clean: tensors[name] for _, tensors in found for name, clean in _clean_names(tensors).items()}
     if not names:
         entries = ", ".join(map(str, list(value)[:6])) or "none"
         return f"{where} holds no tensors (entries: {entries}): save the state dict."
@@ -340,7 +340,7 @@ def state_at(value: Any, entry: tuple[str, ...]) -> dict[str, Tensor]:
     """The tensors at a path of entries, names without `module.` and `_orig_mod.`; {} when there are none."""
     value = _entry_at(value, entry)
     tensors = _tensors_of(value) if isinstance(value, dict) else {}
-    cleaned = {_clean(name): tensor for name, tensor in tensors.items()}
+    cleaned = {clean: tensors[name] for name, clean in _clean_names(tensors).items()}
     if len(cleaned) != len(tensors):
         raise UserError(
             "Two tensors have the same name once `module.` is taken away: save the network without its wrapper."
@@ -354,9 +354,15 @@ def _tensors_of(value: dict[Any, Any]) -> dict[str, Tensor]:
     return {str(name): item for name, item in value.items() if isinstance(item, torch.Tensor)}
 
 
+def _clean_names(names: Iterable[str]) -> dict[str, str]:
+    """Name in the file → name without what wrappers put before it."""
+    plain = {name: _clean(name) for name in names}
+    # DINOv2's chunks for FSDP (BlockChunk) number blocks through; an EfficientNet's stages each begin at 0.
+    joined = {name: re.sub(r"(^|\.)blocks\.\d+\.(\d+)\.", r"\1blocks.\2.", clean) for name, clean in plain.items()}
+    return joined if len(set(joined.values())) == len(set(plain.values())) else plain
+
+
 def _clean(name: str) -> str:
-    # DINOv2's chunks for FSDP (BlockChunk) number blocks through.
-    name = re.sub(r"(^|\.)blocks\.\d+\.(\d+)\.", r"\1blocks.\2.", name)
     name = name.replace("_orig_mod.", "")  # first: a compiled wrapper may be around a distributed one, or inside
     while name.startswith("module."):
         name = name.removeprefix("module.")

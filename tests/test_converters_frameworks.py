@@ -439,7 +439,8 @@ def test_the_printed_lines_load_every_tensor(
     exec(compile(text, "<printed>", "exec"), names)
     network = network_of_lines(names)
     written = proof.written_tensors(done.weights)
-    wanted = {name.removeprefix("backbone."): tensor for name, tensor in written.items()}
-    loaded = network.state_dict()
+    wanted = {name.removeprefix("backbone.").removeprefix("network."): tensor for name, tensor in written.items()}
+    # Our ViT for Detectron2 has its parameters in `network`.
+    loaded = {name.removeprefix("network."): tensor for name, tensor in network.state_dict().items()}
     assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
     assert {name.split(".")[0] for name in loaded.keys() - wanted.keys()} <= {"fc", "head"}

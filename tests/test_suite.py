@@ -566,7 +566,10 @@ def test_each_file_is_converted_once_with_what_the_suite_says(world: World, monk
 
     calls = []
 
-    def load(checkpoint: Path, *, layout: str | None = None, branch: str | None = None) -> Any:
+    def load(
+        checkpoint: Path, *, layout: str | None = None, branch: str | None = None, heads: int | None = None
+    ) -> Any:
+        assert heads is None
         calls.append((checkpoint.name, layout, branch))
         return {"conv1.weight": torch.zeros(2)}, Backbone(architecture="resnet18", method="unknown")
 

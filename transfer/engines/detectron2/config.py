@@ -105,7 +105,8 @@ class Detectron2Config(FrameworkConfig):
             if (found := known.get(name.removeprefix("sample_"))) is None:
                 continue
             row, split = found
-            if split.names.endswith(".json") and mask_format(row.place(request.data) / split.names) == "bitmask":
+            path = row.place(request.data) / split.names
+            if path.suffix == ".json" and path.is_file() and mask_format(path) == "bitmask":
                 return self._take_bitmasks()
         return []
 
