@@ -181,8 +181,11 @@ def test_a_conversion_from_before_the_restructure_is_understood(target: str, art
     assert after["proof"].keys() == before["proof"].keys()
     assert (folder / "tensors.txt").read_text() == (STORED / target / "tensors.txt").read_text()
     assert overlay is not None
-    read = yaml.safe_load if overlay.suffix == ".yaml" else str
-    assert read(overlay.read_text()) == read((STORED / target / overlay.name).read_text())
+    now, then = overlay.read_text(), (STORED / target / overlay.name).read_text()
+    if overlay.suffix == ".yaml":
+        assert yaml.safe_load(now) == yaml.safe_load(then)
+    else:  # the weights are found from any folder since, where a comment asked for their full path
+        assert now.replace("{{ fileDirname }}/", "").partition("model =")[2] == then.partition("model =")[2]
 
 
 def blocks(section: str, language: str) -> list[str]:
