@@ -130,8 +130,8 @@ def test_shipped_suites_are_valid_but_for_the_files_they_ask_for(tmp_path: Path)
             lines = str(error).splitlines()
             assert all("there is no file" in line for line in lines), lines
         assert path.read_text().startswith("# twist suite configs/suites/")
-    text = (ROOT / "configs" / "suites" / "paper.toml").read_text()
-    assert all(f'"{name}"' in text for name, row in PROTOCOLS.items() if row.scale == "full")
+    text = "".join((ROOT / "configs" / "suites" / name).read_text() for name in ("paper.toml", "frozen.toml"))
+    assert all(text.count(f'"{name}"') == 1 for name, row in PROTOCOLS.items() if row.scale == "full")
 
 
 def test_all_errors_at_once_before_anything_starts(world: World) -> None:
