@@ -414,13 +414,21 @@ def _csv(table: Table) -> str:
             numbers = ["measured", runs.mean, runs.sd, runs.n, len(runs.records), runs.pretrainings]
             gap = cell.difference
             compared = [baseline, gap.value, gap.p_value, gap.said] if gap else [""] * 4
-            writer.writerow([*where, *recipe, *numbers, *compared, "", "", ""])
+            writer.writerow(map(_csv_field, [*where, *recipe, *numbers, *compared, "", "", ""]))
         for value in cell.published:
             source = table.sources[value.source]
             # Its recipe is not known, whatever column it is shown in.
             numbers = [PUBLISHED, "", "", "published", value.value, value.sd, value.trials]
-            writer.writerow([*where, *numbers, *[""] * 6, source.text, source.read, value.note])
+            writer.writerow(map(_csv_field, [*where, *numbers, *[""] * 6, source.text, source.read, value.note]))
     return buffer.getvalue()
+
+
+def _csv_field(value: Any) -> Any:
+    """A text that a spreadsheet would take for a formula, behind an apostrophe; numbers as they are."""
+    if not isinstance(value, str):
+        return value
+    line = value.replace("\r", " ")
+    return f"'{line}" if line.startswith(("=", "+", "-", "@", "\t", "＝", "＋", "－", "＠")) else line
 
 
 def _json(table: Table) -> str:

@@ -278,9 +278,10 @@ RECIPES = SHIPPED / "pretrain"
 def find_config(path: Path) -> Path:
     """`path`, or our config of that name, wherever it was installed: `smoke` is `configs/pretrain/smoke.toml`."""
     ours = RECIPES / f"{path.name.removesuffix('.toml')}.toml"
-    if path.exists():
+    by_name = path.parent == Path() and ours.is_file()
+    if path.is_file() or (path.exists() and not by_name):  # a folder `sample` does not hide our config of that name
         return path
-    if path.parent == Path() and ours.is_file():
+    if by_name:
         return ours
     names = sorted(file.stem for file in RECIPES.glob("*.toml"))
     raise UsageError(

@@ -72,7 +72,8 @@ def test_wrong_usage_is_one_sentence(
     arguments: list[str], status: int, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_images(tmp_path / "images")
-    (tmp_path / "configs.toml").mkdir()
+    for folder in ("configs.toml", "smoke"):  # a folder of that name does not hide our config `smoke`
+        (tmp_path / folder).mkdir()
     (tmp_path / "file").write_text("mine")
     monkeypatch.chdir(tmp_path)
     done = twist(*arguments)

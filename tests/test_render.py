@@ -90,6 +90,13 @@ def test_latex(table: Table) -> None:
     assert re.search(r"\\textit\{67\.5\}\$\^\{\w\}\$", text)
 
 
+@pytest.mark.parametrize("method", ["=1+1", "+1", "-1", "@SUM(A1)", "＝1"])
+def test_no_field_of_csv_is_a_formula(method: str) -> None:
+    rows = csv_rows(build_table([make_record(method), make_record("twist")]))
+    assert {row["method"] for row in rows} == {f"'{method}", "twist"}
+    assert all(float(row["value"]) >= 0 for row in rows)
+
+
 def test_csv(table: Table) -> None:
     rows = csv_rows(table)
     twist = next(row for row in rows if row["method"] == "twist")
