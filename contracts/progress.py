@@ -40,21 +40,8 @@ class Progress:
     def __enter__(self) -> Progress:
         self._began = self._printed = time.monotonic()
         if not self.quiet and sys.stderr.isatty():
-            from rich import progress as rich_progress
-            from rich.console import Console
-
-            self._bar = rich_progress.Progress(
-                rich_progress.TextColumn("[bold]{task.description}"),
-                rich_progress.BarColumn(bar_width=None),
-                rich_progress.MofNCompleteColumn(),
-                rich_progress.TextColumn("{task.fields[values]}"),
-                rich_progress.TimeElapsedColumn(),
-                rich_progress.TextColumn("left"),
-                rich_progress.TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=False,
-            )
-            self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, values="")
+            self._bar = _rich_bar(self.unit)
+            self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, values=[])
             self._bar.start()
         return self
 
@@ -73,7 +60,7 @@ class Progress:
         for listener in listeners:
             listener(self.title, self.done, self.total, time.monotonic() - self._began)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, values=_text(self._values))
+            self._bar.update(self._task, completed=self.done, values=_texts(self._values))
         elif not self.quiet and time.monotonic() - self._printed >= self.every_s:
             self._line()
 
@@ -83,17 +70,56 @@ class Progress:
         elapsed = now - self._began
         rate = (self.done - self._first) / elapsed if elapsed > 0 else 0.0
         total = "" if self.total is None else f"/{self.total}"
-        line = f"{self.title}: {self.done}{total} {self.unit}s, "
-        line += f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-        line += f" {self.unit}s/s, {duration(elapsed)}"
+        line = f"{self.title}: {self.done}{total} {self.unit}s, {_rate(rate)} {self.unit}s/s, {duration(elapsed)}"
         if not final and self.total is not None and rate > 0:
             line += f", {duration((self.total - self.done) / rate)} left"
-        line += f" | {_text(self._values)}" if self._values else ""
+        line += f" | {'  '.join(_texts(self._values))}" if self._values else ""
         print(line, file=sys.stderr, flush=True)
 
 
-def _text(values: Mapping[str, Any]) -> str:
-    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+def _rich_bar(unit: str) -> Any:
+    """A bar whose count, rate and times stay at any width; values stand below it as far as they fit."""
+    from rich import progress
+    from rich.console import Console
+    from rich.table import Column
+    from rich.text import Text
+
+    class Bar(progress.Progress):
+        def get_renderables(self) -> Any:
+            yield self.make_tasks_table(self.tasks)
+            for task in self.tasks:
+                line = ""
+                for value in task.fields["values"]:
+                    if len(line) + 2 + len(value) > self.console.width:
+                        break
+                    line += f"  {value}"
+                if line:
+                    yield Text(line, style="dim", no_wrap=True)
+
+    class Rate(progress.ProgressColumn):
+        def render(self, task: progress.Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{_rate(speed)} {unit}s/s", no_wrap=True)
+
+    return Bar(
+        progress.TextColumn("{task.description}", table_column=Column(overflow="ellipsis", no_wrap=True, ratio=2)),
+        progress.BarColumn(bar_width=None, table_column=Column(ratio=3)),
+        progress.MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        Rate(table_column=Column(no_wrap=True)),
+        progress.TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        progress.TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        progress.TextColumn("left", table_column=Column(no_wrap=True)),
+        console=Console(stderr=True),
+        expand=True,
+    )
+
+
+def _texts(values: Mapping[str, Any]) -> list[str]:
+    return [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()]
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -330,3 +332,34 @@ def test_no_torch_at_import() -> None:
     modules = ["config", "weights", "record", "metrics", "errors", "files", "images", "progress", "machine"]
     code = f"import sys; {'; '.join(f'import twist.contracts.{m}' for m in modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+BAR = """
+import fcntl, struct, termios, time
+fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack("HHHH", 40, {width}, 0, 0))
+from twist.contracts.progress import Progress
+values = dict(loss=-3.12345, lr=0.12, row_entropy=3.4567, mean_entropy_share=0.98, agreement=0.4, classes=401, norm=1.2)
+with Progress("pretrain r50_multicrop_850ep", total=123456, unit="step") as progress:
+    for _ in range(4):
+        time.sleep(0.15)
+        progress.advance(100, **values)
+"""
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_the_bar_keeps_count_rate_and_time_left_on_a_terminal_of_any_width(width: int) -> None:
+    child, terminal = pty.fork()
+    if child == 0:
+        environment = {"PATH": os.environ["PATH"], "TERM": "xterm-256color"}  # without COLUMNS, which readline sets
+        os.execve(sys.executable, [sys.executable, "-c", BAR.format(width=width)], environment)
+    written = b""
+    with contextlib.suppress(OSError):  # Linux says with an input/output error that the other side is closed
+        while part := os.read(terminal, 65536):
+            written += part
+    assert os.waitpid(child, 0)[1] == 0, written.decode()
+    lines = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", written).decode().replace("\r", "\n").split("\n")
+    bars = [line for line in lines if "/123456" in line]
+    assert re.search(r"400/123456 [\d.,]+ steps/s 0:00:0\d \d:\d\d:\d\d left", bars[-1])
+    shown = [line for line in lines if line.startswith("  loss -3.123")][-1]
+    assert len(shown) <= width
+    assert ("norm 1.2" in shown) == (width >= 120)
