@@ -32,6 +32,8 @@ define types
 @rm -rf .types && mkdir -p .types/twist && ln -s $(abspath $(wildcard twist/*.py) $(ROOMS)) .types/twist/
 endef
 
+LOCKED := pretrain convert compare hub onnx zoo ray wandb mlflow transfer dev docs
+
 .PHONY: install demo demo-photos check test test-all hostile bench lock format clean
 
 install: $(INSTALLED)
@@ -85,7 +87,7 @@ format: install
 	$(BIN)/ruff check --fix .
 
 lock: $(UV)
-	$(UV) pip compile --universal --generate-hashes --python-version 3.11 --all-extras --no-header --no-annotate \
+	$(UV) pip compile --universal --generate-hashes --python-version 3.11 $(LOCKED:%=--extra %) --no-header --no-annotate \
 	  --no-emit-package detectron2 --no-emit-package twist-suite pyproject.toml --output-file requirements.lock
 
 clean:

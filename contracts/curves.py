@@ -1,4 +1,4 @@
-"""The curves of a run: `metrics.jsonl` (one JSON object a line), the same in TensorBoard, and pictures of them.
+"""The curves of a run: `metrics.jsonl` (one JSON object a line), the same in trackers, and pictures of them.
 
 A row has a key, `step` or `epoch`, that counts up. A resumed run first drops the rows it is going to write again, and a
 line that a killed run left unfinished. A number that is not finite is null, since JSON has no NaN.
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twist.contracts import files
+from twist.contracts.trackers import Logger, TensorBoard, Tracker, open_tracker
 
 CURVES = "metrics.jsonl"
 POINTS = 1000  # of a line in a picture: each is the mean of its share of the rows
@@ -39,17 +40,19 @@ def read_rows(path: Path) -> Rows:
 
 class Curves:
     """Appends rows to the file at `path`, after dropping those whose `key` is `start` or more; `board` is TensorBoard's
-    folder, where there is to be one."""
+    folder and `logger` a tracker, where there are to be such."""
 
-    def __init__(self, path: Path, *, start: int, key: str = "step", board: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, *, start: int, key: str = "step", board: Path | None = None, logger: Logger | None = None
+    ) -> None:
         kept = [row for row in read_rows(path) if row[key] < start]
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.path, self._key = path, key
-        self._board: Any = None
+        self._trackers: list[Tracker] = []
         if board is not None:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-            self._board = SummaryWriter(str(board), purge_step=start)
+            self._trackers.append(TensorBoard(board, start))
+        if logger is not None:
+            self._trackers.append(open_tracker(logger, path.parent))
 
     def add(self, position: int, values: Mapping[str, Any]) -> None:
         """Append one row, with `position` as its key."""
@@ -58,14 +61,14 @@ class Curves:
             file.write(json.dumps({self._key: position, **row}) + "\n")
 
     def plot(self, position: int, values: Mapping[str, Any], *, tag: str = "") -> None:
-        """Give TensorBoard the numbers among `values`, each as `tag` and its name."""
-        for name, value in values.items() if self._board is not None else ():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(tag + name, value, position)
+        """Give TensorBoard and the tracker the numbers among `values`, each as `tag` and its name."""
+        numbers = {tag + name: value for name, value in values.items() if isinstance(value, (int, float))}
+        for tracker in self._trackers:
+            tracker.add(numbers, position)
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class Panel(NamedTuple):

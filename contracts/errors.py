@@ -16,6 +16,9 @@ EXTRAS: Final[dict[str, tuple[str, ...]]] = {
     "compare": ("scipy", "jinja2", "tabulate"),
     "transfer": ("torch", "torchvision", "timm", "safetensors", "PIL", "fvcore", "matplotlib", "sklearn", "scipy"),
     "hub": ("datasets",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "trackio": ("trackio",),
 }
 # Packages that only some commands of an extra need.
 PARTS: Final = {"tensorboard": "pretrain", "submitit": "pretrain"} | dict.fromkeys(

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model
 from twist.contracts.config import MOST_SEED, SHIPPED, Config, added
 from twist.contracts.errors import UsageError, did_you_mean
 from twist.contracts.images import MAX_PIXELS
+from twist.contracts.trackers import Logger
 from twist.contracts.weights import Architecture, Resize, Vit, is_vit, stem_of, usual_vit
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -197,6 +198,8 @@ class RunConfig(Config):
     # Every so many epochs, k-NN and NMI on a labelled folder with train/ and val/ (None: never).
     online_eval_root: str | None = None
     online_eval_every_epochs: int = Field(default=10, gt=0)
+    # An experiment tracker beside TensorBoard; it gets nothing unless it is named here.
+    logger: Logger | None = added(None)
 
     @model_validator(mode="before")
     @classmethod

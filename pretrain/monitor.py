@@ -22,6 +22,7 @@ from torch import Tensor
 from twist.contracts.curves import CURVES, Curves, Panel, draw, read_rows
 from twist.contracts.errors import UserError
 from twist.contracts.progress import Progress
+from twist.contracts.trackers import Logger
 from twist.pretrain import distributed
 
 EVALUATIONS = "online_eval.jsonl"
@@ -104,8 +105,17 @@ class Monitor:
     `nonfinite_streak` is how many steps in a row were skipped up to the last one written.
     """
 
-    def __init__(self, folder: Path, *, classes: int, steps: int, first_step: int, first_epoch: int = 0) -> None:
-        self._folder, self._classes, self._first = folder, classes, (first_step, first_epoch)
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        classes: int,
+        steps: int,
+        first_step: int,
+        first_epoch: int = 0,
+        logger: Logger | None = None,
+    ) -> None:
+        self._folder, self._classes, self._first, self._logger = folder, classes, (first_step, first_epoch), logger
         self._pending: list[tuple[dict[str, Any], list[float], Observed]] = []
         self._write_sent: Callable[[], str | None] = lambda: None  # what was sent before, once
         self._alarm = CollapseAlarm(classes)
@@ -115,7 +125,8 @@ class Monitor:
 
     def __enter__(self) -> Monitor:
         if distributed.rank() == 0:
-            self._curves = Curves(self._folder / CURVES, start=self._first[0], board=self._folder / "tensorboard")
+            board = self._folder / "tensorboard"
+            self._curves = Curves(self._folder / CURVES, start=self._first[0], board=board, logger=self._logger)
         self._progress.__enter__()
         self._since = time.monotonic()
         return self

@@ -101,7 +101,10 @@ class Run:
         """Inside the `with`, steps are reported to the run's folder, and `stop` is looked at."""
         self._stop, self._vote, at = stop, distributed.Vote(), self.position
         classes, steps = self.config.model.classes, self.plan.steps
-        self._monitor = Monitor(self.output, classes=classes, steps=steps, first_step=at.steps, first_epoch=at.epoch)
+        self._monitor = Monitor(
+            self.output, classes=classes, steps=steps, first_step=at.steps, first_epoch=at.epoch,
+            logger=self.config.run.logger,
+        )  # fmt: skip
         with self._monitor:
             # A run that was killed while it evaluated has that epoch's checkpoint, and no evaluation of it.
             due = at.epoch > 0 and not at.samples and self._is_evaluated(at.epoch - 1)

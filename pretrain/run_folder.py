@@ -29,7 +29,7 @@ NOT_IDENTITY: dict[str, set[str]] = {
     "data": {"root", "workers", "bad_image_share"},
     "run": {
         "log_every_steps", "checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints",
-        "max_nonfinite_steps", "on_collapse", "online_eval_root", "online_eval_every_epochs", "device",
+        "max_nonfinite_steps", "on_collapse", "online_eval_root", "online_eval_every_epochs", "device", "logger",
     },
 }  # fmt: skip
 # What a run writes beside its config; one of them without the config is somebody else's.

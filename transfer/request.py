@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from twist.catalog.card_data import CardData
 from twist.contracts.config import Config, parse_override, validate
+from twist.contracts.trackers import Logger
 from twist.contracts.weights import Architecture, Backbone
 from twist.transfer.protocols import Protocol
 
@@ -33,6 +34,8 @@ class Controls(Config):
     epochs: float | None = Field(default=None, gt=0)
     # Of a data card: what its paths are relative to.
     root: str | None = None
+    # An experiment tracker, which gets the run's curves.
+    logger: Logger | None = None
     # Several machines, each with `--gpus`; the same command on every one with its own node_rank.
     nodes: int = Field(default=1, gt=0)
     node_rank: int = Field(default=0, ge=0)

@@ -23,6 +23,7 @@ from twist.contracts import files
 from twist.contracts.curves import CURVES, Curves
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.progress import Progress
+from twist.contracts.trackers import Logger
 from twist.contracts.weights import difference
 from twist.transfer import recipe
 from twist.transfer.pictures import plot_losses
@@ -211,10 +212,10 @@ def prove_loaded(title: str, tensors: Mapping[str, Any], state: Mapping[str, Any
 class TrainingLog:
     """Curves and progress of a training from step `start` to `total`, in the first process of a run."""
 
-    def __init__(self, output: Path, *, start: int, total: int) -> None:
+    def __init__(self, output: Path, *, start: int, total: int, logger: Logger | None = None) -> None:
         self.every = max(1, min(20, total // 50))
         self._total = total
-        self._curves = Curves(output / CURVES, start=start + 1)
+        self._curves = Curves(output / CURVES, start=start + 1, logger=logger)
         self._progress = Progress("train", total=total, unit="step", start=start).__enter__()
 
     def step(self, done: int, values: Callable[[], Mapping[str, float]]) -> None:
@@ -226,6 +227,7 @@ class TrainingLog:
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss {loss} at iteration {done}")
         self._curves.add(done, numbers)
+        self._curves.plot(done, numbers)
         self._progress.advance(done - self._progress.done, loss=loss)
         if self.finished:  # the evaluation that follows shows its own
             self._progress.__exit__(None, None, None)

@@ -243,11 +243,16 @@ def _linear(setup: Setup, extractor: DenseExtractor) -> Result:
     train, val = (_dense(setup, extractor, one, name) for one, name in ((setup.train, "train"), (setup.val, "val")))
     chosen, held = linear_seg.split_holdout(config, train.images)
     maps = torch.stack([_loss_map(setup, image, train) for image in range(train.images)])
-    curves = Curves(setup.request.output / CURVES, start=1)
+    curves = Curves(setup.request.output / CURVES, start=1, logger=setup.request.controls.logger)
+
+    def step_done(step: int, values: dict[str, float]) -> None:
+        curves.add(step, values)
+        curves.plot(step, values)
+
     try:
         heads = linear_seg.train(
             train, lambda image: maps[image].long(), chosen, config, classes=classes, seed=setup.request.seed,
-            device=setup.device, step_done=curves.add,
+            device=setup.device, step_done=step_done,
         )  # fmt: skip
     finally:
         curves.close()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from twist.contracts.curves import CURVES, Curves
+from twist.contracts.trackers import Logger
 
 LOG = "log.txt"
 BOARD = "tensorboard"
@@ -29,9 +30,11 @@ class Journal:
     Use it in a `with`. Rows after `done`, the last step of the checkpoint that training goes on from, are dropped.
     """
 
-    def __init__(self, output: Path, *, done: int, quiet: bool) -> None:
+    def __init__(self, output: Path, *, done: int, quiet: bool, logger: Logger | None = None) -> None:
         self._output = output
-        self._curves = None if quiet else Curves(output / CURVES, start=done + 1, board=output / BOARD)
+        self._curves = None
+        if not quiet:
+            self._curves = Curves(output / CURVES, start=done + 1, board=output / BOARD, logger=logger)
 
     def __enter__(self) -> Journal:
         return self

@@ -176,10 +176,11 @@ class Trainer:
         model: nn.Module = self.model
         if rank.count > 1:
             model = DistributedDataParallel(model, device_ids=[rank.index] if rank.device.type == "cuda" else None)
+        request = self.setup.request
         total, start, quiet = recipe.epochs * steps, len(history) * steps, rank.index > 0
         with (
             Progress(recipe.kind, total=total, start=start, quiet=quiet, unit="step") as progress,
-            Journal(self.setup.request.output, done=start, quiet=quiet) as journal,
+            Journal(request.output, done=start, quiet=quiet, logger=request.controls.logger) as journal,
         ):
             for epoch in range(len(history), recipe.epochs):
                 rates = {name: peak * cosine(epoch / recipe.epochs) for name, peak in recipe.rates.items()}
