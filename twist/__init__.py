@@ -13,7 +13,11 @@ if (_CLONE / "contracts").is_dir() and (_CLONE / "pyproject.toml").is_file():
 
 # What a program calls, and where it lives: `twist.inspect(path)`, `twist.load_artefact(path) → (tensors, header)`. They
 # are looked up when they are used, so that `import twist` stays without torch.
-_PUBLIC = {"inspect": "converters.inspect", "load_artefact": "converters.read"}
+_PUBLIC = {
+    "inspect": "converters.inspect",
+    "load_artefact": "converters.read",
+    "features": "transfer.features",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -130,6 +130,27 @@ def inspect(
 
 
 @app.command()
+def features(
+    paths: Annotated[list[Path], typer.Argument(metavar="WEIGHTS… IMAGES", help="Checkpoints, then a folder.")],
+    pca: Annotated[bool, typer.Option("--pca", help="Draw the first three principal components as colours.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Default features.png, or features.npz without --pca.")] = None,
+    size: Annotated[int, typer.Option(min=16, help="Pixels of the longer side.")] = 448,
+) -> None:
+    """Dense features of your own pictures: as arrays, or as colours, several weights side by side."""
+    require("convert")
+    from twist.transfer import features as dense
+
+    *weights, pictures = paths
+    if not weights or (len(weights) > 1 and not pca):
+        raise UsageError("Give WEIGHTS and IMAGES, in this order; several WEIGHTS with --pca.")
+    images = dense.find_images(pictures)
+    if pca:
+        print(dense.draw_features(weights, images, output or Path("features.png"), size=size))
+    else:
+        print(dense.save_features(weights[0], images, output or Path("features.npz"), size=size))
+
+
+@app.command()
 def convert(
     checkpoint: Annotated[Path | None, typer.Argument(show_default=False)] = None,
     to: Annotated[str | None, typer.Option(metavar="TARGET", help="detectron2, mmseg, torchvision or timm.")] = None,
