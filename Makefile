@@ -6,6 +6,7 @@
 #   make check          format, lint, types, fast tests, tables that are not stale (100 seconds on two cores)
 #   make test           every test of a clone, with an end-to-end run through both frameworks (twelve minutes)
 #   make test-all       what needs more: the wheel, from the package registry into empty environments
+#   make docs           the documentation site, in build/docs
 #   make bench          the programs behind every performance figure
 #   make lock           requirements.lock again, from pyproject.toml
 
@@ -34,7 +35,7 @@ endef
 
 LOCKED := pretrain convert compare hub onnx zoo ray wandb mlflow transfer dev docs
 
-.PHONY: install demo demo-photos check test test-all hostile bench lock format clean
+.PHONY: install demo demo-photos check test test-all hostile docs bench lock format clean
 
 install: $(INSTALLED)
 
@@ -78,6 +79,10 @@ test-all: install
 
 hostile: install
 	$(BIN)/pytest -m "$(OPEN)"
+
+docs: install
+	$(types)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: install
 	$(BIN)/python -m benchmarks

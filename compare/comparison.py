@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from twist.compare.table import Table, build_table
 from twist.contracts.errors import UsageError
 from twist.contracts.metrics import METRICS
 from twist.contracts.published import PublishedRow, load_published, select
 from twist.contracts.record import RunRecord, find_collections, read_records
+
+if TYPE_CHECKING:
+    import pandas
 
 Found = list[tuple[Path, RunRecord]]
 
@@ -71,6 +75,45 @@ def compare(
     _check_metrics(choice.metrics, _metrics_in(records, _published_for(records, choice)[0]))
     made = [_comparison(found, choice, study if len(studies) > 1 else None) for study, found in read]
     return [one for one in made if one.table.columns] or made
+
+
+def compare_records(*paths: str | Path, baseline: str | None = None, published: bool | None = None) -> pandas.DataFrame:
+    """The table of `twist compare PATHS` as a frame with a row for each of its cells.
+
+    Columns: study, method, row (its label), protocol, scale, metric, unit, mean, sd, n (of pretrainings or random
+    initialisations), difference (to the row called `baseline`), p (of Welch's t-test), published (others' number for
+    this cell) and source.
+
+    Raises:
+        UserError: a path without records, or records that may not meet.
+    """
+    import pandas
+
+    comparisons = compare([Path(path) for path in paths], Choice(baseline, True, published))
+    return pandas.DataFrame([cell for one in comparisons for cell in _cells(one)])
+
+
+def _cells(comparison: Comparison) -> Iterator[dict[str, Any]]:
+    table = comparison.table
+    for (row, column), cell in sorted(table.cells.items()):
+        of, measured, difference = table.columns[column], cell.measured, cell.difference
+        published = cell.published[0] if cell.published else None
+        yield {
+            "study": comparison.folder.name if comparison.folder else None,
+            "method": table.rows[row].method,
+            "row": table.rows[row].label,
+            "protocol": of.protocol,
+            "scale": of.scale,
+            "metric": of.metric,
+            "unit": of.definition.unit,
+            "mean": measured.mean if measured else None,
+            "sd": measured.sd if measured else None,
+            "n": measured.n if measured else 0,
+            "difference": difference.value if difference else None,
+            "p": difference.p_value if difference else None,
+            "published": published.value if published else None,
+            "source": table.sources[published.source].text if published else None,
+        }
 
 
 def _comparison(found: Found, choice: Choice, folder: Path | None) -> Comparison:

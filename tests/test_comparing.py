@@ -10,6 +10,7 @@ from made_records import make_record, runs
 
 from twist import comparing
 from twist.cli import app
+from twist.compare.comparison import compare_records
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.record import RunRecord, find_records, read_records, write_record
@@ -380,3 +381,11 @@ def test_the_table_of_what_was_made_comes_before_the_failure(
     with pytest.raises(UserError, match="1 of 5 runs failed"):
         twist("suite", tmp_path / "suite.toml", "--data", tmp_path)
     assert "[+10.0*]" in capsys.readouterr().out
+
+
+def test_in_python_the_table_is_a_frame_with_a_row_for_each_cell() -> None:
+    frame = compare_records(ROOT / "results" / "study", baseline="random", published=False)
+    (cell,) = frame[(frame.method == "twist") & (frame.metric == "knn_top1_percent")].to_dict("records")
+    assert (cell["n"], round(cell["mean"], 1), round(cell["difference"], 1)) == (3, 55.4, 21.9)  # as in the README
+    assert cell["p"] < 0.05
+    assert frame[frame.method == "random"].difference.isna().all()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from twist.contracts.config import load_config
 from twist.contracts.errors import UsageError
 from twist.converters.convert import TARGETS
 from twist.pretrain.config import PretrainConfig, find_config
-from twist.transfer.protocols import find_protocol
+from twist.transfer.protocols import PROTOCOLS, find_protocol
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -155,3 +158,23 @@ def test_pages_that_code_and_configs_cite_are_there() -> None:
         if path.name != "published.toml":  # cites pages of others, which have large letters elsewhere
             cited = set(re.findall(r"(?<![\w/])[a-z][\w-]*\.md\b", path.read_text()))
             assert cited <= pages, f"{path} cites {cited - pages}"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    rooms = tmp_path / "types" / "twist"
+    rooms.mkdir(parents=True)
+    for part in (*(ROOT / "twist").glob("*.py"), *(path.parent for path in ROOT.glob("*/__init__.py"))):
+        if part.name not in ("twist", "tests", "benchmarks"):
+            (rooms / part.name).symlink_to(part)
+    settings = (ROOT / "mkdocs.yml").read_text().replace("[.types]", f"[{tmp_path / 'types'}]")
+    settings = settings.replace("docs_dir: docs", f"docs_dir: {ROOT / 'docs'}").replace("[docs/", f"[{ROOT}/docs/")
+    (tmp_path / "mkdocs.yml").write_text(settings)
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
+        cwd=tmp_path, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    assert "run_transfer" in (tmp_path / "site" / "python" / "index.html").read_text()
+    protocols = (tmp_path / "site" / "protocols" / "index.html").read_text()
+    assert all(name in protocols for name in PROTOCOLS)

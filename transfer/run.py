@@ -72,7 +72,9 @@ def transfer(
         eval_only: evaluate the last checkpoint of the run in the folder, without training.
         overrides: `key=value` on the engine's own config, or on `twist.transfer.request.Controls`.
         method: what the record calls the method; None takes what the weights say.
-        layout, branch, heads: of the checkpoint, as for `twist convert`; None finds them by its content.
+        layout: of the checkpoint, as for `twist convert`; None finds it by the content.
+        branch: one of the layout's; None takes its first.
+        heads: of a ViT whose file does not say them.
 
     Raises:
         UsageError: an unknown protocol or layout, an unknown or impossible override.

@@ -14,13 +14,16 @@ if (_CLONE / "contracts").is_dir() and (_CLONE / "pyproject.toml").is_file():
 # What a program calls, and where it lives: `twist.inspect(path)`, `twist.load_artefact(path) → (tensors, header)`. They
 # are looked up when they are used, so that `import twist` stays without torch.
 _PUBLIC = {
-    "inspect": "converters.inspect",
-    "load_artefact": "converters.read",
-    "features": "transfer.features",
+    "inspect": "converters.inspect:inspect",
+    "load_artefact": "converters.read:load_artefact",
+    "features": "transfer.features:features",
+    "run_transfer": "transfer.run:transfer",
+    "compare_records": "compare.comparison:compare_records",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'twist' has no attribute {name!r}")
-    return getattr(import_module(f"twist.{_PUBLIC[name]}"), name)
+    module, _, function = _PUBLIC[name].partition(":")
+    return getattr(import_module(f"twist.{module}"), function)
