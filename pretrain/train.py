@@ -76,6 +76,15 @@ def pretrain(config: PretrainConfig, *, output: Path, resume: bool = False) -> P
     return result
 
 
+def print_plan(config: PretrainConfig) -> None:
+    """Print what a run of `config` in these processes would do; nothing is written."""
+    with distributed.process_group(config.run.device) as device:
+        loader, plan = _plan(config, device=device)
+        loader.close()
+    if distributed.rank() == 0:
+        print(plan.render(), *filter(None, (plan.lack_of_steps(), plan.lack_of_shared_memory())), sep="\n")
+
+
 def _train(run: Run, loader: ViewLoader, stop: StopFlag) -> Path:
     config, student = run.config, distributed.data_parallel(run.student, run.device)
     with run.reporting(stop):

@@ -13,6 +13,7 @@ import torch
 from imagenet_tree import write_tree
 from safetensors.torch import save_file
 
+from twist.cli import app
 from twist.contracts import run_folder as folder
 from twist.contracts.errors import UserError
 from twist.contracts.networks import build_backbone
@@ -160,3 +161,18 @@ def test_a_run_of_an_earlier_version_is_continued_to_the_end_of_an_uninterrupted
     assert [row["epoch"] for row in first] == [0, 1, 2]
     assert first[0] == json.loads((STORED / "run" / "metrics.jsonl").read_text()), "what was done is kept"
     assert [row["loss"] for row in first] == pytest.approx([row["loss"] for row in second], rel=1e-5)
+
+
+def test_a_plan_says_what_a_run_would_do_and_leaves_nothing(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["transfer", "linear", *QUICK, "--weights", "random", "--data", tree, "--gpus", "0", "--dry-run"]
+    app([str(word) for word in words], standalone_mode=False)
+    planned = capsys.readouterr().out
+    assert "batch_size" in planned
+    assert "hours" in planned
+    words = ["pretrain", "smoke", f"data.root={tree}/train", "run.epochs=3", "--dry-run"]
+    app(words, standalone_mode=False)
+    assert "epochs" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

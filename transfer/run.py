@@ -13,10 +13,11 @@ import importlib
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from twist.catalog.before_run import identify_data, require_data
 from twist.catalog.card import find_card
@@ -80,6 +81,52 @@ def transfer(
         UsageError: an unknown protocol or layout, an unknown or impossible override.
         UserError: data, weights or run folder that are not what they should be; memory that ran out.
     """
+    asked = _ask(
+        protocol, weights=weights, data=data, seed=seed, gpus=gpus, output=output, results=results, resume=resume,
+        eval_only=eval_only, overrides=overrides, method=method, layout=layout, branch=branch, heads=heads,
+    )  # fmt: skip
+    # The other nodes of one run write beside the first, which holds the folder for all.
+    with run_folder.locked(asked.request.output) if asked.request.leads else contextlib.nullcontext():
+        return _measure(asked)
+
+
+def plan(protocol: str, **options: Any) -> str:
+    """What `transfer` with these arguments would do, as text; the weights are converted, and no folder is written."""
+    with tempfile.TemporaryDirectory() as folder:
+        request, engine, *_ = _ask(protocol, **{**options, "output": Path(folder), "results": None})
+        with frameworks_quiet():
+            resolved = importlib.import_module(engine.module).resolve(request, prepare_weights(request, engine))
+    hours = "not measured here" if request.protocol.hours is None else f"{request.protocol.hours:.3g}"
+    devices = f"{request.protocol.gpus} GPUs" if request.protocol.gpus else "a CPU"
+    return f"{resolved.plan}\nhours of the whole recipe on {devices}: {hours}"
+
+
+class _Asked(NamedTuple):
+    request: Request
+    engine: Engine
+    data_name: str | None
+    sample: dict[str, Any] | None
+    results: Path
+
+
+def _ask(
+    protocol: str,
+    *,
+    weights: str,
+    data: Path | None,
+    seed: int = 0,
+    gpus: int | None = None,
+    output: Path | None = None,
+    results: Path | None = None,
+    resume: bool = False,
+    eval_only: bool = False,
+    overrides: Sequence[str] = (),
+    method: str | None = None,
+    layout: str | None = None,
+    branch: str | None = None,
+    heads: int | None = None,
+) -> _Asked:
+    """Everything that is known before the weights are read; nothing is written."""
     row = find_protocol(protocol)
     engine = all_engines()[row.engine]
     require(engine.extra, *engine.packages)
@@ -99,15 +146,12 @@ def transfer(
         row, root, output, **given, seed=seed, gpus=_choose_gpus(gpus, row), overrides=rest, controls=controls,
         resume=resume, eval_only=eval_only, own=own,
     )  # fmt: skip
-    # The other nodes of one run write beside the first, which holds the folder for all.
-    with run_folder.locked(output) if request.leads else contextlib.nullcontext():
-        return _measure(request, engine, data_name, sample, results)
+    return _Asked(request, engine, data_name, sample, results)
 
 
-def _measure(
-    request: Request, engine: Engine, data_name: str | None, sample: dict[str, Any] | None, results: Path
-) -> RunRecord:
+def _measure(asked: _Asked) -> RunRecord:
     """Train and evaluate in the run's folder, which this process holds, and write the record."""
+    request, engine, data_name, sample, results = asked
     row, output = request.protocol, request.output
     began = time.monotonic()
 

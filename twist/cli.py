@@ -46,6 +46,7 @@ Entry = Annotated[
     str | None, typer.Option(metavar="PATH", help="Entry of the file with the network's state dict: model, a/b.")
 ]
 Prefix = Annotated[str | None, typer.Option(help="Prefix of the network's names there, such as backbone.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what the run folder holds.")]
 
 
@@ -72,6 +73,7 @@ def pretrain(
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; default runs/<config's name>.")] = None,
     resume: Resume = False,
+    dry_run: DryRun = False,
     slurm: Annotated[
         list[str] | None, typer.Option(help="Submit to SLURM: --slurm partition=… --slurm nodes=…")
     ] = None,
@@ -105,8 +107,12 @@ def pretrain(
         print(submit(config, overrides or [], output=folder, options=slurm))
     else:
         from twist.pretrain.train import pretrain as run
+        from twist.pretrain.train import print_plan
 
-        run(settings, output=folder, resume=resume)
+        if dry_run:
+            print_plan(settings)
+        else:
+            run(settings, output=folder, resume=resume)
 
 
 @app.command()
@@ -216,6 +222,7 @@ def transfer(
     heads: Heads = None,
     resume: Resume = False,
     eval_only: Annotated[bool, typer.Option("--eval-only", help="Evaluate the finished run in the folder.")] = False,
+    dry_run: DryRun = False,
     list_protocols: Annotated[bool, typer.Option("--list", help="Print the protocols.")] = False,
 ) -> None:
     """Run one transfer protocol and write one record.
@@ -234,9 +241,10 @@ def transfer(
     from twist.transfer.engines import all_engines
 
     require("transfer", *all_engines()[protocols.find_protocol(protocol).engine].packages)
+    from twist.transfer.run import plan
     from twist.transfer.run import transfer as run
 
-    run(
+    said = (plan if dry_run else run)(
         protocol,
         weights=weights,
         data=data,
@@ -252,6 +260,8 @@ def transfer(
         branch=branch,
         heads=heads,
     )
+    if dry_run:
+        print(said)
 
 
 @data_app.command("sample")
@@ -359,7 +369,7 @@ def suite(
     output: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/suite"),
     results: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("results"),
     gpus: Annotated[str | None, typer.Option(help="Devices as torch numbers them, as 0,1; default all.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and stop.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Run weights × protocols × seeds, then the table.
 
