@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import benchmarks
-from benchmarks import engine_overhead, knn
+from benchmarks import knn
 from benchmarks.__main__ import PROGRAMS
 from benchmarks.side_by_side import Times, write
-from benchmarks.summary import RESULTS
 from twist.contracts import machine
 
 SOURCES = Path(benchmarks.__file__).parent
@@ -43,50 +40,6 @@ def test_every_program_writes_its_record_by_the_function_that_adds_them(program:
 
 
 # --- k-NN -------------------------------------------------------------------------------------------------------------
-
-
-def run_knn(monkeypatch: pytest.MonkeyPatch, *arguments: str, **peaks_mb: float) -> tuple[int, dict[str, Any]]:
-    """Exit status of the program with made-up peaks by limit, and what it asked to measure."""
-    asked: dict[str, Any] = {}
-
-    def figures(**settings: Any) -> knn.Runs:
-        asked.update(settings)
-        return {
-            f"{limit} MiB": {"wall_s": [1.0], "peak_mb": peaks_mb.get(f"mb{limit}", 1.0), "limit_mb": limit}
-            for limit in settings["limits"]
-        }
-
-    monkeypatch.setattr(knn, "figures", figures)
-    monkeypatch.setattr(sys, "argv", ["knn", *arguments])
-    return knn.main(), asked
-
-
-def test_a_search_above_its_limit_fails_the_program_and_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_knn(monkeypatch, mb128=128.0, mb512=409.0)[0] == 0
-    assert capsys.readouterr().err == ""
-    assert run_knn(monkeypatch, mb128=128.5, mb512=409.0)[0] == 1
-    assert capsys.readouterr().err == "ABOVE ITS LIMIT: a search in 128 MiB took 128.5 MiB.\n"
-    # One search over everything has none.
-    assert knn.above_limit({"at once": {"wall_s": [1.0], "peak_mb": 1e6, "limit_mb": None}}) == []
-
-
-def test_the_committed_records_are_what_the_programs_measure_unasked(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    record = json.loads((RESULTS / "knn.json").read_text())
-    _, asked = run_knn(monkeypatch)
-    assert (record["bank"], record["queries"]) == (asked["bank"], asked["queries"])
-    assert list(record["runs"]) == [f"{limit} MiB" for limit in asked["limits"]]
-    assert {len(run["wall_s"]) for run in record["runs"].values()} == {asked["repeats"]}
-
-    record = json.loads((RESULTS / "engine_overhead.json").read_text())
-    repeats: list[int] = []
-    monkeypatch.setattr(engine_overhead, "measure_all", lambda arguments: repeats.append(arguments.repeats) or {})
-    monkeypatch.setattr(sys, "argv", ["engine_overhead", "--data", str(tmp_path)])
-    engine_overhead.main()
-    assert repeats == [record["mmseg"]["n"]] == [record["detectron2"]["n"]]
 
 
 @pytest.mark.slow

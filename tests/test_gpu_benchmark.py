@@ -16,10 +16,9 @@ import torch
 from packaging.requirements import Requirement
 from torch import nn
 
-from benchmarks import gpu, gpu_compiled, gpu_memory, gpu_pipeline, step, summary
+from benchmarks import gpu, gpu_compiled, gpu_memory, summary
 from benchmarks.naive_step import NaiveStep
 from benchmarks.side_by_side import Times
-from twist.pretrain.data import photometric
 
 CPU = torch.device("cpu")
 # Takes away every installed package that is not allowed, and the suite itself; at the end it tells what was imported.
@@ -152,24 +151,6 @@ def test_a_second_call_adds_to_the_file_of_this_machine_and_a_whole_one_begins_a
     assert json.loads(path.read_text()) == other
 
 
-def test_where_the_figures_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("OUT", str(tmp_path))
-    assert gpu.result_path(tiny=False) == tmp_path / "gpu.json"
-    monkeypatch.delenv("OUT")
-    # Where the table looks; a tiny run's file never lies there.
-    assert gpu.result_path(tiny=False) == summary.RESULTS / "gpu.json"
-    assert gpu.result_path(tiny=True).parent != summary.RESULTS
-
-
-def test_without_a_gpu_the_call_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    assert gpu.main() == 1
-    assert "--device cpu --tiny" in capsys.readouterr().err
-
-
 # --- the largest batch ------------------------------------------------------------------------------------------------
 
 GIB = 2**30
@@ -231,21 +212,6 @@ def test_the_comparison_notices_a_wrong_gradient_and_a_wrong_feature() -> None:
 # --- the photometric part ---------------------------------------------------------------------------------------------
 
 
-def test_the_photometric_part_of_two_views_is_that_of_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes: set[tuple[int, ...]] = set()
-    original = photometric.apply
-
-    def apply(crops: torch.Tensor, parameters: photometric.Photometric) -> torch.Tensor:
-        shapes.add(tuple(crops.shape))
-        return original(crops, parameters)
-
-    monkeypatch.setattr(photometric, "apply", apply)
-    found = gpu_pipeline.photometric_of_two_views(CPU, True)
-    config = step.case("two-views", batch=found["batch_size"], tiny=True)
-    assert shapes == {tuple(views.shape) for views in step.random_views(config, CPU)} == {(8, 3, 32, 32)}
-    assert found["times"]["photometric part"].median_s > 0
-
-
 # --- the naive step ---------------------------------------------------------------------------------------------------
 
 
@@ -280,14 +246,3 @@ def test_the_naive_step_leaves_out_what_overflows_in_any_parameter_and_goes_on()
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert len(logged) == 15
     assert logged["loss"] == pytest.approx(logged["consistency"] + logged["sharpness"] - logged["diversity"], abs=1e-6)
-
-
-def test_the_naive_scaler_does_not_change_the_update() -> None:
-    scaled, plain = Logits(), Logits()
-    views = [torch.randn(6, 4, generator=torch.Generator().manual_seed(1))]
-    naive = NaiveStep(scaled, device=CPU, lr=0.5)
-    naive.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    naive(views)
-    NaiveStep(plain, device=CPU, lr=0.5)(views)
-    assert torch.allclose(scaled.linear.weight, plain.linear.weight, rtol=0, atol=1e-7)
-    assert not torch.equal(scaled.linear.weight, Logits().linear.weight)

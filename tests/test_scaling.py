@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +11,8 @@ import torch.distributed as dist
 from gloo import run_on_ranks
 from torch import Tensor
 
-from benchmarks import scaling
 from benchmarks.nccl_time import Cluster, all_gather_s, all_reduce_s
-from benchmarks.scaling import BUCKET, FIRST_BUCKET, Traffic, buckets, lost, measured_step_s, model_ms, seconds, traffic
+from benchmarks.scaling import BUCKET, FIRST_BUCKET, buckets, lost, model_ms, traffic
 from twist.contracts.config import validate
 from twist.contracts.errors import UserError
 from twist.pretrain import distributed
@@ -151,23 +147,6 @@ def test_an_all_gather_is_a_ring(bytes_: int, ranks: int, microseconds: float) -
     assert 1e6 * all_gather_s(bytes_, ranks=ranks, cluster=PLAIN) == pytest.approx(microseconds)
 
 
-def test_nodes_are_as_fast_as_their_cards_together_and_one_node_needs_none() -> None:
-    slow = Cluster(nvlink_bytes_s=100e9, card_bytes_s=1e9, switch_s=0.0)
-    one, several = (all_reduce_s(10**10, ranks=ranks, cluster=slow) for ranks in (8, 16))
-    assert one == pytest.approx(all_reduce_s(10**10, ranks=8, cluster=PLAIN))
-    assert several == pytest.approx(2 * 15 / 16 * 10**10 / 8e9, rel=1e-3)
-
-
-def test_a_kind_takes_the_time_of_its_collectives_and_one_rank_none() -> None:
-    switching = Cluster(nvlink_bytes_s=100e9, switch_s=10e-6)
-    kind = Traffic(reduced=(8, 10**9), gathered=(8,))
-    each = [all_reduce_s(b, ranks=8, cluster=PLAIN) for b in kind.reduced]
-    assert seconds(kind, ranks=8, cluster=switching) == pytest.approx(
-        sum(each) + all_gather_s(8, ranks=8, cluster=PLAIN) + 3 * 10e-6
-    )
-    assert seconds(kind, ranks=1, cluster=switching) == 0.0
-
-
 def test_gradients_are_lost_where_they_exceed_the_backward_pass() -> None:
     found = lost({"loss": 5.0, "gradients": 59.9}, step_s=0.09)
     assert found["gradients"] == {"ms": 0.0, "share_of_step": 0.0}
@@ -175,36 +154,6 @@ def test_gradients_are_lost_where_they_exceed_the_backward_pass() -> None:
     found = lost({"loss": 5.0, "gradients": 65.0}, step_s=0.09)  # 60 ms of them are backward
     assert found["gradients"] == pytest.approx({"ms": 5.0, "share_of_step": 0.05})
     assert found["all"] == pytest.approx({"ms": 10.0, "share_of_step": 0.1})
-
-
-def test_the_step_is_the_measured_one_and_another_config_needs_its_own(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    record, other = tmp_path / "gpu.json", tmp_path / "other.toml"
-    other.write_text(scaling.CONFIG.read_text())
-    monkeypatch.setattr(scaling, "GPU_RECORD", record)
-
-    def run(*arguments: str) -> dict[str, Any]:
-        monkeypatch.setattr(sys, "argv", ["scaling", *arguments, "--json", str(tmp_path / "scaling.json")])
-        scaling.main()
-        return json.loads((tmp_path / "scaling.json").read_text())
-
-    for arguments, said in (([], "has no step_multi-crop_compiled"), ([str(other)], "give --step-s")):
-        with pytest.raises(SystemExit):
-            run(*arguments)
-        assert said in capsys.readouterr().err
-    part = {"ok": True, "times": {"ours": {"median_s": 0.2}}}
-    record.write_text(json.dumps({"tiny": False, "parts": {"step_multi-crop_compiled": part}}))
-    assert measured_step_s(record) == 0.2
-    measured, given = run(), run(str(other), "--step-s", "0.1")
-    assert (measured["step_s"], given["step_s"]) == (0.2, 0.1)
-    said = capsys.readouterr().out
-    for ranks in ("8", "64", "256"):
-        assert said.count(f"{ranks:>3} GPUs: lost") == 2
-        of_step = measured["model"][ranks]["lost"]
-        assert of_step["all"]["share_of_step"] == pytest.approx(of_step["all"]["ms"] / (200 + of_step["all"]["ms"]))
-        assert given["model"][ranks]["lost"]["all"]["share_of_step"] > of_step["all"]["share_of_step"]
-    assert "git_commit" in measured["machine"]
 
 
 def test_a_bunch_of_zero_is_all_ranks_and_a_bunch_of_one_rank_sends_nothing() -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -128,46 +124,3 @@ def test_the_studys_recipe_is_the_demos_but_for_its_length() -> None:
         values["data"].pop("root")
         assert values["run"].pop("epochs") == values["run"].pop("mutual_information_epochs")
     assert demo == study
-
-
-def test_pretrainings_side_by_side_leave_what_is_done(tmp_path: Path) -> None:
-    """Two methods with a seed each, at once; the second call finds one done and says what failed."""
-    images = make_images(tmp_path / "unlabelled", 1)  # fewer than a batch: both say so
-    command = [sys.executable, "-m", "benchmarks.study.pretrain", "--data", str(tmp_path), "--output"]
-    command += [str(tmp_path / "runs"), "--methods", "twist", "byol", "--seeds", "3"]
-    assert images.name == "unlabelled"
-    first = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    assert first.returncode == 1
-    assert {line.split(":")[0] for line in first.stdout.splitlines()} == {"twist-seed3", "byol-seed3"}
-    assert "fewer than a batch of 64" in (tmp_path / "runs" / "byol-seed3.log").read_text()
-
-    (tmp_path / "runs" / "byol-seed3").mkdir(exist_ok=True)
-    (tmp_path / "runs" / "byol-seed3" / "backbone.safetensors").touch()
-    again = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    assert [line.split(":")[0] for line in again.stdout.splitlines()] == ["twist-seed3"]
-
-
-def test_stopping_them_stops_each(tmp_path: Path) -> None:
-    """A scheduler's SIGTERM: nothing goes on unseen, and what was not begun is named."""
-    pid = tmp_path / "pid"
-    child = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
-    program = (
-        "import sys; from benchmarks.study import pretrain;"
-        f"pretrain.command = lambda *a, **k: [sys.executable, '-c', {child!r}];"
-        f"sys.argv = 'pretrain --data d --output {tmp_path} --methods byol --seeds 0 1 --at-once 1'.split();"
-        "raise SystemExit(pretrain.main())"
-    )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    until = time.monotonic() + 30
-    while not pid.exists() or not pid.read_text():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    parent.terminate()
-    printed, _ = parent.communicate(timeout=30)
-    assert parent.returncode != 0
-    assert "byol-seed0: stopped, goes on with the same command" in printed
-    assert "byol-seed1: not begun" in printed
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)

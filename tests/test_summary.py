@@ -79,21 +79,6 @@ def test_every_row_says_which_machine_measured_it(tmp_path: Path) -> None:
     assert "Measured on A: P, 2 cores, torch 2; B: Q, 4 cores, torch 2." in summary.render(tmp_path)
 
 
-def test_an_older_file_without_a_figure_counts_as_not_measured(tmp_path: Path) -> None:
-    waits = {"median": 0.1, "min": 0.09, "max": 0.12, "n": 5}
-    older = {**MACHINE, "help_s": waits}
-    (tmp_path / "command_line.json").write_text(json.dumps(older))
-    measured = [summary.NOT_MEASURED not in row for row in rows(tmp_path, "command_line")]
-    assert measured == [True, False, False]
-    inspect = {
-        "inspect_s": {"median": 3.0, "min": 2.9, "max": 3.2, "n": 5},
-        "import_torch_s": {"median": 2.5, "min": 2.4, "max": 2.7, "n": 5},
-        "beyond_import_torch_s": 0.5,
-    }
-    (tmp_path / "command_line.json").write_text(json.dumps({**older, "inspect": inspect}))
-    assert "| 0.50 s (2.9–3.2 s against 2.4–2.7 s, n = 5 each) | A | < 2 s |" in rows(tmp_path, "command_line")[1]
-
-
 @pytest.mark.parametrize("part", [None, {"ok": False, "error": "no memory"}, {"ok": False, "skipped": "time over"}])
 def test_an_absent_failed_or_skipped_part_of_the_gpu_run_counts_as_not_measured(
     tmp_path: Path, part: dict[str, Any] | None
