@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -108,14 +109,12 @@ def correlate(records: Sequence[RunRecord]) -> list[Correlation]:
 
 
 def _correlation(cheap: Column, dear: Column, shared: list[str]) -> Correlation:
-    from scipy.stats import rankdata  # half a second to import
+    from scipy.stats import spearmanr  # half a second to import
 
-    one, two = (rankdata([column.values[name] for name in shared]) for column in (cheap, dear))
-    one, two = one - one.mean(), two - two.mean()
-    scale = math.sqrt(float(one @ one) * float(two @ two))
-    if scale == 0:  # one side ranks nothing
+    with warnings.catch_warnings(action="ignore"):  # scipy's, that one side ranks nothing
+        rho = float(spearmanr(*([column.values[name] for name in shared] for column in (cheap, dear))).statistic)
+    if math.isnan(rho):
         return Correlation(cheap, dear, tuple(shared), math.nan, -1.0, 1.0)
-    rho = float(one @ two) / scale
     if abs(rho) > 1 - 1e-12:  # Fisher's z has no value there
         rho = math.copysign(1.0, rho)
         z = math.atanh(math.copysign(1 - 1e-3, rho))

@@ -440,16 +440,9 @@ def as_json(table: Table, *, path_of: Callable[[RunRecord], str | None] | None =
     return {
         "columns": [
             {
-                "protocol": column.protocol,
+                **asdict(column),
                 "title": protocol_title(column.protocol),
-                "metric": column.metric,
-                "label": column.definition.label,
-                "unit": column.definition.unit,
-                "definition": column.definition.definition,
-                "task": column.task,
-                "recipe_hash": column.recipe_hash,
-                "scale": column.scale,
-                "mixed": column.mixed,
+                **{name: getattr(column.definition, name) for name in ("label", "unit", "definition")},
             }
             for column in table.columns
         ],
@@ -458,9 +451,9 @@ def as_json(table: Table, *, path_of: Callable[[RunRecord], str | None] | None =
             {
                 "row": row,
                 "column": column,
-                "measured": None if cell.measured is None else _measured_json(cell.measured, path_of),
+                "measured": cell.measured and _measured_json(cell.measured, path_of),
                 "published": [asdict(value) for value in cell.published],
-                "difference": None if cell.difference is None else asdict(cell.difference),
+                "difference": cell.difference and asdict(cell.difference),
             }
             for (row, column), cell in sorted(table.cells.items())
         ],
@@ -473,11 +466,7 @@ def as_json(table: Table, *, path_of: Callable[[RunRecord], str | None] | None =
 
 def _measured_json(measured: Measured, path_of: Callable[[RunRecord], str | None] | None) -> dict[str, Any]:
     return {
-        "mean": measured.mean,
-        "sd": measured.sd,
-        "n": measured.n,
-        "pretrainings": measured.pretrainings,
-        "repeated": measured.repeated,
+        **{name: getattr(measured, name) for name in ("mean", "sd", "n", "pretrainings", "repeated")},
         "values": list(measured.values),
         "runs": [
             {

@@ -207,13 +207,9 @@ class Run:
             # Saved at this step already, and since then only the epoch has ended: the state is not written again.
             checkpoint.move(self._saved[0], self.position)
             return
-        plan = self.plan
+        at, plan = self.position, self.plan
         manifest = Manifest(
-            self.position,
-            plan.images,
-            plan.world_size,
-            images_sha256=plan.images_sha256,
-            names_sha256=plan.names_sha256,
+            at, plan.images, plan.world_size, images_sha256=plan.images_sha256, names_sha256=plan.names_sha256
         )
         folder, keep = self.output / "checkpoints", self.config.run.keep_checkpoints
         self._saved = checkpoint.save(folder, self.state(), manifest, keep=keep), self.position.steps

@@ -18,11 +18,8 @@ from twist.contracts import run_folder as folders
 from twist.contracts.config import identity_of, read_stored
 from twist.contracts.errors import UserError
 from twist.contracts.files import sha256_json
-from twist.contracts.run_folder import locked
 from twist.pretrain import checkpoint
 from twist.pretrain.config import PretrainConfig
-
-__all__ = ["identity", "locked", "prepare", "recipe_hash", "refuse_foreign"]
 
 # What may change between two starts of one run: where the data lie, how fast they come, what is kept and shown.
 NOT_IDENTITY: dict[str, set[str]] = {

@@ -114,8 +114,8 @@ def stop_flag() -> Iterator[StopFlag]:
 class PretrainJob:
     """What runs in each task: submitit pickles it, calls it, and asks `checkpoint` for what to requeue."""
 
-    def __init__(self, config: Path, overrides: Sequence[str], output: Path, *, resume: bool) -> None:
-        self.config, self.overrides, self.output, self.resume = config, tuple(overrides), output, resume
+    def __init__(self, config: Path, overrides: Sequence[str], output: Path) -> None:
+        self.config, self.overrides, self.output = config, tuple(overrides), output
 
     def __call__(self) -> str:
         import submitit
@@ -129,7 +129,7 @@ class PretrainJob:
         number = submitit.JobEnvironment._usr_sig()
         requeue = signal.getsignal(number)
         try:
-            return str(pretrain(config, output=self.output, resume=self.resume))
+            return str(pretrain(config, output=self.output, resume=True))
         except Requeue:
             # The state is saved: now submitit's handler requeues the job (on task 0) and ends the process.
             if callable(requeue):
@@ -137,11 +137,10 @@ class PretrainJob:
             raise
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """The same job, to be resumed."""
+        """The same job, which resumes."""
         import submitit
 
-        again = PretrainJob(self.config, self.overrides, self.output, resume=True)
-        return submitit.helpers.DelayedSubmission(again)
+        return submitit.helpers.DelayedSubmission(self)
 
 
 def submit(config: Path, overrides: Sequence[str], *, output: Path, options: Sequence[str]) -> str:
@@ -164,14 +163,14 @@ def submit(config: Path, overrides: Sequence[str], *, output: Path, options: Seq
 def job(config: Path, overrides: Sequence[str], output: Path) -> PretrainJob:
     """The job to submit. Its paths are absolute, because it starts in another folder.
 
-    It resumes from the start, so that a requeue by SLURM itself (a node that failed) goes on too.
+    It always resumes, so that a requeue by SLURM itself (a node that failed) goes on too.
     """
     absolute = []
     for override in overrides:
         key, _, value = override.partition("=")
         is_path = key.strip() in ("data.root", "run.online_eval_root", "run.warm_start") and os.path.exists(value)
         absolute.append(f"{key}={os.path.abspath(value)}" if is_path else override)
-    return PretrainJob(config.resolve(), absolute, output.resolve(), resume=True)
+    return PretrainJob(config.resolve(), absolute, output.resolve())
 
 
 def parameters(options: Sequence[str]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from twist.catalog.class_folders import open_tree
 from twist.contracts.errors import UserError
 from twist.contracts.machine import code_sha256
+from twist.contracts.run_folder import locked
 from twist.pretrain import distributed, run_folder
 from twist.pretrain.config import LossConfig, PretrainConfig
 from twist.pretrain.data.loader import ViewLoader
@@ -168,7 +169,7 @@ def _take_folder(stack: contextlib.ExitStack, output: Path, config: PretrainConf
     start = config.run.warm_start
     if start is not None and not Path(start).is_file() and not any(output.glob("checkpoints/step_*.json")):
         raise UserError(f"There is no checkpoint at {start}: check run.warm_start.")
-    stack.enter_context(run_folder.locked(output))
+    stack.enter_context(locked(output))
     run_folder.prepare(output, config, resume=resume)
 
 

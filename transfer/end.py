@@ -56,15 +56,16 @@ def _against(value: float, name: str, published: PublishedRow, row: Protocol) ->
 
 def render_places(record: RunRecord, path: Path) -> str:
     """Where `record`, which lies at `path`, its pictures and its curves are, and the command that shows it."""
-    lines = [f"  record    {_typed(path)}"]
+    lines = [f"  record    {typed(path)}"]
     for what, names in (("pictures", record.media), ("curves", (record.curves,) if record.curves else ())):
         for place in dict.fromkeys((path.parent / name).parent for name in names):
             inside = [Path(name).name for name in names if (path.parent / name).parent == place]
-            listed = f"{_typed(place)}/ ({', '.join(inside)})" if inside[1:] else f"{_typed(place)}/{inside[0]}"
+            listed = f"{typed(place)}/ ({', '.join(inside)})" if inside[1:] else f"{typed(place)}/{inside[0]}"
             lines.append(f"  {what:8}  {listed}")
-    return "\n".join([*lines, f"  show it   twist compare {shlex.quote(_typed(path.parent.parent))}"])
+    return "\n".join([*lines, f"  show it   twist compare {shlex.quote(typed(path.parent.parent))}"])
 
 
-def _typed(path: Path) -> str:
+def typed(path: Path) -> str:
+    """`path` as one types it in the working directory: relative where it lies below."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)

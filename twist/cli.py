@@ -194,14 +194,7 @@ def convert(
 
     source = {"layout": layout, "branch": branch, "entry": entry, "prefix": prefix}
     done = conversion.convert(
-        checkpoint,
-        target=to,
-        heads=heads,
-        output=output,
-        verify=not no_verify,
-        pkl=pkl,
-        allow_nan=allow_nan,
-        **source,
+        checkpoint, target=to, heads=heads, output=output, verify=not no_verify, pkl=pkl, allow_nan=allow_nan, **source
     )
     print(conversion.conversion_text(done))
 
@@ -238,9 +231,6 @@ def transfer(
     if protocol is None or weights is None:
         raise UsageError("Say which protocol and which weights: twist transfer PROTOCOL --weights FILE (see --list).")
     require("transfer")
-    from twist.transfer.engines import all_engines
-
-    require("transfer", *all_engines()[protocols.find_protocol(protocol).engine].packages)
     from twist.transfer.run import plan
     from twist.transfer.run import transfer as run
 
@@ -292,19 +282,16 @@ def data_prepare(
     A data card: lists that take a part of its training images as val (split=0.2 seed=0).
     """
     require("transfer", "PIL")
+    from twist.catalog.card import find_card
+    from twist.catalog.card_data import prepare_card
     from twist.catalog.prepare import prepare
     from twist.contracts.config import parse_override
 
     if root is not None and "=" in str(root) and not root.exists():  # the root was left out: this is the first option
         root, overrides = None, [str(root), *(overrides or [])]
     options = {".".join(keys): value for keys, value in map(parse_override, overrides or [])}
-    if (card := _card(dataset)) is not None:
-        from twist.catalog.card_data import prepare_card
-
-        for path in prepare_card(card, **options):
-            print(path)
-        return
-    for path in prepare(dataset, root, **options):
+    card = find_card(Path(dataset))
+    for path in prepare(dataset, root, **options) if card is None else prepare_card(card, **options):
         print(path)
 
 
@@ -325,14 +312,6 @@ def data_card(
     print(path.read_text(), path, sep="\n")
 
 
-def _card(named: str) -> Any:
-    """The data card that a word of the command line names, None where it is a data set's name."""
-    from twist.catalog.card import find_card
-
-    path = Path(named)
-    return find_card(path)
-
-
 @data_app.command("check")
 def data_check(dataset: str, root: DataRoot = None) -> None:
     """Say everything that is missing or wrong in a data set, at once.
@@ -342,17 +321,15 @@ def data_check(dataset: str, root: DataRoot = None) -> None:
     pictures without labels, of which ROOT/../<folder>-contact-sheet.png shows some.
     """
     require("transfer", "PIL")
+    from twist.catalog.card import find_card
+    from twist.catalog.card_check import check_card, check_images
     from twist.catalog.check import check
     from twist.catalog.data_sets import find_root
     from twist.catalog.report import has_errors, render
 
-    if (card := _card(dataset)) is not None:
-        from twist.catalog.card_check import check_card
-
+    if (card := find_card(Path(dataset))) is not None:
         findings = check_card(card)
     elif dataset == "images" and root is not None:
-        from twist.catalog.card_check import check_images
-
         sheet = root.resolve().with_name(f"{root.resolve().name}-contact-sheet.png")
         findings = check_images(root, sheet=sheet)
     else:

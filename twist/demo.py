@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 from twist.contracts import machine, progress
 from twist.contracts.config import SHIPPED, parse_override
+from twist.transfer.end import typed
 
 CONFIG = SHIPPED / "pretrain" / "sample.toml"
 # Two epochs of two steps.
@@ -82,7 +83,7 @@ def plan_steps(output: Path, *, source: str, fast: bool) -> list[Step]:
     """The steps of a demo in `output`, in order."""
     sample, run, weights = output / "sample", output / "pretrain", output / "pretrain" / "backbone.safetensors"
     results, size = output / "results", "tiny" if fast else "small"
-    config = (_from_here(CONFIG), _override("data.root", str(sample / "unlabelled")), *(FAST if fast else ()))
+    config = (typed(CONFIG), _override("data.root", str(sample / "unlabelled")), *(FAST if fast else ()))
 
     def convert(target: str, title: str) -> Step:
         folder = output / f"weights-{target}"
@@ -118,12 +119,6 @@ def plan_steps(output: Path, *, source: str, fast: bool) -> list[Step]:
     ]
 
 
-def _from_here(path: Path) -> str:
-    """`path` as it is typed in the working directory: relative where it lies below."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
 def _override(key: str, value: str) -> str:
     """`key=value`, the value in quotes only where it would not be read as that string without them."""
     bare = f"{key}={value}"
@@ -143,7 +138,7 @@ def _print_results(output: Path, *, elapsed_s: float) -> None:
 
     print(render(build_table(_records(output), baseline="random", metrics=METRICS), "table"))
     print(f"\nThe page, with curves and pictures: {output / 'report.html'}   ({progress.duration(elapsed_s)})")
-    config = shlex.quote(_from_here(CONFIG.with_stem("r50_multicrop_100ep")))
+    config = shlex.quote(typed(CONFIG.with_stem("r50_multicrop_100ep")))
     print(f"\nTo do it for real:\n{FOR_REAL.format(config=config)}")
 
 

@@ -14,15 +14,19 @@ from types import ModuleType
 from twist.contracts.errors import EXTRAS, install_command
 from twist.contracts.machine import CLONE, c_compiler, cores
 
-# Package and what there is not without it, in the order of the report.
+# Name in the report → the module to import, and what there is not without it.
 PACKAGES = {
-    "timm": "ViT backbones",
-    "fvcore": "schedules",
-    "safetensors": "weights files",
-    "numba": "views on a CPU",
-    "scipy": "comparison with a baseline",
-    "datasets": "Parquet, tar shards and hubs as image source",
-    "submitit": "--slurm",
+    "torch": ("torch", "pretraining, conversion and transfer"),
+    "torchvision": ("torchvision.ops", "ResNets"),
+    "timm": ("timm", "ViT backbones"),
+    "fvcore": ("fvcore", "schedules"),
+    "safetensors": ("safetensors", "weights files"),
+    "numba": ("numba", "views on a CPU"),
+    "scipy": ("scipy", "comparison with a baseline"),
+    "datasets": ("datasets", "Parquet, tar shards and hubs as image source"),
+    "submitit": ("submitit", "--slurm"),
+    "Detectron2": ("detectron2.modeling", "detection protocols"),
+    "MMSegmentation": ("mmseg", "segmentation protocols"),
 }
 
 
@@ -38,11 +42,9 @@ class Check:
 
 def examine() -> list[Check]:
     """Run every check; none of them raises."""
-    first = (_torch, _torchvision, _accelerator, _processes)
-    last = (_compiler, _detectron2, _mmseg, _photos, _machine, _data)
-    packages = [_package(name, purpose) for name, purpose in PACKAGES.items()]
-    python = Check("Python", platform.python_version())
-    return [python, *(check() for check in first), *packages, *(check() for check in last)]
+    packages = [_package(name) for name in PACKAGES]
+    others = (_accelerator, _processes, _compiler, _photos, _machine, _data)
+    return [Check("Python", platform.python_version()), *packages, *(check() for check in others)]
 
 
 def render(checks: list[Check]) -> str:
@@ -70,41 +72,48 @@ def _import(name: str) -> tuple[ModuleType | None, str]:
         return None, f"{type(error).__name__}: {text}"
 
 
-def _version(module: ModuleType) -> str:
-    return str(getattr(module, "__version__", "installed"))
-
-
-def _failed(name: str, why: str, *, package: str, lacking: str) -> Check:
-    """A package that does not import: broken in a clone, which has all; of a wheel, an extra may be absent."""
+def _package(name: str) -> Check:
+    """A package that does not import is broken in a clone, which has all; of a wheel, an extra may be absent."""
+    module, lacking = PACKAGES[name]
+    found, why = _import(module)
+    if found is not None:
+        version = str(getattr(importlib.import_module(module.partition(".")[0]), "__version__", "installed"))
+        return LOOKS[name](found, version) if name in LOOKS else Check(name, version)
+    package, absent = module.partition(".")[0], why.startswith("ModuleNotFoundError")
     needed = any(package in EXTRAS[extra] for extra in ("convert", "pretrain", "compare"))
-    absent = why.startswith("ModuleNotFoundError")
     remedy = "make install" if CLONE and package != "detectron2" else install_command(package)
     return Check(name, f"{why} (no {lacking})", remedy, broken=needed and (CLONE is not None or not absent))
 
 
-def _torch() -> Check:
-    module, why = _import("torch")
-    if module is None:
-        return _failed("torch", why, package="torch", lacking="pretraining, conversion and transfer")
-    version = _version(module)
+def _torch(_: ModuleType, version: str) -> Check:
     recent = tuple(int(part) for part in version.split("+")[0].split(".")[:2]) >= (2, 10)
     remedy = "" if recent else "install torch ≥ 2.10: older ones can be attacked through checkpoints (CVE-2026-24747)"
     return Check("torch", version, remedy, broken=not recent)
 
 
-def _torchvision() -> Check:
-    module, why = _import("torchvision.ops")
-    if module is None:
-        return _failed("torchvision", why, package="torchvision", lacking="ResNets")
+def _torchvision(operators: ModuleType, version: str) -> Check:
     import torch
-    import torchvision
 
     try:
-        module.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
+        operators.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5)
     except RuntimeError as error:
         remedy = "torch and torchvision are of different builds: install both from the package registry"
-        return Check("torchvision", f"{torchvision.__version__}, but {str(error).splitlines()[0]}", remedy, broken=True)
-    return Check("torchvision", torchvision.__version__)
+        return Check("torchvision", f"{version}, but {str(error).splitlines()[0]}", remedy, broken=True)
+    return Check("torchvision", version)
+
+
+def _detectron2(_: ModuleType, version: str) -> Check:
+    kind = "without" if _import("detectron2._C")[0] is None else "with"
+    return Check("Detectron2", f"{version}, {kind} compiled operators (R-CNN protocols need none)")
+
+
+def _mmseg(module: ModuleType, version: str) -> Check:
+    if (Path(str(module.__file__)).parent / ".mim" / "configs").is_dir():
+        return Check("MMSegmentation", version)
+    return Check("MMSegmentation", f"{version} without its configs", "reinstall it from its wheel", broken=True)
+
+
+LOOKS = {"torch": _torch, "torchvision": _torchvision, "Detectron2": _detectron2, "MMSegmentation": _mmseg}
 
 
 def _accelerator() -> Check:
@@ -124,36 +133,11 @@ def _processes() -> Check:
     return Check("several processes", ", ".join(backends))
 
 
-def _package(name: str, purpose: str) -> Check:
-    module, why = _import(name)
-    return Check(name, _version(module)) if module else _failed(name, why, package=name, lacking=purpose)
-
-
 def _compiler() -> Check:
     compiler = c_compiler()
     if compiler is None:
         return Check("C compiler", "none; run.compile needs one on a GPU", "install gcc, or set CC")
     return Check("C compiler", compiler)
-
-
-def _detectron2() -> Check:
-    module, why = _import("detectron2.modeling")
-    if module is None:
-        return _failed("Detectron2", why, package="detectron2", lacking="detection protocols")
-    import detectron2
-
-    compiled = _import("detectron2._C")[0] is not None
-    kind = "with" if compiled else "without"
-    return Check("Detectron2", f"{detectron2.__version__}, {kind} compiled operators (R-CNN protocols need none)")
-
-
-def _mmseg() -> Check:
-    module, why = _import("mmseg")
-    if module is None:
-        return _failed("MMSegmentation", why, package="mmseg", lacking="segmentation protocols")
-    whole = (Path(str(module.__file__)).parent / ".mim" / "configs").is_dir()
-    found = _version(module) + ("" if whole else " without its configs")
-    return Check("MMSegmentation", found, "" if whole else "reinstall it from its wheel", broken=not whole)
 
 
 def _photos() -> Check:

@@ -291,15 +291,10 @@ def fetch(packages: Sequence[str], folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _run(command: Sequence[str], folder: Path) -> str:
-    quiet: dict[str, Any] = {
-        "stdin": subprocess.DEVNULL,
-        "env": {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
-    }
+    environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+    given = {"cwd": folder, "env": environment, "stdin": subprocess.DEVNULL, "timeout": TIMEOUT_S}
     try:
-        output = subprocess.check_output(
-            command, cwd=folder, stderr=subprocess.PIPE, timeout=TIMEOUT_S, text=True, **quiet
-        )
-        return str(output)
+        return subprocess.run(command, capture_output=True, text=True, check=True, **given).stdout  # type: ignore[call-overload]
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} did not finish in {TIMEOUT_S} s: check the network and try again.") from None
     except subprocess.CalledProcessError as error:

@@ -178,13 +178,8 @@ def _write_coco(world: World, rng: np.random.Generator, folder: str, part: str, 
     annotations = []
     for class_index, mask, segmentation in parts:
         left, top, right, bottom = bounding_box(mask)
-        box, area = [left, top, right - left, bottom - top], int(mask.sum())
-        numbers = {
-            "category_id": class_index + 1,
-            "bbox": box,
-            "area": area,
-            "iscrowd": int(isinstance(segmentation, dict)),
-        }
+        box, crowd = [left, top, right - left, bottom - top], int(isinstance(segmentation, dict))
+        numbers = {"category_id": class_index + 1, "bbox": box, "area": int(mask.sum()), "iscrowd": crowd}
         annotations.append({**numbers, "segmentation": segmentation})
     image = {"id": image_id, "file_name": file_name, "height": height, "width": width, "license": 1}
     return {"image": image, "annotations": annotations}

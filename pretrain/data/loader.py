@@ -88,12 +88,8 @@ class ViewLoader:
                 f"({batch_size} on each of {world_size} rank(s)): lower run.batch_size to "
                 f"{max(len(images) // world_size, 1)} or less, or add images."
             )
-        self._images, self._device, self._pipeline, self._bad_share = (
-            images,
-            device,
-            data.pipeline,
-            data.bad_image_share,
-        )
+        self._images, self._device, self._pipeline = images, device, data.pipeline
+        self._bad_share = data.bad_image_share
         self._images_per_epoch = steps * batch_size
         # At least 19, unless none at all is allowed.
         allowed = int(self._bad_share * self._images_per_epoch)
