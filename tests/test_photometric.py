@@ -204,18 +204,6 @@ def crops(count: int, side: int = SIDE) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def test_all_views_at_once_equal_one_by_one() -> None:
-    views = drawn()
-    pictures = crops(len(views))
-    at_once = fast.apply(pictures, fast.prepare(views))
-    one_by_one = torch.empty_like(at_once)
-    on_cpu.apply_each(pictures, views, one_by_one)
-    # Pixels whose level before the solarisation rounds differently on the two ways are inverted on one only.
-    plain = ~torch.from_numpy(views["solarise"])
-    assert torch.allclose(at_once[plain], one_by_one[plain], atol=2e-5)
-    assert ((at_once - one_by_one).abs() > 2e-5).float().mean() < 1e-4
-
-
 def test_the_compiled_numbers_are_the_others() -> None:
     """They stand there twice: what is compiled is kept until its own file changes."""
     assert on_cpu._OPERATIONS == (BRIGHTNESS, CONTRAST, SATURATION, HUE)

@@ -112,30 +112,6 @@ def test_no_row_stands_twice() -> None:
     assert len(keys) == len(set(keys))
 
 
-@pytest.mark.parametrize(
-    ("protocol", "method", "epochs", "architecture", "values"),
-    [
-        ("voc-frcnn-c4-24k", "moco-v2", 800, "resnet50", [57.4, 57.6]),
-        ("voc-frcnn-c4-24k", "moco-v2", 300, "resnet50", []),  # other epochs are no neighbours
-        ("voc-frcnn-c4-24k", "random", None, "resnet50", [33.8]),  # by the authors, not OpenSelfSup's 32.83
-        ("voc-frcnn-c4-24k", "random", None, "resnet18", []),  # nor is another network
-        ("linear", "twist", 850, "resnet50", [75.5]),
-        ("linear", "twist", 800, "resnet50", [72.6]),
-        ("linear", "twist", 250, "resnet50w2", [77.7]),
-        ("semi-1pct", "byol", None, "resnet50", [53.2]),
-        ("voc12aug-fcn-d16-30k", "byol", None, "resnet50", [76.3]),
-        ("cluster", "twist", 800, "resnet50", [74.4]),
-    ],
-)
-def test_a_run_is_held_against_the_nearest_rows(
-    protocol: str, method: str, epochs: int | None, architecture: str, values: list[float]
-) -> None:
-    kind = (method, architecture, epochs)
-    rows = [row for row in find_neighbours(protocol) if (row.method, row.architecture, row.epochs) == kind]
-    metric = PROTOCOLS[protocol].metrics[0]
-    assert [row.metrics[metric] for row in rows] == values
-
-
 def test_neighbours_under_another_recipe_have_its_name() -> None:
     byol = [row for row in find_neighbours("voc-frcnn-c4-24k") if (row.method, row.epochs) == ("byol", 200)]
     assert {protocol_title(row.protocol) for row in byol} >= {"VOC07+12 C4 24k, learning rate searched"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -70,27 +71,33 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert a[1] == b[1]
 
 
-# Five steps an epoch: 3 is in the middle of the first, 5 its edge (and the switch of stages), 8 in the second.
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("steps", [3, 5], ids=["mid", "edge"])
-def test_resume_without_workers(kind: str, steps: int, images: Path, whole, tmp_path: Path) -> None:
-    config = tiny_config(images, **KINDS[kind])
+# Kind, workers and the step after which the run dies. Five steps an epoch: 3 is in the middle of the first, 5 its edge
+# (and the switch of stages), 8 in the second.
+CASES = [
+    *itertools.product(KINDS, (0, 2), (3, 5)),
+    *itertools.product(["cpu-pipeline"], (0, 2), (1, 3, 5, 8)),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers", "steps"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if case[1] or (case[0] not in KINDS and case[2] != 3) else [])
+        for case in CASES
+    ],
+)
+def test_a_resumed_run_is_the_whole_one(
+    kind: str, workers: int, steps: int, images: Path, whole, tmp_path: Path
+) -> None:
+    data = {**RUNS[kind].get("data", {}), "workers": workers}
+    config = tiny_config(images, **{**RUNS[kind], "data": data})
     with crash_after(steps), pytest.raises(Crash):
         run(config, tmp_path)
     assert not (tmp_path / "backbone.safetensors").exists()
     run(config, tmp_path, resume=True)
     assert_same_run(tmp_path, whole(kind))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("steps", [3, 5], ids=["mid", "edge"])
-def test_resume_with_two_workers(kind: str, steps: int, images: Path, whole, tmp_path: Path) -> None:
-    config = tiny_config(images, **{**KINDS[kind], "data": {"workers": 2}})
-    with crash_after(steps), pytest.raises(Crash):
-        run(config, tmp_path)
-    run(config, tmp_path, resume=True)
-    assert_same_run(tmp_path, whole(kind))
+    if kind == "cpu-pipeline":
+        assert rows(tmp_path) == rows(whole("stage-switch"))  # the other pipeline's pictures, bit by bit
 
 
 @pytest.mark.slow
@@ -104,23 +111,6 @@ def test_a_crash_at_every_step_changes_nothing(images: Path, whole, tmp_path: Pa
             continue
         break
     assert_same_run(tmp_path, whole("stage-switch"))
-
-
-CPU_CASES = [
-    pytest.param(workers, steps, id=f"{workers}-{steps}", marks=[] if (workers, steps) == (0, 3) else pytest.mark.slow)
-    for workers in (0, 2)
-    for steps in (1, 3, 5, 8)
-]
-
-
-@pytest.mark.parametrize(("workers", "steps"), CPU_CASES)
-def test_resume_of_the_cpu_pipeline(workers: int, steps: int, images: Path, whole, tmp_path: Path) -> None:
-    config = tiny_config(images, **{**RUNS["cpu-pipeline"], "data": {"pipeline": "cpu", "workers": workers}})
-    with crash_after(steps), pytest.raises(Crash):
-        run(config, tmp_path)
-    run(config, tmp_path, resume=True)
-    assert_same_run(tmp_path, whole("cpu-pipeline"))
-    assert rows(tmp_path) == rows(whole("stage-switch"))  # the other pipeline's pictures, bit by bit
 
 
 def test_another_process_is_not_the_same_run(images: Path, whole, tmp_path: Path) -> None:

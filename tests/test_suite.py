@@ -609,21 +609,6 @@ def test_through_submitit(world: World, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(launch, "slurm_executor", lambda folder: OnThisMachine(folder=folder))
     world.file.write_text(SIMPLE.replace("seeds = [0, 1]", "seeds = [0]\nslurm = { slurm_partition = 'big' }"))
     assert len(world.run(executor="slurm")) == 2
-    # A job that is still queued or running when a second suite looks is not queued twice, nor is one that another
-    # suite is about to queue.
-    launcher = launch.SlurmLauncher(folder=world.root, gpus=1, options={"slurm_partition": "big"}, at_once=1)
-    (folder,) = (path.parent for path in world.output.glob("sample-knn/*/slurm-job.txt"))
-    monkeypatch.setattr(submitit, "SlurmJob", lambda **_: SimpleNamespace(done=lambda: False))
-    assert launcher.claim(folder) is None
-    monkeypatch.setattr(submitit, "SlurmJob", lambda **_: SimpleNamespace(done=lambda: True))
-    lock = launcher.claim(folder)
-    assert lock is not None
-    assert launcher.claim(folder) is None
-    started = launcher.start(["true"], log=folder / "log-1.txt", slot=0, lock=lock)
-    os.close(lock)
-    assert (folder / "slurm-job.txt").read_text() == started.leave()
-    while started.status() is None:
-        time.sleep(0.05)
 
 
 class Cluster:

@@ -120,55 +120,6 @@ def test_of_the_gpu_run_the_better_step_is_shown_and_named(tmp_path: Path) -> No
     assert "Measured on A: G, 16 cores, torch 2." in summary.render(tmp_path)
 
 
-WITHOUT = "(without the photometric part, which was"
-TWO, FOURTEEN = "of the step with two views", "of the step with 14 views"
-OUTSIDE, BARE = "outside backbone and head", "images/s over the bare backbone's, two views"
-
-
-@pytest.mark.parametrize(
-    ("measured", "expected"),
-    [
-        (
-            [],
-            {
-                f"{TWO}, {OUTSIDE} {WITHOUT} not measured)": "plain 25.0 %",
-                f"{FOURTEEN}, {OUTSIDE} {WITHOUT} not measured)": "plain 25.0 %",
-                f"{BARE} {WITHOUT} not measured)": "plain 62 % of 80 images/s",
-            },
-        ),
-        (
-            ["pipeline"],
-            {
-                f"{TWO}, {OUTSIDE} {WITHOUT} measured for 14 views only)": "plain 25.0 %",
-                f"{FOURTEEN} and the photometric part, {OUTSIDE}": "plain 28.6 %",
-                f"{BARE} {WITHOUT} measured for 14 views only)": "plain 62 % of 80 images/s",
-            },
-        ),
-        (
-            ["pipeline", "photometric_two-views"],
-            {
-                f"{TWO} and the photometric part, {OUTSIDE}": "plain 31.8 %",
-                f"{FOURTEEN} and the photometric part, {OUTSIDE}": "plain 28.6 %",
-                BARE: "plain 62 %, with the photometric part 57 % of 80 images/s",
-            },
-        ),
-    ],
-)
-def test_rows_include_the_photometric_part_where_it_was_measured_and_say_where_it_was_not(
-    tmp_path: Path, measured: list[str], expected: dict[str, str]
-) -> None:
-    # 0.1 s beside 14 views, 0.2 s beside two: 1 − 1.5/2.2 and 1.25/2.2.
-    parts = {f"step_{views}": step(ours=2.0, compiled=False) for views in ("multi-crop", "two-views")}
-    further = {
-        "pipeline": run(rate=45.0, compiled=False),
-        "photometric_two-views": {"ok": True, "times": times(photometric_part=0.2)},
-    }
-    parts |= {name: further[name] for name in measured}
-    (tmp_path / "gpu.json").write_text(json.dumps({"machine": GPU, "tiny": False, "parts": parts}))
-    found = dict(row.removeprefix("| ").split(" | ")[:2] for row in rows(tmp_path, "gpu"))
-    assert {name: found.get(name) for name in expected} == expected
-
-
 @pytest.mark.parametrize("asked", ["", summary.HEADLINES])
 def test_a_stale_table_is_noticed_and_mended(
     asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -488,40 +488,29 @@ def test_reads_are_heard() -> None:
 
 
 @pytest.mark.slow
-def test_online_evaluation_is_written(images: Path, tmp_path: Path) -> None:
+def test_online_evaluation_is_written_also_where_it_was_cut_off(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for split in ("train", "val"):
         for name in ("a", "b"):
             make_images(tmp_path / "labelled" / split / name, 4)
     config = tiny_config(images, run={"online_eval_root": str(tmp_path / "labelled"), "online_eval_every_epochs": 1})
-    run(config, tmp_path / "run")
-    found = [json.loads(line) for line in (tmp_path / "run" / "online_eval.jsonl").read_text().splitlines()]
+    run(config, tmp_path / "whole")
+    cut, whole = (tmp_path / name / "online_eval.jsonl" for name in ("cut", "whole"))
+    found = [json.loads(line) for line in whole.read_text().splitlines()]
     assert [row["epoch"] for row in found] == [0, 1]
     assert all(0 <= row["knn_top1_percent"] <= 100 and 0 <= row["nmi_percent"] <= 100 for row in found)
-    plain = tmp_path / "plain"
-    run(tiny_config(images), plain)
-    assert rows(plain) == rows(tmp_path / "run")  # looking changes nothing
-
-
-@pytest.mark.slow
-def test_an_evaluation_that_was_cut_off_is_made_up_for(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for split in ("train", "val"):
-        make_images(tmp_path / "labelled" / split / "a", 4)
-    config = tiny_config(images, run={"online_eval_root": str(tmp_path / "labelled"), "online_eval_every_epochs": 1})
-    run(config, tmp_path / "whole")
-    evaluate = run_module.evaluate
+    run(tiny_config(images), tmp_path / "plain")
+    assert rows(tmp_path / "plain") == rows(tmp_path / "whole")  # looking changes nothing
 
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "evaluate", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module, "evaluate", killed)
         run(config, tmp_path / "cut")
-    monkeypatch.setattr(run_module, "evaluate", evaluate)
-    run(config, tmp_path / "cut", resume=True)
-    run(config, tmp_path / "cut", resume=True)  # with nothing left to do
-    cut, whole = (tmp_path / name / "online_eval.jsonl" for name in ("cut", "whole"))
+    for _ in range(2):  # the second time with nothing left to do
+        run(config, tmp_path / "cut", resume=True)
     assert cut.read_text() == whole.read_text()
 
 
@@ -539,7 +528,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted({*CONFIGS.glob("*.toml"), *(CONFIGS / f"{name}.toml" for name in PUBLISHED)}))
 def test_every_config_is_valid_and_says_how_to_use_it(path: Path) -> None:
     config = load_config(path, PretrainConfig)
     heading = path.read_text().split("\n\n[")[0]
@@ -551,10 +540,6 @@ def test_every_config_is_valid_and_says_how_to_use_it(path: Path) -> None:
         plan = Plan(config, images=1_281_167, world_size=ranks, device=CPU)
         assert (plan.total_batch, plan.lr) == (total_batch, pytest.approx(lr))
         assert "Source:" in heading
-
-
-def test_there_is_a_config_for_every_published_row() -> None:
-    assert PUBLISHED.keys() <= {path.stem for path in CONFIGS.glob("*.toml")}
 
 
 # --- as a user starts it ----------------------------------------------------------------------------------------------

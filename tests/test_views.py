@@ -231,25 +231,6 @@ def test_a_view_depends_on_seed_epoch_image_and_view_alone(
     assert (left + box_width <= width).all()
 
 
-def test_seed_epoch_image_and_purpose_each_change_the_numbers() -> None:
-    philox = Philox()
-
-    def numbers(seed: int = 1, stream: int = VIEW_STREAM, *, epoch: int = 2, index: int = 3) -> np.ndarray:
-        return philox.at(seed, stream, epoch=epoch, index=index).random(8)
-
-    base = numbers()
-    assert (numbers() == base).all()
-    for other in (
-        numbers(2),
-        numbers(1 + 2**7),
-        numbers(1 + 2**31),
-        numbers(stream=VIEW_STREAM + 1),
-        numbers(epoch=3),
-        numbers(index=4),
-    ):
-        assert not (other == base).any()
-
-
 def test_the_stream_is_numpys_philox() -> None:
     fresh = np.random.Generator(np.random.Philox(key=[5, VIEW_STREAM], counter=[0, 11, 7, 0]))
     assert (Philox().at(5, VIEW_STREAM, epoch=7, index=11).random(100) == fresh.random(100)).all()
