@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from twist.catalog.boxes import BoxSet, read_boxes
-from twist.catalog.card import Card, Role, Section, split_card
-from twist.catalog.class_folders import LabelledImages
+from twist.catalog.card import Card, Role, Section, find_card, split_card
+from twist.catalog.class_folders import LabelledImages, open_tree
 from twist.catalog.data_sets import spread
 from twist.catalog.masks import Pair, check_pair, read_pairs
 from twist.catalog.report import picture_size
-from twist.catalog.tables import lines_of, read_labelled
+from twist.catalog.tables import TableImages, lines_of, read_labelled
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.files import sha256_json
 from twist.contracts.images import image_names
@@ -156,11 +156,20 @@ def prepare_card(card: Card, **options: Any) -> list[Path]:
     return split_card(card, names, share=share, seed=seed)
 
 
-def pretraining_images(card: Card) -> tuple[Path, set[Path]]:
+def labelled_images(data: str | Path) -> tuple[LabelledImages, LabelledImages]:
+    """Training and validation images of a card's [classification], or of a tree of class folders below a data root."""
+    card = find_card(Path(data))
+    if card is None:
+        return open_tree(data)
+    found = require_card_data(card, "classification").labelled or {}
+    return found["train"], found["val"]
+
+
+def pretraining_images(card: Card) -> tuple[Path | TableImages, set[Path]]:
     """The folder of a card's pictures for pretraining, and those below it that are held out to measure with.
 
-    Without [pretraining] it is the folder of a section's training images. Held out are the `val` splits and what
-    `exclude` names; of a table the folder cannot be told.
+    Without [pretraining] it is the folder of a section's training images, or the rows of its tables. Held out are the
+    `val` splits and what `exclude` names.
     """
     sections = [card.detection, card.segmentation]
     folders = [card.pretraining.images] if card.pretraining else [part.train.images for part in sections if part]
@@ -170,6 +179,9 @@ def pretraining_images(card: Card) -> tuple[Path, set[Path]]:
     held_out: set[Path] = set()
     for section in card.sections():
         data = open_card(card, section)
+        rows = (data.labelled or {}).get("train")
+        if isinstance(rows, TableImages) and root == card.place(card.classification.train):  # type: ignore[union-attr]
+            return rows, held_out
         if "val" in data.splits:
             held_out |= {path.resolve() for path in data.images("val")}
     patterns = card.pretraining.exclude if card.pretraining else ()

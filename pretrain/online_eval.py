@@ -1,7 +1,8 @@
-"""A cheap look at a running backbone: weighted k-NN and NMI of the head's classes, on a labelled folder.
+"""A cheap look at a running backbone: weighted k-NN and NMI of the head's classes, on labelled images.
 
-The folder is ImageNet-like (train/<class>/, val/<class>/). Features are those of eval mode at the global crops' size.
-The recipe of the k-NN is InstDist's (k = 20, temperature 0.07, arXiv 1805.01978); the transfer stage has the full one.
+They are in an ImageNet-like folder (train/<class>/, val/<class>/), or a data card names them. Features are those of
+eval mode at the global crops' size. The recipe of the k-NN is InstDist's (k = 20, temperature 0.07, arXiv 1805.01978);
+the transfer stage has the full one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from twist.catalog.class_folders import LabelledImages, open_tree
+from twist.catalog.card_data import labelled_images
+from twist.catalog.class_folders import LabelledImages
 from twist.contracts.weights import Backbone
 from twist.measure.features import Batch, Extractor, centre_crop
 from twist.measure.knn import nearest, plan_blocks, top_percent, vote_ranks
@@ -34,7 +36,7 @@ def evaluate(model: Twist, config: PretrainConfig, *, device: torch.device) -> d
     from twist.measure.clusters import cluster_metrics  # scikit-learn takes seconds to import, and few runs need it
 
     assert config.run.online_eval_root is not None
-    train, val = open_tree(config.run.online_eval_root)
+    train, val = labelled_images(config.run.online_eval_root)
     was_training, size = model.training, config.views.global_size
     distributed.take_buffers_of_main_rank(model)  # so that no number depends on the rank, nor on a resume in between
     model.eval()

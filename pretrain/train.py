@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twist.catalog.class_folders import open_tree
+from twist.catalog.card_data import labelled_images
 from twist.contracts.errors import UserError
 from twist.contracts.machine import code_sha256
 from twist.contracts.run_folder import locked
@@ -124,7 +124,7 @@ def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, 
         images = open_images(config.data)
         opened.append(images)
         if config.run.online_eval_root is not None:  # before hours of training, not after
-            open_tree(config.run.online_eval_root)
+            labelled_images(config.run.online_eval_root)
         refuse_held_out(config)
         code = {"torch": torch.__version__, "twist": code_sha256(*ROOMS)}
         settings = config.model_dump(mode="json", exclude=PLACES)

@@ -42,9 +42,14 @@ def test_stored_records_are_read(folder: str, count: int) -> None:
 
 def test_the_note_of_a_suites_job_is_understood(tmp_path: Path) -> None:
     suite = SuiteConfig.model_validate(
-        {"weights": [{"name": "random", "file": "random"}], "protocols": ["sample-knn"], "seeds": [0]}
+        {
+            "weights": [{"name": "random", "file": "random"}],
+            "protocols": ["sample-knn"],
+            "seeds": [0],
+            "data": {"sample-knn": str(tmp_path)},
+        }
     )
-    work = find_work(suite, results=RECORDS / "suite", data=tmp_path)
+    work = find_work(suite, results=RECORDS / "suite")
     assert [job.key for job in work.jobs] == list(work.done) == ["06ec1035f123"]
 
 

@@ -353,11 +353,10 @@ def suite(
     Resumable; what is done is skipped.
     """
     require("transfer")
-    from twist.catalog.data_sets import find_root
     from twist.comparing import suite_table
     from twist.transfer.suite.run import run_suite
 
-    folders = {"results": results, "output": output, "data": data or find_root(None)}
+    folders = {"results": results, "output": output, "data": data}
     devices = None if gpus is None else _device_numbers(gpus)
     records, failure = run_suite(file, executor=executor, dry_run=dry_run, gpus=devices, **folders)
     if records:

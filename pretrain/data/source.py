@@ -25,6 +25,7 @@ import numpy as np
 
 from twist.catalog.card import find_card
 from twist.catalog.card_data import pretraining_images
+from twist.catalog.tables import TableImages
 from twist.contracts.errors import UsageError, UserError, require
 from twist.contracts.images import EXTENSIONS, MAX_PIXELS, UnreadableImage, image_names
 from twist.pretrain.config import DataConfig
@@ -100,14 +101,19 @@ def open_images(config: DataConfig) -> Images:
 
 def _open(config: DataConfig) -> Images:
     if config.format == "datasets":
-        return ImageStream(config) if config.dataset_options.get("streaming") else HubImages(config)
+        if config.dataset_options.get("streaming"):
+            return ImageStream(config)
+        split = config.dataset_options.get("split", "train")
+        return HubImages(f"{config.root} ({split})", config.image_column, _load_rows(config))
     if config.format == "list":
         return ListedImages(Path(config.root))
     card = find_card(Path(config.root))
     if card is None:
         return FolderImages(Path(config.root), exclude=config.exclude)
-    folders, held_out = pretraining_images(card)
-    return FolderImages(folders, exclude=config.exclude, held_out=held_out)
+    pictures, held_out = pretraining_images(card)
+    if isinstance(pictures, TableImages):
+        return HubImages(str(pictures.folder), pictures.column, pictures.chosen_rows())
+    return FolderImages(pictures, exclude=config.exclude, held_out=held_out)
 
 
 def permutation(images: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -228,11 +234,10 @@ class HubImages(Images):
     The image files' bytes are taken as they are in the set; decoding is ours, so pixels do not depend on the format.
     """
 
-    def __init__(self, config: DataConfig) -> None:
-        self._title = f"{config.root} ({config.dataset_options.get('split', 'train')})"
-        self._column = config.image_column
+    def __init__(self, title: str, column: str, rows: Any) -> None:
+        self._title, self._column = title, column
         # One column only: other columns (captions, masks) are then never read.
-        self._rows = _load_rows(config).select_columns([self._column])
+        self._rows = rows.select_columns([column])
 
     def __len__(self) -> int:
         return len(self._rows)

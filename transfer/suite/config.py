@@ -7,7 +7,7 @@ import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,11 +15,14 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from twist.catalog.before_run import data_of, identify_data
+from twist.catalog.card import find_card
+from twist.catalog.card_data import require_card_data
+from twist.catalog.data_sets import find_root
 from twist.contracts.config import Config, problems, read_toml, validate
 from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.files import sha256_file, sha256_json
 from twist.contracts.record import RunRecord, find_records, read_record
-from twist.transfer.protocols import PROTOCOLS, check_protocol
+from twist.transfer.protocols import PROTOCOLS, Protocol, check_protocol
 
 RANDOM = "random"
 Override = Annotated[str, Field(pattern=r"^[^=]+=", description="key=value")]
@@ -28,8 +31,9 @@ Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
 
 class WeightsEntry(Config):
     """One set of weights. `file` is a checkpoint that `twist convert` reads (relative to where the suite is started),
-    or `random`. `method` and `epochs` are for files that do not say them; `overrides` go to its runs alone, and `seeds`
-    replace the suite's (of random weights each is another initialisation)."""
+    or `random`. `method` and `epochs` are for files that do not say them; `overrides` go to its runs alone, `seeds`
+    replace the suite's (of random weights each is another initialisation), and `protocols` are those of the suite's
+    that it runs under (None: all)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     file: str
@@ -40,6 +44,7 @@ class WeightsEntry(Config):
     epochs: int | None = Field(default=None, gt=0)
     seeds: Seeds | None = None
     overrides: tuple[Override, ...] = ()
+    protocols: tuple[str, ...] | None = None
 
     @property
     def exists(self) -> bool:
@@ -54,6 +59,8 @@ class SuiteConfig(Config):
     seeds: Seeds = (0, 1, 2)
     # Other seeds for some protocols: VOC detection is a mean of five in the literature.
     seeds_of: dict[str, Seeds] = Field(default={})
+    # A data card or root of its own for some protocols, instead of `--data`.
+    data: dict[str, str] = Field(default={})
     overrides: dict[str, tuple[Override, ...]] = Field(default={})
     grid: dict[str, dict[str, tuple[float | int | str | bool, ...]]] = Field(default={})
     gpus_per_run: int = Field(default=1, gt=0)
@@ -65,7 +72,7 @@ class SuiteConfig(Config):
 @dataclass(frozen=True)
 class Job:
     """One run. `key` identifies it by content: checkpoint, protocol, seed and overrides. `data` names what it is to be
-    measured on (transfer/identity.py)."""
+    measured on, and `place` is its data root or card."""
 
     weights: WeightsEntry
     protocol: str
@@ -73,6 +80,7 @@ class Job:
     overrides: tuple[str, ...]
     key: str
     data: str | None = None
+    place: Path = Path()
 
     @property
     def title(self) -> str:
@@ -105,8 +113,8 @@ class Workload:
         return self.past_s.get(job.protocol, None if hours is None else hours * 3600)
 
 
-def load_suite(path: Path, *, data: Path) -> SuiteConfig:
-    """Read and check a suite file.
+def load_suite(path: Path, *, data: Path | None) -> SuiteConfig:
+    """Read and check a suite file; its `data` then has a place for every protocol, `data` where it named none.
 
     Raises:
         UsageError: one line for every problem: keys, values, protocols, files, the data folder.
@@ -116,25 +124,25 @@ def load_suite(path: Path, *, data: Path) -> SuiteConfig:
     if not found:
         suite = validate(values, SuiteConfig, where=str(path))
         found = [f"{path}: {problem}" for check in (_unknown_names, _repetitions) for problem in check(suite)]
-    if not data.is_dir():
-        found.append(f"There is no data folder at {data}: make one with `twist data sample`, or check the path.")
     if found:
         raise UsageError("\n".join(found))
-    return suite
+    others = {protocol: str(data or find_root(None)) for protocol in suite.protocols if protocol not in suite.data}
+    return suite.model_copy(update={"data": {**suite.data, **others}})
 
 
-def find_work(suite: SuiteConfig, *, results: Path, data: Path) -> Workload:
-    """The jobs of `suite` on `data`, and the records of them under `results`.
+def find_work(suite: SuiteConfig, *, results: Path) -> Workload:
+    """The jobs of a loaded `suite`, and the records of them under `results`.
 
     Raises:
         UserError: a job has its record there, measured on other data.
     """
-    rows = [PROTOCOLS[protocol] for protocol in suite.protocols]
-    found = {row.name: identify_data(row.data, data, subset=row.subset) for row in rows}
     jobs = tuple(
-        job
-        for protocol, entry in itertools.product(suite.protocols, suite.weights)
-        for job in jobs_of(suite, protocol, entry, data=found[protocol])
+        replace(job, data=name, place=place)
+        for protocol in suite.protocols
+        for place in [Path(suite.data[protocol])]
+        for name in [_data_name(PROTOCOLS[protocol], place)]
+        for entry in suite.weights
+        for job in jobs_of(suite, protocol, entry)
     )
     records = [read_checked(file) for file in find_records([results])] if results.is_dir() else []
     done, times = {}, defaultdict(list)
@@ -146,8 +154,17 @@ def find_work(suite: SuiteConfig, *, results: Path, data: Path) -> Workload:
     return Workload(jobs, done, {protocol: sum(values) / len(values) for protocol, values in times.items()})
 
 
-def jobs_of(suite: SuiteConfig, protocol: str, entry: WeightsEntry, *, data: str | None = None) -> Iterator[Job]:
+def _data_name(row: Protocol, place: Path) -> str | None:
+    card = find_card(place)
+    if card is not None:
+        return require_card_data(card, row.task).name
+    return identify_data(row.data, find_root(place), subset=row.subset)
+
+
+def jobs_of(suite: SuiteConfig, protocol: str, entry: WeightsEntry) -> Iterator[Job]:
     """Every run of these weights under this protocol: its seeds × the points of the protocol's grid."""
+    if entry.protocols is not None and protocol not in entry.protocols:
+        return
     axes = suite.grid.get(protocol, {})
     for seed, values in itertools.product(
         entry.seeds or suite.seeds_of.get(protocol, suite.seeds), itertools.product(*axes.values())
@@ -166,7 +183,7 @@ def jobs_of(suite: SuiteConfig, protocol: str, entry: WeightsEntry, *, data: str
             "overrides": list(overrides),
             **({"heads": entry.heads} if entry.heads else {}),
         }
-        yield Job(entry, protocol, seed, overrides, sha256_json(identity)[:12], data)
+        yield Job(entry, protocol, seed, overrides, sha256_json(identity)[:12])
 
 
 @cache
@@ -231,7 +248,9 @@ def _unknown_names(suite: SuiteConfig) -> Iterator[str]:
     for protocol in suite.protocols:
         if protocol not in PROTOCOLS:
             yield f'there is no protocol "{protocol}".{did_you_mean(protocol, PROTOCOLS)}'
-    for key, by_protocol in (("overrides", suite.overrides), ("grid", suite.grid), ("seeds_of", suite.seeds_of)):
+    tables = {"overrides": suite.overrides, "grid": suite.grid, "seeds_of": suite.seeds_of, "data": suite.data}
+    tables |= {f"protocols of {entry.name}": dict.fromkeys(entry.protocols or ()) for entry in suite.weights}
+    for key, by_protocol in tables.items():
         for protocol in by_protocol:
             if protocol not in suite.protocols:
                 yield f'{key} are given for "{protocol}", which is not among the protocols.'

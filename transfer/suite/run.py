@@ -38,7 +38,7 @@ def run_suite(
     gpus: Sequence[int] | None = None,
     results: Path,
     output: Path,
-    data: Path,
+    data: Path | None,
 ) -> tuple[list[RunRecord], UserError | None]:
     """Run what is missing of the suite at `path`; the records of all jobs, and an error where runs failed twice.
 
@@ -50,7 +50,7 @@ def run_suite(
         UserError: runs under `results` or `output` were made on other data; the disk is full; SLURM is not here.
     """
     suite = config.load_suite(path, data=data)
-    work = config.find_work(suite, results=results, data=data)
+    work = config.find_work(suite, results=results)
     for job in work.missing:
         _left_by_run(job, output=output)  # refuses what was measured on other data, before anything starts
     slots, gpus_of_run, gpu_sets = suite.slurm_jobs_at_once, suite.gpus_per_run, []
@@ -69,7 +69,7 @@ def run_suite(
     artefacts = {entry.name: _artefact(entry, output / "weights") for entry in entries}
 
     def command(job: Job) -> list[str]:
-        return transfer_command(job, artefacts[job.weights.name], data=data, gpus=gpus_of_run, output=output)
+        return transfer_command(job, artefacts[job.weights.name], gpus=gpus_of_run, output=output)
 
     runs = _Runs(work, launcher, command, results=results, output=output)
     try:
@@ -83,11 +83,11 @@ def run_suite(
     return [records[job.key] for job in work.jobs if job.key in records], runs.error()
 
 
-def transfer_command(job: Job, weights: Path | str, *, data: Path, gpus: int, output: Path) -> list[str]:
+def transfer_command(job: Job, weights: Path | str, *, gpus: int, output: Path) -> list[str]:
     """The command line of one run; its record goes into the run folder, from where the suite collects it."""
     folder = job.folder(output)
-    command = [sys.executable, "-m", "twist", "transfer", job.protocol, "--weights", str(weights), "--data", str(data)]
-    command += ["--seed", str(job.seed), "--gpus", str(gpus), "--output", str(folder / "run")]
+    command = [sys.executable, "-m", "twist", "transfer", job.protocol, "--weights", str(weights)]
+    command += ["--data", str(job.place), "--seed", str(job.seed), "--gpus", str(gpus), "--output", str(folder / "run")]
     command += ["--results", str(folder / "record"), "--resume"]
     command += ["--method", job.weights.method] if job.weights.method else []
     return [*command, *job.overrides]

@@ -27,7 +27,7 @@ from twist.measure.features import Batch, Extractor, FeatureFile, frozen
 from twist.measure.knn import nearest, plan_blocks, top_percent, vote_ranks
 from twist.transfer.engines.imagenet import recipes, training
 from twist.transfer.engines.imagenet.head import head_classes, read_head
-from twist.transfer.engines.imagenet.images import decoded, extract, labelled_subset
+from twist.transfer.engines.imagenet.images import decoded, extract, labelled_subset, listed_labels
 from twist.transfer.engines.imagenet.journal import log
 from twist.transfer.engines.imagenet.panel import cluster_panel, neighbour_panel, prediction_panel
 from twist.transfer.pictures import plot_losses
@@ -91,6 +91,8 @@ def resolve(request: Request, weights: Weights) -> Setup:
         train, val = open_tree(request.data)
     labelled, warnings = train, []
     if isinstance(config, recipes.ClassifierRecipe):
+        if request.own is not None and config.labels != "all" and listed_labels(train, config) is None:
+            config = config.model_copy(update={"labels_from": "seed"})
         labelled = labelled_subset(train, config)
         warnings = batch_warnings(config, len(labelled), processes=max(gpus, 1))
     where = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "1 process on the CPU"

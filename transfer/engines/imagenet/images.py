@@ -46,14 +46,18 @@ def labelled_subset(train: LabelledImages, recipe: ClassifierRecipe) -> Labelled
     list_name, share = SUBSETS[recipe.labels]
     if recipe.labels_from == "seed":
         return draw_subset(train, share, seed=recipe.labels_seed)
-    tree = train.folder.parent
-    path = find_subset(tree, list_name)
+    path = listed_labels(train, recipe)
     if path is not None:
         return read_subset(train, path)
     raise UserError(
-        f"There is no {list_name} in {tree}: write it with `twist data prepare imagenet`, or draw a class-balanced "
-        "subset with labels_from=seed, which is another recipe."
+        f"There is no {list_name} in {train.folder.parent}: write it with `twist data prepare imagenet`, or draw a "
+        "class-balanced subset with labels_from=seed, which is another recipe."
     )
+
+
+def listed_labels(train: LabelledImages, recipe: ClassifierRecipe) -> Path | None:
+    """The list of labelled images beside the training images, where `recipe` wants one and it is there."""
+    return None if recipe.labels == "all" else find_subset(train.folder.parent, SUBSETS[recipe.labels][0])
 
 
 def epoch_batches(count: int, *, batch_size: int, seed: int, epoch: int, rank: Rank = ALONE) -> list[np.ndarray]:
