@@ -1,7 +1,8 @@
 """`twist data card FOLDER`: the card that a folder of data suggests, with what cannot be known as comments.
 
-Known by their files: COCO's JSON (CVAT's and Roboflow's exports too), VOC's XML, YOLO's label files, masks beside
-pictures, class folders, Parquet files, and pictures alone. Nothing is written but the card.
+Known by their files: COCO's JSON, VOC's XML, YOLO's label files, masks beside pictures (all also as CVAT, labelme's own
+converters and Roboflow export them), class folders, Parquet files, tar shards, Hugging Face data sets on disk, and
+pictures alone. Nothing is written but the card.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +20,20 @@ from PIL import Image
 from twist.catalog.boxes import yolo_names
 from twist.catalog.card import CARD, ROLES, find_card
 from twist.catalog.class_folders import class_names
-from twist.catalog.data_sets import spread
+from twist.catalog.data_sets import VOID, spread
 from twist.catalog.masks import MASK_ENDINGS
 from twist.catalog.report import UNREADABLE
+from twist.catalog.tables import READERS, column_kinds
 from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.images import file_entries, image_names
 
 # How folders and files of a split are called, first the usual name.
 SPLIT_NAMES = {"train": ("train", "training", "trainval"), "val": ("val", "valid", "validation", "test")}
-MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "gt", "SegmentationClass", "label", "segmentation")
+MASK_FOLDERS = (
+    "masks", "mask", "labels", "annotations", "gt", "SegmentationClassPNG", "SegmentationClass", "label",
+    "segmentation",
+)  # fmt: skip
 IMAGE_FOLDERS = ("images", "image", "imgs", "JPEGImages", "img", "pictures")
 SUFFIXES = ("_mask", "_labelIds", "_label", "_seg", "_gt", "_L", "_labelTrainIds", "_gtFine_labelIds")
 # Masks whose values are looked at, and files of a folder by which its kind is told.
@@ -50,7 +55,7 @@ def write_card(folder: Path, output: Path | None = None) -> Path:
     if not sections:
         raise UserError(
             f"{folder} holds nothing that is known: no COCO .json, VOC .xml, YOLO labels, masks, class folders, "
-            "Parquet files or pictures; write the card by hand."
+            "Parquet or Arrow files, tar shards or pictures; write the card by hand."
         )
     name = re.sub(r"[^\w.+-]+", "-", folder.resolve().name).strip("-.") or "data"
     root = "" if path.resolve().parent == folder.resolve() else f'root = "{os.path.abspath(folder)}"\n'
@@ -68,13 +73,29 @@ def _sections(folder: Path) -> Iterator[str]:
     yield from filter(None, (boxes, masks, classes))
     pictures = _common_folder(folder)
     if pictures is not None and not classes:
-        yield f'[pretraining]   # val splits are left out\nimages = "{pictures}"\n'
+        yield f'[pretraining]   # val splits are left out\nimages = "{pictures}"\n{_excluded(folder, pictures, masks)}'
+
+
+def _excluded(folder: Path, pictures: str, masks: str) -> str:
+    """What lies among the pictures and is none to train on: masks, and a `test` split."""
+    suffix = re.search(r'masks = "(.+?)"(?s:.*)mask_suffix = "(.+?)"', masks)
+    patterns = [f"*{suffix[2]}.*"] if suffix and f'images = "{suffix[1]}"' in masks else []
+    patterns += [f"{name}/*" for name in class_names(folder / pictures) if name.lower() == "test"]
+    said = ""
+    if any((folder / f"{Path(name).with_suffix('')}.json").is_file() for name in spread(image_names(folder), 1)):
+        said = "# labels in .json beside pictures, as labelme writes, are not read: labelme2coco makes a file that is\n"
+    return said + (f"exclude = {json.dumps(patterns)}\n" if patterns else "")
 
 
 def _role(name: str) -> str | None:
     """The split that a file's or folder's name stands for."""
     words = re.split(r"[^a-z]+", re.sub(r"\d+", "", name.lower()))
     return next((role for role in ROLES if set(words) & set(SPLIT_NAMES[role])), None)
+
+
+def _usual_first(names: Iterable[str]) -> list[str]:
+    """Sorted, but what is called `test` last: beside a `val` it is for neither split."""
+    return sorted(names, key=lambda name: ("test" in name.lower(), name))
 
 
 def _split_line(role: str, **keys: str) -> str:
@@ -97,7 +118,7 @@ def _lines(splits: dict[str, dict[str, str]]) -> str:
 
 def _coco(folder: Path) -> str:
     splits: dict[str, dict[str, str]] = {}
-    for name, _ in sorted(file_entries(folder, lambda name: name.endswith(".json"))):
+    for name in _usual_first(name for name, _ in file_entries(folder, lambda name: name.endswith(".json"))):
         try:
             content = json.loads((folder / name).read_bytes())
             listed = [image["file_name"] for image in content["images"]]
@@ -106,7 +127,8 @@ def _coco(folder: Path) -> str:
         except (OSError, ValueError, KeyError, TypeError):
             continue
         role = _role(Path(name).stem) or _role(Path(name).parent.name) or "train"
-        images = _folder_with(folder, listed[0])
+        beside = str(Path(name).parent)
+        images = beside if (folder / beside / listed[0]).is_file() else _folder_with(folder, listed[0])
         if role not in splits and images is not None:
             splits[role] = {"images": images, "annotations": name}
     return f'[detection]\nformat = "coco"\n{_lines(splits)}' if splits else ""
@@ -125,7 +147,7 @@ def _voc(folder: Path) -> str:
     xml = sorted(name for name, _ in file_entries(folder, lambda name: name.endswith(".xml")))
     if not xml:
         return ""
-    places = sorted({str(Path(name).parent) for name in xml})
+    places = _usual_first({str(Path(name).parent) for name in xml})
     pictures = {Path(name).stem: str(Path(name).parent) for name in image_names(folder)}
     lists = {_role(path.stem): path for path in sorted((folder / "ImageSets" / "Main").glob("*.txt"))}
     splits: dict[str, dict[str, str]] = {}
@@ -143,25 +165,25 @@ def _voc(folder: Path) -> str:
 
 
 def _yolo(folder: Path) -> str:
-    described = next(iter(sorted([*folder.glob("data.y*ml"), *folder.glob("*.yaml")])), None)
     labels = sorted(name for name, _ in file_entries(folder, lambda name: name.endswith(".txt")))
-    labels = [name for name in labels if "labels" in Path(name).parts[:-1]]
-    if not labels:
-        return ""
+    # Beside the pictures, as Darknet and CVAT have them, or in `labels` where the pictures are in `images`.
+    beside = {name.rpartition(".")[0] for name in image_names(folder)}
+    labels = [name for name in labels if "labels" in Path(name).parts[:-1] or name.removesuffix(".txt") in beside]
     splits: dict[str, dict[str, str]] = {}
-    for place in sorted({str(Path(name).parent) for name in labels}):
+    for place in _usual_first({str(Path(name).parent) for name in labels}):
         images = re.sub(r"(^|/)labels(?=/|$)", r"\1images", place)
         if (folder / images).is_dir():
             splits.setdefault(_role(place) or "train", {"images": images, "annotations": place})
-    if not splits:
-        return ""
-    classes = f'data = "{described.name}"\n' if described is not None else _numbers_as_classes(folder, labels)
+    return f'[detection]\nformat = "yolo"\n{_lines(splits)}{_yolo_classes(folder, labels)}' if splits else ""
+
+
+def _yolo_classes(folder: Path, labels: list[str]) -> str:
+    described = next(iter(sorted([*folder.glob("data.y*ml"), *folder.glob("*.yaml")])), None)
     if described is not None:
-        yolo_names(described)
-    return f'[detection]\nformat = "yolo"\n{_lines(splits)}{classes}'
-
-
-def _numbers_as_classes(folder: Path, labels: list[str]) -> str:
+        yolo_names(described)  # it has them
+        return f'data = "{described.name}"\n'
+    if (folder / "obj.names").is_file():
+        return f"classes = {json.dumps((folder / 'obj.names').read_text().split())}\n"
     words = [line.split() for name in labels for line in (folder / name).read_text().splitlines()]
     most = max((int(float(one[0])) for one in words if one), default=0)
     names = ", ".join(f'"class {number}"' for number in range(most + 1))
@@ -172,35 +194,52 @@ def _numbers_as_classes(folder: Path, labels: list[str]) -> str:
 
 
 def _masks(folder: Path) -> str:
-    places = [place for place in MASK_FOLDERS if (folder / place).is_dir()]
-    images = next((place for place in IMAGE_FOLDERS if (folder / place).is_dir()), None)
-    for place in places if images is not None else ():
+    for images, place, suffix in _mask_places(folder):
         masks = [n for n, _ in file_entries(folder / place, lambda n: n.lower().endswith(MASK_ENDINGS))]
-        stems = {Path(name).stem for name in image_names(folder / str(images))}
-        suffix = _suffix(stems, [Path(name).stem for name in masks])
-        if suffix is None:
-            continue
+        masks = [name for name in masks if Path(name).stem.endswith(suffix)]
         splits: dict[str, dict[str, str]] = {}
-        for below in sorted(os.listdir(folder / place)):
+        for below in _usual_first(os.listdir(folder / place)):
             role = _role(below)
-            if role and (folder / str(images) / below).is_dir() and (folder / place / below).is_dir():
-                splits.setdefault(role, {"images": f"{images}/{below}", "masks": f"{place}/{below}"})
-        splits = splits or {"train": {"images": str(images), "masks": place}}
+            if role and (folder / images / below).is_dir() and (folder / place / below).is_dir():
+                parts = {"images": f"{images}/{below}", "masks": f"{place}/{below}"}
+                splits.setdefault(role, {key: value.removeprefix("./") for key, value in parts.items()})
+        splits = splits or {"train": {"images": images, "masks": place}}
         ends = f'mask_suffix = "{suffix}"\n' if suffix else ""
         chosen = [folder / place / name for name in spread(sorted(masks), LOOKED_AT)]
-        return f"[segmentation]\n{_lines(splits)}{_mask_classes(chosen)}{ends}"
+        return f"[segmentation]\n{_lines(splits)}{_mask_classes(chosen, _mask_names(folder))}{ends}"
     return ""
 
 
-def _suffix(stems: set[str], masks: list[str]) -> str | None:
-    """What masks' stems have behind their pictures'; None where they are not these pictures' masks."""
-    found = {suffix: sum(m.removesuffix(suffix) in stems for m in masks) for suffix in ("", *SUFFIXES)}
-    best = max(found, key=lambda suffix: found[suffix])
-    return best if found[best] * 2 > len(masks) else None
+def _mask_places(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Folders of pictures and of their masks, and what the masks' names have behind the pictures'."""
+    images = next((place for place in IMAGE_FOLDERS if (folder / place).is_dir()), None)
+    pairs = [(images, place) for place in MASK_FOLDERS if images and (folder / place).is_dir()]
+    for pictures, place in [*pairs, (".", ".")]:
+        stems = {name.rpartition(".")[0] for name in image_names(folder / pictures)}
+        masks = [n.rpartition(".")[0] for n, _ in file_entries(folder / place, lambda n: n.endswith(MASK_ENDINGS))]
+        # In one folder a picture would be its own mask.
+        endings = SUFFIXES if pictures == place else ("", *SUFFIXES)
+        found = {end: sum(m.endswith(end) and m.removesuffix(end) in stems for m in masks) for end in endings}
+        best = max(found, key=lambda end: found[end])
+        if found[best] * 2 > (len(masks) if pictures != place else len(stems) - found[best]):
+            yield pictures, place, best
 
 
-def _mask_classes(masks: list[Path]) -> str:
-    values: Counter[object] = Counter()
+def _mask_names(folder: Path) -> dict[str, str]:
+    """Value or colour → name, where a converter left a list: labelme's, CVAT's, Roboflow's."""
+    for file in [*folder.glob("class_names.txt"), *folder.glob("labelmap.txt"), *folder.glob("*/_classes.csv")]:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        if file.name == "class_names.txt":
+            return {str(number): name for number, name in enumerate(lines)}
+        if file.name == "_classes.csv":
+            return {value.strip(): name.strip() for value, _, name in (line.partition(",") for line in lines[1:])}
+        parts = [line.split(":") for line in lines if not line.startswith("#")]
+        return {"#{:02x}{:02x}{:02x}".format(*map(int, colour.split(","))): name for name, colour, *_ in parts}
+    return {}
+
+
+def _mask_classes(masks: list[Path], names: dict[str, str]) -> str:
+    values: Counter[int | str] = Counter()
     for path in masks:
         try:
             with Image.open(path) as image:
@@ -212,17 +251,16 @@ def _mask_classes(masks: list[Path]) -> str:
             values.update("#{:02x}{:02x}{:02x}".format(*colour) for colour in triples.tolist())
         else:
             values.update(np.unique(pixels).tolist())
-    said = f"# names are not in the masks; found in {len(masks)} of them\n"
+    numbers = sorted(value for value in values if isinstance(value, int) and value != VOID)
     colours = sorted(value for value in values if isinstance(value, str))
-    if colours:
-        rows = ", ".join(f'"{colour}" = "class {index}"' for index, colour in enumerate(colours))
-        return f"{said}classes = {{ {rows} }}\n"
-    numbers = sorted(value for value in values if isinstance(value, int) and value != 255)
-    if numbers == list(range(len(numbers))):
-        names = ", ".join(f'"class {number}"' for number in numbers)
-        return f"{said}classes = [{names}]\nignore = 255\n"
-    rows = ", ".join(f'{number} = "class {number}"' for number in numbers)
-    return f"{said}classes = {{ {rows} }}\nignore = 255\n"
+    colours = [value for value in names if value in colours] if names else colours
+    listed = colours or [str(number) for number in (range(max(numbers, default=0) + 1) if names else numbers)]
+    said = "" if names else f"# names are not in the masks; found in {len(masks)} of them\n"
+    named = {value: names.get(value, f"class {index}") for index, value in enumerate(listed)}
+    if not colours and listed == [str(number) for number in range(len(listed))]:
+        return f"{said}classes = {json.dumps([*named.values()], ensure_ascii=False)}\nignore = {VOID}\n"
+    rows = ", ".join(f'{json.dumps(value) if colours else value} = "{name}"' for value, name in named.items())
+    return f"{said}classes = {{ {rows} }}\n" + ("" if colours else f"ignore = {VOID}\n")
 
 
 # ── Classes and pictures ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -230,24 +268,40 @@ def _mask_classes(masks: list[Path]) -> str:
 
 def _classes(folder: Path) -> str:
     tables: dict[str, list[str]] = {}
-    for name, _ in sorted(file_entries(folder, lambda name: name.endswith(".parquet"))):
-        tables.setdefault(_role(Path(name).stem) or "train", []).append(name)
+    for name in _usual_first(name for name, _ in file_entries(folder, lambda name: name.endswith(tuple(READERS)))):
+        role = _role(Path(name).stem) or _role(Path(name).parent.name) or "train"
+        tables.setdefault(role, []).append(name)
     if tables:
         places = {}
         for role, names in tables.items():
-            pattern = str(Path(names[0]).parent / f"{Path(names[0]).stem.split('-')[0]}-*.parquet")
-            places[role] = names[0] if len(names) == 1 else pattern
-        lines = "".join(f'{role} = "{place}"\n' for role, place in places.items())
-        return f"[classification]\n{lines}{'' if 'val' in places else NO_VAL}"
-    splits = {_role(name): name for name in reversed(class_names(folder)) if _role(name)}
+            same = [name for name in names if Path(name).parent == Path(names[0]).parent]
+            pattern = f"{Path(names[0]).stem.split('-')[0]}-*{Path(names[0]).suffix}"
+            places[role] = names[0] if len(same) == 1 else (Path(names[0]).parent / pattern).as_posix()
+        return _class_lines(places) + _columns(folder / next(iter(tables.values()))[0])
+    splits = {str(_role(name)): name for name in reversed(_usual_first(class_names(folder))) if _role(name)}
     if "train" in splits and len(class_names(folder / splits["train"])) > 1:
-        lines = "".join(f'{role} = "{splits[role]}"\n' for role in ROLES if role in splits)
-        return f"[classification]\n{lines}{'' if 'val' in splits else NO_VAL}"
+        return _class_lines(splits)
     with_pictures = [name for name in class_names(folder) if next(file_entries(folder / name), None)]
     generic = {*IMAGE_FOLDERS, *MASK_FOLDERS}
-    if len(with_pictures) > 1 and not generic & set(with_pictures):
-        return f'[classification]\ntrain = "."\n{NO_VAL}'
+    if len(with_pictures) > 1 and not generic & set(with_pictures) and not any(map(_role, with_pictures)):
+        return _class_lines({"train": "."})
     return ""
+
+
+def _class_lines(places: dict[str, str]) -> str:
+    lines = "".join(f'{role} = "{places[role]}"\n' for role in ROLES if role in places)
+    return f"[classification]\n{lines}{'' if 'val' in places else NO_VAL}"
+
+
+def _columns(table: Path) -> str:
+    """The names of the columns with images and with labels, where they are not the usual ones."""
+    found = column_kinds(table)
+    lines = ""
+    for key, usual in (("image", "image"), ("label", "label")):
+        names = [name for name, kind in found.items() if kind == key]
+        if names and usual not in names:
+            lines += f'{key}_column = "{names[0]}"\n'
+    return lines
 
 
 def _common_folder(folder: Path) -> str | None:

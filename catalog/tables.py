@@ -1,6 +1,7 @@
-"""Labelled images in tables: Parquet files or tar shards, as Hugging Face `datasets` reads them, or class folders.
+"""Labelled images in tables that Hugging Face `datasets` reads, or in class folders: a card's [classification].
 
-A data card's [classification] names either. Rows are memory-mapped and their image bytes decoded as files' are.
+Tables are Parquet files, tar shards, or a data set that was saved to disk (Arrow). Rows are memory-mapped and their
+image bytes decoded as files' are.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # File endings → the name of their reader in `datasets`.
-READERS = {".parquet": "parquet", ".tar": "webdataset"}
+READERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,21 @@ def _open(files: list[Path], image: str, label: str) -> Any:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{files[0]} cannot be opened as {reader} ({str(error).splitlines()[0]}).") from None
+
+
+def column_kinds(file: Path) -> dict[str, str]:
+    """The columns of a table that hold images ("image") or numbers of classes ("label")."""
+    require("hub")
+    import datasets
+
+    rows = datasets.load_dataset(READERS[file.suffix], data_files=[str(file)], split="train")
+    kinds = {}
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature):
+            kinds[name] = "image"
+        elif isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "").startswith("int"):
+            kinds[name] = "label"
+    return kinds
 
 
 def lines_of(images: LabelledImages) -> list[str]:

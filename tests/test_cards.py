@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.tiny_cards import (
     write_classes,
     write_coco,
     write_masks,
+    write_tables,
     write_voc,
     write_yolo,
 )
@@ -188,6 +190,84 @@ def test_a_guessed_card_reads_the_same_data(tmp_path: Path, write: Any) -> None:
     assert len(after.classes) == len(before.classes)
     with pytest.raises(UserError, match="not replaced"):
         guess_card(tmp_path / "nests")
+
+
+VALID = {"1_*": "train", "2_*": "valid"}
+# As tools export these data: what moves where (None: is not there), and the list of names that they leave.
+EXPORTS: dict[str, tuple[Any, dict[str, Any], dict[str, str | None], dict[str, str]]] = {
+    "CVAT COCO": (write_coco, {}, {"train.json": "annotations", "val.json": None, "images/2_*": None}, {}),
+    "Roboflow COCO": (
+        write_coco, {},
+        {f"images/{names}": to for names, to in VALID.items()} | {"train.json": "train", "val.json": "valid"}, {},
+    ),
+    "Roboflow VOC": (
+        write_voc, {},
+        {f"{kind}/{names}": to for names, to in VALID.items() for kind in ("JPEGImages", "Annotations")}
+        | {"ImageSets/Main/*": None}, {},
+    ),
+    "Roboflow YOLO": (
+        write_yolo, {},
+        {f"{kind}/{role}/*": f"{to}/{kind}" for kind in ("images", "labels") for role, to in
+         (("train", "train"), ("val", "valid"))}, {},
+    ),
+    "CVAT YOLO": (
+        write_yolo, {},
+        {f"{kind}/train/*": "obj_train_data" for kind in ("images", "labels")}
+        | {"*/val/*": None, "data.yaml": None}, {"obj.names": "egg\nnest\n"},
+    ),
+    "Roboflow masks": (
+        write_masks, {},
+        {f"{kind}/{role}/*": to for kind in ("images", "masks") for role, to in
+         (("train", "train"), ("val", "valid"))},
+        {"train/_classes.csv": "Pixel Value, Class\n0, earth\n1, egg\n2, nest\n"},
+    ),
+    "labelme2voc": (
+        write_masks, {"form": "palette"},
+        {"images/train/*": "JPEGImages", "masks/train/*": "SegmentationClassPNG", "*/val/*": None},
+        {"class_names.txt": "earth\negg\nnest\n"},
+    ),
+    "CVAT masks": (
+        write_masks, {"form": "rgb"},
+        {"images/train/*": "JPEGImages", "masks/train/*": "SegmentationClass", "*/val/*": None},
+        {"labelmap.txt": "# label:color_rgb:parts:actions\nearth:0,0,0::\negg:230,60,40::\nnest:40,70,220::\n"},
+    ),
+    "shards": (write_tables, {"form": "tar"}, {}, {}),
+    "saved to disk": (write_tables, {"form": "arrow"}, {}, {}),
+    "Parquet": (write_tables, {"form": "parquet", "columns": ("img", "fine_label")}, {}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "tool", [pytest.param(tool, marks=[pytest.mark.slow] * (row[0] is write_tables)) for tool, row in EXPORTS.items()]
+)
+def test_a_card_is_guessed_from_what_tools_export(tmp_path: Path, tool: str) -> None:
+    write, form, moves, lists = EXPORTS[tool]
+    write(tmp_path, **form).unlink()
+    for pattern, to in moves.items():
+        for path in sorted(tmp_path.glob(pattern)):
+            if to is None:
+                path.unlink()
+            else:
+                (tmp_path / to).mkdir(parents=True, exist_ok=True)
+                path.rename(tmp_path / to / path.name)
+    for folder in sorted((path for path in tmp_path.rglob("*") if path.is_dir()), reverse=True):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    for name, text in lists.items():
+        (tmp_path / name).write_text(text)
+    if (tmp_path / "valid").is_dir():
+        shutil.copytree(tmp_path / "valid", tmp_path / "test")
+    card = card_of(guess_card(tmp_path))
+    (section,) = card.sections()
+    data = open_card(card, section)
+    count = 24 if write is write_tables else 6
+    has_val = None not in moves.values() or "Roboflow" in tool
+    assert {role: data.count(role) for role in data.splits} == {"train": count, **({"val": count} if has_val else {})}
+    names = {"segmentation": ("earth", *NAMES), "classification": ("0", "1") if tool == "shards" else NAMES}
+    assert data.classes == names.get(section, NAMES)
+    if card.pretraining is not None:
+        images = open_images(DataConfig(root=str(tmp_path)))
+        assert len(images) == 6  # neither masks, val nor test
 
 
 def test_a_card_elsewhere_has_a_root_and_root_can_be_given(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.tiny_cards import write_classes, write_coco, write_masks, write_voc, write_yolo
-from twist.contracts.record import RunRecord, read_records
+from tests.tiny_cards import write_classes, write_coco, write_masks, write_tables, write_voc, write_yolo
+from twist.compare.table import build_table
+from twist.contracts.record import RunRecord
 from twist.transfer.run import transfer
 
 pytestmark = pytest.mark.slow
@@ -72,16 +74,42 @@ def test_fcn_learns_own_masks_in_every_form(tmp_path: Path, form: str) -> None:
     assert record.recipe["model"]["decode_head"]["num_classes"] == 3
 
 
-def test_class_folders_and_tables_by_card_meet_in_one_table(tmp_path: Path) -> None:
-    card = write_classes(tmp_path / "nests")
-    results = tmp_path / "results"
-    for protocol, more in (("sample-knn", ()), ("sample-linear", ("epochs=1",))):
-        record = transfer(
-            protocol, weights="random", data=card, gpus=0, output=tmp_path / protocol, results=results, overrides=more
-        )
-        assert record.scale == "own"
-        assert record.data is not None
-    assert {record.protocol for _, record in read_records([results])} == {"sample-knn", "sample-linear"}
+FROZEN = ("size=64",)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "write", "form", "overrides", "metric"),
+    [
+        ("sample-knn", write_classes, {}, (), "knn_top1_percent"),
+        ("sample-linear", write_tables, {"form": "parquet"}, ("epochs=1",), "top1_percent"),
+        ("sample-linear", write_tables, {"form": "arrow"}, ("epochs=1",), "top1_percent"),
+        ("semi-10pct", write_classes, {}, ("epochs=1", "size=32", "resize=36", "batch_size=2"), "top1_percent"),
+        ("sample-semi-10pct", write_tables, {"form": "tar"}, ("epochs=1",), "top1_percent"),
+        ("sample-fewshot", write_tables, {"form": "parquet"}, ("draws=1",), "top1_percent"),
+        ("sample-voc-knn-seg", write_masks, {"form": "rgb"}, FROZEN, "miou_percent"),
+        (
+            "sample-voc-linear-seg",
+            write_masks,
+            {"form": "zero"},
+            (*FROZEN, "iterations=2", "holdout_every=3"),
+            "miou_percent",
+        ),
+        ("sample-voc-cluster-seg", write_masks, {"form": "gaps"}, FROZEN, "miou_percent"),
+        ("sample-voc-corloc", write_voc, {}, (), "corloc_percent"),
+        ("sample-voc-svm", write_tables, {"form": "parquet"}, (), "voc07_svm_map_percent"),
+    ],
+)
+def test_protocols_on_frozen_features_and_few_labels_run_on_cards(
+    tmp_path: Path, protocol: str, write: Any, form: dict[str, Any], overrides: tuple[str, ...], metric: str
+) -> None:
+    card = write(tmp_path / "nests", **form)
+    random = "architecture=resnet18"
+    record = run(protocol, card, tmp_path / "run", random, "machine.workers=0", *overrides)
+    assert record.scale == "own"
+    assert record.recipe["card"]["name"] == "nests"
+    assert 0 <= record.metrics[metric] <= 100
+    table = build_table([record])
+    assert [column.data for column in table.columns] == [record.data] * len(table.columns)
 
 
 @pytest.mark.parametrize(("name", "folder", "protocol"), [

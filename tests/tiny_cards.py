@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +163,44 @@ def write_classes(folder: Path, *, count: int = 12) -> Path:
                 pixels = (np.array(COLOURS[kind]) + generator.integers(-30, 30, (40, 48, 3))).clip(0, 255)
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / role / name / f"{number}.png")
     return write_card(folder, '[classification]\ntrain = "train"\nval = "val"\n')
+
+
+def write_tables(
+    folder: Path, *, form: str = "parquet", count: int = 12, columns: tuple[str, str] = ("image", "label")
+) -> Path:
+    """The images of `write_classes` as `parquet`, as `tar` shards, or as `arrow`: a data set that was saved to disk."""
+    from datasets import ClassLabel, Dataset, DatasetDict, Features
+    from datasets import Image as Picture
+
+    write_classes(folder / "as-folders", count=count)
+    splits = {}
+    for role in ("train", "val"):
+        files = sorted((folder / "as-folders" / role).glob("*/*.png"))
+        data, labels = [file.read_bytes() for file in files], [NAMES.index(file.parent.name) for file in files]
+        image, label = columns
+        features = Features({image: Picture(), label: ClassLabel(names=list(NAMES))})
+        splits[role] = Dataset.from_dict({image: [{"bytes": one} for one in data], label: labels}, features)
+        if form == "tar":
+            write_shard(folder / f"{role}.tar", data, labels)
+        elif form == "parquet":
+            splits[role].to_parquet(folder / f"{role}.parquet")
+    if form == "arrow":
+        DatasetDict(splits).save_to_disk(folder / "saved")
+    shutil.rmtree(folder / "as-folders")
+    place = {"arrow": "saved/{}", "tar": "{}.tar", "parquet": "{}.parquet"}[form]
+    columns = 'image_column = "png"\nlabel_column = "cls"\n' if form == "tar" else ""
+    lines = "".join(f'{role} = "{place.format(role)}"\n' for role in splits)
+    return write_card(folder, f"[classification]\n{lines}{columns}")
+
+
+def write_shard(path: Path, data: list[bytes], labels: list[int]) -> None:
+    """A tar shard as webdataset has them: `000.png` and `000.cls` of each image."""
+    with tarfile.open(path, "w") as shard:
+        for number, (png, label) in enumerate(zip(data, labels, strict=True)):
+            for ending, content in (("png", png), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{number:03d}.{ending}")
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
 
 
 def write_card(folder: Path, text: str, *, name: str = "nests") -> Path:

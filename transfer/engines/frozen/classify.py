@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twist.catalog.class_folders import LabelledImages, open_tree
+from twist.catalog.class_folders import LabelledImages
 from twist.contracts.errors import UserError
-from twist.contracts.images import read_image
 from twist.contracts.networks import network_of
 from twist.contracts.progress import Progress
 from twist.measure.features import Batch, Extractor, FeatureFile, centre_crop, frozen
@@ -29,10 +27,6 @@ from twist.transfer.request import Result
 
 if TYPE_CHECKING:
     from twist.transfer.engines.frozen.engine import Setup
-
-
-def open_labelled(root: Path) -> tuple[LabelledImages, LabelledImages]:
-    return open_tree(root)
 
 
 def run(setup: Setup) -> Result:
@@ -65,7 +59,7 @@ def _rows(setup: Setup, extractor: Extractor, images: Any) -> FeatureFile:
 def _batches(images: Any, view: Callable[[Tensor], Tensor], size: int) -> Iterator[Batch]:
     for start in range(0, len(images), size):
         chosen = range(start, min(start + size, len(images)))
-        yield torch.stack([view(read_image(images.path(index))) for index in chosen]), torch.zeros(len(chosen))
+        yield torch.stack([view(images.read(index)) for index in chosen]), torch.zeros(len(chosen))
 
 
 # ── Few labels ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -140,9 +134,12 @@ def _svm(setup: Setup, train: FeatureFile, val: FeatureFile) -> Result:
     return Result(metrics, setup.recipe, notes=[f"The mean of {config.draws} draws of positive images for each k."])
 
 
-def image_labels(pictures: Pictures, names: list[str]) -> np.ndarray:
+def image_labels(pictures: Pictures | LabelledImages, names: list[str]) -> np.ndarray:
     """(N, K) int8 of VOC's images: 1 for a class that is in it, 0 where it is only as a difficult object, else -1."""
     labels = np.full((len(pictures), len(names)), -1, dtype=np.int8)
+    if isinstance(pictures, LabelledImages):  # of a card: one class an image
+        labels[np.arange(len(pictures)), pictures.labels] = 1
+        return labels
     for index in range(len(pictures)):
         plain, difficult = pictures.difficult_classes(index)
         for k, name in enumerate(names):

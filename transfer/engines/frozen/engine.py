@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twist.catalog.annotations import voc_palette
+from twist.catalog.card import Role
+from twist.catalog.class_folders import open_tree
 from twist.catalog.data_sets import find_data_set, read_sample
 from twist.contracts.curves import CURVES, Curves
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.failures import explained
-from twist.contracts.images import read_image
 from twist.contracts.progress import Progress
 from twist.measure import discovery
 from twist.measure.dense import DenseExtractor, DenseFile, dense_network
@@ -31,7 +32,7 @@ from twist.measure.features import frozen
 from twist.measure.knn import nearest, plan_blocks
 from twist.measure.segmentation import VOID, Confusion, patch_labels, predict, retrieved_labels, sample_patches
 from twist.transfer.engines.frozen import classify, linear_seg, recipes
-from twist.transfer.engines.frozen.images import Pictures, open_split, squashed
+from twist.transfer.engines.frozen.images import OwnPictures, Pictures, open_split, squashed
 from twist.transfer.pictures import PICTURES, plot_losses, save_pairs
 from twist.transfer.recipe import departures
 from twist.transfer.request import Request, Result, Weights
@@ -90,7 +91,9 @@ def resolve(request: Request, weights: Weights) -> Setup:
     notes = (*changed, *unlike)
     digests = [one.digest() for one in (train, val) if one is not None]
     recipe = {**config.recorded(), "data": {**counts, "names": digests}}
-    return Setup(request, weights, config, train, val, recipe, "\n  ".join([plan, *notes]), bool(notes), notes)
+    own_data = [] if request.own is None else [request.own.summary()]
+    plan = "\n  ".join([plan, *own_data, *notes])
+    return Setup(request, weights, config, train, val, recipe, plan, bool(notes), notes)
 
 
 def _shortened(config: recipes.AnyRecipe, request: Request) -> recipes.AnyRecipe:
@@ -105,21 +108,24 @@ def _shortened(config: recipes.AnyRecipe, request: Request) -> recipes.AnyRecipe
 
 
 def _open(request: Request, config: recipes.AnyRecipe) -> tuple[Any, Any]:
+    if request.own is not None and request.own.labelled is not None:
+        return request.own.labelled["train"], request.own.labelled["val"]
     if isinstance(config, recipes.FewShotRecipe):
-        return classify.open_labelled(request.data)
-    sample = read_sample(request.data)
-    rows = [find_data_set(name) for name in request.protocol.data]
+        return open_tree(request.data)
+
+    def split(role: Role) -> Pictures:
+        if request.own is not None:
+            return OwnPictures.of(request.own, role)
+        return open_split(find_data_set(request.protocol.data[0]), request.data, role, read_sample(request.data))
+
     if isinstance(config, recipes.DiscoveryRecipe):  # nothing is trained: LOST is measured on the trainval pictures
-        return None, open_split(rows[0], request.data, "train", sample)
-    val = open_split(rows[0], request.data, "val", sample)
-    if isinstance(config, recipes.ClustersRecipe):
-        return None, val
-    return open_split(rows[0], request.data, "train", sample), val
+        return None, split("train")
+    return None if isinstance(config, recipes.ClustersRecipe) else split("train"), split("val")
 
 
 def _unlike_published(request: Request, train: Any, val: Any) -> list[str]:
     """Splits of a full protocol that have another number of images than the data set's."""
-    if request.protocol.scale != "full":
+    if request.protocol.scale != "full" or request.own is not None:
         return []
     return [
         f"{one.row.name} has {len(one)} images here and {one.split.count} as published"
@@ -232,7 +238,7 @@ def _memory(setup: Setup, train: DenseFile) -> tuple[Tensor, Tensor]:
             labels.append(shares[chosen])
             progress.advance()
     if not sum(map(len, features)):
-        raise UserError(f"No patch of {setup.train.row.name}'s training images has a class: check its label maps.")
+        raise UserError(f"No patch of {setup.train.title}'s training images has a class: check its label maps.")
     return torch.cat(features).to(setup.device), torch.cat(labels).to(setup.device)
 
 
@@ -340,12 +346,12 @@ def _corloc(setup: Setup, extractor: DenseExtractor) -> Result:
         for index in range(len(setup.val)):
             truth, _ = setup.val.boxes(index, hard_objects=config.hard_objects)
             if len(truth):
-                box, scale = lost_of(extractor, read_image(setup.val.path(index)), config)
+                box, scale = lost_of(extractor, setup.val.read(index), config)
                 found += int(discovery.overlaps(box, truth * scale).max() >= config.overlap)
                 counted += 1
             progress.advance()
     if not counted:
-        raise UserError(f"{setup.val.row.name} has no object below {setup.val.place}: corloc needs boxes.")
+        raise UserError(f"{setup.val.title} has no object: corloc needs boxes.")
     notes = [f"{found} of {counted} images; {len(setup.val) - counted} without an object are left out."]
     return Result({"corloc_percent": 100.0 * found / counted}, setup.recipe, notes=notes)
 

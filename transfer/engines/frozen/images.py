@@ -1,4 +1,4 @@
-"""Images and their annotations of the frozen protocols, by the catalog's rows: label maps and boxes.
+"""Images and their annotations of the frozen protocols, by the catalog's rows or a data card: label maps and boxes.
 
 `N` images, `S` the input's side.
 """
@@ -20,7 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from twist.catalog.boxes import VOC_FLAGS
+from twist.catalog.card import Role
+from twist.catalog.card_data import CardData
 from twist.catalog.data_sets import DataSet, Split, read_names
+from twist.catalog.masks import read_mask
 from twist.contracts.errors import UserError
 from twist.contracts.files import sha256_json
 from twist.contracts.images import file_entries, read_image
@@ -48,6 +52,14 @@ class Pictures:
     def truth(self, kind: str, index: int) -> Path:
         files = self.split.truth[kind]  # type: ignore[index]
         return self.place / files.folder / f"{self.names[index]}{files.suffix}"
+
+    def read(self, index: int) -> Tensor:
+        return read_image(self.path(index))
+
+    @property
+    def title(self) -> str:
+        """What messages call the data."""
+        return f"{self.row.name} below {self.place}"
 
     @property
     def class_count(self) -> int:
@@ -134,6 +146,42 @@ class Pictures:
         return found
 
 
+@dataclass(frozen=True)
+class OwnPictures(Pictures):
+    """One split of a data card, read as the other engines read it. `row`, `split` and `place` are not used."""
+
+    own: CardData
+    role: Role
+
+    @classmethod
+    def of(cls, own: CardData, role: Role) -> OwnPictures:
+        unused: Any = None
+        names = tuple(path.name for path in own.images(role))
+        return cls(unused, unused, own.card.folder, names, own.classes, own, role)
+
+    @property
+    def title(self) -> str:
+        return f"{self.own.card.name} below {self.place}"
+
+    def path(self, index: int) -> Path:
+        return self.own.images(self.role)[index]
+
+    def label_map(self, index: int, *, size: int) -> Tensor:
+        assert self.own.pairs is not None
+        assert self.own.card.segmentation is not None
+        labels = read_mask(self.own.pairs[self.role][index].mask, self.own.card.segmentation)
+        if size:
+            labels = np.array(Image.fromarray(labels).resize((size, size), Image.Resampling.NEAREST))
+        return torch.from_numpy(labels.astype(np.int64))
+
+    def boxes(self, index: int, *, hard_objects: bool = True) -> tuple[np.ndarray, list[str]]:
+        assert self.own.boxes is not None
+        objects = [one for one in self.own.boxes[self.role].images[index]["objects"] if not one["iscrowd"]]
+        kept = [one for one in objects if hard_objects or not any(one.get(flag) for flag in VOC_FLAGS)]
+        corners = [(x, y, x + width, y + height) for one in kept for x, y, width, height in [one["bbox"]]]
+        return np.array(corners, dtype=np.float64).reshape(-1, 4), [self.own.classes[one["category"]] for one in kept]
+
+
 def open_split(row: DataSet, root: Path, role: str, sample: dict[str, Any] | None) -> Pictures:
     """The split of `row` below `root` that runs train on (`role` "train") or measure on ("val").
 
@@ -175,4 +223,4 @@ class _Squashed(Dataset[Tensor]):
         self.pictures, self.resize = pictures, v2.Resize([size, size], antialias=True)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.resize(read_image(self.pictures.path(index)))
+        return self.resize(self.pictures.read(index))
