@@ -49,11 +49,8 @@ def _check_section(card: Card, section: Section, data: CardData, report: Report)
     if "val" not in data.splits:
         remedy = f"name one, or `twist data prepare {card.path} split=0.2 seed=0`"
         report.error(where, "has no val, without which nothing is measured", remedy)
-    else:
-        shared = set(data.images("train")) & set(data.images("val"))
-        if shared:
-            said = f"{len(shared)} images are in train and in val, {min(shared)} the first: numbers would be too high"
-            report.error(where, said, "take them out of one")
+    elif said := data.in_both():
+        report.error(where, said, "take them out of one")
     report.fine(where, f"{len(data.classes)} classes: {named(data.classes)}")
     for role, split in data.splits.items():
         here = f"{where} {role}"

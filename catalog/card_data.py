@@ -58,6 +58,21 @@ class CardData:
         found = self.labelled[role]
         return [*getattr(found, "files", ())] or [found.path(index) for index in range(len(found))]
 
+    def in_both(self) -> str:
+        """What is wrong where images are in train and in val, "" for nothing."""
+        names = [
+            {f"{one.folder}/{line}" for line in lines_of(one)}
+            if isinstance(one, LabelledImages)
+            else set(map(str, self.images(role)))
+            for role, one in self.splits.items()
+        ]
+        both = sorted(set.intersection(*names)) if len(names) > 1 else []
+        return (
+            f"{len(both)} images are in train and in val, {both[0]} the first: numbers would be too high"
+            if both
+            else ""
+        )
+
     def count(self, role: Role) -> int:
         """Images of a split."""
         return len(self.labelled[role]) if self.labelled is not None else len(self.images(role))
@@ -122,12 +137,8 @@ def require_card_data(card: Card, task: Task) -> CardData:
             problem, _ = check_pair(pair, card.segmentation, picture_size(pair.image))
             if problem:
                 raise UserError(f"{problem.rstrip('.')}; `twist data check {card.path}` looks at all of them.")
-    shared = sorted(set(map(str, data.images("train"))) & set(map(str, data.images("val"))))
-    if shared:
-        raise UserError(
-            f"{len(shared)} images of [{data.section}] in {card.path} are in train and in val ({shared[0]} the first): "
-            "numbers with them are too high; take them out of one."
-        )
+    if said := data.in_both():
+        raise UserError(f"[{data.section}] in {card.path}: {said}; take them out of one.")
     return data
 
 

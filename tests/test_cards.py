@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.made_records import make_record
 from tests.tiny_cards import (
+    COLOURS,
     HEIGHT,
     NAMES,
     WIDTH,
@@ -29,7 +30,13 @@ from tests.tiny_cards import (
 from twist.catalog.boxes import read_boxes
 from twist.catalog.card import find_card
 from twist.catalog.card_check import check_card, check_images
-from twist.catalog.card_data import open_card, prepare_card, pretraining_images, require_card_data
+from twist.catalog.card_data import (
+    labelled_images,
+    open_card,
+    prepare_card,
+    pretraining_images,
+    require_card_data,
+)
 from twist.catalog.card_guess import write_card as guess_card
 from twist.catalog.check import check
 from twist.catalog.data_sets import VOID
@@ -448,6 +455,23 @@ def test_pretraining_on_a_card_leaves_val_out(tmp_path: Path, write: Any) -> Non
     names = {Path(images.name(index)).resolve() for index in range(len(images))}
     assert names
     assert not names & held_out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["parquet", "tar", "arrow"])
+def test_pretraining_and_lists_of_a_split_read_the_rows_of_tables(tmp_path: Path, form: str) -> None:
+    path = write_tables(tmp_path, form=form)
+    images = open_images(DataConfig(root=str(path)))
+    assert len(images) == 24
+    decoded = [decode(images.encoded(index), name="row") for index in (0, 23)]
+    assert {tuple(one.shape) for one in decoded} == {(3, 40, 48)}
+    assert abs(decoded[0][0].float().mean() - COLOURS[0][0]) < 5  # in the order of the files
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if not line.startswith("val")))
+    prepare_card(card_of(path), split=0.25, seed=0)
+    train, val = labelled_images(path)
+    assert (len(train), len(val)) == (18, 6)
+    assert len(open_images(DataConfig(root=str(path)))) == 18
+    assert not {*train.paths} & {*val.paths}
 
 
 def test_plain_folders_say_that_val_is_trained_on_and_exclude_leaves_it_out(tmp_path: Path) -> None:

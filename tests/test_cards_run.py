@@ -9,7 +9,7 @@ import pytest
 
 from tests.tiny_cards import write_classes, write_coco, write_masks, write_tables, write_voc, write_yolo
 from twist.compare.table import build_table
-from twist.contracts.record import RunRecord
+from twist.contracts.record import RunRecord, read_records
 from twist.transfer.run import transfer
 
 pytestmark = pytest.mark.slow
@@ -112,14 +112,47 @@ def test_protocols_on_frozen_features_and_few_labels_run_on_cards(
     assert [column.data for column in table.columns] == [record.data] * len(table.columns)
 
 
-@pytest.mark.parametrize(("name", "folder", "protocol"), [
-    ("real-coco", "coco", "sample-coco-mrcnn-fpn"),
-    ("camvid", "camvid", "sample-voc-fcn-d8"),
-])  # fmt: skip
-def test_real_pictures_by_our_cards(tmp_path: Path, name: str, folder: str, protocol: str) -> None:
-    place = Path(__file__).resolve().parents[2] / "shared" / "real" / folder
-    if not place.is_dir():
-        pytest.skip(f"the real pictures of ../shared/real/{folder} are not here")
-    record = run(protocol, Path(name), tmp_path / "run", "iterations=4", f"root={place}")
+# Of voc12aug-fcn-d8-20k, what a CPU does in a moment.
+TINY_FCN = (
+    "architecture=resnet18", "train_dataloader.num_workers=0", "val_dataloader.num_workers=0",
+    "model.data_preprocessor.size=[64, 64]", "train_dataloader.dataset.pipeline.2.scale=[96, 64]",
+    "train_dataloader.dataset.pipeline.3.crop_size=[64, 64]", "val_dataloader.dataset.pipeline.1.scale=[96, 64]",
+)  # fmt: skip
+
+
+def test_epochs_of_a_full_protocol_are_passes_over_the_cards_images(tmp_path: Path) -> None:
+    card = write_masks(tmp_path / "nests", count=6)
+    record = run("voc12aug-fcn-d8-20k", card, tmp_path / "run", *TINY_FCN, "epochs=2")
+    assert record.recipe["iterations"] * record.recipe["images_per_step"] == 2 * 6
     assert record.scale == "own"
-    assert (record.data or "").startswith(name)
+
+
+def test_real_pictures_by_our_cards_meet_in_one_table(tmp_path: Path) -> None:
+    """200 images of COCO, CamVid, and 300 images of CIFAR-10, shortened."""
+    real = Path(__file__).resolve().parents[2] / "shared" / "real"
+    if not real.is_dir():
+        pytest.skip("the real pictures of ../shared/real are not here")
+    from datasets import load_dataset
+
+    part = tmp_path / "cifar10"
+    for name, count in (("train", 240), ("test", 60)):
+        rows = load_dataset("parquet", data_files=str(real / "cifar10" / f"{name}.parquet"), split="train")
+        part.mkdir(exist_ok=True)
+        rows.select(range(count)).to_parquet(part / f"{name}.parquet")
+    results = tmp_path / "results"
+    for protocol, card, root, more in (
+        ("sample-coco-mrcnn-fpn", "real-coco", real / "coco", ("iterations=20", "SOLVER.IMS_PER_BATCH=2")),
+        ("voc12aug-fcn-d8-20k", "camvid", real / "camvid", (*TINY_FCN, "iterations=4")),
+        ("sample-knn", "cifar10", part, ()),
+        ("sample-linear", "cifar10", part, ("epochs=2",)),
+    ):
+        transfer(
+            protocol, weights="random", data=Path(card), gpus=0, output=tmp_path / protocol, results=results,
+            overrides=(*more, f"root={root}"),
+        )  # fmt: skip
+    records = [record for _, record in read_records([results])]
+    columns = {(column.protocol, (column.data or "").split()[0]) for column in build_table(records).columns}
+    assert columns == {
+        ("sample-coco-mrcnn-fpn", "real-coco"), ("voc12aug-fcn-d8-20k", "camvid"),
+        ("sample-knn", "cifar10"), ("sample-linear", "cifar10"),
+    }  # fmt: skip

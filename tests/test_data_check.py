@@ -223,6 +223,26 @@ def test_each_break_is_the_one_error(tree: Path, dataset: str, break_it: Callabl
     assert re.search(message, only_error(dataset, tree).message)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "folder", "names", "message"),
+    [
+        ("coco", "coco/val2017", None, r"seen upright \(EXIF\)"),
+        ("voc", "VOC2007/JPEGImages", "VOC2007/ImageSets/Main/test.txt", r"seen upright \(EXIF\)"),
+        ("voc", "VOC2012/JPEGImages", f"{SEGMENTATION}/val.txt", "masks are of another size than their picture"),
+    ],
+)
+def test_pictures_lying_on_their_side_by_exif_are_errors_of_each_layout(
+    tree: Path, dataset: str, folder: str, names: str | None, message: str
+) -> None:
+    path = first(tree, f"{folder}/{(tree / names).read_text().split()[0] if names else '*'}.jpg")
+    wide = Image.open(path).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path.unlink()  # a link into the healthy tree
+    wide.save(path, exif=exif)
+    assert any(re.search(message, finding.message) for finding in errors(dataset, tree))
+
+
 def test_palette_turned_to_colours(tree: Path) -> None:
     edit_masks(tree, "VOC2012/SegmentationClass/*.png", lambda image: image.convert("RGB"))
     found = errors("voc", tree)

@@ -22,7 +22,10 @@ from typing import Any
 
 import pytest
 from made_records import make_record
+from tiny_cards import write_classes
 
+from twist.catalog.card import find_card
+from twist.catalog.card_data import open_card
 from twist.contracts.config import read_toml, validate
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.record import RunRecord, find_records, read_record, write_record
@@ -271,6 +274,37 @@ def test_grids_seeds_and_overrides_make_jobs(world: World) -> None:
     ]
     assert {job.seed for job in jobs if job.weights.name == "other"} == {7}
     assert len({job.key for job in jobs}) == len(jobs) == 5 + 3
+
+
+def test_each_protocol_has_its_card_and_weights_run_under_the_protocols_they_name(world: World) -> None:
+    nests, birds = write_classes(world.root / "nests"), write_classes(world.root / "birds", count=3)
+    world.file.write_text(
+        f"""
+        protocols = ["sample-knn", "sample-linear"]
+        seeds = [0]
+        data = {{ sample-knn = "{nests}", sample-linear = "{birds.parent}" }}
+        [[weights]]
+        name = "random"
+        file = "random"
+        [[weights]]
+        name = "other"
+        file = "random"
+        method = "other"
+        protocols = ["sample-knn"]
+        """
+    )
+    suite = load_suite(world.file, data=None)  # no --data: every protocol has its own
+    jobs = find_work(suite, results=world.results).jobs
+    assert [(job.protocol, job.weights.name) for job in jobs] == [
+        ("sample-knn", "random"), ("sample-knn", "other"), ("sample-linear", "random"),
+    ]  # fmt: skip
+    assert jobs[0].data == open_card(find_card(nests), "classification").name
+    assert jobs[0].data != jobs[2].data
+    command = transfer_command(jobs[2], "random", gpus=0, output=world.output)
+    assert command[command.index("--data") + 1] == str(birds.parent)
+    world.file.write_text(world.file.read_text().replace('protocols = ["sample-knn"]', 'protocols = ["knn"]'))
+    with pytest.raises(UsageError, match=r'protocols of other are given for "knn"'):
+        load_suite(world.file, data=None)
 
 
 def test_the_command_is_one_that_a_user_could_type(world: World) -> None:

@@ -494,7 +494,12 @@ def test_online_evaluation_is_written_also_where_it_was_cut_off(
     for split in ("train", "val"):
         for name in ("a", "b"):
             make_images(tmp_path / "labelled" / split / name, 4)
-    config = tiny_config(images, run={"online_eval_root": str(tmp_path / "labelled"), "online_eval_every_epochs": 1})
+    # By a data card, which has names of its own for the splits.
+    (tmp_path / "labelled" / "val").rename(tmp_path / "labelled" / "held-out")
+    card = 'name = "labels"\nroot = "labelled"\n[classification]\ntrain = "train"\nval = "held-out"\n'
+    (tmp_path / "labels.toml").write_text(card)
+    where = str(tmp_path / "labels.toml")
+    config = tiny_config(images, run={"online_eval_root": where, "online_eval_every_epochs": 1})
     run(config, tmp_path / "whole")
     cut, whole = (tmp_path / name / "online_eval.jsonl" for name in ("cut", "whole"))
     found = [json.loads(line) for line in whole.read_text().splitlines()]

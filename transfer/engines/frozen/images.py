@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from twist.catalog.boxes import VOC_FLAGS
+from twist.catalog.boxes import VOC_FLAGS, read_voc_xml
 from twist.catalog.card import Role
 from twist.catalog.card_data import CardData
 from twist.catalog.data_sets import DataSet, Split, read_names
@@ -101,48 +100,42 @@ class Pictures:
 
     # ── Boxes ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def boxes(self, index: int, *, hard_objects: bool = True) -> tuple[np.ndarray, list[str]]:
-        """(n, 4) x0, y0, x1, y1 in pixels, right and lower edge outside, and the class of each; crowds are left out."""
+    def objects(self, index: int) -> list[dict[str, Any]]:
+        """An image's objects but crowds: name, bbox (x0, y0, x1, y1, right and lower edge outside), VOC's flags."""
         if self._coco:
-            found = self._coco.get(self.names[index], [])
-            return np.array([box for box, _ in found]).reshape(-1, 4), [name for _, name in found]
-        path = self.truth("boxes", index)
-        boxes, names = [], []
-        try:
-            for node in ElementTree.parse(path).iter("object"):
-                hard = any(node.findtext(key, "0").strip() == "1" for key in ("difficult", "truncated"))
-                if hard and not hard_objects:
-                    continue
-                corners = [float(node.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")]
-                boxes.append([corners[0] - 1, corners[1] - 1, *corners[2:]])  # pixels are counted from 1, inclusive
-                names.append(node.findtext("name", ""))
-        except (ElementTree.ParseError, OSError, ValueError) as error:
-            raise UserError(f"{path} is no VOC annotation ({error}): unpack it again.") from None
-        return np.array(boxes, dtype=np.float64).reshape(-1, 4), names
+            return self._coco.get(self.names[index], [])
+        _, found = read_voc_xml(self.truth("boxes", index))
+        return [  # pixels are counted from 1, inclusive
+            {**one, "bbox": [x0 - 1, y0 - 1, x1, y1]} for one in found for x0, y0, x1, y1 in [one["bbox"]]
+        ]
+
+    def boxes(self, index: int, *, hard_objects: bool = True) -> tuple[np.ndarray, list[str]]:
+        """(n, 4) boxes of an image's objects, as `objects` gives them, and the class of each."""
+        found = self.objects(index)
+        kept = [one for one in found if hard_objects or not any(one.get(flag) for flag in VOC_FLAGS)]
+        return np.array([one["bbox"] for one in kept], dtype=np.float64).reshape(-1, 4), [one["name"] for one in kept]
 
     def difficult_classes(self, index: int) -> tuple[set[str], set[str]]:
-        """The classes of an image's objects in VOC's XML that are not difficult, and of those that are."""
-        plain: set[str] = set()
-        difficult: set[str] = set()
-        for node in ElementTree.parse(self.truth("boxes", index)).iter("object"):
-            hard = node.findtext("difficult", "0").strip() == "1"
-            (difficult if hard else plain).add(node.findtext("name", ""))
-        return plain, difficult - plain
+        """The classes of an image's objects that are not difficult, and of those that only are so."""
+        found = self.objects(index)
+        plain = {one["name"] for one in found if not one.get("difficult")}
+        return plain, {one["name"] for one in found} - plain
 
     @cached_property
-    def _coco(self) -> dict[str, list[tuple[list[float], str]]]:
-        """Boxes by image name where the split's list is COCO's file, else nothing."""
+    def _coco(self) -> dict[str, list[dict[str, Any]]]:
+        """Objects by image name where the split's list is COCO's file, else nothing."""
         if not self.split.names.endswith(".json"):
             return {}
         content: dict[str, Any] = json.loads((self.place / self.split.names).read_text())
         classes = {one["id"]: one["name"] for one in content["categories"]}
         suffix = self.split.images.suffix
         files = {one["id"]: one["file_name"].removesuffix(suffix) for one in content["images"]}
-        found: dict[str, list[tuple[list[float], str]]] = {name: [] for name in files.values()}
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in files.values()}
         for one in content["annotations"]:
             if not one.get("iscrowd"):
                 x, y, width, height = one["bbox"]
-                found[files[one["image_id"]]].append(([x, y, x + width, y + height], classes[one["category_id"]]))
+                box = [x, y, x + width, y + height]
+                found[files[one["image_id"]]].append({"name": classes[one["category_id"]], "bbox": box})
         return found
 
 
@@ -174,12 +167,14 @@ class OwnPictures(Pictures):
             labels = np.array(Image.fromarray(labels).resize((size, size), Image.Resampling.NEAREST))
         return torch.from_numpy(labels.astype(np.int64))
 
-    def boxes(self, index: int, *, hard_objects: bool = True) -> tuple[np.ndarray, list[str]]:
+    def objects(self, index: int) -> list[dict[str, Any]]:
         assert self.own.boxes is not None
-        objects = [one for one in self.own.boxes[self.role].images[index]["objects"] if not one["iscrowd"]]
-        kept = [one for one in objects if hard_objects or not any(one.get(flag) for flag in VOC_FLAGS)]
-        corners = [(x, y, x + width, y + height) for one in kept for x, y, width, height in [one["bbox"]]]
-        return np.array(corners, dtype=np.float64).reshape(-1, 4), [self.own.classes[one["category"]] for one in kept]
+        found = []
+        for one in self.own.boxes[self.role].images[index]["objects"]:
+            x, y, width, height = one["bbox"]
+            if not one["iscrowd"]:
+                found.append({**one, "name": self.own.classes[one["category"]], "bbox": [x, y, x + width, y + height]})
+        return found
 
 
 def open_split(row: DataSet, root: Path, role: str, sample: dict[str, Any] | None) -> Pictures:
