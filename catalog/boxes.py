@@ -88,11 +88,8 @@ def read_boxes(card: Card) -> dict[Role, BoxSet]:
     section = card.detection
     assert section is not None
     read = {"coco": _read_coco, "voc": _read_voc, "yolo": _read_yolo}[section.format]
-    splits: dict[Role, BoxSplit] = {"train": card.split("detection", "train", (section.train, section.val))}
-    if section.val is not None or card.list_file("detection", "val").is_file():
-        splits["val"] = card.split("detection", "val", (section.train, section.val))
     sets: dict[Role, BoxSet] = {}
-    for role, split in splits.items():
+    for role, split in card.splits("detection", section.train, section.val).items():
         classes = sets["train"].classes if "train" in sets else section.classes
         sets[role] = read(card, section, split, classes)
     if section.format == "voc" and not section.classes and "val" in sets:

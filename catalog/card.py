@@ -152,17 +152,13 @@ class Card(Config):
             )
         return section
 
-    def split(self, section: Section, role: Role, given: tuple[SplitT, SplitT | None]) -> SplitT:
-        """The split `role` of the section's (train, val); without a val the written list takes its part of train."""
-        train, val = given
+    def splits(self, section: Section, train: SplitT, val: SplitT | None) -> dict[Role, SplitT]:
+        """The section's splits; without a `val` the lists that were written take their parts of `train`."""
         if val is not None:
-            return train if role == "train" else val
-        written = self.list_file(section, role)
-        if not written.is_file():
-            if role == "val":
-                self.require("segmentation" if section == "segmentation" else "detection")
-            return train
-        return train.model_copy(update={"list": str(written)})
+            return {"train": train, "val": val}
+        if not self.list_file(section, "val").is_file():
+            return {"train": train}
+        return {role: train.model_copy(update={"list": str(self.list_file(section, role))}) for role in ROLES}
 
 
 def find_card(data: Path | None, *, root: str | None = None) -> Card | None:

@@ -38,9 +38,7 @@ def read_pairs(card: Card) -> dict[Role, list[Pair]]:
     """
     section = card.segmentation
     assert section is not None
-    splits: dict[Role, MaskSplit] = {"train": card.split("segmentation", "train", (section.train, section.val))}
-    if section.val is not None or card.list_file("segmentation", "val").is_file():
-        splits["val"] = card.split("segmentation", "val", (section.train, section.val))
+    splits = card.splits("segmentation", section.train, section.val)
     return {role: _pairs(card, section, split) for role, split in splits.items()}
 
 
