@@ -12,13 +12,13 @@ from PIL import Image, ImageOps
 
 from twist.catalog.boxes import BoxSet
 from twist.catalog.card import Card, Section
-from twist.catalog.card_data import CardData, open_card
+from twist.catalog.card_data import CardData, open_card, pretraining_images
 from twist.catalog.data_sets import VOID, spread
 from twist.catalog.masks import Pair, check_pair, summary
-from twist.catalog.report import UNREADABLE, Finding, Report, named, picture_size, upright
+from twist.catalog.report import UNREADABLE, Finding, Report, has_errors, named, picture_size, upright
 from twist.contracts import files
 from twist.contracts.errors import UserError
-from twist.contracts.images import MAX_PIXELS, file_entries, is_image
+from twist.contracts.images import MAX_PIXELS, image_names, is_image
 from twist.contracts.progress import Progress
 
 # The shortest side of a picture of which views can be cut, and the spread of grey values of one that shows something.
@@ -37,10 +37,10 @@ def check_card(card: Card, *, progress: bool = True) -> list[Finding]:
                 report.error(f"[{section}]", str(error))
                 continue
             _check_section(card, section, data, report)
-        if card.pretraining is not None:
-            folder = card.place(card.pretraining.images)
-            found = [*file_entries(folder)] if report.has_folder(folder) else []
-            report.expect(folder, "pictures for pretraining", len(found), len(found) or 1)
+        if card.pretraining is not None and report.has_folder(folder := card.place(card.pretraining.images)):
+            held_out = set() if has_errors(report.findings) else pretraining_images(card)[1]
+            found = sum((folder / name).resolve() not in held_out for name in image_names(folder))
+            report.expect(folder, "pictures for pretraining", found, found or 1)
     return report.findings
 
 
