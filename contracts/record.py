@@ -21,6 +21,8 @@ from twist.contracts.files import sha256_json
 from twist.contracts.metrics import check_metrics, check_values
 
 SCHEMA_VERSION: Final = 1
+# In the file: a SHA-256 over the record's other fields. Records of earlier versions have none.
+SEAL: Final = "record_sha256"
 # JSON with none of these fields (a benchmark's figures, a table) is no record; with any of them it is one.
 MARKS: Final = ("schema_version", "method", "protocol", "metrics", "weights", "recipe", "recipe_hash")
 # own: a user's own data, by a data card.
@@ -117,7 +119,8 @@ def check_label(text: str) -> None:
 def write_record(record: RunRecord, root: str | os.PathLike[str]) -> Path:
     """Write `record` to `<root>/<protocol>/<name>.json` (`name_in`) atomically and return the path."""
     path = Path(root) / record.protocol / f"{name_in(record, root)}.json"
-    files.write_json(path, record.model_dump(mode="json"))
+    fields = record.model_dump(mode="json")
+    files.write_json(path, {**fields, SEAL: sha256_json(fields)})
     return path
 
 
@@ -156,10 +159,25 @@ def read_record(path: str | os.PathLike[str]) -> RunRecord:
         raise UserError(
             f"{path}: record schema {version!r} is unknown, this version reads {SCHEMA_VERSION}; update the suite."
         )
+    as_written = _is_as_written(values)
     try:
-        return RunRecord.model_validate(values)
+        record = RunRecord.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path}: {_what_is_wrong(error.errors()[0])}") from None
+    if not as_written:
+        raise UserError(
+            f"{path} is damaged or was edited ({SEAL} is of other fields): put a good copy back, or run it again."
+        )
+    return record
+
+
+def _is_as_written(values: dict[str, Any]) -> bool:
+    """Take the digest out of `values`; whether it is theirs. Records of earlier versions have none."""
+    seal = values.pop(SEAL, None)
+    try:
+        return seal is None or seal == sha256_json(values)
+    except ValueError:  # NaN, or half of a surrogate pair: never written
+        return False
 
 
 def _what_is_wrong(first: Any) -> str:

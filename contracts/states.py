@@ -2,14 +2,14 @@
 
 The manifest is JSON with the file's size and SHA-256, whatever else its writer notes, and a SHA-256 over all these
 fields. Both are checked before a byte of the state is read. `save` keeps the state before, so that a damaged newest one
-costs what was done since, not the run.
+costs what was done since, not the run; `seal` is for files that somebody else writes.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], bool]:
     return fields, seal is not None
 
 
+def seal(path: Path) -> None:
+    """Write the manifest of the state `path`."""
+    write_manifest(manifest_of(path), {"format_version": FORMAT_VERSION, **description(path)})
+
+
 def damage(path: Path, fields: Mapping[str, Any]) -> str | None:
     """What is wrong with the state `path` beside the `fields` of its manifest; None where nothing is."""
     if not path.exists():
@@ -74,7 +79,7 @@ def save(path: Path, write: Callable[[Path], None]) -> None:
     with files.atomic_path(path) as temporary:
         write(temporary)
         fields = {"format_version": FORMAT_VERSION, **description(temporary)}
-        if path.exists() and (_is_older(path) or _damage(path) is None):  # a damaged one replaces no good one
+        if path.exists() and (_is_older(path) or damage_of(path) is None):  # a damaged one replaces no good one
             write_manifest(manifest_of(before(path)), {"format_version": FORMAT_VERSION, **description(path)})
             os.replace(path, before(path))
         write_manifest(manifest_of(path), fields)
@@ -90,16 +95,25 @@ def newest(path: Path, *, say: Callable[[str], None]) -> Path | None:
     """
     if _is_older(path):
         return path
+    written = [one for one in (path, before(path)) if one.exists() or (one == path and manifest_of(one).exists())]
+    return first_whole(written, say=say) if any(one.exists() for one in written) else None
+
+
+def first_whole(paths: Iterable[Path], *, say: Callable[[str], None]) -> Path | None:
+    """The first of `paths`, newest first, that is as it was written; `say` names those that are not. None of none.
+
+    Raises:
+        UserError: none of them is as it was written.
+    """
     damaged: list[str] = []
-    for one in (path, before(path)):
-        wrong = _damage(one)
+    for one in paths:
+        wrong = damage_of(one)
         if wrong is None:
             for sentence in damaged:
                 say(f"{sentence} The run goes on from the state before, {one.name}.")
             return one
-        if one.exists() or (one == path and manifest_of(one).exists()):
-            damaged.append(f"The state {one} is not valid ({wrong}).")
-    if path.exists() or before(path).exists():
+        damaged.append(f"The state {one} is not valid ({wrong}).")
+    if damaged:
         raise UserError(f"{' '.join(damaged)} Start again in another folder (--output), or put a good copy back.")
     return None
 
@@ -109,7 +123,8 @@ def _is_older(path: Path) -> bool:
     return path.exists() and not any(manifest_of(one).exists() for one in (path, before(path)))
 
 
-def _damage(path: Path) -> str | None:
+def damage_of(path: Path) -> str | None:
+    """What is wrong with the state `path` by the manifest beside it; None where nothing is."""
     try:
         fields, sealed = read_manifest(manifest_of(path))
     except FileNotFoundError:

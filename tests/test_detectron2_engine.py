@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from engine_requests import EngineUser, weights_maker
+from engine_requests import EngineUser, flip_a_bit, weights_maker
 from tiny_trees import HEIGHT, WIDTH, make_cityscapes, make_coco, make_voc_detection
 
 from twist.contracts.errors import UserError
@@ -168,9 +169,9 @@ def test_weights_that_do_not_arrive_are_found(user, weights) -> None:
             outcome.prove_loaded(model, changed)
 
 
-def test_an_interrupted_run_continues_from_its_checkpoint(user, monkeypatch) -> None:
-    """Stopped after its second step of four; the continued run takes the last two and ends like any other."""
-    options = (*QUICK, "iterations=4", "SOLVER.CHECKPOINT_PERIOD=2")
+def test_an_interrupted_run_continues_from_its_checkpoint(user, monkeypatch, capsys) -> None:
+    """Stopped in its fourth step of four, and the newest state damaged: it goes on from the one before, and says so."""
+    options = (*QUICK, "iterations=4", "SOLVER.CHECKPOINT_PERIOD=1")
     trainer = user.engine.Trainer
     step = trainer.run_step
 
@@ -183,9 +184,14 @@ def test_an_interrupted_run_continues_from_its_checkpoint(user, monkeypatch) -> 
     with pytest.raises(KeyboardInterrupt):
         user.run("voc-frcnn-fpn-24k", *options)
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"stands at iteration 2 of 4: .* --resume"):
+    with pytest.raises(UserError, match=r"stands at iteration 3 of 4: .* --resume"):
         user.run("voc-frcnn-fpn-24k", *options, eval_only=True)
+    flip_a_bit(user.output / "model_0000002.pth")
+    (user.output / "last_checkpoint").write_text("model_!.pth")
     result = user.run("voc-frcnn-fpn-24k", *options, resume=True)
+    assert re.search(
+        r"_0000002\.pth is not valid \(.*SHA-256.* the state before, model_0000001", capsys.readouterr().err
+    )
     assert [json.loads(line)["step"] for line in result.curves.read_text().splitlines()] == [1, 2, 3, 4]
     log = (user.output / "log.txt").read_text()
     assert "Starting training from iteration 2" in log

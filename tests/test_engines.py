@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
-from engine_requests import EngineUser, committed, own_part, sample_root, sweep, weights_maker
+from engine_requests import EngineUser, committed, flip_a_bit, own_part, sample_root, sweep, weights_maker
 from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_segmentation
 
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.record import read_record
 from twist.transfer.engines import Engine, all_engines
+from twist.transfer.engines.framework import choose_checkpoint, seal
 from twist.transfer.protocols import PROTOCOLS, Protocol
 from twist.transfer.request import Request, Resolved, Result, Weights
 from twist.transfer.run import transfer
@@ -349,3 +350,45 @@ def test_whatever_an_override_changes_is_recorded_by_mmseg(name: str, user: Engi
         # Set by the engine, and no keys of a config of ours.
         "work_dir", "launcher", "experiment_name", "randomness.seed", "device",
     }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The frameworks' checkpoints
+
+
+@pytest.mark.parametrize(
+    ("prefix", "names", "damaged", "chosen"),
+    [
+        ("iter", ("iter_2", "iter_10"), (), "iter_10.pth"),  # by number, not by letters
+        ("iter", ("iter_2", "iter_10"), ("iter_10",), "iter_2.pth"),
+        ("model", ("model_0000003", "model_final"), (), "model_final.pth"),
+        ("model", ("model_0000003", "model_final"), ("model_final",), "model_0000003.pth"),
+        ("model", ("model_0000001", "model_0000003"), ("model_0000001", "model_0000003"), None),
+    ],
+)
+def test_a_framework_goes_on_from_the_newest_checkpoint_that_is_as_it_was_saved(
+    prefix: str, names: tuple[str, ...], damaged: tuple[str, ...], chosen: str | None, tmp_path: Path, capsys
+) -> None:
+    request = Request(PROTOCOLS["sample-voc-fcn-d8"], tmp_path, tmp_path, resume=True)
+    (tmp_path / f"{prefix}_0.json").write_text("{}")  # of a file that the framework has removed since
+    for name in names:
+        (tmp_path / f"{name}.pth").write_bytes(name.encode())
+        seal(tmp_path / f"{name}.pth")
+    assert not (tmp_path / f"{prefix}_0.json").exists()
+    (tmp_path / "last_checkpoint").write_bytes(b"\xffdamaged")
+    for name in damaged:
+        flip_a_bit(tmp_path / f"{name}.pth")
+    if chosen is None:
+        with pytest.raises(UserError, match=r"model_0000003.*model_0000001.*Start again in another folder"):
+            choose_checkpoint(request, prefix)
+        return
+    choose_checkpoint(request, prefix)
+    assert (tmp_path / "last_checkpoint").read_text() == chosen
+    assert capsys.readouterr().err.count("is not valid") == len(damaged)
+
+
+def test_the_note_of_a_run_without_manifests_stays(tmp_path: Path) -> None:
+    (tmp_path / "iter_2.pth").write_bytes(b"an earlier version's")
+    (tmp_path / "last_checkpoint").write_text("/there/iter_2.pth")
+    choose_checkpoint(Request(PROTOCOLS["sample-voc-fcn-d8"], tmp_path, tmp_path, resume=True), "iter")
+    assert (tmp_path / "last_checkpoint").read_text() == "/there/iter_2.pth"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from engine_requests import EngineUser, weights_maker
+from engine_requests import EngineUser, flip_a_bit, weights_maker
 from tiny_trees import make_cityscapes, make_voc_segmentation
 
 from twist.contracts.errors import UserError
@@ -198,9 +199,9 @@ def test_weights_that_do_not_arrive_are_found(user, weights) -> None:
         outcome.prove_loaded(deep, file)
 
 
-def test_an_interrupted_run_continues_from_its_checkpoint(user, monkeypatch) -> None:
-    """Stopped in its fourth step of four; the continued run takes the last two and ends like any other."""
-    options = (*QUICK, "iterations=4", "default_hooks.checkpoint.interval=2")
+def test_an_interrupted_run_continues_from_its_checkpoint(user, monkeypatch, capsys) -> None:
+    """Stopped in its fourth step of four, and the newest state damaged: it goes on from the one before, and says so."""
+    options = (*QUICK, "iterations=4", "default_hooks.checkpoint.interval=1")
     watch = user.engine._Watch
     after = watch.after_train_iter
 
@@ -213,9 +214,14 @@ def test_an_interrupted_run_continues_from_its_checkpoint(user, monkeypatch) -> 
     with pytest.raises(KeyboardInterrupt):
         user.run("voc12aug-fcn-d16-30k", *options)
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"stands at iteration 2 of 4: .* --resume"):
+    with pytest.raises(UserError, match=r"stands at iteration 3 of 4: .* --resume"):
         user.run("voc12aug-fcn-d16-30k", *options, eval_only=True)
+    flip_a_bit(user.output / "iter_3.pth")
+    (user.output / "last_checkpoint").write_text("iter_!.pth")
     result = user.run("voc12aug-fcn-d16-30k", *options, resume=True)
+    assert re.search(
+        r"iter_3\.pth is not valid \(.*SHA-256.*from the state before, iter_2\.pth", capsys.readouterr().err
+    )
     assert [json.loads(line)["step"] for line in result.curves.read_text().splitlines()] == [1, 2, 3, 4]
     assert "resumed epoch: 0, iter: 2" in (user.output / "log.txt").read_text()
     # The finished run continued once more has nothing to train and is evaluated.

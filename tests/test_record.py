@@ -53,6 +53,14 @@ def test_runs_on_two_data_sets_have_files_of_their_own(tmp_path: Path) -> None:
     assert write_record(make_record(data="imagenet 1"), tmp_path) == here
 
 
+@pytest.mark.parametrize(("before", "after"), [("3.11.9", "3.11.8"), ('"seed": 0', '"seed": 1'), ("60.0", "60.5")])
+def test_a_record_vouches_for_itself(tmp_path: Path, before: str, after: str) -> None:
+    path = write_record(make_record(), tmp_path)
+    path.write_text(path.read_text().replace(before, after))
+    with pytest.raises(UserError, match=rf"{path.name} is damaged or was edited .*: put a good copy back"):
+        read_record(path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -105,7 +113,7 @@ def test_the_ends_of_a_metrics_range_are_values() -> None:
 def test_records_of_earlier_versions_stay_readable(tmp_path: Path) -> None:
     path = write_record(make_record(), tmp_path)
     values = json.loads(path.read_text())
-    del values["job"], values["data"]
+    del values["job"], values["data"], values["record_sha256"]
     for name in ("branch", "source_sha256", "pretrain_images_sha256"):
         del values["weights"][name]
     assert read_record(write(path, values)) == make_record()

@@ -596,7 +596,9 @@ def test_a_suite_that_is_killed_leaves_a_run_that_keeps_its_lock(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_each_file_is_converted_once_with_what_the_suite_says(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_file_is_converted_once_with_what_the_suite_says(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     torch = pytest.importorskip("torch")
     from twist.contracts.weights import Backbone, read_header
 
@@ -621,6 +623,16 @@ def test_each_file_is_converted_once_with_what_the_suite_says(world: World, monk
     (artefact,) = (world.output / "weights").glob("*/moco.safetensors")
     header = read_header(artefact)
     assert (header.method, header.epochs, header.source_sha256 is not None) == ("moco-v2", 200, True)
+    # A damaged artefact is made again, and said to be, when it is wanted again; a whole one is not.
+    whole = artefact.read_bytes()
+    for content, made in ((whole, 1), (whole[:-1] + b"!", 2)):
+        shutil.rmtree(world.results)
+        for run in world.output.glob("sample-*"):
+            shutil.rmtree(run)
+        artefact.write_bytes(content)
+        world.run()
+        assert (len(calls), artefact.read_bytes()) == (made, whole)
+        assert ("moco.safetensors is not valid (size or SHA-256" in capsys.readouterr().err) == (made == 2)
     # Other bytes in the file are other weights: their runs are not done.
     checkpoint.write_bytes(b"other weights")
     digest.cache_clear()

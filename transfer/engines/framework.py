@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from twist.catalog.data_sets import find_data_set
-from twist.contracts import files
+from twist.contracts import files, states
 from twist.contracts.curves import CURVES, Curves
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.progress import Progress
@@ -238,6 +239,40 @@ class TrainingLog:
 
     def close(self) -> None:
         self._curves.close()
+
+
+# The file in which both frameworks note the name of the checkpoint to go on from.
+_LAST_CHECKPOINT = "last_checkpoint"
+
+
+def seal(checkpoint: Path) -> None:
+    """Vouch for a file that the framework has just saved, by a manifest; those of files that it removed go."""
+    states.seal(checkpoint)
+    for manifest in checkpoint.parent.glob(f"{checkpoint.stem.partition('_')[0]}_*.json"):
+        if not manifest.with_suffix(checkpoint.suffix).exists():
+            manifest.unlink()
+
+
+def choose_checkpoint(request: Request, prefix: str) -> None:
+    """Let the framework go on from the newest `<prefix>_….pth` that is as it was saved.
+
+    In a run of an earlier version, which has no manifests, the framework's own note stays.
+
+    Raises:
+        UserError: none of the checkpoints is as it was saved.
+    """
+    if not (request.resume or request.eval_only):
+        return
+    saved = [path.with_suffix(".pth") for path in request.output.glob(f"{prefix}_*.json")]
+    newest_first = sorted(saved, key=_iteration, reverse=True)
+    found = states.first_whole(newest_first, say=lambda text: print(text, file=sys.stderr) if request.leads else None)
+    if found is not None:
+        files.write_text(request.output / _LAST_CHECKPOINT, found.name)
+
+
+def _iteration(checkpoint: Path) -> float:
+    number = checkpoint.stem.rpartition("_")[2]
+    return int(number) if number.isdecimal() else math.inf  # Detectron2's model_final
 
 
 def require_finished(output: Path, *, done: int, of: int) -> None:

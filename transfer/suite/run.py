@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from twist.contracts import states
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.files import sha256_json
 from twist.contracts.progress import duration
@@ -106,9 +107,14 @@ def _artefact(entry: WeightsEntry, folder: Path) -> Path | str:
     )
     # The record calls weights by their file's name; the folder's name tells two conversions apart.
     path = folder / identity[:12] / f"{entry.name}.safetensors"
-    if path.exists():
-        read_header(path)  # raises when it is damaged or not ours
+    if path.exists() and not states.manifest_of(path).exists():
+        read_header(path)  # of an earlier version: raises when it is damaged or not ours
         return path
+    if path.exists():
+        wrong = states.damage_of(path)
+        if wrong is None:
+            return path
+        print(f"{path} is not valid ({wrong}): it is made again from {entry.file}.", file=sys.stderr)
     tensors, header = load_artefact(Path(entry.file), layout=entry.layout, branch=entry.branch, heads=entry.heads)
     if entry.epochs is not None and header.epochs not in (None, entry.epochs):
         raise UsageError(
@@ -117,7 +123,10 @@ def _artefact(entry: WeightsEntry, folder: Path) -> Path | str:
         )
     said = {"method": entry.method or header.method, "epochs": entry.epochs or header.epochs}
     said["source_sha256"] = header.source_sha256 or digest
-    return write_backbone(path, tensors, header.model_copy(update=said))
+    states.manifest_of(path).unlink(missing_ok=True)  # it is of the file before
+    write_backbone(path, tensors, header.model_copy(update=said))
+    states.seal(path)
+    return path
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import unittest.mock
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, hooks, launch
@@ -27,6 +29,7 @@ from twist.catalog.data_sets import read_sample
 from twist.contracts import files
 from twist.contracts.failures import explained, raise_reported
 from twist.contracts.progress import Progress
+from twist.transfer.engines import framework
 from twist.transfer.engines.detectron2.config import resolve
 from twist.transfer.engines.detectron2.data import (
     OWN_VAL,
@@ -56,6 +59,7 @@ def run(request: Request, weights: Weights, resolved: Resolved) -> Result:
     url = f"tcp://{controls.master}" if controls.master else "auto"
     if request.own is not None and request.leads:
         write_own(request.own, request.output / "data", masks=resolved.config.MODEL.MASK_ON)
+    framework.choose_checkpoint(request, "model")
     arguments = (replace(request, own=None), weights.file, resolved.config.dump())
     with raise_reported(request.output):
         launch(_worker, max(request.gpus, 1), controls.nodes, controls.node_rank, url, arguments)
@@ -113,6 +117,7 @@ class Trainer(DefaultTrainer):
         return _Watched(loader, title=f"evaluate {dataset_name}", last=cfg.SOLVER.MAX_ITER)
 
     def build_hooks(self) -> list[HookBase]:
+        self.checkpointer = _Checkpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         built = [hook for hook in super().build_hooks() if hook is not None]
         for index, hook in enumerate(built):
             if isinstance(hook, hooks.PeriodicCheckpointer):  # only the main process has one
@@ -123,6 +128,14 @@ class Trainer(DefaultTrainer):
 
     def build_writers(self) -> list[EventWriter]:
         return [TensorboardXWriter(str(Path(self.cfg.OUTPUT_DIR) / "tensorboard"))]
+
+
+class _Checkpointer(DetectionCheckpointer):
+    """Detectron2's, with a manifest beside each file before the file is noted as the last one."""
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        framework.seal(Path(self.save_dir) / last_filename_basename)
+        super().tag_last_checkpoint(last_filename_basename)
 
 
 class _Watch(HookBase):

@@ -53,6 +53,7 @@ def run(request: Request, weights: Weights, resolved: Resolved) -> Result:
     assert weights.file is not None
     if request.own is not None and request.leads:
         data.write_own(request.own, request.output / "data")
+    framework.choose_checkpoint(request, "iter")
     request = replace(request, own=None)  # every process reads what was written
     with raise_reported(request.output):
         if request.processes == 1:
@@ -154,10 +155,15 @@ def _last_checkpoint(output: Path) -> Path | None:
 
 
 class _Runner(Runner):
-    """mmengine's Runner with its log at `log.txt` in the run folder, and on the device that was asked for."""
+    """mmengine's Runner on the device that was asked for, with its log at `log.txt`, and a manifest a checkpoint."""
 
     def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
         return super().build_logger(log_level, log_file or str(Path(self.work_dir) / "log.txt"), **kwargs)
+
+    def save_checkpoint(self, out_dir: str, filename: str, *arguments: Any, **settings: Any) -> None:
+        super().save_checkpoint(out_dir, filename, *arguments, **settings)
+        if is_main_process():
+            framework.seal(Path(out_dir) / filename)
 
     def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
         # mmengine moves every model to the GPU it sees; a run that asked for the CPU stays there.
