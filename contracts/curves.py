@@ -1,13 +1,14 @@
 """The curves of a run: `metrics.jsonl` (one JSON object a line), the same in trackers, and pictures of them.
 
-A row has a key, `step` or `epoch`, that counts up. A resumed run first drops the rows it is going to write again, and a
-line that a killed run left unfinished. A number that is not finite is null, since JSON has no NaN.
+A row has a key, `step` or `epoch`, that counts up. A resumed run first drops the rows it is going to write again, and
+lines that are damaged or that a killed run left unfinished. A number that is not finite is null, since JSON has no NaN.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,25 +28,37 @@ SMOOTHED_SHARE = 0.04  # a smoothed line is the mean over this share of the poin
 Rows = list[dict[str, Any]]
 
 
-def read_rows(path: Path) -> Rows:
-    """The rows in the file at `path`, up to an unfinished one; none when there is no file."""
-    rows: Rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+def read_rows(path: Path, *, key: str = "step") -> Rows:
+    """The rows in the file at `path` that are whole; none when there is no file."""
+    return [row for row in _lines(path, key) if row is not None]
+
+
+def _lines(path: Path, key: str) -> list[dict[str, Any] | None]:
+    """A row a line of the file, None for one that is damaged: a kill, or a disk, left something else than a row."""
+    rows: list[dict[str, Any] | None] = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        rows.append(row if isinstance(row, dict) and type(row.get(key)) is int else None)
     return rows
 
 
 class Curves:
     """Appends rows to the file at `path`, after dropping those whose `key` is `start` or more; `board` is TensorBoard's
-    folder and `logger` a tracker, where there are to be such."""
+    folder and `logger` a tracker, where there are to be such. Damaged lines are dropped, too, and said to be but for an
+    unfinished last one."""
 
     def __init__(
         self, path: Path, *, start: int, key: str = "step", board: Path | None = None, logger: Logger | None = None
     ) -> None:
-        kept = [row for row in read_rows(path) if row[key] < start]
+        lines = _lines(path, key)
+        damaged = [number for number, row in enumerate(lines[:-1], 1) if row is None]
+        if damaged:
+            more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+            print(f"{path}: line {damaged[0]} is damaged{more} and left out of the curves.", file=sys.stderr)
+        kept = [row for row in lines if row is not None and row[key] < start]
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.path, self._key = path, key
         self._trackers: list[Tracker] = []

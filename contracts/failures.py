@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import NamedTuple
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError
 
+AGAIN = "start the same command again (pretrain and transfer: with --resume)"
 RESUME = "the last checkpoint is whole, --resume continues from it"
 _BATCH = "lower the batch (pretraining: run.batch_size or model.activation_checkpointing=true), or end other processes"
 _REPORT = "failure.json"
@@ -49,8 +51,10 @@ class Failure(NamedTuple):
 
 
 FAILURES = (
-    Failure("disk", "The disk is full ({reason})", "free some space and start the same command again", texts=(
+    # torch's own words for it, tempfile's, and those of a limit on a file's size among them.
+    Failure("disk", "The disk is full ({reason})", f"free some space and {AGAIN}", texts=(
         "No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed", "unexpected pos",
+        "basic_ios::clear: iostream error", "No usable temporary directory", "File too large",
     )),
     Failure("memory", "CUDA ran out of memory ({reason})", _BATCH, types=("OutOfMemoryError",)),
     Failure("memory", "The machine ran out of memory ({reason})", _BATCH, ("MemoryError",), ("can't allocate memory",)),
@@ -76,9 +80,26 @@ FAILURES = (
 )  # fmt: skip
 
 
+def _find(error: BaseException) -> Failure | None:
+    return next((one for one in FAILURES if one.matches(error)), None)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether `error` only says that another process of the run is gone."""
+    failure = _find(error)
+    return failure is not None and failure.kind == "peer"
+
+
+def sentence_of(error: BaseException) -> str:
+    """One line that says what happened, also where the table has none."""
+    if isinstance(error, UserError):
+        return str(error)
+    return describe(error) or f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+
+
 def describe(error: BaseException, **remedies: str) -> str | None:
     """One sentence for `error`, None where the table has none; `remedies`, by kind, replace the table's."""
-    failure = next((one for one in FAILURES if one.matches(error)), None)
+    failure = _find(error)
     if failure is None:
         return None
     reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0].rstrip(".")
@@ -118,6 +139,10 @@ def raise_reported(folder: Path) -> Iterator[None]:
     left.unlink(missing_ok=True)
     try:
         yield
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM: Python would wait for the workers' own end
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     except ProcessException as error:
         if left.exists():
             values = json.loads(left.read_text())

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -131,7 +133,13 @@ def refuse_other_run(folder: Path, before: Any, now: Any, *, first: Sequence[str
 
 
 def refuse_other_transfer(folder: Path, earlier: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """`refuse_other_run` on what both say: a run that was killed while it started had no recipe yet."""
+    """`refuse_other_run` on what both say: a run that was killed while it started had no recipe yet.
+
+    Weights with the same SHA-256 are the same, whatever their file or its folder is called now.
+    """
+    one, other = earlier.get("weights") or {}, run.get("weights") or {}
+    if one.get("sha256") and one.get("sha256") == other.get("sha256"):
+        earlier = {**earlier, "weights": {**one, "name": other.get("name")}}
     shared = [key for key in ("protocol", "weights", "data", "seed", "recipe") if key in earlier and key in run]
     refuse_other_run(folder, {k: earlier[k] for k in shared}, {k: run[k] for k in shared}, first=IDENTITY)
 
@@ -175,15 +183,50 @@ def removed_on_failure(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def replaced_whole(folder: Path) -> Iterator[Path]:
     """Yield a new folder that takes the place of `folder` when nothing fails; an older one goes only then."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
-    new.mkdir()
-    try:
+    with temporary_folder(folder) as new:
         yield new
+        (new / LOCK).unlink()
         old = folder.parent / f"{new.name}.old"
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new, locked folder beside `folder`, removed at the end where it has not been moved.
+
+    Those that killed processes left for the same `folder` are removed first: nobody holds their lock.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(folder.parent.glob(f".{glob.escape(folder.name)}.*"))
+    new, descriptor = folder.parent / f".{folder.name}.{secrets.token_hex(4)}", None
+    try:
+        descriptor = try_lock(new / LOCK)
+        yield new
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes were writing in a run's `folder` (`temporary_folder`, `files.atomic_path`).
+
+    This process has to hold the folder's lock. Another node of the run may still be writing a folder; that stays.
+    """
+    _remove_stale(folder.rglob(".*"))
+
+
+# `.<name>.<eight characters>`, and what Python's tempfile or `replaced_whole` put after them.
+_LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")
+
+
+def _remove_stale(paths: Iterable[Path]) -> None:
+    for path in [path for path in paths if _LEFTOVER.fullmatch(path.name)]:
+        if path.is_file():
+            path.unlink(missing_ok=True)
+        elif path.is_dir() and (descriptor := try_lock(path / LOCK)) is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(descriptor)

@@ -114,9 +114,9 @@ def load(path: Path, *, device: torch.device) -> dict[str, Any]:
 
 
 def clean(folder: Path) -> None:
-    """Remove what an interrupted write left: temporary files, and states without a manifest. The lock must be held."""
-    for leftover in [*folder.glob(".step_*"), *folder.glob("step_*.pt")]:
-        if leftover.name.startswith(".") or not leftover.with_suffix(".json").exists():
+    """Remove states without a manifest, which an interrupted write left. The lock must be held."""
+    for leftover in folder.glob("step_*.pt"):
+        if not leftover.with_suffix(".json").exists():
             leftover.unlink()
 
 

@@ -210,7 +210,7 @@ class Monitor:
 
     def has_evaluation(self, epoch: int) -> bool:
         """Whether `online_eval.jsonl` has a row for `epoch`. Every rank must ask, and gets the same answer."""
-        rows = distributed.on_main_rank(lambda: read_rows(self._evaluations.path))
+        rows = distributed.on_main_rank(lambda: read_rows(self._evaluations.path, key="epoch"))
         return any(row["epoch"] == epoch for row in rows)
 
     def note_evaluation(self, metrics: dict[str, float], *, epoch: int) -> None:

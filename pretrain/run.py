@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,9 +140,10 @@ class Run:
         if stopping:
             self._vote.close()
             distributed.barrier()
+            ends = "; torchrun makes exit status 1 of our 75" if "TORCHELASTIC_RUN_ID" in os.environ else ""
             raise Requeue(
                 f"Stopped by a signal after step {self.position.steps}; the state is saved. Start the same command "
-                "with --resume to go on."
+                f"with --resume to go on{ends}."
             )
 
     def after_epoch(self, epoch: int) -> None:

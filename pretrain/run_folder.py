@@ -58,6 +58,7 @@ def prepare(folder: Path, config: PretrainConfig, *, resume: bool) -> None:
         if not resume:
             folders.refuse_second_start(folder, {})
     (folder / "checkpoints").mkdir(exist_ok=True)
+    folders.remove_leftovers(folder)
     checkpoint.clean(folder / "checkpoints")
     files.write_json(folder / CONFIG, config.model_dump(mode="json"))
 

@@ -140,8 +140,6 @@ def test_an_older_manifest_is_read_and_its_ranges_are_checked(tmp_path: Path, po
 def test_a_state_without_manifest_is_an_unfinished_write(tmp_path: Path) -> None:
     whole, unfinished = save(tmp_path, 1), save(tmp_path, 2)
     unfinished.with_suffix(".json").unlink()
-    for name in (".step_00000003.pt.abc.pt", ".step_00000003.json.abc.json"):
-        (tmp_path / name).write_bytes(b"half")
     assert newest(tmp_path)[0] == whole
     checkpoint.clean(tmp_path)
     assert names(tmp_path) == ["step_00000001.json", "step_00000001.pt"]

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from imagenet_tree import write_tree
 from tiny_run import make_images
 
 from twist import cli, doctor
 from twist.contracts import errors
+from twist.contracts.networks import build_backbone
+from twist.contracts.run_folder import try_lock
+from twist.contracts.weights import Backbone, write_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = str(ROOT / "configs" / "pretrain" / "smoke.toml")
@@ -149,3 +156,37 @@ def test_a_missing_package_is_a_sentence_with_the_command_that_installs_it(monke
     assert str(lacking) == 'mmseg is not installed: pip install "twist-suite[transfer]"'
     assert errors.missing_package(ModuleNotFoundError("no such thing", name="nonsense")) is None
     assert errors.missing_package(ImportError("cannot import name")) is None
+
+
+@pytest.mark.slow  # three processes that import torch
+@pytest.mark.parametrize(
+    ("command", "begun"),
+    [
+        ("convert network.safetensors --to timm --output out", ".out.*"),
+        ("transfer sample-knn --weights random --data tree --output out", "out/run.json"),
+        ("suite suite.toml --data tree --output out", "out/*/*/log-1.txt"),
+    ],
+)
+def test_sigterm_leaves_nothing_behind_and_ends_a_suites_runs(command: str, begun: str, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    write_tree(tmp_path / "tree")
+    network = build_backbone("resnet50").state_dict()
+    write_backbone(tmp_path / "network.safetensors", network, Backbone(architecture="resnet50", method="twist"))
+    (tmp_path / "suite.toml").write_text('protocols = ["sample-knn"]\n[[weights]]\nname = "random"\nfile = "random"\n')
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "twist", *command.split()]
+    with subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(tmp_path.glob(begun)):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)  # as `timeout` does
+        _, said = process.communicate()
+    assert process.returncode == 143, said
+    assert "Stopped." in said
+    assert "Traceback" not in said
+    assert not [path for path in tmp_path.rglob(".*") if path.name != ".suite-lock"]
+    assert not [path for path in (tmp_path / "tmp").iterdir() if not path.name.startswith("torchinductor")]
+    for lock in tmp_path.rglob(".suite-lock"):
+        descriptor = try_lock(lock, inherited=True)
+        assert descriptor is not None, "a run of the suite is still there"
+        os.close(descriptor)

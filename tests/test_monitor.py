@@ -169,7 +169,7 @@ def test_an_evaluation_stands_once_whatever_was_resumed(tmp_path: Path) -> None:
                 assert not monitor.has_evaluation(epoch)
                 monitor.note_evaluation({"knn_top1_percent": 1.0}, epoch=epoch)
                 assert monitor.has_evaluation(epoch)
-        return [row["epoch"] for row in read_rows(tmp_path / "online_eval.jsonl")]
+        return [row["epoch"] for row in read_rows(tmp_path / "online_eval.jsonl", key="epoch")]
 
     assert evaluated(range(3)) == [0, 1, 2]
     with (tmp_path / "online_eval.jsonl").open("a") as file:
@@ -180,18 +180,21 @@ def test_an_evaluation_stands_once_whatever_was_resumed(tmp_path: Path) -> None:
 # --- curves of any run ------------------------------------------------------------------------------------------------
 
 
-def test_a_curve_continues_without_repeating(tmp_path: Path) -> None:
+def test_a_curve_continues_without_repeating_and_without_what_is_damaged(tmp_path: Path, capsys) -> None:
     path = tmp_path / "metrics.jsonl"
     curves = Curves(path, start=1)
     for step in (10, 20, 30):
         curves.add(step, {"loss": 1 / step, "bad": math.nan})
     curves.close()
-    with path.open("a") as file:
-        file.write('{"step": 40, "lo')  # what a kill leaves
+    lines = path.read_bytes().splitlines()
+    for line in (b"\xff", b"17", b"{}", b'{"step": "9"}', b"[" * 100_000):
+        lines.insert(1, line)
+    path.write_bytes(b"\n".join([*lines, b'{"step": 40, "lo']))  # the end is what a kill leaves
     curves = Curves(path, start=21)
     curves.add(30, {"loss": 7.0})
     curves.close()
     assert read_rows(path) == [{"step": s, "loss": 1 / s, "bad": None} for s in (10, 20)] + [{"step": 30, "loss": 7.0}]
+    assert f"{path}: line 2 is damaged (and 4 more) and left out" in capsys.readouterr().err
 
 
 def test_curves_are_drawn_whatever_the_run(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from twist.contracts import run_folder
+from twist.contracts import files, run_folder
 from twist.contracts.config import Config, added, identity_of, read_stored
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.failures import describe, explained, raise_reported
@@ -99,6 +101,15 @@ def test_a_run_that_was_killed_while_it_started_has_no_recipe_to_compare(tmp_pat
         run_folder.refuse_other_transfer(tmp_path, earlier, {**RUN, "seed": 1, "recipe": {"k": 20}})
 
 
+def test_weights_are_known_by_their_digest_and_by_their_name_without_one(tmp_path: Path) -> None:
+    def run(name: str, sha256: str | None) -> dict:
+        return {"weights": {"name": name, "sha256": sha256}}
+
+    run_folder.refuse_other_transfer(tmp_path, run("before.pth", "5e1"), run("renamed.pth", "5e1"))
+    with pytest.raises(UserError, match=r"weights\.name was 'before\.pth' and is 'renamed\.pth'"):
+        run_folder.refuse_other_transfer(tmp_path, run("before.pth", None), run("renamed.pth", None))
+
+
 def test_lists_are_compared_by_item_where_they_hold_tables() -> None:
     assert list(differences({"a": [1, 2]}, {"a": [1, 3]})) == [("a", [1, 2], [1, 3])]
     assert list(differences({"a": [[1], [2]]}, {"a": [[1], [3]]})) == [("a.1", [2], [3])]
@@ -132,6 +143,36 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_killed_processes_left_is_removed_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    for name in (".out.0123abcd", ".out.0123abcd.old", ".other.0123abcd", ".out.by_hand"):
+        (tmp_path / name).mkdir()
+    with files.atomic_path(tmp_path / "run" / "deep" / "weights.pth") as left:
+        pass
+    left.touch()  # as a kill between its bytes leaves it
+    (tmp_path / "run" / ".suite-lock").touch()
+    code = "import sys, time; from pathlib import Path; from twist.contracts.run_folder import temporary_folder\n"
+    code += "with temporary_folder(Path(sys.argv[1])) as new: print(new, flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    with other:
+        assert other.stdout is not None
+        held = Path(other.stdout.readline().strip())
+        with run_folder.replaced_whole(tmp_path / "out"):
+            pass
+        assert {path.name for path in tmp_path.iterdir()} == {
+            ".other.0123abcd",
+            ".out.by_hand",
+            "out",
+            held.name,
+            "run",
+        }
+        run_folder.remove_leftovers(tmp_path)
+        assert {path.name for path in tmp_path.rglob(".*")} == {".out.by_hand", held.name, ".suite-lock"}
+        other.kill()
+        other.wait()
+    with run_folder.replaced_whole(tmp_path / "out"):
+        assert not held.exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Failures
 
@@ -146,6 +187,8 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         (RuntimeError("[gloo] Connection closed by peer"), r"Another process of the run died .*--resume"),
         (OSError(28, "No space left on device", "/x/y"), r"disk is full.*free some space"),
         (RuntimeError("PytorchStreamWriter failed writing file"), r"disk is full"),
+        (RuntimeError("basic_ios::clear: iostream error"), r"disk is full .*with --resume"),
+        (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), r"disk is full"),
         (PermissionError(13, "Permission denied", "/x/y"), r"/x/y may not be written or read: check its permissions"),
         (FileExistsError(17, "File exists", "/x/y"), r"/x/y cannot be used \(File exists\): give another path"),
     ],

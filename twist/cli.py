@@ -1,17 +1,21 @@
 """`twist`: one command a stage, each a few lines that read the arguments and call the room that does the work.
 
 Nothing heavy is imported before a command runs, so `twist --help` answers at once. Exit status: 0 done, 1 it failed or
-a proof did not hold, 2 wrong usage, 75 stopped by a signal and ready to be started again with --resume.
+a proof did not hold, 2 wrong usage, 75 stopped by a signal and ready to be started again with --resume, 130 and 143
+stopped at once by Ctrl-C and by SIGTERM.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import importlib.metadata
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -444,24 +448,53 @@ def demo(
     require("transfer", *(package for engine in all_engines().values() for package in engine.packages))
     from twist.demo import run_demo
 
-    run_demo(output, twist=functools.partial(app, standalone_mode=False), source=source, fast=fast)
+    def step(arguments: list[str]) -> None:
+        if status := app(arguments, standalone_mode=False):  # 130, Ctrl-C, comes back as a value
+            raise typer.Exit(status)
+
+    run_demo(output, twist=step, source=source, fast=fast)
 
 
 def main() -> None:
     """Run the command; a user's mistake is one sentence on stderr, a traceback only with --debug."""
     try:
         _refuse_empty(sys.argv[1:])
-        # Without click's standalone mode `Exit` comes back as the returned status, and usage errors reach us.
-        returned = app(standalone_mode=False)
+        with _ended_by_sigterm():
+            # Without click's standalone mode `Exit` comes back as the returned status, and usage errors reach us.
+            returned = app(standalone_mode=False)
         status = returned if isinstance(returned, int) else 0
+        if status == 130:  # what typer makes of Ctrl-C
+            print("Stopped.", file=sys.stderr)
     except typer.Exit as stop:
         status = stop.exit_code
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        status = 130
     except Exception as error:
+        if isinstance(error, typer.Abort) and error.__cause__ is not None:
+            error = error.__cause__  # typer hides an `EOFError`, of an empty file, in it
         status = _explain(missing_package(error) or error)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends this process as an exception does: temporary folders go, a suite ends its runs."""
+    own = os.getpid()
+
+    def end(number: int, _frame: object) -> NoReturn:
+        # `timeout` and schedulers may send it twice. Not `print`: the signal may have come in the middle of one.
+        signal.signal(number, signal.SIG_IGN if os.getpid() == own else signal.SIG_DFL)
+        if os.getpid() != own:  # a data worker, forked from us
+            signal.raise_signal(number)
+        os.write(2, b"\nStopped.\n")
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _refuse_empty(words: list[str]) -> None:

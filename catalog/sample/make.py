@@ -12,7 +12,6 @@ import functools
 import multiprocessing
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.machine import cores
 from twist.contracts.progress import Progress
+from twist.contracts.run_folder import LOCK, temporary_folder
 
 FORMAT_VERSION = 2
 SIZES = {
@@ -58,8 +58,8 @@ def make_sample(
 ) -> Sample:
     """Write a sample to `root`, or return the one that is there if it was made with the same settings.
 
-    `source` and `size` are keys of `SOURCES` and `SIZES`. It is written beside `root` and moved there when it is whole,
-    so `root` is absent or complete at any moment.
+    `source` and `size` are keys of `SOURCES` and `SIZES`. It is written beside `root` and moved there when it is whole;
+    an empty folder is filled, its sample.json last.
 
     Raises:
         UsageError: no such source or size.
@@ -87,9 +87,7 @@ def _write(root: Path, settings: dict[str, Any], *, progress: bool) -> Sample:
         prepare_photos(progress=progress)  # downloads, before anything is written
     source = open_source(settings["source"])
     size = SIZES[settings["size"]]
-    root.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
-    try:
+    with temporary_folder(root.resolve()) as temporary:
         world = World(temporary, settings["source"], settings["seed"], size, source.classes)
         counts = sets(size)
         returned: dict[str, list[Any]] = {name: [] for name in counts}
@@ -102,11 +100,12 @@ def _write(root: Path, settings: dict[str, Any], *, progress: bool) -> Sample:
         write_common_files(world, returned)
         info = {**settings, "classes": list(source.classes), "counts": counts, **source.provenance()}
         files.write_json(temporary / SAMPLE_JSON, info)
-        temporary.chmod(0o755)  # mkdtemp makes 0700
-        temporary.replace(root)
-    finally:
-        # After the move there is nothing left under the temporary name.
-        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / LOCK).unlink()
+        if root.exists():  # empty; a working directory or a mounted one cannot be replaced, so this is not at once
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == SAMPLE_JSON):
+                shutil.move(path, root)
+        else:
+            temporary.replace(root)
     return Sample(root, info)
 
 

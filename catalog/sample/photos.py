@@ -16,7 +16,6 @@ import os
 import shutil
 import struct
 import subprocess
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -31,6 +30,7 @@ from twist.contracts.config import read_toml
 from twist.contracts.errors import UserError
 from twist.contracts.files import sha256_file
 from twist.contracts.progress import Progress
+from twist.contracts.run_folder import temporary_folder
 
 TAKEN = read_toml(Path(__file__).with_name("photos.toml"))
 CLASSES = tuple(kind for kind in TAKEN["stamps"] if kind != "distractor")
@@ -62,9 +62,7 @@ def prepare_photos(*, progress: bool = True) -> Path:
     target = cache_folder() / f"photos-{PREPARED_VERSION}"
     if (target / "provenance.json").exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="photos-", dir=target.parent))
-    try:
+    with temporary_folder(target) as work:
         packages = []
         with Progress("photos: fetch", total=len(TAKEN["packages"]), unit="package", quiet=not progress) as bar:
             for package in fetch(TAKEN["packages"], work):
@@ -82,8 +80,6 @@ def prepare_photos(*, progress: bool = True) -> Path:
             # Another process was faster; what it made is the same.
             if not (target / "provenance.json").exists():
                 raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return target
 
 

@@ -123,9 +123,7 @@ def _artefact(entry: WeightsEntry, folder: Path) -> Path | str:
         )
     said = {"method": entry.method or header.method, "epochs": entry.epochs or header.epochs}
     said["source_sha256"] = header.source_sha256 or digest
-    states.manifest_of(path).unlink(missing_ok=True)  # it is of the file before
-    write_backbone(path, tensors, header.model_copy(update=said))
-    states.seal(path)
+    states.save(path, lambda new: write_backbone(new, tensors, header.model_copy(update=said)))
     return path
 
 
@@ -214,8 +212,9 @@ class _Runs:
         attempt = 2 if job.key in self._tried else 1
         self._tried.add(job.key)
         log = job.folder(self._output) / f"log-{attempt}.txt"
-        run = self._launcher.start(self._command(job), log=log, slot=slot, lock=lock)
-        self.running.append(_Started(job, run, slot, log, attempt, time.monotonic()))
+        with launch.uninterrupted():  # a run that has begun is among those to be stopped
+            run = self._launcher.start(self._command(job), log=log, slot=slot, lock=lock)
+            self.running.append(_Started(job, run, slot, log, attempt, time.monotonic()))
         self._print(f"started  {self.running[-1].title}")
 
     def _take(self, one: _Started, status: int) -> None:
