@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from twist.contracts.errors import UserError
-from twist.contracts.run_folder import differences
+from twist.contracts.ranks import failing_together
 
 Value = TypeVar("Value")
 Group = ProcessGroup | None  # None: all ranks
@@ -53,9 +53,10 @@ def process_group(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[t
     if ours:
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=chosen if chosen.type == "cuda" else None)
     try:
-        yield chosen
+        with failing_together() if ours else contextlib.nullcontext():
+            yield chosen
     finally:
-        if ours:
+        if ours and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -138,32 +139,6 @@ def on_main_rank(work: Callable[[], Value]) -> Value:
     if isinstance(outcome[0], UserError):
         raise outcome[0]
     return outcome[0]
-
-
-def require_equal(describe: Callable[[], dict[str, Any]]) -> None:
-    """Every rank says what it is about to do (JSON values); `UserError` on all of them where one says something else.
-
-    A `UserError` in `describe` is raised on every rank too: none waits for one that has ended.
-    """
-    if world_size() == 1:
-        describe()
-        return
-    mine: dict[str, Any] | UserError
-    try:
-        mine = describe()
-    except UserError as error:
-        mine = error
-    said: list[Any] = [None] * world_size()
-    dist.all_gather_object(said, mine)
-    for number, theirs in enumerate(said):
-        if isinstance(theirs, UserError):
-            raise type(theirs)(f"Rank {number}: {theirs}")
-    for number, theirs in enumerate(said):
-        for path, first, other in differences(said[0], theirs):
-            raise UserError(
-                f"The ranks are not of one run: {path} is {first!r} on rank 0 and {other!r} on rank {number}; give "
-                "every machine the same images, config and code."
-            )
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from torch import Tensor
 from twist.catalog.card_data import labelled_images
 from twist.contracts.errors import UserError
 from twist.contracts.machine import code_sha256
+from twist.contracts.ranks import require_equal
 from twist.contracts.run_folder import locked
 from twist.pretrain import distributed, run_folder
 from twist.pretrain.config import LossConfig, PretrainConfig
@@ -130,7 +131,7 @@ def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, 
         settings = config.model_dump(mode="json", exclude=PLACES)
         return {"images": len(images), "names_sha256": images.order(), "code": code, **settings}
 
-    distributed.require_equal(describe)
+    require_equal(describe)
     (images,) = opened
     rank, ranks = distributed.rank(), distributed.world_size()
     if rank == 0 and isinstance(images, FolderImages):

@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "twist.pretrain.train", "hypothesis"])
+
 
 def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(rank, *arguments)` on every rank; returns what each returned (tensors, plain values), in rank order.
 
     `function` must be importable (no closure). An exception on a rank is raised here.
     """
-    multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "twist.pretrain.train", "hypothesis"])
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
             _on_rank, args=(world_size, folder, function, arguments), nprocs=world_size, start_method="forkserver"

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +15,12 @@ import torch.distributed as dist
 from gloo import run_on_ranks
 from imagenet_tree import write_tree
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from twist.contracts.config import validate
 from twist.contracts.errors import UserError
+from twist.contracts.failures import sentence_of
+from twist.contracts.ranks import failing_together
 from twist.pretrain import distributed
 from twist.pretrain.batch_norm import SynchronisedBatchNorm, synchronise
 from twist.pretrain.config import PretrainConfig
@@ -270,6 +278,44 @@ def test_votes_groups_and_errors_reach_all_ranks() -> None:
         assert rank["value"] == 10
         assert rank["group_mean"].item() == (0.5 if number < 2 else 2.5)
         assert rank["gathered"].flatten().tolist() == [0, 1, 2, 3]
+
+
+def fail_on_one(rank: int, folder: str, kind: str) -> None:
+    """Rank 1 fails while rank 0 waits for it. Where that is under NCCL the connection stays, and only an abort ends the
+    wait; here there is gloo alone, so the wait and the abort are played."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    began, said, aborted = time.monotonic(), "nothing", threading.Event()
+    distributed_c10d._abort_process_group = aborted.set
+    try:
+        with failing_together():
+            if rank and kind == "nccl":
+                raise OSError(errno.ENOSPC, "No space left on device", "/run/x")
+            if rank and kind == "gloo":
+                raise UserError("29 images cannot be read.")
+            if kind == "nccl" and aborted.wait(15):
+                raise RuntimeError("NCCL communicator was aborted on rank 0.")
+            dist.all_reduce(torch.zeros(3))
+    except (UserError, OSError) as error:
+        said = sentence_of(error)
+    Path(folder, f"{rank}.json").write_text(json.dumps([said, time.monotonic() - began]))
+    time.sleep(20 if rank and kind == "nccl" else 0)
+    os._exit(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "sentence"), [("gloo", "29 images cannot be read."), ("nccl", "The disk is full"), ("neither", "nothing")]
+)
+def test_what_fails_on_one_rank_is_said_on_all_of_them_at_once(kind: str, sentence: str, tmp_path: Path) -> None:
+    ranks = torch.multiprocessing.start_processes(
+        fail_on_one, args=(str(tmp_path), kind), nprocs=2, join=False, start_method="forkserver"
+    )
+    ranks.processes[0].join(90)
+    ranks.processes[1].kill()
+    (first, seconds), (second, _) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert seconds < 10, "it waited for a timeout"
+    assert first.startswith(sentence if kind == "neither" else f"Rank 1: {sentence}")
+    assert second.startswith(sentence)
 
 
 def test_without_a_process_group_everything_is_one_rank() -> None:

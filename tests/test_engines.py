@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import yaml
 from engine_requests import EngineUser, committed, flip_a_bit, own_part, sample_root, sweep, weights_maker
+from gloo import run_on_ranks
 from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_segmentation
 
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.record import read_record
 from twist.transfer.engines import Engine, all_engines
-from twist.transfer.engines.framework import choose_checkpoint, seal
+from twist.transfer.engines.framework import choose_checkpoint, require_one_run, seal
 from twist.transfer.protocols import PROTOCOLS, Protocol
-from twist.transfer.request import Request, Resolved, Result, Weights
+from twist.transfer.request import Controls, Request, Resolved, Result, Weights
 from twist.transfer.run import transfer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,3 +393,34 @@ def test_the_note_of_a_run_without_manifests_stays(tmp_path: Path) -> None:
     (tmp_path / "last_checkpoint").write_text("/there/iter_2.pth")
     choose_checkpoint(Request(PROTOCOLS["sample-voc-fcn-d8"], tmp_path, tmp_path, resume=True), "iter")
     assert (tmp_path / "last_checkpoint").read_text() == "/there/iter_2.pth"
+
+
+def asked_on(rank: int, changes: list[dict[str, Any]]) -> list[str]:
+    """What each node says when the second one's request is changed so."""
+    said = []
+    for change in changes:
+        request = Request(
+            PROTOCOLS["sample-voc-fcn-d8"],
+            Path(f"/data{rank}"),
+            Path(),
+            data_name="voc 1",
+            controls=Controls(nodes=2, master="a:1"),
+        )
+        try:
+            require_one_run(replace(request, **change) if rank else request)
+            said.append("one run")
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.slow
+def test_nodes_of_other_data_or_commands_are_refused_on_each(tmp_path: Path) -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "one run": {"output": tmp_path},
+        "data is 'voc 1' on rank 0 and 'voc 2' on rank 1": {"data_name": "voc 2"},
+        "overrides is [] on rank 0 and ['a=1'] on rank 1": {"overrides": ("a=1",)},
+        "seed is 0 on rank 0 and 3 on rank 1": {"seed": 3},
+    }
+    for said in run_on_ranks(2, asked_on, [*changes.values()]):
+        assert all(expected in found for expected, found in zip(changes, said, strict=True)), said

@@ -274,7 +274,7 @@ def test_a_transfer_run_and_a_suite_pass_the_heads_on(tmp_path: Path) -> None:
     assert given[2]["heads"] == 2
     assert "heads2" in default_output(row, given[2], 0).name
     requests = [Request(row, tmp_path, tmp_path, **fields) for fields in given.values()]
-    assert [describe_run(request, None)["weights"].get("heads") for request in requests] == [None, 2]
+    assert [describe_run(request)["weights"].get("heads") for request in requests] == [None, 2]
     with pytest.raises(UsageError, match="--heads"):
         find_weights("random", row, Controls(), heads=2)
     entries = [WeightsEntry(name="w", file=str(tmp_path / "x.pth"), heads=heads) for heads in (None, 2)]

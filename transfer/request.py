@@ -59,6 +59,7 @@ class Request:
     `checkpoint` is None for random weights, whose header `random` is; `name` is what the record calls the weights, and
     `method` what it calls the method, None to take what the weights say. `overrides` are `key=value` on the engine's
     own config. `own` are the data of a card, which `data` then is the file of; None on a data root.
+    `data_name` says which data these are, wherever they lie (`catalog/before_run.py`).
     """
 
     protocol: Protocol
@@ -79,6 +80,7 @@ class Request:
     resume: bool = False
     eval_only: bool = False
     own: CardData | None = None
+    data_name: str | None = None
 
     @property
     def read_as(self) -> dict[str, Any]:

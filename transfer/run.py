@@ -104,7 +104,6 @@ def plan(protocol: str, **options: Any) -> str:
 class _Asked(NamedTuple):
     request: Request
     engine: Engine
-    data_name: str | None
     sample: dict[str, Any] | None
     results: Path
 
@@ -144,19 +143,19 @@ def _ask(
     results = (results or output / "results").resolve()
     request = Request(
         row, root, output, **given, seed=seed, gpus=_choose_gpus(gpus, row), overrides=rest, controls=controls,
-        resume=resume, eval_only=eval_only, own=own,
+        resume=resume, eval_only=eval_only, own=own, data_name=data_name,
     )  # fmt: skip
-    return _Asked(request, engine, data_name, sample, results)
+    return _Asked(request, engine, sample, results)
 
 
 def _measure(asked: _Asked) -> RunRecord:
     """Train and evaluate in the run's folder, which this process holds, and write the record."""
-    request, engine, data_name, sample, results = asked
+    request, engine, sample, results = asked
     row, output = request.protocol, request.output
     began = time.monotonic()
 
     with run_folder.removed_on_failure(output):
-        run = describe_run(request, data_name)
+        run = describe_run(request)
         earlier = take_folder(request, run)
         ready = prepare_weights(request, engine)
         with frameworks_quiet():
@@ -184,7 +183,7 @@ def _measure(asked: _Asked) -> RunRecord:
         metrics=result.metrics,
         weights=_provenance(request, ready.header),
         recipe=_recipe(result, ready.header, sample, request.own),
-        data=data_name,
+        data=request.data_name,
         software=software(),
         hardware={**hardware(), "gpus_used": request.gpus, "nodes": request.controls.nodes},
         wall_s=round(time.monotonic() - began, 1),
@@ -271,14 +270,14 @@ def default_output(row: Protocol, given: dict[str, Any], seed: int, *, card: str
 # ── The run folder ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def describe_run(request: Request, data_name: str | None) -> dict[str, Any]:
+def describe_run(request: Request) -> dict[str, Any]:
     """What `run.json` says of the run before its recipe is known."""
     weights: dict[str, Any] = {"name": request.name, "sha256": request.sha256}
     # Another branch of the file, or the same tensors in another number of heads, is another run.
     weights |= {key: value for key, value in request.read_as.items() if key != "layout" and value is not None}
     if request.random is not None:  # nothing but their network tells two runs of random weights apart
         weights |= {"architecture": request.random.architecture, "width": request.random.width}
-    return {"protocol": request.protocol.name, "seed": request.seed, "weights": weights, "data": data_name}
+    return {"protocol": request.protocol.name, "seed": request.seed, "weights": weights, "data": request.data_name}
 
 
 def take_folder(request: Request, run: dict[str, Any]) -> dict[str, Any] | None:
@@ -300,6 +299,7 @@ def take_folder(request: Request, run: dict[str, Any]) -> dict[str, Any] | None:
     run_folder.refuse_other_transfer(output, earlier, run)
     if not (request.resume or request.eval_only):
         run_folder.refuse_second_start(output, earlier)
+    run_folder.remove_leftovers(output)
     return earlier
 
 

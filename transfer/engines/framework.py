@@ -23,7 +23,9 @@ from twist.catalog.data_sets import find_data_set
 from twist.contracts import files, states
 from twist.contracts.curves import CURVES, Curves
 from twist.contracts.errors import UsageError, UserError
+from twist.contracts.machine import code_sha256, software
 from twist.contracts.progress import Progress
+from twist.contracts.ranks import require_equal
 from twist.contracts.trackers import Logger
 from twist.contracts.weights import difference
 from twist.transfer import recipe
@@ -239,6 +241,19 @@ class TrainingLog:
 
     def close(self) -> None:
         self._curves.close()
+
+
+def require_one_run(request: Request) -> None:
+    """In a worker of a run on several nodes: `UserError` on all of them unless they run the same code on the same data.
+
+    The processes of one node are of one command, and are not asked.
+    """
+    if request.controls.nodes > 1:
+        weights = request.random.model_dump(mode="json") if request.random else request.sha256
+        described = {"protocol": request.protocol.name, "weights": weights, "seed": request.seed, "gpus": request.gpus}
+        described |= {"data": request.data_name, "overrides": list(request.overrides), "software": software()}
+        described |= {"twist": code_sha256("contracts", "measure", "catalog", "converters", "transfer")}
+        require_equal(lambda: described)
 
 
 # The file in which both frameworks note the name of the checkpoint to go on from.

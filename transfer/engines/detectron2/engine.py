@@ -71,6 +71,7 @@ def _worker(request: Request, weights: Path, dumped: str) -> None:
     rank = comm.get_rank()
     log = request.output / (f"log.rank{rank}.txt" if rank else "log.txt")
     with explained(report=request.output, memory=NEEDS_LESS), frameworks_quiet(log):
+        framework.require_one_run(request)
         config = get_cfg()
         config.merge_from_other_cfg(CfgNode.load_cfg(dumped))
         config.freeze()

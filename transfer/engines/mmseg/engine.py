@@ -88,6 +88,7 @@ def _worker(local_rank: int, request: Request, weights: Path, address: str | Non
         config.resume = last is not None and not request.eval_only
         config.load_from = None if last is None else str(last)
         runner = _Runner.from_cfg(config)
+        framework.require_one_run(request)
         watch = _Watch(request.output, None if last else weights)
         # Before the scheduler moves lr on and before the checkpoint: a kill then loses no line of the curves.
         runner.register_hook(watch, priority="BELOW_NORMAL")
