@@ -1,21 +1,22 @@
 """What kills, full disks, torn files and flipped bits do to work that is resumed: a table of trials and losses.
 
-    python -m benchmarks.faults [--kills 200] [--flips 1000] [--seconds 540] [--only WORK …] [--seed 0] [--output FILE]
+    python -m benchmarks.faults [--kills 200] [--flips 1000] [--minutes 9] [--only WORK …] [--output FILE.json]
 
 Each trial does its work undisturbed up to the fault, then starts it again as a user would, and compares what comes out
 with what the undisturbed work gave: metrics, rows, tensors. After a kill or a full disk it must be equal; a damaged
 file may also be refused with a sentence. LOST is everything else that is seen (a crash, a refusal after a kill, a
 message that nobody foresaw), SILENTLY DIFFERENT is exit status 0 with another result.
 
-The networks are tiny or small and the runs are forked from processes that have everything imported, so a trial takes
-about a second. Nothing here knows how the states are written, only where they lie.
+No trial is begun after `--minutes`; the same command again goes on with the trials that FILE.jsonl does not have yet.
+At its end FILE.json has the table, which `python -m benchmarks.summary` quotes. The networks are tiny or small and the
+runs are forked from processes that have everything imported. Nothing here knows how the states are written, only where.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
+import functools
 import json
 import os
 import queue
@@ -26,24 +27,33 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from benchmarks.side_by_side import heading, write
+from benchmarks.summary import RESULTS
 from tests.forked import Command, Ended, Server
+from twist.catalog.sample.make import make_sample
+from twist.contracts.files import sha256_file
+from twist.contracts.machine import code_sha256
+from twist.contracts.networks import build_backbone
+from twist.contracts.weights import Backbone, write_backbone
 
 TINY = "tests.tiny_run:tiny_networks"
-FORKED_JOBS = "benchmarks.faults:forked_jobs"
 # What a run writes lies below `disk`, which can be a small one; `tmp` is where temporary files go.
 DISK, RUN, TEMPORARY = "disk", "disk/run", "disk/tmp"
 Result = dict[str, Any]
 Verdict = Literal["refused", "recovered", "LOST", "SILENTLY DIFFERENT"]
+BAD: tuple[Verdict, ...] = ("LOST", "SILENTLY DIFFERENT")
 PATIENCE_S = 60.0
+ROOMS = ("contracts", "measure", "catalog", "pretrain", "converters", "transfer", "twist")
 
 
 @dataclass(frozen=True)
@@ -114,10 +124,8 @@ def works() -> tuple[Work, ...]:
             "pretraining", pretrain, (*pretrain, "--resume"), of_pretraining, 90, prepare=("images",), setup=TINY,
             stages={half: {f"{RUN}/checkpoints/step_*.json": 3}}, full_disks=True,
             states=(
-                State(half, f"{RUN}/checkpoints/step_*.pt", 220),
-                State(half, f"{RUN}/checkpoints/step_*.json", 260),
-                State(half, f"{RUN}/config.json", 60),
-                State(half, f"{RUN}/metrics.jsonl", 40, ignored=("rows",)),
+                State(half, f"{RUN}/checkpoints/step_*.pt", 220), State(half, f"{RUN}/checkpoints/step_*.json", 260),
+                State(half, f"{RUN}/config.json", 60), State(half, f"{RUN}/metrics.jsonl", 40, ignored=("rows",)),
             ),
         ),
         Work(
@@ -126,17 +134,15 @@ def works() -> tuple[Work, ...]:
             begun=f"{RUN}/config.json",  # before the ranks have met, it is torchrun that ends the others
         ),
         Work(
-            "linear", linear, (*linear, "--resume"), of_run, 40, prepare=("tree", "weights"), full_disks=True,
+            "linear", linear, (*linear, "--resume"), of_records, 40, prepare=("tree", "weights"), full_disks=True,
             stages={half: {f"{RUN}/checkpoint.pth": 1}},
             states=(
-                State(half, f"{RUN}/checkpoint.pth", 160),
-                State(half, f"{RUN}/run.json", 80),
-                State(half, f"{RUN}/recipe.json", 10),
-                State(half, f"{RUN}/metrics.jsonl", 10),
+                State(half, f"{RUN}/checkpoint.pth", 160), State(half, f"{RUN}/run.json", 80),
+                State(half, f"{RUN}/recipe.json", 10), State(half, f"{RUN}/metrics.jsonl", 10, ignored=("curves",)),
             ),
         ),
         Work(
-            "k-NN", neighbours, (*neighbours, "--resume"), of_run, 10, prepare=("tree", "weights"),
+            "k-NN", neighbours, (*neighbours, "--resume"), of_records, 10, prepare=("tree", "weights"),
             stages={half: {f"{RUN}/features/*.f32": 2}}, states=(State(half, f"{RUN}/features/*.f32", 50),),
         ),
         Work(
@@ -144,29 +150,26 @@ def works() -> tuple[Work, ...]:
             stages={"done": {}}, states=(State("done", f"{RUN}/*", 20),),
         ),
         Work(
-            "suite", suite, suite, of_suite, 10, prepare=("tree", "weights", "suite"), setup=FORKED_JOBS,
+            "suite", suite, suite, functools.partial(of_records, place=f"{DISK}/results"), 10,
+            prepare=("tree", "weights", "suite"),
             stages={"converted": {f"{RUN}/weights/*/*.safetensors": 1}, half: {f"{RUN}/*/*/record/*/*.json": 1},
                     "done": {}},
             states=(
-                State("converted", f"{RUN}/weights/*/*.safetensors", 20),
-                State(half, f"{RUN}/*/*/record/*/*.json", 20),
+                State("converted", f"{RUN}/weights/*/*.safetensors", 20), State(half, f"{RUN}/*/*/record/*/*.json", 20),
                 State("done", f"{DISK}/results/*/*.json", 30),
             ),
         ),
         Work(
-            "Detectron2", detection, (*detection, "--resume"), of_run, 5, prepare=("sample",), exact=False,
+            "Detectron2", detection, (*detection, "--resume"), of_records, 5, prepare=("sample",), exact=False,
             stages={half: {f"{RUN}/model_*.pth": 1, f"{RUN}/last_checkpoint": 1}},
             states=(State(half, f"{RUN}/model_*.pth", 6), State(half, f"{RUN}/last_checkpoint", 4)),
         ),
         Work(
-            "MMSegmentation", segmentation, (*segmentation, "--resume"), of_run, 5, prepare=("sample",), exact=False,
-            stages={half: {f"{RUN}/iter_*.pth": 1, f"{RUN}/last_checkpoint": 1}},
+            "MMSegmentation", segmentation, (*segmentation, "--resume"), of_records, 5, prepare=("sample",),
+            exact=False, stages={half: {f"{RUN}/iter_*.pth": 1, f"{RUN}/last_checkpoint": 1}},
             states=(State(half, f"{RUN}/iter_*.pth", 6), State(half, f"{RUN}/last_checkpoint", 4)),
         ),
     )  # fmt: skip
-
-
-FRAMEWORKS = {"Detectron2": "detectron2", "MMSegmentation": "mmseg"}
 
 
 def of_pretraining(folder: Path) -> Result:
@@ -175,100 +178,29 @@ def of_pretraining(folder: Path) -> Result:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     times = ("images_per_s", "data_wait_share")
     rows = [{key: value for key, value in json.loads(line).items() if key not in times} for line in lines]
-    return {"backbone": digest(run / "backbone.safetensors"), "rows": rows}
+    return {"backbone": sha256_file(run / "backbone.safetensors"), "rows": rows}
 
 
 # What differs between two equal runs: when and how long, and that one was continued.
-OF_THE_TIME = ("created", "wall_s", "notes", "images_per_s", "git_commit")
+OF_THE_TIME = ("created", "wall_s", "notes", "images_per_s", "git_commit", "record_sha256")
 
 
-def of_run(folder: Path) -> Result:
-    return _records(folder / RUN / "results")
-
-
-def of_suite(folder: Path) -> Result:
-    return _records(folder / DISK / "results")
-
-
-def _records(folder: Path) -> Result:
+def of_records(folder: Path, place: str = RUN + "/results") -> Result:
     """Every record and the rows of its curves."""
     found: Result = {}
-    for path in sorted(folder.glob("*/*.json")):
+    for path in sorted(folder.glob(f"{place}/*/*.json")):
         record = json.loads(path.read_text())
         found[path.name] = {key: value for key, value in record.items() if key not in OF_THE_TIME}
-        if record["curves"]:
-            rows = [json.loads(line) for line in (path.parent / record["curves"]).read_text().splitlines()]
-            found[f"curves of {path.name}"] = [
-                {key: value for key, value in row.items() if key not in OF_THE_TIME and "time" not in key}
-                for row in rows
-            ]
+        lines = (path.parent / record["curves"]).read_text().splitlines() if record["curves"] else []
+        rows = [json.loads(line).items() for line in lines]
+        found["curves"] = [{k: v for k, v in row if k not in OF_THE_TIME and "time" not in k} for row in rows]
     if not found:
-        raise FileNotFoundError(f"there is no record below {folder}")
+        raise FileNotFoundError(f"there is no record below {place}")
     return found
 
 
 def of_conversion(folder: Path) -> Result:
-    return {path.name: digest(path) for path in sorted((folder / RUN).iterdir())}
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@contextlib.contextmanager
-def forked_jobs() -> Iterator[None]:
-    """The runs of a suite are forked from it and not started anew, which is seconds of imports less for each."""
-    original = subprocess.Popen
-
-    def start(command: Any, **options: Any) -> Any:
-        if isinstance(command, list) and command[1:3] == ["-m", "twist"]:
-            return _ForkedJob(command[3:], **options)
-        return original(command, **options)
-
-    subprocess.Popen = start  # type: ignore[assignment, misc]
-    try:
-        yield
-    finally:
-        subprocess.Popen = original  # type: ignore[misc]
-
-
-class _ForkedJob:
-    """What the suite asks of `subprocess.Popen`. The child inherits every open file, the lock on its folder too."""
-
-    def __init__(self, arguments: Sequence[str], *, stdout: Any, env: Mapping[str, str], **_: Any) -> None:
-        self._status: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            status = 1
-            try:
-                os.setsid()
-                os.dup2(stdout.fileno(), 1)
-                os.dup2(stdout.fileno(), 2)
-                os.environ.update(env)
-                sys.argv = ["twist", *arguments]
-                from twist.cli import main
-
-                main()
-            except SystemExit as stop:
-                status = stop.code if isinstance(stop.code, int) else 0
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-
-    def poll(self) -> int | None:
-        if self._status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self._status = os.waitstatus_to_exitcode(status) if pid else None
-        return self._status
-
-    def wait(self, timeout: float = 600.0) -> int:
-        end = time.monotonic() + timeout
-        while (status := self.poll()) is None:
-            if time.monotonic() > end:
-                raise subprocess.TimeoutExpired("twist", timeout)
-            time.sleep(0.01)
-        return status
+    return {path.name: sha256_file(path) for path in sorted((folder / RUN).iterdir())}
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------
@@ -291,13 +223,17 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a trial: the verdict, what exactly was done, why it is a bad one, and files left behind."""
+    """What came of a trial: the verdict, what was done, why it is a bad one, how many files were left behind."""
 
     trial: Trial
     verdict: Verdict
     done: str
     reason: str = ""
-    left: tuple[str, ...] = ()
+    left: int = 0
+
+    def line(self) -> dict[str, Any]:
+        where = dict(zip(("work", "fault"), self.trial.row)) | {"number": self.trial.number}
+        return where | {"verdict": self.verdict, "done": self.done, "reason": self.reason, "left": self.left}
 
 
 @dataclass
@@ -314,14 +250,14 @@ class Known:
 class Lab:
     """One server, and a folder in which trials are made; the prepared inputs and stages are shared by all labs."""
 
-    def __init__(self, server: Server, folder: Path, shared: Path, known: dict[str, Known], *, seed: int) -> None:
-        self._server, self._folder, self._shared, self._known, self._seed = server, folder, shared, known, seed
+    def __init__(self, server: Server, folder: Path, shared: Path, known: dict[str, Known]) -> None:
+        self._server, self._folder, self._shared, self._known = server, folder, shared, known
 
     def fresh(self, work: Work) -> Path:
         """An empty folder with the work's inputs."""
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         for name in work.prepare:
-            shutil.copytree(self._shared / name, folder, dirs_exist_ok=True, copy_function=_linked)
+            shutil.copytree(self._shared / name, folder, dirs_exist_ok=True, copy_function=os.link)
         (folder / TEMPORARY).mkdir(parents=True)
         return folder
 
@@ -329,17 +265,8 @@ class Lab:
         environment = {"TMPDIR": str(folder / TEMPORARY)}
         if work.ranks > 1:
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        return self._server.run(
-            Command(
-                command,
-                str(folder),
-                seconds=PATIENCE_S,
-                setup=work.setup,
-                ranks=work.ranks,
-                environment=environment,
-                **fault,
-            )
-        )
+        how = {"seconds": PATIENCE_S, "setup": work.setup, "ranks": work.ranks, "environment": environment}
+        return self._server.run(Command(command, str(folder), **how, **fault))
 
     def learn(self, work: Work) -> None:
         """Do the work undisturbed, and stop it at each of its stages."""
@@ -351,75 +278,59 @@ class Lab:
         known = Known(max(one.seconds for one in ended), work.result(folder), frozenset(_hidden(folder)), size)
         self._known[work.name] = known
         for stage, when in work.stages.items():
+            shutil.move(self._stopped(work, when) if when else folder, self._shared / "stages" / work.name / stage)
             known.accepted[stage] = [known.result]
-            stopped = folder if not when else self._stopped(work, when)
-            shutil.move(stopped, self._stage(work, stage))
-        shutil.rmtree(folder, ignore_errors=True)
-        if not work.exact:
-            for stage in work.stages:
+            if not work.exact:
                 resumed = self._copy(work, stage)
                 self.start(work, resumed, work.again)
                 known.accepted[stage].append(work.result(resumed))
                 shutil.rmtree(resumed)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _stopped(self, work: Work, when: dict[str, int]) -> Path:
-        for _ in range(5):
-            folder = self.fresh(work)
-            ended = self.start(work, folder, work.command, kill_when=when)
-            _wait_for_jobs(folder)
-            if ended[0].status == -signal.SIGKILL:
-                return folder
-            shutil.rmtree(folder)
-        raise SystemExit(f"{work.name} was never killed where it should be ({when}).")
-
-    def _stage(self, work: Work, stage: str) -> Path:
-        return self._shared / "stages" / work.name / stage
+        folder = self.fresh(work)
+        ended = self.start(work, folder, work.command, kill_when=when)
+        _wait_for_jobs(folder)
+        if ended[0].status != -signal.SIGKILL:
+            raise SystemExit(f"{work.name} was not killed where it should be ({when}): {_last(ended[0])}")
+        return folder
 
     def _copy(self, work: Work, stage: str) -> Path:
         folder = Path(tempfile.mkdtemp(dir=self._folder))
-        shutil.copytree(self._stage(work, stage), folder, dirs_exist_ok=True, symlinks=True)
+        shutil.copytree(self._shared / "stages" / work.name / stage, folder, dirs_exist_ok=True, symlinks=True)
         return folder
 
     def run(self, trial: Trial) -> Outcome | None:
         """None where the fault could not be had: the work was done before the kill, a disk may not be mounted."""
         # By its own seed: the same trial whatever was tried before, and in whatever order.
-        chance = random.Random(f"{self._seed} {trial.row} {trial.number}")
-        kind = trial.fault
-        if kind in ("killed", "told to end"):
-            return self._killed(trial, chance, signal.SIGKILL if kind == "killed" else signal.SIGTERM)
-        if kind == "full disk":
-            return self._full(trial, chance)
-        return self._damaged(trial, chance)
+        chance = random.Random(f"{trial.row} {trial.number}")
+        numbers = {"killed": signal.SIGKILL, "told to end": signal.SIGTERM}
+        if trial.fault in numbers:
+            return self._killed(trial, chance, numbers[trial.fault])
+        return self._full(trial, chance) if trial.fault == "full disk" else self._damaged(trial, chance)
 
     def _killed(self, trial: Trial, chance: random.Random, number: int) -> Outcome | None:
-        work, known = trial.work, self._known[trial.work.name]
-        first = 1.0
-        for _ in range(4):
-            folder = self.fresh(work)
-            try:
-                moments = []
-                for start, command in enumerate((work.command, work.again)):
-                    if start and chance.random() > 0.3:  # some are killed again on their way back
-                        break
-                    moment, rank = chance.uniform(0.02, first) * known.seconds, chance.randrange(work.ranks)
-                    fault: dict[str, Any] = {"kill_after_s": moment, "kill_rank": rank, "kill_signal": number}
-                    fault |= {} if work.begun is None or start else {"kill_when": {work.begun: 1}}
-                    ended = self.start(work, folder, command, **fault)
-                    if not start and number == signal.SIGKILL and ended[rank].status != -signal.SIGKILL:
-                        break  # it was done before
-                    moments.append((f"rank {rank} " if work.ranks > 1 else "") + f"after {moment:.3f} s")
-                    for index, one in enumerate(ended):
-                        bad = "" if index == rank and number == signal.SIGKILL else _unforeseen(one)
-                        if bad:
-                            return Outcome(trial, "LOST", f"{trial.fault} {', '.join(moments)}", f"then said: {bad}")
-                if moments:
-                    done = f"{trial.fault} {', '.join(moments)}"
-                    return self._again(trial, folder, [known.result], done=done, must=True, exact=work.exact)
-                first /= 2
-            finally:
-                _wait_for_jobs(folder)
-                shutil.rmtree(folder, ignore_errors=True)
-        return None
+        work, known, moments = trial.work, self._known[trial.work.name], list[str]()
+        folder = self.fresh(work)
+        try:
+            for start, command in enumerate((work.command, work.again)):
+                if start and chance.random() > 0.3:  # some are killed again on their way back
+                    break
+                moment, rank = chance.uniform(0.02, 0.8) * known.seconds, chance.randrange(work.ranks)
+                when = {} if work.begun is None or start else {work.begun: 1}
+                fault = {"kill_after_s": moment, "kill_rank": rank, "kill_signal": number, "kill_when": when}
+                ended = self.start(work, folder, command, **fault)
+                if not start and number == signal.SIGKILL and ended[rank].status != -signal.SIGKILL:
+                    return None
+                moments.append(f"rank {rank} after {moment:.3f} s")
+                others = [one for index, one in enumerate(ended) if index != rank or number != signal.SIGKILL]
+                for bad in filter(None, map(_unforeseen, others)):
+                    return Outcome(trial, "LOST", f"{trial.fault} {', '.join(moments)}", f"then said: {bad}")
+            done = f"{trial.fault} {', '.join(moments)}"
+            return self._again(trial, folder, [known.result], done)
+        finally:
+            _wait_for_jobs(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _full(self, trial: Trial, chance: random.Random) -> Outcome | None:
         work, known = trial.work, self._known[trial.work.name]
@@ -437,7 +348,7 @@ class Lab:
             if ended[0].status == 1 and "disk is full" not in ended[0].said:
                 return Outcome(trial, "LOST", done, f"does not say that the disk is full: {_last(ended[0])}")
             subprocess.run(["mount", "-o", f"remount,size={known.bytes * 4 + 2**24}", str(disk)], check=True)
-            return self._again(trial, folder, [known.result], done=done, must=True)
+            return self._again(trial, folder, [known.result], done)
         finally:
             subprocess.run(["umount", "-l", str(disk)], check=False)
             shutil.rmtree(folder, ignore_errors=True)
@@ -451,60 +362,41 @@ class Lab:
             paths = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
             # Mostly the newest, which is what is gone on from; the others are what it falls back to.
             path = paths[-1] if chance.random() < 0.8 else chance.choice(paths)
-            how = _damage(path, trial.fault, chance)
-            done = f"{path.relative_to(folder)}: {how}"
-            accepted = self._known[work.name].accepted[state.stage]
-            return self._again(trial, folder, accepted, done=done, ignored=state.ignored)
+            done = f"{path.relative_to(folder)}: {_damage(path, trial.fault, chance)}"
+            return self._again(trial, folder, self._known[work.name].accepted[state.stage], done)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _again(
-        self,
-        trial: Trial,
-        folder: Path,
-        accepted: Sequence[Result],
-        *,
-        done: str,
-        must: bool = False,
-        exact: bool = True,
-        ignored: tuple[str, ...] = (),
-    ) -> Outcome:
-        """Start the work again, and judge it; `must` is for faults after which a refusal is a loss, too."""
-        work = trial.work
+    def _again(self, trial: Trial, folder: Path, accepted: Sequence[Result], done: str) -> Outcome:
+        """Start the work again, and judge it; where no file was damaged, a refusal is a loss, too."""
+        work, state = trial.work, trial.state
         ended = self.start(work, folder, work.again)
-        for one in ended:
-            if bad := _unforeseen(one):
-                return Outcome(trial, "LOST", done, bad)
+        for bad in filter(None, map(_unforeseen, ended)):
+            return Outcome(trial, "LOST", done, bad)
         if any(one.status for one in ended):
-            said = _last(ended[0])
-            return Outcome(trial, "LOST", done, f"refused: {said}") if must else Outcome(trial, "refused", done, said)
+            return Outcome(trial, "LOST" if state is None else "refused", done, f"refused: {_last(ended[0])}")
         try:
             found = work.result(folder)
         except (OSError, ValueError, LookupError) as error:
             return Outcome(trial, "LOST", done, f"exit status 0, and no result: {error}")
-        left = tuple(sorted(_hidden(folder) - self._known[work.name].left))
-        if not exact or any(not _differing(found, one, ignored) for one in accepted):
-            return Outcome(trial, "recovered", done, left=left)
-        return Outcome(trial, "SILENTLY DIFFERENT", done, _differing(found, accepted[0], ignored))
+        differing = [_differing(found, one, state.ignored if state else ()) for one in accepted]
+        if all(differing) and (work.exact or state):
+            return Outcome(trial, "SILENTLY DIFFERENT", done, differing[0])
+        return Outcome(trial, "recovered", done, left=len(_hidden(folder) - self._known[work.name].left))
 
 
 def _damage(path: Path, fault: str, chance: random.Random) -> str:
     data = bytearray(path.read_bytes())
-    path.unlink()
+    place, bit = chance.randrange(len(data)), chance.randrange(8)
+    path.unlink()  # it may be a link to what all trials share
     if fault == "a bit":
-        place, bit = chance.randrange(len(data)), chance.randrange(8)
         data[place] ^= 1 << bit
-        how = f"bit {bit} of byte {place} of {len(data)}"
-    else:
-        place = chance.choice((0, chance.randrange(len(data)), len(data) - 1))
-        if chance.random() < 0.5:
-            del data[place:]
-            how = f"cut after {place} bytes"
-        else:  # what a disk gives back for what it never wrote
-            data[place:] = bytes(len(data) - place)
-            how = f"zeros after {place} bytes"
+    elif bit < 4:
+        del data[(place := chance.choice((0, place, len(data) - 1))) :]
+    else:  # what a disk gives back for what it never wrote
+        data[place:] = bytes(len(data) - place)
     path.write_bytes(data)
-    return how
+    return f"{fault}: byte {place}, bit {bit}, {len(data)} bytes now"
 
 
 def _unforeseen(ended: Ended) -> str:
@@ -513,7 +405,7 @@ def _unforeseen(ended: Ended) -> str:
         return f"did not end in {PATIENCE_S:.0f} s"
     if ended.status < 0 and ended.status != -signal.SIGTERM:
         return f"ended by signal {-ended.status}"
-    for words in ("Traceback (most recent call last)", "did not foresee", "memory ran out"):
+    for words in ("Traceback (most recent call last)", "unexpected error", "memory ran out"):
         if words in ended.said:
             return _last(ended)
     return ""
@@ -527,15 +419,14 @@ def _last(ended: Ended) -> str:
 def _differing(found: Result, expected: Result, ignored: tuple[str, ...]) -> str:
     """The parts of two results that are not equal, by name; empty when all are."""
     names = sorted((found.keys() | expected.keys()).difference(ignored))
-    names = [name for name in names if found.get(name) != expected.get(name)]
     parts = []
-    for name in names:
+    for name in (name for name in names if found.get(name) != expected.get(name)):
         one, other = found.get(name), expected.get(name)
-        if isinstance(one, dict) and isinstance(other, dict):
-            inner = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
-            parts += [f"{key} {other.get(key)!r} → {one.get(key)!r}"[:100] for key in inner]
-        else:
-            parts.append(name)
+        inner = sorted(one.keys() | other.keys()) if isinstance(one, dict) and isinstance(other, dict) else ()
+        differing = [
+            f"{key} {other.get(key)!r} → {one.get(key)!r}"[:100] for key in inner if one.get(key) != other.get(key)
+        ]
+        parts += differing or [name]
     return ", ".join(parts)
 
 
@@ -544,10 +435,6 @@ def _hidden(folder: Path) -> set[str]:
     disk, temporary = folder / DISK, folder / TEMPORARY
     found = {str(path.relative_to(disk)) for path in disk.rglob(".*")}
     return found | {f"tmp/{path.name}" for path in temporary.glob("*")}
-
-
-def _linked(source: str, target: str) -> None:
-    os.link(source, target)  # inputs are only read
 
 
 def _free_port() -> int:
@@ -564,31 +451,25 @@ def _mounted(folder: Path, size: int) -> bool:
 def _wait_for_jobs(folder: Path) -> None:
     """Until no run of a killed suite works in `folder` any more."""
     end = time.monotonic() + PATIENCE_S
-    while time.monotonic() < end:
-        at_work = False
-        for process in Path("/proc").glob("[0-9]*/cwd"):
-            with contextlib.suppress(OSError):
-                at_work |= process.resolve() == folder.resolve()
-        if not at_work:
-            return
+    while time.monotonic() < end and any(map(functools.partial(_is_in, folder), Path("/proc").glob("[0-9]*/cwd"))):
         time.sleep(0.05)
+
+
+def _is_in(folder: Path, process: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return process.resolve() == folder.resolve()
+    return False
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
-def prepare(server: Server, shared: Path) -> None:
+def prepare(shared: Path) -> None:
     """The inputs, each in a folder of its own: pictures and a config, an ImageNet-like tree, weights, sample, suite."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     from tests.hostile.trees import toml
     from tests.imagenet_tree import write_tree
     from tests.tiny_run import make_images, tiny_config
-
-    def twist(folder: Path, *arguments: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (ended,) = server.run(Command(arguments, str(folder)))
-        if ended.status != 0:
-            raise SystemExit(ended.said)
 
     make_images(shared / "images" / "pictures")
     config = tiny_config(
@@ -599,24 +480,13 @@ def prepare(server: Server, shared: Path) -> None:
     )
     (shared / "images" / "tiny.toml").write_text(toml(config))
     write_tree(shared / "tree" / "tree")
-    twist(shared / "sample", "data", "sample", "sample", "--size", "tiny")
-    random_run = ("transfer", "sample-knn", "--weights", "random", "--data", "../tree/tree", "--output", "run")
-    twist(shared / "weights", *random_run)
-    (shared / "weights" / "run" / "weights" / "random.safetensors").rename(shared / "weights" / "network.safetensors")
-    shutil.rmtree(shared / "weights" / "run")
+    make_sample(shared / "sample" / "sample", size="tiny", progress=False)
+    torch.manual_seed(0)
+    header = Backbone(architecture="resnet18", method="twist")
+    write_backbone(shared / "weights" / "network.safetensors", build_backbone("resnet18").state_dict(), header)
+    weights = '[[weights]]\nname = "a"\nfile = "network.safetensors"\n'
     (shared / "suite").mkdir()
-    (shared / "suite" / "suite.toml").write_text(
-        'protocols = ["sample-knn"]\nseeds = [0]\n'
-        '[[weights]]\nname = "a"\nfile = "network.safetensors"\nmethod = "twist"\n'
-    )
-
-
-def _in_memory() -> Path | None:
-    """A file system in memory with room for the trials, where a write that waits for the disk waits for nothing."""
-    folder = Path("/dev/shm")
-    with contextlib.suppress(OSError):
-        return folder if shutil.disk_usage(folder).free > 6 * 2**30 else None
-    return None
+    (shared / "suite" / "suite.toml").write_text(f'protocols = ["sample-knn"]\nseeds = [0]\n{weights}')
 
 
 def planned(chosen: Sequence[Work], *, kills: int, flips: int) -> list[Trial]:
@@ -640,85 +510,63 @@ def planned(chosen: Sequence[Work], *, kills: int, flips: int) -> list[Trial]:
 
 
 def carried_out(
-    chosen: Sequence[Work], trials: Sequence[Trial], *, seconds: float, processes: int, seed: int, folder: Path | None
-) -> list[Outcome]:
-    """The outcomes of those trials that were begun within `seconds`."""
-    frameworks = any(work.name in FRAMEWORKS for work in chosen)
-    outcomes: list[Outcome] = []
-    known: dict[str, Known] = {}
+    chosen: Sequence[Work], trials: Sequence[Trial], *, seconds: float, processes: int, log: Path, folder: Path
+) -> None:
+    """Carry out those `trials` that are begun within `seconds`; a line of `log` is the outcome of one."""
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="faults-", dir=folder) as temporary, contextlib.ExitStack() as stack:
-        shared = Path(temporary) / "shared"
-        servers = [stack.enter_context(Server(frameworks=frameworks)) for _ in range(processes)]
-        prepare(servers[0], shared)
-        labs = []
-        for number, server in enumerate(servers):
+        shared, known = Path(temporary) / "shared", dict[str, Known]()
+        frameworks = not all(work.exact for work in chosen)
+        labs = queue.SimpleQueue[Lab]()
+        for number in range(processes):
             (own := Path(temporary) / str(number)).mkdir()
-            labs.append(Lab(server, own, shared, known, seed=seed))
-        _in_parallel(labs, chosen, lambda lab, work: lab.learn(work))
-        for work in chosen:
-            print(f"  {work.name}: {known[work.name].seconds:.2f} s undisturbed", flush=True)
+            labs.put(Lab(stack.enter_context(Server(frameworks=frameworks)), own, shared, known))
+        prepare(shared)
 
-        def carry_out(lab: Lab, trial: Trial) -> None:
-            if time.monotonic() < end and (outcome := lab.run(trial)) is not None:
-                outcomes.append(outcome)
-                if outcome.verdict in ("LOST", "SILENTLY DIFFERENT"):
-                    print(f"  {outcome.verdict}: {trial.work.name}, {outcome.done}: {outcome.reason[:200]}", flush=True)
-                if len(outcomes) % 100 == 0:
-                    print(f"  {len(outcomes)} of {len(trials)} trials", flush=True)
-
-        try:
-            _in_parallel(labs, trials, carry_out)
-        except RuntimeError as error:  # a server was ended from outside: what was found counts
-            print(f"  not all trials: {error}", flush=True)
-    return outcomes
-
-
-def _in_parallel(labs: Sequence[Lab], items: Sequence[Any], do: Callable[[Lab, Any], None]) -> None:
-    waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    for item in items:
-        waiting.put(item)
-    errors: list[BaseException] = []
-
-    def work(lab: Lab) -> None:
-        while not errors:
+        def in_a_lab(do: Callable[[Lab], Outcome | None]) -> Outcome | None:
+            lab = labs.get()
             try:
-                item = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                do(lab, item)
-            except BaseException as error:
-                errors.append(error)
+                return do(lab) if time.monotonic() < end else None
+            finally:
+                labs.put(lab)
 
-    threads = [threading.Thread(target=work, args=(lab,)) for lab in labs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+        with ThreadPoolExecutor(processes) as pool:
+            for work in chosen:
+                pool.submit(in_a_lab, functools.partial(Lab.learn, work=work)).result()
+                print(f"  {work.name}: {known[work.name].seconds:.2f} s undisturbed", flush=True)
+            calls = [functools.partial(Lab.run, trial=trial) for trial in trials]
+            for outcome in filter(None, pool.map(in_a_lab, calls)):
+                with log.open("a") as file:
+                    file.write(json.dumps(outcome.line()) + "\n")
+                if outcome.verdict in BAD:
+                    print(
+                        f"  {outcome.verdict}: {outcome.trial.row[0]}, {outcome.done}: {outcome.reason[:200]}",
+                        flush=True,
+                    )
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """Markdown: a row a work and fault, and all of them under it."""
-    verdicts: tuple[Verdict, ...] = ("refused", "recovered", "LOST", "SILENTLY DIFFERENT")
-    heads = ("work", "fault", "trials", "refused with a sentence", "recovered, equal", "files left", *verdicts[2:])
-    rows: dict[tuple[str, str], Counter[str]] = {}
+COLUMNS = ("trials", "refused", "recovered", "left", *BAD)
+
+
+def table(outcomes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row a work and fault, and the sum of all under them."""
+    counted: dict[tuple[str, str], Counter[str]] = {}
     for outcome in outcomes:
-        for row in (outcome.trial.row, ("all", "")):
-            counts = rows.setdefault(row, Counter())
-            counts.update({"trials": 1, outcome.verdict: 1, "left": int(bool(outcome.left))})
-    order = [work.name for work in works()]
-    ordered = sorted((row for row in rows if row[0] != "all"), key=lambda row: (order.index(row[0]), row[1]))
-    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
-    for row in (*ordered, *([("all", "")] if rows else [])):
-        counts = rows[row]
-        numbers = [counts["trials"], counts["refused"], counts["recovered"], counts["left"]]
-        numbers += [counts["LOST"], counts["SILENTLY DIFFERENT"]]
-        lines.append(
-            "| " + " | ".join((*(f"`{part}`" if "*" in part else part for part in row), *map(str, numbers))) + " |"
-        )
+        for row in ((outcome["work"], outcome["fault"]), ("~all", "")):
+            found = {"trials": 1, outcome["verdict"]: 1, "left": int(outcome["left"] > 0)}
+            counted.setdefault(row, Counter()).update(found)
+    return [
+        {"work": work.lstrip("~"), "fault": fault, **{name: counts[name] for name in COLUMNS}}
+        for (work, fault), counts in sorted(counted.items())
+    ]
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    heads = ("work", "fault", "trials", "refused with a sentence", "recovered, equal", "files left", *BAD)
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * len(COLUMNS)]
+    lines += [
+        "| " + " | ".join([row["work"], row["fault"], *(str(row[name]) for name in COLUMNS)]) + " |" for row in rows
+    ]
     return "\n".join(lines)
 
 
@@ -727,60 +575,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--flips", type=int, default=1000, help="flipped bits; an eighth as many files are torn")
-    parser.add_argument("--seconds", type=float, default=540.0, help="no trial is begun after so long")
-    parser.add_argument(
-        "--only", nargs="+", choices=names, default=names, metavar="WORK", help=f"of {', '.join(names)}"
-    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="no trial is begun after so long")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="WORK", help=", ".join(names))
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--folder", type=Path, help="where trials are made; default: in memory, else a temporary folder"
-    )
-    parser.add_argument("--output", type=Path, help="the table and every loss as JSON")
-    arguments = parser.parse_args()
-    chosen = [work for work in works() if work.name in arguments.only]
-    trials = planned(chosen, kills=arguments.kills, flips=arguments.flips)
-    print(heading(f"{len(trials)} faults"), flush=True)
-    began = time.monotonic()
-    outcomes = carried_out(
+    parser.add_argument("--folder", type=Path, default="/dev/shm", help="where trials are made; default: in memory")
+    parser.add_argument("--output", type=Path, default=RESULTS / "faults.json", help="the table and every loss as JSON")
+    given = parser.parse_args()
+    chosen = [work for work in works() if work.name in given.only]
+    trials = planned(chosen, kills=given.kills, flips=given.flips)
+    log, code = given.output.with_suffix(".jsonl"), code_sha256(*ROOMS)
+    earlier = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    if not earlier:
+        log.write_text(json.dumps({"code": code}) + "\n")
+    elif earlier[0] != {"code": code}:
+        raise SystemExit(f"{log} is of other code: remove it to begin anew.")
+    done = {(outcome["work"], outcome["fault"], outcome["number"]) for outcome in earlier[1:]}
+    left = [trial for trial in trials if (*trial.row, trial.number) not in done]
+    print(heading(f"{len(trials)} faults, {len(left)} of them to come"), flush=True)
+    carried_out(
         chosen,
-        trials,
-        seconds=arguments.seconds,
-        processes=arguments.processes,
-        seed=arguments.seed,
-        folder=arguments.folder or _in_memory(),
+        left,
+        seconds=60 * given.minutes,
+        processes=given.processes,
+        log=log,
+        folder=given.folder,
     )
-    print(f"\n{table(outcomes)}\n\n{len(outcomes)} of {len(trials)} trials in {time.monotonic() - began:.0f} s")
-    bad = [outcome for outcome in outcomes if outcome.verdict in ("LOST", "SILENTLY DIFFERENT")]
-    for (row, verdict, reason), count in Counter((o.trial.row, o.verdict, o.reason[:120]) for o in bad).most_common():
-        first = next(o for o in bad if (o.trial.row, o.verdict, o.reason[:120]) == (row, verdict, reason))
-        print(f"{count} × {verdict}: {row[0]}, {row[1]}; as after {first.done}: {reason}")
-    write(
-        arguments.output,
-        {
-            "trials": len(outcomes),
-            "seconds": time.monotonic() - began,
-            "rows": [dict(zip(("work", "fault"), row)) | count for row, count in _counted(outcomes)],
-            "losses": [
-                {
-                    "work": o.trial.row[0],
-                    "fault": o.trial.row[1],
-                    "done": o.done,
-                    "verdict": o.verdict,
-                    "reason": o.reason,
-                }
-                for o in bad
-            ],
-        },
-    )
+    outcomes = [json.loads(line) for line in log.read_text().splitlines()[1:]]
+    bad = [outcome for outcome in outcomes if outcome["verdict"] in BAD]
+    rows = table(outcomes)
+    print(f"\n{markdown(rows)}\n\n{len(outcomes)} of {len(trials)} trials")
+    write(given.output, {"rows": rows, "losses": bad, "code": code})
     sys.exit(1 if bad else 0)
-
-
-def _counted(outcomes: Sequence[Outcome]) -> list[tuple[tuple[str, str], dict[str, int]]]:
-    rows: dict[tuple[str, str], Counter[str]] = {}
-    for outcome in outcomes:
-        rows.setdefault(outcome.trial.row, Counter())[outcome.verdict] += 1
-    return [(row, dict(counts)) for row, counts in rows.items()]
 
 
 if __name__ == "__main__":

@@ -146,6 +146,13 @@ def _outside(case: str) -> Title:
     return gpu_summary.title(case, f"{step} and the photometric part, {head}", f"{step}, {head}")
 
 
+def _faults(found: Found) -> str:
+    trials, lost, different = (found["rows"][-1][name] for name in ("trials", "LOST", "SILENTLY DIFFERENT"))
+    kills = sum(row["trials"] for row in found["rows"] if row["fault"] in ("killed", "told to end"))
+    bits = sum(row["trials"] for row in found["rows"] if row["fault"].startswith("a bit"))
+    return f"{lost} and {different} of {trials:,} ({kills} kills, {bits:,} flipped bits)"
+
+
 _LOSS, _LARS = _speedup("pair by pair", "closed form"), _speedup("tensor by tensor", "ours")
 FIGURES = (
     Figure("loss, 14 views × 128 × 4096, forward and backward, over pair by pair", "≥ 8 ×", "loss", _LOSS,
@@ -173,6 +180,8 @@ FIGURES = (
     Figure("k-NN, peak memory by its limit", "within it", "knn", _knn),
     Figure("`twist data check`, a healthy tree of real size", "< 60 s", "data_check", _checks),
     Figure("`twist compare`, 10,000 records", "< 3 s", "compare", _compare),
+    Figure("work lost, and silently different results, after kills, full disks and damaged files", "0 and 0", "faults",
+           _faults, headline=True),
     Figure("step on one GPU, ResNet-50, two views × 256, over the naive step", "≥ 2 ×", "gpu",
            gpu_summary.speedup("two-views"), headline=True),
     Figure("step on one GPU, ResNet-50, 14 views × 128, over the naive step", "≥ 2.5 ×", "gpu",
