@@ -19,7 +19,6 @@ import contextlib
 import functools
 import json
 import os
-import queue
 import random
 import shutil
 import signal
@@ -30,7 +29,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +50,7 @@ DISK, RUN, TEMPORARY = "disk", "disk/run", "disk/tmp"
 Result = dict[str, Any]
 Verdict = Literal["refused", "recovered", "LOST", "SILENTLY DIFFERENT"]
 BAD: tuple[Verdict, ...] = ("LOST", "SILENTLY DIFFERENT")
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 ROOMS = ("contracts", "measure", "catalog", "pretrain", "converters", "transfer", "twist")
 
 
@@ -155,8 +153,8 @@ def works() -> tuple[Work, ...]:
             stages={"converted": {f"{RUN}/weights/*/*.safetensors": 1}, half: {f"{RUN}/*/*/record/*/*.json": 1},
                     "done": {}},
             states=(
-                State("converted", f"{RUN}/weights/*/*.safetensors", 20), State(half, f"{RUN}/*/*/record/*/*.json", 20),
-                State("done", f"{DISK}/results/*/*.json", 30),
+                State("converted", f"{RUN}/weights/*/*.safetensors", 8), State(half, f"{RUN}/*/*/record/*/*.json", 8),
+                State("done", f"{DISK}/results/*/*.json", 14),
             ),
         ),
         Work(
@@ -248,10 +246,11 @@ class Known:
 
 
 class Lab:
-    """One server, and a folder in which trials are made; the prepared inputs and stages are shared by all labs."""
+    """A server, and a folder in which trials are made, with the inputs and the stages that they begin from."""
 
-    def __init__(self, server: Server, folder: Path, shared: Path, known: dict[str, Known]) -> None:
-        self._server, self._folder, self._shared, self._known = server, folder, shared, known
+    def __init__(self, server: Server, folder: Path) -> None:
+        self._server, self._folder, self._shared, self._known = server, folder, folder / "shared", dict[str, Known]()
+        prepare(self._shared)
 
     def fresh(self, work: Work) -> Path:
         """An empty folder with the work's inputs."""
@@ -268,8 +267,8 @@ class Lab:
         how = {"seconds": PATIENCE_S, "setup": work.setup, "ranks": work.ranks, "environment": environment}
         return self._server.run(Command(command, str(folder), **how, **fault))
 
-    def learn(self, work: Work) -> None:
-        """Do the work undisturbed, and stop it at each of its stages."""
+    def learn(self, work: Work) -> float:
+        """Do the work undisturbed, and stop it at each of its stages; the seconds that it took."""
         folder = self.fresh(work)
         ended = self.start(work, folder, work.command)
         if any(one.status != 0 for one in ended):
@@ -286,6 +285,7 @@ class Lab:
                 known.accepted[stage].append(work.result(resumed))
                 shutil.rmtree(resumed)
         shutil.rmtree(folder, ignore_errors=True)
+        return known.seconds
 
     def _stopped(self, work: Work, when: dict[str, int]) -> Path:
         folder = self.fresh(work)
@@ -509,40 +509,22 @@ def planned(chosen: Sequence[Work], *, kills: int, flips: int) -> list[Trial]:
     return trials
 
 
-def carried_out(
-    chosen: Sequence[Work], trials: Sequence[Trial], *, seconds: float, processes: int, log: Path, folder: Path
-) -> None:
+def carry_out(chosen: Sequence[Work], trials: Sequence[Trial], *, seconds: float, log: Path, folder: Path) -> None:
     """Carry out those `trials` that are begun within `seconds`; a line of `log` is the outcome of one."""
-    end = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory(prefix="faults-", dir=folder) as temporary, contextlib.ExitStack() as stack:
-        shared, known = Path(temporary) / "shared", dict[str, Known]()
-        frameworks = not all(work.exact for work in chosen)
-        labs = queue.SimpleQueue[Lab]()
-        for number in range(processes):
-            (own := Path(temporary) / str(number)).mkdir()
-            labs.put(Lab(stack.enter_context(Server(frameworks=frameworks)), own, shared, known))
-        prepare(shared)
-
-        def in_a_lab(do: Callable[[Lab], Outcome | None]) -> Outcome | None:
-            lab = labs.get()
-            try:
-                return do(lab) if time.monotonic() < end else None
-            finally:
-                labs.put(lab)
-
-        with ThreadPoolExecutor(processes) as pool:
-            for work in chosen:
-                pool.submit(in_a_lab, functools.partial(Lab.learn, work=work)).result()
-                print(f"  {work.name}: {known[work.name].seconds:.2f} s undisturbed", flush=True)
-            calls = [functools.partial(Lab.run, trial=trial) for trial in trials]
-            for outcome in filter(None, pool.map(in_a_lab, calls)):
+    frameworks = not all(work.exact for work in chosen)
+    with tempfile.TemporaryDirectory(prefix="faults-", dir=folder) as place, Server(frameworks=frameworks) as server:
+        lab = Lab(server, Path(place))
+        for work in chosen:
+            print(f"  {work.name}: {lab.learn(work):.2f} s undisturbed", flush=True)
+        end = time.monotonic() + seconds
+        for trial in trials:
+            if time.monotonic() > end:
+                return
+            if (outcome := lab.run(trial)) is not None:
                 with log.open("a") as file:
                     file.write(json.dumps(outcome.line()) + "\n")
                 if outcome.verdict in BAD:
-                    print(
-                        f"  {outcome.verdict}: {outcome.trial.row[0]}, {outcome.done}: {outcome.reason[:200]}",
-                        flush=True,
-                    )
+                    print(f"  {outcome.verdict}: {outcome.trial.row[0]}, {outcome.done}: {outcome.reason}", flush=True)
 
 
 COLUMNS = ("trials", "refused", "recovered", "left", *BAD)
@@ -551,23 +533,18 @@ COLUMNS = ("trials", "refused", "recovered", "left", *BAD)
 def table(outcomes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row a work and fault, and the sum of all under them."""
     counted: dict[tuple[str, str], Counter[str]] = {}
-    for outcome in outcomes:
-        for row in ((outcome["work"], outcome["fault"]), ("~all", "")):
-            found = {"trials": 1, outcome["verdict"]: 1, "left": int(outcome["left"] > 0)}
-            counted.setdefault(row, Counter()).update(found)
-    return [
-        {"work": work.lstrip("~"), "fault": fault, **{name: counts[name] for name in COLUMNS}}
-        for (work, fault), counts in sorted(counted.items())
-    ]
+    for outcome in sorted(outcomes, key=lambda outcome: (outcome["work"], outcome["fault"])):
+        found = {"trials": 1, outcome["verdict"]: 1, "left": int(outcome["left"] > 0)}
+        counted.setdefault((outcome["work"], outcome["fault"]), Counter()).update(found)
+    counted["all", "every fault"] = sum(counted.values(), Counter())
+    return [{"work": w, "fault": f, **{name: counts[name] for name in COLUMNS}} for (w, f), counts in counted.items()]
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    heads = ("work", "fault", "trials", "refused with a sentence", "recovered, equal", "files left", *BAD)
-    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * len(COLUMNS)]
-    lines += [
-        "| " + " | ".join([row["work"], row["fault"], *(str(row[name]) for name in COLUMNS)]) + " |" for row in rows
-    ]
-    return "\n".join(lines)
+    heads = ["work", "fault", "trials", "refused with a sentence", "recovered, equal", "files left", *BAD]
+    cells = [[row["work"], f"`{row['fault']}`", *(str(row[name]) for name in COLUMNS)] for row in rows]
+    lines = [heads, ["---"] * 2 + ["---:"] * len(COLUMNS), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:
@@ -577,7 +554,6 @@ def main() -> None:
     parser.add_argument("--flips", type=int, default=1000, help="flipped bits; an eighth as many files are torn")
     parser.add_argument("--minutes", type=float, default=9.0, help="no trial is begun after so long")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="WORK", help=", ".join(names))
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--folder", type=Path, default="/dev/shm", help="where trials are made; default: in memory")
     parser.add_argument("--output", type=Path, default=RESULTS / "faults.json", help="the table and every loss as JSON")
     given = parser.parse_args()
@@ -592,14 +568,7 @@ def main() -> None:
     done = {(outcome["work"], outcome["fault"], outcome["number"]) for outcome in earlier[1:]}
     left = [trial for trial in trials if (*trial.row, trial.number) not in done]
     print(heading(f"{len(trials)} faults, {len(left)} of them to come"), flush=True)
-    carried_out(
-        chosen,
-        left,
-        seconds=60 * given.minutes,
-        processes=given.processes,
-        log=log,
-        folder=given.folder,
-    )
+    carry_out(chosen, left, seconds=60 * given.minutes, log=log, folder=given.folder)
     outcomes = [json.loads(line) for line in log.read_text().splitlines()[1:]]
     bad = [outcome for outcome in outcomes if outcome["verdict"] in BAD]
     rows = table(outcomes)

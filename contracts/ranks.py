@@ -72,12 +72,14 @@ def failing_together() -> Iterator[None]:
     except Exception as error:
         with contextlib.suppress(RuntimeError):  # the store has gone with rank 0
             failed = json.loads(store.get(_FAILURE)) if store.check([_FAILURE]) else None
-            if failed is None and not is_lost_peer(error):
+            # A stop that is to be resumed has an exit status, too; all ranks agreed on it.
+            speaks, mistake = hasattr(error, "exit_status"), isinstance(error, UserError)
+            if failed is None and not is_lost_peer(error) and (mistake or not speaks):
                 store.set(_FAILURE, json.dumps([rank, sentence_of(error)]))
                 end = time.monotonic() + PATIENCE_S
                 while store.add(_KNOWN, 0) < ranks and time.monotonic() < end:
                     time.sleep(0.1)
-            elif failed is not None and failed[0] != rank and not isinstance(error, UserError):
+            elif failed is not None and failed[0] != rank and not speaks:
                 raise UserError(f"Rank {failed[0]}: {failed[1]}") from error
         raise
     finally:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -27,6 +29,7 @@ from twist.pretrain.config import PretrainConfig
 from twist.pretrain.model import build_model
 from twist.pretrain.online_eval import evaluate
 from twist.pretrain.optim import LARS, parameter_groups
+from twist.pretrain.slurm import Requeue
 from twist.pretrain.train import objective
 
 CPU = torch.device("cpu")
@@ -292,11 +295,13 @@ def fail_on_one(rank: int, folder: str, kind: str) -> None:
                 raise OSError(errno.ENOSPC, "No space left on device", "/run/x")
             if rank and kind == "gloo":
                 raise UserError("29 images cannot be read.")
+            if kind == "stop":
+                raise Requeue("saved")
             if kind == "nccl" and aborted.wait(15):
                 raise RuntimeError("NCCL communicator was aborted on rank 0.")
             dist.all_reduce(torch.zeros(3))
-    except (UserError, OSError) as error:
-        said = sentence_of(error)
+    except (UserError, OSError, Requeue) as error:
+        said = str(error) if isinstance(error, Requeue) else sentence_of(error)
     Path(folder, f"{rank}.json").write_text(json.dumps([said, time.monotonic() - began]))
     time.sleep(20 if rank and kind == "nccl" else 0)
     os._exit(0)
@@ -304,7 +309,8 @@ def fail_on_one(rank: int, folder: str, kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "sentence"), [("gloo", "29 images cannot be read."), ("nccl", "The disk is full"), ("neither", "nothing")]
+    ("kind", "sentence"),
+    [("gloo", "29 images cannot be read."), ("nccl", "The disk is full"), ("neither", "nothing"), ("stop", "saved")],
 )
 def test_what_fails_on_one_rank_is_said_on_all_of_them_at_once(kind: str, sentence: str, tmp_path: Path) -> None:
     ranks = torch.multiprocessing.start_processes(
@@ -314,8 +320,38 @@ def test_what_fails_on_one_rank_is_said_on_all_of_them_at_once(kind: str, senten
     ranks.processes[1].kill()
     (first, seconds), (second, _) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert seconds < 10, "it waited for a timeout"
-    assert first.startswith(sentence if kind == "neither" else f"Rank 1: {sentence}")
+    assert first.startswith(f"Rank 1: {sentence}" if kind in ("gloo", "nccl") else sentence)
     assert second.startswith(sentence)
+
+
+KILLED_TEN_TIMES = """
+import os, signal, threading, time
+import torch
+from twist.pretrain import distributed
+start, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+if start < 10 and rank == 0:  # from the moment in which the ranks meet to that in which they work
+    threading.Timer(0.02 * start, os.kill, (os.getpid(), signal.SIGKILL)).start()
+with distributed.process_group("cpu"):
+    vote = distributed.Vote()
+    for _ in range(5 if start == 10 else 10_000):
+        distributed.summed(torch.ones(3))
+        time.sleep(0.01)
+    vote.close()
+print(f"rank {rank} has worked in start {start}", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_ten_kills_of_rank_0_are_ten_restarts(tmp_path: Path) -> None:
+    """A start that died by itself while the ranks meet would cost an eleventh."""
+    script = tmp_path / "worker.py"
+    script.write_text(KILLED_TEN_TIMES)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "--max-restarts", "10", "--monitor-interval", "0.1", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")[:2]) == [f"rank {rank} has worked in start 10" for rank in (0, 1)]
 
 
 def test_without_a_process_group_everything_is_one_rank() -> None:
