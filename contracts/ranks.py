@@ -1,6 +1,6 @@
 """What the processes of one run say to each other beside the work: that they are of one run, and why one failed.
 
-Ranks are those of torch.distributed; alone, everything here does nothing.
+Ranks are those of torch.distributed, which is imported when it is needed; alone, everything here does nothing.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-
-import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from twist.contracts.errors import UserError
 from twist.contracts.failures import is_lost_peer, sentence_of
@@ -31,6 +28,8 @@ def require_equal(describe: Callable[[], dict[str, Any]]) -> None:
 
     A `UserError` in `describe` is raised on every rank too: none waits for one that has ended.
     """
+    import torch.distributed as dist
+
     if not dist.is_initialized() or dist.get_world_size() == 1:
         describe()
         return
@@ -60,11 +59,13 @@ def failing_together() -> Iterator[None]:
     ends a wait in NCCL (torch's `_abort_process_group` calls ncclCommAbort; without it the wait lasts until its
     timeout). A wait in gloo ends when the rank that failed closes its connections, once the others know why.
     """
+    import torch.distributed as dist
+
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield
         return
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    store, over = distributed_c10d._get_default_store().clone(), threading.Event()
+    store, over = dist.distributed_c10d._get_default_store().clone(), threading.Event()
     watching = threading.Thread(target=_abort_when_one_fails, args=(store.clone(), over, rank), daemon=True)
     watching.start()
     try:
@@ -87,11 +88,13 @@ def failing_together() -> Iterator[None]:
         watching.join()
 
 
-def _abort_when_one_fails(store: dist.Store, over: threading.Event, rank: int) -> None:
+def _abort_when_one_fails(store: Any, over: threading.Event, rank: int) -> None:
+    import torch.distributed as dist
+
     with contextlib.suppress(RuntimeError):
         while not over.wait(POLL_S):
             if store.check([_FAILURE]):
                 store.add(_KNOWN, 1)
                 if json.loads(store.get(_FAILURE))[0] != rank:
-                    distributed_c10d._abort_process_group()
+                    dist.distributed_c10d._abort_process_group()
                 return

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -158,6 +162,24 @@ def test_a_missing_package_is_a_sentence_with_the_command_that_installs_it(monke
     assert errors.missing_package(ImportError("cannot import name")) is None
 
 
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """A folder with a tree of images, a network, a suite and room for temporary files."""
+    (tmp_path / "disk").mkdir()
+    write_tree(tmp_path / "tree")
+    network = build_backbone("resnet50").state_dict()
+    write_backbone(tmp_path / "network.safetensors", network, Backbone(architecture="resnet50", method="twist"))
+    (tmp_path / "suite.toml").write_text('protocols = ["sample-knn"]\n[[weights]]\nname = "random"\nfile = "random"\n')
+    return tmp_path
+
+
+def started(command: str, folder: Path, **options: Any) -> subprocess.Popen[str]:
+    """`command` in `folder`, whose folder `disk` is for temporary files."""
+    environment = {**os.environ, "TMPDIR": str(folder / "disk"), "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "twist", *command.split()]
+    return subprocess.Popen(words, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+
 @pytest.mark.slow  # three processes that import torch
 @pytest.mark.parametrize(
     ("command", "begun"),
@@ -167,16 +189,9 @@ def test_a_missing_package_is_a_sentence_with_the_command_that_installs_it(monke
         ("suite suite.toml --data tree --output out", "out/*/*/log-1.txt"),
     ],
 )
-def test_sigterm_leaves_nothing_behind_and_ends_a_suites_runs(command: str, begun: str, tmp_path: Path) -> None:
-    (tmp_path / "tmp").mkdir()
-    write_tree(tmp_path / "tree")
-    network = build_backbone("resnet50").state_dict()
-    write_backbone(tmp_path / "network.safetensors", network, Backbone(architecture="resnet50", method="twist"))
-    (tmp_path / "suite.toml").write_text('protocols = ["sample-knn"]\n[[weights]]\nname = "random"\nfile = "random"\n')
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-m", "twist", *command.split()]
-    with subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not list(tmp_path.glob(begun)):
+def test_sigterm_leaves_nothing_behind_and_ends_a_suites_runs(command: str, begun: str, inputs: Path) -> None:
+    with started(command, inputs) as process:
+        while process.poll() is None and not list(inputs.glob(begun)):
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGTERM)  # as `timeout` does
@@ -184,9 +199,37 @@ def test_sigterm_leaves_nothing_behind_and_ends_a_suites_runs(command: str, begu
     assert process.returncode == 143, said
     assert "Stopped." in said
     assert "Traceback" not in said
-    assert not [path for path in tmp_path.rglob(".*") if path.name != ".suite-lock"]
-    assert not [path for path in (tmp_path / "tmp").iterdir() if not path.name.startswith("torchinductor")]
-    for lock in tmp_path.rglob(".suite-lock"):
+    assert not [path for path in inputs.rglob(".*") if path.name != ".suite-lock"]
+    assert not [path for path in (inputs / "disk").iterdir() if not path.name.startswith("torchinductor")]
+    for lock in inputs.rglob(".suite-lock"):
         descriptor = try_lock(lock, inherited=True)
         assert descriptor is not None, "a run of the suite is still there"
         os.close(descriptor)
+
+
+@pytest.mark.slow  # processes that import torch
+@pytest.mark.parametrize(
+    ("command", "kib"),
+    [
+        ("convert network.safetensors --to timm --output disk/out", 4),
+        ("convert network.safetensors --to timm --output disk/out", 60_000),
+        ("pretrain smoke data.root=tree/train run.batch_size=8 --output disk/run", 40),
+        ("transfer sample-knn --weights random --data tree --output disk/run", 60),
+        ("demo --fast --output disk/demo", 300),
+    ],
+)
+def test_a_full_disk_is_one_sentence(command: str, kib: int, inputs: Path) -> None:
+    disk, size = inputs / "disk", kib * 1024
+    mount = [shutil.which("mount") or "false", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, check=False, capture_output=True).returncode == 0
+    limit = None if mounted else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    try:
+        with started(command, inputs, preexec_fn=limit) as process:
+            _, said = process.communicate()
+        assert not list(disk.rglob(".*"))
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(disk)], check=True)
+    assert process.returncode == 1, said
+    assert re.search(r"twist: The disk is full \(.*free some space .* with --resume\)", said), said
+    assert "Traceback" not in said
