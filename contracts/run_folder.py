@@ -201,7 +201,8 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder.parent.glob(f".{glob.escape(folder.name)}.*"))
-    new, descriptor = folder.parent / f".{folder.name}.{secrets.token_hex(4)}", None
+    new = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
+    descriptor: int | None = None
     try:
         descriptor = try_lock(new / LOCK)
         yield new

@@ -468,9 +468,9 @@ def main() -> None:
     except typer.Exit as stop:
         status = stop.exit_code
     except Exception as error:
-        if isinstance(error, typer.Abort) and error.__cause__ is not None:
-            error = error.__cause__  # typer hides an `EOFError`, of an empty file, in it
-        status = _explain(missing_package(error) or error)
+        # Typer hides an `EOFError`, of an empty file, in an `Abort`.
+        shown = error.__cause__ if isinstance(error.__cause__, EOFError) else error
+        status = _explain(missing_package(shown) or shown)
     sys.exit(status)
 
 
