@@ -19,7 +19,9 @@ from typing_extensions import TypedDict  # pydantic refuses typing's before Pyth
 from twist.catalog.boxes import read_voc_xml
 from twist.catalog.data_sets import VOID
 from twist.catalog.report import Report, picture_size, size_of, spread
+from twist.contracts import files
 from twist.contracts.errors import UserError
+from twist.contracts.images import MAX_PIXELS, UnreadableImage, open_picture
 
 # Name of an image → its file of one kind; → (width, height) as an annotation says it.
 Paths = dict[str, Path]
@@ -69,9 +71,12 @@ class CocoFile(TypedDict):
 def read_coco(file: Path, report: Report) -> CocoFile | None:
     """Read an instances_*.json and report what is wrong in it; None when an engine cannot read it."""
     try:
-        content: CocoFile = TypeAdapter(CocoFile).validate_json(file.read_bytes())
-    except OSError as error:
-        report.error(file, "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})")
+        if not file.exists():
+            report.error(file, "is missing")
+            return None
+        content: CocoFile = TypeAdapter(CocoFile).validate_json(files.read_bytes(file, most=files.MOST_DATA))
+    except UserError as error:
+        report.error(file, str(error))
         return None
     except ValidationError as error:
         faults: dict[str, list[str]] = {}
@@ -173,9 +178,9 @@ def check_masks(
     def fault(name: str) -> tuple[str, list[int]]:
         """What is wrong with one mask, "" for nothing, and how many pixels have each value."""
         try:
-            with Image.open(masks[name]) as image:
+            with open_picture(masks[name]) as image:
                 mode, counts, size, colours = image.mode, image.histogram(), image.size, image.getpalette() or []
-        except (OSError, SyntaxError):
+        except UnreadableImage:
             return "cannot be read", []
         present = [value for value, count in enumerate(counts[:256]) if count]
         strange = [value for value in present if value >= classes and value != VOID]
@@ -236,11 +241,16 @@ def paint_train_ids(polygons: Path) -> Image.Image:
     annotation = Annotation()
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # they print how they are used
+            files.read_json(polygons, remedy="unpack gtFine again")  # within bounds that theirs does not have
             annotation.fromJsonFile(str(polygons))
             if not annotation.objects:
                 raise ValueError("it has no objects")
+            if not 0 < annotation.imgWidth * annotation.imgHeight <= MAX_PIXELS:
+                raise ValueError(f"its picture is {annotation.imgWidth} × {annotation.imgHeight}")
             return createLabelImage(annotation, "trainIds")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SystemExit) as error:
+    except UserError:
+        raise
+    except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError, SystemExit) as error:
         reason = "a label that Cityscapes does not have" if isinstance(error, SystemExit) else repr(error)
         raise UserError(f"{polygons} is no Cityscapes annotation ({reason}): unpack gtFine again.") from None
 

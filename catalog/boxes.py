@@ -10,7 +10,6 @@ one line an object, `class x y width height` (centre, shares of the image) or `c
 
 from __future__ import annotations
 
-import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -21,6 +20,7 @@ from typing import Any
 
 from twist.catalog.card import BoxSplit, Card, Detection, Role, chosen
 from twist.catalog.report import named, picture_size
+from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.images import image_names
 
@@ -108,8 +108,8 @@ def read_boxes(card: Card) -> dict[Role, BoxSet]:
 
 def _read_coco(card: Card, section: Detection, split: BoxSplit, classes: Sequence[str]) -> BoxSet:
     file, folder = card.place(split.annotations), card.place(split.images)
-    content = read_json(file)
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
+    content = files.read_json(file, remedy="export it again, or correct annotations in the card", most=files.MOST_DATA)
+    if not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
         raise UserError(f"{file} is no COCO file: it needs lists of images, annotations and categories.")
     categories = sorted(content.get("categories") or [], key=lambda one: one["id"])
     names = tuple(str(one["name"]) for one in categories) or tuple(section.classes)
@@ -171,16 +171,14 @@ def mask_format(file: Path) -> str:
 
     The published file of 450 MB is searched for run lengths and not parsed: they are its crowds.
     """
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror or error}): check the data root.") from None
+    data = files.read_bytes(file, remedy="check the data root", most=files.MOST_DATA)
     run_lengths = sum(1 for _ in re.finditer(rb'"segmentation"\s*:\s*\{', data))
     if not run_lengths:
         return "polygon"
     if len(data) > 64 << 20:
         return "polygon" if run_lengths == sum(1 for _ in re.finditer(rb'"iscrowd"\s*:\s*1', data)) else "bitmask"
-    return "bitmask" if any(map(_is_run_length, json.loads(data).get("annotations", ()))) else "polygon"
+    content = files.parse_json(data, where=file, remedy="export it again")
+    return "bitmask" if any(map(_is_run_length, content.get("annotations", ()))) else "polygon"
 
 
 # ── Pascal VOC ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -232,7 +230,7 @@ def read_voc_xml(path: Path) -> tuple[tuple[int, int], list[dict[str, Any]]]:
     Flags that are not there count as 0, as in VOC's own tools. `UserError` for a file that is no annotation.
     """
     try:
-        tree = ElementTree.parse(path)
+        tree = ElementTree.ElementTree(ElementTree.fromstring(files.read_bytes(path, remedy="export it again")))
         width, height = (int(float(tree.findtext(f"size/{side}") or "")) for side in ("width", "height"))
         objects = []
         for node in tree.iter("object"):
@@ -247,7 +245,9 @@ def read_voc_xml(path: Path) -> tuple[tuple[int, int], list[dict[str, Any]]]:
                     **{key: int(value or 0) for key, value in flags.items()},
                 }
             )
-    except (ElementTree.ParseError, OSError, ValueError) as error:
+    except UserError:
+        raise
+    except (ElementTree.ParseError, ValueError, LookupError, OverflowError) as error:  # LookupError: its encoding
         raise UserError(f"{path} is no VOC annotation ({error}): export it again.") from None
     return (width, height), objects
 
@@ -270,9 +270,9 @@ def yolo_names(file: Path) -> tuple[str, ...]:
     import yaml
 
     try:
-        names = yaml.safe_load(file.read_text(encoding="utf-8-sig"))["names"]
+        names = yaml.safe_load(files.read_text(file))["names"]
         return tuple(str(names[key]) for key in sorted(names)) if isinstance(names, dict) else tuple(map(str, names))
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{file} has no names of classes ({error}): correct data in the card, or add classes."
         ) from None
@@ -293,7 +293,7 @@ def _read_yolo(card: Card, section: Detection, split: BoxSplit, classes: Sequenc
             raise UserError(f"{folder / name} cannot be read as an image: replace it.")
         if not path.is_file():
             found["have no .txt, which means no object"] += 1
-        lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
+        lines = files.read_text(path, remedy="export it again").splitlines() if path.is_file() else []
         objects = [_yolo_object(line, path, names, size) for line in lines if line.strip()]
         images.append(_image(folder / name, size, objects))
     return _checked(BoxSet(images, names, found), card, split)
@@ -319,15 +319,6 @@ def _yolo_object(line: str, path: Path, names: Sequence[str], size: tuple[int, i
 
 
 # ── All ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"There is no annotation file {file}: correct annotations in the card.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is no JSON file ({error}): export it again.") from None
 
 
 def _image(path: Path, size: tuple[int, int] | None, objects: list[dict[str, Any]]) -> dict[str, Any]:

@@ -232,7 +232,7 @@ def split_card(card: Card, names: dict[Section, list[str]], *, share: float, see
         for role in ROLES:
             path = card.list_file(section, role)
             text = "".join(f"{images[index]}\n" for index in sorted(parts[role]))
-            if path.exists() and path.read_text(encoding="utf-8") != text:
+            if path.exists() and files.read_text(path) != text:
                 raise UserError(f"{path} exists and holds another split: remove it to have it made again.")
             files.write_text(path, text)
             written.append(path)

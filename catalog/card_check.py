@@ -15,10 +15,10 @@ from twist.catalog.card import Card, Section
 from twist.catalog.card_data import CardData, open_card, pretraining_images
 from twist.catalog.data_sets import VOID, spread
 from twist.catalog.masks import Pair, check_pair, summary
-from twist.catalog.report import UNREADABLE, Finding, Report, has_errors, named, picture_size, upright
+from twist.catalog.report import Finding, Report, has_errors, named, picture_size, upright
 from twist.contracts import files
 from twist.contracts.errors import UserError
-from twist.contracts.images import MAX_PIXELS, image_names, is_image
+from twist.contracts.images import MAX_PIXELS, TooManyPixels, UnreadableImage, image_names, is_image, open_picture
 from twist.contracts.progress import Progress
 
 # The shortest side of a picture of which views can be cut, and the spread of grey values of one that shows something.
@@ -126,16 +126,13 @@ def check_images(folder: Path, *, sheet: Path | None = None, progress: bool = Tr
 
 def _look(path: Path) -> _Look:
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                return _Look(f"have more than {MAX_PIXELS:,} pixels (data.max_pixels) and are not read")
+        with open_picture(path) as image:
             deep = image.mode.startswith("I")
             values = np.asarray(image if deep else image.convert("L"))
             size = upright(image)
-    except Image.DecompressionBombError:
+    except TooManyPixels:
         return _Look(f"have more than {MAX_PIXELS:,} pixels (data.max_pixels) and are not read")
-    except UNREADABLE:
+    except UnreadableImage:
         return _Look("cannot be read")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return _Look("", size, float(values.std()), 16 if deep else 8, int(values.max()), digest)
@@ -174,7 +171,7 @@ def _contact_sheet(paths: list[Path], sheet: Path) -> None:
     rows = -(-len(paths) // SHEET_COLUMNS)
     page = Image.new("RGB", (SHEET_COLUMNS * SHEET_SIDE, rows * SHEET_SIDE), "white")
     for place, path in enumerate(paths):
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             small = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (SHEET_SIDE - 4, SHEET_SIDE - 4))
         page.paste(small, (place % SHEET_COLUMNS * SHEET_SIDE + 2, place // SHEET_COLUMNS * SHEET_SIDE + 2))
     with files.atomic_path(sheet) as temporary:

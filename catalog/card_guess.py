@@ -15,18 +15,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from twist.catalog.boxes import yolo_names
 from twist.catalog.card import CARD, ROLES, find_card
 from twist.catalog.class_folders import class_names
 from twist.catalog.data_sets import VOID, spread
 from twist.catalog.masks import MASK_ENDINGS
-from twist.catalog.report import UNREADABLE
 from twist.catalog.tables import READERS, column_kinds
 from twist.contracts import files
 from twist.contracts.errors import UserError
-from twist.contracts.images import file_entries, image_names
+from twist.contracts.images import UnreadableImage, file_entries, image_names, open_picture
 
 # How folders and files of a split are called, first the usual name.
 SPLIT_NAMES = {"train": ("train", "training", "trainval"), "val": ("val", "valid", "validation", "test")}
@@ -120,11 +118,11 @@ def _coco(folder: Path) -> str:
     splits: dict[str, dict[str, str]] = {}
     for name in _usual_first(name for name, _ in file_entries(folder, lambda name: name.endswith(".json"))):
         try:
-            content = json.loads((folder / name).read_bytes())
+            content = files.read_json(folder / name, most=files.MOST_DATA)
             listed = [image["file_name"] for image in content["images"]]
             if not listed or not isinstance(content["annotations"], list):
                 continue
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             continue
         role = _role(Path(name).stem) or _role(Path(name).parent.name) or "train"
         beside = str(Path(name).parent)
@@ -183,8 +181,8 @@ def _yolo_classes(folder: Path, labels: list[str]) -> str:
         yolo_names(described)  # it has them
         return f'data = "{described.name}"\n'
     if (folder / "obj.names").is_file():
-        return f"classes = {json.dumps((folder / 'obj.names').read_text().split())}\n"
-    words = [line.split() for name in labels for line in (folder / name).read_text().splitlines()]
+        return f"classes = {json.dumps(files.read_text(folder / 'obj.names').split())}\n"
+    words = [line.split() for name in labels for line in files.read_text(folder / name).splitlines()]
     most = max((int(float(one[0])) for one in words if one), default=0)
     names = ", ".join(f'"class {number}"' for number in range(most + 1))
     return f"classes = [{names}]   # there is no data.yaml: write their names\n"
@@ -228,7 +226,7 @@ def _mask_places(folder: Path) -> Iterator[tuple[str, str, str]]:
 def _mask_names(folder: Path) -> dict[str, str]:
     """Value or colour → name, where a converter left a list: labelme's, CVAT's, Roboflow's."""
     for file in [*folder.glob("class_names.txt"), *folder.glob("labelmap.txt"), *folder.glob("*/_classes.csv")]:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in files.read_text(file).splitlines() if line.strip()]
         if file.name == "class_names.txt":
             return {str(number): name for number, name in enumerate(lines)}
         if file.name == "_classes.csv":
@@ -242,9 +240,9 @@ def _mask_classes(masks: list[Path], names: dict[str, str]) -> str:
     values: Counter[int | str] = Counter()
     for path in masks:
         try:
-            with Image.open(path) as image:
+            with open_picture(path) as image:
                 pixels = np.asarray(image)
-        except UNREADABLE:
+        except UnreadableImage:
             continue
         if pixels.ndim == 3:
             triples = np.unique(pixels.reshape(-1, pixels.shape[-1])[:, :3], axis=0)

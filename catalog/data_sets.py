@@ -9,15 +9,15 @@ has the image `000012` in `JPEGImages/000012.jpg`; where folders lie between, th
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from twist.contracts.config import Config, read_toml, validate
-from twist.contracts.errors import UserError, did_you_mean
+from twist.contracts import files
+from twist.contracts.config import MOST_SEED, Config, read_toml, validate
+from twist.contracts.errors import UsageError, UserError, did_you_mean
 
 SAMPLE_JSON = "sample.json"
 # The label value of pixels that belong to no class.
@@ -145,26 +145,34 @@ def find_root(data: Path | None) -> Path:
     return data.resolve()
 
 
+class _SampleFile(BaseModel):
+    """sample.json, as far as its fields are read; of `counts` the check says what is wrong."""
+
+    model_config = ConfigDict(strict=True)
+    classes: list[str] = Field(min_length=1)
+    source: str = ""
+    size: str = ""
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
+    format_version: int = 1
+
+
 def read_sample(root: Path) -> dict[str, Any] | None:
     """`root`/sample.json when `root` is a built-in sample, else None; `UserError` when it is damaged."""
-    path = root / SAMPLE_JSON
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
+    path, remedy = root / SAMPLE_JSON, "remove the sample and make it again with `twist data sample`"
+    if not os.path.lexists(path):
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove the sample and make it again.") from None
-    if not isinstance(values, dict) or not values.get("classes"):
-        raise UserError(f"{path} names no classes: make the sample again with `twist data sample`.")
+    values: dict[str, Any] = files.read_json(path, remedy=remedy)
+    try:
+        validate(values, _SampleFile, where=str(path))
+    except UsageError as error:
+        raise UserError(f"{error} To correct it, {remedy}.") from None
     return values
 
 
 def read_names(path: Path, *, whole_lines: bool = False) -> list[str]:
     """The names in a list of images: the first word of each line, or all of it; `UserError` when there are none."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): take it from the original again.") from None
+    text = files.read_text(path, remedy="take it from the original again")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path} is empty: it should name one image a line; take it from the original again.")
     return lines if whole_lines else [line.split()[0] for line in lines]

@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from twist.catalog.card import Card, MaskSplit, Role, Segmentation, chosen
 from twist.catalog.data_sets import VOID
-from twist.catalog.report import UNREADABLE, named
+from twist.catalog.report import named
 from twist.contracts.errors import UserError
-from twist.contracts.images import file_entries, image_names
+from twist.contracts.images import UnreadableImage, file_entries, image_names, open_picture
 
 MASK_ENDINGS = (".png", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -80,10 +79,10 @@ def read_mask(path: Path, section: Segmentation) -> NDArray[np.uint8]:
         UserError: the file cannot be read, is of a form that the section does not describe, or holds other values.
     """
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             mode, values = image.mode, np.asarray(image)
-    except UNREADABLE as error:
-        raise UserError(f"The mask {path} cannot be read ({error}): replace it.") from None
+    except UnreadableImage as error:
+        raise UserError(f"{error}: replace the mask.") from None
     if mode == "1":
         values = values.astype(np.uint8)
     colours = isinstance(section.classes, dict) and any(key.startswith("#") for key in section.classes)

@@ -10,6 +10,7 @@ What is there already and equal stays; what is there and different is refused, n
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,8 +26,11 @@ from twist.catalog.class_folders import SUBSETS, class_names, draw_subset, list_
 from twist.catalog.data_sets import DATA_SETS, ORIGINS, read_names
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.images import UnreadableImage, open_picture
 from twist.contracts.progress import Progress
 
+# Bytes of a mask in SBD, which has a few KiB: deflate makes up to a thousand times as many of them, unbounded by scipy.
+MOST_MAT = 64 * 2**10
 TRAINAUG = DATA_SETS["voc2012-aug"].splits["trainaug"].count
 
 
@@ -213,23 +217,25 @@ def _sbd_folder(path: Path) -> Path:
 def _read_sbd(path: Path) -> NDArray[np.uint8]:
     """Class of every pixel from an SBD file: its struct `GTcls` has the mask as `Segmentation`."""
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
 
+    data = files.read_bytes(path, remedy="unpack SBD again", most=MOST_MAT)
     try:
-        labels = np.asarray(loadmat(path)["GTcls"]["Segmentation"].item())
-    except (MatReadError, KeyError, IndexError, ValueError, OSError, NotImplementedError, TypeError) as error:
-        raise UserError(f"{path} is no SBD annotation ({error}): unpack SBD again.") from None
-    if labels.ndim != 2 or labels.max(initial=0) > 20:
+        labels = np.asarray(loadmat(io.BytesIO(data))["GTcls"]["Segmentation"].item())
+        if labels.dtype.kind not in "uif":
+            raise ValueError(f"its mask holds {labels.dtype}")
+    except Exception as error:  # a damaged file makes scipy raise anything
+        raise UserError(f"{path} is no SBD annotation ({type(error).__name__}: {error}): unpack SBD again.") from None
+    if labels.ndim != 2 or not ((labels >= 0) & (labels <= 20)).all():
         raise UserError(f"{path} holds no mask of VOC's classes 0 to 20: unpack SBD again.")
     return labels.astype(np.uint8)
 
 
 def _read_mask(path: Path) -> NDArray[np.uint8]:
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             mode, values = image.mode, np.asarray(image)
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read ({error}): unpack VOC 2012 again.") from None
+    except UnreadableImage as error:
+        raise UserError(f"{error}: unpack VOC 2012 again.") from None
     if mode not in ("P", "L"):
         raise UserError(f"{path} is a colour picture, its palette was turned to RGB: unpack SegmentationClass again.")
     return values
@@ -257,7 +263,7 @@ def _save(image: Image.Image, path: Path) -> Path:
 def _write_list(path: Path, names: Sequence[str]) -> list[Path]:
     if path.exists():
         # Another order of the same names is the same set.
-        if sorted(path.read_text().splitlines()) == sorted(names):
+        if sorted(files.read_text(path).splitlines()) == sorted(names):
             return []
         raise UserError(f"{path} exists and holds other names: remove it to have it made again.")
     files.write_text(path, "".join(f"{name}\n" for name in names))

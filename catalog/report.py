@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +13,8 @@ from typing import Literal, TypeVar
 from PIL import Image
 
 from twist.catalog.data_sets import read_names, spread
-from twist.contracts.errors import UserError
-from twist.contracts.images import MAX_PIXELS, file_entries
+from twist.contracts.errors import UserError, printable
+from twist.contracts.images import MAX_PIXELS, TooManyPixels, UnreadableImage, file_entries, open_picture
 from twist.contracts.progress import Progress
 
 Severity = Literal["error", "warning", "fine"]
@@ -27,11 +25,6 @@ SAMPLED, SAMPLED_QUICKLY = 200, 20
 NAMED, AHEAD = 5, 4096
 # File → bytes; None where there is nothing to read, as behind a link whose target is gone.
 Sizes = dict[str, int | None]
-# What Pillow raises for files that are no pictures, are damaged, or are too large for it.
-UNREADABLE = (
-    OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, ArithmeticError, LookupError, TypeError,
-    Image.DecompressionBombError,
-)  # fmt: skip
 TOO_LARGE = f"have more than {MAX_PIXELS:,} pixels, which a run does not decode"
 # EXIF's tag of the orientation.
 ORIENTATION = 0x0112
@@ -139,14 +132,12 @@ class Report:
 
         def look(path: Path) -> str | None:
             try:
-                with warnings.catch_warnings(), Image.open(path) as image:
-                    if image.width * image.height > MAX_PIXELS:
-                        return TOO_LARGE
+                with open_picture(path) as image:
                     image.load()
                     return fault(path, image)
-            except Image.DecompressionBombError:
+            except TooManyPixels:
                 return TOO_LARGE
-            except UNREADABLE:
+            except UnreadableImage:
                 return "cannot be decoded"
 
         chosen = spread(paths, len(paths) if decode_all else self.sampled)
@@ -183,9 +174,9 @@ def picture_size(path: Path) -> tuple[int, int] | None:
     That is reported with the pictures themselves.
     """
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             return upright(image)
-    except UNREADABLE:
+    except UnreadableImage:
         return None
 
 
@@ -215,4 +206,4 @@ def render(findings: Sequence[Finding]) -> str:
     counts = Counter(finding.severity for finding in findings)
     summary = [f"{counts[kind]} {kind}{'' if counts[kind] == 1 else 's'}" for kind in ("error", "warning")]
     problems = counts["error"] + counts["warning"]
-    return "\n".join([*lines, f"{', '.join(summary)}." if problems else "Everything is as it should be."])
+    return printable("\n".join([*lines, f"{', '.join(summary)}." if problems else "Everything is as it should be."]))

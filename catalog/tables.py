@@ -16,6 +16,7 @@ import numpy as np
 
 from twist.catalog.card import Card, Role
 from twist.catalog.class_folders import LabelledImages, read_split, refuse_other_classes
+from twist.contracts import files as texts
 from twist.contracts.errors import UserError, require
 from twist.contracts.images import UnreadableImage, decode
 
@@ -140,7 +141,7 @@ def lines_of(images: LabelledImages) -> list[str]:
 
 
 def _listed(images: LabelledImages, card: Card, role: Role) -> LabelledImages:
-    wanted = set(card.list_file("classification", role).read_text(encoding="utf-8").split("\n")) - {""}
+    wanted = set(texts.read_text(card.list_file("classification", role)).split("\n")) - {""}
     kept = np.array([line in wanted for line in lines_of(images)])
     if kept.sum() != len(wanted):
         raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from itertools import pairwise
@@ -11,6 +10,7 @@ from typing import Any
 
 from twist.compare.comparison import Found
 from twist.compare.table import Table
+from twist.contracts.curves import CURVES, Rows, read_rows
 from twist.contracts.errors import UserError
 
 # A curve keeps this many points: more than a chart has pixels to show them.
@@ -75,7 +75,7 @@ def curve_groups(found: Found, rows: dict[int, int]) -> list[dict[str, Any]]:
         row = rows.get(id(record))
         if record.curves is None or row is None or drawn[record.protocol, row] == CURVE_RUNS:
             continue
-        steps = _read_steps(beside(path, record.curves))
+        steps = _rows_of(beside(path, record.curves))
         key = next((name for name in ("total_loss", "loss", "total") if any(name in step for step in steps)), None)
         if key is None:
             continue
@@ -87,12 +87,11 @@ def curve_groups(found: Found, rows: dict[int, int]) -> list[dict[str, Any]]:
 
 def pretrain_run(folder: Path) -> dict[str, Any]:
     """The series of a pretraining run's folder, and the steps at which a stage begins."""
-    steps = _read_steps(folder / "metrics.jsonl")
-    evaluated = folder / "online_eval.jsonl"
-    if evaluated.exists():
-        # By epoch; the page's axis is the step, so each is drawn at its epoch's last one.
-        ends = {step["epoch"]: step["step"] for step in steps if "epoch" in step}
-        steps += [{**line, "step": ends[line["epoch"]]} for line in _objects(evaluated) if line.get("epoch") in ends]
+    steps = _rows_of(folder / CURVES)
+    # By epoch; the page's axis is the step, so each is drawn at its epoch's last one.
+    ends = {step["epoch"]: step["step"] for step in steps if "epoch" in step}
+    evaluated = read_rows(folder / "online_eval.jsonl", "epoch")
+    steps += [{**line, "step": ends[line["epoch"]]} for line in evaluated if line["epoch"] in ends]
     stages = [
         [step["step"], str(step["stage"]).replace("_", " ")]
         for before, step in pairwise(step for step in steps if "stage" in step)
@@ -111,21 +110,11 @@ def beside(record: Path, name: str) -> Path:
     return file
 
 
-def _read_steps(path: Path) -> list[dict[str, Any]]:
-    """The lines of a curve file that have a step."""
-    return [line for line in _objects(path) if isinstance(line.get("step"), int | float)]
-
-
-def _objects(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        # A run that is still going may be in the middle of its last line.
-        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"Cannot read the curves {path} ({error.strerror}): the page needs them.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not one JSON object a line ({error}).") from None
-    return [line for line in lines if isinstance(line, dict)]
+def _rows_of(path: Path) -> Rows:
+    rows = read_rows(path)
+    if not rows and (not path.exists() or path.stat().st_size):
+        raise UserError(f"There are no curves at {path}: the page needs them, one JSON object with its step a line.")
+    return rows
 
 
 def thin(steps: list[dict[str, Any]], key: str) -> list[list[float]]:

@@ -27,6 +27,7 @@ from twist.compare.curves import (
     pretrain_run,
 )
 from twist.compare.table import TASKS, Table
+from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.published import home_of, protocol_title
 
@@ -156,7 +157,5 @@ def _data_url(file: Path) -> str:
     kind = MIME.get(file.suffix.lower())
     if kind is None:
         raise UserError(f"{file} is no picture for a page ({', '.join(sorted(MIME))} are).")
-    try:
-        return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
-    except OSError as error:
-        raise UserError(f"Cannot read the picture {file} ({error.strerror}): the page needs it.") from None
+    data = files.read_bytes(file, remedy="the page needs this picture")
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

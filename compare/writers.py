@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -340,7 +341,11 @@ def _markdown(table: Table) -> str:
 
 
 def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+    """`text` as itself: no column, link, picture, code, emphasis or tag comes of it, and it stays on its line."""
+    # An underscore within a word and a bracket alone mean nothing.
+    marks = r"[\\|*`~]|(?<!\w)_|_(?!\w)|(?<=\])\("
+    text = re.sub(marks, r"\\\g<0>", " ".join(text.split()))
+    return re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;")
 
 
 # ── LaTeX ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

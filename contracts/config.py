@@ -15,11 +15,14 @@ from typing import Any, Final, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from twist.contracts.errors import UsageError, did_you_mean
+from twist.contracts import files
+from twist.contracts.errors import UsageError, UserError, did_you_mean
 
 # Our own configs, in a clone and in an installed package alike: `configs` stands where `contracts` does.
 SHIPPED = Path(__file__).resolve().parent.parent / "configs"
 MOST_SEED: Final = 2**32 - 1
+# Of values in values in TOML, and of a number that somebody means.
+_MOST_DEPTH, _MOST_BITS = 64, 1024
 _ADDED = "introduced_as"
 
 
@@ -100,13 +103,28 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is not a .toml file: our configs are TOML (.yaml is Detectron2's, .py MMSegmentation's)."
         )
     try:
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"There is no config at {path}: check the path.") from None
-    except IsADirectoryError:
-        raise UsageError(f"{path} is a folder: name the config file in it.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return parse_toml(files.read_text(path, remedy="name the config file"))
+    except UserError as error:
+        raise UsageError(str(error)) from None
+    except ValueError as error:
         raise UsageError(f"{path} is not valid TOML: {error}.") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The values of a TOML text; `ValueError` for one that is none, is nested too deeply, or has endless numbers."""
+    try:
+        values = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level: list[Any] = [values]
+    for _ in range(_MOST_DEPTH):
+        if any(isinstance(value, int) and value.bit_length() > _MOST_BITS for value in level):
+            raise ValueError("it has a number of more than 300 digits")
+        tables = [list(value.values()) if isinstance(value, dict) else value for value in level]
+        level = [value for table in tables if isinstance(table, list) for value in table]
+    if level:
+        raise ValueError("it is nested too deeply")
+    return values
 
 
 def validate(values: dict[str, Any], model: type[ConfigT], *, where: str, extra_keys: Iterable[str] = ()) -> ConfigT:
@@ -133,8 +151,8 @@ def parse_override(override: str) -> tuple[list[str], Any]:
     if not separator or not all(keys):
         raise UsageError(f'"{override}" is not an override: write section.key=value, for example optim.lr=0.5.')
     try:
-        return keys, tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+        return keys, parse_toml(f"value = {text.strip()}")["value"]
+    except ValueError:
         return keys, text.strip()
 
 

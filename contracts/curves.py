@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twist.contracts import files
+from twist.contracts.errors import UserError
 from twist.contracts.trackers import Logger, TensorBoard, Tracker, open_tracker
 
 CURVES = "metrics.jsonl"
@@ -28,21 +29,35 @@ SMOOTHED_SHARE = 0.04  # a smoothed line is the mean over this share of the poin
 Rows = list[dict[str, Any]]
 
 
-def read_rows(path: Path, *, key: str = "step") -> Rows:
-    """The rows in the file at `path` that are whole; none when there is no file."""
-    return [row for row in _lines(path, key) if row is not None]
+# The largest step and the largest whole number that a row holds: floats count exactly up to it.
+MOST = 2**53
 
 
-def _lines(path: Path, key: str) -> list[dict[str, Any] | None]:
-    """A row a line of the file, None for one that is damaged: a kill, or a disk, left something else than a row."""
-    rows: list[dict[str, Any] | None] = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        rows.append(row if isinstance(row, dict) and type(row.get(key)) is int else None)
-    return rows
+def read_rows(path: Path, key: str = "step") -> Rows:
+    """The rows in the file at `path`; none when there is no file. Damaged lines are left out, and said once.
+
+    Raises:
+        UserError: it is no regular file.
+    """
+    if not path.exists():
+        return []
+    *lines, unfinished = files.read_bytes(path, most=files.MOST_DATA, remedy="remove it").split(b"\n")
+    parsed = [_row(line, key) for line in (*lines, unfinished) if line.strip()]
+    damaged = parsed.count(None) - (bool(unfinished) and parsed[-1] is None)
+    if damaged:
+        print(f"{path}: {damaged} damaged lines are left out.", file=sys.stderr)
+    return [row for row in parsed if row is not None]
+
+
+def _row(line: bytes, key: str) -> dict[str, Any] | None:
+    """The row in a line: its key counts, its other values are numbers, words or null."""
+    try:
+        row: dict[str, Any] = files.parse_json(line)
+    except UserError:
+        return None
+    whole = all(-MOST <= value <= MOST for value in row.values() if isinstance(value, int))
+    plain = all(value is None or isinstance(value, int | float | str) for value in row.values())
+    return row if type(row.get(key)) is int and row[key] >= 0 and whole and plain else None
 
 
 class Curves:
@@ -53,12 +68,7 @@ class Curves:
     def __init__(
         self, path: Path, *, start: int, key: str = "step", board: Path | None = None, logger: Logger | None = None
     ) -> None:
-        lines = _lines(path, key)
-        damaged = [number for number, row in enumerate(lines[:-1], 1) if row is None]
-        if damaged:
-            more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
-            print(f"{path}: line {damaged[0]} is damaged{more} and left out of the curves.", file=sys.stderr)
-        kept = [row for row in lines if row is not None and row[key] < start]
+        kept = [row for row in read_rows(path, key) if row[key] < start]
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.path, self._key = path, key
         self._trackers: list[Tracker] = []
@@ -103,7 +113,8 @@ def draw(rows: Rows, panels: Sequence[Panel], path: Path, *, columns: int = 1, m
     steps = means([row["step"] for row in rows], step=count)
     for axes, panel in zip(figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat, panels):
         for number, (name, label) in enumerate(panel.lines.items()):
-            points = means([math.nan if row.get(name) is None else row[name] for row in rows], step=count)
+            values = [row.get(name) for row in rows]
+            points = means([value if isinstance(value, int | float) else math.nan for value in values], step=count)
             smoothed = means(points, window=round(SMOOTHED_SHARE * len(points))) if panel.smooth else points
             axes.plot(steps, points, color=f"C{number}", alpha=0.25, linewidth=0.8)
             axes.plot(steps, smoothed, color=f"C{number}", linewidth=1.4, label=label)

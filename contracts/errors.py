@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Final
 
-from twist.contracts.machine import DETECTRON2
-
+# Builds Detectron2 from the package registry; a part of the wheel, too.
+DETECTRON2: Final = Path(__file__).resolve().parent.parent / "third_party" / "detectron2"
 # Import names of what each extra of pyproject.toml installs, as far as a command cannot do without it.
 EXTRAS: Final[dict[str, tuple[str, ...]]] = {
     "convert": ("torch", "torchvision", "timm", "safetensors", "PIL", "yaml", "fvcore"),
@@ -26,10 +28,31 @@ PARTS: Final = {"tensorboard": "pretrain", "submitit": "pretrain"} | dict.fromke
 )
 
 
+# What a terminal obeys and an encoder refuses: control characters, marks that turn the direction of text, halves of
+# surrogate pairs (file names that are no UTF-8).
+UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONG_WORD, _LONG_LINE = re.compile(r"\S{400,}"), re.compile(r".{1600,}")
+
+
+def printable(text: str) -> str:
+    """`text`, which may quote a stranger's file, for a terminal: what is not text is escaped, and words above 400 and
+    lines above 1,600 characters are cut in their middle."""
+    text = UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _LONG_LINE.sub(_shortened, _LONG_WORD.sub(_shortened, text))
+
+
+def _shortened(found: re.Match[str]) -> str:
+    kept = 120 if found.re is _LONG_WORD else 700
+    return f"{found[0][:kept]} … {found[0][-kept:]}"
+
+
 class UserError(ValueError):
     """Something the user can correct. The message says what, where and what to do; the command line prints it alone."""
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UsageError(UserError):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -145,7 +144,7 @@ def raise_reported(folder: Path) -> Iterator[None]:
         raise
     except ProcessException as error:
         if left.exists():
-            values = json.loads(left.read_text())
+            values = files.read_json(left)
             raise (UsageError if values["usage"] else UserError)(values["message"]) from None
         if isinstance(error, ProcessExitedException):
             how = error.signal_name or f"exit status {error.exit_code}"

@@ -1,15 +1,98 @@
-"""Writes that are whole or absent, and digests of files and of JSON values."""
+"""Writes that are whole or absent, reads of files that anybody may have written, and digests.
+
+Every text of a user or a stranger is read here. A file is looked at before it is opened, for a FIFO would be waited for
+without end and a device never ends, and its size before it is read. JSON is parsed by pydantic's parser, which bounds
+the depth (200) and the digits of a number (4,300), refuses halves of surrogate pairs and names the place of a fault.
+"""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+from pydantic_core import from_json
+
+from twist.contracts.errors import UserError
+
+# Bytes of a text that people or programs write; annotations, curves and lists of images may have more.
+MOST_TEXT: Final = 256 * 2**20
+MOST_DATA: Final = 4 * 2**30
+
+
+def read_bytes(path: str | os.PathLike[str], *, remedy: str = "check the path", most: int = MOST_TEXT) -> bytes:
+    """All bytes of a regular file.
+
+    Raises:
+        UserError: absent, no regular file, not to be opened, or of more than `most` bytes; the sentence ends with
+            `remedy`.
+    """
+    with _named(path, remedy):
+        return _regular(Path(path), most).read_bytes()
+
+
+def require_regular(path: str | os.PathLike[str], *, remedy: str = "check the path") -> Path:
+    """`path`, when it is a regular file; `UserError` as `read_bytes`."""
+    with _named(path, remedy):
+        return _regular(Path(path))
+
+
+def _regular(path: Path, most: int | None = None) -> Path:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(0, f"it is {'a folder' if stat.S_ISDIR(status.st_mode) else 'no regular file'}")
+    if most is not None and status.st_size > most:
+        raise OSError(0, f"it has {status.st_size >> 20:,} MiB, more than {most >> 20:,}")
+    return path
+
+
+@contextlib.contextmanager
+def _named(path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
+    """What keeps a file from being read, as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): {remedy}.") from None
+    except ValueError as error:  # a NUL in the path, or a character that no path has
+        raise UserError(f"{path} cannot be read ({error}): {remedy}.") from None
+
+
+def read_text(
+    path: str | os.PathLike[str], *, remedy: str = "check the path", most: int = MOST_TEXT, errors: str = "strict"
+) -> str:
+    """The text of a regular file in UTF-8, its lines ended by a line feed; `UserError` as `read_bytes`."""
+    data = read_bytes(path, remedy=remedy, most=most).removeprefix(codecs.BOM_UTF8)
+    if (place := data.find(b"\0")) >= 0:
+        raise UserError(f"{path} is no text (a NUL at byte {place}): {remedy}.")
+    try:
+        return data.decode(errors=errors).replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8 (from byte {error.start} on): {remedy}.") from None
+
+
+def read_json(
+    path: str | os.PathLike[str], *, remedy: str = "check the path", most: int = MOST_TEXT, kind: type = dict
+) -> Any:
+    """The JSON value in a regular file, of type `kind`; `UserError` as `read_bytes`, and where it is no such value."""
+    return parse_json(read_bytes(path, remedy=remedy, most=most), where=path, remedy=remedy, kind=kind)
+
+
+def parse_json(data: bytes | str, *, where: object = "it", remedy: str = "check it", kind: type = dict) -> Any:
+    """The JSON value of type `kind` that `data`, from `where`, is; `UserError` where it is none."""
+    try:
+        value = from_json(data.removeprefix(codecs.BOM_UTF8) if isinstance(data, bytes) else data)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error}): {remedy}.") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{where} holds no JSON {'object' if kind is dict else 'list'}: {remedy}.")
+    return value
 
 
 @contextlib.contextmanager

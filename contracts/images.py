@@ -5,6 +5,7 @@ Names that begin with a dot are none: `.ipynb_checkpoints`, `._photo.jpg` and th
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
@@ -13,9 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from twist.contracts import files
 from twist.contracts.errors import UserError
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp"})
@@ -23,6 +26,10 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff
 MAX_PIXELS = 100_000_000
 # What torchvision does not decode and Pillow does, by Pillow's names.
 _BY_PILLOW = ("TIFF", "BMP", "DIB")
+# What Pillow raises for files that are no pictures or are damaged.
+_PILLOW_RAISES = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, ArithmeticError, LookupError, TypeError,
+)  # fmt: skip
 # Bits that cameras and microscopes put into values of 16.
 _DEPTHS = (8, 10, 12, 14, 16)
 
@@ -84,17 +91,54 @@ class UnreadableImage(UserError):
     """An image file that is missing, empty, truncated or no image; the message names the file."""
 
 
+class TooManyPixels(UnreadableImage):
+    """An image that is larger than any that is decoded."""
+
+
 def read_image(path: str | os.PathLike[str]) -> Tensor:
     """Decode one file to uint8 RGB (3, H, W), EXIF orientation applied.
 
     Raises:
-        UnreadableImage: the file is missing, empty, truncated or of no known format.
+        UnreadableImage: the file is missing, empty, truncated, of no known format or too large.
     """
+    return decode(image_bytes(path), name=str(path))
+
+
+def image_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of an image file; `UnreadableImage` where there are none."""
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UnreadableImage(f"Cannot read the image {path}: {error.strerror or error}") from None
-    return decode(data, name=str(path))
+        return files.read_bytes(path, remedy="replace or remove it")
+    except UserError as error:
+        raise UnreadableImage(f"Cannot read the image {error}") from None
+
+
+@contextlib.contextmanager
+def open_picture(source: Path | bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """An image file, or its bytes, as Pillow opens it: nothing is decoded yet, and at most `max_pixels` will be.
+
+    Raises, for what is done with the image inside as well:
+        UnreadableImage: no regular file, none that Pillow knows, or damaged. TooManyPixels: a larger one.
+    """
+    from PIL import Image
+
+    name = name or str(source)
+    try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else files.require_regular(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
+            opened = Image.open(file)
+        with opened as image:
+            count = image.width * image.height
+            if count > max_pixels:
+                said = f"its {count:,} pixels are more than data.max_pixels, {max_pixels:,}"
+                raise TooManyPixels(f"Cannot read the image {name}: {said}")
+            yield image
+    except UserError:
+        raise
+    except Image.DecompressionBombError:
+        raise TooManyPixels(f"Cannot read the image {name}: it has far more than {max_pixels:,} pixels") from None
+    except _PILLOW_RAISES as error:
+        raise UnreadableImage(f"Cannot read the image {name}: {error}") from None
 
 
 def decode(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -113,7 +157,7 @@ def decode(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Tensor:
         raise UnreadableImage(f"Cannot read the image {name}: the file is empty")
     kind = _look_at_header(data, name=name, max_pixels=max_pixels)
     if kind in _BY_PILLOW:
-        return _decode_by_pillow(data, name=name)
+        return _decode_by_pillow(data, name=name, max_pixels=max_pixels)
     try:
         # bytearray, because torch has no read-only tensors and warns of a buffer that it could write to.
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -131,40 +175,27 @@ def decode(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 def _look_at_header(data: bytes, *, name: str, max_pixels: int) -> str | None:
     """The format by Pillow's name, None where Pillow knows none; `UnreadableImage` for more than `max_pixels`."""
-    from PIL import Image
-
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-                kind = image.format
-    except Image.DecompressionBombError:
-        raise UnreadableImage(f"Cannot read the image {name}: it has far more than {max_pixels:,} pixels") from None
-    except (OSError, SyntaxError, ValueError, struct.error):
+        with open_picture(data, name=name, max_pixels=max_pixels) as image:
+            return image.format
+    except TooManyPixels:
+        raise
+    except UnreadableImage:
         return None  # the decoder says what is wrong
-    if width * height > max_pixels:
-        raise UnreadableImage(
-            f"Cannot read the image {name}: its {width * height:,} pixels are more than data.max_pixels, {max_pixels:,}"
-        )
-    return kind
 
 
-def _decode_by_pillow(data: bytes, *, name: str) -> Tensor:
+def _decode_by_pillow(data: bytes, *, name: str, max_pixels: int) -> Tensor:
     import numpy as np
     import torch
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # one channel of 16 bits
-                values = np.asarray(image).astype(np.int32).clip(0)
-                grey = (values >> _surplus_bits(int(values.max()))).astype(np.uint8)
-                image = Image.fromarray(grey)
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise UnreadableImage(f"Cannot read the image {name}: {error}") from None
+    with open_picture(data, name=name, max_pixels=max_pixels) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):  # one channel of 16 bits
+            values = np.asarray(image).astype(np.int32).clip(0)
+            grey = (values >> _surplus_bits(int(values.max()))).astype(np.uint8)
+            image = Image.fromarray(grey)
+        pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

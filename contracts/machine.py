@@ -19,8 +19,6 @@ from twist.contracts.files import sha256_file
 # The folder that holds the rooms: the top of a clone, or `twist` in site-packages.
 _TOP = Path(__file__).resolve().parent.parent
 CLONE = _TOP if (_TOP / "pyproject.toml").is_file() else None
-# Builds Detectron2 from the package registry; a part of the wheel, too.
-DETECTRON2 = _TOP / "third_party" / "detectron2"
 SHARED_MEMORY = Path("/dev/shm")
 # Instructions that multiply bfloat16 numbers, as `torch.cpu.get_capabilities` calls them.
 _NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")

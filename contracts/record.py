@@ -6,7 +6,6 @@ One JSON file a run, `<root>/<protocol>/<run>.json`. Runs meet in a table only w
 from __future__ import annotations
 
 import datetime
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,21 +14,23 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, Strict, ValidationError, model_validator
 
 from twist.contracts import files
-from twist.contracts.config import Config
-from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.config import MOST_SEED, Config
+from twist.contracts.errors import UNSAFE, UsageError, UserError, did_you_mean
 from twist.contracts.files import sha256_json
 from twist.contracts.metrics import check_metrics, check_values
 
 SCHEMA_VERSION: Final = 1
 # In the file: a SHA-256 over the record's other fields. Records of earlier versions have none.
 SEAL: Final = "record_sha256"
+LONGEST_LABEL: Final = 100
 # JSON with none of these fields (a benchmark's figures, a table) is no record; with any of them it is one.
 MARKS: Final = ("schema_version", "method", "protocol", "metrics", "weights", "recipe", "recipe_hash")
 # own: a user's own data, by a data card.
 Scale = Literal["full", "reduced", "sample", "own"]
 Task = Literal["detection", "instance-segmentation", "segmentation", "classification", "clustering"]
 # Numbers of JSON: pydantic alone would accept the string "55".
-Integer = Annotated[int, Strict()]
+Seed = Annotated[int, Strict(), Field(ge=0, le=MOST_SEED)]
+Count = Annotated[int, Strict(), Field(ge=0, le=10**9)]
 Real = Annotated[float, Strict()]
 
 
@@ -44,12 +45,12 @@ class WeightsProvenance(Config):
     name: str
     sha256: str | None = None
     architecture: str | None = None
-    epochs: Integer | None = None
+    epochs: Count | None = None
     layout: str | None = None
     branch: str | None = None
     source_sha256: str | None = None
     pretrain_config_hash: str | None = None
-    pretrain_seed: Integer | None = None
+    pretrain_seed: Seed | None = None
     pretrain_images_sha256: str | None = None
 
 
@@ -67,7 +68,7 @@ class RunRecord(Config):
     protocol: str
     task: Task
     scale: Scale
-    seed: Integer
+    seed: Seed
     metrics: dict[str, Real]
     weights: WeightsProvenance
     recipe: dict[str, Any]
@@ -76,7 +77,7 @@ class RunRecord(Config):
     job: str | None = None
     software: dict[str, str]
     hardware: dict[str, str | int | None]
-    wall_s: Real = Field(ge=0)
+    wall_s: Real = Field(ge=0, le=1e9)
     git_commit: str | None
     created: str = Field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     notes: tuple[str, ...] = ()
@@ -99,6 +100,10 @@ class RunRecord(Config):
         check_label(self.protocol)
         check_metrics(self.metrics, where=f"record of {self.protocol}")
         check_values(self.metrics)
+        datetime.datetime.fromisoformat(self.created)
+        strange = next((text for text in _texts(self.model_dump()) if UNSAFE.search(text)), None)
+        if strange is not None:
+            raise ValueError(f"{strange!r} has control characters")
         return self
 
     @property
@@ -108,9 +113,25 @@ class RunRecord(Config):
         return f"{self.method}-{weights}-seed{self.seed}-{self.recipe_hash[:8]}"
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _texts(inner)
+
+
 def check_label(text: str) -> None:
     """`UsageError` unless `text`, which becomes part of a file's name, is one name without a path."""
-    if not text.strip() or text.startswith(".") or "/" in text or "\\" in text or not text.isprintable():
+    if (
+        not text.strip()
+        or len(text) > LONGEST_LABEL
+        or text.startswith(".")
+        or "/" in text
+        or "\\" in text
+        or not text.isprintable()
+    ):
         raise UsageError(
             f"{text!r} cannot be part of a file's name: call the method by letters, digits, spaces and . _ - + ( )."
         )
@@ -132,9 +153,9 @@ def name_in(record: RunRecord, root: str | os.PathLike[str]) -> str:
     """
     name, branch = record.run_name, record.weights.branch or "backbone"
     try:
-        there = json.loads((Path(root) / record.protocol / f"{name}.json").read_text())
+        there = files.read_json(Path(root) / record.protocol / f"{name}.json")
         other_branch, data = there["weights"]["branch"], there.get("data")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError):
         return name  # no record there
     if (other_branch or "backbone") != branch:
         name += f"-{branch}"
@@ -145,17 +166,11 @@ def name_in(record: RunRecord, root: str | os.PathLike[str]) -> str:
 
 def read_record(path: str | os.PathLike[str]) -> RunRecord:
     """Read and check one record; `UserError` with the file's name when it is not a valid record."""
-    path = Path(path)
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): it is no run record.") from None
-    except OSError as error:
-        raise UserError(f"Cannot read the record {path} ({error.strerror}): check the path.") from None
+    values = files.read_json(path, remedy="it is no run record", kind=object)
     if not _is_marked(values):
         raise UserError(f"{path} is no run record: it has none of a record's fields ({', '.join(MARKS)}).")
     version = values.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:  # True and 1.0 are equal to 1
         raise UserError(
             f"{path}: record schema {version!r} is unknown, this version reads {SCHEMA_VERSION}; update the suite."
         )
@@ -219,12 +234,11 @@ def _may_be_record(file: Path) -> bool:
     if file.name.startswith(".") or file.name in RUN_FILES:
         return False
     try:
-        data = file.read_bytes()
+        data = files.read_bytes(file)
         # Nearly every file is a record: do not parse it twice.
-        values = {"schema_version": None} if b'"schema_version"' in data else json.loads(data)
-    except (OSError, ValueError):
+        return b'"schema_version"' in data or _is_marked(value := files.parse_json(data, kind=object)) or value == {}
+    except UserError:
         return True  # `read_record` says what is wrong
-    return _is_marked(values) or values == {}
 
 
 def read_records(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[Path, RunRecord]]:

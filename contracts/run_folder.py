@@ -10,23 +10,38 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
-import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict
 
 from twist.contracts import files
-from twist.contracts.errors import UserError
+from twist.contracts.config import validate
+from twist.contracts.errors import UsageError, UserError
 
 RUN_FILE, LOCK = "run.json", "lock"
 # Started: the weights are being converted, the recipe is not known yet.
 STARTED, RUNNING, DONE = "started", "running", "done"
 # What makes a transfer run this run, in the order in which a difference is named.
 IDENTITY = ("protocol", "weights.name", "weights.sha256", "weights", "data", "seed", "recipe")
+
+
+class _RunFile(BaseModel):
+    """`run.json`, as far as its fields are read; earlier versions lack some."""
+
+    model_config = ConfigDict(strict=True)
+    protocol: str = ""
+    weights: dict[str, Any] = {}
+    data: str | None = None
+    seed: int = 0
+    recipe: dict[str, Any] = {}
+    state: Literal["started", "running", "done"] | None = None
+    record: str = ""
 
 
 def try_lock(path: Path, *, inherited: bool = False) -> int | None:
@@ -83,10 +98,14 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     """What `run.json` says, None in an empty or absent folder; `UserError` where the folder holds anything else."""
     refuse_foreign(folder)
     path = folder / RUN_FILE
+    if not path.exists():
+        return None
+    values: dict[str, Any] = files.read_json(path, remedy="choose another --output")
     try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): choose another --output.") from None
+        validate(values, _RunFile, where=str(path))
+    except UsageError as error:
+        raise UserError(f"{error} Choose another --output.") from None
+    return values
 
 
 def write_run(folder: Path, run: Mapping[str, Any], *, state: str, record: Path | None = None) -> None:
@@ -173,7 +192,7 @@ def removed_on_failure(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         path = folder / RUN_FILE
-        if was_empty and (not path.exists() or json.loads(path.read_text()).get("state") == STARTED):
+        if was_empty and (not path.exists() or files.read_json(path).get("state") == STARTED):
             shutil.rmtree(folder)
             if existed:
                 folder.mkdir()

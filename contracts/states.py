@@ -7,7 +7,6 @@ costs what was done since, not the run; `seal` is for files that somebody else w
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -47,9 +46,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], bool]:
     Raises:
         ValueError: it is no JSON object, or its fields are not as they were written.
     """
-    fields = json.loads(path.read_bytes())
-    if not isinstance(fields, dict):
-        raise ValueError("a manifest is a JSON object")
+    fields = files.read_json(path)
     seal = fields.pop(SEAL, None)
     if seal is not None and seal != sha256_json(fields):
         raise ValueError("its digest is of other fields")
@@ -125,10 +122,10 @@ def _is_older(path: Path) -> bool:
 
 def damage_of(path: Path) -> str | None:
     """What is wrong with the state `path` by the manifest beside it; None where nothing is."""
+    if not manifest_of(path).exists():
+        return "it has no manifest"
     try:
         fields, sealed = read_manifest(manifest_of(path))
-    except FileNotFoundError:
-        return "it has no manifest"
     except ValueError:
         return "its manifest is damaged"
     return damage(path, fields) if sealed else "its manifest has no digest"

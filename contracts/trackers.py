@@ -7,7 +7,6 @@ A resumed run goes on under the id in the folder's `tracker.json`.
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from collections.abc import Callable, Mapping
@@ -106,4 +105,4 @@ def open_tracker(logger: Logger, folder: Path) -> Tracker:
     file = folder / "tracker.json"
     if not file.exists():
         files.write_json(file, {"id": uuid.uuid4().hex[:12]})
-    return _OPEN[logger](folder, json.loads(file.read_text())["id"])
+    return _OPEN[logger](folder, files.read_json(file)["id"])

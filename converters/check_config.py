@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twist.contracts.errors import UsageError, UserError
+from twist.contracts import files
+from twist.contracts.errors import UsageError, UserError, printable
 from twist.contracts.weights import Backbone, weights_file
 from twist.converters.read import load_artefact
 from twist.converters.targets.detectron2 import detectron2_overlay
@@ -33,6 +34,8 @@ class Mismatch:
     reason: str
 
 
+# Characters of a value that is a number or a few.
+_LONGEST_LITERAL = 200
 # A setting's key, the framework's default, the values that fit (the first is recommended), and why others do not.
 Rule = tuple[str, Any, tuple[Any, ...], str]
 
@@ -71,7 +74,7 @@ def mismatch_text(mismatches: list[Mismatch]) -> str:
     """One line a mismatch, or that there is none."""
     if not mismatches:
         return "The config fits the weights."
-    return "\n".join(f"{m.key} is {m.found!r}, should be {m.wanted!r}: {m.reason}" for m in mismatches)
+    return printable("\n".join(f"{m.key} is {m.found!r}, should be {m.wanted!r}: {m.reason}" for m in mismatches))
 
 
 # ---- Detectron2 ------------------------------------------------------------------------------------------------------
@@ -114,6 +117,10 @@ def _detectron2_rules(settings: Mapping[str, Any], backbone: Backbone) -> Iterab
         yield "MODEL.WEIGHTS", "", ("weights.pth",), "these are supervised weights; name the converted file"
 
 
+# Of lists in lists; of `*name`, which Detectron2's own configs do not have.
+_MOST_DEPTH, _MOST_ALIASES = 64, 20
+
+
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     """A Detectron2 YAML over its `_BASE_` chain, by fvcore's reader. Tags that would run code are left out."""
     from fvcore.common.config import CfgNode
@@ -122,7 +129,16 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
         @classmethod
         def _open_cfg(cls, filename: str) -> io.StringIO:
             # Old configs compute anchor sizes with `!!python/object/apply:eval`; no setting that is checked is such.
-            return io.StringIO(re.sub(r"!!python/\S+", "", Path(filename).read_text()))
+            text = files.read_text(filename, remedy="check the config")
+            depth = 0
+            for bracket in re.findall(r"[\[\]{}]", text):
+                depth += 1 if bracket in "[{" else -1
+                if depth > _MOST_DEPTH:
+                    raise UserError(f"{filename} is nested too deeply: check the config.")
+            # Copies of copies: eleven lists of ten aliases are 10**11 values once they are written out.
+            if len(re.findall(r"(?<![\w*])\*\w", text)) > _MOST_ALIASES:
+                raise UserError(f"{filename} repeats parts by more than {_MOST_ALIASES} aliases: write them out.")
+            return io.StringIO(re.sub(r"!!python/\S+", "", text))
 
     return Reader.load_yaml_with_base(str(path))
 
@@ -200,10 +216,13 @@ def _at(settings: Mapping[str, Any], key: str) -> Any:
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, str) and not isinstance(b, str):  # yacs reads "(1.0, 2.0)" and "True" as Python's literals
+    # yacs reads "(1.0, 2.0)" and "True" as Python's literals; Python's parser fails on long ones in ways of its own.
+    if isinstance(a, str) and not isinstance(b, str) and len(a) < _LONGEST_LITERAL:
         with contextlib.suppress(ValueError, SyntaxError):
             a = ast.literal_eval(a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         # A hundredth of a grey level: less than any rounding of the published means and stds, more than ours.
-        return len(a) == len(b) and all(abs(float(x) - float(y)) <= 0.01 for x, y in zip(a, b))
+        with contextlib.suppress(ValueError, TypeError, OverflowError):  # no numbers, which do not fit
+            return len(a) == len(b) and all(abs(float(x) - float(y)) <= 0.01 for x, y in zip(a, b))
+        return False
     return bool(a == b)

@@ -219,6 +219,7 @@ def join_haiku(value: dict[str, Any]) -> dict[str, Any]:
             for part in parts
             if isinstance(part, dict)
             for module, leaves in part.items()
+            if isinstance(module, str) and isinstance(leaves, dict)
             for leaf, tensor in leaves.items()
             # `hidden` and `counter` belong to the running mean's own bookkeeping; `average` is the statistic.
             if leaf not in ("hidden", "counter")

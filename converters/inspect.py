@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twist.contracts.errors import UsageError, UserError
+from twist.contracts.errors import UsageError, UserError, printable
 from twist.contracts.weights import weights_file
 from twist.converters.detect import state_dicts
 from twist.converters.open import Contents, read_contents
@@ -142,4 +142,4 @@ def inspection_text(inspection: Inspection) -> str:
     rows += [("network", net.text) for net in inspection.networks if len(inspection.networks) > 1 or not seen["layout"]]
     rows += [("note", note) for note in seen["notes"]]
     rows += [("problem", problem) for problem in seen["problems"]]
-    return "\n".join(f"{key:12}  {value}" for key, value in rows)
+    return printable("\n".join(f"{key:12}  {value}" for key, value in rows))

@@ -1,7 +1,8 @@
 """Opening a checkpoint file without running anything from it: bytes → nested plain values with tensors.
 
 torch files (zip and the older stream) are read by torch's `weights_only` unpickler, Detectron2's and haiku's pickles by
-a restricted one; safetensors and npz hold no code. The first bytes decide, never the file's ending.
+a restricted one, both after a look at their opcodes (contracts/pickles.py); safetensors and npz hold no code. The first
+bytes decide, never the file's ending.
 
 A pickle names classes and functions and says how to call them. Here each allowed name stands for one of the inert
 objects below, which store what they are given: no code of a library or of the file runs, and none of those libraries
@@ -11,8 +12,9 @@ trusts a hostile file's flags.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
+import math
 import pickle
 import re
 import tarfile
@@ -24,8 +26,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.files import sha256_file
+from twist.contracts.pickles import ENDS_EARLY, STREAM_MAGIC, check_file, load_torch
 
 Container = Literal["torch", "torch-stream", "pickle", "safetensors", "npz"]
 # More than any published checkpoint; a file that claims more is damaged or meant to exhaust the machine.
@@ -35,7 +39,6 @@ MOST_RATIO = 20
 SMALL_BYTES = 256 * 2**20
 MOST_MEMBERS = 200_000
 MOST_NODES, MOST_DEPTH = 2_000_000, 64
-_STREAM_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,18 @@ def read_contents(path: Path) -> Contents:
                 metadata = file.metadata() or {}
             value = load_file(path)
         elif container == "npz":
+            _check_arrays(path)
             with np.load(path, allow_pickle=False) as arrays:
                 value = {name: arrays[name] for name in arrays.files}
         elif container == "pickle":
+            check_file(path)
             with path.open("rb") as file:
                 # Latin-1, as numpy arrays of Python 2 need it (Caffe2's and Detectron's files).
                 value = _Unpickler(file, encoding="latin1").load()
         else:
-            value = _read_torch(path, container)
+            # Mapped, not read: of a checkpoint with two encoders and an optimiser only what is used is read.
+            allowed = [(stand_in, name) for name, stand_in in TORCH_GLOBALS.items()]
+            value = load_torch(path, allowed=allowed, mapped=container == "torch")
         value = _plain(value, path)
     except UserError:
         raise
@@ -107,14 +114,12 @@ def _file_in(path: Path) -> Path:
 
 def _read_shards(index: Path) -> Contents:
     """The state dict that an index (`weight_map`: tensor → file) spreads over several files of its own folder."""
-    try:
-        shards = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(shards.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is no index of a sharded checkpoint: download the folder again.") from None
-    if not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
+    shards = files.read_json(index, remedy="download the folder again").get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise UserError(f"{index} is no index of a sharded checkpoint: download the folder again.")
+    if any(not isinstance(file, str) or Path(file).name != file for file in shards.values()):
         raise UserError(f"{index} names files outside its own folder: they are not read.")
-    parts = [read_contents(index.parent / file) for file in files]
+    parts = [read_contents(index.parent / file) for file in sorted(set(shards.values()))]
     value = {name: tensor for part in parts for name, tensor in part.value.items()}
     missing = [name for name in shards if name not in value]
     if missing:
@@ -158,7 +163,7 @@ def _container(path: Path) -> Container:
             raise UserError(f"{path} {sentence}.")
     if head.startswith(b"PK\x03\x04"):
         return _zip_container(path, size)
-    if head[:1] == b"\x80" and head[2:].startswith(_STREAM_MAGIC):
+    if head[:1] == b"\x80" and head[2:].startswith(STREAM_MAGIC):
         return "torch-stream"
     if head[:1] == b"\x80" and 2 <= head[1] <= 5:
         return "pickle"
@@ -198,13 +203,15 @@ def _zip_container(path: Path, size: int) -> Container:
     )
 
 
-def _read_torch(path: Path, container: Container) -> Any:
-    import torch
-
-    allowed = [(stand_in, name) for name, stand_in in TORCH_GLOBALS.items()]
-    with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
-        # Mapped, not read: of a checkpoint with two encoders and an optimiser only what is used is read.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=container == "torch")
+def _check_arrays(path: Path) -> None:
+    """`ValueError` where an array of an npz claims more numbers than it has: numpy allocates them first."""
+    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                shape, _, dtype = read[min(np.lib.format.read_magic(file)[0], 2)](file)
+                if math.prod(shape) * dtype.itemsize > member.file_size:
+                    raise ValueError(f"an array of shape {shape} has {member.file_size} bytes")
 
 
 def _refusal(path: Path, container: Container, error: Exception) -> UserError:
@@ -218,7 +225,7 @@ def _refusal(path: Path, container: Container, error: Exception) -> UserError:
         )
     if isinstance(error, MemoryError):
         return UserError(f"{path} does not fit into memory, or is damaged and claims sizes it does not have.")
-    if isinstance(error, pickle.UnpicklingError) and container != "pickle":
+    if isinstance(error, pickle.UnpicklingError) and container != "pickle" and ENDS_EARLY not in text:
         return UserError(
             f"{path} holds a pickle that may not be read safely ({text}): nothing of it was run; save its state dict "
             "alone with torch.save."
@@ -231,7 +238,8 @@ def _refusal(path: Path, container: Container, error: Exception) -> UserError:
 def _hub_settings(path: Path) -> dict[str, Any]:
     """The config.json that timm writes next to a weights file; {} when there is none."""
     config = _settings_beside(path).get("config.json", {})
-    return config if "architecture" in config else {}
+    sound = isinstance(config.get("architecture"), str) and isinstance(config.get("pretrained_cfg", {}), dict)
+    return config if sound else {}
 
 
 # Names of weights files whose folder holds nothing but one model, as the hubs have it.
@@ -243,12 +251,8 @@ def _settings_beside(path: Path) -> dict[str, Any]:
     found = {}
     names = ("args.json", "config.json", "preprocessor_config.json")
     for name in names if _HUB_FILES.fullmatch(path.name) else names[:1]:
-        try:
-            settings = json.loads((path.parent / name).read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(settings, dict):
-            found[name] = settings
+        with contextlib.suppress(UserError):  # of another program, or none
+            found[name] = files.read_json(path.parent / name)
     return found
 
 
@@ -257,6 +261,8 @@ def _plain(value: Any, path: Path) -> Any:
     import torch
 
     nodes = 0
+    # One tensor for all names of an array: a copy for each of a thousand would fill the memory.
+    copies: dict[int, torch.Tensor | None] = {}
 
     def walk(value: Any, depth: int) -> Any:
         nonlocal nodes
@@ -265,11 +271,13 @@ def _plain(value: Any, path: Path) -> Any:
             raise UserError(f"{path} nests its contents too deeply or too widely to be a checkpoint: it is not read.")
         if isinstance(value, torch.Tensor):
             return value.detach()
-        if isinstance(value, Array):
-            value = value.numpy()
-        if isinstance(value, np.ndarray):
-            # A copy: the array lies in the pickle's own read-only bytes.
-            return torch.from_numpy(np.array(value)) if value.dtype.kind in "biuf" else None
+        if isinstance(value, (Array, np.ndarray)):
+            if id(value) not in copies:
+                array = value.numpy() if isinstance(value, Array) else value
+                # A copy: the array lies in the pickle's own read-only bytes.
+                plain = array is not None and array.dtype.kind in "biuf"
+                copies[id(value)] = torch.from_numpy(np.array(array)) if plain else None
+            return copies[id(value)]
         if isinstance(value, dict):
             return {key: walk(item, depth + 1) for key, item in value.items()}
         if isinstance(value, (list, tuple)):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.converters.targets import TARGETS
 
@@ -67,7 +67,7 @@ def check_same_source(output: Path, checkpoint: Path, **source: str | None) -> N
 def _source(output: Path) -> dict[str, Any]:
     """What the report of an earlier conversion in `output` says of its source; empty when there is no such report."""
     try:
-        report = json.loads((output / REPORT).read_text())
+        report = files.read_json(output / REPORT)
         return report["source"] if {"sha256", "layout"} <= set(report["source"]) and "proof" in report else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return {}

@@ -20,6 +20,7 @@ import torch
 
 from twist.contracts import files, states
 from twist.contracts.errors import UserError
+from twist.contracts.pickles import read_state
 
 # 1 had no digest of the manifest's own fields.
 FORMAT_VERSION = 2
@@ -110,7 +111,7 @@ def newest_valid(folder: Path, *, say: Callable[[str], None]) -> tuple[Path, Man
 
 def load(path: Path, *, device: torch.device) -> dict[str, Any]:
     """The state at `path`, on `device`. Nothing in the file is executed."""
-    return torch.load(path, map_location=device, weights_only=True)
+    return read_state(path, "model", remedy="start again in another folder (--output)", device=device)
 
 
 def clean(folder: Path) -> None:

@@ -210,7 +210,7 @@ class Monitor:
 
     def has_evaluation(self, epoch: int) -> bool:
         """Whether `online_eval.jsonl` has a row for `epoch`. Every rank must ask, and gets the same answer."""
-        rows = distributed.on_main_rank(lambda: read_rows(self._evaluations.path, key="epoch"))
+        rows = distributed.on_main_rank(lambda: read_rows(self._evaluations.path, "epoch"))
         return any(row["epoch"] == epoch for row in rows)
 
     def note_evaluation(self, metrics: dict[str, float], *, epoch: int) -> None:
@@ -238,8 +238,9 @@ def draw_curves(folder: Path, *, classes: int) -> Path:
         Panel("gradient norm", {"gradient_norm": "norm"}, {"yscale": "log"}),
         Panel("learning rate", {"lr": "lr"}, from_zero, smooth=False),
     ]
-    second = next((row["step"] for row in rows if row["stage"] == "self_label"), None)
-    return draw(rows, panels, folder / "curves.png", columns=3, mark=None if second == rows[0]["step"] else second)
+    second = next((row["step"] for row in rows if row.get("stage") == "self_label"), None)
+    mark = None if not rows or second == rows[0]["step"] else second
+    return draw(rows, panels, folder / "curves.png", columns=3, mark=mark)
 
 
 def _entropy(p: Tensor) -> Tensor:

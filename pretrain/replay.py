@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from twist.contracts.config import validate
+from twist.contracts.errors import UserError
+from twist.contracts.pickles import read_state
 from twist.pretrain.config import PretrainConfig
 from twist.pretrain.model import build_model
 
@@ -69,7 +71,7 @@ def replay(path: Path) -> dict[str, Any]:
     """
     from twist.pretrain.train import objective
 
-    capture = torch.load(path, map_location="cpu", weights_only=True)
+    capture = read_state(path, "config", "state", "batch", remedy="name a nonfinite_rank….pt of a run's folder")
     config = validate(capture["config"], PretrainConfig, where=str(path))
     alone = config.model_copy(update={"model": config.model.model_copy(update={"bunch_size": 0})})
     student, teacher = build_model(alone, device=torch.device("cpu"))
@@ -93,5 +95,8 @@ def replay(path: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit("usage: python -m twist.pretrain.replay CAPTURE.pt")
-    for name, value in replay(Path(sys.argv[1])).items():
-        print(f"{name}: {value}")
+    try:
+        for name, value in replay(Path(sys.argv[1])).items():
+            print(f"{name}: {value}")
+    except UserError as error:
+        raise SystemExit(f"twist: {error}") from None

@@ -9,7 +9,6 @@ curves.png             how it went                  lock                 held by
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +81,6 @@ def recipe_hash(config: PretrainConfig) -> str:
 
 def _stored(path: Path, model: type[PretrainConfig]) -> PretrainConfig:
     try:
-        return read_stored(json.loads(path.read_text()), model)
+        return read_stored(files.read_json(path), model)
     except (ValueError, TypeError):
         raise UserError(f"{path} is not a run's config, or not of this version: give another --output.") from None

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from twist.contracts.errors import UserError
 from twist.contracts.networks import own_names
+from twist.contracts.pickles import read_state
 from twist.contracts.rename import RenameError
 from twist.contracts.weights import difference
 from twist.pretrain.model import Twist
@@ -29,7 +26,8 @@ def warm_start(path: str | os.PathLike[str], student: Twist, teacher: Twist | No
             no counterpart or another shape.
     """
     path = Path(path)
-    values = _read(path)
+    remedy = f"a warm start needs the full checkpoint of a TWIST run; `twist inspect {path}` shows what this file holds"
+    values = read_state(path, remedy=remedy, allowed=[argparse.Namespace])
     for network, key in ((student, "model"), (teacher, "teacher")):
         if network is None:
             continue
@@ -49,20 +47,3 @@ def warm_start(path: str | os.PathLike[str], student: Twist, teacher: Twist | No
                 "and model.hidden_dim."
             )
         network.load_state_dict(state)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            values = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"There is no checkpoint at {path}: check run.warm_start.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        # Not torch's own message, which advises to read the file without its safe unpickler.
-        raise UserError(
-            f"{path} cannot be read safely as a TWIST checkpoint ({type(error).__name__}): a warm start needs the full "
-            f"checkpoint of a run; `twist inspect {path}` shows what this file holds."
-        ) from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no dictionary: a warm start needs a full TWIST checkpoint.")
-    return values

@@ -353,7 +353,7 @@ def test_a_marker_that_cannot_be_followed(readme: Path, text: str, error: type[E
     readme.write_text(text)
     with pytest.raises(error, match=said):
         comparing.refresh_tables(readme, write=False)
-    with pytest.raises(UserError, match=r"Cannot read .*absent\.md"):
+    with pytest.raises(UserError, match=r"absent\.md cannot be read"):
         comparing.refresh_tables(readme.parent / "absent.md", write=False)
 
 

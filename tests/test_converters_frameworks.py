@@ -356,7 +356,17 @@ def test_check_config_of_detectron2(written: dict[str, Path], tmp_path: Path) ->
     for mean, wrong in (("123.675, 116.28, 103.53", set()), ("103.53, 116.28, 123.675", {"MODEL.PIXEL_MEAN"})):
         (tmp_path / "tuple.yaml").write_text(f"MODEL:\n  PIXEL_MEAN: ({mean})\n")
         assert {mismatch.key for mismatch in check_config(changed, weights)} == wrong
-    for text, says in (("_BASE_: absent.yaml", "absent.yaml"), ("[1", "cannot be read"), ("1", "cannot be read")):
+    laughs = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
+    for mean in ("-" * 5000 + "1", '["a", "b", "c"]', "[{}, {}, {}]"):
+        changed.write_text(f"_BASE_: mine.yaml\nMODEL:\n  PIXEL_MEAN: {mean}\n")
+        assert {mismatch.key for mismatch in check_config(changed, weights)} == {"MODEL.PIXEL_MEAN"}
+    for text, says in (
+        ("_BASE_: absent.yaml", "absent.yaml"),
+        ("[1", "cannot be read"),
+        ("1", "cannot be read"),
+        (f"a0: &a0 [x]\n{laughs}", "more than 20 aliases"),
+        ("a: " + "[" * 1000, "too deeply"),
+    ):
         changed.write_text(text)
         with pytest.raises(UserError, match=says):
             check_config(changed, weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from tiny_sample import tiny_sample
 from twist.catalog.annotations import voc_palette
 from twist.catalog.check import check
 from twist.catalog.class_folders import open_tree, read_subset
-from twist.catalog.prepare import prepare
+from twist.catalog.prepare import MOST_MAT, prepare
 from twist.catalog.report import has_errors
 from twist.contracts.errors import UsageError, UserError
 from twist.transfer.engines.imagenet.images import labelled_subset
@@ -109,11 +110,29 @@ def test_incomplete_originals_are_refused_before_anything_is_written(voc: tuple[
     assert digests(root) == before
 
 
-@pytest.mark.parametrize("content", [b"", b"no matlab file at all", b"MATLAB 5.0 MAT-file" + bytes(109)])
+def _of(labels: object) -> bytes:
+    buffer = io.BytesIO()
+    savemat(buffer, {"GTcls": {"Segmentation": labels}}, do_compression=True)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no matlab file at all",
+        b"MATLAB 5.0 MAT-file" + bytes(109),
+        bytes(MOST_MAT + 1),
+        _of("text"),
+        _of(np.array([[{"a": 1}]], dtype=object)),
+        _of(np.full((4, 4), -1)),
+        _of(np.full((4, 4), np.nan)),
+    ],
+)
 def test_a_damaged_mat_file_is_one_sentence(voc: tuple[Path, Path], content: bytes) -> None:
     root, sbd = voc
     (sbd / "cls/d.mat").write_bytes(content)
-    with pytest.raises(UserError, match=r"d\.mat is no SBD annotation"):
+    with pytest.raises(UserError, match=r"d\.mat .*unpack SBD again"):
         prepare("voc", root, sbd=str(sbd), expected=4, progress=False)
     assert not (root / "VOC2012/ImageSets/Segmentation/trainaug.txt").exists()
 
@@ -153,8 +172,11 @@ def test_a_damaged_polygon_file_leaves_no_half_map(healthy: Path, tmp_path: Path
 
     triangle = [[0, 0], [3, 0], [3, 3]]
     for text, why in (
-        ('{"imgHeight": 4', "JSONDecodeError"),
-        ("[]", "list indices"),
+        ('{"imgHeight": 4', "not JSON"),
+        ("[]", "no JSON object"),
+        (one("car", triangle).replace("4", "1000000"), "1000000 × 1000000"),
+        (one("car", triangle).replace("4", "0"), "0 × 0"),
+        (one("car", [[10**400, 0]] * 3), "OverflowError"),
         ("{}", "imgWidth"),
         ('{"imgHeight": 4, "imgWidth": 4}', "objects"),
         (one("zebra", triangle), "a label that Cityscapes does not have"),
@@ -163,7 +185,7 @@ def test_a_damaged_polygon_file_leaves_no_half_map(healthy: Path, tmp_path: Path
         (one("car", [[1, 1]]), "at least 2 coordinates"),
     ):
         source.write_text(text)
-        with pytest.raises(UserError, match=f"{source} is no Cityscapes annotation .*{why}"):
+        with pytest.raises(UserError, match=f"{source} (is no|holds|is not).*{why}"):
             prepare("cityscapes", root, progress=False)
         assert not target.exists()
     assert not list(source.parent.glob(".*"))

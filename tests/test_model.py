@@ -246,7 +246,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         warm_start(path, wider, None)
     with pytest.raises(UserError, match=r"has no `teacher`.*model.teacher = false"):
         warm_start(path, student, teacher)
-    with pytest.raises(UserError, match="There is no checkpoint"):
+    with pytest.raises(UserError, match=r"absent\.pth cannot be read"):
         warm_start(tmp_path / "absent.pth", student, None)
     path.write_text('{"no": "checkpoint"}')
     with pytest.raises(UserError) as caught:

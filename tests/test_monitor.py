@@ -169,7 +169,7 @@ def test_an_evaluation_stands_once_whatever_was_resumed(tmp_path: Path) -> None:
                 assert not monitor.has_evaluation(epoch)
                 monitor.note_evaluation({"knn_top1_percent": 1.0}, epoch=epoch)
                 assert monitor.has_evaluation(epoch)
-        return [row["epoch"] for row in read_rows(tmp_path / "online_eval.jsonl", key="epoch")]
+        return [row["epoch"] for row in read_rows(tmp_path / "online_eval.jsonl", "epoch")]
 
     assert evaluated(range(3)) == [0, 1, 2]
     with (tmp_path / "online_eval.jsonl").open("a") as file:

@@ -270,7 +270,7 @@ def test_curves_or_pictures_that_are_absent_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"notes\.txt is no picture"):
         render_page(table, found, folder=tmp_path, pictures=[("x", tmp_path / "notes.txt")])
     (found[0][0].parent / "curve.jsonl").write_text("{broken\n")
-    with pytest.raises(UserError, match="not one JSON object a line"):
+    with pytest.raises(UserError, match="no curves at"):
         render_page(table, found, folder=tmp_path)
 
 

@@ -101,10 +101,10 @@ def test_nothing_is_left_of_a_sample_that_fails(tmp_path: Path, monkeypatch: pyt
 def test_a_missing_or_damaged_sample_json_is_one_sentence(tmp_path: Path) -> None:
     assert read_sample(tmp_path) is None
     (tmp_path / "sample.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not JSON"):
         read_sample(tmp_path)
     (tmp_path / "sample.json").write_text('{"format_version": 99, "classes": []}')
-    with pytest.raises(UserError, match="names no classes"):
+    with pytest.raises(UserError, match=r"classes = .*make it again"):
         read_sample(tmp_path)
     (tmp_path / "sample.json").write_text('{"format_version": 99, "classes": ["a"]}')
     with pytest.raises(UserError, match="format_version 99 and not 2"):

@@ -201,6 +201,7 @@ def test_two_names_of_the_same_weights_are_refused(world: World, same_path: bool
     [
         ("seeds_of.sample-knn = [2, 2]", "1 runs are asked for twice, the first of them sample-knn · random · seed 2"),
         ("grid.sample-linear = { lr = [0.1, 1, 1.0, 0.1] }", r"2 runs .* seed 0 \[lr=0.1\]"),
+        (f"grid.sample-linear = {{ {', '.join(f'k{i} = {list(range(10))}' for i in range(9))} }}", "asks for .* runs"),
     ],
 )
 def test_a_grid_or_a_list_of_seeds_that_repeats_a_run_is_refused(world: World, head: str, runs: str) -> None:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from twist.contracts.config import MOST_SEED
-from twist.contracts.errors import UsageError, missing_package, require
+from twist.contracts.errors import UsageError, missing_package, printable, require
 from twist.contracts.failures import describe
 
 app = typer.Typer(
@@ -523,7 +523,7 @@ def _explain(error: Exception) -> int:
             f"unexpected error ({type(error).__name__}: {reason}). "
             "Run the command again as `twist --debug …` for the traceback, and please report it."
         )
-    print(f"twist: {sentence}", file=sys.stderr)
+    print(f"twist: {printable(sentence)}", file=sys.stderr)
     return int(getattr(error, "exit_status", 1))
 
 
@@ -544,4 +544,4 @@ def _captioned(text: str) -> tuple[str, Path]:
 def _json(value: Any) -> str:
     import json
 
-    return json.dumps(value, indent=2, ensure_ascii=False)
+    return json.dumps(value, indent=2)

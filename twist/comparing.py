@@ -128,16 +128,11 @@ def refresh_tables(readme: Path, *, write: bool) -> int:
     Raises:
         UserError: the file is absent or a marker has no end.
     """
-    try:
-        lines = readme.read_text(encoding="utf-8").splitlines(keepends=True)
-    except OSError as error:
-        raise UserError(
-            f"Cannot read {readme} ({error.strerror}): --check and --update take a Markdown file."
-        ) from None
+    lines = files.read_text(readme, remedy="--check and --update take a Markdown file").splitlines(keepends=True)
     tables = list(_tables(lines, readme))
     stale = []
     for start, end, arguments in tables:
-        made = f"\n{_markdown(arguments, readme.parent)}"
+        made = f"\n{_markdown(arguments, readme)}"
         if "".join(lines[start:end]) != made:
             stale.append((start, end, made))
             done = "rewrote it" if write else f"run `twist compare --update {readme}`"
@@ -171,13 +166,16 @@ def _tables(lines: Sequence[str], readme: Path) -> Iterator[tuple[int, int, str]
             opened = None
 
 
-def _markdown(arguments: str, folder: Path) -> str:
-    """What `twist compare ARGUMENTS --format markdown` prints in `folder`."""
+def _markdown(arguments: str, readme: Path) -> str:
+    """What `twist compare ARGUMENTS --format markdown` prints in the folder of `readme`."""
     from twist.cli import app
 
-    words = shlex.split(arguments)
+    try:
+        words = shlex.split(arguments)
+    except ValueError as error:
+        raise UsageError(f"{readme}, twist compare{arguments.rstrip()}: {error}; correct the marker.") from None
     if others := [word for word in words if word.split("=")[0] in ("--format", "--output", "--check", "--update")]:
         raise UsageError(f"twist compare{arguments.rstrip()}: a table in a text takes no {others[0]}; remove it.")
-    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
+    with contextlib.chdir(readme.parent), contextlib.redirect_stdout(io.StringIO()) as printed:
         app(["compare", *words, "--format", "markdown"], standalone_mode=False)
     return printed.getvalue()

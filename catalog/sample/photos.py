@@ -10,8 +10,6 @@ bird cannot, from as few birds as there are.
 from __future__ import annotations
 
 import functools
-import io
-import json
 import os
 import shutil
 import struct
@@ -22,13 +20,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter, UnidentifiedImageError
+from PIL import Image, ImageFilter
 
 from twist.catalog.sample.scene import DISTRACTOR, Array, Cutout, Split
 from twist.contracts import files
 from twist.contracts.config import read_toml
 from twist.contracts.errors import UserError
 from twist.contracts.files import sha256_file
+from twist.contracts.images import UnreadableImage, open_picture
 from twist.contracts.progress import Progress
 from twist.contracts.run_folder import temporary_folder
 
@@ -48,7 +47,7 @@ TIMEOUT_S = 900  # of one call of apt
 # A tree entry of a Qt resource file: name offset, flags, two numbers, time.
 ENTRY = struct.Struct(">IHIIQ")
 COMPRESSED_ZLIB, FOLDER, COMPRESSED_ZSTD = 1, 2, 4
-MAX_FILE_BYTES, MAX_ENTRIES = 64 * 2**20, 100_000
+MAX_FILE_BYTES, MAX_BYTES, MAX_ENTRIES = 64 * 2**20, 512 * 2**20, 100_000
 
 
 def prepare_photos(*, progress: bool = True) -> Path:
@@ -90,7 +89,7 @@ class Photos:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = prepare_photos() if folder is None else folder
-        self._provenance = json.loads((self.folder / "provenance.json").read_text())
+        self._provenance = files.read_json(self.folder / "provenance.json", remedy="remove its folder")
 
     def background(self, rng: np.random.Generator, height: int, width: int, split: Split) -> Array:
         names = self._provenance["backgrounds"][split]
@@ -159,7 +158,7 @@ def _relit(rng: np.random.Generator, rgb: Array, light: tuple[float, float]) -> 
 
 @functools.lru_cache(maxsize=1024)
 def _picture(path: Path) -> Image.Image:
-    with Image.open(path) as image:
+    with open_picture(path) as image:
         image.load()
         return image
 
@@ -219,7 +218,7 @@ def _background_files(root: Path) -> Iterator[tuple[str, Image.Image]]:
             return name.suffix == ".webp" and (not wanted or name.stem in wanted)
 
         for name, content in read_rcc(path, taken) if path.exists() else ():
-            picture = _open(io.BytesIO(content))
+            picture = _open(content)
             # The monuments' file holds maps and buttons too: photographs are the large pictures without alpha.
             if picture.mode == "RGB" and min(picture.size) >= 300:
                 yield f"{path.stem}-{name.stem}", picture
@@ -229,15 +228,15 @@ def _background_files(root: Path) -> Iterator[tuple[str, Image.Image]]:
             yield f"wallpaper-{path.stem}", _open(path)
 
 
-def _open(file: Any) -> Image.Image:
+def _open(file: Path | bytes) -> Image.Image:
     try:
-        image = Image.open(file)
-        # A JPEG can be decoded at a half or a quarter, which is still more than is kept.
-        image.draft("RGB", (2 * BACKGROUND_SIDE, 2 * BACKGROUND_SIDE))
-        image.load()
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"A picture of the packages cannot be read ({error}): use --source shapes.") from None
-    return image
+        with open_picture(file, name="of the packages" if isinstance(file, bytes) else "") as image:
+            # A JPEG can be decoded at a half or a quarter, which is still more than is kept.
+            image.draft("RGB", (2 * BACKGROUND_SIDE, 2 * BACKGROUND_SIDE))
+            image.load()
+            return image
+    except UnreadableImage as error:
+        raise UserError(f"{error}: use --source shapes.") from None
 
 
 def _digest(name: str) -> int:
@@ -311,12 +310,12 @@ def read_rcc(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Iterator[tu
     Raises:
         UserError: not a resource file, damaged, or compressed in a way that is not zlib.
     """
-    blob = path.read_bytes()
+    blob = files.read_bytes(path)
     try:
         magic, version, tree, data, names = struct.unpack_from(">4sIIII", blob)
         if magic != b"qres" or version < 2:
             raise ValueError("no Qt resource file of version 2 or later")
-        pending, seen = [(0, PurePosixPath())], 0
+        pending, visited, seen, unpacked = [(0, PurePosixPath())], set(), 0, 0
         while pending:
             index, folder = pending.pop()
             name_offset, flags, first, second, _time = ENTRY.unpack_from(blob, tree + index * ENTRY.size)
@@ -325,12 +324,17 @@ def read_rcc(path: Path, wanted: Callable[[PurePosixPath], bool]) -> Iterator[tu
             # 4 bytes of hash stand between; the root has no name.
             name = folder / (blob[start + 6 : start + 6 + 2 * length].decode("utf-16-be") if index else "")
             seen += first if flags & FOLDER else 1
-            if seen > MAX_ENTRIES or (flags & FOLDER and second <= index):  # Qt writes a folder before its content
+            if seen > MAX_ENTRIES or index in visited:
                 raise ValueError("its tree has no end")
+            visited.add(index)
             if flags & FOLDER:
                 pending += [(second + child, name) for child in reversed(range(first))]
             elif wanted(name):
-                yield name, _content(blob, data + second, flags)
+                content = _content(blob, data + second, flags)
+                unpacked += len(content)
+                if unpacked > MAX_BYTES:
+                    raise ValueError("it unpacks to more than any resource file")
+                yield name, content
     except (struct.error, IndexError, zlib.error, ValueError) as error:
         raise UserError(
             f"{path} is damaged or no Qt resource file ({error}): remove it, it is fetched again."

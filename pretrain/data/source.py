@@ -26,8 +26,9 @@ import numpy as np
 from twist.catalog.card import find_card
 from twist.catalog.card_data import pretraining_images
 from twist.catalog.tables import TableImages
+from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, require
-from twist.contracts.images import EXTENSIONS, MAX_PIXELS, UnreadableImage, image_names
+from twist.contracts.images import EXTENSIONS, MAX_PIXELS, UnreadableImage, image_bytes, image_names
 from twist.pretrain.config import DataConfig
 from twist.pretrain.data.views import ORDER_STREAM, REPLACEMENT_STREAM, Philox, Stage
 
@@ -133,6 +134,8 @@ def replacements(images: int, *, seed: int, epoch: int, index: int) -> Iterator[
         yield int(generator.integers(images))
 
 
+# Characters of a path (Linux's PATH_MAX).
+LONGEST_PATH = 4096
 # Folders that by their names are there to measure with.
 HELD_OUT = frozenset({"val", "valid", "validation", "test"})
 
@@ -157,7 +160,7 @@ class _Files(Images):
         return os.fsdecode(os.path.join(self._root, self._names[index]))
 
     def encoded(self, index: int) -> bytes:
-        return _read(self.name(index), name=self.name(index))
+        return image_bytes(self.name(index))
 
     def order(self) -> str:
         return self._order
@@ -214,17 +217,14 @@ class ListedImages(_Files):
     """One path a line, in the list's order; relative paths are relative to the list file. Empty lines are skipped."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            # Split at line feeds alone: other separators that `splitlines` knows may be part of a name.
-            lines = path.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff").split("\n")
-        except OSError as error:
-            raise UserError(
-                f"Cannot read the list of images {path} ({error.strerror or error}): data.root with "
-                'data.format = "list" names a text file with one image path a line.'
-            ) from None
+        remedy = 'data.root with data.format = "list" names a text file with one image path a line'
+        # Split at line feeds alone: other separators that `splitlines` knows may be part of a name.
+        lines = files.read_text(path, remedy=remedy, most=files.MOST_DATA, errors="surrogateescape").split("\n")
         names = [line.strip() for line in lines if line.strip()]
         if not names:
             raise UserError(f"{path} lists no images: put one image path on each line.")
+        if max(map(len, names)) > LONGEST_PATH:  # every name has the room of the longest
+            raise UserError(f"{path} has lines that are no paths: put one image path on each line.")
         super().__init__(path.parent, names)
 
 
@@ -341,22 +341,15 @@ def _image_bytes(value: Any, *, name: str) -> bytes:
     if isinstance(value, dict) and value.get("bytes"):
         return bytes(value["bytes"])
     if isinstance(value, dict) and value.get("path"):
-        return _read(value["path"], name=name)
+        return image_bytes(value["path"])
     raise UnreadableImage(f"Cannot read the image {name}: the row has neither bytes nor a path")
 
 
 def _size(path: str) -> int:
     try:
         return os.path.getsize(path)
-    except OSError:  # an unreadable image, which the loader names and counts
+    except (OSError, ValueError):  # an unreadable image, which the loader names and counts
         return -1
-
-
-def _read(path: str, *, name: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UnreadableImage(f"Cannot read the image {name}: {error.strerror or error}") from None
 
 
 def _ahead(requests: Iterator[Request]) -> Iterator[Request]:

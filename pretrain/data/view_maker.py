@@ -15,7 +15,6 @@ Shapes: `B` images a rank, `V` views, `S` side; view-major: row v·B + b is view
 from __future__ import annotations
 
 import functools
-import io
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,12 +23,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from twist.contracts.errors import UserError
-from twist.contracts.images import MAX_PIXELS, UnreadableImage, decode
+from twist.contracts.images import MAX_PIXELS, UnreadableImage, decode, open_picture
 from twist.pretrain.config import ViewsConfig
 from twist.pretrain.data.source import Images, Request, replacements
 from twist.pretrain.data.views import STAGES, VIEW, Draw, ViewSampler, cut, plan_views, resolutions
@@ -178,12 +177,12 @@ def upright_size(data: bytes) -> tuple[int, int] | None:
     if len(data) < PROBE_FROM_BYTES or not data.startswith(_JPEG):
         return None
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_picture(data) as image:
             if image.mode != "RGB":
                 return None
             width, height = image.size
             turned = image.getexif().get(_ORIENTATION, 1) >= 5
-    except Exception:  # Pillow raises many kinds; the full decode says what is wrong with the file
+    except UnreadableImage:  # the full decode says what is wrong with the file
         return None
     return (width, height) if turned else (height, width)
 
@@ -197,10 +196,10 @@ def divisor(boxes: np.ndarray, sizes: np.ndarray) -> int:
 def decode_reduced(data: bytes, reduction: int) -> Tensor | None:
     """uint8 RGB (3, ⌈H/reduction⌉, ⌈W/reduction⌉), upright; None when Pillow cannot, and the full decode decides."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_picture(data) as image:
             image.draft("RGB", (image.width // reduction, image.height // reduction))
             pixels = np.array(ImageOps.exif_transpose(image))
-    except Exception:  # as in `upright_size`
+    except UnreadableImage:
         return None
     return torch.from_numpy(pixels).permute(2, 0, 1)  # channels stay last in memory, as `cut` wants them
 

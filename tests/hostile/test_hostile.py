@@ -59,7 +59,7 @@ KINDS: dict[str, Callable[[], Iterator[Case]]] = {
 NEVER_SAID = (
     "Traceback (most recent call last)",
     "did not foresee",
-    "unexpected",
+    "unexpected error",
     "Segmentation fault",
     "memory ran out",
     "does not fit into memory",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +22,13 @@ from twist.catalog.data_sets import find_root
 from twist.contracts.config import Config, problems, read_toml, validate
 from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.files import sha256_file, sha256_json
-from twist.contracts.record import RunRecord, find_records, read_record
+from twist.contracts.record import RunRecord, Seed, find_records, read_record
 from twist.transfer.protocols import PROTOCOLS, Protocol, check_protocol
 
 RANDOM = "random"
+MOST_RUNS = 20_000
 Override = Annotated[str, Field(pattern=r"^[^=]+=", description="key=value")]
-Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1)]
 
 
 class WeightsEntry(Config):
@@ -123,6 +125,9 @@ def load_suite(path: Path, *, data: Path | None) -> SuiteConfig:
     found = problems(values, SuiteConfig, where=str(path))
     if not found:
         suite = validate(values, SuiteConfig, where=str(path))
+        wanted = count_runs(suite)
+        if wanted > MOST_RUNS:
+            raise UsageError(f"{path} asks for {wanted:,} runs, more than {MOST_RUNS:,}: shorten seeds or grid.")
         found = [f"{path}: {problem}" for check in (_unknown_names, _repetitions) for problem in check(suite)]
     if found:
         raise UsageError("\n".join(found))
@@ -159,6 +164,15 @@ def _data_name(row: Protocol, place: Path) -> str | None:
     if card is not None:
         return require_card_data(card, row.task).name
     return identify_data(row.data, find_root(place), subset=row.subset)
+
+
+def count_runs(suite: SuiteConfig) -> int:
+    """How many runs a suite file asks for, without making them."""
+    return sum(
+        len(entry.seeds or suite.seeds_of.get(protocol, suite.seeds))
+        * math.prod(len(values) for values in suite.grid.get(protocol, {}).values())
+        for protocol, entry in itertools.product(suite.protocols, suite.weights)
+    )
 
 
 def jobs_of(suite: SuiteConfig, protocol: str, entry: WeightsEntry) -> Iterator[Job]:

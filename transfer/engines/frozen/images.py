@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,9 +23,10 @@ from twist.catalog.card import Role
 from twist.catalog.card_data import CardData
 from twist.catalog.data_sets import DataSet, Split, read_names
 from twist.catalog.masks import read_mask
+from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.files import sha256_json
-from twist.contracts.images import file_entries, read_image
+from twist.contracts.images import UnreadableImage, file_entries, open_picture, read_image
 from twist.contracts.machine import cores
 from twist.measure.segmentation import VOID
 
@@ -83,13 +83,13 @@ class Pictures:
         """
         path = self.truth("masks", index)
         try:
-            with Image.open(path) as image:
+            with open_picture(path) as image:
                 if image.mode not in ("L", "P"):
                     raise UserError(f"{path} is a colour picture ({image.mode}), not a map of class numbers.")
                 reduced = image.resize((size, size), Image.Resampling.NEAREST) if size else image
                 labels = torch.from_numpy(np.array(reduced, dtype=np.int64))
-        except OSError as error:
-            raise UserError(f"Cannot read the label map {path} ({error}): copy or unpack it again.") from None
+        except UnreadableImage as error:
+            raise UserError(f"{error}: copy or unpack the label map again.") from None
         strange = labels[(labels >= self.class_count) & (labels != VOID)]
         if len(strange):
             raise UserError(
@@ -126,16 +126,16 @@ class Pictures:
         """Objects by image name where the split's list is COCO's file, else nothing."""
         if not self.split.names.endswith(".json"):
             return {}
-        content: dict[str, Any] = json.loads((self.place / self.split.names).read_text())
+        content = files.read_json(self.place / self.split.names, most=files.MOST_DATA)
         classes = {one["id"]: one["name"] for one in content["categories"]}
         suffix = self.split.images.suffix
-        files = {one["id"]: one["file_name"].removesuffix(suffix) for one in content["images"]}
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in files.values()}
+        by_id = {one["id"]: one["file_name"].removesuffix(suffix) for one in content["images"]}
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in by_id.values()}
         for one in content["annotations"]:
             if not one.get("iscrowd"):
                 x, y, width, height = one["bbox"]
                 box = [x, y, x + width, y + height]
-                found[files[one["image_id"]]].append({"name": classes[one["category_id"]], "bbox": box})
+                found[by_id[one["image_id"]]].append({"name": classes[one["category_id"]], "bbox": box})
         return found
 
 
@@ -190,7 +190,7 @@ def open_split(row: DataSet, root: Path, role: str, sample: dict[str, Any] | Non
     if split.names.endswith(".txt"):
         names = read_names(place / split.names)
     elif split.names.endswith(".json"):
-        content = json.loads((place / split.names).read_text())
+        content = files.read_json(place / split.names, most=files.MOST_DATA)
         names = [image["file_name"].removesuffix(split.images.suffix) for image in content["images"]]
     else:
         suffix = split.images.suffix

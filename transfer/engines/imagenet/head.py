@@ -6,7 +6,6 @@ training checkpoint is named as well, and must hold the very backbone that is me
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.networks import Head, own_names
 from twist.contracts.weights import difference
@@ -79,7 +79,8 @@ def _activation(value: dict[str, Any], path: Path) -> Activation:
     found = settings.get("act") if isinstance(settings, dict) else None
     config = path.resolve().parent.parent / "config.json"
     if found is None and config.is_file():
-        found = json.loads(config.read_text()).get("model", {}).get("activation")
+        model = files.read_json(config, remedy="add head_activation=relu or head_activation=gelu").get("model")
+        found = model.get("activation") if isinstance(model, dict) else None
     if found not in ("relu", "gelu"):
         raise UserError(
             f"{path} does not say which activation its head has: add head_activation=relu (TWIST's ResNets) or "

@@ -31,6 +31,7 @@ from twist.contracts.errors import UserError
 from twist.contracts.failures import explained, raise_reported
 from twist.contracts.files import sha256_json
 from twist.contracts.networks import network_of
+from twist.contracts.pickles import read_state
 from twist.contracts.progress import Progress
 from twist.contracts.run_folder import refuse_other_run, refuse_second_start
 from twist.measure.features import Batch, FeatureFile, autocast, frozen, network_inputs, state_digest
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from twist.transfer.engines.imagenet.engine import Setup
 
 CHECKPOINT = "checkpoint.pth"
+STATE = ("identity", "history", "model", "optimizer")
+AGAIN = "start again in another folder (--output)"
 METRICS = ("top1_percent", "top5_percent")
 # Validation images that are shown beside what was predicted for them.
 PICTURED = 24
@@ -259,7 +262,7 @@ class Trainer:
             return []
         if not (self.setup.request.resume or self.setup.request.eval_only):
             refuse_second_start(self.path.parent, {})
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_state(path, *STATE, remedy=AGAIN)
         refuse_other_run(self.path.parent, state["identity"], self.identity)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -274,7 +277,7 @@ def newest_state(output: Path, *, quiet: bool = False) -> Path | None:
 def require_finished(output: Path, recipe: ClassifierRecipe) -> None:
     """Refuse to evaluate a run before its last epoch: what it has stored is a state that no protocol measures."""
     path = newest_state(output, quiet=True)  # mapped: only the history is looked at
-    done = len(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["history"]) if path else 0
+    done = len(read_state(path, *STATE, remedy=AGAIN, mapped=True)["history"]) if path else 0
     if done < recipe.epochs:
         remedy = "--eval-only measures finished runs, so finish this one with --resume"
         raise UserError(f"{output} stands at epoch {done} of {recipe.epochs}: {remedy}.")

@@ -1,0 +1,218 @@
+"""What anybody may have written, read within bounds: texts, JSON, TOML, names, pickles, pictures, curves."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from twist.contracts import files
+from twist.contracts.config import parse_toml
+from twist.contracts.curves import read_rows
+from twist.contracts.errors import UserError, printable
+from twist.contracts.images import TooManyPixels, UnreadableImage, open_picture, read_image
+from twist.contracts.pickles import check_file, check_pickle, read_state
+from twist.converters.open import read_contents
+
+
+@pytest.mark.parametrize("read", [files.read_bytes, files.read_text, files.read_json, read_image])
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (os.mkfifo, "no regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "no regular file"),
+        (lambda path: path.symlink_to(path.name), "symbolic link"),
+        (Path.mkdir, "a folder"),
+        (lambda _: None, "No such file"),
+    ],
+)
+def test_only_regular_files_are_opened(read: object, make: object, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    make(path)
+    with pytest.raises(UserError, match=rf"x\.json.*{says}"):
+        read(path)
+    with pytest.raises(UserError, match="null byte"):
+        read("a\0b")
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "EOF"),
+        (b"[" * 1000, "recursion limit"),
+        (b"9" * 5000, "out of range"),
+        (b'{"\\ud800": 1}', "hex escape"),
+        (b"[1]", "no JSON object"),
+        ("{}".encode("utf-16"), "column 1"),
+        (b" " * 100, "more than"),
+    ],
+)
+def test_json_that_is_refused_names_file_place_and_remedy(data: bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"x\.json.*{says}.*: write it anew\.$"):
+        files.read_json(path, remedy="write it anew", most=50 if says == "more than" else files.MOST_TEXT)
+
+
+def test_texts_come_without_byte_order_mark_and_carriage_returns(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b'\xef\xbb\xbf{"a":\r\n 1e3}')
+    assert files.read_text(path) == '{"a":\n 1e3}'
+    assert files.read_json(path) == {"a": 1000.0}
+    for data, says in ((b"a\0", "NUL at byte 1"), (b"abc\xff", "byte 3")):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=says):
+            files.read_text(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["a = " + "[" * 5000 + "]" * 5000, "a." * 100 + "a = 1", "a = " + "9" * 5000, "a = 0x" + "f" * 5000]
+)
+def test_toml_has_bounds(text: str) -> None:
+    with pytest.raises(ValueError, match=r"deeply|digits"):
+        parse_toml(text)
+
+
+def test_what_a_stranger_calls_something_is_printed_as_text() -> None:
+    assert str(UserError("a\x1b[2J\u202e\ud800\tb\nc")) == "a\\x1b[2J\\u202e\\ud800\tb\nc"
+    assert printable("é – 猫 …") == "é – 猫 …"
+    assert 200 < len(printable("x" * 10**6)) < 300
+    line = printable("first " + "word " * 10**5 + "last")
+    assert len(line) < 1600
+    assert line.startswith("first")
+    assert line.endswith("last")
+
+
+# --- pickles ----------------------------------------------------------------------------------------------------------
+
+TUPLES = b"\x80\x02)" + b"\x85" * 2000 + b"."
+TENSORS = {"a": torch.ones(3, 4), "b": [torch.ones(2)] * 3, "c": (1, "two", None, 2.5, {"d": 10**12})}
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (TUPLES, "nests more than"),
+        (b"\x80\x02" + b"(" * 1000, "nests more than"),
+        (b"\x80\x02}r" + struct.pack("<I", 2**27) + b".", "memo"),
+        (b"\x80\x02}h\x05.", "memo"),
+        (b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"a.", "too early"),
+        (b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"}.", "too early"),
+        (b"\x80\x02I" + b"9" * 5000 + b"\n.", "endless number"),
+        (b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x01\x85R.", "memory by a number"),
+        (b"\x80\x02(X\x07\0\0\0storage\x8a\x05\0\0\0\0\x01tQ.", "storage of 4,294,967,296"),
+        (b"\x80\x02(X\x07\0\0\0storageJ\xff\xff\xff\xfftQ.", "storage of"),
+        (b"\x80\x02a.", "more than there is"),
+        (b"\x80\x02}u.", "lacks a mark"),
+        (b"\x80\x02}}.", "one object"),
+        (b"\x80\x02}", "too early"),
+        (b"\x80\x02\xff.", "no opcode"),
+    ],
+)
+def test_a_pickle_is_refused_before_it_is_read(data: bytes, says: str) -> None:
+    with pytest.raises(pickle.UnpicklingError, match=rf"{says}.*at byte \d+"):
+        check_pickle(data)
+
+
+def test_bytes_that_are_shared_are_counted() -> None:
+    """A megabyte in the memo, given to two hundred calls."""
+    text = b"X" + struct.pack("<I", 2**20) + b"x" * 2**20
+    calls = b"](" + b"c_codecs\nencode\nh\x00X\x06\0\0\0latin1\x86R" * 200 + b"e"
+    with pytest.raises(pickle.UnpicklingError, match="again and again"):
+        check_pickle(b"\x80\x02" + text + b"q\x000" + calls + b".")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_every_honest_pickle_passes(protocol: int) -> None:
+    value = {"model": {f"layer{i}.weight": np.ones((30, 30), np.float32) for i in range(50)}, "seed": 2**100, "n": -5}
+    data = pickle.dumps(value | {"deep": [[[[("a", b"b", True)]]]], "set": {1, 2}}, protocol=protocol)
+    assert check_pickle(data + b"rest") == len(data)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_honest_torch_files_pass_and_bombs_in_them_do_not(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save(TENSORS, path, _use_new_zipfile_serialization=zipped)
+    assert torch.equal(read_state(path, "a", "c", remedy="-")["a"], TENSORS["a"])
+    with pytest.raises(UserError, match=r"x\.pth holds no checkpoint with d: name another"):
+        read_state(path, "d", remedy="name another")
+    if zipped:
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("x/DATA.PKL", TUPLES)  # torch would find it by that name as well
+    else:
+        ends = [0]
+        for _ in range(3):
+            ends.append(check_pickle(path.read_bytes(), ends[-1]))
+        path.write_bytes(path.read_bytes()[: ends[-1]] + TUPLES)
+    with pytest.raises(pickle.UnpicklingError, match="nests more than"):
+        check_file(path)
+    with pytest.raises(UserError, match=r"x\.pth cannot be read safely.*: name another"):
+        read_state(path, remedy="name another")
+
+
+def test_an_array_with_many_names_is_one_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "x.pkl"
+    array = np.ones(1000, np.float32)
+    path.write_bytes(pickle.dumps({"model": {f"a{i}": array for i in range(10)}}, protocol=2))
+    tensors = read_contents(path).value["model"]
+    assert len({tensor.data_ptr() for tensor in tensors.values()}) == 1
+
+
+def test_an_npz_is_believed_to_the_size_of_its_parts(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    for count, says in ((99, "an array of shape"), (8, "")):
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (count,)})
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.npy", header.getvalue() + bytes(64))
+        if says:
+            with pytest.raises(UserError, match=says):
+                read_contents(path)
+    assert read_contents(path).value["a"].shape == (8,)
+
+
+# --- pictures and curves ----------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_counted_before_they_are_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    Image.new("RGB", (40, 30)).save(path)
+    with open_picture(path, max_pixels=1200) as image:
+        assert image.size == (40, 30)
+    with pytest.raises(UserError, match=r"^inside$"), open_picture(path):
+        raise UserError("inside")
+    with pytest.raises(TooManyPixels, match=r"x\.png.* 1,200 pixels"), open_picture(path, max_pixels=1199):
+        pass
+    data = path.read_bytes()
+    for change, error in ((b"IHDR\0\0\x30\0\0\0\x30\0", TooManyPixels), (b"IDAT", UnreadableImage)):
+        header = change + data[16 + len(change) - 4 : 29]
+        path.write_bytes(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
+        with pytest.raises(error, match=r"x\.png"), open_picture(path):
+            pass
+
+
+def test_damaged_rows_are_left_out_and_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = [b'{"step": 1, "loss": 2.0}', b'{"step": 2, "loss": null, "stage": "a"}']
+    bad = [
+        b"\xff",
+        b"[]",
+        b'{"loss": 1}',
+        b'{"step": -1}',
+        b'{"step": true}',
+        b'{"step": 1e400}',
+        b'{"step": 1, "a": {}}',
+    ]
+    path.write_bytes(b"\n".join([good[0], *bad, b"", good[1], b'{"step": 3, "lo']))
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
+    assert capsys.readouterr().err == f"{path}: {len(bad)} damaged lines are left out.\n"
+    assert read_rows(tmp_path / "absent.jsonl") == []
