@@ -194,7 +194,7 @@ def test_a_curve_continues_without_repeating_and_without_what_is_damaged(tmp_pat
     curves.add(30, {"loss": 7.0})
     curves.close()
     assert read_rows(path) == [{"step": s, "loss": 1 / s, "bad": None} for s in (10, 20)] + [{"step": 30, "loss": 7.0}]
-    assert f"{path}: line 2 is damaged (and 4 more) and left out" in capsys.readouterr().err
+    assert f"{path}: 5 damaged lines are left out" in capsys.readouterr().err
 
 
 def test_curves_are_drawn_whatever_the_run(tmp_path: Path) -> None:
