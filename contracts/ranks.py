@@ -65,7 +65,8 @@ def failing_together() -> Iterator[None]:
         yield
         return
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    store, over = dist.distributed_c10d._get_default_store().clone(), threading.Event()
+    default: Any = dist.distributed_c10d._get_default_store()
+    store, over = default.clone(), threading.Event()
     watching = threading.Thread(target=_abort_when_one_fails, args=(store.clone(), over, rank), daemon=True)
     watching.start()
     try:

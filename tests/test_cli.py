@@ -94,6 +94,14 @@ def test_wrong_usage_is_one_sentence(
     assert "Traceback" not in done.stderr
 
 
+def test_an_empty_file_is_no_abort(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(**_: object) -> None:
+        raise EOFError("Ran out of input")
+
+    monkeypatch.setattr(doctor, "examine", read)
+    assert "unexpected error (EOFError: Ran out of input)" in twist("doctor").stderr
+
+
 def test_data_sets_may_be_named_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
     suite = tmp_path / "suite.toml"

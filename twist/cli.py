@@ -469,7 +469,8 @@ def main() -> None:
         status = stop.exit_code
     except Exception as error:
         # Typer hides an `EOFError`, of an empty file, in an `Abort`.
-        shown = error.__cause__ if isinstance(error.__cause__, EOFError) else error
+        hidden = error.__cause__ if isinstance(error, typer.Abort) else None
+        shown = hidden if isinstance(hidden, Exception) else error
         status = _explain(missing_package(shown) or shown)
     sys.exit(status)
 
