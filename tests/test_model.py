@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 import pytest
@@ -118,44 +119,45 @@ def test_the_teacher_follows_parameters_and_not_buffers() -> None:
     assert torch.equal(teacher.backbone.bn1.running_mean, torch.zeros(64))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["resnet18", "vit_small_patch16"])
-def test_activation_checkpointing_changes_nothing_but_memory(backbone: str) -> None:
-    results = []
-    for wanted in (False, True):
-        student = student_of(backbone=backbone, activation_checkpointing=wanted)
-        logits = student(views())
-        (logits.softmax(-1) * torch.arange(12)).sum().backward()
-        results.append((logits.detach(), [p.grad for p in student.parameters()], student.state_dict()))
-    (plain, gradients, state), (again, gradients_again, state_again) = results
-    assert torch.allclose(plain, again, atol=1e-6)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, gradients_again))
-    assert state.keys() == state_again.keys()
-    for name in state:  # the second forward may not move the running statistics again
-        assert torch.equal(state[name], state_again[name]), name
+Passed = tuple[torch.Tensor, list[torch.Tensor], dict[str, torch.Tensor]]
+
+
+def passed(settings: PretrainConfig) -> Passed:
+    """Logits, gradients and state of a pass forwards and backwards."""
+    student, _ = build_model(settings, device=CPU)
+    logits = student(views())
+    (logits.softmax(-1) * torch.arange(12)).sum().backward()
+    return logits.detach(), [p.grad for p in student.parameters()], student.state_dict()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backbone", "checkpointing"), [("resnet18", False), ("vit_small_patch16", True)])
-def test_compiling_changes_nothing_but_speed(backbone: str, checkpointing: bool, monkeypatch) -> None:
-    """Traced, differentiated and partitioned as on a GPU; only making code, minutes on a CPU, is left out."""
+@pytest.mark.parametrize(
+    ("backbone", "checkpointing", "compiled"),
+    [
+        ("resnet18", True, False),
+        ("vit_small_patch16", True, False),
+        ("resnet18", False, True),
+        ("vit_small_patch16", True, True),
+    ],
+)
+def test_checkpointing_and_compiling_change_nothing_but_memory_and_speed(
+    backbone: str, checkpointing: bool, compiled: bool, monkeypatch
+) -> None:
+    """Compiled: traced, differentiated and partitioned as on a GPU; only making code, minutes on a CPU, is left out."""
     compile_module = nn.Module.compile
     monkeypatch.setattr(
         nn.Module, "compile", lambda self, **options: compile_module(self, backend="aot_eager", **options)
     )
     settings = config(backbone=backbone, activation_checkpointing=checkpointing)
-    results = []
-    for wanted in (False, True):
-        run = settings.run.model_copy(update={"compile": wanted})
-        student, _ = build_model(settings.model_copy(update={"run": run}), device=CPU)
-        logits = student(views())
-        (logits.softmax(-1) * torch.arange(12)).sum().backward()
-        results.append((logits.detach(), [p.grad for p in student.parameters()], student.state_dict()))
-    (plain, gradients, state), (compiled, gradients_compiled, state_compiled) = results
-    assert torch.allclose(plain, compiled, atol=1e-5)
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(gradients, gradients_compiled))
-    for name in state:
-        assert torch.allclose(state[name], state_compiled[name], atol=1e-6), name
+    run = settings.run.model_copy(update={"compile": compiled})
+    plain, gradients, state = passed(config(backbone=backbone))
+    again, gradients_again, state_again = passed(settings.model_copy(update={"run": run}))
+    near, same = (1e-5, functools.partial(torch.allclose, atol=1e-6)) if compiled else (1e-6, torch.equal)
+    assert torch.allclose(plain, again, atol=near)
+    assert all(torch.allclose(a, b, atol=10 * near) for a, b in zip(gradients, gradients_again))
+    assert state.keys() == state_again.keys()
+    for name in state:  # the second forward of a checkpointed block may not move the running statistics again
+        assert same(state[name], state_again[name]), name
 
 
 def test_compiling_and_checkpointing_are_refused_together_for_batch_norms() -> None:

@@ -74,36 +74,30 @@ def test_a_resource_tree_without_end_is_refused(tmp_path: Path) -> None:
         list(read_rcc(file, lambda _: False))
 
 
-def stand_in(folder: Path, name: str, script: str) -> None:
-    program = folder / name
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    """Programs of these names, `_` for `-`, found before the machine's own."""
+    folder.mkdir()
+    for name, script in scripts.items():
+        program = folder / name.replace("_", "-")
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
 def test_packages_are_fetched_privately_by_exact_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    programs = tmp_path / "bin"
-    programs.mkdir()
     stand_in(
-        programs,
-        "apt-get",
-        f'echo "$@" >> {tmp_path}/calls; for last; do :; done\n'
+        tmp_path / "bin",
+        monkeypatch,
+        apt_get=f'echo "$@" >> {tmp_path}/calls; for last; do :; done\n'
         '[ "$last" = update ] || echo data > "${last}_1.0_all.deb"',
+        dpkg_deb='case $1 in --field) echo 1.0;; --extract) mkdir -p "$3/usr" && cp "$2" "$3/usr/";; *) exit 2;; esac',
     )
-    stand_in(
-        programs,
-        "dpkg-deb",
-        'case $1 in --field) echo 1.0;; --extract) mkdir -p "$3/usr" && cp "$2" "$3/usr/";; *) exit 2;; esac',
-    )
-    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     got = list(photos.fetch(("one-package", "another"), tmp_path / "fetched"))
-    assert [item["package"] for item in got] == ["one-package", "another"]
-    assert {item["version"] for item in got} == {"1.0"}
+    assert [(item["package"], item["version"]) for item in got] == [("one-package", "1.0"), ("another", "1.0")]
     # sha256 of "data\n"
     assert got[0]["sha256"] == "6667b2d1aab6a00caa5aee5af8ad9f1465e567abf1c209d15727d57b3e8f6e5f"
-    assert sorted(path.name for path in (tmp_path / "fetched" / "root" / "usr").iterdir()) == [
-        "another_1.0_all.deb",
-        "one-package_1.0_all.deb",
-    ]
+    unpacked = [path.name for path in (tmp_path / "fetched" / "root" / "usr").iterdir()]
+    assert sorted(unpacked) == ["another_1.0_all.deb", "one-package_1.0_all.deb"]
     for call in (tmp_path / "calls").read_text().splitlines():
         assert f"Dir::State::Lists={tmp_path}/fetched/lists" in call
         assert f"Dir::Cache={tmp_path}/fetched/cache" in call
@@ -111,13 +105,8 @@ def test_packages_are_fetched_privately_by_exact_name(tmp_path: Path, monkeypatc
 
 
 def test_an_unknown_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    stand_in(
-        programs, "apt-get", 'case "$*" in *update) ;; *) echo "E: Unable to locate package x" >&2; exit 100;; esac'
-    )
-    stand_in(programs, "dpkg-deb", "exit 0")
-    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    lacking = 'case "$*" in *update) ;; *) echo "E: Unable to locate package x" >&2; exit 100;; esac'
+    stand_in(tmp_path / "bin", monkeypatch, apt_get=lacking, dpkg_deb="exit 0")
     with pytest.raises(UserError, match=r"Unable to locate package x.*--source shapes"):
         list(photos.fetch(("x",), tmp_path / "fetched"))
 
