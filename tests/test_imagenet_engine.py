@@ -247,16 +247,38 @@ def test_only_the_unchanged_recipe_on_imagenet_is_full_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "batch", "processes", "size", "refused"),
-    [(10, 9, 1, 32, 1), (10, 9, 1, 33, 0), (10, 10, 1, 32, 0), (13, 12, 3, 32, 1), (16, 12, 3, 32, 0)],
+    ("images", "batch", "processes", "size", "of_norm", "refused"),
+    [
+        (10, 9, 1, 32, 9, 1),
+        (10, 9, 1, 33, 9, 0),
+        (10, 10, 1, 32, 10, 0),
+        (13, 12, 3, 32, 4, 1),
+        (16, 12, 3, 32, 4, 0),
+        (13, 12, 1, 32, 4, 1),
+    ],
 )
 def test_a_last_batch_of_one_image_is_refused_where_it_has_no_statistics(
-    images: int, batch: int, processes: int, size: int, refused: int
+    images: int, batch: int, processes: int, size: int, of_norm: int, refused: int
 ) -> None:
-    recipe = load_recipe("semi-1pct", architecture="resnet18", overrides=(f"batch_size={batch}", f"size={size}"))
+    asked = (f"batch_size={batch}", f"size={size}", f"batch_norm_images={of_norm}")
+    recipe = load_recipe("semi-1pct", architecture="resnet18", overrides=asked)
     assert isinstance(recipe, FinetuneRecipe)
     with pytest.raises(UsageError, match="last batch of one image") if refused else contextlib.nullcontext():
         batch_warnings(recipe, images, processes=processes)
+
+
+@pytest.mark.parametrize("name", ["semi-1pct", "semi-10pct", "finetune-100pct"])
+def test_batch_norm_of_fine_tuning_does_not_depend_on_the_number_of_gpus(name: str) -> None:
+    recipe = load_recipe(name, architecture="resnet50")
+    assert isinstance(recipe, FinetuneRecipe)
+    assert recipe.groups == 8
+    assert recipe.recorded()["batch_norm_images"] == 32
+    for processes in (1, 2, 4, 8):
+        assert batch_warnings(recipe, 1000, processes=processes) == []
+    with pytest.raises(UsageError, match=r"fewer GPUs, or batch_norm_images=16"):
+        batch_warnings(recipe, 1000, processes=16)
+    # The samples' recipe is what it was: its hash has no key for it.
+    assert "batch_norm_images" not in load_recipe("sample-semi-1pct", architecture="resnet18").recorded()
 
 
 def test_what_overrides_changed_stands_in_plan_and_notes(tree: Path) -> None:
@@ -356,9 +378,10 @@ def test_plan_says_what_will_be_done(tree: Path) -> None:
     def plan(name: str, *overrides: str, **how: Any) -> str:
         return resolve(*ask(name, RESNET, tree, *SMALL, *overrides, **how)).plan
 
-    text = plan("semi-10pct", "batch_size=4", "size=33", gpus=2)
+    text = plan("semi-10pct", "batch_size=4", "batch_norm_images=2", "size=33", gpus=2)
     assert text.startswith("plan: 2 GPUs share the batch\n")
-    assert "images a step 4 (2 a process), lr_classifier 0.2, lr_backbone 0.02, 20 epochs of 2 steps" in text
+    assert "images a step 4 (2 a process), lr_classifier 0.2, lr_backbone 0.02, 20 epochs of 2 steps, " in text
+    assert "2 steps, batch norm over 2 images" in text
     assert "6 labelled images of 18; 9 validation images of 3 classes at 33 pixels" in text
     assert "nothing is trained" in plan("sample-linear", eval_only=True)
     assert "the 18 nearest of 18 training images vote" in plan("sample-knn")

@@ -46,6 +46,16 @@ def test_every_epoch_sees_each_image_once_on_any_number_of_ranks() -> None:
     assert not np.array_equal(epoch_batches(22, **order)[0], epoch_batches(22, **{**order, "epoch": 6})[0])
 
 
+def test_groups_hold_the_same_images_on_any_number_of_ranks() -> None:
+    order = {"batch_size": 8, "seed": 3, "epoch": 5, "groups": 4}
+    for step in range(3):
+        groups = epoch_batches(22, **order)[step].reshape(4, -1)
+        for count in (2, 4):
+            ranks = [epoch_batches(22, **order, rank=Rank(rank, count, CPU))[step] for rank in range(count)]
+            found = [rank.reshape(4 // count, -1)[index].tolist() for index in range(4 // count) for rank in ranks]
+            assert found == groups.tolist()
+
+
 def test_ordered_batches_hold_every_image_once_in_order(tree: Path) -> None:
     val = read_split(tree / "val")
     for index in range(2):

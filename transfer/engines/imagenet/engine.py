@@ -116,15 +116,20 @@ def batch_warnings(config: recipes.ClassifierRecipe, images: int, *, processes: 
 
     `UsageError` for batches that do not divide over the processes, or that end in a single image for each.
     """
-    size = config.batch_size
+    size, groups = config.batch_size, config.groups
     if size % processes:
         raise UsageError(f"batch_size = {size} does not divide over --gpus {processes}.")
-    last = -(-(images % size or size) // processes)
+    if groups and groups % processes:
+        raise UsageError(
+            f"Batch norm takes {groups} groups of the {size} images of a step, which do not divide over --gpus "
+            f"{processes}: take fewer GPUs, or batch_norm_images={size // processes}, which is another recipe."
+        )
+    last = -(-(images % size or size) // (groups or processes))
     # Where the last map is one pixel, as a ResNet's is up to 32 pixels.
     if isinstance(config, recipes.FinetuneRecipe) and config.size <= 32 and last == 1:
         raise UsageError(
-            f"{images} images in batches of {size} leave a last batch of one image a process, of which batch norm has "
-            "no statistics at this size: choose another batch_size."
+            f"{images} images in batches of {size} leave a last batch of one image for batch norm, which has no "
+            "statistics of it at this size: choose another batch_size."
         )
     if size <= images:
         return []
@@ -143,9 +148,10 @@ def _plan(
     if isinstance(config, recipes.ClassifierRecipe):
         steps, batch = -(-len(labelled) // config.batch_size), min(config.batch_size, len(labelled))
         rates = ", ".join(f"{name} {rate:g}" for name, rate in config.rates.items())
+        norm = f", batch norm over {batch / config.groups:g} images" if config.groups else ""
         return (
             f"{' share the batch' * (processes > 1)}\n  images a step {batch} ({batch / processes:g} a process), "
-            f"{rates}, {config.epochs} epochs of {steps} step{'s' * (steps > 1)}\n"
+            f"{rates}, {config.epochs} epochs of {steps} step{'s' * (steps > 1)}{norm}\n"
             f"  {len(labelled)} labelled images of {len(train)}; "
         )
     if isinstance(config, recipes.NeighboursRecipe):

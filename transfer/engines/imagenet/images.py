@@ -60,14 +60,19 @@ def listed_labels(train: LabelledImages, recipe: ClassifierRecipe) -> Path | Non
     return None if recipe.labels == "all" else find_subset(train.folder.parent, SUBSETS[recipe.labels][0])
 
 
-def epoch_batches(count: int, *, batch_size: int, seed: int, epoch: int, rank: Rank = ALONE) -> list[np.ndarray]:
+def epoch_batches(
+    count: int, *, batch_size: int, seed: int, epoch: int, rank: Rank = ALONE, groups: int | None = None
+) -> list[np.ndarray]:
     """One process's image indices, batch by batch, of a shuffled epoch; the last total batch may be smaller.
 
-    Ranks take equal parts of each total batch; where it does not divide, its first images are seen twice.
+    Ranks take equal parts of each total batch; where it does not divide, its first images are seen twice. With `groups`
+    a total batch has as many equal parts, the same for any number of ranks, and a rank's lie one after the other.
     """
     order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
     totals = [order[start : start + batch_size] for start in range(0, count, batch_size)]
-    return [np.resize(total, -(-len(total) // rank.count) * rank.count)[rank.index :: rank.count] for total in totals]
+    parts = groups or rank.count
+    whole = [np.resize(total, (-(-len(total) // parts), parts)) for total in totals]
+    return [total.T[rank.index :: rank.count].reshape(-1) for total in whole]
 
 
 def ordered_batches(count: int, *, batch_size: int, rank: Rank = ALONE) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from twist.contracts.config import SHIPPED, Config, identity_of, load_config, read_toml
+from twist.contracts.config import SHIPPED, Config, added, identity_of, load_config, read_toml
 from twist.contracts.errors import UsageError, did_you_mean
 from twist.transfer.request import Controls
 
@@ -82,6 +82,11 @@ class ClassifierRecipe(Recipe):
     augment: bool = True
 
     @property
+    def groups(self) -> int | None:
+        """Into how many equal parts a total batch falls whatever the number of GPUs; None: a part a GPU."""
+        return None
+
+    @property
     def rates(self) -> dict[str, float]:
         """The learning rates by their keys."""
         return {name: getattr(self, name) for name in type(self).model_fields if name.startswith("lr_")}
@@ -101,6 +106,13 @@ class FinetuneRecipe(ClassifierRecipe):
     kind: Literal["finetune"]
     lr_backbone: float = Field(gt=0)
     augment: Literal[True] = True
+    # Images over which batch norm takes its training statistics, whatever the number of GPUs (None: a process's own).
+    batch_norm_images: int | None = added(None, gt=0)
+
+    @property
+    def groups(self) -> int | None:
+        """Groups of at most `batch_norm_images`, each with statistics of its own."""
+        return self.batch_norm_images and -(-self.batch_size // self.batch_norm_images)
 
 
 class NeighboursRecipe(Recipe):

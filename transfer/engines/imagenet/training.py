@@ -1,8 +1,8 @@
 """Linear and fine-tuning protocols: one training loop, SGD on cross-entropy, cosine by epoch, a checkpoint an epoch.
 
 linear: a linear classifier on a frozen backbone, as TWIST's evaluate.py (ResNets) and DINO's probe (ViTs).
-finetune: backbone and classifier at two rates, as evaluate.py `--weights finetune`; each process has its own batch
-statistics. One process a GPU, through torch's own launcher. `B` images of one process, `K` classes.
+finetune: backbone and classifier at two rates, as evaluate.py `--weights finetune`, with batch norm over groups of the
+size that its eight GPUs had. One process a GPU, through torch's own launcher. `B` images of one process, `K` classes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from fvcore.common.param_scheduler import CosineParamScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from twist.contracts import states
@@ -116,6 +116,8 @@ def train_finetune(rank: Rank, setup: Setup) -> dict[str, Any]:
     device, header = rank.device, setup.weights.header
     backbone = setup.extractor(device)
     classifier = new_classifier(backbone.dimension, len(setup.train.classes), seed=setup.request.seed)
+    assert isinstance(setup.config, FinetuneRecipe)
+    normalise_in_groups(backbone.network, (setup.config.groups or rank.count) // rank.count)
     return Trainer(
         nn.Sequential(backbone.network, classifier),
         [classifier, backbone.network],
@@ -133,6 +135,31 @@ def new_classifier(dimension: int, classes: int, *, seed: int) -> nn.Linear:
         classifier.weight.normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
         classifier.bias.zero_()
     return classifier
+
+
+class GroupedBatchNorm2d(nn.BatchNorm2d):
+    """torch's, but in training each of `groups` equal parts of the batch has statistics of its own.
+
+    The running ones follow the first part, as the published code's follow its first GPU, whose buffers torch's
+    data-parallel wrapper sends to the others.
+    """
+
+    groups = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        first, *others = x.chunk(self.groups)
+        batch_norm = partial(F.batch_norm, weight=self.weight, bias=self.bias, training=True, eps=self.eps)
+        normalised = [batch_norm(part, running_mean=None, running_var=None) for part in others]
+        return torch.cat([super().forward(first), *normalised])
+
+
+def normalise_in_groups(network: nn.Module, groups: int) -> None:
+    """Split the batch of every batch norm of `network`; parameters and names in the state dict stay."""
+    for module in network.modules() if groups > 1 else ():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__, module.groups = GroupedBatchNorm2d, groups  # type: ignore[assignment]
 
 
 class Trainer:
@@ -203,8 +230,8 @@ class Trainer:
 
     def _train_epoch(self, model: nn.Module, epoch: int, progress: Progress) -> dict[str, float]:
         model.train()
-        size, seed = self.recipe.batch_size, self.setup.request.seed
-        batches = epoch_batches(len(self.setup.labelled), batch_size=size, seed=seed, epoch=epoch, rank=self.rank)
+        order = {"batch_size": self.recipe.batch_size, "seed": self.setup.request.seed, "epoch": epoch}
+        batches = epoch_batches(len(self.setup.labelled), **order, rank=self.rank, groups=self.recipe.groups)
         began = time.monotonic()
         # Summed on the device: reading the loss at every step would make the GPU wait for the host.
         total = torch.zeros(2, dtype=torch.float64, device=self.rank.device)
