@@ -29,6 +29,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def divided_cores(parts: int) -> list[list[int]]:
+    """The numbers of the cores that this process may use, in `parts` shares; empty where a system does not say."""
+    numbers = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [numbers[part::parts] or numbers for part in range(parts)] if numbers else []
+
+
+def memory() -> int:
+    """Bytes of main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def cpu_has_bf16() -> bool:
     """Whether the processor multiplies bfloat16; without that each number is converted, slower than float32."""
     import torch

@@ -61,6 +61,15 @@ def try_lock(path: Path, *, inherited: bool = False) -> int | None:
 
 
 @contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait for the lock file `path` and hold it: of processes that want to make the same thing, one makes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder`, made where it is absent, for this process; `UserError` where another process holds it.
 

@@ -22,6 +22,7 @@ from twist.contracts import files, states
 from twist.contracts.files import sha256_json
 from twist.contracts.networks import normalise
 from twist.contracts.progress import Progress
+from twist.contracts.run_folder import alone
 from twist.contracts.weights import Backbone
 
 # Images (B, 3, S, S) uint8 RGB or features (B, D), and labels (B,).
@@ -163,8 +164,12 @@ class Extractor:
             "last_blocks": self.last_blocks,
         }
         target = FeatureFile(folder / f"{sha256_json(key)[:24]}.f32", torch.from_numpy(labels), self.dimension)
-        if target.complete:
-            return target
+        with alone(target.path.with_suffix(".lock")):
+            if not target.complete:
+                self._write(target, decoded, title)
+        return target
+
+    def _write(self, target: FeatureFile, decoded: Iterable[Batch], title: str) -> None:
         with (
             files.atomic_path(target.path) as temporary,
             temporary.open("wb") as file,
@@ -174,4 +179,3 @@ class Extractor:
                 file.write(rows.cpu().numpy().tobytes())
                 progress.advance(len(rows))
         target.seal()
-        return target

@@ -21,6 +21,7 @@ from twist.contracts.files import sha256_json
 from twist.contracts.metrics import check_metrics
 from twist.contracts.networks import build_backbone
 from twist.contracts.weights import Backbone
+from twist.measure.features import Extractor
 from twist.transfer.engines.imagenet import engine
 from twist.transfer.engines.imagenet.engine import (
     Setup,
@@ -34,7 +35,7 @@ from twist.transfer.engines.imagenet.engine import (
 from twist.transfer.engines.imagenet.panel import Tile, cluster_panel, neighbour_panel, prediction_panel, write_panel
 from twist.transfer.engines.imagenet.recipes import FOLDER, FinetuneRecipe, LinearRecipe, load_recipe
 from twist.transfer.protocols import PROTOCOLS
-from twist.transfer.request import Result
+from twist.transfer.request import Controls, Result
 
 RESNET = Backbone(architecture="resnet18", method="random")
 SMALL = ("size=32", "resize=36", "machine.workers=0")
@@ -99,7 +100,8 @@ def test_a_batch_larger_than_the_training_set_is_said_with_overrides_that_fit(tr
     assert "batch_size=18 lr_classifier=0.00352 would fit" in linear.notes[0]
     assert linear.notes[0] in linear.plan
     assert "images a step 18 (18 a process)" in linear.plan
-    assert "batch_size=16 lr_classifier=0.0125 lr_backbone=0.000625 would" in resolved("finetune-100pct", gpus=4).plan
+    fit = ("batch_size=16", "lr_classifier=0.0125", "lr_backbone=0.000625", "batch_norm_images=4")
+    assert f"{' '.join(fit)} would" in resolved("finetune-100pct", gpus=4).plan
     fitting = resolved("linear", "batch_size=18", "lr_classifier=0.00352")
     assert "warning" not in fitting.plan
 
@@ -154,6 +156,22 @@ def test_knn_and_clusters(name: str, tree: Path, weights: dict[str, Tensor], tmp
     assert Image.open(result.media[0]).size[0] > 200
     assert result.media[0].stat().st_size < 200_000
     assert len(list(tmp_path.glob("features/*.f32"))) == 2 * keep
+
+
+def test_runs_with_a_shared_folder_compute_features_once(
+    tree: Path, weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = []
+    write = Extractor._write
+    monkeypatch.setattr(
+        Extractor, "_write", lambda self, target, *how: (computed.append(target), write(self, target, *how))
+    )
+    shared = {"controls": Controls(shared=str(tmp_path / "shared"))}
+    first, second = (measure("sample-knn", tree, weights, tmp_path / f"{seed}", seed=seed, **shared) for seed in (0, 1))
+    assert len(computed) == 2  # train and val, by the first run alone
+    assert first.metrics == second.metrics
+    measure("sample-linear", tree, weights, tmp_path / "2", "epochs=1", **shared)
+    assert len(computed) == 4, "bilinear where k-NN is bicubic"
 
 
 @pytest.mark.slow

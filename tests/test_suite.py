@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from twist.catalog.card import find_card
 from twist.catalog.card_data import open_card
 from twist.contracts.config import read_toml, validate
 from twist.contracts.errors import UsageError, UserError
+from twist.contracts.machine import cores
 from twist.contracts.record import RunRecord, find_records, read_record, write_record
 from twist.transfer.protocols import PROTOCOLS
 from twist.transfer.suite import launch
@@ -54,6 +56,10 @@ file = "random"
 """
 
 
+def shell(script: str) -> list[str]:
+    return [sys.executable, "-m", "shell_script", script]
+
+
 class World:
     """A folder with a suite file and data, and `twist transfer` replaced by a shell script that copies a record."""
 
@@ -66,6 +72,10 @@ class World:
         self.scripts: dict[str, str] = {}
         monkeypatch.setattr(suite_module, "transfer_command", self.command)
         monkeypatch.setattr(suite_module, "POLL_S", 0.02)
+        # Runs start one by one, and find nothing imported: these need nothing.
+        monkeypatch.setattr(launch, "cpu_runs_at_once", lambda: 1)
+        monkeypatch.setattr(suite_module, "imported_by", lambda _: ())
+        monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
 
     def command(self, job: Job, weights: Path | str, *, output: Path, **_: Any) -> list[str]:
         assert weights == "random" or Path(weights).is_file()
@@ -79,7 +89,7 @@ class World:
         copy = f"mkdir -p {target} && cp {shlex.quote(str(prepared.parent))}/* {target}"
         (self.root / "starts").mkdir(exist_ok=True)
         script = self.scripts.get(job.title, "")
-        return ["/bin/sh", "-c", f"{count}\n{script}\necho gpus=$CUDA_VISIBLE_DEVICES\n{copy}"]
+        return shell(f"{count}\n{script}\necho gpus=$CUDA_VISIBLE_DEVICES\n{copy}")
 
     def record(self, job: Job) -> RunRecord:
         return make_record(
@@ -240,7 +250,7 @@ def test_plan_says_what_is_done_and_how_long_the_rest_takes(world: World, monkey
     text = world.described(slots=1, gpus_of_run=0)
     assert "1/2" in text
     assert "2/2" in text
-    assert "4 runs: 3 done, 1 to run, one at a time on the CPU" in text
+    assert "4 runs: 3 done, 1 to run, 1 at a time on the CPU" in text
 
 
 def test_a_metric_of_another_protocol_stops_the_suite(world: World) -> None:
@@ -511,6 +521,33 @@ def test_a_run_sees_its_own_gpus(world: World, monkeypatch: pytest.MonkeyPatch) 
     assert {path.read_text().strip() for path in world.output.rglob("log-1.txt")} == {"gpus=7,6", "gpus=5,4"}
 
 
+def test_runs_on_cpus_share_the_cores_and_are_forked_from_one_process(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "cpu_runs_at_once", lambda: 2)
+    asks = "echo $(nproc) $PPID $(cut -d ' ' -f 4 /proc/$$/stat)"
+    world.scripts |= {job.title: asks for job in world.work().jobs}
+    world.run()
+    said = [path.read_text().split()[:2] for path in world.output.rglob("log-1.txt")]
+    assert len(said) == 4
+    assert {int(cores) for cores, _ in said} <= {max(cores() // 2, 1), -(-cores() // 2)}
+    assert len({parent for _, parent in said}) == 1
+    assert str(os.getpid()) not in {parent for _, parent in said}
+
+
+def test_features_go_when_no_run_wants_them_any_more(world: World) -> None:
+    world.file.write_text(SIMPLE + '[[weights]]\nname = "other"\nfile = "random"\nseeds = [7]\n')
+    shared = world.output / "shared"
+    for job in world.work().jobs:
+        finds = f"test ! -e {shared}/random/features || exit 1\n" if job.weights.name == "other" else ""
+        world.scripts[job.title] = (
+            f"{finds}mkdir -p {shared}/{job.weights.name}/features {shared}/{job.weights.name}/mmseg"
+        )
+    assert len(world.run()) == 6
+    assert world.starts() == 6, "weights after weights"
+    assert sorted(str(path.relative_to(shared)) for path in shared.glob("*/*")) == ["other/mmseg", "random/mmseg"]
+
+
 @pytest.mark.parametrize(("visible", "count"), [("4,5", 2), ("4,5,-1,6", 2), ("", 0)])
 def test_a_gpu_that_the_caller_has_not(monkeypatch: pytest.MonkeyPatch, visible: str, count: int) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -572,18 +609,19 @@ def test_a_suite_that_is_killed_leaves_a_run_that_keeps_its_lock(tmp_path: Path)
     program = (
         "import sys, time; from pathlib import Path; from twist.transfer.suite.launch import LocalLauncher\n"
         f"folder, launcher = Path({str(tmp_path)!r}), LocalLauncher([])\n"
-        "launcher.start(['sleep', '60'], log=folder / 'log', slot=0, lock=launcher.claim(folder))\n"
-        "print('started', flush=True); time.sleep(60)"
+        f"launcher.start({shell('echo $$; sleep 60')!r}, log=folder / 'log', slot=0, lock=launcher.claim(folder))\n"
+        "time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT) as parent:
-        assert parent.stdout is not None
-        parent.stdout.readline()
-        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    log, environment = tmp_path / "log", {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment) as parent:
+        while not (log.exists() and log.read_text().endswith("\n")):
+            time.sleep(0.02)
+        child = int(log.read_text())
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     launcher = launch.LocalLauncher([])
     assert launcher.claim(tmp_path) is None
-    os.kill(int(children[0]), signal.SIGKILL)
+    os.killpg(child, signal.SIGKILL)
     for _ in range(200):
         lock = launcher.claim(tmp_path)
         if lock is not None:
@@ -729,26 +767,28 @@ def test_a_second_interruption_leaves_no_local_run(tmp_path: Path, monkeypatch: 
     launcher, running = launch.LocalLauncher([["0"], ["1"]]), []
     for slot in (0, 1):
         folder = tmp_path / str(slot)
-        script = ["/bin/sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done"]
+        script = shell("trap '' TERM; echo ready; while :; do sleep 0.05; done")
         lock = launcher.claim(folder)
         assert lock is not None
         running.append(launcher.start(script, log=folder / "log", slot=slot, lock=lock))
-        while not (folder / "log").read_text():
+        while not ((folder / "log").exists() and (folder / "log").read_text()):
             time.sleep(0.01)
     processes = [one._process for one in running]
-    wait = subprocess.Popen.wait
+    join = BaseProcess.join
 
-    def interrupted(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+    def interrupted(process: BaseProcess, timeout: float | None = None) -> None:
         if timeout is not None:
             raise KeyboardInterrupt
-        return wait(process)
+        join(process)
 
-    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    monkeypatch.setattr(BaseProcess, "join", interrupted)
     try:
         with pytest.raises(KeyboardInterrupt):
             suite_module.leave(running)
         monkeypatch.undo()
-        assert [process.wait(10) for process in processes] == [-signal.SIGKILL] * 2
+        for process in processes:
+            process.join(10)
+        assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2
     finally:
         for process in processes:
             process.kill()

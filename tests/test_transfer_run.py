@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,8 +29,8 @@ from twist.transfer.end import render_end
 from twist.transfer.engines import all_engines
 from twist.transfer.pictures import plot_losses, save_pairs
 from twist.transfer.protocols import find_protocol
-from twist.transfer.request import Controls, Result, split_overrides
-from twist.transfer.run import default_output, find_weights, transfer
+from twist.transfer.request import Controls, Request, Result, split_overrides
+from twist.transfer.run import default_output, find_weights, prepare_weights, transfer
 
 STORED = Path(__file__).resolve().parent / "stored" / "transfer"
 
@@ -268,6 +269,45 @@ def test_a_run_is_continued_on_its_own_data_alone(tmp_path) -> None:
 
 
 QUICK_KNN = ("size=32", "resize=36", "machine.workers=0")
+
+
+def test_runs_with_a_shared_folder_convert_once(tmp_path, monkeypatch) -> None:
+    made = []
+
+    def convert(checkpoint, *, target, output, **read_as):
+        made.append((checkpoint, target, read_as["branch"]))
+        output.mkdir(parents=True)
+        for name in ("weights.pth", "overlay.py"):
+            (output / name).write_text(name)
+        header = Backbone(architecture="resnet18", method="twist", epochs=7)
+        return SimpleNamespace(backbone=header, weights=output / "weights.pth", overlay=output / "overlay.py")
+
+    monkeypatch.setattr("twist.converters.convert.convert", convert)
+    (tmp_path / "one.pth").write_bytes(b"1")
+    engine, shared = all_engines()["mmseg"], Controls(shared=str(tmp_path / "shared"))
+
+    def prepared(seed: int, **read_as: str):
+        request = Request(
+            find_protocol("sample-voc-fcn-d8"),
+            tmp_path,
+            tmp_path / f"{seed}",
+            tmp_path / "one.pth",
+            controls=shared,
+            **read_as,
+        )
+        return prepare_weights(request, engine)
+
+    first = prepared(0)
+    assert (first.header.epochs, first.file.read_text(), first.overlay.read_text()) == (7, "weights.pth", "overlay.py")
+    assert prepared(1) == first
+    assert len(made) == 1
+    assert prepared(2, branch="teacher").file != first.file  # other tensors of the same file
+    first.overlay.write_text("damaged")
+    assert prepared(3) == first
+    assert first.overlay.read_text() == "overlay.py"
+    (tmp_path / "one.pth").write_bytes(b"2")
+    assert prepared(4).file not in (first.file, prepared(2, branch="teacher").file)
+    assert len(made) == 5
 
 
 @pytest.fixture

@@ -36,6 +36,8 @@ class Controls(Config):
     root: str | None = None
     # An experiment tracker, which gets the run's curves.
     logger: Logger | None = None
+    # A folder for what runs of the same weights can share: conversions, frozen features. It is kept.
+    shared: str | None = None
     # Several machines, each with `--gpus`; the same command on every one with its own node_rank.
     nodes: int = Field(default=1, gt=0)
     node_rank: int = Field(default=0, ge=0)

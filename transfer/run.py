@@ -23,7 +23,7 @@ from twist.catalog.before_run import identify_data, require_data
 from twist.catalog.card import find_card
 from twist.catalog.card_data import CardData, require_card_data
 from twist.catalog.data_sets import find_root
-from twist.contracts import files, run_folder
+from twist.contracts import files, run_folder, states
 from twist.contracts.errors import UsageError, UserError, require
 from twist.contracts.files import sha256_file
 from twist.contracts.machine import git_commit, hardware, software
@@ -41,6 +41,8 @@ TORCHVISION = "torchvision:"
 # In the run folder: the random initialisation that the run starts from.
 RANDOM_FILE = Path("weights") / "random.safetensors"
 USUAL_NETWORK: dict[str, Architecture] = {"full": "resnet50", "sample": "resnet18"}
+# In a shared conversion: its files and what their tensors mean.
+CONVERTED = "converted.json"
 CONTINUED = "continued from a checkpoint: wall_s counts this start alone"
 
 
@@ -329,13 +331,38 @@ def prepare_weights(request: Request, engine: Engine) -> Weights:
         return Weights(header, tensors=tensors)
     from twist.converters.convert import convert
 
-    node = "" if request.leads else f"-node{request.controls.node_rank}"
-    target = request.output / "weights" / f"{engine.target}{node}"
-    if target.exists():  # a continued run: the conversion is deterministic, so it is made anew rather than trusted
-        shutil.rmtree(target)
-    with frameworks_quiet():
-        done = convert(artefact, target=engine.target, output=target, **request.read_as)
-    return Weights(done.backbone, done.weights, done.overlay)
+    def converted(target: Path) -> Weights:
+        assert engine.target is not None
+        if target.exists():  # a continued run: the conversion is deterministic, so it is made anew rather than trusted
+            shutil.rmtree(target)
+        with frameworks_quiet():
+            done = convert(artefact, target=engine.target, output=target, **request.read_as)
+        return Weights(done.backbone, done.weights, done.overlay)
+
+    if request.controls.shared is None:
+        node = "" if request.leads else f"-node{request.controls.node_rank}"
+        return converted(request.output / "weights" / f"{engine.target}{node}")
+    name = files.sha256_json([sha256_file(artefact), request.read_as])[:12]
+    target = Path(request.controls.shared).absolute() / engine.target / name
+    with run_folder.alone(target.with_suffix(".lock")):
+        if (kept := _kept_conversion(target)) is not None:
+            return kept
+        made = converted(target)
+        of_files = [{"name": path.name, **states.description(path)} for path in (made.file, made.overlay) if path]
+        states.write_manifest(target / CONVERTED, {"files": of_files, "backbone": made.header.model_dump(mode="json")})
+    return made
+
+
+def _kept_conversion(folder: Path) -> Weights | None:
+    """What another run converted into `folder`; None where it is not there as it was written."""
+    try:
+        fields, sealed = states.read_manifest(folder / CONVERTED)
+    except (OSError, ValueError):
+        return None
+    if not sealed or any(states.damage(folder / one["name"], one) for one in fields["files"]):
+        return None
+    weights, *overlay = (folder / one["name"] for one in fields["files"])
+    return Weights(Backbone.model_validate(fields["backbone"]), weights, overlay[0] if overlay else None)
 
 
 def _write_random(request: Request) -> Path:

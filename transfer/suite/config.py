@@ -66,6 +66,8 @@ class SuiteConfig(Config):
     overrides: dict[str, tuple[Override, ...]] = Field(default={})
     grid: dict[str, dict[str, tuple[float | int | str | bool, ...]]] = Field(default={})
     gpus_per_run: int = Field(default=1, gt=0)
+    # Without GPUs: runs at a time, which share the cores; None: as many as cores, and as memory has 2 GiB for each.
+    cpu_runs_at_once: int | None = Field(default=None, gt=0)
     # submitit's parameters, and how many jobs may be queued or running at a time.
     slurm: dict[str, Any] = Field(default={})
     slurm_jobs_at_once: int = Field(default=64, gt=0)
@@ -237,7 +239,7 @@ def describe_work(work: Workload, suite: SuiteConfig, *, slots: int, gpus_of_run
     for entry in suite.weights:
         cells = (f"{have[entry.name, p]}/{wanted[entry.name, p]}".rjust(len(p)) for p in suite.protocols)
         lines.append(f"{entry.name:{width}}  " + "  ".join(cells))
-    where = f"{slots} at a time, {gpus_of_run} GPU each" if gpus_of_run else "one at a time on the CPU"
+    where = f"{slots} at a time, {gpus_of_run} GPU each" if gpus_of_run else f"{slots} at a time on the CPU"
     parts = [f"{len(work.jobs)} runs: {len(work.done)} done, {len(work.missing)} to run, {where}"]
     known = [seconds for job in work.missing if (seconds := work.expected_s(job)) is not None]
     if known:

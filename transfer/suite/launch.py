@@ -1,6 +1,8 @@
 """Starting the command of one run: as a child process here, or as a SLURM job.
 
-A local run holds a lock on its folder for as long as it lives, even when the suite that started it is killed: the lock
+On CPUs the children are forked from one process that has the engines imported (multiprocessing's fork server), so a run
+costs its own work and no imports; a run on GPUs is a fresh process, because CUDA does not survive a fork. A local run
+holds a lock on its folder for as long as it lives, even when the suite that started it is killed: the lock
 belongs to an open file that the child inherits. A SLURM job leaves its number in the folder, written under the lock. A
 second suite therefore waits for either and never starts a run twice. A suite that ends early stops its local runs and
 leaves those of SLURM in their queue.
@@ -10,16 +12,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import reduction
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, require
+from twist.contracts.machine import cores, divided_cores, memory
 from twist.contracts.run_folder import try_lock
 
 JOB_NUMBER = "slurm-job.txt"
@@ -46,51 +54,86 @@ def uninterrupted() -> Iterator[None]:
 class LocalRun:
     """A child process. `status()` is its exit status, None while it runs."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: BaseProcess) -> None:
         self._process = process
-        self.status = process.poll
+
+    def status(self) -> int | None:
+        return self._process.exitcode
 
     def leave(self, *, patience_s: float = 30.0) -> None:
         """The suite ends before the run: stop it, and what it started."""
-        if self._process.poll() is not None:
+        if self._process.exitcode is not None:
             return
         # TERM first, so that the run can save. KILL then reaches workers that outlive it, also when a second Ctrl-C
         # ends the wait.
-        os.killpg(self._process.pid, signal.SIGTERM)
+        self._signal(signal.SIGTERM)
         try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(patience_s)
+            self._process.join(patience_s)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+            self._signal(signal.SIGKILL)
+        self._process.join()
+
+    def _signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:  # it has ended, or has not come to make its group
+            self._process.kill()
 
 
 class LocalLauncher:
-    """One child process a GPU set (CUDA's names, see `gpu_names`); without GPUs one process at a time."""
+    """One child process a GPU set (CUDA's names, see `gpu_sets`); without GPUs `at_once` that share the cores.
 
-    def __init__(self, gpu_sets: Sequence[Sequence[str]]) -> None:
-        self._gpu_sets = [tuple(gpus) for gpus in gpu_sets] or [()]
-        self.slots = len(self._gpu_sets)
+    `imported` are the modules that runs on CPUs find imported.
+    """
+
+    def __init__(self, gpu_sets: Sequence[Sequence[str]], *, at_once: int = 1, imported: Sequence[str] = ()) -> None:
+        self._gpus = [",".join(gpus) for gpus in gpu_sets]
+        self._cores: list[list[int]] = [] if gpu_sets else divided_cores(at_once)
+        self.slots = len(self._gpus) or at_once
+        self._context: Any = multiprocessing.get_context("spawn" if gpu_sets else "forkserver")
+        if not gpu_sets:
+            self._context.set_forkserver_preload(list(imported))
 
     def claim(self, folder: Path) -> int | None:
         """A descriptor that holds the folder's lock; None while a process of an earlier suite holds it."""
         return try_lock(folder / ".suite-lock", inherited=True)
 
     def start(self, command: Sequence[str], *, log: Path, slot: int, lock: int) -> LocalRun:
-        """Run `command`, its output appended to `log`; it holds a copy of `lock`."""
-        gpus = ",".join(self._gpu_sets[slot])
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                list(command),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})},
-                pass_fds=(lock,),
-                start_new_session=True,  # a process group: the run's own workers are stopped with it
-            )
+        """Run `command` (`python -m MODULE …`), its output appended to `log`; it holds a copy of `lock`."""
+        share = {"gpus": self._gpus[slot]} if self._gpus else {"cores": self._cores[slot] if self._cores else []}
+        process = self._context.Process(target=_child, args=(list(command), log, _Descriptor(lock)), kwargs=share)
+        process.start()
         return LocalRun(process)
+
+
+class _Descriptor:
+    """An open file on its way into a child process, which gets its number there."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __reduce__(self) -> Any:
+        return _detached, (reduction.DupFd(self._number),)
+
+
+def _detached(copy: Any) -> int:
+    return copy.detach()
+
+
+def _child(command: list[str], log: Path, _lock: int, *, gpus: str = "", cores: Sequence[int] = ()) -> None:
+    os.setsid()  # a process group: the run's own workers are stopped with it
+    with log.open("ab") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    if cores:
+        os.sched_setaffinity(0, cores)
+        if "torch" in sys.modules:  # it counted the cores when it was imported
+            sys.modules["torch"].set_num_threads(len(cores))
+    sys.argv = command[2:]
+    runpy.run_module(command[2], run_name="__main__", alter_sys=True)
 
 
 class SlurmCommand:
@@ -167,6 +210,11 @@ def slurm_executor(folder: Path) -> Any:
     if submitit.SlurmExecutor.affinity() < 0:
         raise UserError("--executor slurm: there is no SLURM here (no srun on the PATH); use --executor local.")
     return submitit.AutoExecutor(folder=folder, cluster="slurm")
+
+
+def cpu_runs_at_once() -> int:
+    """As many runs as cores, with 2 GiB of memory for each."""
+    return max(min(cores(), memory() // 2**31), 1)
 
 
 def gpu_sets(gpus: Sequence[int] | None, *, size: int) -> list[list[str]]:

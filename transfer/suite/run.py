@@ -3,7 +3,8 @@
 What is done is known from the records alone: each carries the key of its job, so a suite that was killed, or whose run
 folders were cleared away, goes on where it was. The data are no part of the key (they may have moved, and older records
 do not say theirs): a record of other data than `--data` holds stops the suite. Every run is a process of its own
-(`twist transfer … --resume`), so that a crash in one framework ends one run, and that one is tried once more.
+(`twist transfer … --resume`), so that a crash in one framework ends one run, and that one is tried once more. What
+runs of the same weights would make again is made once: conversions, and frozen features while such runs are to come.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ from twist.contracts.errors import UsageError, UserError
 from twist.contracts.files import sha256_json
 from twist.contracts.progress import duration
 from twist.contracts.record import RunRecord, find_records, name_in, write_record
+from twist.transfer.engines import all_engines
+from twist.transfer.protocols import PROTOCOLS
 from twist.transfer.suite import config, launch
 from twist.transfer.suite.config import Job, WeightsEntry, Workload
 
 Command = Callable[[Job], list[str]]
 ATTEMPTS = 2
+# In the folder of runs: what those of the same weights share, by the weights' name.
+SHARED = "shared"
 POLL_S = 0.5
 
 
@@ -57,12 +62,13 @@ def run_suite(
     slots, gpus_of_run, gpu_sets = suite.slurm_jobs_at_once, suite.gpus_per_run, []
     if executor == "local":
         gpu_sets = launch.gpu_sets(gpus, size=suite.gpus_per_run)
-        slots, gpus_of_run = (len(gpu_sets), suite.gpus_per_run) if gpu_sets else (1, 0)
+        at_once = min(suite.cpu_runs_at_once or launch.cpu_runs_at_once(), max(len(work.missing), 1))
+        slots, gpus_of_run = (len(gpu_sets), suite.gpus_per_run) if gpu_sets else (at_once, 0)
     print(config.describe_work(work, suite, slots=slots, gpus_of_run=gpus_of_run))
     if dry_run:
         return list(work.done.values()), None
 
-    launcher: launch.Launcher = launch.LocalLauncher(gpu_sets)
+    launcher: launch.Launcher = launch.LocalLauncher(gpu_sets, at_once=slots, imported=imported_by(work.missing))
     if executor == "slurm":
         launcher = launch.SlurmLauncher(folder=output / "slurm", gpus=gpus_of_run, options=suite.slurm, at_once=slots)
     # Each checkpoint is read once, whatever the number of its runs.
@@ -70,7 +76,9 @@ def run_suite(
     artefacts = {entry.name: _artefact(entry, output / "weights") for entry in entries}
 
     def command(job: Job) -> list[str]:
-        return transfer_command(job, artefacts[job.weights.name], gpus=gpus_of_run, output=output)
+        shared = output / SHARED / job.weights.name if executor == "local" else None
+        weights = artefacts[job.weights.name]
+        return transfer_command(job, weights, gpus=gpus_of_run, output=output, shared=shared)
 
     runs = _Runs(work, launcher, command, results=results, output=output)
     try:
@@ -84,14 +92,22 @@ def run_suite(
     return [records[job.key] for job in work.jobs if job.key in records], runs.error()
 
 
-def transfer_command(job: Job, weights: Path | str, *, gpus: int, output: Path) -> list[str]:
+def imported_by(jobs: Sequence[Job]) -> list[str]:
+    """The modules that runs of `jobs` begin with."""
+    engines = dict.fromkeys(PROTOCOLS[job.protocol].engine for job in jobs)
+    return ["twist.transfer.run", "twist.converters.read", *(all_engines()[name].module for name in engines)]
+
+
+def transfer_command(
+    job: Job, weights: Path | str, *, gpus: int, output: Path, shared: Path | None = None
+) -> list[str]:
     """The command line of one run; its record goes into the run folder, from where the suite collects it."""
     folder = job.folder(output)
     command = [sys.executable, "-m", "twist", "transfer", job.protocol, "--weights", str(weights)]
     command += ["--data", str(job.place), "--seed", str(job.seed), "--gpus", str(gpus), "--output", str(folder / "run")]
     command += ["--results", str(folder / "record"), "--resume"]
     command += ["--method", job.weights.method] if job.weights.method else []
-    return [*command, *job.overrides]
+    return [*command, *job.overrides, *([f"shared={shared}"] if shared else [])]
 
 
 def _artefact(entry: WeightsEntry, folder: Path) -> Path | str:
@@ -150,9 +166,7 @@ class _Runs:
     def __init__(
         self, work: Workload, launcher: launch.Launcher, command: Command, *, results: Path, output: Path
     ) -> None:
-        # Longest first, those of unknown length before all: the last job to end then is a short one.
-        lengths = {job.key: work.expected_s(job) or float("inf") for job in work.missing}
-        self.waiting = sorted(work.missing, key=lambda job: -lengths[job.key])
+        self.waiting = sorted(work.missing, key=lambda job: _turn(job, work))
         self.running: list[_Started] = []
         self.made: dict[str, RunRecord] = {}
         self.failed: list[_Started] = []
@@ -181,6 +195,7 @@ class _Runs:
                     status = one.run.status()
                     if status is not None:
                         self._take(one, status)
+                self._forget_features()
 
     def error(self) -> UserError | None:
         """The sentence for runs that failed, None where none did."""
@@ -230,6 +245,13 @@ class _Runs:
             self.failed.append(one)
             self._print(f"failed   {one.job.title}: {last_line(one.log)}")
 
+    def _forget_features(self) -> None:
+        """Remove the features of weights that no run is to come of: of ImageNet they are 10 GB each."""
+        wanted = {job.weights.name for job in [*self.waiting, *(one.job for one in self.running)]}
+        for folder in (self._output / SHARED).glob("*/features"):
+            if folder.parent.name not in wanted:
+                shutil.rmtree(folder, ignore_errors=True)
+
     def _done(self, job: Job, record: RunRecord, *, wall_s: float) -> None:
         self.made[job.key] = record
         self._print(f"done     {job.title} in {duration(wall_s)}")
@@ -276,6 +298,17 @@ class _Runs:
         for one in self.running:
             table.add_row(Text(one.title), duration(time.monotonic() - one.began), Text(last_line(one.log)))
         return table
+
+
+def _turn(job: Job, work: Workload) -> tuple[bool, int, float, int]:
+    """What comes first: the longest, those of unknown length before all, so that the last job to end is a short one.
+
+    Runs on frozen features come after, by their weights, whose features then need not wait on disk for long, and by
+    seed, so that two at a time seldom want the same features.
+    """
+    on_features = all_engines()[PROTOCOLS[job.protocol].engine].target is None
+    weights = [one.weights for one in work.jobs].index(job.weights) if on_features else 0
+    return on_features, weights, -(work.expected_s(job) or float("inf")), job.seed
 
 
 def leave(runs: Sequence[launch.Run]) -> None:

@@ -67,6 +67,8 @@ class Setup:
             return self.request.output / "features"
         if self.config.machine.features:
             return Path(self.config.machine.features).expanduser()
+        if self.request.controls.shared:
+            return Path(self.request.controls.shared) / "features"
         output = self.request.output
         runs = output.parent.parent if output.parent.name == self.request.protocol.name else output.parent
         return runs / "features"

@@ -136,6 +136,8 @@ def batch_warnings(config: recipes.ClassifierRecipe, images: int, *, processes: 
     fitting = max(images - images % processes, processes)
     # In proportion to the batch: Goyal et al. 2017, arXiv 1706.02677.
     fit = " ".join(f"{name}={rate * fitting / size:.3g}" for name, rate in config.rates.items())
+    if groups and -(-fitting * groups // size) % processes:
+        fit += f" batch_norm_images={fitting // processes}"
     return [
         f"warning: batch_size {size} is more than the {images} labelled images: batch_size={fitting} {fit} would fit"
     ]
@@ -222,15 +224,18 @@ def _on_frozen_features(setup: Setup) -> Result:
     with explained(memory=recipes.START):
         extractor = setup.extractor(device)
 
+        shared = setup.request.controls.shared
+        folder = (Path(shared) if shared else setup.request.output) / "features"
+
         def features(split: str) -> FeatureFile:
-            images, folder = {"train": setup.labelled, "val": setup.val}[split], setup.request.output / "features"
+            images = {"train": setup.labelled, "val": setup.val}[split]
             return extract(extractor, images, setup.config, folder=folder, title=f"{split} features")
 
         with frozen(extractor.network) as digest:
             measure = {"linear": _linear, "knn": _neighbours, "cluster": _clusters}[setup.config.kind]
             result = measure(setup, features)
-    if not setup.config.machine.keep_features:
-        shutil.rmtree(setup.request.output / "features", ignore_errors=True)
+    if not (setup.config.machine.keep_features or shared):
+        shutil.rmtree(folder, ignore_errors=True)
     note = f"The frozen backbone is bit-equal before and after: state SHA-256 {digest[:16]}."
     return replace(result, notes=[*result.notes, note])
 
