@@ -24,7 +24,7 @@ EXTRAS: Final[dict[str, tuple[str, ...]]] = {
 }
 # Packages that only some commands of an extra need.
 PARTS: Final = {"tensorboard": "pretrain", "submitit": "pretrain"} | dict.fromkeys(
-    ("mmseg", "mmcv", "mmengine", "pycocotools", "cityscapesscripts"), "transfer"
+    ("mmseg", "mmcv", "mmengine", "pycocotools", "faster_coco_eval", "cityscapesscripts"), "transfer"
 )
 
 

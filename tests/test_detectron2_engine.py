@@ -348,6 +348,80 @@ def test_coco_evaluation_is_pycocotools(tmp_path) -> None:
     assert 5 < results["bbox"]["AP"] < 95  # neither all right nor all wrong: the comparison can fail
 
 
+def _random_coco(file: Path) -> list[dict]:
+    """Boxes and masks of all sizes in 24 images, crowds among them, and detections: near, far, tied, above 100."""
+    from pycocotools import mask as rle
+
+    rng, side = np.random.default_rng(3), 240
+
+    def thing(image: int, box: np.ndarray) -> dict:
+        x, y, w, h = (float(value) for value in box)
+        mask = np.zeros((side, side), np.uint8, order="F")
+        mask[int(y) : int(y + h) + 1, int(x) : int(x + w) + 1] = 1
+        mask &= rng.random((side, side)) < 0.98
+        encoded = rle.encode(mask)
+        segmentation = {"size": encoded["size"], "counts": encoded["counts"].decode()}
+        area = int(rle.area(encoded))
+        return {"image_id": image, "bbox": [x, y, w, h], "segmentation": segmentation, "area": area}
+
+    annotations, detections = [], []
+    for image in range(1, 25):
+        for _ in range(int(rng.integers(0, 9))):
+            box = np.array([*rng.uniform(0, 110, 2), *rng.choice([9, 25, 60, 110], 2) * rng.uniform(0.7, 1.1, 2)])
+            category = int(rng.choice([2, 5, 7]))
+            true = {"id": len(annotations) + 1, "category_id": category, "iscrowd": int(rng.random() < 0.1)}
+            annotations.append({**thing(image, box), **true})
+            for _ in range(18 if image == 1 else 2):
+                near = np.maximum(box + rng.normal(0, 2, 4), 1)
+                seen = category if rng.random() < 0.8 else 2
+                detections.append({**thing(image, near), "category_id": seen, "score": round(rng.random(), 1)})
+    images = [{"id": image, "width": side, "height": side} for image in range(1, 25)]
+    categories = [{"id": number, "name": str(number)} for number in (2, 5, 7)]
+    file.write_text(json.dumps({"info": {}, "images": images, "annotations": annotations, "categories": categories}))
+    return detections
+
+
+def test_fast_coco_evaluation_gives_every_number_of_pycocotools(tmp_path, monkeypatch) -> None:
+    from detectron2.data import MetadataCatalog
+    from detectron2.evaluation import COCOEvaluator
+
+    from twist.transfer.engines.detectron2.engine import FastCocoEvaluator
+
+    detections = _random_coco(tmp_path / "truth.json")
+    numbers = {2: 0, 5: 1, 7: 2}
+    meta = MetadataCatalog.get("random_coco_of_a_test")
+    meta.set(json_file=str(tmp_path / "truth.json"), thing_classes=["a", "b", "c"])
+    meta.set(thing_dataset_id_to_contiguous_id=numbers)
+    derive, seen = COCOEvaluator._derive_coco_results, {}
+
+    def derived(self, scores, kind, class_names=None):
+        seen[type(self), kind] = type(scores), list(scores.stats), scores.eval["precision"]
+        return derive(self, scores, kind, class_names)
+
+    monkeypatch.setattr(COCOEvaluator, "_derive_coco_results", derived)
+    results = []
+    with contextlib.redirect_stdout(io.StringIO()):
+        for evaluator in (COCOEvaluator, FastCocoEvaluator):
+            one = evaluator("random_coco_of_a_test", tasks=("bbox", "segm"), use_fast_impl=False)
+            one._predictions = [
+                {"instances": [{**row, "category_id": numbers[row["category_id"]]} for row in detections]}
+            ]
+            results.append(one.evaluate())
+    for kind in ("bbox", "segm"):
+        assert results[0][kind] == pytest.approx(results[1][kind], abs=1e-10)
+        (official, stats, precision), (fast, found, ours) = (
+            seen[one, kind] for one in (COCOEvaluator, FastCocoEvaluator)
+        )
+        assert (official.__module__, fast.__module__) == (
+            "pycocotools.cocoeval",
+            "faster_coco_eval.core.faster_eval_api",
+        )
+        assert len(stats) == 12
+        assert found[:12] == pytest.approx(stats, abs=1e-12)
+        assert np.allclose(ours, precision, atol=1e-12, rtol=0)
+        assert 0 < min(stats) <= stats[0] < 0.9
+
+
 def test_cityscapes_evaluation_by_hand(tmp_path, monkeypatch) -> None:
     """Every car found with its exact mask, and as many again that are wrong with a higher score.
 

@@ -7,5 +7,5 @@ ENGINE = Engine(
     module="twist.transfer.engines.detectron2.engine",
     configs="detectron2",
     target="detectron2",
-    packages=("detectron2", "pycocotools"),
+    packages=("detectron2", "pycocotools", "faster_coco_eval"),
 )
