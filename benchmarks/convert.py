@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.side_by_side import Times, heading, table, write
-from twist.contracts.networks import meta_tensors
+from twist.contracts.shapes import meta_tensors
 
 TARGETS = ("detectron2", "mmseg")
 # Peak and current resident memory in bytes; Linux's own counters, as `resource` cannot be reset.

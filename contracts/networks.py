@@ -7,7 +7,6 @@ protocols read their features. `B` images, `D` features.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Final, Literal
 
@@ -132,20 +131,6 @@ def load_exactly(network: nn.Module, tensors: Mapping[str, Tensor], *, name: str
             f"These weights are not {name}: {reason}. `twist inspect` says which architecture a file holds."
         )
     network.load_state_dict(dict(tensors), strict=True)
-
-
-@functools.cache
-def meta_tensors(
-    architecture: str, *, width: int = 1, image_size: int | None = None, vit: Vit | None = None
-) -> dict[str, Tensor]:
-    """A backbone's state dict on torch's meta device: every name and shape, in order, without values."""
-    with torch.device("meta"):
-        return build_backbone(architecture, width=width, image_size=image_size, vit=vit).state_dict()
-
-
-def tensors_of(header: Backbone) -> dict[str, Tensor]:
-    """`meta_tensors` of the network that a header describes."""
-    return meta_tensors(header.architecture, width=header.width, image_size=header.image_size, vit=header.vit)
 
 
 def stage_features(network: nn.Module, images: Tensor) -> dict[str, Tensor]:

@@ -166,7 +166,7 @@ def check_complete(tensors: Mapping[str, Tensor], shape: Mapping[str, Any], wher
 
 def expected_of(shape: Mapping[str, Any]) -> dict[str, Tensor]:
     """Names and shapes of the network that `shape` describes."""
-    from twist.contracts.networks import meta_tensors
+    from twist.contracts.shapes import meta_tensors
 
     return meta_tensors(**{key: value for key, value in shape.items() if key != "stem"})
 

@@ -258,7 +258,7 @@ def _read_back(target: Target, folder: Path, backbone: Backbone, files: list[Pat
     """Without the framework: names and shapes of the written file, and its tensors in our network."""
     import torch
 
-    from twist.contracts.networks import tensors_of
+    from twist.contracts.shapes import tensors_of
 
     expected = tensors_of(backbone)
     names, written = target.names(backbone), written_tensors(folder / target.weights)

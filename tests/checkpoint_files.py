@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twist.contracts import rename
-from twist.contracts.networks import meta_tensors
+from twist.contracts.shapes import meta_tensors
 from twist.converters.sources import Branch, Layout, matches
 from twist.converters.tables import CAFFE2, HAIKU
 

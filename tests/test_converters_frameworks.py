@@ -14,7 +14,8 @@ from checkpoint_files import random_tensors
 from torch import nn
 
 from twist.contracts.errors import UserError
-from twist.contracts.networks import build_backbone, tensors_of
+from twist.contracts.networks import build_backbone
+from twist.contracts.shapes import tensors_of
 from twist.contracts.weights import Backbone, usual_vit, write_backbone
 from twist.converters import proof
 from twist.converters.check_config import check_config, mismatch_text

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from twist.contracts import rename
 from twist.contracts.errors import UsageError, UserError
-from twist.contracts.networks import meta_tensors
+from twist.contracts.shapes import meta_tensors
 from twist.contracts.weights import RESNETS, write_backbone
 from twist.converters.detect import architecture_of, check_complete, fill, find
 from twist.converters.inspect import inspect

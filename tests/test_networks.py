@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,8 @@ from torch import nn
 
 from twist.contracts import networks
 from twist.contracts.networks import Conv3x3, build_backbone
+from twist.contracts.shapes import meta_tensors
+from twist.contracts.weights import RESNETS, usual_vit
 
 
 @pytest.mark.parametrize(
@@ -64,3 +68,35 @@ def test_tensorflows_padding_replaces_it() -> None:
     network = build_backbone("resnet18")
     networks._pad_as_tensorflow(network)
     assert not any(type(module) is Conv3x3 for module in network.modules())
+
+
+VITS = {
+    "usual": {},
+    "no class token": {"class_token": False, "pooling": "avg"},
+    "registers": {"registers": 4, "prefix_positions": False, "layer_scale": True},
+    "registers with positions": {"registers": 2},
+    "pre-norm": {"pre_norm": True, "qkv_bias": False, "final_norm": False},
+    "swiglu": {"mlp": "swiglu", "mlp_features": 100},
+}
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("architecture", RESNETS)
+def test_names_and_shapes_of_a_resnet_are_the_networks(architecture: str, width: int) -> None:
+    with torch.device("meta"):
+        built = build_backbone(architecture, width=width).state_dict()
+    assert _described(meta_tensors(architecture, width=width)) == _described(built)
+
+
+@pytest.mark.parametrize("size", ["tiny_patch16", "giant_patch14", "small_patch8"])
+@pytest.mark.parametrize("kind", VITS)
+def test_names_and_shapes_of_a_vit_are_the_networks(kind: str, size: str) -> None:
+    architecture, pixels = f"vit_{size}", 112
+    vit = usual_vit(architecture).model_copy(update={"depth": 2, **VITS[kind]})
+    with torch.device("meta"):
+        built = build_backbone(architecture, image_size=pixels, vit=vit).state_dict()
+    assert _described(meta_tensors(architecture, image_size=pixels, vit=vit)) == _described(built)
+
+
+def _described(state: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Size, torch.dtype]]:
+    return [(name, tensor.shape, tensor.dtype) for name, tensor in state.items()]

@@ -53,7 +53,7 @@ class Target:
 
 def own_names(backbone: Backbone) -> dict[str, str]:
     """The artefact's names as they are, in the order of the network's state dict."""
-    from twist.contracts.networks import tensors_of
+    from twist.contracts.shapes import tensors_of
 
     return {name: name for name in tensors_of(backbone)}
 
