@@ -95,6 +95,20 @@ def load_config(
     return validate(values, model, where=str(path), extra_keys=extra_keys)
 
 
+def find_config(path: Path, folder: str) -> Path:
+    """`path`, or our config of that name, wherever it was installed: `smoke` is `configs/pretrain/smoke.toml`."""
+    ours = SHIPPED / folder / f"{path.name.removesuffix('.toml')}.toml"
+    by_name = path.parent == Path() and ours.is_file()
+    if path.is_file() or (path.exists() and not by_name):  # a folder `sample` does not hide our config of that name
+        return path
+    if by_name:
+        return ours
+    names = sorted(file.stem for file in ours.parent.glob("*.toml"))
+    raise UsageError(
+        f"There is no config at {path}: check the path, or name one of ours.{did_you_mean(path.stem, names)}"
+    )
+
+
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The values of the TOML file at `path`; `UsageError` when it is missing or not TOML."""
     path = Path(path)

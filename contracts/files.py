@@ -1,4 +1,4 @@
-"""Writes that are whole or absent, reads of files that anybody may have written, and digests.
+"""Writes that are whole or absent, reads of files that anybody may have written, digests, and the user's cache.
 
 Every text of a user or a stranger is read here. A file is looked at before it is opened, for a FIFO would be waited for
 without end and a device never ends, and its size before it is read. JSON is parsed by pydantic's parser, which bounds
@@ -151,3 +151,10 @@ def sha256_json(value: Any) -> str:
     """SHA-256 of a JSON value in canonical form (sorted keys, no spaces): equal values, equal digests."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/twist-suite`, by default `~/.cache/twist-suite` (XDG base directory specification)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification says that a relative path is to be ignored.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "twist-suite"

@@ -23,6 +23,14 @@ SHARED_MEMORY = Path("/dev/shm")
 # Instructions that multiply bfloat16 numbers, as `torch.cpu.get_capabilities` calls them.
 _NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 
+# What a SLURM job of ours may be told, by its name in --slurm and in a suite's [slurm] → submitit's name for it.
+SLURM_KEYS = {
+    **{name: f"slurm_{name}" for name in ("partition", "account", "qos", "constraint", "comment", "exclude")},
+    **{name: name for name in ("nodes", "mem_gb", "timeout_min", "name")},
+    "gpus": "gpus_per_node",
+    "cpus": "cpus_per_task",
+}
+
 
 def cores() -> int:
     """Cores that this process may use, which on a shared machine are fewer than it has."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, printable
-from twist.contracts.weights import Backbone, weights_file
+from twist.contracts.weights import Backbone
 from twist.converters.read import load_artefact
 from twist.converters.targets.detectron2 import detectron2_overlay
 from twist.converters.targets.mmseg import mmseg_overlay
@@ -53,7 +53,7 @@ def check_config(
         raise UserError(f"There is no config at {config}: check the path.")
     if config.suffix not in _READERS:
         raise UsageError(f"{config} is neither a Detectron2 config (.yaml) nor an MMSegmentation config (.py).")
-    backbone = load_artefact(weights_file(weights), layout=layout, branch=branch, heads=heads)[1]
+    backbone = load_artefact(weights, layout=layout, branch=branch, heads=heads)[1]
     read, rules_of = _READERS[config.suffix]
     try:
         settings = read(config)

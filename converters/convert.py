@@ -13,12 +13,13 @@ from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.machine import software
 from twist.contracts.run_folder import replaced_whole
-from twist.contracts.weights import Backbone, weights_file
+from twist.contracts.weights import Backbone
 from twist.converters import output_folder
 from twist.converters.output_folder import DROPPED, REPORT, TENSORS
 from twist.converters.proof import TOLERANCE, Proof, prove
 from twist.converters.read import Source, assumed, counts_by_module, load_source
 from twist.converters.targets import TARGETS, Target
+from twist.converters.zoo import located
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ def convert(
     pkl: bool = False,
     allow_nan: bool = False,
 ) -> Conversion:
-    """Convert `checkpoint` into the folder `output` (default: `<its name>-<target>` in the working directory).
+    """Convert `checkpoint` (a file, a run's folder, `zoo:NAME`) into the folder `output`.
 
+    By default that is `<its name>-<target>` in the working directory.
     The folder holds the weights, the overlay where the target has settings, `report.json`, `tensors.txt` and, where
     tensors were left out, `dropped.txt`. An earlier conversion of the same file there is replaced. `layout`, `branch`,
     `entry` and `prefix` say what to read, as `twist inspect` lists it.
@@ -60,7 +62,7 @@ def convert(
         ProofError: the target does not compute the source's features; nothing is written.
         UsageError: unknown target or layout, or `pkl` for a target that has no pickle.
     """
-    checkpoint = weights_file(checkpoint)
+    checkpoint, how = located(checkpoint, layout=layout, branch=branch, heads=heads)
     if target not in TARGETS:
         raise UsageError(f'There is no target "{target}".{did_you_mean(target, TARGETS)}')
     into = TARGETS[target]
@@ -68,9 +70,7 @@ def convert(
         raise UsageError(f"--pkl has no meaning with --to {target}: Detectron2 reads such a file.")
     output = Path(output or output_folder.default_folder(checkpoint, target))
     output_folder.check(output, checkpoint)
-    source = load_source(
-        checkpoint, layout=layout, branch=branch, entry=entry, prefix=prefix, heads=heads, allow_nan=allow_nan
-    )
+    source = load_source(checkpoint, **how, entry=entry, prefix=prefix, allow_nan=allow_nan)
     backbone = source.backbone
     output_folder.check_same_source(
         output, checkpoint, sha256=source.sha256, layout=backbone.source_layout, branch=backbone.source_branch

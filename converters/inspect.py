@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from twist.contracts.errors import UsageError, UserError, printable
-from twist.contracts.weights import weights_file
 from twist.converters.detect import state_dicts
 from twist.converters.open import Contents, read_contents
 from twist.converters.read import Source, assumed, check_values, counts_by_module, read_source
 from twist.converters.search import Network, networks
 from twist.converters.targets import TARGETS
 from twist.converters.vit import HeadsUnknownError
+from twist.converters.zoo import located
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,17 @@ def inspect(
     prefix: str | None = None,
     heads: int | None = None,
 ) -> Inspection:
-    """Look into `checkpoint`, as the source layout of that name, or at the network in that place, where one is given.
+    """Look into `checkpoint` (a file, a run's folder, `zoo:NAME`).
+
+    As the source layout of that name, or at the network in that place, where one is given.
 
     Raises:
         UsageError: there is no layout of that name.
         UserError: it is no checkpoint at all, is damaged, or asks for code to be run. What merely cannot be converted
             is among the problems.
     """
-    contents = read_contents(weights_file(checkpoint))
+    file, how = located(checkpoint, layout=layout, heads=heads)
+    contents, layout, heads = read_contents(file), how["layout"], how["heads"]
     whole = isinstance(contents.value, dict)
     found = tuple(net for net in networks(contents.value) if not net.reason) if whole else ()
     place: dict[str, Any] = {"layout": layout, "entry": entry, "prefix": prefix, "allow_nan": True}

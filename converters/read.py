@@ -35,6 +35,7 @@ from twist.converters.evidence import contradiction, huggingface, method_of, tra
 from twist.converters.open import Contents, read_contents
 from twist.converters.search import locate
 from twist.converters.sources import matches
+from twist.converters.zoo import located
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,8 +95,8 @@ def load_source(
 
     `entry` (a path of entries, `a/b`) and `prefix` choose among the networks of a file, wherever they are.
     """
-    place = {"layout": layout, "branch": branch, "entry": entry, "prefix": prefix}
-    return read_source(read_contents(Path(checkpoint)), **place, heads=heads, allow_nan=allow_nan)
+    file, how = located(checkpoint, layout=layout, branch=branch, heads=heads)
+    return read_source(read_contents(file), **how, entry=entry, prefix=prefix, allow_nan=allow_nan)
 
 
 def read_source(

@@ -7,13 +7,11 @@ Defaults are the published ResNet-50 recipe (TWIST repository, commit 796d36e); 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from twist.contracts.config import MOST_SEED, SHIPPED, Config, added
-from twist.contracts.errors import UsageError, did_you_mean
+from twist.contracts.config import MOST_SEED, Config, added
 from twist.contracts.images import MAX_PIXELS
 from twist.contracts.trackers import Logger
 from twist.contracts.weights import Architecture, Resize, Vit, is_vit, stem_of, usual_vit
@@ -37,12 +35,12 @@ PUBLISHED_SCALES = {"barlow": (0.08, 1.0), "moco": (0.2, 1.0)}
 class DataConfig(Config):
     """Where the images are and how they reach the device."""
 
-    # A folder (any depth, no classes needed), a data card, a text file with one path a line, or with
-    # `format = "datasets"` whatever Hugging Face `datasets.load_dataset` takes: "parquet", "webdataset", "imagefolder",
-    # a hub name.
+    # A folder (any depth, no classes needed), a data card, a text file with one path a line, Parquet or tar shards
+    # (their folder, or a pattern as `s3://bucket/*.tar`), a hub's set as `hf://datasets/NAME`, or with
+    # `format = "datasets"` whatever Hugging Face `datasets.load_dataset` takes.
     root: str = Field(min_length=1)
     format: Literal["folder", "list", "datasets"] = "folder"
-    # For `format = "datasets"`: keyword arguments of load_dataset (data_files, split, streaming, …) and the column.
+    # For shards and `datasets`: keyword arguments of load_dataset (data_files, split, streaming, …) and the column.
     dataset_options: dict[str, Any] = Field(default_factory=dict)
     image_column: str = "image"
     # For `streaming = true` in the options: images of an epoch, where the set does not say; and how many encoded images
@@ -273,20 +271,3 @@ class PretrainConfig(Config):
             value, fields = getattr(getattr(self, table), name), type(getattr(self, table)).model_fields
             if not has_effect and value != fields[name].default:
                 yield f"{table}.{name} = {value} would have no effect, only {where}: leave it out"
-
-
-RECIPES = SHIPPED / "pretrain"
-
-
-def find_config(path: Path) -> Path:
-    """`path`, or our config of that name, wherever it was installed: `smoke` is `configs/pretrain/smoke.toml`."""
-    ours = RECIPES / f"{path.name.removesuffix('.toml')}.toml"
-    by_name = path.parent == Path() and ours.is_file()
-    if path.is_file() or (path.exists() and not by_name):  # a folder `sample` does not hide our config of that name
-        return path
-    if by_name:
-        return ours
-    names = sorted(file.stem for file in RECIPES.glob("*.toml"))
-    raise UsageError(
-        f"There is no config at {path}: check the path, or name one of ours.{did_you_mean(path.stem, names)}"
-    )

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from twist.contracts.config import load_config
 from twist.contracts.errors import UsageError, did_you_mean
+from twist.contracts.machine import SLURM_KEYS
 from twist.pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
@@ -33,13 +34,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # A terminal and a scheduler signal all processes, and torchrun passes on what it gets: two within a second are one.
 TOGETHER_S = 1.0
 
-# Keys of --slurm and submitit's names for them.
-OPTIONS = {
-    **{name: f"slurm_{name}" for name in ("partition", "account", "qos", "constraint", "comment", "exclude")},
-    **{name: name for name in ("nodes", "mem_gb", "timeout_min", "name")},
-    "gpus": "gpus_per_node",
-    "cpus": "cpus_per_task",
-}
 DEFAULTS = {"nodes": 1, "gpus_per_node": 8, "cpus_per_task": 10, "timeout_min": 24 * 60, "name": "twist"}
 # Seconds before the time limit at which SLURM signals: a step, a vote and a checkpoint of some GB fit in.
 SIGNAL_BEFORE_S = 180
@@ -147,7 +141,7 @@ def submit(config: Path, overrides: Sequence[str], *, output: Path, options: Seq
     """Submit the run and return SLURM's job number; the config is checked before anything waits in a queue.
 
     Raises:
-        UsageError: an option is not `key=value` with a key of `OPTIONS`, or SLURM is not on this machine.
+        UsageError: an option is not `key=value` with a key of `SLURM_KEYS`, or SLURM is not on this machine.
     """
     load_config(config, PretrainConfig, overrides)
     values = parameters(options)
@@ -180,12 +174,12 @@ def parameters(options: Sequence[str]) -> dict[str, Any]:
         key, separator, text = option.partition("=")
         if not separator:
             raise UsageError(f'--slurm "{option}" is not key=value: for example --slurm partition=gpu.')
-        if key not in OPTIONS:
-            raise UsageError(f'--slurm: unknown key "{key}".{did_you_mean(key, OPTIONS)}')
+        if key not in SLURM_KEYS:
+            raise UsageError(f'--slurm: unknown key "{key}".{did_you_mean(key, SLURM_KEYS)}')
         try:
-            values[OPTIONS[key]] = tomllib.loads(f"value = {text}")["value"]
+            values[SLURM_KEYS[key]] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
-            values[OPTIONS[key]] = text
+            values[SLURM_KEYS[key]] = text
     gpus = str(values["gpus_per_node"]).rpartition(":")[2]  # SLURM's own `gpus=a100:4` too
     if not gpus.isdecimal():
         raise UsageError(f"--slurm gpus={values['gpus_per_node']} names no number: write gpus=4, or gpus=a100:4.")

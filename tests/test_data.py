@@ -6,7 +6,9 @@ import hashlib
 import io
 import itertools
 import os
+import shutil
 import signal
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -511,12 +513,66 @@ def test_parquet_gives_the_same_views_as_files(parquet: tuple[Path, list[bytes]]
 
 def test_wrong_dataset_options_are_the_users_error(parquet: tuple[Path, list[bytes]]) -> None:
     folder, _ = parquet
-    with pytest.raises(UsageError, match=r"no column image \(it has picture, kind\)"):
-        open_images(hub_config(folder).model_copy(update={"image_column": "image"}))
+    with pytest.raises(UsageError, match=r"no column photo \(it has picture, kind\)"):
+        open_images(hub_config(folder).model_copy(update={"image_column": "photo"}))
     with pytest.raises(UserError, match=r"cannot open parquet.*data\.dataset_options"):
         open_images(hub_config(folder, data_files=str(folder / "absent.parquet")))
     with pytest.raises(UserError, match="cannot open parquet"):
         open_images(hub_config(folder, nonsense=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["folder", "pattern", "file", "streamed"])
+@pytest.mark.parametrize("ending", [".parquet", ".tar"])
+def test_shards_are_seen_for_what_they_are(
+    ending: str, form: str, parquet: tuple[Path, list[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    place, files = tmp_path / "shards", parquet[1][:9]
+    place.mkdir()
+    if ending == ".parquet":
+        shutil.copy(parquet[0] / "train.parquet", place / "a.parquet")
+    else:
+        with tarfile.open(place / "a.tar", "w") as tar:
+            for number, data in enumerate(files):
+                entry = tarfile.TarInfo(f"{number}.jpg")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    root = {"folder": place, "pattern": place / f"*{ending}", "file": place / f"a{ending}", "streamed": place}[form]
+    settings: dict[str, Any] = {}
+    if form == "streamed":
+        settings = {"dataset_options": {"streaming": True}, "stream_images": 9, "stream_shuffle_buffer": 1}
+    images = open_images(DataConfig(root=str(root), **settings))
+    if isinstance(images, ImageStream):
+        assert set(itertools.islice(images._encoded(RankShare(0, 1), 0), 9)) <= {*files, b"broken"}
+    else:
+        assert [images.encoded(index) for index in range(9)] == files
+
+
+def test_what_no_reader_takes_names_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train.lmdb").mkdir()
+    (tmp_path / "train.lmdb" / "data.mdb").touch()
+    with pytest.raises(UsageError, match=r"is an LMDB.*folder that it was made from"):
+        open_images(DataConfig(root=str(tmp_path / "train.lmdb")))
+    with pytest.raises(UsageError, match=r"end it with a pattern, as s3://bucket/train/\*\.tar"):
+        open_images(DataConfig(root="s3://bucket/train/"))
+    # ImageNet's archives beside the folders that they were unpacked into
+    (tmp_path / "n01.tar").touch()
+    (tmp_path / "n01").mkdir()
+    (tmp_path / "n01" / "a.jpg").write_bytes(jpeg(0))
+    assert len(open_images(DataConfig(root=str(tmp_path)))) == 1
+    asked: list[tuple[str, dict[str, Any]]] = []
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda root, **options: asked.append((root, options)) or {})
+    for root in ("hf://datasets/owner/pictures", "hf://datasets/owner/pictures/data/*.parquet", "s3://bucket/*.tar"):
+        with pytest.raises(UsageError, match="several splits"):
+            open_images(DataConfig(root=root))
+    assert asked == [
+        ("owner/pictures", {"split": "train"}),
+        ("parquet", {"split": "train", "data_files": "hf://datasets/owner/pictures/data/*.parquet"}),
+        ("webdataset", {"split": "train", "data_files": "s3://bucket/*.tar"}),
+    ]
 
 
 # Streams

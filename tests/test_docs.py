@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from twist.cli import app
-from twist.contracts.config import load_config
+from twist.contracts.config import find_config, load_config
 from twist.contracts.errors import UsageError
 from twist.converters.convert import TARGETS
-from twist.pretrain.config import PretrainConfig, find_config
+from twist.pretrain.config import PretrainConfig
 from twist.transfer.protocols import PROTOCOLS, find_protocol
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +84,7 @@ def check_twist(arguments: list[str]) -> None:
         assert target in TARGETS
     if (config := values.get("config")) and not is_placeholder(str(config)):
         known = [re.sub(r"=N$", "=0", override) for override in values["overrides"] or []]
-        load_config(find_config(Path(config)), PretrainConfig, known)
+        load_config(find_config(Path(config), "pretrain"), PretrainConfig, known)
     if (file := values.get("file")) and not is_placeholder(str(file)):
         assert Path(file).is_file(), f"there is no {file}"
 
@@ -178,3 +181,16 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert "run_transfer" in (tmp_path / "site" / "python" / "index.html").read_text()
     protocols = (tmp_path / "site" / "protocols" / "index.html").read_text()
     assert all(name in protocols for name in PROTOCOLS)
+
+
+def test_what_surrounds_the_code_agrees_with_it() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    assert (ROOT / ".devcontainer" / container["build"]["dockerfile"]).resolve() == ROOT / "Dockerfile"
+    steps = re.findall(r"^([A-Z]+) (.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    users = [value for step, value in steps if step == "USER"]
+    assert users == ["1000:1000"]
+    for step, target in re.findall(r"^(RUN) make -C /opt/twist (\w+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE):
+        assert f"\n{target}:" in (ROOT / "Makefile").read_text(), step

@@ -27,7 +27,7 @@ from tiny_cards import write_classes
 
 from twist.catalog.card import find_card
 from twist.catalog.card_data import open_card
-from twist.contracts.config import read_toml, validate
+from twist.contracts.config import find_config, read_toml, validate
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.machine import cores
 from twist.contracts.record import RunRecord, find_records, read_record, write_record
@@ -143,6 +143,7 @@ def test_shipped_suites_are_valid_but_for_the_files_they_ask_for(tmp_path: Path)
             lines = str(error).splitlines()
             assert all("there is no file" in line for line in lines), lines
         assert path.read_text().startswith("# twist suite configs/suites/")
+        assert find_config(Path(path.stem), "suites") == path
     text = "".join((ROOT / "configs" / "suites" / name).read_text() for name in ("paper.toml", "frozen.toml"))
     assert all(text.count(f'"{name}"') == 1 for name, row in PROTOCOLS.items() if row.scale == "full")
 
@@ -685,16 +686,35 @@ def test_slurm_is_refused_where_there_is_none(world: World, monkeypatch: pytest.
         world.run(executor="slurm")
 
 
+def test_a_dry_run_prints_each_jobs_script(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("submitit")
+    (world.root / "bin").mkdir()
+    (world.root / "bin" / "srun").touch(0o755)
+    monkeypatch.setenv("PATH", str(world.root / "bin"), prepend=os.pathsep)
+    options = "slurm = { partition = 'big', account = 'us', cpus = 4, timeout_min = 90, slurm_mem = '8GB' }"
+    world.file.write_text(f"{options}\n{SIMPLE}")
+    assert world.run(executor="slurm", dry_run=True) == []
+    scripts = capsys.readouterr().out.split("#!/bin/bash")[1:]
+    assert len(scripts) == 4
+    for line in ("partition=big", "account=us", "cpus-per-task=4", "time=90", "mem=8GB", "gpus-per-node=1"):
+        assert all(f"#SBATCH --{line}\n" in script for script in scripts), line
+    names = {re.findall(r"--job-name=(\S+)", script)[0] for script in scripts}
+    assert names == {job.folder(world.output).name for job in world.work().jobs}
+    assert not world.output.exists()
+
+
 @pytest.mark.slow
 def test_through_submitit(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     submitit = pytest.importorskip("submitit")
 
     class OnThisMachine(submitit.LocalExecutor):  # type: ignore[misc,name-defined]
         def update_parameters(self, **options: Any) -> None:
-            assert options == {"gpus_per_node": 1, "slurm_partition": "big"}
+            assert options == {"gpus_per_node": 1, "slurm_partition": "big"} or [*options] == ["name"]
 
     monkeypatch.setattr(launch, "slurm_executor", lambda folder: OnThisMachine(folder=folder))
-    world.file.write_text(SIMPLE.replace("seeds = [0, 1]", "seeds = [0]\nslurm = { slurm_partition = 'big' }"))
+    world.file.write_text(SIMPLE.replace("seeds = [0, 1]", "seeds = [0]\nslurm = { partition = 'big' }"))
     assert len(world.run(executor="slurm")) == 2
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from twist.contracts.config import load_config
+from twist.contracts.config import SHIPPED, load_config
 from twist.contracts.errors import UsageError
 from twist.contracts.networks import build_backbone, network_of, stage_features
 from twist.contracts.vit import resized
@@ -23,7 +23,7 @@ from twist.contracts.weights import Backbone, Resize, Vit, usual_vit, write_back
 from twist.converters.convert import convert
 from twist.converters.read import load_source
 from twist.converters.targets import TARGETS, mmseg
-from twist.pretrain.config import RECIPES, ModelConfig, PretrainConfig
+from twist.pretrain.config import ModelConfig, PretrainConfig
 from twist.transfer.protocols import find_protocol
 from twist.transfer.request import Controls, Request
 from twist.transfer.run import default_output, describe_run, find_weights
@@ -183,7 +183,7 @@ def test_the_gate_of_swiglu_is_silu() -> None:
 
 def test_the_published_recipes_resize_as_published() -> None:
     for name in ("deit_s_300ep", "vit_b_300ep"):
-        config = load_config(RECIPES / f"{name}.toml", PretrainConfig)
+        config = load_config(SHIPPED / "pretrain" / f"{name}.toml", PretrainConfig)
         assert config.model.vit == usual_vit(config.model.backbone).model_copy(update={"resize": "offset"})
     default = ModelConfig(backbone="vit_small_patch16")
     assert "resize" not in default.model_dump(), "recipes of before the key keep their hash"

@@ -59,9 +59,9 @@ class Request:
     """A run as it is asked for; `gpus` is a node's, 0 means one process on the CPU.
 
     `checkpoint` is None for random weights, whose header `random` is; `name` is what the record calls the weights, and
-    `method` what it calls the method, None to take what the weights say. `overrides` are `key=value` on the engine's
-    own config. `own` are the data of a card, which `data` then is the file of; None on a data root.
-    `data_name` says which data these are, wherever they lie (`catalog/before_run.py`).
+    `method` what it calls the method, None to take what the weights say; `epochs` are those of a file that says none.
+    `overrides` are `key=value` on the engine's own config. `own` are the data of a card, which `data` then is the file
+    of; None on a data root. `data_name` says which data these are, wherever they lie (`catalog/before_run.py`).
     """
 
     protocol: Protocol
@@ -73,6 +73,7 @@ class Request:
     layout: str | None = None
     branch: str | None = None
     heads: int | None = None
+    epochs: int | None = None
     random: Backbone | None = None
     method: str | None = None
     seed: int = 0

@@ -28,8 +28,9 @@ from twist.contracts.errors import UsageError, UserError, require
 from twist.contracts.files import sha256_file
 from twist.contracts.machine import git_commit, hardware, software
 from twist.contracts.record import RunRecord, WeightsProvenance, check_label, name_in, read_record, write_record
-from twist.contracts.weights import Architecture, Backbone, read_header, stem_of, weights_file, write_backbone
+from twist.contracts.weights import Architecture, Backbone, read_header, stem_of, write_backbone
 from twist.converters.output_folder import name_of
+from twist.converters.zoo import located
 from twist.transfer.end import render_end, render_places
 from twist.transfer.engines import Engine, all_engines
 from twist.transfer.engines.framework import frameworks_quiet
@@ -66,7 +67,7 @@ def transfer(
     """Run `protocol` on `weights` and write one record.
 
     Args:
-        weights: `random`, `torchvision:FILE`, a checkpoint of any layout, or a run folder.
+        weights: `random`, `zoo:NAME`, `torchvision:FILE`, a checkpoint of any layout, or a run folder.
         data: the data root; None takes `DETECTRON2_DATASETS`.
         gpus: GPUs of this node; None takes those of the recipe that are here, 0 one process on the CPU.
         output: the run folder; None makes `runs/<protocol>/<method>-<weights>-seed<seed>`.
@@ -237,12 +238,15 @@ def find_weights(
         if layout not in (None, "torchvision"):
             raise UsageError(f"{TORCHVISION}FILE is read as torchvision's: leave out the prefix, or --from {layout}.")
         layout = "torchvision"
-    path = weights_file(Path(weights.removeprefix(TORCHVISION)).expanduser().absolute())
+    named = os.path.expanduser(weights.removeprefix(TORCHVISION))
+    path, how = located(named, layout=layout, branch=branch, heads=heads, method=method, epochs=None)
     if not path.is_file():
-        raise UserError(f"There is no weights file at {path}: check the path, or pass random or torchvision:FILE.")
-    method = method or (SUPERVISED if layout == "torchvision" else None)
-    source = {"checkpoint": path.resolve(), "name": name_of(path), "sha256": sha256_file(path)}
-    return {**source, "layout": layout, "branch": branch, "heads": heads, "method": method}
+        raise UserError(
+            f"There is no weights file at {path.absolute()}: check the path, or pass random, zoo:NAME or "
+            "torchvision:FILE."
+        )
+    how["method"] = how["method"] or (SUPERVISED if layout == "torchvision" else None)
+    return {"checkpoint": path.resolve(), "name": name_of(path), "sha256": sha256_file(path), **how}
 
 
 def _random_network(row: Protocol, controls: Controls, *, seed: int) -> Backbone:
@@ -387,7 +391,7 @@ def _provenance(request: Request, header: Backbone) -> WeightsProvenance:
         name=request.name,
         sha256=request.sha256,
         architecture=header.display_name,
-        epochs=header.epochs,
+        epochs=header.epochs or request.epochs,
         layout=header.source_layout,
         pretrain_config_hash=header.config_hash,
         pretrain_seed=header.seed,

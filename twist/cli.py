@@ -34,6 +34,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Make the sample; prepare and check data sets.")
 app.add_typer(data_app, name="data")
+zoo_app = typer.Typer(invoke_without_command=True)
+app.add_typer(zoo_app, name="zoo")
 
 Source = Literal["shapes", "photos"]
 TableFormat = Literal["table", "markdown", "csv", "json", "latex", "html"]
@@ -90,10 +92,10 @@ def pretrain(
     On many GPUs: torchrun … -m twist pretrain …
     """
     require("pretrain")
-    from twist.contracts.config import load_config
-    from twist.pretrain.config import PretrainConfig, find_config
+    from twist.contracts.config import find_config, load_config
+    from twist.pretrain.config import PretrainConfig
 
-    config = find_config(config)
+    config = find_config(config, "pretrain")
     settings = load_config(config, PretrainConfig, overrides or [])
     folder = output or Path("runs") / config.stem
     if show_views is not None:
@@ -207,7 +209,9 @@ def convert(
 def transfer(
     protocol: Annotated[str | None, typer.Argument(show_default=False)] = None,
     overrides: Overrides = None,
-    weights: Annotated[str | None, typer.Option(help="A checkpoint, `random`, or `torchvision:FILE`.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="A checkpoint, `zoo:NAME`, `random`, or `torchvision:FILE`.")
+    ] = None,
     data: Data = None,
     seed: Seed = 0,
     gpus: Annotated[int | None, typer.Option(min=0, help="Default the recipe's, at most those here; 0: CPU.")] = None,
@@ -344,7 +348,7 @@ def data_check(dataset: str, root: DataRoot = None) -> None:
 
 @app.command()
 def suite(
-    file: Annotated[Path, typer.Argument(metavar="SUITE.toml")],
+    file: Annotated[Path, typer.Argument(metavar="SUITE", help="A TOML file, or the name of one of ours.")],
     data: Data = None,
     executor: Literal["local", "slurm"] = "local",
     output: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/suite"),
@@ -358,8 +362,10 @@ def suite(
     """
     require("transfer")
     from twist.comparing import suite_table
+    from twist.contracts.config import find_config
     from twist.transfer.suite.run import run_suite
 
+    file = find_config(file, "suites")
     folders = {"results": results, "output": output, "data": data}
     devices = None if gpus is None else _device_numbers(gpus)
     records, failure = run_suite(file, executor=executor, dry_run=dry_run, gpus=devices, **folders)
@@ -420,6 +426,46 @@ def compare(
     comparing.compare(
         records or [], choice, table_format=table_format, output=output, title=title, pretrain_runs=runs, pictures=shown
     )
+
+
+@zoo_app.callback()
+def zoo(
+    context: typer.Context,
+    match: Annotated[
+        list[str] | None, typer.Option("--match", metavar="WORD", help="Only rows with this word (may be repeated).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: everything that is known of each.")] = False,
+) -> None:
+    """List published weights, which go by name: --weights zoo:NAME.
+
+    Words are looked for in name, method, architecture, images and licence.
+    """
+    if context.invoked_subcommand is None:
+        from twist.converters.zoo import select, zoo_text
+
+        rows = select(match or [])
+        print(_json([row.model_dump(mode="json") for row in rows]) if as_json else zoo_text(rows))
+
+
+@zoo_app.command("verify")
+def zoo_verify(name: str) -> None:
+    """Fetch the real file, convert it with proof, and print what its row should say."""
+    require("convert")
+    from twist.converters.zoo import verify
+
+    print(verify(name))
+
+
+@app.command()
+def fetch(names: Annotated[list[str], typer.Argument(metavar="NAME …")]) -> None:
+    """Download published weights into the cache.
+
+    A download that was cut goes on; a file with another digest than the published one is refused.
+    """
+    from twist.converters.zoo import fetched_text, find
+
+    for row in [find(name) for name in names]:
+        print(fetched_text(row))
 
 
 @app.command()

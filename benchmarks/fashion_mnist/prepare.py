@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from twist.catalog.sample.photos import cache_folder, fetch
+from twist.catalog.sample.photos import fetch
 from twist.contracts import files
 from twist.contracts.errors import UserError
+from twist.contracts.files import cache_folder
 from twist.contracts.progress import Progress
 
 PACKAGE, CACHE = "dataset-fashion-mnist", "fashion-mnist"

@@ -26,7 +26,7 @@ from twist.catalog.sample.scene import DISTRACTOR, Array, Cutout, Split
 from twist.contracts import files
 from twist.contracts.config import read_toml
 from twist.contracts.errors import UserError
-from twist.contracts.files import sha256_file
+from twist.contracts.files import cache_folder, sha256_file
 from twist.contracts.images import UnreadableImage, open_picture
 from twist.contracts.progress import Progress
 from twist.contracts.run_folder import temporary_folder
@@ -247,13 +247,6 @@ def _digest(name: str) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Debian packages as plain archives. No root is needed, nothing is installed and apt's own state stays as it is: it gets
 # private folders for its lists and its cache and keeps checking signatures and digests with the system's keys.
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/twist-suite`, by default `~/.cache/twist-suite` (XDG base directory specification)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification says that a relative path is to be ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "twist-suite"
 
 
 def fetch(packages: Sequence[str], folder: Path) -> Iterator[dict[str, Any]]:

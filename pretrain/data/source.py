@@ -1,4 +1,4 @@
-"""Where images come from, and in which order: a folder of any depth, a list file, or Hugging Face `datasets`.
+"""Where images come from, and in which order: a folder of any depth, shards, a list, or Hugging Face `datasets`.
 
 Images have numbers, 0 … N − 1. An epoch is a permutation of them that depends on (seed, epoch) alone. Global batch t is
 positions [start + t·W·B, start + (t+1)·W·B) of it, of which rank r takes the r-th part of B. So a resume starts at any
@@ -18,14 +18,14 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from twist.catalog.card import find_card
 from twist.catalog.card_data import pretraining_images
-from twist.catalog.tables import TableImages
+from twist.catalog.tables import READERS, TableImages
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, require
 from twist.contracts.images import EXTENSIONS, MAX_PIXELS, UnreadableImage, image_bytes, image_names
@@ -101,11 +101,13 @@ def open_images(config: DataConfig) -> Images:
 
 
 def _open(config: DataConfig) -> Images:
+    if config.format == "folder":
+        config = _as_shards(config)
     if config.format == "datasets":
         if config.dataset_options.get("streaming"):
             return ImageStream(config)
-        split = config.dataset_options.get("split", "train")
-        return HubImages(f"{config.root} ({split})", config.image_column, _load_rows(config))
+        rows, column = _load_rows(config)
+        return HubImages(f"{config.root} ({config.dataset_options.get('split', 'train')})", column, rows)
     if config.format == "list":
         return ListedImages(Path(config.root))
     card = find_card(Path(config.root))
@@ -115,6 +117,41 @@ def _open(config: DataConfig) -> Images:
     if isinstance(pictures, TableImages):
         return HubImages(str(pictures.folder), pictures.column, pictures.chosen_rows())
     return FolderImages(pictures, exclude=config.exclude, held_out=held_out)
+
+
+def _as_shards(config: DataConfig) -> DataConfig:
+    """`config` for `datasets` where `data.root` is Parquet or tar shards, or an address; any other as it is.
+
+    Raises:
+        UsageError: an address that names no shards, or the published code's LMDB.
+    """
+    root, hub = config.root, "hf://datasets/"
+    shards = root if "://" in root else _shard_files(Path(root))
+    if not shards:
+        return config
+    ending = PurePosixPath(shards if isinstance(shards, str) else shards[0]).suffix
+    if ending in READERS:
+        reader, options = READERS[ending], {"data_files": shards, **config.dataset_options}
+    elif root.startswith(hub):
+        reader, options = root.removeprefix(hub), config.dataset_options
+    else:
+        raise UsageError(f"data.root={root} names no shards: end it with a pattern, as {root.rstrip('/')}/*.tar.")
+    return config.model_copy(update={"format": "datasets", "root": reader, "dataset_options": options})
+
+
+def _shard_files(place: Path) -> list[str]:
+    """The shards that `place` is (a file or a pattern) or holds."""
+    if place.suffix in (".lmdb", ".mdb") or (place / "data.mdb").is_file():
+        raise UsageError(
+            f"{place} is an LMDB, whose images come out of the published code's pickles alone: pass the folder that it "
+            "was made from, or write the images to Parquet or tar shards."
+        )
+    inside = [*(place.iterdir() if place.is_dir() else place.parent.glob(place.name))]
+    # Archives beside pictures or class folders are no shards: they are what those were unpacked from.
+    if any(path.is_dir() or path.suffix.lower() in EXTENSIONS for path in inside if path.name[0] != "."):
+        return []
+    ending = next((ending for ending in READERS if any(path.suffix == ending for path in inside)), None)
+    return sorted(str(path) for path in inside if path.suffix == ending)
 
 
 def permutation(images: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -261,7 +298,8 @@ class ImageStream(Images):
     """
 
     def __init__(self, config: DataConfig) -> None:
-        self._rows, self._column, self._buffer = _load_rows(config), config.image_column, config.stream_shuffle_buffer
+        self._rows, self._column = _load_rows(config)
+        self._buffer = config.stream_shuffle_buffer
         split = (self._rows.info.splits or {}).get(str(self._rows.split))
         self._length = config.stream_images or (split.num_examples if split is not None else 0)
         if not self._length:
@@ -308,8 +346,11 @@ def image_number(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
 
 
-def _load_rows(config: DataConfig) -> Any:
-    """`datasets.load_dataset` as `config` asks, one split, the image column left as bytes."""
+def _load_rows(config: DataConfig) -> tuple[Any, str]:
+    """`datasets.load_dataset` as `config` asks, one split, and its image column, which is left as bytes.
+
+    A set without the column `image` that has one column of images (`jpg` of tar shards) has that.
+    """
     require("hub")
     import datasets
 
@@ -326,9 +367,12 @@ def _load_rows(config: DataConfig) -> Any:
         raise UsageError(
             f"{config.root} gives several splits ({', '.join(rows)}): name one in data.dataset_options.split."
         )
-    if rows.column_names is not None:  # a stream may not know them before its first row
-        _require_column(config.image_column, rows.column_names)
-    return rows.cast_column(config.image_column, datasets.Image(decode=False))
+    column, names = config.image_column, rows.column_names
+    if names is not None:  # a stream may not know them before its first row
+        images = [name for name, kind in (rows.features or {}).items() if isinstance(kind, datasets.Image)]
+        column = images[0] if column == "image" and column not in names and len(images) == 1 else column
+        _require_column(column, names)
+    return rows.cast_column(column, datasets.Image(decode=False)), column
 
 
 def _require_column(column: str, found: Iterable[str]) -> None:

@@ -22,7 +22,9 @@ from twist.catalog.data_sets import find_root
 from twist.contracts.config import Config, problems, read_toml, validate
 from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.files import sha256_file, sha256_json
+from twist.contracts.machine import SLURM_KEYS
 from twist.contracts.record import RunRecord, Seed, find_records, read_record
+from twist.converters import zoo
 from twist.transfer.protocols import PROTOCOLS, Protocol, check_protocol
 
 RANDOM = "random"
@@ -33,9 +35,9 @@ Seeds = Annotated[tuple[Seed, ...], Field(min_length=1)]
 
 class WeightsEntry(Config):
     """One set of weights. `file` is a checkpoint that `twist convert` reads (relative to where the suite is started),
-    or `random`. `method` and `epochs` are for files that do not say them; `overrides` go to its runs alone, `seeds`
-    replace the suite's (of random weights each is another initialisation), and `protocols` are those of the suite's
-    that it runs under (None: all)."""
+    `zoo:NAME`, or `random`. `method` and `epochs` are for files that do not say them; `overrides` go to its runs alone,
+    `seeds` replace the suite's (of random weights each is another initialisation), and `protocols` are those of the
+    suite's that it runs under (None: all)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     file: str
@@ -50,7 +52,17 @@ class WeightsEntry(Config):
 
     @property
     def exists(self) -> bool:
-        return self.file == RANDOM or Path(self.file).is_file()
+        return self.file == RANDOM or self.file.startswith(zoo.PREFIX) or Path(self.file).is_file()
+
+    def fetched(self, *, download: bool) -> WeightsEntry:
+        """Of `zoo:NAME` the file in the user's cache, and what the zoo says of it where the suite does not.
+
+        Without `download` an entry whose file is not there stays as it is.
+        """
+        if not self.file.startswith(zoo.PREFIX) or not (download or zoo.find(self.file).file.is_file()):
+            return self
+        file, how = zoo.located(self.file, **self.model_dump(include={"layout", "branch", "heads", "method", "epochs"}))
+        return self.model_copy(update={"file": str(file), **how})
 
 
 class SuiteConfig(Config):
@@ -68,9 +80,14 @@ class SuiteConfig(Config):
     gpus_per_run: int = Field(default=1, gt=0)
     # Without GPUs: runs at a time, which share the cores; None: as many as cores, and as memory has 2 GiB for each.
     cpu_runs_at_once: int | None = Field(default=None, gt=0)
-    # submitit's parameters, and how many jobs may be queued or running at a time.
+    # Of each job: partition, account, cpus, timeout_min, … as for `twist pretrain --slurm`, or any of submitit's own
+    # parameters; and how many jobs may be queued or running at a time.
     slurm: dict[str, Any] = Field(default={})
     slurm_jobs_at_once: int = Field(default=64, gt=0)
+
+    @property
+    def submitit_options(self) -> dict[str, Any]:
+        return {SLURM_KEYS.get(key, key): value for key, value in self.slurm.items()}
 
 
 @dataclass(frozen=True)
@@ -117,8 +134,10 @@ class Workload:
         return self.past_s.get(job.protocol, None if hours is None else hours * 3600)
 
 
-def load_suite(path: Path, *, data: Path | None) -> SuiteConfig:
+def load_suite(path: Path, *, data: Path | None, download: bool = False) -> SuiteConfig:
     """Read and check a suite file; its `data` then has a place for every protocol, `data` where it named none.
+
+    Published weights are fetched where `download` says so.
 
     Raises:
         UsageError: one line for every problem: keys, values, protocols, files, the data folder.
@@ -131,6 +150,13 @@ def load_suite(path: Path, *, data: Path | None) -> SuiteConfig:
         if wanted > MOST_RUNS:
             raise UsageError(f"{path} asks for {wanted:,} runs, more than {MOST_RUNS:,}: shorten seeds or grid.")
         found = [f"{path}: {problem}" for check in (_unknown_names, _repetitions) for problem in check(suite)]
+        entries = []
+        for entry in suite.weights if not found else ():
+            try:
+                entries.append(entry.fetched(download=download))
+            except UserError as error:
+                found.append(f"{path}: {error}")
+        suite = suite.model_copy(update={"weights": tuple(entries)})
     if found:
         raise UsageError("\n".join(found))
     others = {protocol: str(data or find_root(None)) for protocol in suite.protocols if protocol not in suite.data}
@@ -204,8 +230,8 @@ def jobs_of(suite: SuiteConfig, protocol: str, entry: WeightsEntry) -> Iterator[
 
 @cache
 def digest(file: str) -> str:
-    """SHA-256 of a checkpoint, read once a process."""
-    return sha256_file(file)
+    """SHA-256 of a checkpoint, read once a process; the name of published weights that are not fetched yet."""
+    return file if file.startswith(zoo.PREFIX) else sha256_file(file)
 
 
 def read_checked(file: Path) -> RunRecord:
@@ -246,6 +272,8 @@ def describe_work(work: Workload, suite: SuiteConfig, *, slots: int, gpus_of_run
         parts.append(f"about {makespan_s(known, slots) / 3600:.1f} h for {len(known)} of them")
     if unknown := sorted({job.protocol for job in work.missing if work.expected_s(job) is None}):
         parts.append(f"no time is known yet for {', '.join(unknown)}")
+    if absent := [entry.file for entry in suite.weights if entry.file.startswith(zoo.PREFIX)]:
+        parts.append(f"to be fetched: {', '.join(absent)}")
     return "\n".join([*lines, "", "; ".join(parts) + "."])
 
 

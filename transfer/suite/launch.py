@@ -171,12 +171,14 @@ class SlurmRun:
 
 
 class SlurmLauncher:
-    """One SLURM job a run. `options` are submitit's: timeout_min, slurm_partition, cpus_per_task, …"""
+    """One SLURM job a run. `options` are submitit's: timeout_min, slurm_partition, cpus_per_task, …
+
+    A job is called as its run's folder is."""
 
     def __init__(self, *, folder: Path, gpus: int, options: Mapping[str, Any], at_once: int) -> None:
         self._folder = folder
         self._executor = slurm_executor(folder)
-        self._executor.update_parameters(gpus_per_node=gpus, **options)
+        self._executor.update_parameters(**{"gpus_per_node": gpus, **options})
         self.slots = at_once
 
     def claim(self, folder: Path) -> int | None:
@@ -193,9 +195,16 @@ class SlurmLauncher:
 
     def start(self, command: Sequence[str], *, log: Path, slot: int, lock: int) -> SlurmRun:  # noqa: ARG002
         """Queue `command`, its output appended to `log`, and leave the job's number beside it."""
+        self._executor.update_parameters(name=log.parent.name)
         job = self._executor.submit(SlurmCommand(command, log.resolve()))
         files.write_text(log.parent / JOB_NUMBER, str(job.job_id))
         return SlurmRun(job)
+
+    def script(self, folder: Path) -> str:
+        """The batch script of the run in `folder`, as submitit writes it for sbatch."""
+        self._executor.update_parameters(name=folder.name)
+        executor = self._executor._executor  # there is no public way to the text
+        return executor._make_submission_file_text(executor._submitit_command_str, uid="")
 
 
 Run = LocalRun | SlurmRun

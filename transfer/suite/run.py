@@ -49,13 +49,13 @@ def run_suite(
     """Run what is missing of the suite at `path`; the records of all jobs, and an error where runs failed twice.
 
     `gpus` are the devices to use as torch numbers them: within CUDA_VISIBLE_DEVICES, where that is set (None: all there
-    are; empty: the CPU). With `dry_run` the plan is printed and nothing runs.
+    are; empty: the CPU). With `dry_run` the plan is printed, for SLURM each job's script too, and nothing runs.
 
     Raises:
         UsageError: the file is wrong in any way; every problem at once, before anything starts.
         UserError: runs under `results` or `output` were made on other data; the disk is full; SLURM is not here.
     """
-    suite = config.load_suite(path, data=data)
+    suite = config.load_suite(path, data=data, download=not dry_run)
     work = config.find_work(suite, results=results)
     for job in work.missing:
         _left_by_run(job, output=output)  # refuses what was measured on other data, before anything starts
@@ -65,12 +65,15 @@ def run_suite(
         at_once = min(suite.cpu_runs_at_once or launch.cpu_runs_at_once(), max(len(work.missing), 1))
         slots, gpus_of_run = (len(gpu_sets), suite.gpus_per_run) if gpu_sets else (at_once, 0)
     print(config.describe_work(work, suite, slots=slots, gpus_of_run=gpus_of_run))
-    if dry_run:
-        return list(work.done.values()), None
-
     launcher: launch.Launcher = launch.LocalLauncher(gpu_sets, at_once=slots, imported=imported_by(work.missing))
     if executor == "slurm":
-        launcher = launch.SlurmLauncher(folder=output / "slurm", gpus=gpus_of_run, options=suite.slurm, at_once=slots)
+        options = suite.submitit_options
+        launcher = launch.SlurmLauncher(folder=output / "slurm", gpus=gpus_of_run, options=options, at_once=slots)
+    if dry_run:
+        if isinstance(launcher, launch.SlurmLauncher):
+            for job in work.missing:
+                print(f"\n# ---- {job.title}", launcher.script(job.folder(output)), sep="\n")
+        return list(work.done.values()), None
     # Each checkpoint is read once, whatever the number of its runs.
     entries = dict.fromkeys(job.weights for job in work.missing)
     artefacts = {entry.name: _artefact(entry, output / "weights") for entry in entries}
