@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -292,8 +292,13 @@ def _unknown_names(suite: SuiteConfig) -> Iterator[str]:
     for protocol in suite.protocols:
         if protocol not in PROTOCOLS:
             yield f'there is no protocol "{protocol}".{did_you_mean(protocol, PROTOCOLS)}'
-    tables = {"overrides": suite.overrides, "grid": suite.grid, "seeds_of": suite.seeds_of, "data": suite.data}
-    tables |= {f"protocols of {entry.name}": dict.fromkeys(entry.protocols or ()) for entry in suite.weights}
+    tables: dict[str, Iterable[str]] = {
+        "overrides": suite.overrides,
+        "grid": suite.grid,
+        "seeds_of": suite.seeds_of,
+        "data": suite.data,
+    }
+    tables |= {f"protocols of {entry.name}": entry.protocols or () for entry in suite.weights}
     for key, by_protocol in tables.items():
         for protocol in by_protocol:
             if protocol not in suite.protocols:
