@@ -366,9 +366,9 @@ def suite(
     from twist.transfer.suite.run import run_suite
 
     file = find_config(file, "suites")
-    folders = {"results": results, "output": output, "data": data}
+    folders = {"results": results, "output": output}
     devices = None if gpus is None else _device_numbers(gpus)
-    records, failure = run_suite(file, executor=executor, dry_run=dry_run, gpus=devices, **folders)
+    records, failure = run_suite(file, executor=executor, dry_run=dry_run, gpus=devices, data=data, **folders)
     if records:
         print(suite_table(records))
     if failure is not None:
