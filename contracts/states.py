@@ -67,7 +67,7 @@ def damage(path: Path, fields: Mapping[str, Any]) -> str | None:
     return None
 
 
-def save(path: Path, write: Callable[[Path], None]) -> None:
+def save(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make the state `path`, with its manifest; the state that was there is kept as `before(path)`.
 
     Each moment of it leaves a state that `newest` takes: the old one is moved behind its manifest, the new one appears

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,6 +114,9 @@ def _title(weights: Path) -> str:
 
 def save_features(weights: Path, images: Sequence[Path], path: Path, *, size: int = SIZE) -> Path:
     """A NumPy archive at `path` with a (D, h, w) float32 array for each image, by its path."""
+    found: dict[str, Any] = {
+        str(image): one.numpy() for image, one in zip(images, features(weights, images, size=size))
+    }
     with files.atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **{str(image): one.numpy() for image, one in zip(images, features(weights, images, size=size))})
+        np.savez(file, **found)
     return path

@@ -250,7 +250,12 @@ def require_one_run(request: Request) -> None:
     """
     if request.controls.nodes > 1:
         weights = request.random.model_dump(mode="json") if request.random else request.sha256
-        described = {"protocol": request.protocol.name, "weights": weights, "seed": request.seed, "gpus": request.gpus}
+        described: dict[str, Any] = {
+            "protocol": request.protocol.name,
+            "weights": weights,
+            "seed": request.seed,
+            "gpus": request.gpus,
+        }
         described |= {"data": request.data_name, "overrides": list(request.overrides), "software": software()}
         described |= {"twist": code_sha256("contracts", "measure", "catalog", "converters", "transfer")}
         require_equal(lambda: described)
