@@ -197,8 +197,8 @@ class SplitLook:
             images,
             self.report,
             remedy,
-            classes=classes,
-            empty={0, VOID} if row.background else {VOID},
+            classes=classes + row.reduce_zero_label,
+            empty={0, VOID} if row.background or row.reduce_zero_label else {VOID},
             palette=voc_palette() if row.voc_palette and not self.report.quick else None,
         )
 

@@ -56,7 +56,8 @@ class Split(Config):
         """How many images it has: of the published data, or of a built-in sample as its sample.json says."""
         if sample is None:
             return self.count
-        return sum(sample["counts"][key] for key in self.sample) if self.sample else None
+        # A sample of an earlier version may lack a set.
+        return sum(sample["counts"].get(key, 0) for key in self.sample) if self.sample else None
 
 
 class DataSet(Config):
@@ -70,6 +71,8 @@ class DataSet(Config):
     classes: tuple[str, ...] | int | None = None
     # Masks have one more class, 0, for what is none of `classes`.
     background: bool = False
+    # Value 0 of a mask is no class, and 1 is the first of `classes`.
+    reduce_zero_label: bool = False
     # In a built-in sample a tree of this layout has the sample's classes and not these.
     classes_of_sample: bool = True
     # Splits are folders of classes, <class>/…/<file>, and `subsets` the lists of their labelled parts with line counts.

@@ -10,6 +10,7 @@ What is there already and equal stays; what is there and different is refused, n
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import sys
@@ -192,18 +193,19 @@ def prepare_detectron2(root: Path, *, progress: bool = True, **places: str) -> l
     return [link for link, _ in new]
 
 
-def prepare_coco(root: Path, *, progress: bool = True) -> list[Path]:  # noqa: ARG001
-    print(f"COCO needs no preparation; `twist data check coco {root}` checks it.", file=sys.stderr)
+def _prepare_nothing(name: str, root: Path, *, progress: bool = True) -> list[Path]:  # noqa: ARG001
+    print(f"{name} needs no preparation; `twist data check {name} {root}` checks it.", file=sys.stderr)
     return []
 
 
 # Data set → its function and the options that a user may give.
 PREPARATIONS: dict[str, tuple[Callable[..., list[Path]], tuple[str, ...]]] = {
-    "coco": (prepare_coco, ()),
+    "ade20k": (functools.partial(_prepare_nothing, "ade20k"), ()),
+    "coco": (functools.partial(_prepare_nothing, "coco"), ()),
     "voc": (prepare_voc, ("sbd", "expected")),
     "cityscapes": (prepare_cityscapes, ()),
     "imagenet": (prepare_imagenet, ("lists", "seed")),
-    "detectron2": (prepare_detectron2, ("coco", "voc2007", "voc2012", "cityscapes", "imagenet")),
+    "detectron2": (prepare_detectron2, ("ade20k", "coco", "voc2007", "voc2012", "cityscapes", "imagenet")),
 }
 
 

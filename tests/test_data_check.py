@@ -94,7 +94,7 @@ def only_error(dataset: str, root: Path) -> Finding:
     return found[0]
 
 
-@pytest.mark.parametrize("dataset", ["sample", "coco", "voc", "cityscapes", "imagenet"])
+@pytest.mark.parametrize("dataset", ["sample", "coco", "voc", "cityscapes", "ade20k", "imagenet"])
 def test_a_healthy_tree_is_fine(healthy: Path, dataset: str) -> None:
     found = check(dataset, healthy, progress=False)
     assert {finding.severity for finding in found} == {"fine"}
@@ -199,6 +199,8 @@ BREAKS: list[tuple[str, Callable[[Path], object], str]] = [
      r"lacks 24 of the 24 \*_gtFine_labelTrainIds.png of train"),
     ("cityscapes", lambda root: edit_masks(root, "cityscapes/gtFine/val/*/*TrainIds*", lambda i: i.point(
         lambda v: 26 if v == 13 else v)), "sampled masks hold 26, where 0–18 and 255 are allowed"),
+    ("ade20k", lambda root: edit_masks(root, "ADEChallengeData2016/annotations/validation/*", lambda i:
+        i.point(lambda v: 77 if v else 0)), "hold 77, where 0–10 and 255 are allowed"),
     ("cityscapes", damage(INSTANCES, lambda _: b""), "1 files are empty: .*instanceIds"),
     ("cityscapes", damage(VAL_POLYGONS, lambda _: b""), "1 files are empty: .*polygons"),
     ("cityscapes", damage(INSTANCES, lambda data: data[:60]),
@@ -377,6 +379,7 @@ def test_a_half_extracted_real_tree_names_counts_and_origin(tree: Path) -> None:
         "voc": [*("12 trainval images, 5011", "16 test images, 4952", "40 trainval images, 11540"),
                 *("24 trainaug images, 10582", "16 val images, 1449")],
         "cityscapes": ["24 train images, 2975", "16 val images, 500"],
+        "ade20k": ["12 training images, 20210", "8 validation images, 2000"],
         "imagenet": ["40 train images, 1281167", "10 train classes, 1000", "10 lines, 12811", "10 lines, 128116"],
     }.items():  # fmt: skip
         text = render(check(dataset, tree, progress=False))

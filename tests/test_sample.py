@@ -308,8 +308,8 @@ def test_detectron2_reads_coco_voc_and_cityscapes(sample: Sample) -> None:
 
 
 @pytest.mark.slow
-def test_mmsegmentation_reads_voc_and_cityscapes(sample: Sample) -> None:
-    from mmseg.datasets import CityscapesDataset, PascalVOCDataset
+def test_mmsegmentation_reads_voc_cityscapes_and_ade20k(sample: Sample) -> None:
+    from mmseg.datasets import ADE20KDataset, CityscapesDataset, PascalVOCDataset
     from mmseg.datasets.transforms import LoadAnnotations
 
     counts = sample.info["counts"]
@@ -344,3 +344,8 @@ def test_mmsegmentation_reads_voc_and_cityscapes(sample: Sample) -> None:
     for index in range(len(dataset)):
         seen |= set(np.unique(load(dataset.get_data_info(index))["gt_seg_map"]).tolist())
     assert seen == {train_id for _, train_id, _ in writers.CITYSCAPES_LABELS.values()}
+    folders = {"img_path": "images/training", "seg_map_path": "annotations/training"}
+    ade = ADE20KDataset(data_root=str(sample.root / "ADEChallengeData2016"), data_prefix=folders, pipeline=[])
+    assert len(ade) == counts["ADEChallengeData2016/training"]
+    maps = [LoadAnnotations(reduce_zero_label=True)(ade.get_data_info(index))["gt_seg_map"] for index in range(10)]
+    assert {int(value) for one in maps for value in np.unique(one)} == {*range(10), 255}  # 0 in the file is no class

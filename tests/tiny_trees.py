@@ -152,6 +152,22 @@ def voc_mask(boxes: list[Box], seed: int) -> Image.Image:
     return mask
 
 
+def make_ade20k(root: Path, *, images: int = 3) -> Path:
+    """`ADEChallengeData2016/{images,annotations}/{training,validation}`: values 1 … 150, and 0 for other objects."""
+    for split, short, start in (("training", "train", 0), ("validation", "val", 50)):
+        pictures, masks = (root / "ADEChallengeData2016" / part / split for part in ("images", "annotations"))
+        pictures.mkdir(parents=True)
+        masks.mkdir(parents=True)
+        for number in range(images):
+            boxes, name = boxes_of(start + number), f"ADE_{short}_{number + 1:08d}"
+            draw(start + number, boxes).save(pictures / f"{name}.jpg", quality=95)
+            mask = Image.new("L", (WIDTH, HEIGHT), 0)
+            for index, (x0, y0, x1, y1) in enumerate(boxes):
+                ImageDraw.Draw(mask).rectangle((x0, y0, x1 - 1, y1 - 1), fill=(1, 150, 77)[(number + index) % 3])
+            mask.save(masks / f"{name}.png")
+    return root
+
+
 def make_cityscapes(root: Path, *, images: int = 2, size: tuple[int, int] = (128, 64)) -> Path:
     """`cityscapes/leftImg8bit` and `gtFine` (polygons, instanceIds, labelIds, labelTrainIds): road, and cars on it."""
     from cityscapesscripts.helpers.labels import name2label

@@ -104,6 +104,10 @@ def sets(size: Size) -> dict[str, int]:
     dense = dict.fromkeys(("coco/train2017", "VOC2012/train", "cityscapes/train"), size.dense_train)
     dense |= dict.fromkeys(("VOC2007/train", "VOC2007/val"), size.dense_train // 4)
     dense |= dict.fromkeys(("coco/val2017", "VOC2007/test", "VOC2012/val", "cityscapes/val"), size.dense_val)
+    dense |= {
+        "ADEChallengeData2016/training": size.dense_train // 2,
+        "ADEChallengeData2016/validation": size.dense_val // 2,
+    }
     classes = {"imagenet/train": size.class_train * 10, "imagenet/val": size.class_val * 10}
     return {"unlabelled": size.unlabelled, **dense, **classes}
 
@@ -277,6 +281,17 @@ def _write_cityscapes(world: World, rng: np.random.Generator, folder: str, part:
         Image.fromarray(values).save(annotated.with_name(f"{stem}_gtFine_{kind}.png"))
 
 
+def _write_ade20k(world: World, rng: np.random.Generator, folder: str, part: str, index: int) -> None:
+    scene = _dense_scene(world, rng, _frame(rng, world.size.dense_side), part, index)
+    name = f"ADE_{'train' if part == 'training' else 'val'}_{index + 1:08d}"
+    picture = world.file(folder, "images", part, f"{name}.jpg")
+    Image.fromarray(scene.image).save(picture, quality=JPEG_QUALITY)
+    labels = np.zeros(scene.image.shape[:2], np.uint8)
+    for instance in _annotated(scene.instances):
+        labels[instance.visible] = instance.class_index + 1
+    Image.fromarray(labels).save(world.file(folder, "annotations", part, f"{name}.png"))
+
+
 def cityscapes_objects(scene: Scene) -> list[dict[str, Any]]:
     """`objects` of a polygons.json, back to front: later polygons cover earlier ones, holes are painted over."""
     height, width, _ = scene.image.shape
@@ -324,6 +339,7 @@ WRITERS = {
     "VOC2007": _write_voc,
     "VOC2012": _write_voc,
     "cityscapes": _write_cityscapes,
+    "ADEChallengeData2016": _write_ade20k,
     "imagenet": _write_imagenet,
 }
 

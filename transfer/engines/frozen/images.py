@@ -90,6 +90,8 @@ class Pictures:
                 labels = torch.from_numpy(np.array(reduced, dtype=np.int64))
         except UnreadableImage as error:
             raise UserError(f"{error}: copy or unpack the label map again.") from None
+        if self.row.reduce_zero_label:
+            labels = torch.where((labels == 0) | (labels == VOID), VOID, labels - 1)
         strange = labels[(labels >= self.class_count) & (labels != VOID)]
         if len(strange):
             raise UserError(
