@@ -7,6 +7,7 @@ Converters go source layout → artefact → target, so nobody downstream guesse
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -251,6 +252,18 @@ def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, v
     shapes = f" is {tuple(found[first].shape)}, not {tuple(expected[first].shape)}" if first in misshapen else ""
     said = ", ".join(f"{len(names)} {what}" for what, names in counts.items() if names)
     return f"{said} (first: {first}{shapes})"
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a state dict: names, types, shapes and bytes."""
+    import torch
+
+    state = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        plain = tensor.detach().cpu().contiguous()
+        state.update(f"{name} {plain.dtype} {tuple(plain.shape)};".encode())
+        state.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
 
 
 def read_header(path: str | os.PathLike[str]) -> Backbone:

@@ -7,7 +7,6 @@ whatever the forward pass computed in. `N` images, `B` of a batch, `S` the input
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from twist.contracts.files import sha256_json
 from twist.contracts.networks import normalise
 from twist.contracts.progress import Progress
 from twist.contracts.run_folder import alone
-from twist.contracts.weights import Backbone
+from twist.contracts.weights import Backbone, tensors_digest
 
 # Images (B, 3, S, S) uint8 RGB or features (B, D), and labels (B,).
 Batch = tuple[Tensor, Tensor]
@@ -77,12 +76,7 @@ class FeatureFile(RowFile):
 
 def state_digest(network: nn.Module) -> str:
     """SHA-256 of the state dict, buffers included: names, types, shapes and bytes."""
-    state = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        plain = tensor.detach().cpu().contiguous()
-        state.update(f"{name} {plain.dtype} {tuple(plain.shape)};".encode())
-        state.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()
+    return tensors_digest(network.state_dict())
 
 
 @contextlib.contextmanager
@@ -93,6 +87,17 @@ def frozen(network: nn.Module) -> Iterator[str]:
     yield before
     if state_digest(network) != before:
         raise RuntimeError("The frozen backbone changed: a parameter or a buffer is not bit-equal to what it was.")
+
+
+def effective_rank(features: Tensor) -> float:
+    """RankMe of (N, D) features, between 1 and D: how many directions they are spread over.
+
+    The exponential of the entropy of the singular values' shares (Garrido et al. 2023, arXiv 2210.02885, equation 1).
+    """
+    rows = features.double()
+    singular = torch.linalg.eigvalsh(rows.T @ rows).clamp_min(0).sqrt()
+    shares = singular / singular.sum().clamp_min(1e-12)
+    return float((-torch.special.xlogy(shares, shares).sum()).exp())
 
 
 def centre_crop(*, size: int, resize: int, interpolation: str = "bilinear") -> v2.Transform:

@@ -193,7 +193,8 @@ class RunConfig(Config):
     max_nonfinite_steps: int = Field(default=10, gt=0)
     # Say so ("warn") or stop when predictions collapse.
     on_collapse: Literal["warn", "stop"] = "warn"
-    # Every so many epochs, k-NN and NMI on a labelled folder with train/ and val/, or a data card (None: never).
+    # Every so many epochs, k-NN, NMI and RankMe on a labelled folder with train/ and val/, or on a data card; of its
+    # masks knn-seg (None: never).
     online_eval_root: str | None = None
     online_eval_every_epochs: int = Field(default=10, gt=0)
     # An experiment tracker beside TensorBoard; it gets nothing unless it is named here.

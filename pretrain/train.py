@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twist.catalog.card_data import labelled_images
 from twist.contracts.errors import UserError
 from twist.contracts.machine import code_sha256
 from twist.contracts.ranks import require_equal
@@ -34,6 +33,7 @@ from twist.pretrain.data.views import Stage
 from twist.pretrain.loss import Loss, LossWeights, self_label_loss, teacher_loss, twist_loss
 from twist.pretrain.model import in_layout
 from twist.pretrain.monitor import draw_curves
+from twist.pretrain.online_eval import open_data
 from twist.pretrain.plan import Plan, autocast
 from twist.pretrain.run import Run, say
 from twist.pretrain.slurm import Requeue, StopFlag, end_with_torchrun, refuse_bare_tasks, stop_flag
@@ -125,7 +125,7 @@ def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, 
         images = open_images(config.data)
         opened.append(images)
         if config.run.online_eval_root is not None:  # before hours of training, not after
-            labelled_images(config.run.online_eval_root)
+            open_data(config.run.online_eval_root)
         refuse_held_out(config)
         code = {"torch": torch.__version__, "twist": code_sha256(*ROOMS)}
         settings = config.model_dump(mode="json", exclude=PLACES)

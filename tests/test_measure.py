@@ -22,7 +22,7 @@ from twist.contracts.metrics import check_metrics
 from twist.contracts.networks import build_backbone, normalise
 from twist.contracts.weights import Backbone
 from twist.measure.clusters import cluster_metrics, kmeans
-from twist.measure.features import Extractor, FeatureFile, frozen, state_digest
+from twist.measure.features import Extractor, FeatureFile, effective_rank, frozen, state_digest
 from twist.measure.knn import (
     READ,
     RESERVE_MB,
@@ -362,3 +362,13 @@ def test_as_many_images_as_clusters_are_enough_and_fewer_are_refused() -> None:
     assert sorted(kmeans(np.eye(3), np.eye(3), clusters=3, **LLOYD)) == [0, 1, 2]
     with pytest.raises(UserError, match="3 images cannot form 10 clusters"):
         kmeans(np.eye(3), np.eye(3), clusters=10, **LLOYD)
+
+
+def test_effective_rank_is_rankmes() -> None:
+    """`d` equal directions have rank d; the entropy of the singular values' shares otherwise (arXiv 2210.02885)."""
+    assert effective_rank(torch.eye(5).repeat(3, 1)) == pytest.approx(5)
+    assert effective_rank(torch.ones(7, 4)) == pytest.approx(1, abs=1e-4)
+    rows = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 3, 1, 0.3, 0.1, 0])
+    shares = torch.linalg.svdvals(rows.double())
+    shares = shares / shares.sum()
+    assert effective_rank(rows) == pytest.approx(float((-torch.special.xlogy(shares, shares).sum()).exp()), rel=1e-4)

@@ -16,18 +16,21 @@ import torch
 from gloo import run_on_ranks
 from host_reads import HostReads
 from imagenet_tree import write_tree
+from tiny_cards import write_masks
 from tiny_run import differing, final_state, make_images, rows, run, tiny_config, tiny_networks
 from torch import nn
 
 from twist.contracts import machine, states
 from twist.contracts.config import load_config
 from twist.contracts.errors import UsageError, UserError
+from twist.contracts.networks import ResNet
 from twist.contracts.weights import read_backbone
 from twist.pretrain import run as run_module
 from twist.pretrain import train
 from twist.pretrain.config import PretrainConfig
 from twist.pretrain.data.loader import ViewLoader
 from twist.pretrain.data.source import open_images
+from twist.pretrain.model import build_model
 from twist.pretrain.monitor import Monitor
 from twist.pretrain.plan import Plan
 from twist.pretrain.replay import replay
@@ -505,6 +508,7 @@ def test_online_evaluation_is_written_also_where_it_was_cut_off(
     found = [json.loads(line) for line in whole.read_text().splitlines()]
     assert [row["epoch"] for row in found] == [0, 1]
     assert all(0 <= row["knn_top1_percent"] <= 100 and 0 <= row["nmi_percent"] <= 100 for row in found)
+    assert all(1 <= row["rankme"] <= 512 for row in found)
     run(tiny_config(images), tmp_path / "plain")
     assert rows(tmp_path / "plain") == rows(tmp_path / "whole")  # looking changes nothing
 
@@ -517,6 +521,28 @@ def test_online_evaluation_is_written_also_where_it_was_cut_off(
     for _ in range(2):  # the second time with nothing left to do
         run(config, tmp_path / "cut", resume=True)
     assert cut.read_text() == whole.read_text()
+
+
+def test_masks_of_a_card_are_evaluated_as_knn_seg_does(images: Path, tmp_path: Path) -> None:
+    """Features that are the pixels' own colours find the coloured squares; a random network finds some."""
+    from twist.pretrain import online_eval
+
+    card = write_masks(tmp_path / "nests", count=4)
+    config = tiny_config(images, views={"global_size": 32}, run={"online_eval_root": str(card.parent)})
+    model, _ = build_model(config, device=torch.device("cpu"))
+    found = online_eval.evaluate(model, config, device=torch.device("cpu"))
+    assert found.keys() == {"miou_percent"}
+    assert model.training
+
+    class Colours(ResNet):
+        def stages(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"res5": torch.nn.functional.avg_pool2d(x, 2)}
+
+    model.backbone.__class__ = Colours
+    assert online_eval.evaluate(model, config, device=torch.device("cpu"))["miou_percent"] > max(60, *found.values())
+    card.write_text('name = "boxes"\n[pretraining]\nimages = "images"\n')
+    with pytest.raises(UserError, match=r"neither \[classification\] nor \[segmentation\]"):
+        online_eval.open_data(str(card))
 
 
 # --- the shipped configs ----------------------------------------------------------------------------------------------
