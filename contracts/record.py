@@ -35,11 +35,12 @@ Real = Annotated[float, Strict()]
 
 
 class WeightsProvenance(Config):
-    """Which weights a run started from; everything but `name` is None for random initialisation.
+    """Which weights a run started from; all but `name` and `loaded_sha256` are None for random initialisation.
 
     `sha256` is of the file that the run was given, which each conversion writes again. What stays the same is
     `source_sha256` (the original checkpoint) with its `branch`, and for our own runs the pretraining's config, seed
-    and images. Records of earlier versions lack some of these.
+    and images. `loaded_sha256` is of the backbone's tensors as every process held them before its first step. Records
+    of earlier versions lack some of these.
     """
 
     name: str
@@ -52,6 +53,7 @@ class WeightsProvenance(Config):
     pretrain_config_hash: str | None = None
     pretrain_seed: Seed | None = None
     pretrain_images_sha256: str | None = None
+    loaded_sha256: str | None = None
 
 
 class RunRecord(Config):

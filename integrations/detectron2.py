@@ -84,12 +84,25 @@ def build_twist_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec | None = None)
 @BACKBONE_REGISTRY.register()
 def build_twist_vit_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec | None = None) -> SimpleFeaturePyramid:
     """ViTDet's simple feature pyramid (Li et al. 2022, p2 … p6 for patches of 16) on the last of `OUT_BLOCKS`."""
-    net = build_twist_vit_backbone(cfg, input_shape)
-    return SimpleFeaturePyramid(
+    return pyramid(build_twist_vit_backbone(cfg, input_shape), cfg)
+
+
+class _Pyramid(SimpleFeaturePyramid):  # type: ignore[misc]
+    """Detectron2's with the divisor of an image's sides, which it has under a key that nothing reads (@02b5c4e2)."""
+
+    @property
+    def size_divisibility(self) -> int:
+        return int(self._size_divisibility)
+
+
+def pyramid(net: Backbone, cfg: CfgNode, *, square_pad: int = 0) -> SimpleFeaturePyramid:
+    """ViTDet's simple feature pyramid on the last map of `net`; `square_pad` pads images to squares of that side."""
+    return _Pyramid(
         net,
         in_feature=net._out_features[-1],
         out_channels=cfg.MODEL.TWIST_VIT.PYRAMID_CHANNELS,
         scale_factors=(4.0, 2.0, 1.0, 0.5),
         top_block=LastLevelMaxPool(),
         norm="LN",
+        square_pad=square_pad,
     )

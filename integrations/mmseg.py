@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor
@@ -41,4 +42,8 @@ class VisionTransformer(BaseModule):  # type: ignore[misc]
         self.final_norm = final_norm
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        patch = self.network.patch_embed.patch_size[0]
+        down, right = ((-side) % patch for side in images.shape[2:])
+        if down or right:  # whole images are of any size: zeros fill the last patches, as in MMSegmentation's own ViT
+            images = F.pad(images, (0, right, 0, down))
         return tuple(block_maps(self.network, images, self.out_indices, final_norm=self.final_norm))

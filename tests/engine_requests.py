@@ -15,7 +15,7 @@ import torch
 from twist.contracts.errors import UsageError
 from twist.contracts.networks import build_backbone
 from twist.contracts.record import RunRecord, read_record
-from twist.contracts.weights import Backbone
+from twist.contracts.weights import Backbone, is_vit, stem_of
 from twist.converters.targets import TARGETS
 from twist.transfer.engines import all_engines
 from twist.transfer.protocols import find_protocol
@@ -31,7 +31,8 @@ def weights_maker(folder: Path, target: str) -> Callable[[str], Written]:
     @functools.cache
     def make(architecture: str) -> Written:
         torch.manual_seed(3)
-        header = Backbone(architecture=architecture, method="twist")  # type: ignore[arg-type]
+        form = {"stem": stem_of(architecture), "image_size": 224} if is_vit(architecture) else {}
+        header = Backbone(architecture=architecture, method="twist", **form)  # type: ignore[arg-type]
         writer = TARGETS[target]
         assert writer.settings is not None
         name, text = writer.settings(header)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from engine_requests import EngineUser, flip_a_bit, weights_maker
 from tiny_trees import HEIGHT, WIDTH, make_cityscapes, make_coco, make_voc_detection
 
 from twist.contracts.errors import UserError
+from twist.contracts.weights import usual_vit
+from twist.transfer.engines import framework
 from twist.transfer.protocols import PROTOCOLS
 from twist.transfer.request import Request
 
@@ -34,6 +37,7 @@ QUICK = (
     "TEST.PRECISE_BN.NUM_ITER=1",
     "DATALOADER.NUM_WORKERS=0",
 )
+LSJ = ("INPUT.LSJ_SIZE=128", "MODEL.VITDET.WINDOW=4")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,8 @@ def user(tree, weights, tmp_path) -> EngineUser:
 def test_every_full_protocol_trains_two_steps_and_is_evaluated(row, user) -> None:
     # ResNet-50 once, on the head that is built of its own res5; ResNet-18 elsewhere, for time.
     architecture = "resnet50" if row.name == "voc-frcnn-c4-24k" else "resnet18"
-    result = user.run(row.name, *QUICK, architecture=architecture)
+    architecture = "vit_tiny_patch16" if row.networks == ("vit",) else architecture
+    result = user.run(row.name, *QUICK, *(LSJ if "vitdet" in row.name else ()), architecture=architecture)
     assert list(result.metrics) == list(row.metrics)
     assert all(0 <= value <= 100 for value in result.metrics.values())
     steps = [json.loads(line) for line in result.curves.read_text().splitlines()]
@@ -82,6 +87,8 @@ def test_full_recipes_are_the_published_ones(user) -> None:
         return user.resolve(protocol, "keep_batch=true", architecture="resnet50").config
 
     for row in FULL:
+        if row.networks == ("vit",) or "frozen" in row.name:
+            continue
         resolved = config(row.name)
         assert resolved.MODEL.BACKBONE.FREEZE_AT == 0, row.name
         assert resolved.MODEL.RESNETS.NORM in ("SyncBN", "naiveSyncBN"), row.name
@@ -108,6 +115,109 @@ def test_full_recipes_are_the_published_ones(user) -> None:
             assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY) == (16, 0.02, 1e-4)
     city = config("cityscapes-mrcnn-fpn-24k")
     assert (city.SOLVER.IMS_PER_BATCH, city.SOLVER.BASE_LR, city.MODEL.ROI_HEADS.NUM_CLASSES) == (8, 0.01, 8)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "architecture", "changed"),
+    [
+        ("coco-vitdet-b-100ep", "vit_base_patch16", {}),
+        ("coco-vitdet-ti-640-100ep", "vit_tiny_patch16", {"embed_dim": 192, "num_heads": 3, "drop_path_rate": 0.0}),
+    ],
+)
+def test_vitdet_is_the_zoos_lazy_config(protocol: str, architecture: str, changed: dict, user) -> None:
+    """Every parameter's name and shape, and the rate and decay that it learns with."""
+    from functools import partial
+
+    from detectron2 import model_zoo
+    from detectron2.config import instantiate
+    from detectron2.modeling import build_model
+    from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
+
+    config = user.resolve(protocol, "keep_batch=true", architecture=architecture).config
+    side, decay, weight_decay = (1024, 0.7, 0.1) if "-b-" in protocol else (640, 1.0, 0.05)
+    lazy = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
+    lazy.backbone.net.update(img_size=side, **changed)
+    lazy.backbone.square_pad = side
+    adamw = model_zoo.get_config("common/optim.py").AdamW
+    adamw.params.lr_factor_func = partial(get_vit_lr_decay_rate, lr_decay_rate=decay, num_layers=12)
+    adamw.params.overrides = {"pos_embed": {"weight_decay": 0.0}}
+    adamw.weight_decay = weight_decay
+    adamw.params.model = theirs = instantiate(lazy)
+    ours = build_model(config)
+    assert {name: p.shape for name, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
+    assert ours.backbone.padding_constraints == theirs.backbone.padding_constraints
+    windows = [[block.window_size for block in one.backbone.net.blocks] for one in (ours, theirs)]
+    assert windows[0] == windows[1] == [14, 14, 0] * 4
+
+    def learns(model, optimizer) -> dict[str, tuple[float, float]]:
+        names = {id(p): name for name, p in model.named_parameters()}
+        groups = optimizer.param_groups
+        return {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+    assert learns(ours, user.engine.Trainer.build_optimizer(config, ours)) == learns(theirs, instantiate(adamw))
+    solver, (first, second) = config.SOLVER, config.SOLVER.STEPS
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER, solver.WARMUP_ITERS) == (64, 1e-4, 184375, 250)
+    assert (first * 27 // solver.MAX_ITER, round(second * 27 / solver.MAX_ITER)) in ((23, 26), (24, 26))
+    assert (side, side, "RGB") == (config.INPUT.MIN_SIZE_TEST, config.INPUT.MAX_SIZE_TEST, config.INPUT.FORMAT)
+
+
+def test_crops_of_jittered_scale_are_square_and_boxes_follow(user) -> None:
+    from detectron2.data import DatasetCatalog
+
+    from twist.transfer.engines.detectron2 import vit
+    from twist.transfer.engines.detectron2.data import register_data
+
+    config = user.resolve("coco-vitdet-b-100ep", *LSJ, architecture="vit_tiny_patch16").config
+    register_data(user._tree, ["coco_2017_train"], sample=None)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    sizes = set()
+    for _ in range(8):
+        item = vit.lsj_mapper(config)(DatasetCatalog.get("coco_2017_train")[0])
+        height, width = item["image"].shape[1:]
+        assert max(height, width) <= 128
+        sizes.add((height, width))
+        for box, mask in zip(item["instances"].gt_boxes.tensor, item["instances"].gt_masks.tensor, strict=True):
+            rows, columns = mask.nonzero().unbind(1)
+            assert (box - torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])).abs().max() <= 1
+    assert len(sizes) > 3
+
+
+def test_vits_that_a_protocol_does_not_compute_are_refused(user) -> None:
+    """Registers go through the frozen protocol alone, and every form of ViT meets one recipe there."""
+    request, made = user.ask("coco-mrcnn-fpn-frozen-12ep", architecture="vit_tiny_patch16")
+    plain = user.engine.resolve(request, made)
+    registers = usual_vit("vit_tiny_patch16").model_copy(update={"registers": 4})
+    held = replace(made, header=made.header.model_copy(update={"vit": registers}))
+    assert user.engine.resolve(request, held).recipe == plain.recipe
+    with pytest.raises(UserError, match=r"registers, .*coco-mrcnn-fpn-frozen-12ep"):
+        user.engine.resolve(replace(request, protocol=PROTOCOLS["coco-vitdet-b-100ep"]), held)
+    coarse = made.header.model_copy(update={"architecture": "vit_tiny_patch14", "stem": "patch14"})
+    with pytest.raises(UserError, match="patches of 14 pixels"):
+        user.engine.resolve(request, replace(made, header=coarse))
+    with pytest.raises(UserError, match=r"vit_tiny_patch16 is no backbone of coco-mrcnn-fpn-1x: .*--list vit"):
+        user.resolve("coco-mrcnn-fpn-1x", architecture="vit_tiny_patch16")
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "vit_tiny_patch16"])
+def test_a_frozen_backbone_stays_and_what_is_on_it_learns(architecture: str, user, weights) -> None:
+    options = (*QUICK, "SOLVER.WARMUP_ITERS=0", "SOLVER.CHECKPOINT_PERIOD=2")
+    result = user.run("coco-mrcnn-fpn-frozen-12ep", *options, architecture=architecture)
+    state = torch.load(user.output / "model_final.pth", weights_only=True)["model"]
+    file = torch.load(weights(architecture)[0], weights_only=True)["model"]
+    prefix = "backbone.net.network." if "vit" in architecture else "backbone.bottom_up."
+    kept = {name: tensor for name, tensor in file.items() if not name.endswith("num_batches_tracked")}
+    assert kept
+    assert all(torch.equal(state[prefix + name], tensor) for name, tensor in kept.items())
+    assert any("weight" in name and not name.startswith(prefix) for name in state)
+    assert result.loaded == json.loads((user.output / "loaded.json").read_text())["sha256"]
+    assert len(result.loaded) == 64
+
+
+def test_ranks_with_different_weights_are_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match="2 processes of this run began with different weights"):
+        framework.agree(tmp_path, ["a", "b"], leads=True)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_frameworks_own_linear_rule_is_ours(user) -> None:
@@ -149,6 +259,10 @@ def test_weights_that_do_not_arrive_are_found(user, weights) -> None:
 
     from twist.transfer.engines.detectron2 import model as outcome
 
+    file, _, _ = weights("vit_tiny_patch16")
+    model = build_model(user.resolve("coco-vitdet-b-100ep", *LSJ, architecture="vit_tiny_patch16").config)
+    with pytest.raises(UserError, match="did not take the weights"):
+        outcome.prove_loaded(model, file)
     file, _, _ = weights("resnet18")
     for protocol in ("coco-mrcnn-fpn-1x", "voc-frcnn-c4-24k"):
         model = build_model(user.resolve(protocol).config)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tiny_sample import tiny_sample
-from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_segmentation
+from tiny_trees import make_ade20k, make_cityscapes, make_coco, make_voc_detection, make_voc_segmentation
 
 from twist.catalog.data_sets import find_data_set
 from twist.contracts.errors import UsageError, UserError
@@ -91,6 +91,18 @@ def test_a_label_that_the_data_set_does_not_have_is_named(tmp_path: Path) -> Non
         pictures.label_map(0, size=0)
 
 
+def test_value_0_of_ade20k_is_no_class_and_1_the_first(tmp_path: Path) -> None:
+    from PIL import Image
+
+    pictures = open_split(find_data_set("ade20k"), make_ade20k(tmp_path), "val", None)
+    assert (len(pictures), pictures.class_count) == (3, 150)
+    found = [set(pictures.label_map(image, size=0).unique().tolist()) for image in range(3)]
+    assert set.union(*found) == {0, 149, 76, 255}  # of 1, 150, 77 and 0 in the files
+    Image.new("L", (96, 72), 151).save(pictures.truth("masks", 0))
+    with pytest.raises(UserError, match="holds 150"):
+        pictures.label_map(0, size=0)
+
+
 # ── Runs ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 SHORT = ("iterations=8", "loss_size=16", "label_size=64")
@@ -135,6 +147,8 @@ def test_sample_twins_make_their_metrics(protocol: str, overrides: tuple[str, ..
         ("vit_small_patch16", "cityscapes-linear-seg", make_cityscapes, (*SHORT, "chosen_on=val")),
         ("resnet18", "voc12aug-knn-seg", make_voc_segmentation, ()),
         ("vit_small_patch16", "cityscapes-knn-seg", make_cityscapes, ("memory_size=32",)),
+        ("vit_tiny_patch16", "ade20k-linear-seg", make_ade20k, (*SHORT, "chosen_on=val")),
+        ("resnet18", "ade20k-knn-seg", make_ade20k, ()),
         ("resnet18", "voc12-cluster-seg", make_voc_segmentation, ("clusters=10", "max_passes=1")),
         ("vit_small_patch16", "voc12-corloc", make_voc_detection, ()),
     ],

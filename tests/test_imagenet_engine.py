@@ -201,6 +201,8 @@ def test_cluster_by_the_head_of_a_checkpoint(tree: Path, weights: dict[str, Tens
         ("semi-10pct", ("batch_size=3", "epochs=1")),
         ("finetune-100pct", ("batch_size=9", "epochs=1")),
         ("sample-linear", ("epochs=2",)),
+        ("linear-grid", ("epochs=1", "batch_size=9", "holdout_every=4")),
+        ("sample-linear-grid", ("epochs=2",)),
         ("sample-semi-1pct", ("epochs=2",)),
         ("sample-semi-10pct", ("epochs=2",)),
     ],
@@ -212,7 +214,9 @@ def test_two_steps_of_each_classifier(
     assert result.curves is not None
     rows = [json.loads(line) for line in result.curves.read_text().splitlines()]
     assert rows[-1]["step"] >= 2
-    assert {"step", "epoch", "loss", "lr_classifier", "top1_percent"} <= rows[-1].keys()
+    assert {"step", "epoch", "loss", "top1_percent"} <= rows[-1].keys()
+    assert any(key.startswith("lr_classifier") for key in rows[-1])
+    assert any("held-out training images" in note for note in result.notes) == ("grid" in name)
     assert [path.name for path in result.media] == ["predictions.png", "losses.png"]
     assert all(path.stat().st_size < 200_000 for path in result.media)
     # The run folder says what ran and how it went.

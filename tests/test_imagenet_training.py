@@ -29,6 +29,7 @@ from twist.transfer.engines.imagenet.journal import LOG
 from twist.transfer.engines.imagenet.recipes import load_recipe
 from twist.transfer.engines.imagenet.training import (
     CHECKPOINT,
+    Classifiers,
     Trainer,
     new_classifier,
     run_ranks,
@@ -103,6 +104,31 @@ def test_steps_are_sgd_with_momentum_on_the_mean_cross_entropy_and_a_cosine_by_e
     assert torch.allclose(model.bias, expected.bias, atol=1e-6)
     assert [row["lr_classifier"] for row in done["history"]] == pytest.approx(RATES, abs=1e-12)
     assert [row["step"] for row in done["history"]] == [3, 6, 9, 12]
+
+
+def test_a_grid_is_its_rates_one_by_one_and_the_best_on_held_out_images_counts(tmp_path: Path) -> None:
+    """A grid gives each classifier what a run of its rate alone gives; one has diverged and is never chosen."""
+    held = LabelledImages(Path("x"), ("a", "b", "c"), np.zeros(8, "S1"), LABELS[:8].numpy())
+    factors, overrides = (1.0, 0.5, 0.1), ("batch_size=16", "epochs=4")
+
+    def train(name: str, *more: str, grid: bool = False) -> tuple[list[nn.Linear], dict[str, Any]]:
+        output = tmp_path / name
+        config = load_recipe("sample-linear", architecture="resnet18", overrides=(*overrides, *more))
+        asked = ask("sample-linear", RESNET, output, tensors={"w": torch.tensor(0.0)}, seed=1, output=output)
+        setup = Setup(*asked, config, IMAGES, IMAGES, IMAGES, {}, plan="", reduced=False, notes=(), held=held)
+        parts = [new_classifier(6, 3, seed=1) for _ in config.rates]
+        model = Classifiers(parts) if grid else parts[0]
+        parts[1].weight.data.fill_(math.nan) if grid else None
+        return parts, Trainer(model, parts, rows, rows, rows if grid else None, rank=ALONE, setup=setup).run()
+
+    parts, done = train("grid", f"rate_factors={list(factors)}", grid=True)
+    alone = {factor: train(f"alone{factor}", f"lr_classifier={0.2 * factor}") for factor in (1.0, 0.1)}
+    for part, factor in ((parts[0], 1.0), (parts[2], 0.1)):
+        assert torch.allclose(part.weight, alone[factor][0][0].weight, atol=1e-6)
+    assert done["held"][1] == 0
+    assert done["chosen"] == max(range(3), key=done["held"].__getitem__) != 1
+    assert done["metrics"] == pytest.approx(alone[factors[done["chosen"]]][1]["metrics"])
+    assert {"lr_classifier_0.2", "lr_classifier_0.02"} < done["history"][0].keys()
 
 
 def test_classifier_starts_from_its_seed_alone() -> None:
@@ -328,7 +354,9 @@ def _train_all(rank: Rank, root: Path, output: Path) -> dict[str, Any]:
                 extract(extractor, images, setup.config, folder=folder, title=name)
                 for images in (setup.val, setup.labelled)
             ]
-            done[name] = train_linear(rank, setup, features[0], features[1] if name == "fixed" else None)["history"]
+            done[name] = train_linear(rank, setup, features[0], None, features[1] if name == "fixed" else None)[
+                "history"
+            ]
         else:
             done[name] = train_finetune(rank, setup)["history"]
     return done

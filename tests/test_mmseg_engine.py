@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from engine_requests import EngineUser, flip_a_bit, weights_maker
-from tiny_trees import make_cityscapes, make_voc_segmentation
+from tiny_trees import make_ade20k, make_cityscapes, make_voc_segmentation
 
 from twist.contracts.errors import UserError
+from twist.contracts.weights import usual_vit
+from twist.converters.targets import TARGETS
 from twist.transfer.protocols import PROTOCOLS
 from twist.transfer.recipe import Schedule
 from twist.transfer.request import Request
@@ -34,7 +36,7 @@ QUICK = (
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    return make_cityscapes(make_voc_segmentation(tmp_path_factory.mktemp("root")))
+    return make_ade20k(make_cityscapes(make_voc_segmentation(tmp_path_factory.mktemp("root"))))
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +61,13 @@ def schedule_of(config) -> Schedule:
 def test_every_full_protocol_trains_two_steps_and_is_evaluated(row, user) -> None:
     slide = ("model.test_cfg.crop_size=[65, 65]", "model.test_cfg.stride=[43, 43]") if "cityscapes" in row.name else ()
     architecture = "resnet50" if row.name == "voc12aug-fcn-d8-20k" else "resnet18"
+    architecture = "vit_tiny_patch16" if row.networks == ("vit",) else architecture
     result = user.run(row.name, *QUICK, *slide, architecture=architecture)
     assert list(result.metrics) == list(row.metrics)
     assert all(0 <= value <= 100 for value in result.metrics.values())
     steps = [json.loads(line) for line in result.curves.read_text().splitlines()]
     assert [line["step"] for line in steps] == [1, 2]
-    assert ("aux.loss_ce" in steps[0]) == ("d8" in row.name)
+    assert ("aux.loss_ce" in steps[0]) == (row.networks == ("vit",) or "d8" in row.name)
     assert [path.name for path in result.media][-1] == "losses.png"
     assert all(path.stat().st_size < 200_000 for path in result.media)
     assert (user.output / "log.txt").is_file()
@@ -79,6 +82,8 @@ def test_full_recipes_are_the_published_ones(user) -> None:
         return user.resolve(protocol, "keep_batch=true", architecture="resnet50").config
 
     for row in FULL:
+        if row.networks == ("vit",):
+            continue
         resolved = config(row.name)
         backbone = resolved.model.backbone
         assert backbone.type == "ResNet", "the deep stem of ResNetV1c takes no self-supervised stem"
@@ -86,7 +91,7 @@ def test_full_recipes_are_the_published_ones(user) -> None:
         assert backbone.init_cfg.prefix == "backbone."
         assert backbone.norm_cfg.type == "SyncBN"
         assert not backbone.norm_eval
-        assert resolved.model.decode_head.num_classes == (21 if "voc" in row.name else 19)
+        assert resolved.model.decode_head.num_classes == {"voc": 21, "ade": 150}.get(row.name[:3], 19)
         head = resolved.model.decode_head
         if "d8" in row.name:
             assert (tuple(backbone.dilations), tuple(backbone.strides)) == ((1, 1, 2, 4), (1, 2, 1, 1))
@@ -109,6 +114,7 @@ def test_full_recipes_are_the_published_ones(user) -> None:
     facts = {
         "voc12aug-fcn-d8-20k": Schedule(16, 0.01, 20000, 0),
         "cityscapes-fcn-d8-40k": Schedule(8, 0.01, 40000, 0),
+        "ade20k-fcn-d8-80k": Schedule(16, 0.01, 80000, 0),
         "voc12aug-fcn-d16-30k": Schedule(16, 0.003, 30000, 0, (21000, 27000)),
         "cityscapes-fcn-d16-90k": Schedule(16, 0.01, 90000, 0, (63000, 81000)),
     }
@@ -121,6 +127,41 @@ def test_full_recipes_are_the_published_ones(user) -> None:
         (513, 513),
     )
     assert city.decode_head.align_corners
+
+
+def test_a_vit_brings_its_widths_and_the_recipe_the_rest(user) -> None:
+    """Warm-up, drop path and blocks are the recipe's; a ViT of another form meets the same recipe hash."""
+    resolved = user.resolve("ade20k-upernet-vit-160k", "keep_batch=true", architecture="vit_small_patch16")
+    model, policies = resolved.config.model, resolved.config.param_scheduler
+    assert (model.decode_head.num_classes, list(model.neck.in_channels)) == (150, [384] * 4)
+    assert (list(model.decode_head.in_channels), model.auxiliary_head.in_channels) == ([384] * 4, 384)
+    assert (model.backbone.drop_path_rate, tuple(model.backbone.out_indices)) == (0.1, (2, 5, 8, 11))
+    assert (policies[0].end, policies[1].begin, policies[1].end) == (1500, 1500, 160000)
+    assert resolved.config.optim_wrapper.optimizer.lr == 6e-5
+    assert not resolved.reduced
+    ruled = user.resolve("ade20k-upernet-vit-160k", architecture="vit_small_patch16").config  # one process of eight
+    assert (ruled.param_scheduler[0].end, ruled.param_scheduler[1].begin) == (12000, 12000)
+    assert ruled.optim_wrapper.optimizer.lr == pytest.approx(7.5e-6)
+    request, made = user.ask("ade20k-upernet-vit-160k", "keep_batch=true", architecture="vit_small_patch16")
+    vit = usual_vit("vit_small_patch16").model_copy(update={"resize": "plain"})  # MMSegmentation's own backbone
+    header = made.header.model_copy(update={"vit": vit})
+    overlay = made.overlay.with_name("plain.py")
+    overlay.write_text(TARGETS["mmseg"].settings(header)[1])
+    other = user.engine.resolve(request, replace(made, header=header, overlay=overlay))
+    assert {model.backbone.type, other.config.model.backbone.type} == {"TwistVisionTransformer", "VisionTransformer"}
+    assert other.recipe == resolved.recipe
+
+
+def test_whole_images_of_any_size_go_through_a_vit() -> None:
+    from mmseg.registry import MODELS
+
+    from twist.integrations import mmseg as _registered  # noqa: F401
+
+    backbone = MODELS.build({"type": "TwistVisionTransformer", "architecture": "vit_tiny_patch16"}).eval()
+    image = torch.rand(1, 3, 33, 47)
+    whole = torch.nn.functional.pad(image, (0, 1, 0, 15))
+    assert torch.equal(backbone(image)[0], backbone(whole)[0])
+    assert backbone(image)[0].shape == (1, 192, 3, 3)
 
 
 def test_linear_rule_on_one_process(user) -> None:

@@ -22,15 +22,19 @@ ROOT = Path(__file__).resolve().parent.parent
 COCO = Schedule(16, 0.02, 90000, 1000, (60000, 80000))
 FULL = """
 voc-frcnn-c4-24k voc-frcnn-fpn-24k coco-mrcnn-c4-1x coco-mrcnn-c4-2x coco-mrcnn-fpn-1x coco-mrcnn-fpn-2x
-coco-mrcnn-fpn-infomin-1x coco-mrcnn-fpn-infomin-2x cityscapes-mrcnn-fpn-24k voc12aug-fcn-d8-20k cityscapes-fcn-d8-40k
-voc12aug-fcn-d16-30k cityscapes-fcn-d16-90k linear semi-1pct semi-10pct finetune-100pct knn cluster
-voc12aug-linear-seg cityscapes-linear-seg voc12aug-knn-seg cityscapes-knn-seg voc12-cluster-seg voc07-corloc
-voc12-corloc voc07-svm voc07-svm-lowshot fewshot
+coco-mrcnn-fpn-infomin-1x coco-mrcnn-fpn-infomin-2x coco-mrcnn-fpn-frozen-12ep coco-vitdet-b-100ep
+coco-vitdet-ti-640-100ep cityscapes-mrcnn-fpn-24k voc12aug-fcn-d8-20k cityscapes-fcn-d8-40k voc12aug-fcn-d16-30k
+cityscapes-fcn-d16-90k ade20k-fcn-d8-80k ade20k-upernet-vit-160k voc12aug-upernet-vit-20k cityscapes-upernet-vit-40k
+linear linear-grid semi-1pct semi-10pct finetune-100pct knn cluster voc12aug-linear-seg cityscapes-linear-seg
+voc12aug-knn-seg cityscapes-knn-seg ade20k-linear-seg ade20k-knn-seg voc12-cluster-seg voc07-corloc voc12-corloc
+voc07-svm voc07-svm-lowshot fewshot
 """
 SAMPLE = """
-sample-coco-mrcnn-fpn sample-voc-frcnn-fpn sample-voc-frcnn-c4 sample-voc-fcn-d8 sample-cityscapes-fcn-d8 sample-linear
-sample-knn sample-semi-1pct sample-semi-10pct sample-cluster sample-voc-linear-seg sample-voc-knn-seg
-sample-cityscapes-linear-seg sample-cityscapes-knn-seg sample-voc-cluster-seg sample-voc-corloc sample-voc-svm
+sample-coco-mrcnn-fpn sample-coco-mrcnn-fpn-frozen sample-coco-vitdet sample-voc-frcnn-fpn sample-voc-frcnn-c4
+sample-voc-fcn-d8 sample-cityscapes-fcn-d8 sample-ade20k-fcn-d8 sample-ade20k-upernet-vit sample-voc-upernet-vit
+sample-cityscapes-upernet-vit sample-linear sample-linear-grid sample-knn sample-semi-1pct sample-semi-10pct
+sample-cluster sample-voc-linear-seg sample-voc-knn-seg sample-cityscapes-linear-seg sample-cityscapes-knn-seg
+sample-ade20k-linear-seg sample-ade20k-knn-seg sample-voc-cluster-seg sample-voc-corloc sample-voc-svm
 sample-voc-svm-lowshot sample-fewshot
 """
 
@@ -66,6 +70,32 @@ def test_the_list_shows_every_row_with_data_hardware_and_published_neighbours() 
         own = [published for published in find_neighbours(name) if published.protocol == name]
         assert all(published.source in block for published in own)
     assert max(map(len, text.splitlines())) < 160
+
+
+@pytest.mark.parametrize(
+    ("words", "found", "others"),
+    [
+        (["dense"], "voc07-corloc coco-vitdet-b-100ep sample-ade20k-fcn-d8", "linear fewshot knn voc07-svm"),
+        (["frozen"], "linear sample-knn ade20k-knn-seg coco-mrcnn-fpn-frozen-12ep", "semi-1pct voc12aug-fcn-d8-20k"),
+        (["vit"], "coco-vitdet-b-100ep knn ade20k-upernet-vit-160k", "coco-mrcnn-fpn-1x cityscapes-fcn-d8-40k"),
+        (["resnet", "ade20k", "full"], "ade20k-fcn-d8-80k ade20k-knn-seg", "ade20k-upernet-vit-160k sample-voc-svm"),
+        (["detection", "vit"], "voc07-corloc sample-coco-vitdet", "coco-mrcnn-fpn-1x voc12aug-linear-seg"),
+    ],
+)  # fmt: skip
+def test_words_choose_rows_a_line_each(words: list[str], found: str, others: str) -> None:
+    lines = list_protocols(words).splitlines()
+    names = [line.split()[0] for line in lines]
+    assert set(found.split()) <= set(names)
+    assert not set(others.split()) & set(names)
+    assert max(map(len, lines)) < 160
+
+
+def test_a_name_shows_its_row_whole_and_a_wrong_word_the_near_match() -> None:
+    assert list_protocols(["knn"]).count("   [") == 1
+    assert "published" in list_protocols(["coco-mrcnn-fpn-1x"])
+    with pytest.raises(UsageError, match=r'"frozn".* "frozen"'):
+        list_protocols(["frozn"])
+    assert "at once" in list_protocols(["imagenet", "coco"])
 
 
 def test_the_table_needs_no_torch() -> None:

@@ -144,7 +144,9 @@ def test_shipped_suites_are_valid_but_for_the_files_they_ask_for(tmp_path: Path)
             assert all("there is no file" in line for line in lines), lines
         assert path.read_text().startswith("# twist suite configs/suites/")
         assert find_config(Path(path.stem), "suites") == path
-    text = "".join((ROOT / "configs" / "suites" / name).read_text() for name in ("paper.toml", "frozen.toml"))
+    text = "".join(
+        (ROOT / "configs" / "suites" / name).read_text() for name in ("paper.toml", "frozen.toml", "vit.toml")
+    )
     assert all(text.count(f'"{name}"') == 1 for name, row in PROTOCOLS.items() if row.scale == "full")
 
 

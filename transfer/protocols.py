@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
@@ -14,13 +15,14 @@ from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.metrics import METRICS
 from twist.contracts.published import PublishedRow, find_neighbours, protocol_title
 from twist.contracts.record import RunRecord, Task
+from twist.contracts.weights import Architecture
 
 
 @dataclass(frozen=True)
 class Protocol:
     """One row. `engine` is a folder of `transfer/engines/`; `data` are rows of `catalog/data_sets.toml`.
 
-    `gpus` is the recipe's count (0: one process, CPU will do).
+    `gpus` is the recipe's count (0: one process, CPU will do). `networks` are the kinds that it is made for.
 
     `hours` is wall time on these `gpus` where we measured it, None where nobody here did. `tolerance` is the spread
     from run to run, in percent points of the metrics.
@@ -36,9 +38,18 @@ class Protocol:
     recipe: str
     tolerance: float
     scale: Literal["full", "sample"] = "full"
+    networks: tuple[Literal["resnet", "vit"], ...] = ("resnet", "vit")
+    # What `--weights random` initialises.
+    network: Architecture = "resnet50"
     hours: float | None = None
     # The list of images that have labels, which is then a part of the data.
     subset: str | None = None
+
+
+_USUAL: dict[tuple[str, str], Architecture] = {
+    ("resnet", "full"): "resnet50", ("resnet", "sample"): "resnet18",
+    ("vit", "full"): "vit_base_patch16", ("vit", "sample"): "vit_tiny_patch16",
+}  # fmt: skip
 
 
 def _read() -> dict[str, Protocol]:
@@ -47,6 +58,7 @@ def _read() -> dict[str, Protocol]:
     rows = {}
     for name, row in tables.items():
         measured = {"hours": row.pop("wall_s") / 3600} if "wall_s" in row else {}
+        row.setdefault("network", _USUAL[row.get("networks", ["resnet"])[0], row.get("scale", "full")])
         rows[name] = Protocol(name=name, **evaluations[row.pop("evaluation")], **row, **measured)
     return rows
 
@@ -78,8 +90,22 @@ def check_protocol(path: Path, record: RunRecord) -> None:
         )
 
 
-def list_protocols() -> str:
-    """The table as `twist transfer --list` prints it: one block a row, full protocols first."""
+def list_protocols(words: Sequence[str] = ()) -> str:
+    """The table as `twist transfer --list` prints it: one block a row, full protocols first.
+
+    With the name of a row its block alone; with other words a line for each row that has all of them (`words_of`).
+    `UsageError` for a word that no row has.
+    """
+    if words:
+        if len(words) == 1 and words[0] in PROTOCOLS:
+            return _block(PROTOCOLS[words[0]])
+        known = set().union(*map(words_of, PROTOCOLS.values()))
+        for word in words:
+            if word not in known:
+                near = did_you_mean(word, {*known, *PROTOCOLS})
+                raise UsageError(f'No protocol has the word "{word}".{near} There are {", ".join(sorted(known))}.')
+        rows = [row for row in PROTOCOLS.values() if words_of(row) >= set(words)]
+        return "\n".join(map(_line, rows)) or f"No protocol is {' and '.join(words)} at once."
     blocks = []
     for title, scale in (("Full protocols", "full"), ("Sample twins (the same engines, minutes on a CPU)", "sample")):
         blocks.append(f"{title}\n{'=' * len(title)}")
@@ -87,14 +113,31 @@ def list_protocols() -> str:
     return "\n\n".join(blocks)
 
 
+def words_of(row: Protocol) -> set[str]:
+    """What `--list WORD` finds a row by: engine, data, networks, scale, what is measured, and `frozen` backbones."""
+    full = PROTOCOLS.get(row.recipe.removesuffix(" at sample size"), row)
+    found = {row.engine, row.scale, *row.networks, *row.data, *row.task.split("-")}
+    found |= {"detection"} if row.task == "instance-segmentation" else set()
+    found |= {"dense"} if not found & {"classification", "clustering"} else set()
+    return found | ({"frozen"} if "frozen" in full.recipe else set())
+
+
+def _line(row: Protocol) -> str:
+    networks = "/".join({"resnet": "ResNet", "vit": "ViT"}[kind] for kind in row.networks)
+    return f"{row.name:30} {networks:11} {_hardware(row):7} {row.recipe}"
+
+
+def _hardware(row: Protocol) -> str:
+    return f"{row.gpus} GPUs" if row.gpus > 1 else "1 GPU" if row.gpus else "CPU"
+
+
 def _block(row: Protocol) -> str:
-    hardware = f"{row.gpus} GPUs" if row.gpus > 1 else "1 GPU" if row.gpus else "CPU"
     hours = "hours not measured" if row.hours is None else _hours(row.hours)
     lines = [
         f"{row.name}   [{row.engine}, {row.task}]",
         f"  recipe     {row.recipe}",
         f"  data       {', '.join(row.data)}",
-        f"  hardware   {hardware}, {hours}",
+        f"  hardware   {_hardware(row)}, {hours}",
         f"  metrics    {', '.join(METRICS[name].label for name in row.metrics)}",
     ]
     for (source, protocol, metrics), printed in groupby(_published_beside(row.name), key=_table_of):

@@ -129,13 +129,15 @@ class Resolved:
 @dataclass(frozen=True)
 class Result:
     """One finished training and evaluation: metrics by the names of `contracts.metrics`, the recipe to record, small
-    PNGs, a `metrics.jsonl`, and sentences that belong beside the number."""
+    PNGs, a `metrics.jsonl`, sentences that belong beside the number, and the SHA-256 of the backbone's tensors as every
+    process held them before its first step."""
 
     metrics: dict[str, float]
     recipe: dict[str, Any]
     media: list[Path] = field(default_factory=list)
     curves: Path | None = None
     notes: list[str] = field(default_factory=list)
+    loaded: str | None = None
 
 
 def split_overrides(overrides: Sequence[str], *, in_epochs: bool = False) -> tuple[Controls, tuple[str, ...]]:

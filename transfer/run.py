@@ -28,7 +28,7 @@ from twist.contracts.errors import UsageError, UserError, require
 from twist.contracts.files import sha256_file
 from twist.contracts.machine import git_commit, hardware, software
 from twist.contracts.record import RunRecord, WeightsProvenance, check_label, name_in, read_record, write_record
-from twist.contracts.weights import Architecture, Backbone, read_header, stem_of, write_backbone
+from twist.contracts.weights import Backbone, read_header, stem_of, write_backbone
 from twist.converters.output_folder import name_of
 from twist.converters.zoo import located
 from twist.transfer.end import render_end, render_places
@@ -41,7 +41,6 @@ RANDOM, SUPERVISED = "random", "supervised"
 TORCHVISION = "torchvision:"
 # In the run folder: the random initialisation that the run starts from.
 RANDOM_FILE = Path("weights") / "random.safetensors"
-USUAL_NETWORK: dict[str, Architecture] = {"full": "resnet50", "sample": "resnet18"}
 # In a shared conversion: its files and what their tensors mean.
 CONVERTED = "converted.json"
 CONTINUED = "continued from a checkpoint: wall_s counts this start alone"
@@ -184,7 +183,7 @@ def _measure(asked: _Asked) -> RunRecord:
         scale="own" if request.own else "sample" if row.scale == "sample" else "reduced" if plan.reduced else "full",
         seed=request.seed,
         metrics=result.metrics,
-        weights=_provenance(request, ready.header),
+        weights=_provenance(request, ready.header, result.loaded),
         recipe=_recipe(result, ready.header, sample, request.own),
         data=request.data_name,
         software=software(),
@@ -250,7 +249,7 @@ def find_weights(
 
 
 def _random_network(row: Protocol, controls: Controls, *, seed: int) -> Backbone:
-    architecture = controls.architecture or USUAL_NETWORK[row.scale]
+    architecture = controls.architecture or row.network
     vit = architecture.startswith("vit_")
     if vit and controls.width not in (None, 1):
         raise UsageError(f"width={controls.width} is for ResNets: leave it out with architecture={architecture}.")
@@ -261,7 +260,7 @@ def _random_network(row: Protocol, controls: Controls, *, seed: int) -> Backbone
 def default_output(row: Protocol, given: dict[str, Any], seed: int, *, card: str | None = None) -> Path:
     """`runs/<protocol>/…`, with a data card's name, and the network where random weights are not of the usual one."""
     network = given.get("random")
-    other = network.display_name if network and network.display_name != USUAL_NETWORK[row.scale] else None
+    other = network.display_name if network and network.display_name != row.network else None
     parts = [
         card,
         given["method"] or given["name"],
@@ -384,9 +383,9 @@ def _write_random(request: Request) -> Path:
 # ── The record ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _provenance(request: Request, header: Backbone) -> WeightsProvenance:
+def _provenance(request: Request, header: Backbone, loaded: str | None) -> WeightsProvenance:
     if request.random is not None:
-        return WeightsProvenance(name=RANDOM)
+        return WeightsProvenance(name=RANDOM, loaded_sha256=loaded)
     return WeightsProvenance(
         name=request.name,
         sha256=request.sha256,
@@ -398,6 +397,7 @@ def _provenance(request: Request, header: Backbone) -> WeightsProvenance:
         branch=header.source_branch,
         source_sha256=header.source_sha256,
         pretrain_images_sha256=header.images_sha256,
+        loaded_sha256=loaded,
     )
 
 

@@ -224,17 +224,21 @@ def transfer(
     resume: Resume = False,
     eval_only: Annotated[bool, typer.Option("--eval-only", help="Evaluate the finished run in the folder.")] = False,
     dry_run: DryRun = False,
-    list_protocols: Annotated[bool, typer.Option("--list", help="Print the protocols.")] = False,
+    list_protocols: Annotated[
+        bool, typer.Option("--list", help="Print the protocols, or those of a name or word.")
+    ] = False,
 ) -> None:
     """Run one transfer protocol and write one record.
 
-    PROTOCOL is a name of --list. key=value goes to the framework's own config, or is one of ours: architecture and
-    width (of random weights), keep_batch, iterations, nodes, node_rank, master.
+    PROTOCOL is a name of --list; `--list NAME` shows one whole, `--list dense vit` a line for each that is both (also
+    frozen, resnet, detection, segmentation, a data set, an engine, full, sample). key=value goes to the framework's own
+    config, or is one of ours: architecture and width (of random weights), keep_batch, iterations, nodes, node_rank,
+    master.
     """
     from twist.transfer import protocols
 
     if list_protocols:
-        print(protocols.list_protocols())
+        print(protocols.list_protocols([*filter(None, [protocol]), *(overrides or ())]))
         return
     if protocol is None or weights is None:
         raise UsageError("Say which protocol and which weights: twist transfer PROTOCOL --weights FILE (see --list).")
@@ -286,7 +290,7 @@ def data_prepare(
     """Build what derives from the originals. Never downloads, never touches them.
 
     voc: trainaug (sbd=FOLDER). cityscapes: the trainIds. imagenet: the 1 % and 10 % lists (lists=FOLDER or seed=N).
-    detectron2: one tree of links (coco=, VOC2007=, VOC2012=, cityscapes=, imagenet=FOLDER). coco needs nothing.
+    detectron2: one tree of links (coco=, VOC2007=, VOC2012=, cityscapes=, imagenet=FOLDER). coco, ade20k: nothing.
     A data card: lists that take a part of its training images as val (split=0.2 seed=0).
     """
     require("transfer", "PIL")

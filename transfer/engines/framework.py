@@ -15,9 +15,9 @@ import re
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from twist.catalog.data_sets import find_data_set
 from twist.contracts import files, states
@@ -27,13 +27,13 @@ from twist.contracts.machine import code_sha256, software
 from twist.contracts.progress import Progress
 from twist.contracts.ranks import require_equal
 from twist.contracts.trackers import Logger
-from twist.contracts.weights import difference
+from twist.contracts.weights import difference, tensors_digest
 from twist.transfer import recipe
 from twist.transfer.pictures import plot_losses
 from twist.transfer.recipe import Schedule, Tree
 from twist.transfer.request import Request, Resolved, Result, Weights
 
-_EVALUATION = "evaluation.json"
+_EVALUATION, _LOADED = "evaluation.json", "loaded.json"
 # Known and harmless; every other warning passes.
 _NOISE = (
     "pkg_resources is deprecated",  # detectron2.model_zoo imports it
@@ -104,15 +104,17 @@ def resolve(read: Callable[[Request, Weights], FrameworkConfig], request: Reques
     as written: the rule does not scale them again).
 
     Raises:
-        UsageError: an override that does not fit, a batch that does not divide, frozen batch norm.
-        UserError: a ViT, for which these recipes are not made.
+        UsageError: an override that does not fit or freezes batch norm, a batch that does not divide.
+        UserError: a kind of network that the protocol is not made for.
     """
-    if weights.header.is_vit:
+    kind: Literal["resnet", "vit"] = "vit" if weights.header.is_vit else "resnet"
+    if kind not in request.protocol.networks:
         raise UserError(
-            f"{weights.header.display_name} is no backbone of {request.protocol.name}: use linear, knn or "
-            "finetune-100pct for ViTs, or a ResNet."
+            f"{weights.header.display_name} is no backbone of {request.protocol.name}: `twist transfer --list {kind}` "
+            "names the protocols for it."
         )
     run = read(request, weights)
+    frozen = run.is_frozen()
     processes, reference, controls = request.processes, run.reference, request.controls
     published = run.schedule(processes=reference or 1)
     rule = recipe.choose_rule(processes=processes, reference=reference, keep_batch=controls.keep_batch)
@@ -135,7 +137,12 @@ def resolve(read: Callable[[Request, Weights], FrameworkConfig], request: Reques
         except (ValueError, AssertionError) as error:
             raise UsageError(f'"{text}" does not fit: {str(error).splitlines()[0].rstrip(".")}.') from None
     after, planned = run.tree(), run.schedule(processes=processes)
-    _check(run, planned, request, weights)
+    if run.is_frozen() and not frozen and (request.method or weights.header.method) != "supervised":
+        raise UsageError(
+            "Frozen batch norm or frozen stages do not go with self-supervised or random weights: their feature scales "
+            f"are not those the statistics were tuned for (MoCo, arXiv 1911.05722, section 4.2); keep {run.unfrozen}."
+        )
+    _check(planned, request)
     run.place(request, weights)
 
     changed = [] if request.own is not None else recipe.leaves_protocol(published, planned)
@@ -181,12 +188,7 @@ def _fit_own(request: Request, published: Schedule, planned: Schedule) -> Schedu
     return recipe.fit_length(planned, images, epochs=published.images_seen / whole, fewest=recipe.FEWEST_OWN)
 
 
-def _check(run: FrameworkConfig, planned: Schedule, request: Request, weights: Weights) -> None:
-    if run.is_frozen() and (request.method or weights.header.method) != "supervised":
-        raise UsageError(
-            "Frozen batch norm or frozen stages do not go with self-supervised or random weights: their feature scales "
-            f"are not those the statistics were tuned for (MoCo, arXiv 1911.05722, section 4.2); keep {run.unfrozen}."
-        )
+def _check(planned: Schedule, request: Request) -> None:
     if request.processes > 1 and not request.gpus:
         raise UsageError("Several processes need GPUs: synchronised batch norm does not run on CPUs.")
     if planned.images_per_step < request.processes or planned.images_per_step % request.processes:
@@ -195,14 +197,15 @@ def _check(run: FrameworkConfig, planned: Schedule, request: Request, weights: W
         raise UsageError("A run needs at least one iteration.")
 
 
-def prove_loaded(title: str, tensors: Mapping[str, Any], state: Mapping[str, Any], *, expected: set[str]) -> None:
+def prove_loaded(title: str, tensors: Mapping[str, Any], state: Mapping[str, Any], *, expected: set[str]) -> str:
     """`UserError` unless all `tensors` are in a model's `state` bit for bit, as or at the end of a name, and no name of
-    `expected` is left over: the frameworks only print a warning."""
-    given = {}
+    `expected` is left over: the frameworks only print a warning. Gives the SHA-256 of what the model holds of them."""
+    given, placed = {}, {}
     for name, tensor in tensors.items():
         if hasattr(tensor, "dtype") and not name.endswith("num_batches_tracked"):
             places = [name] if name in state else [key for key in state if key.endswith(f".{name}")]
-            given[places[0] if len(places) == 1 else name] = tensor
+            placed[name] = places[0] if len(places) == 1 else name
+            given[placed[name]] = tensor
     names = {*given, *(name for name in expected if not name.endswith("num_batches_tracked"))}
     reason = difference(given, {name: state[name] for name in sorted(names) if name in state})
     if reason is not None:
@@ -210,6 +213,18 @@ def prove_loaded(title: str, tensors: Mapping[str, Any], state: Mapping[str, Any
             f"{title} did not take the weights into its model: {reason}; extra tensors were left at random: convert "
             "them again."
         )
+    return tensors_digest({name: state[place] for name, place in placed.items()})
+
+
+def agree(output: Path, digests: Sequence[str], *, leads: bool) -> None:
+    """`UserError` unless every process begins with the same weights; the first one notes the digest for the record."""
+    if len(set(digests)) > 1:
+        raise UserError(
+            f"The {len(digests)} processes of this run began with different weights: give every node the same file, "
+            "and start in a new folder."
+        )
+    if leads:
+        files.write_json(output / _LOADED, {"sha256": digests[0], "processes": len(digests)})
 
 
 class TrainingLog:
@@ -313,7 +328,7 @@ def collect(request: Request, resolved: Resolved) -> Result:
     """In the caller: metrics, recipe with the sizes of the data, pictures, the plot of losses."""
     values = json.loads((request.output / _EVALUATION).read_text())
     media = [request.output / name for name in values["media"]]
-    curves = request.output / CURVES
+    curves, loaded = request.output / CURVES, request.output / _LOADED
     if curves.exists() and curves.stat().st_size:
         media.append(plot_losses(curves, request.output / "losses.png", title=request.protocol.name))
     return Result(
@@ -322,6 +337,7 @@ def collect(request: Request, resolved: Resolved) -> Result:
         media=media,
         curves=curves if curves.exists() else None,  # None on a node that is not the first, in a folder of its own
         notes=[*resolved.notes, *values.get("notes", ())],
+        loaded=json.loads(loaded.read_text())["sha256"] if loaded.exists() else None,
     )
 
 

@@ -16,7 +16,7 @@ from twist.catalog.data_sets import DATA_SETS, read_sample
 from twist.contracts.errors import UserError
 from twist.contracts.machine import cores
 from twist.transfer.engines import framework
-from twist.transfer.engines.detectron2 import ENGINE
+from twist.transfer.engines.detectron2 import ENGINE, vit
 from twist.transfer.engines.detectron2.data import OWN_TRAIN, OWN_VAL
 from twist.transfer.engines.framework import FrameworkConfig
 from twist.transfer.recipe import Schedule, Tree
@@ -30,6 +30,10 @@ with warnings.catch_warnings():
 ZOO = "model_zoo://"
 # What belongs to the weights and not to the protocol: their normalisation, channel order and stride.
 _OF_THE_WEIGHTS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1")
+_OF_A_VITS_WEIGHTS = tuple(f"MODEL.TWIST_VIT.{key}" for key in ("ARCHITECTURE", "IMAGE_SIZE", "VIT"))
+# What one kind of backbone or of crops leaves without use.
+_OF_RESNETS, _OF_VITS = ("MODEL.RESNETS", "MODEL.FPN"), ("MODEL.TWIST_VIT", "MODEL.VITDET")
+_OF_RESIZING = tuple(f"INPUT.{key}" for key in ("MIN_SIZE_TRAIN", "MAX_SIZE_TRAIN", "MIN_SIZE_TRAIN_SAMPLING"))
 # Detectron2's global defaults that no R-CNN of ours uses, unless an override does (`transfer/overrides.py`).
 _NOT_USED = (
     "GLOBAL", "INPUT.CROP", "MODEL.KEYPOINT_ON", "MODEL.LOAD_PROPOSALS", "MODEL.PANOPTIC_FPN", "MODEL.RETINANET",
@@ -47,6 +51,14 @@ class _Files(CfgNode):
         return super()._open_cfg(model_zoo.get_config_file(name) if zoo else filename)
 
 
+def read_tree(tree: Any) -> CfgNode:
+    """Detectron2's defaults with `tree` over them, a config as YAML has it."""
+    config = get_cfg()
+    vit.add_keys(config, tree)
+    config.merge_from_other_cfg(CfgNode(tree))
+    return config
+
+
 class Detectron2Config(FrameworkConfig):
     options: ClassVar = {
         "MODEL.DEVICE": "--gpus", "MODEL.WEIGHTS": "--weights", "OUTPUT_DIR": "--output", "SEED": "--seed",
@@ -62,15 +74,20 @@ class Detectron2Config(FrameworkConfig):
 
     def __init__(self, request: Request, weights: Weights) -> None:
         assert weights.overlay is not None
-        self.config = get_cfg()
+        self._is_vit = weights.header.is_vit
         path = str(ENGINE.folder / request.protocol.config)
-        self.config.merge_from_other_cfg(CfgNode(_Files.load_yaml_with_base(path, allow_unsafe=False)))
+        self.config = read_tree(_Files.load_yaml_with_base(path, allow_unsafe=False))
         if request.protocol.scale == "sample" and request.own is None:
             sample = read_sample(request.data)
             assert sample is not None, "run.py checks the root first"
             self.config.MODEL.ROI_HEADS.NUM_CLASSES = len(sample["classes"])
         self._about = self._set_own(request) if request.own else self._set_masks(request)
-        self.config.merge_from_other_cfg(CfgNode(yaml.safe_load(weights.overlay.read_text())))
+        if self._is_vit:
+            self._about += vit.set_weights(self.config, weights.header)
+        else:
+            freeze_at = self.config.MODEL.BACKBONE.FREEZE_AT
+            self.config.merge_from_other_cfg(CfgNode(yaml.safe_load(weights.overlay.read_text())))
+            self.config.MODEL.BACKBONE.FREEZE_AT = freeze_at  # the recipe's, and not what suits most of them
         self.reference = self.config.SOLVER.REFERENCE_WORLD_SIZE
         self.config.SOLVER.REFERENCE_WORLD_SIZE = 0  # the rule is applied here; the trainer shall not do it again
 
@@ -143,6 +160,8 @@ class Detectron2Config(FrameworkConfig):
         """`tree` without where things lie, what the machine is, what is the weights' and what nothing uses."""
         values = copy.deepcopy(tree)
         unused = (*_NOT_USED, *(() if tree["MODEL"]["MASK_ON"] else ("MODEL.ROI_MASK_HEAD",)))
+        unused += (*_OF_A_VITS_WEIGHTS, *_OF_RESNETS) if self._is_vit else _OF_VITS
+        unused += _OF_RESIZING if tree["INPUT"].get("LSJ_SIZE") else ()
         for name in (*self.options, *self.harmless, *_OF_THE_WEIGHTS, *unused):
             *sections, key = name.split(".")
             table = values
@@ -152,15 +171,18 @@ class Detectron2Config(FrameworkConfig):
         return values
 
     def is_frozen(self) -> bool:
-        return self.config.MODEL.BACKBONE.FREEZE_AT > 0 or "Frozen" in self.config.MODEL.RESNETS.NORM
+        model = self.config.MODEL
+        return model.BACKBONE.FREEZE_AT > 0 or (not self._is_vit and "Frozen" in model.RESNETS.NORM)
 
     def is_synchronised(self) -> bool:
-        return "SyncBN" in self.config.MODEL.RESNETS.NORM
+        return not self._is_vit and "SyncBN" in self.config.MODEL.RESNETS.NORM
 
     def place(self, request: Request, weights: Weights) -> None:
         config = self.config
         config.DATALOADER.NUM_WORKERS = min(config.DATALOADER.NUM_WORKERS, cores())  # more would wait, and torch warns
-        config.MODEL.WEIGHTS = f"{weights.file}?matching_heuristics=True"
+        # A ViT's names could be those of the pyramid's norms, too: the engine loads them where they belong.
+        config.MODEL.WEIGHTS = "" if self._is_vit else f"{weights.file}?matching_heuristics=True"
+        config.SOLVER.AMP.ENABLED = bool(config.SOLVER.AMP.ENABLED and request.gpus)  # Detectron2 has it on GPUs alone
         config.MODEL.DEVICE = "cuda" if request.gpus else "cpu"
         config.OUTPUT_DIR = str(request.output)
         config.SEED = request.seed

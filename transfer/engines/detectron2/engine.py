@@ -18,8 +18,8 @@ from typing import Any
 import faster_coco_eval
 import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
-from detectron2.data import MetadataCatalog
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, hooks, launch
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
@@ -36,7 +36,8 @@ from twist.contracts import files
 from twist.contracts.failures import explained, raise_reported
 from twist.contracts.progress import Progress
 from twist.transfer.engines import framework
-from twist.transfer.engines.detectron2.config import resolve
+from twist.transfer.engines.detectron2 import vit
+from twist.transfer.engines.detectron2.config import read_tree, resolve
 from twist.transfer.engines.detectron2.data import (
     OWN_VAL,
     count_images,
@@ -46,7 +47,7 @@ from twist.transfer.engines.detectron2.data import (
     write_own,
 )
 from twist.transfer.engines.detectron2.model import bare, draw, metrics_of, prove_loaded
-from twist.transfer.engines.framework import TrainingLog, collect, frameworks_quiet, leave, require_finished
+from twist.transfer.engines.framework import TrainingLog, agree, collect, frameworks_quiet, leave, require_finished
 from twist.transfer.pictures import save_pairs
 from twist.transfer.request import Request, Resolved, Result, Weights
 
@@ -78,8 +79,7 @@ def _worker(request: Request, weights: Path, dumped: str) -> None:
     log = request.output / (f"log.rank{rank}.txt" if rank else "log.txt")
     with explained(report=request.output, memory=NEEDS_LESS), frameworks_quiet(log):
         framework.require_one_run(request)
-        config = get_cfg()
-        config.merge_from_other_cfg(CfgNode.load_cfg(dumped))
+        config = read_tree(CfgNode.load_cfg(dumped))
         config.freeze()
         names = [*config.DATASETS.TRAIN, *config.DATASETS.TEST]
         own = OWN_VAL in names
@@ -92,7 +92,10 @@ def _worker(request: Request, weights: Path, dumped: str) -> None:
         trainer = Trainer(config)
         trainer.resume_or_load(resume=request.resume or request.eval_only)
         if trainer.start_iter == 0:
-            prove_loaded(bare(trainer.model), weights)
+            model = bare(trainer.model)
+            if (network := vit.network_of(model)) is not None:
+                network.load_state_dict(vit.tensors_for(network, weights)[0], strict=False)  # the proof is strict
+            agree(request.output, comm.all_gather(prove_loaded(model, weights)), leads=comm.is_main_process())
         if request.eval_only:
             require_finished(request.output, done=trainer.start_iter, of=config.SOLVER.MAX_ITER)
             results = Trainer.test(config, trainer.model)
@@ -108,6 +111,16 @@ def _worker(request: Request, weights: Path, dumped: str) -> None:
 
 class Trainer(DefaultTrainer):
     """`DefaultTrainer` with the data sets' own evaluators, our curves and progress, and two checkpoints kept."""
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: Any) -> Any:
+        is_vitdet = cfg.MODEL.BACKBONE.NAME == vit.VITDET
+        return vit.build_optimizer(cfg, model) if is_vitdet else super().build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        mapper = vit.lsj_mapper(cfg) if cfg.INPUT.get("LSJ_SIZE") else None
+        return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Any:

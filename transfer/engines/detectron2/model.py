@@ -19,6 +19,7 @@ from detectron2.utils.visualizer import Visualizer
 from torch import nn
 
 from twist.transfer.engines import framework
+from twist.transfer.engines.detectron2 import vit
 from twist.transfer.pictures import PANEL_PIXELS
 from twist.transfer.request import Request
 
@@ -62,12 +63,15 @@ if "Res5ROIHeadsExtraNorm" not in ROI_HEADS_REGISTRY:
     ROI_HEADS_REGISTRY.register(Res5ROIHeadsExtraNorm)
 
 
-def prove_loaded(model: nn.Module, weights: Path) -> None:
-    """Every tensor of the weights file is in `model`, and every tensor of the backbone came from it."""
+def prove_loaded(model: nn.Module, weights: Path) -> str:
+    """Every tensor of the weights file is in `model`, and every tensor of the backbone came from it; their digest."""
+    if (network := vit.network_of(model)) is not None:
+        tensors, expected = vit.tensors_for(network, weights)
+        return framework.prove_loaded("Detectron2", tensors, network.state_dict(), expected=expected)
     loaded = torch.load(weights, map_location="cpu", weights_only=True)
     state = model.state_dict()
     expected = {key for key in state if key.startswith(_BACKBONE) and not key.startswith("roi_heads.res5.norm.")}
-    framework.prove_loaded("Detectron2", loaded.get("model", loaded), state, expected=expected)
+    return framework.prove_loaded("Detectron2", loaded.get("model", loaded), state, expected=expected)
 
 
 def metrics_of(

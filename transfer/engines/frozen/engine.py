@@ -164,7 +164,7 @@ def run(request: Request, weights: Weights, setup: Setup) -> Result:  # noqa: AR
                 result = measure[config.kind](setup, extractor)
         place = "" if isinstance(config, recipes.DiscoveryRecipe) else f" Features every {extractor.stride} pixels."
         same = f"The frozen backbone is bit-equal before and after: state SHA-256 {digest[:16]}.{place}"
-        result = replace(result, notes=[*result.notes, same])
+        result = replace(result, notes=[*result.notes, same], loaded=digest)
     if not setup.config.machine.keep_features:
         shutil.rmtree(setup.features, ignore_errors=True)
     return replace(result, notes=[*result.notes, *setup.notes])

@@ -46,7 +46,8 @@ _IMAGENET_VAL = 50_000
 class Setup:
     """A run, resolved: recipe and images, what the record keeps of them, the plan's text, and whether it is reduced.
 
-    `labelled` are the training images whose labels the recipe may use. Reduced means another recipe than the
+    `labelled` are the training images whose labels the recipe may use, `held` those of them that a grid of rates is
+    chosen on. Reduced means another recipe than the
     protocol's own, or another data set than ImageNet-1k.
     """
 
@@ -60,6 +61,7 @@ class Setup:
     plan: str
     reduced: bool
     notes: tuple[str, ...]
+    held: LabelledImages | None = None
 
     def extractor(self, device: torch.device) -> Extractor:
         """The network with its weights, as the recipe reads its features."""
@@ -108,7 +110,20 @@ def resolve(request: Request, weights: Weights) -> Setup:
     own = [request.own.summary()] if request.own is not None else []
     notes = (*own, *warnings, *changed)
     plan = "\n".join([plan, *notes])
-    return Setup(request, weights, config, train, labelled, val, recipe, plan, reduced, notes)
+    labelled, held = _hold_out(labelled, config)
+    return Setup(request, weights, config, train, labelled, val, recipe, plan, reduced, notes, held)
+
+
+def _hold_out(labelled: LabelledImages, config: recipes.AnyRecipe) -> tuple[LabelledImages, LabelledImages | None]:
+    """The images that are trained on, and those of them that choose among a grid of rates; None without a grid."""
+    if not isinstance(config, recipes.LinearRecipe) or not config.rate_factors:
+        return labelled, None
+    held = np.arange(len(labelled)) % config.holdout_every == config.holdout_every - 1
+    if not held.any():
+        raise UserError(
+            f"{len(labelled)} labelled images leave none to choose the rate on: pass a smaller holdout_every."
+        )
+    return labelled.only(np.flatnonzero(~held)), labelled.only(np.flatnonzero(held))
 
 
 def batch_warnings(config: recipes.ClassifierRecipe, images: int, *, processes: int) -> list[str]:
@@ -228,7 +243,8 @@ def _on_frozen_features(setup: Setup) -> Result:
         folder = (Path(shared) if shared else setup.request.output) / "features"
 
         def features(split: str) -> FeatureFile:
-            images = {"train": setup.labelled, "val": setup.val}[split]
+            images = {"train": setup.labelled, "val": setup.val, "held": setup.held}[split]
+            assert images is not None
             return extract(extractor, images, setup.config, folder=folder, title=f"{split} features")
 
         with frozen(extractor.network) as digest:
@@ -237,16 +253,17 @@ def _on_frozen_features(setup: Setup) -> Result:
     if not (setup.config.machine.keep_features or shared):
         shutil.rmtree(folder, ignore_errors=True)
     note = f"The frozen backbone is bit-equal before and after: state SHA-256 {digest[:16]}."
-    return replace(result, notes=[*result.notes, note])
+    return replace(result, notes=[*result.notes, note], loaded=digest)
 
 
-_Features = Callable[[str], FeatureFile]  # of the images of a split, "train" or "val"
+_Features = Callable[[str], FeatureFile]  # of the images of a split: "train", "val" or "held"
 
 
 def _linear(setup: Setup, features: _Features) -> Result:
     assert isinstance(setup.config, recipes.LinearRecipe)
     train = None if setup.config.augment or setup.request.eval_only else features("train")
-    return _classify(setup, training.train_linear, features("val"), train)
+    held = features("held") if setup.held is not None else None
+    return _classify(setup, training.train_linear, features("val"), held, train)
 
 
 def _classify(setup: Setup, work: Callable[..., Any], *arguments: Any) -> Result:
@@ -265,6 +282,12 @@ def _classify(setup: Setup, work: Callable[..., Any], *arguments: Any) -> Result
         f"Top-1 is the last epoch's; the best was {best['top1_percent']:.2f} in epoch {best['epoch'] + 1} of "
         f"{config.epochs} (TWIST's evaluate.py prints the best so far).",
     ]
+    if done["held"] and setup.held is not None:
+        rates, of = [*config.rates.values()], ", ".join(f"{top1:.1f}" for top1 in done["held"])
+        notes.append(
+            f"Learning rate {rates[done['chosen']]:g} of {len(rates)} ({', '.join(f'{rate:g}' for rate in rates)}), "
+            f"chosen on {len(setup.held)} held-out training images (top-1 of each: {of})."
+        )
     if setup.request.eval_only:
         end = f"at the end of the training top-1 was {history[-1]['top1_percent']:.2f}"
         notes.append(f"Evaluated from the stored weights, nothing was trained; {end}.")

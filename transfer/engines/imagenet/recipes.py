@@ -7,7 +7,7 @@ and never enters the recipe hash, so a laptop's row and a server's row can meet 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -98,6 +98,17 @@ class LinearRecipe(ClassifierRecipe):
     kind: Literal["linear"]
     # ViTs: class tokens of so many last blocks, side by side, each after the last norm (DINO's probe).
     last_blocks: int = Field(default=1, gt=0)
+    # Classifiers that train together, each at `lr_classifier` times one of these; the one that counts is the best on
+    # every `holdout_every`th training image, which none of them trains on. Empty: one classifier on all.
+    rate_factors: tuple[Annotated[float, Field(gt=0)], ...] = added(())
+    holdout_every: int = added(10, gt=1)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        if not self.rate_factors:
+            return super().rates
+        rates = [self.lr_classifier * factor for factor in self.rate_factors]
+        return {f"lr_classifier_{rate:g}": rate for rate in rates}
 
 
 class FinetuneRecipe(ClassifierRecipe):

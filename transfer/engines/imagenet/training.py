@@ -92,7 +92,9 @@ TrainInputs = Callable[[Sequence[np.ndarray], int], Iterable[Batch]]
 ValInputs = Callable[[Sequence[np.ndarray]], Iterable[Batch]]
 
 
-def train_linear(rank: Rank, setup: Setup, val: FeatureFile, train: FeatureFile | None) -> dict[str, Any]:
+def train_linear(
+    rank: Rank, setup: Setup, val: FeatureFile, held: FeatureFile | None, train: FeatureFile | None
+) -> dict[str, Any]:
     """What `Trainer.run` returns. `train` None computes the features of random crops as they come."""
 
     def rows(file: FeatureFile, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
@@ -100,9 +102,15 @@ def train_linear(rank: Rank, setup: Setup, val: FeatureFile, train: FeatureFile 
         for chosen in batches:
             yield torch.from_numpy(matrix[chosen]).to(rank.device), file.labels[chosen].to(rank.device)
 
+    assert isinstance(setup.config, LinearRecipe)
+    rates = setup.config.rates
+
     def fit(train_inputs: TrainInputs) -> dict[str, Any]:
-        model = new_classifier(val.dimension, len(setup.train.classes), seed=setup.request.seed)
-        return Trainer(model, [model], train_inputs, partial(rows, val), rank=rank, setup=setup).run()
+        new = partial(new_classifier, val.dimension, len(setup.train.classes), seed=setup.request.seed)
+        parts = [new() for _ in rates]
+        model: nn.Module = parts[0] if held is None else Classifiers(parts)
+        chosen_on = None if held is None else partial(rows, held)
+        return Trainer(model, parts, train_inputs, partial(rows, val), chosen_on, rank=rank, setup=setup).run()
 
     if train is not None:
         return fit(lambda batches, _: rows(train, batches))
@@ -162,14 +170,27 @@ def normalise_in_groups(network: nn.Module, groups: int) -> None:
             module.__class__, module.groups = GroupedBatchNorm2d, groups  # type: ignore[assignment]
 
 
+class Classifiers(nn.ModuleList):
+    """Linear classifiers of the same features: (B, D) → (B, G, K), one matrix product for all."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        weight, bias = (torch.cat([getattr(one, name) for one in self]) for name in ("weight", "bias"))
+        return F.linear(rows, weight, bias).view(len(rows), len(self), -1)
+
+
 class Trainer:
-    """Trains `model`, from inputs to class scores (B, K); its `parts` have the recipe's `rates`, in their order."""
+    """Trains `model`, from inputs to class scores (B, K), or (B, G, K) of G classifiers that learn apart.
+
+    Its `parts` have the recipe's `rates`, in their order. `held` are the inputs of images that none of them trains on:
+    the classifier that is best there is the one whose accuracy counts.
+    """
 
     def __init__(
-        self, model: nn.Module, parts: list[nn.Module], train: TrainInputs, val: ValInputs, *, rank: Rank, setup: Setup
-    ) -> None:
+        self, model: nn.Module, parts: Sequence[nn.Module], train: TrainInputs, val: ValInputs,
+        held: ValInputs | None = None, *, rank: Rank, setup: Setup,
+    ) -> None:  # fmt: skip
         assert isinstance(setup.config, LinearRecipe | FinetuneRecipe)
-        self.model, self.train, self.val, self.rank = model.to(rank.device), train, val, rank
+        self.model, self.train, self.val, self.held, self.rank = model.to(rank.device), train, val, held, rank
         self.setup, self.recipe, self.path = setup, setup.config, setup.request.output / CHECKPOINT
         self.optimizer = torch.optim.SGD(
             [{"params": [*part.parameters()]} for part in parts],
@@ -184,7 +205,8 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the last epoch, from the checkpoint where there is one; with `eval_only` measure the stored model.
 
-        `history` has a row an epoch, `metrics` are the accuracies at the end, `predicted` the pictured images' classes.
+        `history` has a row an epoch, `metrics` are the accuracies at the end, `predicted` the pictured images' classes,
+        `held` the top-1 of every classifier on the held-out images, `chosen` the number of the best.
         `UserError` for a checkpoint of another run, or one without `resume`, divergence, and too little memory.
         """
         history = self._restore()
@@ -196,7 +218,9 @@ class Trainer:
         count = len(self.setup.val)
         shown = np.linspace(0, count - 1, num=min(PICTURED, count), dtype=int)  # as `LabelledImages.spread`
         ((scores, _),) = self._scores(self.val([shown]))
-        return {"history": history, "metrics": metrics, "predicted": scores.argmax(dim=1).tolist()}
+        chosen, held = self._choose()
+        predicted = scores[:, chosen].argmax(dim=1).tolist()
+        return {"history": history, "metrics": metrics, "predicted": predicted, "held": held, "chosen": chosen}
 
     def _train(self, history: list[dict[str, Any]]) -> None:
         """Train the epochs that `history` lacks, and add a row for each."""
@@ -239,11 +263,13 @@ class Trainer:
             for step, (inputs, labels) in enumerate(self.train(batches, epoch)):
                 with autocast(self.recipe.precision, self.rank.device):
                     scores = model(inputs)
-                loss = F.cross_entropy(scores.float(), labels)
+                losses = mean_losses(scores, labels)
+                # Of a grid the best: the others may diverge.
+                loss = losses.detach().nan_to_num(nan=math.inf, posinf=math.inf).min()
                 self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                losses.sum().backward()
                 self.optimizer.step()
-                total += torch.stack([loss.detach().double() * len(labels), loss.new_tensor(len(labels)).double()])
+                total += torch.stack([loss.double() * len(labels), loss.new_tensor(len(labels)).double()])
                 progress.advance(1, **({"loss": loss.item()} if step % 20 == 0 else {}))
         if self.rank.count > 1:
             dist.all_reduce(total)
@@ -256,26 +282,42 @@ class Trainer:
             # Batch norm's running statistics are each process's own after the last step; the first one's count.
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
-        hits = torch.zeros(3, dtype=torch.float64, device=self.rank.device)
-        size = self.recipe.machine.feature_batch_size
-        batches = ordered_batches(len(self.setup.val), batch_size=size, rank=self.rank)
-        for scores, labels in self._scores(self.val(batches)):
-            ranks = label_ranks(scores, labels)
-            hits += torch.stack([(ranks < 1).sum(), (ranks < 5).sum(), ranks.new_tensor(len(ranks))])
+        chosen, _ = self._choose()
+        return dict(zip(METRICS, self._accuracies(self.val, len(self.setup.val))[chosen], strict=True))
+
+    def _choose(self) -> tuple[int, list[float]]:
+        """The classifier that is best on the held-out images, and the top-1 of each there."""
+        if self.held is None:
+            return 0, []
+        assert self.setup.held is not None
+        top1 = [top1 for top1, _ in self._accuracies(self.held, len(self.setup.held))]
+        return top1.index(max(top1)), top1
+
+    def _accuracies(self, inputs: ValInputs, images: int) -> list[list[float]]:
+        """Top-1 and top-5 of every classifier, over all processes."""
+        batches = ordered_batches(images, batch_size=self.recipe.machine.feature_batch_size, rank=self.rank)
+        hits = torch.zeros(1, 2, dtype=torch.float64, device=self.rank.device)
+        for scores, labels in self._scores(inputs(batches)):
+            count = scores.shape[1]
+            diverged = ~scores.isfinite().all(dim=2, keepdim=True) & (count > 1)  # of a grid: hits nothing
+            flat = scores.masked_fill(diverged, 0.0).flatten(0, 1)
+            ranks = label_ranks(flat, labels.repeat_interleave(count)).view(-1, count)  # (B, G)
+            ranks = ranks.masked_fill(diverged[..., 0], scores.shape[2])
+            hits = hits + torch.stack([(ranks < 1).sum(0), (ranks < 5).sum(0)], dim=1)  # (G, 2)
         if self.rank.count > 1:
             dist.all_reduce(hits)
-        top1, top5, count = hits.tolist()
-        return dict(zip(METRICS, (100.0 * top1 / count, 100.0 * top5 / count), strict=True))
+        accuracies: list[list[float]] = (100.0 * hits / images).tolist()
+        return accuracies
 
     @torch.no_grad()
     def _scores(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """(scores (B, K) float32, labels (B,)) of each batch, in eval mode."""
+        """(scores (B, G, K) float32, labels (B,)) of each batch, in eval mode."""
         self.model.eval()
         with explained(memory=FEATURES):
             for inputs, labels in batches:
                 with autocast(self.recipe.precision, self.rank.device):
                     scores = self.model(inputs)
-                yield scores.float(), labels
+                yield (scores if scores.ndim == 3 else scores[:, None]).float(), labels
 
     def _save(self, history: list[dict[str, Any]]) -> None:
         state = {"identity": self.identity, "history": history}
@@ -294,6 +336,14 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         return list(state["history"])
+
+
+def mean_losses(scores: Tensor, labels: Tensor) -> Tensor:
+    """(G,) mean cross-entropy of each classifier of (B, G, K) scores, or of the one of (B, K)."""
+    if scores.ndim == 2:
+        return F.cross_entropy(scores.float(), labels)[None]
+    flat = F.cross_entropy(scores.flatten(0, 1).float(), labels.repeat_interleave(scores.shape[1]), reduction="none")
+    return flat.view(len(labels), -1).mean(dim=0)
 
 
 def newest_state(output: Path, *, quiet: bool = False) -> Path | None:

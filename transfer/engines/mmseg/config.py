@@ -15,6 +15,7 @@ from twist.catalog.card_data import CardData
 from twist.catalog.data_sets import Split, find_data_set, read_sample
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.machine import cores
+from twist.contracts.weights import Backbone
 from twist.transfer.engines import framework
 from twist.transfer.engines.framework import FrameworkConfig
 from twist.transfer.engines.mmseg import ENGINE
@@ -26,6 +27,8 @@ BASES_VARIABLE = "MMSEG_CONFIGS"
 # Of a model and its backbone, what belongs to the weights and not to the protocol.
 _OF_THE_WEIGHTS = ("data_preprocessor", "pretrained")
 _OF_A_BACKBONE = ("init_cfg", "pretrained", "style")
+# Of a ViT, what belongs to the protocol: all else describes the weights.
+_OF_THE_RECIPE = ("drop_path_rate", "final_norm", "out_indices")
 
 
 def load(path: Path) -> Config:
@@ -55,16 +58,29 @@ class MMSegConfig(FrameworkConfig):
 
     def __init__(self, request: Request, weights: Weights) -> None:
         config = self.config = load(ENGINE.folder / request.protocol.config)
+        self._is_vit = weights.header.is_vit
+        drop_path = config.model.backbone.get("drop_path_rate")  # the overlay replaces a ViT's whole section
         config.merge_from_dict(Config.fromfile(weights.overlay)._to_lazy_dict())
         config.model.pretrained = None
         config.model.backbone.init_cfg.checkpoint = str(weights.file)
         self.reference = request.protocol.gpus
         self._heads = [h for h in (config.model.decode_head, config.model.auxiliary_head) if h is not None]
-        # Heads take what this backbone gives: the stock config is written for bottlenecks of width 1.
-        expansion = 1 if weights.header.architecture in ("resnet18", "resnet34") else 4
-        for head in self._heads:
-            head.in_channels = 64 * 2**head.in_index * expansion * weights.header.width
+        if self._is_vit:
+            config.model.backbone.drop_path_rate = drop_path
+        self._fit_heads(weights.header)
         self._set_data(request)
+
+    def _fit_heads(self, backbone: Backbone) -> None:
+        """Heads take what this backbone gives: the stock configs are written for ViT-B and bottlenecks of width 1."""
+        if backbone.is_vit:
+            width = backbone.transformer.embed_dim
+            self.config.model.neck.update(in_channels=[width] * 4, out_channels=width)
+            for head in self._heads:
+                head.in_channels = [width] * 4 if isinstance(head.in_index, list) else width
+            return
+        expansion = 1 if backbone.architecture in ("resnet18", "resnet34") else 4
+        for head in self._heads:
+            head.in_channels = 64 * 2**head.in_index * expansion * backbone.width
 
     def _set_data(self, request: Request) -> None:
         """Where the data lie; their classes and files too, unless MMSegmentation's own dataset class knows those."""
@@ -86,8 +102,9 @@ class MMSegConfig(FrameworkConfig):
                 classes = row.label_names(sample)
                 if not isinstance(classes, tuple):
                     raise UserError(f"{row.name} has no names of classes: write them into its row of data_sets.toml.")
-                suffixes = {"img_suffix": images.suffix, "seg_map_suffix": masks.suffix}
-                dataset.update({"type": "BaseSegDataset", **suffixes, "metainfo": {"classes": list(classes)}})
+                form: dict[str, Any] = {"img_suffix": images.suffix, "seg_map_suffix": masks.suffix}
+                form["reduce_zero_label"] = row.reduce_zero_label
+                dataset.update({"type": "BaseSegDataset", **form, "metainfo": {"classes": list(classes)}})
                 for head in self._heads:
                     head.num_classes = len(classes)
 
@@ -122,7 +139,12 @@ class MMSegConfig(FrameworkConfig):
     def set_schedule(self, schedule: Schedule, *, processes: int) -> None:
         if schedule.images_per_step % processes:
             raise UsageError(f"{schedule.images_per_step} images a step do not divide over {processes} processes.")
-        config, policy = self.config, self.config.param_scheduler[-1]
+        config = self.config
+        *warm_ups, policy = config.param_scheduler
+        for one in warm_ups:
+            one.end = policy.begin = schedule.warmup_iterations
+        if not schedule.warmup_iterations:  # mmengine refuses one of no length
+            config.param_scheduler = [policy]
         if "eta_min" in policy:  # a learning rate too
             policy.eta_min *= schedule.learning_rate / config.optim_wrapper.optimizer.lr
         config.train_dataloader.batch_size = schedule.images_per_step // processes
@@ -139,7 +161,11 @@ class MMSegConfig(FrameworkConfig):
 
     def recipe(self, tree: Tree, processes: int) -> Tree:
         model = {key: value for key, value in tree["model"].items() if key not in _OF_THE_WEIGHTS}
-        model["backbone"] = {k: v for k, v in model["backbone"].items() if k not in _OF_A_BACKBONE}
+        model["backbone"] = {
+            key: value
+            for key, value in model["backbone"].items()
+            if (key in _OF_THE_RECIPE if self._is_vit else key not in _OF_A_BACKBONE)
+        }
         train, val = (
             {"pipeline": data["pipeline"]}
             # Of a card the run's record has a digest, and paths are no part of a recipe.
@@ -165,7 +191,7 @@ class MMSegConfig(FrameworkConfig):
         return backbone.get("norm_eval") or backbone.get("frozen_stages", -1) >= 0
 
     def is_synchronised(self) -> bool:
-        return self.config.model.backbone.norm_cfg.type == "SyncBN"
+        return any(head.norm_cfg.type == "SyncBN" for head in self._heads)
 
     def more_departures(self) -> list[str]:
         end, last = self.config.param_scheduler[-1].end, self.config.train_cfg.max_iters

@@ -17,7 +17,7 @@ import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
@@ -106,12 +106,12 @@ def _worker(local_rank: int, request: Request, weights: Path, address: str | Non
             framework.leave(request.output, metrics=metrics_of(watch.metrics), images=images, media=media)
 
 
-def prove_loaded(backbone: nn.Module, weights: Path) -> None:
-    """`backbone` holds exactly the tensors of the weights file, bit for bit."""
+def prove_loaded(backbone: nn.Module, weights: Path) -> str:
+    """`backbone` holds exactly the tensors of the weights file, bit for bit; their digest."""
     loaded = torch.load(weights, map_location="cpu", weights_only=True)
     tensors = {name.removeprefix("backbone."): t for name, t in loaded.get("state_dict", loaded).items()}
     state = backbone.state_dict()
-    framework.prove_loaded("MMSegmentation", tensors, state, expected=set(state))
+    return framework.prove_loaded("MMSegmentation", tensors, state, expected=set(state))
 
 
 def metrics_of(measured: dict[str, float]) -> dict[str, float]:
@@ -182,7 +182,8 @@ class _Watch(Hook):
 
     def before_train(self, runner: Runner) -> None:
         if self._weights is not None:
-            prove_loaded(bare(runner.model).backbone, self._weights)
+            digests = all_gather_object(prove_loaded(bare(runner.model).backbone, self._weights))
+            framework.agree(self._output, digests, leads=is_main_process())
         if is_main_process():
             self._log = TrainingLog(self._output, start=runner.iter, total=runner.max_iters)
 
