@@ -15,7 +15,7 @@ from pathlib import Path
 
 PROGRAMS = (
     "command_line", "loss", "lars", "small_views", "data", "data_peers", "features", "convert", "engine_overhead",
-    "knn", "data_check", "compare", "scaling",
+    "knn", "linear_grid", "data_check", "compare", "scaling",
 )  # fmt: skip
 
 

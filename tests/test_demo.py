@@ -68,7 +68,7 @@ def test_what_the_demo_prints_is_what_it_does(
     demo.run_demo(output, twist=partial(app, standalone_mode=False), source="photos", fast=fast)
     made, lines = list(calls), capsys.readouterr().err.splitlines()
     commands = [line.strip().removeprefix("$ ") for line in lines if line.strip().startswith("$ ")]
-    assert len(commands) == len(made) == 14
+    assert len(commands) == len(made) == 18
 
     calls.clear()
     for command in commands:
@@ -85,7 +85,7 @@ def test_what_the_demo_prints_is_what_it_does(
         assert Path(config.data.root) == output / "sample" / "unlabelled"
         assert config.run.epochs == (2 if fast else 20)
     shorter = [values["overrides"] for name, values in made if name == "transfer"]
-    assert sum(list(one) == ["iterations=20"] for one in shorter) == (4 if fast else 0)
+    assert sum(list(one) == ["iterations=20"] for one in shorter) == (6 if fast else 0)
     config_file = shlex.split(commands[1])[2]
     assert Path(config_file).is_file()
     assert Path(config_file).is_absolute() is (here == "elsewhere")
@@ -105,7 +105,7 @@ def replace_by_recorder(
     monkeypatch.setattr(f"{module}.{name}", record)
 
 
-@pytest.mark.parametrize(("bf16", "minutes"), [(True, 10), (False, 13)])
+@pytest.mark.parametrize(("bf16", "minutes"), [(True, 10), (False, 14)])
 def test_the_estimate_follows_the_processor(
     bf16: bool, minutes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

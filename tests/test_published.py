@@ -22,7 +22,7 @@ RAW = tomllib.loads((resources.files("twist.contracts") / "published.toml").read
 
 # A file or table of a repository, a table or the abstract of a paper, or the address of an archive's entry.
 PLACES = (
-    r"repository, .*(\w\.(md|rst)\b|Tables? \d)",
+    r"repository, .*(\w\.(md|rst|yaml|csv)\b|Tables? \d|issue \d)",
     r"paper, (arXiv \d{4}\.\d{5} ?\w*, )?(Table \d+|abstract)",
     r"^\w+\.com/\S+",
     r"archive for arXiv \d{4}\.\d{5}",

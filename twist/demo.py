@@ -1,8 +1,8 @@
 """`twist demo`: every stage on the built-in sample, at a size that a laptop runs in minutes.
 
-Sample → TWIST pretraining → conversion with proof → detection, segmentation, k-NN and a linear probe, each for the
-TWIST weights and for random ones → records → table and page. Every step is a `twist` command, which is printed before
-it runs and can be typed again.
+Sample → TWIST pretraining → conversion with proof → detection, segmentation, k-NN and a linear probe, of images and of
+frozen dense features, each for the TWIST weights and for random ones → records → table and page. Every step is a
+`twist` command, which is printed before it runs and can be typed again.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ PROTOCOLS: dict[str, tuple[tuple[str, ...], float]] = {
     "sample-voc-fcn-d8": (("iterations=20",), 60),
     "sample-knn": ((), 5),
     "sample-linear": ((), 12),
+    "sample-voc-knn-seg": ((), 8),
+    "sample-voc-linear-seg": (("iterations=20",), 12),
 }
 # Pretraining in seconds on two cores; in float32 where the processor has no bfloat16 instructions.
 PRETRAIN_BF16_S, PRETRAIN_FLOAT32_S = 200, 410
