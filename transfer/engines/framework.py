@@ -38,6 +38,7 @@ _EVALUATION, _LOADED = "evaluation.json", "loaded.json"
 _NOISE = (
     "pkg_resources is deprecated",  # detectron2.model_zoo imports it
     "torch.meshgrid: in an upcoming release",  # detectron2's anchor generator
+    "Importing from timm.models.layers is deprecated",  # detectron2's ViT
     "Fail to import ``MultiScaleDeformableAttention``",  # mmcv without compiled operators: none is needed here
     "Default ``avg_non_ignore`` is False",  # mmseg's cross entropy, as every published recipe has it
     "The given NumPy array is not writable",
