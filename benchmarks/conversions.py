@@ -8,6 +8,7 @@ from twist.contracts.files import write_text
 from twist.contracts.weights import ARCHITECTURES, Backbone, is_vit, stem_of
 from twist.converters.proof import TOLERANCE
 from twist.converters.sources import ANYWHERE, LAYOUTS, Layout
+from twist.converters.tables import VIT_TABLES
 from twist.converters.targets import TARGETS, Target
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "conversions.md"
@@ -33,8 +34,8 @@ def page() -> str:
 
 
 def _target_row(target: Target) -> list[str]:
-    files = {target.settings(_backbone(net))[0] for net in _SHOWN.values()} if target.settings else ()
-    settings = " or ".join(f"`{file}`" for file in sorted(files)) or "in the file's header"
+    files = dict.fromkeys(", ".join(f"`{file}`" for file in target.settings(_backbone(net))) for net in _SHOWN.values())
+    settings = " or ".join(files) or "in the file's header"
     return [f"`{target.name}`", f"`{target.weights}`, {target.title}", settings]
 
 
@@ -67,8 +68,12 @@ def _source_row(layout: Layout) -> list[str]:
 
 
 def _cell(layout: Layout, target: Target) -> str:
-    changes = {"stride_in": layout.stride_in, "channel_order": layout.pixels.channel_order}
-    if target.refuse(_backbone("resnet50").model_copy(update=changes)):
+    changes: dict[str, object] = {"stride_in": layout.stride_in, "channel_order": layout.pixels.channel_order}
+    network = _backbone("resnet50")
+    if layout.tables[0] in VIT_TABLES:
+        network = _backbone("vit_base_patch16")
+        changes = {"vit": network.transformer.model_copy(update={"resize": layout.resize, "norm_eps": layout.norm_eps})}
+    if target.refuse(network.model_copy(update=changes)):
         return "no"
     return "plain" if layout.padding == "same" and not target.keeps_padding else "yes"
 

@@ -43,7 +43,7 @@ _CONVERT = """
 from pathlib import Path
 from twist.converters.convert import convert
 for target in ("detectron2", "mmseg"):
-    convert(Path(file), target=target, output=Path(folder) / target, verify=%r)
+    convert(Path(file), to=target, output=Path(folder) / target, verify=%r)
 """
 _END = """
 print(json.dumps({"wall_s": time.perf_counter() - began, "grown_bytes": status("VmHWM") - before}))

@@ -86,7 +86,7 @@ def _spread(rates: list[float]) -> dict[str, float]:
 def _request(name: str, arguments: argparse.Namespace, folder: Path, writer: Any) -> tuple[Request, Weights]:
     torch.manual_seed(0)
     header = Backbone(architecture="resnet18", method="random")
-    name_of_settings, text = writer.settings(header)
+    ((name_of_settings, text),) = writer.settings(header).items()
     overlay = folder / name_of_settings
     overlay.write_text(text)
     writer.write(folder / "weights.pth", build_backbone("resnet18").state_dict(), header)

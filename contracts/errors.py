@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -21,6 +21,8 @@ EXTRAS: Final[dict[str, tuple[str, ...]]] = {
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
     "trackio": ("trackio",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "huggingface": ("transformers",),
 }
 # Packages that only some commands of an extra need.
 PARTS: Final = {"tensorboard": "pretrain", "submitit": "pretrain"} | dict.fromkeys(
@@ -70,6 +72,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near:
         return " Did you mean {}?".format(" or ".join(f'"{choice}"' for choice in near))
     return f" Known: {', '.join(choices)}." if choices else ""
+
+
+def check_names(names: Iterable[str], known: Sequence[str]) -> None:
+    """`UserError` for the first of `names` that is not `known`."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"There is no feature {name}: choose from {known[0]} to {known[-1]}.")
 
 
 def require(extra: str, *packages: str) -> None:

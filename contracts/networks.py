@@ -7,7 +7,7 @@ protocols read their features. `B` images, `D` features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet as tv
 
 from twist.contracts import rename
-from twist.contracts.errors import UserError
+from twist.contracts.errors import UserError, check_names
 from twist.contracts.rename import Table
 from twist.contracts.weights import ARCHITECTURES, RESNETS, Backbone, Vit, difference, is_vit, stem_of, usual_vit
 
@@ -52,6 +52,12 @@ class ResNet(tv.ResNet):
             x = layer(x)
             features[f"res{index + 2}"] = x
         return features
+
+    def features(self, images: Tensor, names: Sequence[str] = ("res5",)) -> dict[str, Tensor]:
+        """Stages by name; `UserError` for one that there is not."""
+        check_names(names, ("res2", "res3", "res4", "res5"))
+        stages = self.stages(images)
+        return {name: stages[name] for name in names}
 
 
 class Conv3x3(nn.Conv2d):

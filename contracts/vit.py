@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from timm.layers import LayerNorm, Mlp, SwiGLUPacked
 from timm.models import vision_transformer as timm
 from torch import Tensor, nn
 
+from twist.contracts.errors import check_names
 from twist.contracts.weights import Resize, Vit
 
 # The tenth of a patch that DINO adds to the grid, so that the scale gives the size (facebookresearch/dino, issue 8).
@@ -50,6 +52,21 @@ class VisionTransformer(timm.VisionTransformer):
             drop_path_rate=drop_path,
         )
         self.resize: Resize = vit.resize
+
+    def features(self, images: Tensor, names: Sequence[str] = (), *, final_norm: bool = True) -> dict[str, Tensor]:
+        """Maps (B, D, H/p, W/p) of the patches after `block0`, … by name (default: the last block); of the last block
+        after the network's last norm. `UserError` for a block that there is not."""
+        known = [f"block{index}" for index in range(len(self.blocks))]
+        names = names or known[-1:]
+        check_names(names, known)
+        indices = sorted({known.index(name) for name in names})
+        maps: Any = self.forward_intermediates(
+            images, indices=indices, norm=False, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )
+        found: dict[str, Tensor] = {known[index]: map_ for index, map_ in zip(indices, maps, strict=True)}
+        if final_norm and known[-1] in found:
+            found[known[-1]] = self.norm(found[known[-1]].permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+        return {name: found[name] for name in names}
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Patches (B, H, W, D) → tokens with their positions (B, prefix + H·W, D)."""

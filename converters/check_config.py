@@ -14,12 +14,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, printable
 from twist.contracts.weights import Backbone
 from twist.converters.read import load_artefact
+from twist.converters.sources import Reading
 from twist.converters.targets.detectron2 import detectron2_overlay
 from twist.converters.targets.mmseg import mmseg_overlay
 
@@ -40,9 +41,7 @@ _LONGEST_LITERAL = 200
 Rule = tuple[str, Any, tuple[Any, ...], str]
 
 
-def check_config(
-    config: Path, weights: Path, *, layout: str | None = None, branch: str | None = None, heads: int | None = None
-) -> list[Mismatch]:
+def check_config(config: Path, weights: Path, **reading: Unpack[Reading]) -> list[Mismatch]:
     """Every setting of `config` that does not fit `weights` (any checkpoint); empty when all do.
 
     Raises:
@@ -53,7 +52,7 @@ def check_config(
         raise UserError(f"There is no config at {config}: check the path.")
     if config.suffix not in _READERS:
         raise UsageError(f"{config} is neither a Detectron2 config (.yaml) nor an MMSegmentation config (.py).")
-    backbone = load_artefact(weights, layout=layout, branch=branch, heads=heads)[1]
+    backbone = load_artefact(weights, **reading)[1]
     read, rules_of = _READERS[config.suffix]
     try:
         settings = read(config)

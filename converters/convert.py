@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import os
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from twist.contracts import files
-from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.errors import UsageError, UserError, did_you_mean, require
 from twist.contracts.machine import software
 from twist.contracts.run_folder import replaced_whole
 from twist.contracts.weights import Backbone
-from twist.converters import output_folder
-from twist.converters.output_folder import DROPPED, REPORT, TENSORS
 from twist.converters.proof import TOLERANCE, Proof, prove
 from twist.converters.read import Source, assumed, counts_by_module, load_source
+from twist.converters.sources import Reading
 from twist.converters.targets import TARGETS, Target
 from twist.converters.zoo import located
+
+REPORT, TENSORS, DROPPED, CARD = "report.json", "tensors.txt", "dropped.txt", "README.md"
+# What a conversion writes next to the weights; a folder with anything else is not ours to replace.
+FILES = {REPORT, TENSORS, DROPPED, CARD, "weights.pkl", "overlay.yaml", "overlay.py", "config.json"}
+FILES |= {"preprocessor_config.json", "model.onnx.data"}
+_ENDINGS = {".pth", ".pt", ".tar", ".pkl", ".ckpt", ".bin", ".npz", ".safetensors"}
+# What training programs call every file they write: the folder it lies in says more.
+_COMMON_NAMES = {"backbone", "checkpoint", "last", "latest", "model", "pytorch_model", "weights"}
 
 
 @dataclass(frozen=True)
@@ -36,25 +45,20 @@ class Conversion:
 
 
 def convert(
-    checkpoint: Path,
+    checkpoint: str | os.PathLike[str],
     *,
-    target: str,
-    layout: str | None = None,
-    branch: str | None = None,
-    entry: str | None = None,
-    prefix: str | None = None,
-    heads: int | None = None,
-    output: Path | None = None,
+    to: str,
+    output: str | os.PathLike[str] | None = None,
     verify: bool = True,
     pkl: bool = False,
     allow_nan: bool = False,
+    **reading: Unpack[Reading],
 ) -> Conversion:
-    """Convert `checkpoint` (a file, a run's folder, `zoo:NAME`) into the folder `output`.
+    """Convert `checkpoint` (a file, a run's folder, `zoo:NAME`) for the target `to` into the folder `output`.
 
     By default that is `<its name>-<target>` in the working directory.
     The folder holds the weights, the overlay where the target has settings, `report.json`, `tensors.txt` and, where
-    tensors were left out, `dropped.txt`. An earlier conversion of the same file there is replaced. `layout`, `branch`,
-    `entry` and `prefix` say what to read, as `twist inspect` lists it.
+    tensors were left out, `dropped.txt`. An earlier conversion of the same file there is replaced.
 
     Raises:
         UserError: the checkpoint cannot be read, the target has no such network, or the folder holds anything else;
@@ -62,17 +66,17 @@ def convert(
         ProofError: the target does not compute the source's features; nothing is written.
         UsageError: unknown target or layout, or `pkl` for a target that has no pickle.
     """
-    checkpoint, how = located(checkpoint, layout=layout, branch=branch, heads=heads)
-    if target not in TARGETS:
-        raise UsageError(f'There is no target "{target}".{did_you_mean(target, TARGETS)}')
-    into = TARGETS[target]
+    checkpoint, how = located(checkpoint, **reading)
+    if to not in TARGETS:
+        raise UsageError(f'There is no target "{to}".{did_you_mean(to, TARGETS)}')
+    into = TARGETS[to]
     if pkl and into.write_pickle is None:
-        raise UsageError(f"--pkl has no meaning with --to {target}: Detectron2 reads such a file.")
-    output = Path(output or output_folder.default_folder(checkpoint, target))
-    output_folder.check(output, checkpoint)
-    source = load_source(checkpoint, **how, entry=entry, prefix=prefix, allow_nan=allow_nan)
+        raise UsageError(f"--pkl has no meaning with --to {to}: Detectron2 reads such a file.")
+    output = Path(output or f"{name_of(checkpoint)}-{to}")
+    _check_folder(output, checkpoint)
+    source = load_source(checkpoint, allow_nan=allow_nan, **how)
     backbone = source.backbone
-    output_folder.check_same_source(
+    _check_same_source(
         output, checkpoint, sha256=source.sha256, layout=backbone.source_layout, branch=backbone.source_branch
     )
     reason = into.refuse(backbone)
@@ -81,13 +85,15 @@ def convert(
             f"{checkpoint} is a {backbone.display_name}, which cannot become a {into.title} backbone: {reason}; "
             "--to torchvision keeps any of them."
         )
-    settings = into.settings(backbone) if into.settings else None
+    if into.extra:
+        require(into.extra)
+    settings = into.settings(backbone)
     with replaced_whole(output) as folder:
         into.write(folder / into.weights, source.tensors, backbone)
         if pkl and into.write_pickle:
             into.write_pickle(folder / "weights.pkl", source.tensors, backbone)
-        if settings:
-            files.write_text(folder / settings[0], settings[1])
+        for name, text in settings.items():
+            files.write_text(folder / name, text)
         names = into.names(backbone)
         files.write_text(folder / TENSORS, _listing(source, names))
         dropped = _dropped(source, names)
@@ -95,11 +101,13 @@ def convert(
             files.write_text(folder / DROPPED, "\n".join(dropped) + "\n")
         proof = prove(into, folder, backbone, source.tensors) if verify else Proof("none", "nothing: --no-verify")
         files.write_json(folder / REPORT, _report(into, source, checkpoint, names, proof))
+        if into.library:
+            files.write_text(folder / CARD, _model_card(into, source, checkpoint, proof))
     return Conversion(
         target=into,
         output=output,
         weights=output / into.weights,
-        overlay=output / settings[0] if settings else None,
+        overlay=next((output / name for name in settings), None),
         backbone=backbone,
         proof=proof,
         notes=(*source.notes, *proof.notes),
@@ -109,25 +117,53 @@ def convert(
 def conversion_text(conversion: Conversion) -> str:
     """What `twist convert` prints: what came out, what was proven, and the lines that load it."""
     backbone, proof, output = conversion.backbone, conversion.proof, conversion.output
-    proven = "not proven (--no-verify)"
-    if proof.kind != "none":
-        ours = "against a recorded manifest and our reference network, no framework ran"
-        by = "with the framework itself" if proof.kind == "framework" else ours
-        proven = (
-            f"proven {by}: the target computes what this reading of the file computes; every stage's features agree to "
-            f"{proof.max_difference or 0:.2g} of their largest ({proof.max_absolute_difference or 0:.2g} absolutely), "
-            f"{TOLERANCE:g} is allowed"
-        )
     return (
         f"{backbone.method} {backbone.display_name} (layout {backbone.source_layout}, branch {backbone.source_branch}) "
-        f"for {conversion.target.title}\n{proven}\n"
+        f"for {conversion.target.title}\n{_proven(proof)}\n"
         + "".join(f"note: {note}\n" for note in conversion.notes)
         + f"{output}/ holds {', '.join(sorted(path.name for path in output.iterdir()))}. To load it:\n\n"
         + textwrap.indent(conversion.target.usage(output, backbone), "    ").rstrip()
     )
 
 
+def _proven(proof: Proof) -> str:
+    if proof.kind == "none":
+        return "not proven (--no-verify)"
+    ours = "against a recorded manifest and our reference network, no framework ran"
+    by = "with the framework itself" if proof.kind == "framework" else ours
+    return (
+        f"proven {by}: the target computes what this reading of the file computes; every stage's features agree to "
+        f"{proof.max_difference or 0:.2g} of their largest ({proof.max_absolute_difference or 0:.2g} absolutely), "
+        f"{TOLERANCE:g} is allowed"
+    )
+
+
+def _model_card(into: Target, source: Source, checkpoint: Path, proof: Proof) -> str:
+    """`README.md` as the hubs read it. The licence is left to who publishes: no checkpoint says it."""
+    backbone, usage = source.backbone, into.usage(Path("FOLDER"), source.backbone)
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in backbone.pixels(1))
+    rows = {
+        "method": backbone.method + (f", {backbone.epochs} epochs" if backbone.epochs else ""),
+        "architecture": backbone.display_name,
+        "training data": "not stated in the file",
+        "licence": "that of the source; it is not stated in the file",
+        "source": f"`{checkpoint.name}`, SHA-256 `{source.sha256}`, layout {backbone.source_layout}, branch "
+        f"{backbone.source_branch}",
+        "pixels": f"{backbone.channel_order} from 0 to 1, mean {mean}, std {std}",
+        "converted": f"by twist-suite; {_proven(proof)} ({proof.by})",
+        "assumed": "; ".join(assumed(backbone)),
+    }
+    table = "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+    tags = f"- {json.dumps(backbone.method)}\n- {backbone.display_name}"
+    return (
+        f"---\nlibrary_name: {into.library}\npipeline_tag: image-feature-extraction\ntags:\n{tags}\n---\n\n"
+        f"# {backbone.method} {backbone.display_name}\n\nA backbone without a classifier.\n\n"
+        f"| | |\n|---|---|\n{table}\n```python\n{usage}```\n"
+    )
+
+
 def _report(into: Target, source: Source, checkpoint: Path, names: Mapping[str, str], proof: Proof) -> dict[str, Any]:
+    dropped = _dropped(source, names)
     return {
         "source": {
             "file": checkpoint.name,
@@ -135,10 +171,10 @@ def _report(into: Target, source: Source, checkpoint: Path, names: Mapping[str, 
             "layout": source.backbone.source_layout,
             "branch": source.backbone.source_branch,
             "dtype": source.dtype,
-            "tensors": len(source.names) + len(source.dropped),
-            "used": sum(name in names for name in source.names),
+            "tensors": source.count,
+            "used": source.count - len(dropped),
             # Tensors that were left out, by the module they are in; their names are in dropped.txt.
-            "dropped": counts_by_module(_dropped(source, names), used=source.used_modules),
+            "dropped": counts_by_module(dropped, used=source.used_modules),
             "entries_left_aside": source.unused_entries,
         },
         "target": {
@@ -182,3 +218,57 @@ def _block(name: str) -> str:
     """The residual or transformer block that a tensor of the artefact is in; all others make one group."""
     first, second, *_ = (*name.split("."), "")
     return f"{first}.{second}" if second.isdigit() else "around"
+
+
+# ---- The folder: what it is called, and that it replaces nothing but an older one of the same network ----------------
+
+
+def name_of(checkpoint: Path) -> str:
+    """What to call the weights of a file: its own name, or its folder's where every run calls its file so."""
+    name = checkpoint.name
+    while Path(name).suffix.lower() in _ENDINGS:
+        name = Path(name).stem
+    folder = checkpoint.resolve().parent.name
+    if name == "teacher_backbone" and folder:  # of a run that has a student's too
+        return f"{folder}-teacher"
+    return folder or name if name in _COMMON_NAMES else name
+
+
+def _check_folder(output: Path, checkpoint: Path) -> None:
+    """`UserError` unless `output` is free, empty, or an earlier conversion that does not hold `checkpoint` itself."""
+    if not output.exists() and not output.is_symlink():
+        return
+    ours = FILES | {target.weights for target in TARGETS.values()}
+    wrong = None
+    if output.is_symlink() or not output.is_dir():
+        wrong = "is no folder of its own"
+    elif output.resolve() in (Path.cwd(), *Path.cwd().parents):
+        wrong = "is the folder you are in, or one above it"
+    elif output.resolve() in checkpoint.resolve().parents:
+        wrong = f"would be replaced, and {checkpoint} lies in it"
+    elif others := sorted(path.name for path in output.iterdir() if path.name not in ours):
+        wrong = f"exists and is no earlier conversion (it holds {others[0]})"
+    elif any(output.iterdir()) and not _source_of(output):
+        wrong = "exists and is no earlier conversion"
+    if wrong is not None:
+        raise UserError(f"{output} {wrong}: choose another --output.")
+
+
+def _check_same_source(output: Path, checkpoint: Path, **source: str | None) -> None:
+    """`UserError` when `output` is the conversion of another network: its sha256, layout and branch are compared."""
+    earlier = _source_of(output)
+    for what, ours in source.items() if earlier else ():
+        if earlier.get(what) != ours:
+            raise UserError(
+                f"{output} holds the conversion of another network ({what} {earlier.get(what)}, file "
+                f"{earlier.get('file')}; {checkpoint.name} has {ours}): choose another --output, or remove that one."
+            )
+
+
+def _source_of(output: Path) -> dict[str, Any]:
+    """What the report of an earlier conversion in `output` says of its source; empty when there is no such report."""
+    try:
+        report = files.read_json(output / REPORT)
+        return report["source"] if {"sha256", "layout"} <= set(report["source"]) and "proof" in report else {}
+    except (ValueError, KeyError, TypeError):
+        return {}

@@ -203,7 +203,7 @@ def known_network(names: Iterable[str]) -> str | None:
         return re.search(pattern, text, re.MULTILINE) is not None
 
     rows = (row for row in sources.FOREIGN if all(map(found, row.has)) and not (row.lacks and found(row.lacks)))
-    return next((row.says for row in rows), None)
+    return next((f"{row.says}; {row.do}" for row in rows), None)
 
 
 def join_haiku(value: dict[str, Any]) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def _fits(layout: Layout, state: Mapping[str, Tensor]) -> bool:
         parts = {name.removeprefix(f"{module}."): t.ndim for name, t in state.items() if name.startswith(f"{module}.")}
         if parts != {"weight": 2, "bias": 1}:
             return False
-    return _holds(state, layout.evidence) and not any(matches(name, layout.lacks) for name in state)
+    return holds(state, layout.evidence) and not any(matches(name, layout.lacks) for name in state)
 
 
 def check_not_dense(state: Mapping[str, Tensor], layout: Layout, where: str, prefix: str) -> None:
@@ -282,7 +282,7 @@ def check_not_dense(state: Mapping[str, Tensor], layout: Layout, where: str, pre
 def _ask_if_ambiguous(where: str, value: dict[str, Any]) -> None:
     for case in sources.AMBIGUOUS:
         state = state_at(value, case.entry)
-        fits = state and _holds(state, case.evidence) and not any(entry in value for entry in case.absent)
+        fits = state and holds(state, case.evidence) and not any(entry in value for entry in case.absent)
         if fits and known_network(state) is None:
             choices = " or ".join(f"--from {choice}" for choice in case.choices)
             raise UserError(f"{where} does not say what it is ({case.why}): say {choices}.")
@@ -325,7 +325,8 @@ def why_not(where: str, value: dict[str, Any]) -> str:
     )
 
 
-def _holds(state: Mapping[str, Tensor], evidence: tuple[str, ...]) -> bool:
+def holds(state: Mapping[str, Tensor], evidence: tuple[str, ...]) -> bool:
+    """Whether each pattern matches one of the names."""
     return all(any(matches(name, (pattern,)) for name in state) for pattern in evidence)
 
 

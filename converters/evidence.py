@@ -6,12 +6,16 @@ ResNet-50's tensors and compute something else. So a name that stands in the fil
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from twist.contracts import files
 from twist.contracts.errors import UserError
-from twist.contracts.weights import depth_of
+from twist.contracts.weights import Vit, depth_of
 from twist.converters import sources
 from twist.converters.open import Contents, Opaque
 from twist.converters.sources import Dense, Layout, matches
@@ -63,6 +67,8 @@ def named_networks(contents: Contents) -> dict[str, str]:
     """Place → name of each network that the file, or the settings beside it, names."""
     named = {}
     for path, text in settings_in({**contents.beside, "file": contents.value}):
+        if path == ("config.json", "model_type"):  # `huggingface` knows these
+            continue
         key, *outer = [part.lower() for part in reversed(path)]
         place = ".".join(path).removeprefix("file.")
         if _KEYS.fullmatch(key) or (key in _INNER and outer and _KEYS.fullmatch(outer[0])):
@@ -132,26 +138,64 @@ def method_of(contents: Contents, layout: Layout) -> str:
     return layout.method
 
 
+def header_of_run(contents: Contents) -> str | None:
+    """The header (JSON) of the weights that a `twist transfer` run began with, of a checkpoint in the run's folder."""
+    folder = contents.path.resolve().parent
+    report = next(folder.glob("weights/*/report.json"), None)
+    if report is None or not (folder / "run.json").is_file():
+        return None
+    try:
+        return json.dumps(files.read_json(report)["backbone"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+# In mmengine's text of a config: what our backbone for MMSegmentation was built with.
+_VIT_TEXT = re.compile(r"\bvit=(dict\([^()]*\))")
+
+
+def vit_of_config(contents: Contents) -> Vit | None:
+    """The description in the config that mmengine keeps in its checkpoints, where the backbone is this suite's."""
+    for _, text in settings_in(contents.value):
+        if match := _VIT_TEXT.search(text):
+            with contextlib.suppress(SyntaxError, ValueError, TypeError):
+                call = ast.parse(match[1], mode="eval").body
+                said = {str(word.arg): ast.literal_eval(word.value) for word in getattr(call, "keywords", ())}
+                return Vit.model_validate(said)
+    return None
+
+
 # Settings of transformers' models that no tensor shows, and the value that the network built here has.
-_HUGGINGFACE = {"hidden_act": ("relu", "gelu"), "downsample_in_first_stage": (False,), "qkv_bias": (True,)}
+_HUGGINGFACE = {"hidden_act": ("relu", "gelu"), "downsample_in_first_stage": (False,)}
 
 
 def huggingface(contents: Contents) -> dict[str, Any]:
     """Fields of a header that the config files of a Hugging Face folder give.
 
     Raises:
-        UserError: a setting makes another network of it than its tensors look like.
+        UserError: it is of a kind that no header describes, or a setting makes another network of it than its tensors
+            look like.
     """
     config = contents.beside.get("config.json", {})
     if "model_type" not in config:
         return {}
+    kind = str(config["model_type"])
+    if kind not in sources.HUGGINGFACE:
+        reason = sources.HUGGINGFACE_OTHERS.get(kind, "whose network is not described here")
+        known = ", ".join(sources.HUGGINGFACE)
+        raise UserError(
+            f"{contents.path} is a {kind} of Hugging Face transformers, {reason}; of that library {known} are "
+            "converted."
+        )
     for key, values in _HUGGINGFACE.items():
         if config.get(key, values[0]) not in values:
             raise UserError(
                 f"{contents.path}: its config.json sets {key} to {config[key]}, another network than the plain "
                 f"{config['model_type']} that is built here; it is not converted."
             )
-    found: dict[str, Any] = {"stride_in": "1x1" if config.get("downsample_in_bottleneck") else "3x3"}
+    classifies = "ForImageClassification" in str(config.get("architectures"))
+    method = "supervised" if classifies and "dino" not in kind else sources.HUGGINGFACE[kind]
+    found = {"stride_in": "1x1" if config.get("downsample_in_bottleneck") else "3x3", "method": method}
     images = contents.beside.get("preprocessor_config.json", {})
     if "image_mean" in images and "image_std" in images and images.get("do_normalize", True):
         found |= {"mean": images["image_mean"], "std": images["image_std"]}

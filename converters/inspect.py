@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from twist.contracts.errors import UsageError, UserError, printable
 from twist.converters.detect import state_dicts
 from twist.converters.open import Contents, read_contents
 from twist.converters.read import Source, assumed, check_values, counts_by_module, read_source
 from twist.converters.search import Network, networks
+from twist.converters.sources import Reading
 from twist.converters.targets import TARGETS
 from twist.converters.vit import HeadsUnknownError
 from twist.converters.zoo import located
@@ -71,14 +72,7 @@ class Inspection:
         }
 
 
-def inspect(
-    checkpoint: Path,
-    *,
-    layout: str | None = None,
-    entry: str | None = None,
-    prefix: str | None = None,
-    heads: int | None = None,
-) -> Inspection:
+def inspect(checkpoint: str | os.PathLike[str], **reading: Unpack[Reading]) -> Inspection:
     """Look into `checkpoint` (a file, a run's folder, `zoo:NAME`).
 
     As the source layout of that name, or at the network in that place, where one is given.
@@ -88,19 +82,19 @@ def inspect(
         UserError: it is no checkpoint at all, is damaged, or asks for code to be run. What merely cannot be converted
             is among the problems.
     """
-    file, how = located(checkpoint, layout=layout, heads=heads)
-    contents, layout, heads = read_contents(file), how["layout"], how["heads"]
+    file, how = located(checkpoint, **reading)
+    contents = read_contents(file)
     whole = isinstance(contents.value, dict)
     found = tuple(net for net in networks(contents.value) if not net.reason) if whole else ()
-    place: dict[str, Any] = {"layout": layout, "entry": entry, "prefix": prefix, "allow_nan": True}
     problems, targets = [], list(TARGETS.values())
     try:
-        source = read_source(contents, heads=heads, **place)
+        source = read_source(contents, allow_nan=True, **how)
     except UsageError:
         raise
     except HeadsUnknownError as error:
         problems, targets = [str(error)], []
-        source = read_source(contents, heads=error.usual, **place)
+        how["heads"] = error.usual
+        source = read_source(contents, allow_nan=True, **how)
     except UserError as error:
         return Inspection(contents, None, (str(error),), networks=found)
     try:

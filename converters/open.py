@@ -163,12 +163,13 @@ def _container(path: Path) -> Container:
             raise UserError(f"{path} {sentence}.")
     if head.startswith(b"PK\x03\x04"):
         return _zip_container(path, size)
+    # Before the pickles: a header of 640 bytes begins as they do.
+    if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= min(size, 100 * 2**20):
+        return "safetensors"
     if head[:1] == b"\x80" and head[2:].startswith(STREAM_MAGIC):
         return "torch-stream"
     if head[:1] == b"\x80" and 2 <= head[1] <= 5:
         return "pickle"
-    if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= min(size, 100 * 2**20):
-        return "safetensors"
     if tarfile.is_tarfile(path):
         raise UserError(
             f"{path} is a tar archive: unpack it and name the checkpoint inside (a PyTorch file of before 2017 cannot "
@@ -444,6 +445,7 @@ TORCH_GLOBALS: dict[str, Any] = {
         Opaque,
         "argparse.Namespace typing.Any builtins.dict builtins.list builtins.int builtins.str builtins.float "
         "builtins.bool builtins.complex builtins.set omegaconf.dictconfig.DictConfig omegaconf.listconfig.ListConfig "
+        "builtins.getattr "  # mmengine's histories name their methods with it
         "omegaconf.base.ContainerMetadata omegaconf.base.Metadata omegaconf.nodes.AnyNode omegaconf.nodes.IntegerNode "
         "omegaconf.nodes.StringNode omegaconf.nodes.FloatNode omegaconf.nodes.BooleanNode "
         "mmengine.logging.history_buffer.HistoryBuffer mmengine.logging.message_hub.MessageHub "

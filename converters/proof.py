@@ -103,8 +103,9 @@ def prove(target: Target, folder: Path, backbone: Backbone, tensors: Mapping[str
     import torch
 
     kind, run, by = runner(target, backbone)
+    sizes = _sizes(backbone)[: 1 if target.fixed_size and backbone.is_vit else None]
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        files = write_images(Path(scratch), _sizes(backbone))
+        files = write_images(Path(scratch), sizes)
         ours, drift, notes = _reference(target, backbone, tensors, files)
         with quiet():
             theirs = run(folder, backbone, files)
@@ -233,25 +234,43 @@ def _reference(
     target: Target, backbone: Backbone, tensors: Mapping[str, Tensor], files: list[Path]
 ) -> tuple[list[Stages], tuple[Difference, ...], tuple[str, ...]]:
     """Our features as the target can compute them, the drift from the network as trained, and a note about it."""
-    trained = _features_of(backbone, tensors, files)
+    trained = _features_of(backbone, tensors, files, target)
     if backbone.padding == "same" and not target.keeps_padding:
-        plain = _features_of(backbone.model_copy(update={"padding": "symmetric"}), tensors, files)
+        plain = _features_of(backbone.model_copy(update={"padding": "symmetric"}), tensors, files, target)
         note = (
             "the source pads as TensorFlow ('same'), the target symmetrically: the proof compares with the symmetric "
             "network, and `drift` is how far that network is from the one that was trained; --to torchvision keeps "
             "'same'"
         )
         return plain, compare(trained, plain), (note,)
-    if backbone.is_vit and target.resize not in (None, backbone.transformer.resize):
-        vit = backbone.transformer.model_copy(update={"resize": target.resize})
-        resized = _features_of(backbone.model_copy(update={"vit": vit}), tensors, files)
-        note = (
-            f"for images of other sizes than {backbone.image_size} pixels, {target.title} resizes the position table "
-            f"in its own way ({target.resize}) and the source's code in another ({backbone.transformer.resize}): the "
-            "proof compares with the target's way, and `drift` is how far that is from the source's"
+    changed = _changed(target, backbone)
+    if changed != backbone:
+        others = _features_of(changed, tensors, files, target)
+        fields = backbone.transformer.model_dump().items() - changed.transformer.model_dump().items()
+        said = " and ".join(
+            f"{_SAYS[field].format(new=getattr(changed.transformer, field))} ({old} in the source's code)"
+            for field, old in sorted(fields)
         )
-        return resized, compare(trained, resized), (note,)
+        note = (
+            f"{target.title} {said}: the proof compares with its network, and `drift` is how far the source's is away"
+        )
+        return others, compare(trained, others), (note,)
     return trained, (), ()
+
+
+# What a target does with a field of a ViT's description that it changes.
+_SAYS = {
+    "resize": "resizes the position table for images of other sizes in its own way, {new}",
+    "norm_eps": "has layer norms with the epsilon {new}",
+}
+
+
+def _changed(target: Target, backbone: Backbone) -> Backbone:
+    """The header of the ViT that the target runs."""
+    if not backbone.is_vit or not (changes := target.changes(backbone)):
+        return backbone
+    vit = backbone.transformer.model_copy(update=changes)
+    return backbone if vit == backbone.transformer else backbone.model_copy(update={"vit": vit})
 
 
 def _read_back(target: Target, folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
@@ -269,12 +288,10 @@ def _read_back(target: Target, folder: Path, backbone: Backbone, files: list[Pat
         for name, tensor in expected.items()
     }
     header = backbone.model_copy(update={} if target.keeps_padding else {"padding": "symmetric"})
-    if header.is_vit and target.resize:
-        header = header.model_copy(update={"vit": header.transformer.model_copy(update={"resize": target.resize})})
-    return _features_of(header, tensors, files)
+    return _features_of(_changed(target, header), tensors, files, target)
 
 
-def _features_of(backbone: Backbone, tensors: Mapping[str, Tensor], files: list[Path]) -> list[Stages]:
+def _features_of(backbone: Backbone, tensors: Mapping[str, Tensor], files: list[Path], target: Target) -> list[Stages]:
     """The stages of each image in the reference network with `tensors`."""
     import torch
 
@@ -284,4 +301,5 @@ def _features_of(backbone: Backbone, tensors: Mapping[str, Tensor], files: list[
     with torch.device("meta"):  # no random initialisation, and no second copy of the tensors
         network = network_of(backbone)
     network.load_state_dict(dict(tensors), strict=True, assign=True)
-    return [stage_features(network.eval(), normalise(read_image(file)[None], backbone)) for file in files]
+    stages = target.stages or stage_features
+    return [stages(network.eval(), normalise(read_image(file)[None], backbone)) for file in files]

@@ -7,16 +7,17 @@ that is how half a network goes missing. Nothing here imports a framework.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from pydantic import ValidationError
 
 from twist.contracts import rename
 from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.record import check_label
 from twist.contracts.weights import METADATA_KEY, Backbone, read_header
 from twist.converters import sources, vit
 from twist.converters.detect import (
@@ -31,14 +32,14 @@ from twist.converters.detect import (
     readable,
     state_dicts,
 )
-from twist.converters.evidence import contradiction, huggingface, method_of, trained_for
+from twist.converters.evidence import contradiction, header_of_run, huggingface, method_of, trained_for
 from twist.converters.open import Contents, read_contents
 from twist.converters.search import locate
-from twist.converters.sources import matches
+from twist.converters.sources import Reading, matches
 from twist.converters.zoo import located
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -50,8 +51,9 @@ class Source:
     tensors: dict[str, Tensor]
     backbone: Backbone
     sha256: str
-    # artefact name → name in the file; tensors that the layout lacks and we filled are not in it.
+    # artefact name → name in the file (`q + k + v` of three in one); what the layout lacks and we filled is not in it.
     names: dict[str, str]
+    count: int  # tensors beside each other in the file, those of the backbone among them
     dropped: tuple[str, ...] = ()
     filled: tuple[str, ...] = ()
     unused_entries: dict[str, int] = field(default_factory=dict)  # entry → tensors in it
@@ -65,38 +67,35 @@ class Source:
         return tuple(sorted({name.partition(".")[0] for name in self.names.values()}))
 
 
-def load_artefact(
-    checkpoint: Path, *, layout: str | None = None, branch: str | None = None, heads: int | None = None
-) -> tuple[dict[str, Tensor], Backbone]:
+def load_artefact(checkpoint: str | os.PathLike[str], **reading: Unpack[Reading]) -> tuple[dict[str, Tensor], Backbone]:
     """Tensors (artefact names, float32) and header of any supported checkpoint; our own artefact passes through.
-
-    `heads` is the number of a ViT's attention heads, for a file that does not say it.
 
     Raises:
         UserError: the file is not readable, not supported, or does not hold the branch. One sentence.
         UsageError: there is no layout of that name.
     """
-    source = load_source(checkpoint, layout=layout, branch=branch, heads=heads)
+    source = load_source(checkpoint, **reading)
     # Copies: a reader's tensors are mapped onto the file, and would change with it.
     return {name: tensor.clone() for name, tensor in source.tensors.items()}, source.backbone
 
 
-def load_source(
-    checkpoint: Path,
-    *,
-    layout: str | None = None,
-    branch: str | None = None,
-    entry: str | None = None,
-    prefix: str | None = None,
-    heads: int | None = None,
-    allow_nan: bool = False,
-) -> Source:
-    """`load_artefact` with what became of every tensor; the tensors may be mapped onto the file.
+def load_backbone(checkpoint: str | os.PathLike[str], **reading: Unpack[Reading]) -> tuple[nn.Module, Backbone]:
+    """The network of any supported checkpoint with its weights, in eval mode, and its header.
 
-    `entry` (a path of entries, `a/b`) and `prefix` choose among the networks of a file, wherever they are.
+    `network(images)` gives (B, D) for float images (B, 3, H, W) that are normalised as the header says
+    (`twist.contracts.networks.normalise`); `network.features(images, ["res4", "res5"])`, of a ViT `["block5", …]`, maps
+    (B, C, H/s, W/s) by name. Raises as `load_artefact` does.
     """
-    file, how = located(checkpoint, layout=layout, branch=branch, heads=heads)
-    return read_source(read_contents(file), **how, entry=entry, prefix=prefix, allow_nan=allow_nan)
+    from twist.contracts.networks import network_of
+
+    tensors, header = load_artefact(checkpoint, **reading)
+    return network_of(header, tensors), header
+
+
+def load_source(checkpoint: str | os.PathLike[str], *, allow_nan: bool = False, **reading: Unpack[Reading]) -> Source:
+    """`load_artefact` with what became of every tensor; the tensors may be mapped onto the file."""
+    file, how = located(checkpoint, **reading)
+    return read_source(read_contents(file), **how, allow_nan=allow_nan)
 
 
 def read_source(
@@ -107,6 +106,7 @@ def read_source(
     entry: str | None = None,
     prefix: str | None = None,
     heads: int | None = None,
+    method: str | None = None,
     allow_nan: bool = False,
 ) -> Source:
     """The same for a file whose contents have been read already."""
@@ -114,6 +114,8 @@ def read_source(
 
     if layout is not None and layout not in sources.BY_NAME:
         raise UsageError(f'There is no layout "{layout}".{did_you_mean(layout, sources.BY_NAME)}')
+    if method is not None:
+        check_label(method)
     where = str(contents.path)
     if (entry, prefix) != (None, None) and is_converted(contents):
         raise UserError(f"{where} is a converted backbone and nothing else: leave --entry and --prefix away.")
@@ -123,6 +125,7 @@ def read_source(
             if asked not in (None, is_):
                 raise UserError(f"{where} was made from {is_}: leave --{option} away, or convert the original file.")
         layout = branch = None  # the header says more than any layout
+    described = huggingface(contents)
     found = locate(contents, layout=layout, branch=branch, entry=entry, prefix=prefix)
     backbone, dropped = _split(found)
     try:
@@ -130,7 +133,7 @@ def read_source(
     except rename.RenameError as error:
         reason = known_network(backbone) or "its backbone is another network than a plain ResNet or ViT"
         raise UserError(f"{where} (layout {found.layout.name}): {str(error).rstrip('.')}; {reason}.") from None
-    tensors = rename.apply(steps, readable(backbone, where))
+    tensors = vit.joined(rename.apply(steps, readable(backbone, where)))
     try:
         shape = architecture_of(tensors, where)
         filled = fill(tensors, shape, found.table)
@@ -147,11 +150,17 @@ def read_source(
     rounded = sum(t.dtype is torch.float64 and not torch.equal(t, tensors[name].double()) for name, t in kept.items())
     if not allow_nan:
         check_values(tensors, where)
+    header = earlier or _header(contents, found, shape, described)
+    names: dict[str, str] = {}
+    for name, step in steps.items():
+        whole, name = vit.joined_name(step.name), found.branch.prefix + name
+        names[whole] = f"{names[whole]} + {name}" if whole in names else name
     return Source(
         tensors=tensors,
-        backbone=earlier or _header(contents, found, shape),
+        backbone=header if method is None else header.model_copy(update={"method": method}),
         sha256=contents.sha256,
-        names={step.name: found.branch.prefix + name for name, step in steps.items()},
+        names=names,
+        count=len(found.state),
         dropped=tuple(dropped),
         filled=tuple(filled),
         unused_entries=_unused_entries(contents.value, found),
@@ -172,6 +181,7 @@ def _split(found: Found) -> tuple[dict[str, Tensor], list[str]]:
         tail = name.removeprefix(prefix)
         # A prefix wins over the drop list (`encoder_q.0.` over `encoder_q.*`); without one the list decides alone.
         head = matches(tail, layout.heads) or (not prefix and matches(name, layout.drop))
+        head = head or name == "n_averaged"  # torch.optim.swa_utils: how many were averaged
         if head or not name.startswith(prefix):
             dropped.append(name)
         else:
@@ -181,7 +191,7 @@ def _split(found: Found) -> tuple[dict[str, Tensor], list[str]]:
 
 def _check_network(contents: Contents, found: Found, architecture: str) -> None:
     """`UserError` when the file says that it is another network of the same names and shapes."""
-    ours = found.layout is CONVERTED or METADATA_KEY in contents.hub  # the header says what it is
+    ours = found.layout is CONVERTED or METADATA_KEY in contents.beside.get("config.json", {})  # the header says it
     reason = None if ours else contradiction(contents, architecture, dense=found.asked)
     if reason is not None:
         raise UserError(
@@ -197,30 +207,35 @@ def _described(
     text, where = None, str(contents.path)
     if found.layout is CONVERTED:
         text = contents.metadata.get(METADATA_KEY) or contents.value[METADATA_KEY]
-    elif found.layout.name == "timm" and METADATA_KEY in contents.hub:
-        text = json.dumps(contents.hub[METADATA_KEY])
+    elif METADATA_KEY in (config := contents.beside.get("config.json", {})) and found.layout.of_hub:
+        text = json.dumps(config[METADATA_KEY])
+    elif found.asked and trained_for(found.state) is not None:
+        text = header_of_run(contents)
     if heads is not None and shape["vit"] is None:
         raise UserError(f"{where} is a {shape['architecture']}, which has no attention heads: leave --heads away.")
     if text is not None:
         header = _earlier_header(text, shape, where)
         if heads is not None and heads != header.transformer.heads:
             raise UserError(f"{where} says that it has {header.transformer.heads} heads: leave --heads away.")
+        if found.layout is not CONVERTED and METADATA_KEY not in contents.beside.get("config.json", {}):
+            place = {"source_layout": found.layout.name, "source_branch": found.branch.name}
+            header = header.model_copy(update={**place, "source_sha256": contents.sha256})
         return header, {**shape, "vit": header.vit}
-    return None, shape if shape["vit"] is None else vit.with_heads(shape, heads, contents, found.layout, tensors)
+    return None, shape if shape["vit"] is None else vit.described(shape, heads, contents, found.layout, tensors)
 
 
-def _header(contents: Contents, found: Found, shape: dict[str, Any]) -> Backbone:
+def _header(contents: Contents, found: Found, shape: dict[str, Any], described: dict[str, Any]) -> Backbone:
     value, layout = contents.value, found.layout
     pixels = (hub_pixels(contents) if layout.name == "timm" else None) or layout.pixels
     epoch = value.get("epoch")
-    fields = {"stride_in": layout.stride_in, **pixels.model_dump(exclude={"label"}), **huggingface(contents)}
+    fields: dict[str, Any] = {"stride_in": layout.stride_in, "method": method_of(contents, layout)}
+    fields |= {**pixels.model_dump(exclude={"label"}), **described}
     if shape["architecture"] in ("resnet18", "resnet34") or shape["image_size"]:
         fields["stride_in"] = "3x3"  # the place of the stride is a property of bottlenecks
     return Backbone(
         **shape,
         **fields,
         padding="symmetric" if shape["image_size"] else layout.padding,
-        method=method_of(contents, layout),
         epochs=epoch if layout.epoch_is_count and type(epoch) is int and epoch >= 0 else None,
         source_layout=layout.name,
         source_branch=found.branch.name,
@@ -237,11 +252,9 @@ def _earlier_header(text: str, shape: dict[str, Any], where: str) -> Backbone:
             f"{where}: the header that came with it is not valid ({error.errors()[0]['msg']}): convert the original "
             "again."
         ) from None
-    # What no shape gives is the header's alone.
-    unseen = dict.fromkeys(("heads", "positions", "norm_eps", "resize", "pooling")) if header.is_vit else {}
     seen = {key: value for key, value in shape.items() if key != "vit"}
-    described = header.transformer.model_dump(exclude=set(unseen)) if header.is_vit else None
-    shaped = shape["vit"] and shape["vit"].model_dump(exclude=set(unseen))
+    described = header.transformer.model_dump(exclude=vit.UNSEEN) if header.is_vit else None
+    shaped = shape["vit"] and shape["vit"].model_dump(exclude=vit.UNSEEN)
     if described != shaped or any(getattr(header, key) != value for key, value in seen.items()):
         raise UserError(
             f"{where}: the header says {header.display_name}, the tensors are {shape['architecture']}: one of them "

@@ -21,6 +21,7 @@ from twist.converters.detect import (
     check_not_dense,
     fill,
     find,
+    holds,
     known_network,
     matches,
     readable,
@@ -31,6 +32,7 @@ from twist.converters.detect import (
 from twist.converters.open import Contents
 from twist.converters.sources import ANYWHERE, Branch, Layout
 from twist.converters.tables import TABLES, VIT_TABLES
+from twist.converters.vit import joined
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +93,7 @@ def locate(
     net, name, present = _one_of(chosen, seen if not asked else chosen, where, branch)
     row = sources.BY_NAME[layout] if layout is not None else _row_of(net)
     if not asked:
-        check_not_dense(net.state, row, where, net.prefix)
+        check_not_dense(net.state, ANYWHERE if layout is None else row, where, net.prefix)
     row = row.model_copy(update={"heads": (*row.heads, *ANYWHERE.heads, *net.others)})
     note = f"{net.text} was found by its names" + ("" if layout else "; nothing names the method (--from LAYOUT does)")
     return Found(row, Branch(name, net.entry, net.prefix), net.table, net.state, present, asked=asked, notes=(note,))
@@ -143,7 +145,7 @@ def _network(
     net = Network(entry, prefix, table, state, inside, tuple(sorted(others)))
     try:
         steps = rename.inwards(table, inside)
-        tensors = rename.apply(steps, readable(inside, net.place))
+        tensors = joined(rename.apply(steps, readable(inside, net.place)))
         shape = architecture_of(tensors, net.place)
         fill(tensors, shape, table)
         check_complete(tensors, shape, net.place)
@@ -154,7 +156,11 @@ def _network(
 
 
 def _row_of(net: Network) -> Layout:
-    """The row that has had a name for this place since before files were searched, or `anywhere`."""
+    """The row of a network that is known by its names wherever it lies (the method is then not said), the row that has
+    had a name for this place since before files were searched, or `anywhere`."""
+    for row in sources.LAYOUTS:
+        if row.own_network and net.table in row.tables and holds(net.state, row.evidence):
+            return row.model_copy(update={"method": "unknown"})
     places = ((row, branch) for row in sources.LAYOUTS if row.generic for branch in row.branches)
     return next((row for row, branch in places if (branch.entry, branch.prefix) == (net.entry, net.prefix)), ANYWHERE)
 

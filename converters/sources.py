@@ -10,12 +10,32 @@ import tomllib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from twist.contracts.config import Config
 from twist.contracts.rename import Table
 from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD, Resize
 from twist.converters.tables import TABLES, TIMM_VIT, TORCHVISION
+
+
+class Place(TypedDict, total=False):
+    """What is to be read of a checkpoint, where its contents do not say it; None is as good as absent.
+
+    `entry` (`a/b`, a path of entries) and `prefix` choose among the networks of a file, wherever they are; `heads` are
+    a ViT's.
+    """
+
+    layout: str | None
+    branch: str | None
+    entry: str | None
+    prefix: str | None
+    heads: int | None
+
+
+class Reading(Place, total=False):
+    """The same, and what the header calls the method."""
+
+    method: str | None
 
 
 class Pixels(Config):
@@ -67,6 +87,8 @@ class Layout(Config):
     epoch_is_count: bool = False
     detect: bool = True
     generic: bool = False
+    of_hub: bool = False
+    own_network: bool = False
     lookalikes: str = ""
     note: str = ""
 
@@ -94,11 +116,13 @@ class Dense(Config):
 
 
 class Foreign(Config):
-    """Another network: expressions that each match one of its names (`lacks`: that match none), and what it is."""
+    """Another network: expressions that each match one of its names (`lacks`: that match none), what it is, and what
+    to do about it."""
 
     has: tuple[str, ...]
     lacks: str | None = None
     says: str
+    do: str = "ResNets and plain ViTs are converted"
 
 
 class Named(Config):
@@ -127,11 +151,14 @@ LAYOUTS = tuple(layout_of(name, row) for name, row in _ROWS["layout"].items())
 ANYWHERE = layout_of("anywhere", _ROWS["anywhere"])
 BY_NAME = {layout.name: layout for layout in (*LAYOUTS, ANYWHERE)}
 AMBIGUOUS = tuple(Ambiguous(**row) for row in _ROWS["ambiguous"])
-NAMED = tuple(Named(**row) for row in _ROWS["named"])
-DENSE = tuple(Dense(**row) for row in _ROWS["dense"])
-FOREIGN = tuple(Foreign(**row) for row in _ROWS["foreign"])
+NAMED = tuple(Named(word=word, **row) for word, row in _ROWS["named"].items())
+DENSE = tuple(Dense(title=title, **row) for title, row in _ROWS["dense"].items())
+FOREIGN = tuple(Foreign(**row) for row in _ROWS["foreign"].values())
 # Where timm's config.json names a pretraining: expression for architecture and tag → method, the first that matches.
 TIMM_METHODS: dict[str, str] = _ROWS["timm_methods"]
+# Hugging Face's `model_type` → method of a network that is read, or why another is not.
+HUGGINGFACE: dict[str, str] = _ROWS["huggingface"]
+HUGGINGFACE_OTHERS: dict[str, str] = _ROWS["huggingface_others"]
 # Entry of a network's state dict → branch name and entry of the copy that its program keeps beside it.
 COPIES: dict[str, list[tuple[str, str]]] = _ROWS["copies"]
 TRAINING_ENTRIES: tuple[str, ...] = tuple(_ROWS["training_entries"])

@@ -163,6 +163,57 @@ DINOV2_SWIGLU = Table(
     ),
 )
 
+# Hugging Face transformers @v5.24 (and the files of before it): query, key and value apart, which `vit.joined` makes
+# one. Its ViT, DeiT, ViT-MAE, ViT-MSN and I-JEPA; DeiT's distillation token is a register with a position of its own.
+_HUGGINGFACE: Rows = (
+    ("linear", "embeddings.patch_embeddings.projection", "patch_embed.proj"),
+    ("tensor", "embeddings.cls_token", "cls_token"),
+    ("tensor", "embeddings.position_embeddings", "pos_embed"),
+    *(
+        ("linear", f"encoder.layer.{{}}.attention.attention.{part}", f"blocks.{{}}.attn.{part[0]}")
+        for part in ("query", "key", "value")
+    ),
+    ("linear", "encoder.layer.{}.attention.output.dense", "blocks.{}.attn.proj"),
+    ("scale", "layernorm", "norm"),
+)
+HUGGINGFACE_VIT = Table(
+    "huggingface-vit",
+    (
+        *_HUGGINGFACE,
+        ("scale", "encoder.layer.{}.layernorm_before", "blocks.{}.norm1"),
+        ("scale", "encoder.layer.{}.layernorm_after", "blocks.{}.norm2"),
+        ("linear", "encoder.layer.{}.intermediate.dense", "blocks.{}.mlp.fc1"),
+        ("linear", "encoder.layer.{}.output.dense", "blocks.{}.mlp.fc2"),
+        ("tensor", "embeddings.distillation_token", "reg_token"),
+    ),
+)
+_HUGGINGFACE_DINOV2: Rows = (
+    *_HUGGINGFACE,
+    ("tensor", "embeddings.register_tokens", "reg_token"),
+    *(("scale", f"encoder.layer.{{}}.norm{n}", f"blocks.{{}}.norm{n}") for n in (1, 2)),
+    *(("tensor", f"encoder.layer.{{}}.layer_scale{n}.lambda1", f"blocks.{{}}.ls{n}.gamma") for n in (1, 2)),
+)
+HUGGINGFACE_DINOV2 = Table(
+    "huggingface-dinov2",
+    (
+        *_HUGGINGFACE_DINOV2,
+        *(("linear", f"encoder.layer.{{}}.mlp.fc{n}", f"blocks.{{}}.mlp.fc{n}") for n in (1, 2)),
+    ),
+)
+HUGGINGFACE_DINOV2_SWIGLU = Table(
+    "huggingface-dinov2-swiglu",
+    (
+        ("linear", "encoder.layer.{}.mlp.weights_in", "blocks.{}.mlp.fc1"),
+        ("linear", "encoder.layer.{}.mlp.weights_out", "blocks.{}.mlp.fc2"),
+        *_HUGGINGFACE_DINOV2,
+    ),
+)
+# timm's and DeiT's own names of the distilled network.
+DEIT_DISTILLED = Table(
+    "deit-distilled", (*(row for row in TIMM_VIT.rows if row[1] != "reg_token"), ("tensor", "dist_token", "reg_token"))
+)
+
 _RESNETS = (TORCHVISION, DETECTRON2, SEQUENTIAL, HUGGINGFACE_RESNET, SIMCLR_V2, HAIKU, CAFFE2)
-VIT_TABLES = (MMSEG_VIT, MMPRETRAIN_VIT, TIMM_VIT, DINOV2, DINOV2_SWIGLU)
+_HUGGINGFACE_VITS = (HUGGINGFACE_VIT, HUGGINGFACE_DINOV2, HUGGINGFACE_DINOV2_SWIGLU)
+VIT_TABLES = (MMSEG_VIT, MMPRETRAIN_VIT, TIMM_VIT, DINOV2, DINOV2_SWIGLU, DEIT_DISTILLED, *_HUGGINGFACE_VITS)
 TABLES = {table.name: table for table in (*_RESNETS, *VIT_TABLES)}

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from twist.contracts.errors import UserError
 from twist.contracts.weights import VIT_SIZES, VITS, Vit, usual_vit
+from twist.converters.evidence import vit_of_config
 from twist.converters.open import Contents, Opaque
 from twist.converters.sources import Layout
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PATCHES = (8, 14, 16, 32)
+# Fields of a description that no shape gives.
+UNSEEN = {"heads", "positions", "norm_eps", "resize", "pooling"}
 # moco-v3 vits.py: 12 heads in both sizes.
 MOCO_V3_HEADS, _MOCO_V3_SIZES = 12, (384, 768)
 _NUM_HEADS = re.compile(r"(?<![A-Za-z_])num_(?:attention_)?heads[^\w\[]{1,4}(\d+)")
@@ -87,11 +90,46 @@ def shape_of(tensors: dict[str, Tensor], where: str) -> dict[str, Any]:
     }
 
 
-def with_heads(
-    shape: dict[str, Any], heads: int | None, contents: Contents, layout: Layout, tensors: Mapping[str, Tensor]
+_PARTS = re.compile(r"\.attn\.[qkv]\.")
+
+
+def joined_name(name: str) -> str:
+    """`blocks.0.attn.qkv.weight` for that of the query, key or value alone; other names as they are."""
+    return _PARTS.sub(".attn.qkv.", name)
+
+
+def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with query, key and value of each block in timm's one matrix; what lacks one of them stays apart."""
+    import torch
+
+    whole = {}
+    for name, tensor in tensors.items():
+        parts = [tensors.get(_PARTS.sub(f".attn.{part}.", name)) for part in "qkv"]
+        if joined_name(name) == name or any(part is None for part in parts):
+            whole[name] = tensor
+        elif tensor is parts[0]:
+            whole[joined_name(name)] = torch.cat(parts)  # type: ignore[arg-type]
+    return whole
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `joined`."""
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        parts = zip("qkv", tensor.chunk(3)) if ".attn.qkv." in name else (("qkv", tensor),)
+        apart |= {name.replace(".attn.qkv.", f".attn.{part}."): piece for part, piece in parts}
+    return apart
+
+
+def described(
+    shape: dict[str, Any],
+    heads: int | None,
+    contents: Contents,
+    layout: Layout,
+    tensors: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """`shape` with the heads that are told or that evidence gives, and what the layout says; `vit` is None for the
-    usual network of the name.
+    """`shape` with the heads that are told or that evidence gives, and what Hugging Face's settings or the layout say;
+    `vit` is None for the usual network of the name.
 
     Raises:
         HeadsUnknownError: there is no evidence, or it disagrees.
@@ -104,19 +142,20 @@ def with_heads(
             f"{contents.path} is a ViT with a norm before its blocks (CLIP), and no tensor says whether its MLPs have "
             "GELU or quick GELU, so it is not converted; take a plain ViT's weights."
         )
+    described = vit_of_config(contents)
+    if described is not None and described.model_dump(exclude=UNSEEN) == vit.model_dump(exclude=UNSEEN):
+        return {**shape, "vit": described}
     if heads is None:
         said = _evidence(contents, layout, vit, tensors)
         if len(said) != 1:
             raise HeadsUnknownError(_question(str(contents.path), vit, said), vit.heads)
         heads = next(iter(said))
+    epsilon = contents.beside.get("config.json", {}).get("layer_norm_eps", layout.norm_eps)
     try:
-        vit = Vit.model_validate(
-            {**vit.model_dump(), "heads": heads, "resize": layout.resize, "norm_eps": layout.norm_eps}
-        )
-    except ValidationError:
-        raise UserError(
-            f"{contents.path}: {vit.embed_dim} features cannot be shared by {heads} heads: say a divisor of them."
-        ) from None
+        vit = Vit.model_validate({**vit.model_dump(), "heads": heads, "resize": layout.resize, "norm_eps": epsilon})
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"{contents.path}: {reason}: say another number of --heads, or mend config.json.") from None
     return {**shape, "vit": None if vit == usual else vit}
 
 

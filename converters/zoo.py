@@ -102,15 +102,16 @@ def select(words: Iterable[str]) -> list[Weights]:
     return [row for row in rows if all(word.lower() in text[row.name] for word in words)]
 
 
-def located(weights: str | Path, **asked: Any) -> tuple[Path, dict[str, Any]]:
+def located(weights: str | os.PathLike[str], **asked: Any) -> tuple[Path, dict[str, Any]]:
     """The file that `weights` names (`zoo:NAME`, fetched; a run's folder; a file), and how it is read.
 
-    `asked` are some of layout, branch, heads, method and epochs, None where the user does not say: there the row does.
+    `asked` are some of a `Reading`, and epochs; what is left out or None there, the row of the zoo says.
     """
+    asked = {"layout": None, "branch": None, "heads": None, "method": None, **asked}
     if not str(weights).startswith(PREFIX):
         return weights_file(weights), asked
     row = find(str(weights))
-    return fetch(row), {key: getattr(row, key) if value is None else value for key, value in asked.items()}
+    return fetch(row), {key: getattr(row, key, None) if value is None else value for key, value in asked.items()}
 
 
 def fetch(row: Weights) -> Path:
@@ -232,7 +233,7 @@ def verify(name: str) -> str:
         raise UserError(f"{row.name} cannot be converted: {'; '.join(seen.problems)}")
     with tempfile.TemporaryDirectory() as folder:
         target = "timm" if "timm" in seen.targets else seen.targets[0]
-        done = convert(named, target=target, output=Path(folder) / target)
+        done = convert(named, to=target, output=Path(folder) / target)
         print(conversion_text(done).partition("\n" + folder)[0])
     header = done.backbone
     for key, found in (("architecture", header.display_name), ("epochs", header.epochs)):

@@ -18,7 +18,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 from torch import Tensor
 
-from twist.integrations.features import block_maps, build_vit, chosen
+from twist.integrations.features import build_vit, chosen
 
 
 class VisionTransformer(Backbone):  # type: ignore[misc]
@@ -48,8 +48,8 @@ class VisionTransformer(Backbone):  # type: ignore[misc]
         return int(self.patch)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        maps = block_maps(self.network, images, self.blocks, final_norm=self.final_norm)
-        return dict(zip(self._out_features, maps, strict=True))
+        found: dict[str, Tensor] = self.network.features(images, self._out_features, final_norm=self.final_norm)
+        return found
 
 
 def add_vit_config(cfg: CfgNode) -> None:

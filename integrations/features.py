@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
-
 from twist.contracts.networks import build_backbone
 from twist.contracts.weights import Vit
 
@@ -33,13 +31,3 @@ def chosen(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
     if missing or not blocks:
         raise ValueError(f"blocks {list(blocks)} of a ViT with {depth}: choose from 0 to {depth - 1}.")
     return tuple(sorted({block % depth for block in blocks}))
-
-
-def block_maps(network: nn.Module, images: Tensor, blocks: Sequence[int], *, final_norm: bool = True) -> list[Tensor]:
-    """Maps (B, D, H/p, W/p) of `blocks` (as `chosen` gives them); the last block's after the network's last norm."""
-    maps = network.forward_intermediates(  # type: ignore[operator]
-        images, indices=list(blocks), norm=False, stop_early=True, output_fmt="NCHW", intermediates_only=True
-    )
-    if final_norm and blocks[-1] == len(network.blocks) - 1:  # type: ignore[arg-type]
-        maps[-1] = network.norm(maps[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()  # type: ignore[operator]
-    return maps

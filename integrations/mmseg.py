@@ -18,7 +18,7 @@ from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from twist.integrations.features import block_maps, build_vit, chosen
+from twist.integrations.features import build_vit, chosen
 
 
 @MODELS.register_module(name="TwistVisionTransformer")
@@ -46,4 +46,5 @@ class VisionTransformer(BaseModule):  # type: ignore[misc]
         down, right = ((-side) % patch for side in images.shape[2:])
         if down or right:  # whole images are of any size: zeros fill the last patches, as in MMSegmentation's own ViT
             images = F.pad(images, (0, right, 0, down))
-        return tuple(block_maps(self.network, images, self.out_indices, final_norm=self.final_norm))
+        names = [f"block{index}" for index in self.out_indices]
+        return tuple(self.network.features(images, names, final_norm=self.final_norm).values())

@@ -34,8 +34,7 @@ def weights_maker(folder: Path, target: str) -> Callable[[str], Written]:
         form = {"stem": stem_of(architecture), "image_size": 224} if is_vit(architecture) else {}
         header = Backbone(architecture=architecture, method="twist", **form)  # type: ignore[arg-type]
         writer = TARGETS[target]
-        assert writer.settings is not None
-        name, text = writer.settings(header)
+        ((name, text),) = writer.settings(header).items()
         file, overlay = folder / f"{architecture}.pth", folder / f"{architecture}-{name}"
         writer.write(file, build_backbone(architecture).state_dict(), header)
         overlay.write_text(text)

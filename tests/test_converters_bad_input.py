@@ -181,7 +181,6 @@ VALUES: dict[str, tuple[Any, str]] = {
     "BEiT": (vit() | {"blocks.0.attn.relative_position_bias_table": ONE}, "relative positions"),
     "DINOv3": (vit() | {"rope_embed.periods": ONE}, "rotary positions"),
     "CLIP": (clip(), "quick GELU"),
-    "distilled DeiT": (vit() | {"dist_token": torch.ones(1, 1, 384)}, "distilled DeiT"),
     "ViT with LoRA": (vit() | {"blocks.0.attn.qkv.lora_A": ONE}, "LoRA"),
 }
 
@@ -198,7 +197,7 @@ def test_bad_input_gets_one_sentence(name: str, tmp_path: Path, monkeypatch: pyt
         torch.save(value, file)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(UserError) as caught:
-        convert(file, target="torchvision", verify=False)
+        convert(file, to="torchvision", verify=False)
     message = str(caught.value)
     assert says in message
     assert caught.value.exit_status == 1
@@ -221,7 +220,7 @@ def test_a_run_folder_stands_for_its_result(tmp_path: Path) -> None:
     header = Backbone(architecture="resnet18", method="twist")
     student = write_backbone(tmp_path / "run" / "backbone.safetensors", RESNET, header)
     assert inspect(tmp_path / "run").contents.path == student
-    assert convert(tmp_path / "run", target="torchvision", output=tmp_path / "a", verify=False).weights.is_file()
+    assert convert(tmp_path / "run", to="torchvision", output=tmp_path / "a", verify=False).weights.is_file()
     teacher = write_backbone(tmp_path / "run" / "teacher_backbone.safetensors", RESNET, header)
     assert inspect(tmp_path / "run").contents.path == teacher
 
@@ -256,7 +255,7 @@ def test_damaged_archives_are_one_sentence(tmp_path: Path) -> None:
 def test_nan_can_be_allowed(tmp_path: Path) -> None:
     torch.save(changed("bn1.weight", torch.full((64,), float("nan"))), tmp_path / "nan.pth")
     assert load_source(tmp_path / "nan.pth", allow_nan=True).tensors["bn1.weight"].isnan().all()
-    assert convert(tmp_path / "nan.pth", target="timm", output=tmp_path / "x", allow_nan=True, verify=False).weights
+    assert convert(tmp_path / "nan.pth", to="timm", output=tmp_path / "x", allow_nan=True, verify=False).weights
 
 
 def test_harmless_company_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,7 @@ from twist.contracts.errors import UsageError, UserError
 from twist.contracts.images import read_image
 from twist.contracts.weights import Backbone, read_backbone, write_backbone
 from twist.converters import proof, sources
-from twist.converters.convert import conversion_text, convert
-from twist.converters.output_folder import default_folder
+from twist.converters.convert import conversion_text, convert, name_of
 from twist.converters.proof import ProofError
 from twist.converters.read import load_artefact, load_source
 from twist.converters.targets import TARGETS, detectron2, mmseg
@@ -42,9 +41,9 @@ def no_frameworks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof, "installed", lambda _: False)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [name for name in TARGETS if name != "onnx"])  # a graph is not read back
 def test_round_trip_through_every_target(target: str, artefact: Path, tmp_path: Path) -> None:
-    done = convert(artefact, target=target, output=tmp_path / "out", verify=False)
+    done = convert(artefact, to=target, output=tmp_path / "out", verify=False)
     tensors, header = load_artefact(done.weights)
     original, _ = read_backbone(artefact)
     assert header == HEADER
@@ -58,7 +57,7 @@ def test_round_trip_through_every_target(target: str, artefact: Path, tmp_path: 
 @pytest.mark.parametrize("target", TARGETS)
 def test_bytes_are_reproducible(target: str, artefact: Path, tmp_path: Path) -> None:
     for name in ("one", "another"):
-        convert(artefact, target=target, output=tmp_path / name, verify=False, pkl=target == "detectron2")
+        convert(artefact, to=target, output=tmp_path / name, verify=False, pkl=target == "detectron2")
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "another").iterdir())
     for name in files:
@@ -67,13 +66,13 @@ def test_bytes_are_reproducible(target: str, artefact: Path, tmp_path: Path) -> 
 
 
 def test_outputs_hold_no_code(artefact: Path, tmp_path: Path) -> None:
-    done = convert(artefact, target="detectron2", output=tmp_path / "d2", verify=False, pkl=True)
+    done = convert(artefact, to="detectron2", output=tmp_path / "d2", verify=False, pkl=True)
     value = torch.load(done.weights, weights_only=True)
     assert value["matching_heuristics"] is True
     assert value["model"]["res2.0.conv1.norm.running_var"].shape == (64,)
     # The pickle holds plain arrays: our own reader, which knows nothing else, reads it back.
     assert load_source(done.output / "weights.pkl").backbone == HEADER  # its header came along
-    overlay = convert(artefact, target="mmseg", output=tmp_path / "mm", verify=False).overlay
+    overlay = convert(artefact, to="mmseg", output=tmp_path / "mm", verify=False).overlay
     assert overlay is not None
     ast.parse(overlay.read_text())
 
@@ -82,7 +81,7 @@ def test_outputs_hold_no_code(artefact: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_frameworks")
 @pytest.mark.parametrize("target", ["detectron2", "mmseg"])
 def test_without_frameworks_the_manifest_proves(target: str, artefact: Path, tmp_path: Path) -> None:
-    done = convert(artefact, target=target, output=tmp_path / "out")
+    done = convert(artefact, to=target, output=tmp_path / "out")
     assert (done.proof.kind, done.proof.max_difference) == ("manifest", 0)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert "is not installed" in report["proof"]["by"]
@@ -105,7 +104,7 @@ def test_a_wrong_writer_is_caught_and_leaves_nothing(
 
     monkeypatch.setattr(detectron2, "write_torch", wrong)
     with pytest.raises(ProofError) as caught:
-        convert(artefact, target="detectron2", output=tmp_path / "out")
+        convert(artefact, to="detectron2", output=tmp_path / "out")
     assert caught.value.exit_status == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -127,7 +126,7 @@ def mutate(tensors: dict[str, torch.Tensor], change: str) -> dict[str, torch.Ten
 
 def test_an_earlier_conversion_is_replaced_and_nothing_else(artefact: Path, tmp_path: Path) -> None:
     for _ in range(2):
-        done = convert(artefact, target="torchvision", output=tmp_path / "out", verify=False)
+        done = convert(artefact, to="torchvision", output=tmp_path / "out", verify=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     # Folders that are no conversions: files of the user's, reports of other programs.
     others = {"thesis.tex": "years of work", "report.json": "{}", "tensors.txt": "not json"}
@@ -136,14 +135,14 @@ def test_an_earlier_conversion_is_replaced_and_nothing_else(artefact: Path, tmp_
         (tmp_path / f"{number}").mkdir()
         (tmp_path / f"{number}" / name.strip()).write_text(text)
         with pytest.raises(UserError, match="exists and is no earlier conversion"):
-            convert(artefact, target="torchvision", output=tmp_path / f"{number}", verify=False)
+            convert(artefact, to="torchvision", output=tmp_path / f"{number}", verify=False)
         assert (tmp_path / f"{number}" / name.strip()).read_text() == text
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"is no earlier conversion \(it holds notes\.txt\)"):
-        convert(artefact, target="torchvision", output=tmp_path / "out", verify=False)
+        convert(artefact, to="torchvision", output=tmp_path / "out", verify=False)
     (tmp_path / "out" / "notes.txt").unlink()
     with pytest.raises(UserError, match=r"out would be replaced, and .*lies in it"):
-        convert(done.weights, target="torchvision", output=tmp_path / "out", verify=False)
+        convert(done.weights, to="torchvision", output=tmp_path / "out", verify=False)
     assert done.weights.is_file()
 
 
@@ -153,10 +152,10 @@ def test_another_branchs_conversion_is_not_replaced(tmp_path: Path) -> None:
         for seed, name in enumerate(("student", "teacher"))
     }
     torch.save(states, tmp_path / "dino.pth")
-    done = convert(tmp_path / "dino.pth", target="torchvision", output=tmp_path / "out", verify=False)
+    done = convert(tmp_path / "dino.pth", to="torchvision", output=tmp_path / "out", verify=False)
     before = done.weights.read_bytes()
     with pytest.raises(UserError, match=r"another network \(branch teacher, .* has student\)"):
-        convert(tmp_path / "dino.pth", target="torchvision", branch="student", output=tmp_path / "out", verify=False)
+        convert(tmp_path / "dino.pth", to="torchvision", branch="student", output=tmp_path / "out", verify=False)
     assert done.weights.read_bytes() == before
 
 
@@ -167,10 +166,10 @@ def test_a_conversion_from_before_the_restructure_is_understood(target: str, art
     folder = tmp_path / "out"
     shutil.copytree(STORED / target, folder)
     with pytest.raises(UserError, match=r"another network \(sha256 2e27a152.*resnet18\.safetensors"):
-        convert(artefact, target=target, output=folder, verify=False)
+        convert(artefact, to=target, output=folder, verify=False)
     assert not (folder / "weights.pth").exists()
     source = write_stored_source(tmp_path / "resnet18.safetensors")
-    overlay = convert(source, target=target, output=folder, verify=False).overlay
+    overlay = convert(source, to=target, output=folder, verify=False).overlay
     before, after = (json.loads((place / "report.json").read_text()) for place in (STORED / target, folder))
     assert not before["source"].pop("dropped")
     assert not after["source"].pop("dropped")
@@ -200,7 +199,7 @@ def test_a_target_of_ones_own(artefact: Path, tmp_path: Path, monkeypatch: pytes
     exec(compile(blocks("A new target", "python")[0], str(EXTENDING), "exec"), example)
     monkeypatch.setitem(TARGETS, "numpy", example["TARGET"])
     for _ in range(2):  # the second replaces the first
-        done = convert(artefact, target="numpy", output=tmp_path / "out")
+        done = convert(artefact, to="numpy", output=tmp_path / "out")
     assert (done.proof.kind, done.proof.max_difference) == ("manifest", 0)
     assert "numpy runs no networks" in json.loads((tmp_path / "out" / "report.json").read_text())["proof"]["by"]
     tensors, _ = load_artefact(done.weights)
@@ -211,7 +210,7 @@ def test_a_target_of_ones_own(artefact: Path, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setitem(TARGETS, "numpy", replace(example["TARGET"], write=wrong))
     with pytest.raises(ProofError, match="at res2 the features"):
-        convert(artefact, target="numpy", output=tmp_path / "wrong")
+        convert(artefact, to="numpy", output=tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
 
 
@@ -235,11 +234,11 @@ def test_neither_a_link_nor_the_working_directory_is_replaced(
     (tmp_path / "here").mkdir()
     (tmp_path / "link").symlink_to("here")
     with pytest.raises(UserError, match="is no folder of its own"):
-        convert(artefact, target="torchvision", output=tmp_path / "link", verify=False)
+        convert(artefact, to="torchvision", output=tmp_path / "link", verify=False)
     monkeypatch.chdir(tmp_path / "here")
     for output in (Path("."), Path(".."), tmp_path / "here"):
         with pytest.raises(UserError, match="is the folder you are in, or one above it"):
-            convert(artefact, target="torchvision", output=output, verify=False)
+            convert(artefact, to="torchvision", output=output, verify=False)
     assert (tmp_path / "link").is_symlink()
 
 
@@ -249,11 +248,11 @@ def test_the_default_folder_says_which_file(artefact: Path, tmp_path: Path, monk
         "r50_twist/backbone.safetensors": "r50_twist", "hub/model.safetensors": "hub", "dino": "dino",
     }  # fmt: skip
     for file, name in names.items():
-        assert default_folder(tmp_path / file, "timm") == Path(f"{name}-timm")
+        assert name_of(tmp_path / file) == name
     monkeypatch.chdir(tmp_path)
-    output = convert(artefact, target="timm", verify=False).output
+    output = convert(artefact, to="timm", verify=False).output
     assert output == Path(f"{artefact.parent.name}-timm")
-    files = {"config.json", "model.safetensors", "report.json", "tensors.txt"}
+    files = {"README.md", "config.json", "model.safetensors", "report.json", "tensors.txt"}
     assert {path.name for path in output.iterdir()} == files
 
 
@@ -262,9 +261,9 @@ def test_where_nothing_can_be_compared_nothing_is_proven(value: float, tmp_path:
     tensors = {n: torch.full_like(t, value) if t.is_floating_point() else t for n, t in random_tensors().items()}
     file = write_backbone(tmp_path / "backbone.safetensors", tensors, HEADER)
     with pytest.raises(ProofError, match="at res2 every feature of the source is 0 or NaN"):
-        convert(file, target="torchvision", output=tmp_path / "out", allow_nan=True)
+        convert(file, to="torchvision", output=tmp_path / "out", allow_nan=True)
     assert not (tmp_path / "out").exists()
-    assert convert(file, target="torchvision", output=tmp_path / "out", allow_nan=True, verify=False).weights.exists()
+    assert convert(file, to="torchvision", output=tmp_path / "out", allow_nan=True, verify=False).weights.exists()
 
 
 def header(architecture: str = "resnet50", **more: Any) -> Backbone:
@@ -288,9 +287,9 @@ def test_what_a_target_cannot_hold_is_refused(network: Backbone, target: str, sa
 
 def test_wrong_usage(artefact: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match='Did you mean "mmseg"'):
-        convert(artefact, target="mmsegg", output=tmp_path / "x")
+        convert(artefact, to="mmsegg", output=tmp_path / "x")
     with pytest.raises(UsageError, match="--pkl"):
-        convert(artefact, target="mmseg", output=tmp_path / "x", pkl=True)
+        convert(artefact, to="mmseg", output=tmp_path / "x", pkl=True)
 
 
 def test_listing_names_every_tensor(tmp_path: Path) -> None:
@@ -298,7 +297,7 @@ def test_listing_names_every_tensor(tmp_path: Path) -> None:
     state = {f"module.encoder_q.{name}": t for name, t in tensors.items()}
     state |= {"module.encoder_q.fc.weight": torch.ones(2, 2), "module.queue": torch.ones(2, 2)}
     torch.save({"state_dict": state, "optimizer": {"state": {0: {"m": torch.ones(2)}}}}, tmp_path / "m.pth")
-    done = convert(tmp_path / "m.pth", target="detectron2", output=tmp_path / "out", verify=False)
+    done = convert(tmp_path / "m.pth", to="detectron2", output=tmp_path / "out", verify=False)
     text = (done.output / "tensors.txt").read_text()
     rows = [line.split("  ") for line in text.splitlines() if line]
     assert len({row[0] for row in rows}) >= len(state) + 1

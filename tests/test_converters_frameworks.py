@@ -47,7 +47,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         file = folder / f"{name}.safetensors"
         if not file.exists():
             write_backbone(file, random_tensors(header.architecture), header)
-        done = convert(file, target=target, output=folder / f"{name}-{target}")
+        done = convert(file, to=target, output=folder / f"{name}-{target}")
         assert done.proof.kind == "framework"
         assert (done.proof.max_difference or 1) < proof.TOLERANCE
     return {path.name: path for path in folder.iterdir() if path.is_dir()}
@@ -79,7 +79,7 @@ def detectron2_resnet(overlay: Path) -> nn.Module:
 def built_by_detectron2(header: Backbone, folder: Path) -> dict[str, tuple[int, ...]]:
     from detectron2.config import LazyConfig, instantiate
 
-    name, text = detectron2.settings(header)
+    ((name, text),) = detectron2.TARGET.settings(header).items()
     (folder / name).write_text(text)
     if header.is_vit:  # its constructor asks for values, so it cannot be built without memory
         network = instantiate(LazyConfig.load(str(folder / name)).backbone).network
@@ -189,7 +189,7 @@ def test_pickle_for_detectron2(written: dict[str, Path], tmp_path: Path) -> None
     from detectron2.checkpoint import DetectionCheckpointer
 
     weights = written["r18-detectron2"] / "weights.pth"
-    done = convert(weights, target="detectron2", output=tmp_path / "x", verify=False, pkl=True)
+    done = convert(weights, to="detectron2", output=tmp_path / "x", verify=False, pkl=True)
     assert done.overlay is not None
     network = detectron2_resnet(done.overlay)
     DetectionCheckpointer(network).load(str(done.output / "weights.pkl"))
@@ -197,25 +197,25 @@ def test_pickle_for_detectron2(written: dict[str, Path], tmp_path: Path) -> None
     assert all(torch.equal(tensor, expected[name]) for name, tensor in network.state_dict().items())
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [name for name in TARGETS if name != "onnx"])
 def test_vit(target: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     tensors = build_backbone("vit_small_patch16").state_dict()
     tensors["cls_token"] = torch.randn(1, 1, 384)
     file = write_backbone(tmp_path / "vit.safetensors", tensors, VIT)
-    done = convert(file, target=target, output=tmp_path / "out")
+    done = convert(file, to=target, output=tmp_path / "out")
     assert done.proof.kind == "framework"
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["proof"]["stages"]) == 12
     assert report["source"]["dropped"] == {}
-    assert report["proof"]["drift"] == []
+    assert bool(report["proof"]["drift"]) == (target == "huggingface"), "which resizes without antialiasing"
 
 
 @pytest.mark.parametrize("target", ["mmseg", "torchvision"])
 def test_tensorflow_padding_states_its_drift(target: str, tmp_path: Path) -> None:
     header = SMALL.model_copy(update={"padding": "same", "method": "byol"})
     file = write_backbone(tmp_path / "byol.safetensors", random_tensors(), header)
-    convert(file, target=target, output=tmp_path / "out")
+    convert(file, to=target, output=tmp_path / "out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     drift = [stage["relative"] for stage in report["proof"]["drift"]]
     if target == "mmseg":
@@ -232,7 +232,7 @@ def test_bgr_and_caffe_stride_are_carried(tmp_path: Path) -> None:
         mean=(103.53, 116.28, 123.675), std=(1, 1, 1),
     )  # fmt: skip
     file = write_backbone(tmp_path / "msra.safetensors", random_tensors("resnet50"), header)
-    assert convert(file, target="mmseg", output=tmp_path / "mm").proof.kind == "framework"
+    assert convert(file, to="mmseg", output=tmp_path / "mm").proof.kind == "framework"
     overlay = (tmp_path / "mm" / "overlay.py").read_text()
     assert "style='caffe'" in overlay
     assert "bgr_to_rgb=False" in overlay
@@ -243,7 +243,7 @@ def test_torchvision_for_real(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     torch.save(resnet50().state_dict(), tmp_path / "r50.pth")
-    done = convert(tmp_path / "r50.pth", target="torchvision", output=tmp_path / "out")
+    done = convert(tmp_path / "r50.pth", to="torchvision", output=tmp_path / "out")
     header = done.backbone
     assert (header.method, header.architecture, done.proof.kind) == ("supervised", "resnet50", "framework")
     assert load_source(tmp_path / "r50.pth").dropped == ("fc.weight", "fc.bias")
@@ -260,7 +260,7 @@ def test_timm_for_real(name: str, mean: float, tmp_path: Path) -> None:
     source = load_source(tmp_path / "hub" / "model.safetensors")
     assert source.backbone.source_layout == "timm"
     assert source.backbone.mean[0] == pytest.approx(mean)  # read from timm's own config.json
-    done = convert(tmp_path / "hub" / "model.safetensors", target="timm", output=tmp_path / "out")
+    done = convert(tmp_path / "hub" / "model.safetensors", to="timm", output=tmp_path / "out")
     assert done.proof.kind == "framework"
 
 
@@ -309,7 +309,7 @@ def test_lightly_for_real(tmp_path: Path) -> None:
         if layout == "lightly-dino":
             other = load_source(tmp_path / f"{layout}.ckpt", branch="student")
             assert torch.equal(other.tensors["conv1.weight"], network["student_backbone"].conv1.weight)
-    done = convert(tmp_path / "lightly-swav.ckpt", target="mmseg", output=tmp_path / "out")
+    done = convert(tmp_path / "lightly-swav.ckpt", to="mmseg", output=tmp_path / "out")
     assert done.proof.kind == "framework"
 
 
@@ -429,7 +429,12 @@ def network_of_lines(names: dict[str, Any]) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("target", "header"),
-    [(name, header) for name, target in TARGETS.items() for header in (SMALL, VIT, WIDE) if not target.refuse(header)],
+    [
+        (name, header)
+        for name, target in TARGETS.items()
+        for header in (SMALL, VIT, WIDE)
+        if name not in ("huggingface", "onnx") and not target.refuse(header)
+    ],
     ids=lambda value: value if isinstance(value, str) else value.display_name,
 )
 def test_the_printed_lines_load_every_tensor(
@@ -438,7 +443,7 @@ def test_the_printed_lines_load_every_tensor(
     monkeypatch.chdir(tmp_path)
     tensors = random_tensors(header.architecture, width=header.width, image_size=header.image_size)
     file = write_backbone(tmp_path / "backbone.safetensors", tensors, header)
-    done = convert(file, target=target, output=Path('my "weights"'), verify=False)
+    done = convert(file, to=target, output=Path('my "weights"'), verify=False)
     text = TARGETS[target].usage(done.output, header)
     assert text.splitlines()[-1] in conversion_text(done)
     if target == "mmseg":

@@ -29,8 +29,8 @@ from twist.converters.inspect import inspect
 from twist.converters.open import read_contents
 from twist.converters.read import load_artefact, load_source
 from twist.converters.sources import BY_NAME, LAYOUTS, Branch, Layout, matches
-from twist.converters.tables import CAFFE2, DETECTRON2, TABLES, TORCHVISION
-from twist.converters.vit import HeadsUnknownError
+from twist.converters.tables import CAFFE2, DETECTRON2, TABLES, TORCHVISION, VIT_TABLES
+from twist.converters.vit import HeadsUnknownError, split
 
 RESNET18 = flat_tensors()
 RESNET50 = flat_tensors("resnet50")
@@ -42,7 +42,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 # Files of DINOv2 hold ViTs alone (tests/test_vit.py).
-OF_RESNETS = [layout for layout in LAYOUTS if not layout.tables[0].name.startswith("dinov2")]
+OF_RESNETS = [layout for layout in LAYOUTS if layout.tables[0] not in VIT_TABLES]
 PLACES = [(layout, branch) for layout in OF_RESNETS for branch in layout.branches]
 R18 = architecture_of(RESNET18, "it")
 
@@ -67,7 +67,9 @@ def test_tables_are_total_injective_and_invertible(table: rename.Table) -> None:
     vit = any(row[2] == "cls_token" for row in table.rows)
     lacking = table.absent if table.name in ("haiku", "caffe2") else ()
     for architecture in vits if vit else RESNETS:
-        names = [name for name in meta_tensors(architecture) if not name.endswith(lacking)]
+        tensors = meta_tensors(architecture)
+        tensors = split(tensors) if table.name.startswith("huggingface-") and vit else tensors
+        names = [name for name in tensors if not name.endswith(lacking)]
         steps = rename.outwards(table, names)
         assert len({step.name for step in steps.values()}) == len(names)
         back = rename.inwards(table, [step.name for step in steps.values()])

@@ -71,7 +71,7 @@ def test_a_peer_goes_on_and_is_converted(peers: Any, method: str, tmp_path: Path
     assert torch.equal(source.tensors["layer4.1.conv2.weight"], one["backbone.layer4.1.conv2.weight"])
     trained, averaged = one["backbone.conv1.weight"], one["backbone_momentum.conv1.weight"]
     assert not torch.equal(trained, averaged), "the moving average is not what is trained"
-    assert convert(whole, target="torchvision", output=tmp_path / "out").proof
+    assert convert(whole, to="torchvision", output=tmp_path / "out").proof
 
 
 def test_views_do_not_depend_on_workers(peers: Any, tmp_path: Path) -> None:

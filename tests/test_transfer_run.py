@@ -224,10 +224,10 @@ def test_how_a_checkpoint_is_read_can_be_said(tmp_path) -> None:
         return find_weights(weights, KNN, Controls(), **given)
 
     online, target = (found(str(file), layout="byol-torch", branch=branch) for branch in ("online", "target"))
-    assert (online["layout"], online["branch"], online["name"]) == ("byol-torch", "online", "byol_r18")
+    assert (online["reading"], online["name"]) == ({"layout": "byol-torch", "branch": "online"}, "byol_r18")
     assert default_output(KNN, online, 0) != default_output(KNN, target, 0)
     supervised = found(f"torchvision:{file}")
-    assert (supervised["layout"], supervised["method"]) == ("torchvision", "supervised")
+    assert (supervised["reading"], supervised["method"]) == ({"layout": "torchvision"}, "supervised")
     with pytest.raises(UsageError, match="leave out the prefix"):
         found(f"torchvision:{file}", layout="moco")
     for given in ({"layout": "moco"}, {"branch": "online"}):
@@ -274,8 +274,8 @@ QUICK_KNN = ("size=32", "resize=36", "machine.workers=0")
 def test_runs_with_a_shared_folder_convert_once(tmp_path, monkeypatch) -> None:
     made = []
 
-    def convert(checkpoint, *, target, output, **read_as):
-        made.append((checkpoint, target, read_as["branch"]))
+    def convert(checkpoint, *, to, output, **reading):
+        made.append((checkpoint, to, reading.get("branch")))
         output.mkdir(parents=True)
         for name in ("weights.pth", "overlay.py"):
             (output / name).write_text(name)
@@ -286,14 +286,14 @@ def test_runs_with_a_shared_folder_convert_once(tmp_path, monkeypatch) -> None:
     (tmp_path / "one.pth").write_bytes(b"1")
     engine, shared = all_engines()["mmseg"], Controls(shared=str(tmp_path / "shared"))
 
-    def prepared(seed: int, **read_as: str):
+    def prepared(seed: int, **reading: str):
         request = Request(
             find_protocol("sample-voc-fcn-d8"),
             tmp_path,
             tmp_path / f"{seed}",
             tmp_path / "one.pth",
             controls=shared,
-            **read_as,
+            reading=reading,
         )
         return prepare_weights(request, engine)
 

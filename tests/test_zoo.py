@@ -162,7 +162,7 @@ def test_a_name_stands_wherever_weights_are_named(moco: zoo.Weights, tmp_path: P
     where = Path("zoo:tiny-moco")
     assert inspect(where).to_json()["layout"] == "moco"
     assert load_artefact(where)[1].source_branch == "query"
-    done = convert(where, target="torchvision", output=tmp_path / "out", verify=False)
+    done = convert(where, to="torchvision", output=tmp_path / "out", verify=False)
     assert done.backbone.method == "moco-v2"
     given = find_weights("zoo:tiny-moco", find_protocol("sample-knn"), Controls())
     assert (given["name"], given["method"], given["epochs"], given["layout"]) == ("tiny-moco", "moco-v2", 7, "moco")

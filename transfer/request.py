@@ -13,6 +13,7 @@ from twist.catalog.card_data import CardData
 from twist.contracts.config import Config, parse_override, validate
 from twist.contracts.trackers import Logger
 from twist.contracts.weights import Architecture, Backbone
+from twist.converters.sources import Place
 from twist.transfer.protocols import Protocol
 
 if TYPE_CHECKING:
@@ -70,9 +71,7 @@ class Request:
     checkpoint: Path | None = None
     name: str = "random"
     sha256: str | None = None
-    layout: str | None = None
-    branch: str | None = None
-    heads: int | None = None
+    reading: Place = field(default_factory=Place)  # how the checkpoint is read, as `twist convert` takes it
     epochs: int | None = None
     random: Backbone | None = None
     method: str | None = None
@@ -84,11 +83,6 @@ class Request:
     eval_only: bool = False
     own: CardData | None = None
     data_name: str | None = None
-
-    @property
-    def read_as(self) -> dict[str, Any]:
-        """How the checkpoint is read, as `twist convert` takes it."""
-        return {"layout": self.layout, "branch": self.branch, "heads": self.heads}
 
     @property
     def leads(self) -> bool:

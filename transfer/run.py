@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 from twist.catalog.before_run import identify_data, require_data
 from twist.catalog.card import find_card
@@ -29,7 +29,8 @@ from twist.contracts.files import sha256_file
 from twist.contracts.machine import git_commit, hardware, software
 from twist.contracts.record import RunRecord, WeightsProvenance, check_label, name_in, read_record, write_record
 from twist.contracts.weights import Backbone, read_header, stem_of, write_backbone
-from twist.converters.output_folder import name_of
+from twist.converters.convert import name_of
+from twist.converters.sources import Place
 from twist.converters.zoo import located
 from twist.transfer.end import render_end, render_places
 from twist.transfer.engines import Engine, all_engines
@@ -59,9 +60,7 @@ def transfer(
     eval_only: bool = False,
     overrides: Sequence[str] = (),
     method: str | None = None,
-    layout: str | None = None,
-    branch: str | None = None,
-    heads: int | None = None,
+    **reading: Unpack[Place],
 ) -> RunRecord:
     """Run `protocol` on `weights` and write one record.
 
@@ -75,9 +74,7 @@ def transfer(
         eval_only: evaluate the last checkpoint of the run in the folder, without training.
         overrides: `key=value` on the engine's own config, or on `twist.transfer.request.Controls`.
         method: what the record calls the method; None takes what the weights say.
-        layout: of the checkpoint, as for `twist convert`; None finds it by the content.
-        branch: one of the layout's; None takes its first.
-        heads: of a ViT whose file does not say them.
+        reading: of the checkpoint, as for `twist convert`; its content says what is left out.
 
     Raises:
         UsageError: an unknown protocol or layout, an unknown or impossible override.
@@ -85,7 +82,7 @@ def transfer(
     """
     asked = _ask(
         protocol, weights=weights, data=data, seed=seed, gpus=gpus, output=output, results=results, resume=resume,
-        eval_only=eval_only, overrides=overrides, method=method, layout=layout, branch=branch, heads=heads,
+        eval_only=eval_only, overrides=overrides, method=method, **reading,
     )  # fmt: skip
     # The other nodes of one run write beside the first, which holds the folder for all.
     with run_folder.locked(asked.request.output) if asked.request.leads else contextlib.nullcontext():
@@ -123,9 +120,7 @@ def _ask(
     eval_only: bool = False,
     overrides: Sequence[str] = (),
     method: str | None = None,
-    layout: str | None = None,
-    branch: str | None = None,
-    heads: int | None = None,
+    **reading: Unpack[Place],
 ) -> _Asked:
     """Everything that is known before the weights are read; nothing is written."""
     row = find_protocol(protocol)
@@ -140,7 +135,7 @@ def _ask(
         root, own = find_root(data), None
         sample = require_data(row.data, root, task=row.task, scale=row.scale)
         data_name = identify_data(row.data, root, subset=row.subset)
-    given = find_weights(weights, row, controls, layout=layout, branch=branch, heads=heads, method=method, seed=seed)
+    given = find_weights(weights, row, controls, method=method, seed=seed, **reading)
     output = (output or default_output(row, given, seed, card=None if card is None else card.name)).resolve()
     results = (results or output / "results").resolve()
     request = Request(
@@ -218,34 +213,36 @@ def find_weights(
     row: Protocol,
     controls: Controls,
     *,
-    layout: str | None = None,
-    branch: str | None = None,
-    heads: int | None = None,
     method: str | None = None,
     seed: int = 0,
+    **reading: Unpack[Place],
 ) -> dict[str, Any]:
     """The fields of a `Request` that say which weights are meant, and what the record calls their method."""
     if method is not None:
         check_label(method)
     if weights == RANDOM:
-        if layout or branch or heads:
-            raise UsageError("--from, --branch and --heads say how a checkpoint is read; --weights random reads none.")
+        if any(reading.values()):
+            raise UsageError(
+                "--from, --branch, --entry, --prefix and --heads say how a checkpoint is read; --weights random reads "
+                "none."
+            )
         return {"name": RANDOM, "random": _random_network(row, controls, seed=seed), "method": method or RANDOM}
     if controls.architecture or controls.width:
         raise UserError("architecture and width are for --weights random: a checkpoint says its own.")
     if weights.startswith(TORCHVISION):
-        if layout not in (None, "torchvision"):
+        if (layout := reading.get("layout")) not in (None, "torchvision"):
             raise UsageError(f"{TORCHVISION}FILE is read as torchvision's: leave out the prefix, or --from {layout}.")
-        layout = "torchvision"
+        reading["layout"] = "torchvision"
     named = os.path.expanduser(weights.removeprefix(TORCHVISION))
-    path, how = located(named, layout=layout, branch=branch, heads=heads, method=method, epochs=None)
+    path, how = located(named, **reading, method=method, epochs=None)
     if not path.is_file():
         raise UserError(
             f"There is no weights file at {path.absolute()}: check the path, or pass random, zoo:NAME or "
             "torchvision:FILE."
         )
-    how["method"] = how["method"] or (SUPERVISED if layout == "torchvision" else None)
-    return {"checkpoint": path.resolve(), "name": name_of(path), "sha256": sha256_file(path), **how}
+    said = {"method": how.pop("method") or (SUPERVISED if how["layout"] == "torchvision" else None)}
+    said["epochs"] = how.pop("epochs")
+    return {"checkpoint": path.resolve(), "name": name_of(path), "sha256": sha256_file(path), "reading": how, **said}
 
 
 def _random_network(row: Protocol, controls: Controls, *, seed: int) -> Backbone:
@@ -261,15 +258,18 @@ def default_output(row: Protocol, given: dict[str, Any], seed: int, *, card: str
     """`runs/<protocol>/…`, with a data card's name, and the network where random weights are not of the usual one."""
     network = given.get("random")
     other = network.display_name if network and network.display_name != row.network else None
+    reading = given.get("reading", {})
+    heads = reading.get("heads")
     parts = [
         card,
         given["method"] or given["name"],
         (given.get("sha256") or "")[:8],
-        given.get("branch"),
-        given.get("heads") and f"heads{given['heads']}",
+        *(reading.get(key) for key in ("branch", "entry", "prefix")),
+        heads and f"heads{heads}",
         other,
     ]
-    return Path("runs") / row.name / "-".join([*filter(None, parts), f"seed{seed}"])
+    name = "-".join([*filter(None, parts), f"seed{seed}"])
+    return Path("runs") / row.name / name.replace("/", ".")
 
 
 # ── The run folder ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -279,7 +279,7 @@ def describe_run(request: Request) -> dict[str, Any]:
     """What `run.json` says of the run before its recipe is known."""
     weights: dict[str, Any] = {"name": request.name, "sha256": request.sha256}
     # Another branch of the file, or the same tensors in another number of heads, is another run.
-    weights |= {key: value for key, value in request.read_as.items() if key != "layout" and value is not None}
+    weights |= {key: value for key, value in request.reading.items() if key != "layout" and value is not None}
     if request.random is not None:  # nothing but their network tells two runs of random weights apart
         weights |= {"architecture": request.random.architecture, "width": request.random.width}
     return {"protocol": request.protocol.name, "seed": request.seed, "weights": weights, "data": request.data_name}
@@ -330,7 +330,7 @@ def prepare_weights(request: Request, engine: Engine) -> Weights:
     if engine.target is None:
         from twist.converters.read import load_artefact
 
-        tensors, header = load_artefact(artefact, **request.read_as)
+        tensors, header = load_artefact(artefact, **request.reading)
         return Weights(header, tensors=tensors)
     from twist.converters.convert import convert
 
@@ -339,13 +339,14 @@ def prepare_weights(request: Request, engine: Engine) -> Weights:
         if target.exists():  # a continued run: the conversion is deterministic, so it is made anew rather than trusted
             shutil.rmtree(target)
         with frameworks_quiet():
-            done = convert(artefact, target=engine.target, output=target, **request.read_as)
+            done = convert(artefact, to=engine.target, output=target, **request.reading)
         return Weights(done.backbone, done.weights, done.overlay)
 
     if request.controls.shared is None:
         node = "" if request.leads else f"-node{request.controls.node_rank}"
         return converted(request.output / "weights" / f"{engine.target}{node}")
-    name = files.sha256_json([sha256_file(artefact), request.read_as])[:12]
+    given = {key: value for key, value in request.reading.items() if value is not None}
+    name = files.sha256_json([sha256_file(artefact), given])[:12]
     target = Path(request.controls.shared).absolute() / engine.target / name
     with run_folder.alone(target.with_suffix(".lock")):
         if (kept := _kept_conversion(target)) is not None:

@@ -10,18 +10,23 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import pkgutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from twist import converters
 from twist.contracts.config import MOST_SEED
 from twist.contracts.errors import UsageError, missing_package, printable, require
 from twist.contracts.failures import describe
+
+if TYPE_CHECKING:
+    from twist.converters.sources import Reading
 
 app = typer.Typer(
     name="twist",
@@ -53,6 +58,9 @@ Entry = Annotated[
 ]
 Prefix = Annotated[str | None, typer.Option(help="Prefix of the network's names there, such as backbone.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, and stop.")]
+Method = Annotated[str | None, typer.Option(help="Method of the weights, where the file does not say it.")]
+# A target is a file of its name; importing them all would take a second.
+TARGETS = ", ".join(file.name for file in pkgutil.iter_modules([f"{room}/targets" for room in converters.__path__]))
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what the run folder holds.")]
 
 
@@ -165,12 +173,13 @@ def features(
 @app.command()
 def convert(
     checkpoint: Annotated[Path | None, typer.Argument(show_default=False)] = None,
-    to: Annotated[str | None, typer.Option(metavar="TARGET", help="detectron2, mmseg, torchvision or timm.")] = None,
+    to: Annotated[str | None, typer.Option(metavar="TARGET", help=f"One of {TARGETS}.")] = None,
     layout: Layout = None,
     branch: Branch = None,
     entry: Entry = None,
     prefix: Prefix = None,
     heads: Heads = None,
+    method: Method = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof.")] = False,
     pkl: Annotated[bool, typer.Option("--pkl", help="Detectron2: also a .pkl of plain arrays.")] = False,
@@ -185,22 +194,29 @@ def convert(
     Writes weights and the settings they imply, once the target network computes the same features.
     """
     require("convert")
+    reading: Reading = {
+        "layout": layout,
+        "branch": branch,
+        "entry": entry,
+        "prefix": prefix,
+        "heads": heads,
+        "method": method,
+    }
     if check_config is not None:
         from twist.converters import check_config as own
 
         file = weights or checkpoint
         if file is None:
             raise UsageError("--check-config needs the weights too: add --weights FILE.")
-        mismatches = own.check_config(check_config, file, layout=layout, branch=branch, heads=heads)
+        mismatches = own.check_config(check_config, file, **reading)
         print(own.mismatch_text(mismatches))
         raise typer.Exit(1 if mismatches else 0)
     if checkpoint is None or to is None:
         raise UsageError("Say what to convert and for whom: twist convert CHECKPOINT --to detectron2.")
     from twist.converters import convert as conversion
 
-    source = {"layout": layout, "branch": branch, "entry": entry, "prefix": prefix}
     done = conversion.convert(
-        checkpoint, target=to, heads=heads, output=output, verify=not no_verify, pkl=pkl, allow_nan=allow_nan, **source
+        checkpoint, to=to, output=output, verify=not no_verify, pkl=pkl, allow_nan=allow_nan, **reading
     )
     print(conversion.conversion_text(done))
 
@@ -220,6 +236,8 @@ def transfer(
     method: Annotated[str | None, typer.Option(help="Row of the table; default what the weights say.")] = None,
     layout: Layout = None,
     branch: Branch = None,
+    entry: Entry = None,
+    prefix: Prefix = None,
     heads: Heads = None,
     resume: Resume = False,
     eval_only: Annotated[bool, typer.Option("--eval-only", help="Evaluate the finished run in the folder.")] = False,
@@ -260,6 +278,8 @@ def transfer(
         method=method,
         layout=layout,
         branch=branch,
+        entry=entry,
+        prefix=prefix,
         heads=heads,
     )
     if dry_run:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twist.contracts.files import atomic_path
-from twist.contracts.weights import Backbone, Resize, check_written
+from twist.contracts.weights import Backbone, check_written
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 # Of one image: res2 … res5 of a ResNet, or the tokens after every block of a ViT.
 Stages = dict[str, "Tensor"]
@@ -43,12 +43,19 @@ class Target:
     usage: Callable[[Path, Backbone], str]
     # Why the target cannot hold such a network, or None.
     refuse: Callable[[Backbone], str | None] = lambda _: None
-    # Name and text of the file with the settings that the weights imply.
-    settings: Callable[[Backbone], tuple[str, str]] | None = None
+    # Name → text of the files with the settings that the weights imply, the first of which is the overlay.
+    settings: Callable[[Backbone], dict[str, str]] = lambda _: {}
     # The same as `write` for `--pkl`.
     write_pickle: Callable[[Path, Mapping[str, Tensor], Backbone], None] | None = None
     keeps_padding: bool = False  # whether the target's network can pad as TensorFlow
-    resize: Resize | None = None  # the one way in which its ViTs resize their position table; None: the source's way
+    # Fields of a ViT's description (`resize`, `norm_eps`) that are always so in its network, whatever the source's are.
+    changes: Callable[[Backbone], dict[str, Any]] = lambda _: {}
+    fixed_size: bool = False  # whether its ViTs take only images of the position table's size
+    # Outputs of our network that its outputs are compared with, where they are more than the stages.
+    stages: Callable[[nn.Module, Tensor], Stages] | None = None
+    # Our extra without which it cannot be proven, nor written; other targets are then read back into our network.
+    extra: str | None = None
+    library: str | None = None  # what model hubs call it: the folder then has a model card
 
 
 def own_names(backbone: Backbone) -> dict[str, str]:

@@ -103,9 +103,8 @@ def overlay_text(backbone: Backbone) -> str:
     )
 
 
-def settings(backbone: Backbone) -> tuple[str, str]:
-    """Name and text of the overlay."""
-    return "overlay.py" if backbone.is_vit else "overlay.yaml", overlay_text(backbone)
+def _overlay(backbone: Backbone) -> str:
+    return "overlay.py" if backbone.is_vit else "overlay.yaml"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
@@ -160,7 +159,7 @@ def _run_resnet(folder: Path, backbone: Backbone, files: list[Path]) -> list[Sta
 
     cfg = get_cfg()
     cfg.merge_from_file(model_zoo.get_config_file("Base-RCNN-FPN.yaml"))
-    cfg.merge_from_file(str(folder / settings(backbone)[0]))
+    cfg.merge_from_file(str(folder / _overlay(backbone)))
     cfg.MODEL.WEIGHTS = str(folder / cfg.MODEL.WEIGHTS)
     cfg.MODEL.DEVICE = "cpu"
     # SyncBN, the recipes' norm, computes the same in eval mode but does not exist on a CPU.
@@ -182,7 +181,7 @@ def _run_vit(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages
     from detectron2.config import LazyConfig, instantiate
     from torch import nn
 
-    config = LazyConfig.load(str(folder / settings(backbone)[0]))
+    config = LazyConfig.load(str(folder / _overlay(backbone)))
     network = instantiate(config.backbone).eval()
     # Where ViTDet's feature pyramid has it: backbone.net.
     holder = nn.ModuleDict({"backbone": nn.ModuleDict({"net": network})})
@@ -219,6 +218,6 @@ TARGET = Target(
     framework=framework,
     usage=usage,
     refuse=refuse,
-    settings=settings,
+    settings=lambda backbone: {_overlay(backbone): overlay_text(backbone)},
     write_pickle=write_pickle,
 )

@@ -203,5 +203,5 @@ TARGET = Target(
     framework=framework,
     usage=usage,
     refuse=refuse,
-    settings=lambda backbone: (OVERLAY, overlay_text(backbone)),
+    settings=lambda backbone: {OVERLAY: overlay_text(backbone)},
 )

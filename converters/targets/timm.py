@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def refuse(backbone: Backbone) -> str | None:
     """Why timm has no such network, or None."""
     vit = backbone.transformer if backbone.is_vit else None
-    if vit and vit.norm_eps not in ((1e-6,) if vit.mlp == "swiglu" else (1e-6, 1e-5)):
+    if vit and vit.norm_eps > 1e-6 and (vit.mlp == "swiglu" or vit.norm_eps != 1e-5):
         return f"timm has no name for a ViT with {vit.mlp.upper()} whose norms have an epsilon of {vit.norm_eps:g}"
     if backbone.width > 1:
         return "timm has no ResNet with every width multiplied (its wide_resnet50_2 is another network)"
@@ -28,10 +28,10 @@ def refuse(backbone: Backbone) -> str | None:
     return None
 
 
-def settings(backbone: Backbone) -> tuple[str, str]:
+def settings(backbone: Backbone) -> dict[str, str]:
     """`config.json` of timm's hub layout, with architecture and pixels, and our header for the way back."""
     text = json.dumps(_config(backbone), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return "config.json", text + "\n"
+    return {"config.json": text + "\n"}
 
 
 def usage(folder: Path, backbone: Backbone) -> str:  # noqa: ARG001 (the same for every network)
@@ -52,6 +52,7 @@ def framework(backbone: Backbone) -> tuple[ProofRun, str]:  # noqa: ARG001 (the 
 def run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
     """The stages of each image in timm's network; a folder without `config.json` has the header's settings."""
     import timm
+    import torch
     from safetensors.torch import load_file
 
     from twist.contracts.networks import stage_features
@@ -59,8 +60,9 @@ def run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text()) if config_file.exists() else _config(backbone)
     options = {**config.get("model_args", {}), **({"dynamic_img_size": True} if backbone.is_vit else {})}
-    network: Any = timm.create_model(config["architecture"], pretrained=False, num_classes=0, **options)
-    network.load_state_dict(load_file(next(folder.glob("*.safetensors"))), strict=True)
+    with torch.device("meta"):  # no random initialisation
+        network: Any = timm.create_model(config["architecture"], pretrained=False, num_classes=0, **options)
+    network.load_state_dict(load_file(next(folder.glob("*.safetensors"))), strict=True, assign=True)
     network.eval()
     mean, std = config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["std"]
     images = [pil_input(file, mean, std) for file in files]
@@ -86,11 +88,17 @@ _USUAL = (
 )  # fmt: skip
 
 
+def _changes(backbone: Backbone) -> dict[str, Any]:
+    """timm resizes with antialiasing; its names have no epsilon below 1e-6 (Hugging Face's is 1e-12)."""
+    return {"resize": "antialias", "norm_eps": max(backbone.transformer.norm_eps, 1e-6)}
+
+
 def _vit_arguments(backbone: Backbone) -> tuple[str, dict[str, Any]]:
     """timm's name for the network, and the arguments that make it this one."""
     vit = backbone.transformer
     size = {"img_size": backbone.image_size}
     same = {"resize": vit.resize, "positions": vit.positions}  # no argument of timm's
+    vit = vit.model_copy(update={"norm_eps": _changes(backbone)["norm_eps"]})
     if backbone.architecture in _USUAL and vit == usual_vit(backbone.architecture).model_copy(update=same):
         return f"{backbone.architecture}_224", size if backbone.image_size != 224 else {}
     # These have what no argument in a file can say: SwiGLU, and an epsilon of 1e-5.
@@ -150,5 +158,6 @@ TARGET = Target(
     usage=usage,
     refuse=refuse,
     settings=settings,
-    resize="antialias",
+    changes=_changes,
+    library="timm",
 )

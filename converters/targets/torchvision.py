@@ -38,8 +38,9 @@ network.load_state_dict(tensors)
 def framework(backbone: Backbone) -> tuple[ProofRun, str] | str:
     """The proof run by torchvision, or by timm for ViTs; the reason where neither has such a network."""
     if backbone.is_vit:
-        resizes = backbone.transformer.resize == timm.TARGET.resize
-        return timm.framework(backbone) if resizes and not timm.refuse(backbone) else "timm has no such network"
+        vit = backbone.transformer
+        same = vit == vit.model_copy(update=timm.TARGET.changes(backbone))
+        return timm.framework(backbone) if same and not timm.refuse(backbone) else "timm has no such network"
     if _is_torchvisions(backbone):
         return _run, f"torchvision {importlib.metadata.version('torchvision')}"
     return "torchvision has no such network"

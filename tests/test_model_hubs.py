@@ -1,0 +1,355 @@
+"""Folders of model hubs, in both directions: Hugging Face transformers and timm, their cards, and ONNX."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import flat_tensors, random_tensors, renamed_back
+from safetensors.torch import load_file, save_file
+from test_vit import TINY, drawn, header
+
+import twist
+from twist.contracts.errors import UserError
+from twist.contracts.networks import network_of
+from twist.contracts.weights import Backbone, write_backbone
+from twist.converters.convert import convert
+from twist.converters.inspect import inspect
+from twist.converters.open import read_contents
+from twist.converters.proof import ProofError
+from twist.converters.read import load_artefact, load_source
+from twist.converters.tables import HUGGINGFACE_RESNET, HUGGINGFACE_VIT
+from twist.converters.targets import huggingface
+from twist.converters.vit import joined, split
+
+RESNET, RESNET50 = flat_tensors(), flat_tensors("resnet50")
+SMALL = Backbone(architecture="resnet18", method="dino")
+PIXELS = {"do_normalize": True, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+VIT = {"model_type": "vit", "hidden_act": "gelu", "num_attention_heads": 3, "layer_norm_eps": 1e-12}
+
+
+def folder(path: Path, tensors: dict[str, torch.Tensor], *, shards: int = 1, **settings: Any) -> Path:
+    """What transformers' `save_pretrained` writes, here of a ResNet unless the settings say another `model_type`."""
+    path.mkdir()
+    config = {"model_type": "resnet", "hidden_act": "relu", "downsample_in_first_stage": False, **settings}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "preprocessor_config.json").write_text(json.dumps(PIXELS))
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if shards == 1:
+        save_file(plain, path / "model.safetensors", metadata={"format": "pt"})
+        return path
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(plain.items())[shard::shards])
+        save_file(part, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return path
+
+
+def vit_file(backbone: Backbone) -> dict[str, torch.Tensor]:
+    return renamed_back(HUGGINGFACE_VIT, split(drawn(backbone)))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_resnets_folder_is_read_with_its_settings(shards: int, tmp_path: Path) -> None:
+    tensors = {f"resnet.{name}": tensor for name, tensor in renamed_back(HUGGINGFACE_RESNET, RESNET50).items()}
+    tensors["classifier.1.weight"] = torch.ones(2, 2048)
+    source = load_source(folder(tmp_path / "hf", tensors, shards=shards, downsample_in_bottleneck=True), allow_nan=True)
+    found = source.backbone
+    assert (found.source_layout, found.method, found.stride_in) == ("huggingface-resnet", "supervised", "1x1")
+    assert (found.mean, found.std) == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    assert torch.equal(source.tensors["layer4.2.bn3.bias"], RESNET50["layer4.2.bn3.bias"])
+    assert source.dropped == ("classifier.1.weight",)
+
+
+@pytest.mark.parametrize("prefix", ["", "vit.", "model.backbone."])
+def test_a_vits_query_key_and_value_become_one(prefix: str, tmp_path: Path) -> None:
+    """At any place in a file, with the heads and the epsilon of config.json."""
+    backbone = header(norm_eps=1e-12, resize="plain")
+    file = {prefix + name: tensor for name, tensor in vit_file(backbone).items()}
+    file["pooler.dense.weight"] = torch.ones(192, 192)
+    source = load_source(folder(tmp_path / "hf", file, **VIT))
+    expected = drawn(backbone)
+    assert source.backbone.vit == backbone.vit
+    assert (source.backbone.mean, source.backbone.source_layout) == ((0.4, 0.5, 0.6), "huggingface-vit")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in source.tensors.items())
+    assert source.names["blocks.1.attn.qkv.bias"].count(" + ") == 2
+    assert source.count == len(file)
+    del file[f"{prefix}encoder.layer.1.attention.attention.key.bias"]
+    with pytest.raises(UserError, match=r"tensors missing|query, key and value apart"):
+        load_source(folder(tmp_path / "less", file, **VIT))
+
+
+def test_a_safetensors_header_that_begins_like_a_pickle(tmp_path: Path) -> None:
+    header_text = b'{"conv1.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(640)
+    (tmp_path / "x.safetensors").write_bytes((640).to_bytes(8, "little") + header_text + bytes(4))
+    assert read_contents(tmp_path / "x.safetensors").container == "safetensors"
+
+
+def test_joined_and_split_are_inverse() -> None:
+    tensors = drawn(header())
+    apart = split(tensors)
+    assert len(apart) == len(tensors) + 2 * 2 * 2  # two blocks, weight and bias
+    assert all(torch.equal(joined(apart)[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"hidden_act": "silu"}, "sets hidden_act to silu"),
+        ({"downsample_in_first_stage": True}, "sets downsample_in_first_stage to True"),
+        ({"model_type": "regnet"}, "is a regnet of Hugging Face transformers, a RegNet; of that library resnet, vit"),
+        ({"model_type": "beit"}, "relative positions"),
+        ({"model_type": "data2vec-vision"}, "relative positions"),
+        ({"model_type": "dinov3_vit"}, "rotary positions"),
+        ({"model_type": "convnext"}, "ConvNeXt"),
+        ({"model_type": "clip"}, "norm before its blocks"),
+        ({"model_type": "somebodys"}, "not described here"),
+    ],
+)
+def test_a_config_of_another_network_is_refused(settings: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        load_source(folder(tmp_path / "hf", renamed_back(HUGGINGFACE_RESNET, RESNET), **settings), allow_nan=True)
+
+
+def test_a_vits_settings_are_heard(tmp_path: Path) -> None:
+    file = vit_file(header())
+    for settings, says in (
+        ({"num_attention_heads": 5}, "cannot be shared by 5 heads"),
+        ({"layer_norm_eps": 0}, "greater"),
+    ):
+        with pytest.raises(UserError, match=says):
+            load_source(folder(tmp_path / says.replace(" ", ""), file, **{**VIT, **settings}))
+    supervised = folder(tmp_path / "x", file, **VIT, architectures=["ViTForImageClassification"])
+    assert load_source(supervised).backbone.method == "supervised"
+    assert load_source(supervised, method="dino").backbone.method == "dino"
+    assert inspect(supervised, method="dino").to_json()["method"] == "dino"
+
+
+def test_folders_that_cannot_be_read_say_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "dcp").mkdir()
+    (tmp_path / "dcp" / ".metadata").write_bytes(b"")
+    with pytest.raises(UserError, match="dcp_to_torch"):
+        load_source(tmp_path / "dcp")
+    for text, says in (
+        ("{}", "is no index"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "outside its own folder"),
+        ('{"weight_map": {"a": 3}}', "outside its own folder"),
+    ):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(UserError, match=says):
+            load_source(tmp_path)
+
+
+# ---- transformers' own networks --------------------------------------------------------------------------------------
+
+SIZES = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 384}
+# Class of transformers, arguments of its config → method and architecture that are read.
+OWN: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "ViT": ("ViTModel", {}, "unknown", "vit_tiny_patch16"),
+    "classifier": ("ViTForImageClassification", {"qkv_bias": False}, "supervised", "vit_tiny_patch16"),
+    "DeiT": ("DeiTModel", {}, "supervised", "vit_tiny_patch16_reg1"),
+    "MAE": ("ViTMAEForPreTraining", {"mask_ratio": 0.0}, "mae", "vit_tiny_patch16"),
+    "MSN": ("ViTMSNModel", {}, "msn", "vit_tiny_patch16"),
+    "I-JEPA": ("IJepaModel", {}, "ijepa", "vit_tiny_patch16"),
+    "DINOv2": ("Dinov2Model", {"patch_size": 14, "image_size": 56}, "dinov2", "vit_tiny_patch14"),
+    "SwiGLU": ("Dinov2Model", {"use_swiglu_ffn": True}, "dinov2", "vit_tiny_patch16"),
+    "registers": ("Dinov2WithRegistersModel", {}, "dinov2", "vit_tiny_patch16_reg4"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OWN)
+def test_transformers_own_vit_computes_what_is_read_of_it(case: str, tmp_path: Path) -> None:
+    """At the table's size, and at 20 × 12 patches."""
+    import transformers
+
+    kind, settings, method, name = OWN[case]
+    model = getattr(transformers, kind)
+    torch.manual_seed(0)
+    network = model(model.config_class(**{"image_size": 64, "patch_size": 16, **SIZES, **settings})).eval()
+    for parameter in network.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    network.save_pretrained(tmp_path / "hf", max_shard_size="2MB")
+    source = load_source(tmp_path / "hf")
+    assert (source.backbone.method, source.backbone.display_name) == (method, name)
+    base, patch = getattr(network, network.base_model_prefix, network), source.backbone.patch_size
+    for grid in ((network.config.image_size // patch,) * 2, (20, 12)):
+        images = torch.randn(1, 3, grid[0] * patch, grid[1] * patch)
+        more: dict[str, Any] = {} if "Dinov2" in kind else {"interpolate_pos_encoding": True}
+        if case == "MAE":  # in the order of the noise
+            more["noise"] = torch.arange(grid[0] * grid[1])[None].float()
+        with torch.inference_mode():
+            theirs = base(images, **more).last_hidden_state
+            ours = network_of(source.backbone, source.tensors).forward_features(images)  # type: ignore[operator]
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_transformers_own_resnet_computes_what_is_read_of_it(kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    widths = [64, 128, 256, 512] if kind == "basic" else [256, 512, 1024, 2048]
+    depths = [2, 2, 2, 2] if kind == "basic" else [3, 4, 6, 3]
+    config = transformers.ResNetConfig(layer_type=kind, hidden_sizes=widths, depths=depths)
+    network = transformers.ResNetModel(config).eval()
+    network.save_pretrained(tmp_path / "hf")
+    source = load_source(tmp_path / "hf")
+    images = torch.randn(1, 3, 96, 64)
+    with torch.inference_mode():
+        theirs = network(images, output_hidden_states=True).hidden_states[1:]
+        ours = network_of(source.backbone, source.tensors).stages(images)  # type: ignore[operator]
+    for mine, other in zip(ours.values(), theirs, strict=True):
+        assert (mine - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+# ---- Targets ---------------------------------------------------------------------------------------------------------
+
+GIANT = header(layer_scale=True, mlp="swiglu", mlp_features=512)
+TO_HUB = {
+    "ViT": (header(resize="plain"), "vit"),
+    "DeiT": (header(registers=1), "deit"),
+    "I-JEPA": (header(class_token=False, pooling="avg", resize="plain"), "ijepa"),
+    "DINOv2": (header(layer_scale=True, resize="offset"), "dinov2"),
+    "SwiGLU": (GIANT, "dinov2"),
+    "registers": (header(registers=4, layer_scale=True, prefix_positions=False), "dinov2_with_registers"),
+    "registers with positions": (header(registers=4, layer_scale=True), "dinov2_with_registers"),
+    "ResNet": (SMALL, "resnet"),
+    "bottlenecks": (Backbone(architecture="resnet50", method="m", stride_in="1x1"), "resnet"),
+}
+
+
+def artefact(path: Path, backbone: Backbone) -> Path:
+    tensors = drawn(backbone) if backbone.is_vit else random_tensors(backbone.architecture, width=backbone.width)
+    return write_backbone(path / "backbone.safetensors", tensors, backbone)
+
+
+@pytest.mark.parametrize("name", [name for name in TO_HUB if name != "bottlenecks"])
+def test_a_hubs_folder_leads_back(name: str, tmp_path: Path) -> None:
+    backbone, kind = TO_HUB[name]
+    done = convert(artefact(tmp_path, backbone), to="huggingface", output=tmp_path / "hf", verify=False)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == kind
+    source = load_source(tmp_path / "hf")
+    assert source.backbone.model_copy(update={"vit": backbone.vit}) == backbone
+    images = torch.randn(1, 3, 128, 64)
+    with torch.inference_mode():
+        ours = network_of(backbone, load_artefact(tmp_path / "backbone.safetensors")[0])(images)
+        back = network_of(source.backbone, source.tensors)(images)
+    assert (ours - back).abs().max() <= 1e-5 * ours.abs().max()
+    assert done.overlay is not None
+
+
+@pytest.mark.parametrize(
+    ("backbone", "says"),
+    [
+        (header(pre_norm=True), "no ViT with these"),
+        (header(registers=4), "no ViT with these"),
+        (header(layer_scale=True, mlp="swiglu", mlp_features=200), "no ViT with these"),
+        (SMALL.model_copy(update={"padding": "same"}), "pad symmetrically"),
+        (SMALL.model_copy(update={"channel_order": "BGR"}), "give RGB"),
+    ],
+)
+def test_what_transformers_has_not_is_refused(backbone: Backbone, says: str) -> None:
+    assert says in (huggingface.refuse(backbone) or "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TO_HUB)
+def test_transformers_computes_what_was_converted(name: str, tmp_path: Path) -> None:
+    backbone, _ = TO_HUB[name]
+    done = convert(artefact(tmp_path, backbone), to="huggingface", output=tmp_path / "hf")
+    assert (done.proof.kind, len(done.proof.stages)) == ("framework", 2 if backbone.is_vit else 4)
+    assert "transformers" in (tmp_path / "hf" / "README.md").read_text()
+    names: dict[str, Any] = {}
+    exec(done.target.usage(done.output, backbone), names)  # the printed lines
+    assert type(names["network"]).__name__ == json.loads((done.overlay or done.output).read_text())["architectures"][0]
+    assert tuple(names["processor"].image_std) == pytest.approx(backbone.std)
+
+
+@pytest.mark.slow
+def test_a_wrong_folder_for_transformers_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, _ = TO_HUB["ViT"]
+    write = huggingface.TARGET.write
+
+    def without_one(path: Path, tensors: Any, backbone: Backbone) -> None:
+        write(path, tensors, backbone)
+        kept = load_file(path)
+        del kept["encoder.layer.1.output.dense.bias"]
+        save_file(kept, path, metadata={"format": "pt"})
+
+    monkeypatch.setitem(huggingface.TARGET.__dict__, "write", without_one)
+    with pytest.raises(ProofError, match="does not find its tensors in the file"):
+        convert(artefact(tmp_path, backbone), to="huggingface", output=tmp_path / "hf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ResNet", "same padding", "registers"])
+def test_onnx_computes_the_features_by_name(name: str, tmp_path: Path) -> None:
+    import onnx
+
+    backbone = SMALL.model_copy(update={"padding": "same"}) if name == "same padding" else TO_HUB[name][0]
+    done = convert(artefact(tmp_path, backbone), to="onnx", output=tmp_path / "out")
+    names = ["block0", "block1"] if backbone.is_vit else ["res2", "res3", "res4", "res5"]
+    assert (done.proof.kind, [stage.stage for stage in done.proof.stages]) == ("framework", [*names, "features"])
+    lines: dict[str, Any] = {}
+    exec(done.target.usage(done.output, backbone), lines)  # the printed lines
+    session = lines["session"]
+    assert lines["names"] == [*names, "features"]
+    images = torch.randn(3, 3, 64, 64 if backbone.is_vit else 96)
+    (found,) = session.run(["features"], {"images": images.numpy()})
+    network, _ = twist.load_backbone(tmp_path / "backbone.safetensors")
+    with torch.inference_mode():
+        expected = network(images)
+    assert (torch.from_numpy(found) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    model = onnx.load(done.weights)
+    assert Backbone.model_validate_json(model.metadata_props[0].value) == backbone
+    assert b"site-packages" not in done.weights.read_bytes(), "no path of this machine"
+
+
+def test_a_timm_folder_has_a_card(tmp_path: Path) -> None:
+    done = convert(artefact(tmp_path, SMALL), to="timm", output=tmp_path / "out", method="my method")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: timm\n")
+    for text in ("my method", "resnet18", "mean 0.485", f"{done.proof.max_difference:.2g}", "timm.create_model("):
+        assert text in card
+    assert load_source(done.output).backbone.method == "my method"
+
+
+# ---- In Python -------------------------------------------------------------------------------------------------------
+
+
+def test_a_program_loads_a_network_and_its_features_by_name(tmp_path: Path) -> None:
+    network, found = twist.load_backbone(str(artefact(tmp_path, SMALL)))
+    images = torch.randn(2, 3, 64, 96)
+    with torch.inference_mode():
+        maps = network.features(images, ["res5", "res3"])  # type: ignore[operator]
+        assert (list(maps), maps["res3"].shape) == (["res5", "res3"], (2, 128, 8, 12))
+        assert torch.allclose(maps["res5"].mean((2, 3)), network(images), atol=1e-5)
+    assert (found.method, network.training) == ("dino", False)
+    with pytest.raises(UserError, match="no feature res6: choose from res2 to res5"):
+        network.features(images, ["res6"])  # type: ignore[operator]
+    vit = header(registers=4)
+    network, _ = twist.load_backbone(artefact(tmp_path, vit))
+    with torch.inference_mode():
+        maps = network.features(images, ["block1", "block0"])  # type: ignore[operator]
+        tokens = network.forward_features(images)  # type: ignore[operator]
+    assert [tuple(map_.shape) for map_ in maps.values()] == [(2, TINY["embed_dim"], 4, 6)] * 2
+    torch.testing.assert_close(maps["block1"].flatten(2).transpose(1, 2), tokens[:, 5:])
+
+
+def test_a_program_calls_what_the_command_line_does(tmp_path: Path) -> None:
+    file = tmp_path / "x.pth"
+    torch.save({"state_dict": {f"net.{name}": tensor for name, tensor in RESNET.items()}}, file)
+    assert twist.inspect(str(file)).to_json()["networks"][0]["prefix"] == "net."
+    assert twist.load_artefact(file)[1].architecture == "resnet18"
+    done = twist.convert(file, to="torchvision", output=tmp_path / "out", verify=False, allow_nan=True, method="mine")
+    assert load_source(done.weights).backbone.method == "mine"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = twist.nothing

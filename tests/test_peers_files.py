@@ -1,0 +1,234 @@
+"""What the peers' own save routines write, and the way back out of a trained detector or segmentor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import random_tensors
+from test_vit import drawn, header
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models import resnet18
+
+from twist.contracts.errors import UserError
+from twist.contracts.weights import Backbone, write_backbone
+from twist.converters.convert import convert
+from twist.converters.read import load_source
+
+pytestmark = pytest.mark.slow
+SMALL = Backbone(architecture="resnet18", method="twist", stride_in="3x3")
+
+
+class Pictures(Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(index))
+
+
+def stem(network: Any) -> Tensor:
+    """conv1 of the network inside wrappers."""
+    return next(p for name, p in network.state_dict().items() if name.endswith("conv1.weight"))
+
+
+def check(file: Path, branches: dict[str, Tensor], *, prefix: str | None = None) -> None:
+    """The file's branches, the default first, each with this stem."""
+    for index, (branch, expected) in enumerate(branches.items()):
+        source = load_source(file, branch=branch if index else None, prefix=prefix)
+        assert (source.backbone.architecture, source.backbone.source_branch) == ("resnet18", branch)
+        assert torch.equal(source.tensors["conv1.weight"], expected)
+
+
+def moved(network: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.01
+    return network
+
+
+def test_timms_saver(tmp_path: Path) -> None:
+    import timm
+    from timm.utils import CheckpointSaver, ModelEmaV2
+
+    network = timm.create_model("resnet18", num_classes=2)
+    ema = ModelEmaV2(network, decay=0.5)
+    moved(network)
+    saver = CheckpointSaver(
+        network, torch.optim.SGD(network.parameters(), 0.1), args=argparse.Namespace(model="resnet18"), model_ema=ema,
+        checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path),
+    )  # fmt: skip
+    saver.save_checkpoint(3, metric=1.0)
+    check(tmp_path / "last.pth.tar", {"ema": stem(ema), "model": stem(network)})
+    assert load_source(tmp_path / "last.pth.tar").backbone.method == "supervised"
+
+
+def test_lightnings_checkpoint_with_an_average(tmp_path: Path) -> None:
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.save_hyperparameters({"lr": 0.1, "backbone": "resnet18"})
+            self.backbone = resnet18(num_classes=2)
+            self.projector = nn.Linear(2, 4)
+
+        def training_step(self, batch: Tensor, _: int) -> Tensor:
+            return self.projector(self.backbone(batch)).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    save = ModelCheckpoint(tmp_path, filename="x", every_n_train_steps=2)  # at the end both would be the average
+    trainer = pl.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[EMAWeightAveraging(decay=0.5), save],
+    )  # fmt: skip
+    trainer.fit(Module(), DataLoader(Pictures(), batch_size=2))
+    file = tmp_path / "x.ckpt"
+    value = torch.load(file, weights_only=True)
+    names = {"backbone": "state_dict", "raw": "current_model_state"}
+    check(file, {name: value[entry]["backbone.conv1.weight"] for name, entry in names.items()})
+    note = next(note for note in load_source(file).notes if "was found" in note)
+    assert "state_dict › backbone." in note
+
+
+def test_mmengines_hooks(tmp_path: Path) -> None:
+    from mmengine.model import BaseModel
+    from mmengine.runner import Runner
+
+    class Model(BaseModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = resnet18(num_classes=2)
+
+        def forward(self, inputs: Any, **_: Any) -> Any:
+            return {"loss": self.net(torch.stack(list(inputs)) if isinstance(inputs, list) else inputs).square().mean()}
+
+        def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+            loss = self(data)["loss"]
+            optim_wrapper.update_params(loss)
+            return {"loss": loss.detach()}
+
+    runner = Runner(
+        Model(), work_dir=str(tmp_path), train_dataloader=DataLoader(Pictures(), batch_size=2),
+        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}}, train_cfg={"by_epoch": False, "max_iters": 2},
+        default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 2, "by_epoch": False}},
+        custom_hooks=[{"type": "EMAHook", "momentum": 0.5}], experiment_name="x", log_level="ERROR",
+        default_scope="mmengine",
+    )  # fmt: skip
+    runner.train()
+    value = torch.load(tmp_path / "iter_2.pth", weights_only=False)  # ours
+    places = {"backbone": value["state_dict"]["net.conv1.weight"]}
+    places["raw"] = value["ema_state_dict"]["module.net.conv1.weight"]
+    assert not torch.equal(*places.values())
+    check(tmp_path / "iter_2.pth", places)
+
+
+def test_torchs_average_and_torchvisions_references(tmp_path: Path) -> None:
+    network = resnet18(num_classes=2)
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    average.update_parameters(network)
+    average.update_parameters(moved(network))
+    torch.save(average.state_dict(), tmp_path / "swa.pth")
+    check(tmp_path / "swa.pth", {"backbone": stem(average)})
+    # references/classification/train.py @v0.26
+    value = {
+        "model": network.state_dict(), "optimizer": torch.optim.SGD(network.parameters(), 0.1).state_dict(),
+        "lr_scheduler": {}, "epoch": 1, "args": argparse.Namespace(model="resnet18"), "model_ema": average.state_dict(),
+    }  # fmt: skip
+    torch.save(value, tmp_path / "model_1.pth")
+    check(tmp_path / "model_1.pth", {"ema": stem(average), "model": stem(network)})
+
+
+# ---- Back again ------------------------------------------------------------------------------------------------------
+
+
+def random_artefact(path: Path, backbone: Backbone) -> Path:
+    tensors = drawn(backbone) if backbone.is_vit else random_tensors(backbone.architecture)
+    return write_backbone(path / "backbone.safetensors", tensors, backbone)
+
+
+def check_tensors(found: dict[str, Tensor], file: Path) -> None:
+    expected = load_source(file).tensors
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+REGISTERS = header(patch=14, registers=4, prefix_positions=False, layer_scale=True, norm_eps=1e-5, resize="offset")
+
+
+@pytest.mark.parametrize("backbone", [SMALL, header(resize="plain"), REGISTERS], ids=lambda row: row.display_name)
+def test_out_of_an_mmsegmentation_run(backbone: Backbone, tmp_path: Path) -> None:
+    """A segmentor built by MMSegmentation from the overlay, saved with its config as mmengine does."""
+    from mmengine.config import Config
+    from mmengine.registry import DefaultScope
+    from mmseg.registry import MODELS
+
+    done = convert(random_artefact(tmp_path, backbone), to="mmseg", output=tmp_path / "mm", verify=False)
+    config = Config.fromfile(str(done.overlay))
+    settings = {key: value for key, value in config.model.backbone.items() if key != "_delete_"}
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        network = MODELS.build(settings)
+        network.init_weights()
+    state = {f"backbone.{name}": tensor for name, tensor in network.state_dict().items()}
+    state["decode_head.conv_seg.weight"] = torch.ones(2, 8, 1, 1)
+    torch.save({"meta": {"cfg": config.pretty_text}, "state_dict": state}, tmp_path / "iter_9.pth")
+    with pytest.raises(UserError, match=r"trained MMSegmentation segmentor.*--prefix"):
+        load_source(tmp_path / "iter_9.pth")
+    prefix = "backbone.network." if backbone is REGISTERS else "backbone."
+    source = load_source(tmp_path / "iter_9.pth", prefix=prefix, method="mine")
+    assert (source.backbone.vit, source.backbone.method) == (backbone.vit, "mine")
+    expected = load_source(tmp_path / "backbone.safetensors").tensors
+    assert all(
+        torch.equal(tensor, expected[name]) for name, tensor in source.tensors.items() if "num_batches" not in name
+    )
+    back = convert(
+        tmp_path / "iter_9.pth", to="huggingface" if backbone is not REGISTERS else "torchvision", prefix=prefix,
+        output=tmp_path / "back",
+    )  # fmt: skip
+    assert back.proof.kind == "framework" or backbone is REGISTERS
+
+
+@pytest.mark.parametrize("backbone", [SMALL, REGISTERS], ids=lambda row: row.display_name)
+def test_out_of_a_detectron2_run(backbone: Backbone, tmp_path: Path) -> None:
+    """model_final.pth in the folder of a `twist transfer` run, whose weights say what no tensor does."""
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import LazyConfig, instantiate
+
+    run = tmp_path / "run"
+    file = random_artefact(tmp_path, backbone)
+    done = convert(file, to="detectron2", output=run / "weights" / "detectron2", verify=False)
+    (run / "run.json").write_text("{}")
+    assert done.overlay is not None
+    if backbone.is_vit:
+        network = instantiate(LazyConfig.load(str(done.overlay)).backbone)
+        DetectionCheckpointer(network.network).load(str(done.weights))
+        state = {f"backbone.net.{name}": tensor for name, tensor in network.state_dict().items()}
+    else:
+        written = torch.load(done.weights, weights_only=True)["model"]
+        state = {f"backbone.bottom_up.{name}": tensor for name, tensor in written.items()}
+    state["roi_heads.box_head.fc1.weight"] = torch.ones(2, 2)
+    torch.save({"model": state, "iteration": 9}, run / "model_final.pth")
+    prefix = "backbone.net.network" if backbone.is_vit else "backbone.bottom_up"
+    source = load_source(run / "model_final.pth", prefix=prefix)
+    assert source.backbone.vit == backbone.vit
+    assert (source.backbone.method, source.backbone.source_layout) == (
+        "any" if backbone.is_vit else "twist",
+        "anywhere",
+    )
+    expected = load_source(file).tensors
+    assert all(
+        torch.equal(tensor, expected[name]) for name, tensor in source.tensors.items() if "num_batches" not in name
+    )
+    to = "timm" if backbone is SMALL else "torchvision"
+    convert(run / "model_final.pth", to=to, prefix=prefix, output=tmp_path / "back")
+    report = json.loads((tmp_path / "back" / "report.json").read_text())
+    assert any("trained Detectron2 model" in note for note in report["notes"])
