@@ -69,6 +69,7 @@ def _source_row(layout: Layout) -> list[str]:
 
 def _cell(layout: Layout, target: Target) -> str:
     changes: dict[str, object] = {"stride_in": layout.stride_in, "channel_order": layout.pixels.channel_order}
+    changes["padding"] = layout.padding
     network = _backbone("resnet50")
     if layout.tables[0] in VIT_TABLES:
         network = _backbone("vit_base_patch16")

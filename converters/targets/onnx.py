@@ -61,6 +61,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None
     program.save(path, external_data=sum(tensor.nbytes for tensor in tensors.values()) > _MOST_BYTES)
 
 
+def refuse(backbone: Backbone) -> str | None:
+    """Why there is no graph of such a network, or None."""
+    return "padding that depends on the image's size is not exported" if backbone.padding == "same" else None
+
+
 def usage(folder: Path, backbone: Backbone) -> str:
     """Lines that run the graph."""
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (backbone.mean, backbone.std))
@@ -107,7 +112,7 @@ TARGET = Target(
     write=write,
     framework=framework,
     usage=usage,
+    refuse=refuse,
     stages=stages,
-    keeps_padding=True,
     fixed_size=True,
 )
