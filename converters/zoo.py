@@ -107,11 +107,11 @@ def located(weights: str | os.PathLike[str], **asked: Any) -> tuple[Path, dict[s
 
     `asked` are some of a `Reading`, and epochs; what is left out or None there, the row of the zoo says.
     """
-    asked = {"layout": None, "branch": None, "heads": None, "method": None, **asked}
     if not str(weights).startswith(PREFIX):
         return weights_file(weights), asked
     row = find(str(weights))
-    return fetch(row), {key: getattr(row, key, None) if value is None else value for key, value in asked.items()}
+    said = {key: getattr(row, key, None) for key in ("layout", "branch", "heads", "method", *asked)}
+    return fetch(row), {**said, **{key: value for key, value in asked.items() if value is not None}}
 
 
 def fetch(row: Weights) -> Path:

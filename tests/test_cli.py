@@ -71,7 +71,7 @@ def test_help_names_every_stage_and_imports_no_torch() -> None:
         (["transfer"], 2, "Say which protocol and which weights"),
         (["pretrain", "smokey"], 2, 'Did you mean "smoke"?'),
         (["pretrain", "smoke", "run.seed=-1"], 2, "run.seed = -1 does not fit"),
-        (["pretrain", "configs.toml"], 2, "configs.toml is a folder: name the config file in it"),
+        (["pretrain", "configs.toml"], 2, "configs.toml cannot be read (it is a folder): name the config file"),
         (["pretrain", SMOKE, "run.seed=-1"], 2, "run.seed = -1 does not fit"),
         (["pretrain", SMOKE, "data.root=images", "--output", "file"], 1, "file cannot be used (File exists)"),
         (["transfer", "knn", "--weights", "random", "--seed", "-3"], 2, "--seed"),

@@ -379,7 +379,7 @@ def test_the_table_of_what_was_made_comes_before_the_failure(
     failed = (made, UserError("1 of 5 runs failed: …"))
     monkeypatch.setattr(run, "run_suite", lambda *_, **__: failed)
     with pytest.raises(UserError, match="1 of 5 runs failed"):
-        twist("suite", tmp_path / "suite.toml", "--data", tmp_path)
+        twist("suite", "quick", "--data", tmp_path)
     assert "[+10.0*]" in capsys.readouterr().out
 
 

@@ -165,11 +165,16 @@ def test_a_name_stands_wherever_weights_are_named(moco: zoo.Weights, tmp_path: P
     done = convert(where, to="torchvision", output=tmp_path / "out", verify=False)
     assert done.backbone.method == "moco-v2"
     given = find_weights("zoo:tiny-moco", find_protocol("sample-knn"), Controls())
-    assert (given["name"], given["method"], given["epochs"], given["layout"]) == ("tiny-moco", "moco-v2", 7, "moco")
+    assert (given["name"], given["method"], given["epochs"], given["reading"]["layout"]) == (
+        "tiny-moco",
+        "moco-v2",
+        7,
+        "moco",
+    )
     assert given["checkpoint"] == moco.file
     # What the user says is taken before what the row says.
     given = find_weights("zoo:tiny-moco", find_protocol("sample-knn"), Controls(), layout="moco-v1", method="mine")
-    assert (given["layout"], given["method"]) == ("moco-v1", "mine")
+    assert (given["reading"]["layout"], given["method"]) == ("moco-v1", "mine")
     with pytest.raises(UsageError, match=r'no published weights "tiny-mocco"\. Did you mean "tiny-moco"'):
         inspect(Path("zoo:tiny-mocco"))
 

@@ -240,7 +240,7 @@ def find_weights(
             f"There is no weights file at {path.absolute()}: check the path, or pass random, zoo:NAME or "
             "torchvision:FILE."
         )
-    said = {"method": how.pop("method") or (SUPERVISED if how["layout"] == "torchvision" else None)}
+    said = {"method": how.pop("method") or (SUPERVISED if how.get("layout") == "torchvision" else None)}
     said["epochs"] = how.pop("epochs")
     return {"checkpoint": path.resolve(), "name": name_of(path), "sha256": sha256_file(path), "reading": how, **said}
 
