@@ -176,7 +176,7 @@ def test_a_damaged_polygon_file_leaves_no_half_map(healthy: Path, tmp_path: Path
         ("[]", "no JSON object"),
         (one("car", triangle).replace("4", "1000000"), "1000000 × 1000000"),
         (one("car", triangle).replace("4", "0"), "0 × 0"),
-        (one("car", [[10**400, 0]] * 3), "OverflowError"),
+        (one("car", [[10**400, 0]] * 3), "coordinate"),
         ("{}", "imgWidth"),
         ('{"imgHeight": 4, "imgWidth": 4}', "objects"),
         (one("zebra", triangle), "a label that Cityscapes does not have"),
