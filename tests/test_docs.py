@@ -22,7 +22,7 @@ from twist.contracts.config import find_config, load_config
 from twist.contracts.errors import UsageError
 from twist.converters.convert import TARGETS
 from twist.pretrain.config import PretrainConfig
-from twist.transfer.protocols import PROTOCOLS, find_protocol
+from twist.transfer.protocols import PROTOCOLS, find_protocol, list_protocols
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -79,14 +79,17 @@ def check_twist(arguments: list[str]) -> None:
     # Options alone are a mention: they are looked up, and what is required may be left out.
     values = command.make_context("twist", list(arguments), resilient_parsing=arguments[0].startswith("-")).params
     if (protocol := values.get("protocol")) and not is_placeholder(protocol):
-        find_protocol(protocol)
+        if values.get("list_protocols"):
+            list_protocols([protocol, *(values["overrides"] or ())])
+        else:
+            find_protocol(protocol)
     if (target := values.get("to")) and not is_placeholder(target):
         assert target in TARGETS
     if (config := values.get("config")) and not is_placeholder(str(config)):
         known = [re.sub(r"=N$", "=0", override) for override in values["overrides"] or []]
         load_config(find_config(Path(config), "pretrain"), PretrainConfig, known)
     if (file := values.get("file")) and not is_placeholder(str(file)):
-        assert Path(file).is_file(), f"there is no {file}"
+        find_config(Path(file), "suites")
 
 
 def check_module(arguments: list[str]) -> None:

@@ -62,14 +62,14 @@ def test_a_misspelt_protocol_is_a_sentence_with_the_near_match() -> None:
 
 
 def test_the_list_shows_every_row_with_data_hardware_and_published_neighbours() -> None:
-    text = list_protocols()
     for name, row in PROTOCOLS.items():
-        block = text[text.index(f"{name}   [") :].split("\n\n")[0]
+        block = list_protocols([name])
         assert row.recipe in block
         assert f"data       {row.data[0]}" in block
         own = [published for published in find_neighbours(name) if published.protocol == name]
         assert all(published.source in block for published in own)
-    assert max(map(len, text.splitlines())) < 160
+        assert max(map(len, block.splitlines())) < 160
+    assert [line.split()[0] for line in list_protocols().splitlines()[:-2]] == list(PROTOCOLS)
 
 
 @pytest.mark.parametrize(

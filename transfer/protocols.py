@@ -91,26 +91,22 @@ def check_protocol(path: Path, record: RunRecord) -> None:
 
 
 def list_protocols(words: Sequence[str] = ()) -> str:
-    """The table as `twist transfer --list` prints it: one block a row, full protocols first.
+    """The table as `twist transfer --list` prints it: a line for each row that has all `words` (`words_of`).
 
-    With the name of a row its block alone; with other words a line for each row that has all of them (`words_of`).
-    `UsageError` for a word that no row has.
+    With the name of a row it is that row's whole block. `UsageError` for a word that no row has.
     """
-    if words:
-        if len(words) == 1 and words[0] in PROTOCOLS:
-            return _block(PROTOCOLS[words[0]])
-        known = set().union(*map(words_of, PROTOCOLS.values()))
-        for word in words:
-            if word not in known:
-                near = did_you_mean(word, {*known, *PROTOCOLS})
-                raise UsageError(f'No protocol has the word "{word}".{near} There are {", ".join(sorted(known))}.')
-        rows = [row for row in PROTOCOLS.values() if words_of(row) >= set(words)]
-        return "\n".join(map(_line, rows)) or f"No protocol is {' and '.join(words)} at once."
-    blocks = []
-    for title, scale in (("Full protocols", "full"), ("Sample twins (the same engines, minutes on a CPU)", "sample")):
-        blocks.append(f"{title}\n{'=' * len(title)}")
-        blocks += [_block(row) for row in PROTOCOLS.values() if row.scale == scale]
-    return "\n\n".join(blocks)
+    if len(words) == 1 and words[0] in PROTOCOLS:
+        return _block(PROTOCOLS[words[0]])
+    known = set().union(*map(words_of, PROTOCOLS.values()))
+    for word in words:
+        if word not in known:
+            near = did_you_mean(word, {*known, *PROTOCOLS})
+            raise UsageError(f'No protocol has the word "{word}".{near} There are {", ".join(sorted(known))}.')
+    rows = [row for row in PROTOCOLS.values() if words_of(row) >= set(words)]
+    more = (
+        "" if words else "\n\n--list NAME shows one whole, with the numbers published for it; --list dense vit chooses."
+    )
+    return ("\n".join(map(_line, rows)) or f"No protocol is {' and '.join(words)} at once.") + more
 
 
 def words_of(row: Protocol) -> set[str]:
