@@ -5,7 +5,7 @@
 #   make demo-photos    the same on real photographs and cut-outs (from Debian packages, into your cache)
 #   make check          format, lint, types, fast tests, tables that are not stale (100 seconds on two cores)
 #   make test           every test of a clone, with an end-to-end run through both frameworks (twelve minutes)
-#   make test-all       what needs more: the wheel in empty environments, 2,200 hostile files
+#   make test-all       what needs more: the wheel in empty environments, the README played, 2,200 hostile files
 #   make docs           the documentation site, in build/docs
 #   make bench          the programs behind every performance figure
 #   make lock           requirements.lock again, from pyproject.toml
@@ -23,7 +23,7 @@ export MPLBACKEND ?= Agg
 # Two pytest workers with one thread each: two threads each would fight for the cores.
 check test test-all: export OMP_NUM_THREADS ?= 1
 # Marks of the tests that need more than a clone; `make test-all` alone runs them.
-MORE := install or hostile
+MORE := install or hostile or readme
 
 # mypy does not follow setuptools' package-dir, so it gets a folder in which the rooms lie as they are imported.
 ROOMS := contracts measure catalog pretrain converters transfer compare integrations
