@@ -12,7 +12,7 @@ from twist.compare.table import Table, build_table
 from twist.contracts.errors import UsageError
 from twist.contracts.metrics import METRICS
 from twist.contracts.published import PublishedRow, load_published, select
-from twist.contracts.record import RunRecord, find_collections, read_records
+from twist.contracts.record import RunRecord, find_collections, find_foreign, read_records
 
 if TYPE_CHECKING:
     import pandas
@@ -25,7 +25,8 @@ class Choice:
     """The options of `twist compare` that decide what is in a table."""
 
     baseline: str | None = None
-    allow_mixed: bool = False
+    strict: bool = False
+    cost: bool = False
     # None: of the protocols that have a record at full scale, which alone may be compared with published numbers.
     published: bool | None = None
     # The published collection alone, without any record.
@@ -74,6 +75,13 @@ def compare(
     # A metric that no study has is a mistake; the studies without it are left out.
     _check_metrics(choice.metrics, _metrics_in(records, _published_for(records, choice)[0]))
     made = [_comparison(found, choice, study if len(studies) > 1 else None) for study, found in read]
+    if foreign := find_foreign(paths):
+        some = (
+            f"{foreign[0]} is no run record and was"
+            if len(foreign) == 1
+            else (f"{len(foreign)} files are no run records ({foreign[0]}, …) and were")
+        )
+        made[-1] = replace(made[-1], table=replace(last := made[-1].table, notes=(*last.notes, f"{some} skipped.")))
     return [one for one in made if one.table.columns] or made
 
 
@@ -81,15 +89,15 @@ def compare_records(*paths: str | Path, baseline: str | None = None, published: 
     """The table of `twist compare PATHS` as a frame with a row for each of its cells.
 
     Columns: study, method, row (its label), protocol, scale, metric, unit, mean, sd, n (of pretrainings or random
-    initialisations), difference (to the row called `baseline`), p (of Welch's t-test), published (others' number for
-    this cell) and source.
+    initialisations), difference (to the row called `baseline`), p (of Welch's t-test), p_holm (corrected for all tests
+    of the table), published (others' number for this cell) and source.
 
     Raises:
         UserError: a path without records, or records that may not meet.
     """
     import pandas
 
-    comparisons = compare([Path(path) for path in paths], Choice(baseline, True, published))
+    comparisons = compare([Path(path) for path in paths], Choice(baseline, published=published))
     return pandas.DataFrame([cell for one in comparisons for cell in _cells(one)])
 
 
@@ -111,6 +119,7 @@ def _cells(comparison: Comparison) -> Iterator[dict[str, Any]]:
             "n": measured.n if measured else 0,
             "difference": difference.value if difference else None,
             "p": difference.p_value if difference else None,
+            "p_holm": difference.p_holm if difference else None,
             "published": published.value if published else None,
             "source": table.sources[published.source].text if published else None,
         }
@@ -123,12 +132,12 @@ def _comparison(found: Found, choice: Choice, folder: Path | None) -> Comparison
         records,
         published=rows,
         baseline=choice.baseline,
-        allow_mixed=choice.allow_mixed,
+        strict=choice.strict,
         metrics=choice.metrics,
         paths=[path for path, _ in found],
     )
     kept = [pair for index, pair in enumerate(found) if index not in table.left_out]
-    return Comparison(replace(table, notes=(*table.notes, *notes)), kept, folder)
+    return Comparison(replace(table, notes=(*table.notes, *notes), cost=choice.cost), kept, folder)
 
 
 def _published_for(records: Sequence[RunRecord], choice: Choice) -> tuple[list[PublishedRow], list[str]]:

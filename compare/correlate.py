@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from twist.compare.grouping import device_hours
 from twist.compare.statistics import mean
 from twist.contracts import files
 from twist.contracts.errors import UserError
@@ -52,12 +53,6 @@ class Correlation:
     @property
     def points(self) -> list[tuple[str, float, float]]:
         return [(name, self.cheap.values[name], self.dear.values[name]) for name in self.backbones]
-
-
-def device_hours(record: RunRecord) -> float:
-    """Wall hours × devices, a CPU run being one."""
-    used, nodes = (record.hardware.get(key) for key in ("gpus_used", "nodes"))
-    return record.wall_s / 3600 * max(int(used or 1), 1) * max(int(nodes or 1), 1)
 
 
 def backbone_of(record: RunRecord) -> str:

@@ -23,6 +23,12 @@ def architecture_of(record: RunRecord) -> str | None:
     return record.weights.architecture or (named if isinstance(named, str) else None)
 
 
+def device_hours(record: RunRecord) -> float:
+    """Wall hours × devices: the GPUs of all machines, else one for the processor of each."""
+    gpus, nodes = (int(record.hardware.get(name) or 1) for name in ("gpus_used", "nodes"))
+    return record.wall_s / 3600 * gpus * nodes
+
+
 def weights_key(record: RunRecord) -> Key:
     """What runs that repeat one another agree in: pretraining seeds of one config on the same images do, different
     checkpoints do not."""
@@ -178,5 +184,5 @@ def mixture_sentence(mixtures: dict[str, dict[Condition, str]]) -> str:
     described = " against ".join(f"[{text}]" for text in sorted(groups.values())[:3])
     return (
         f"The records of {protocol}{others} come from {len(groups)} recipes, scales or data, {described}: they may not "
-        "share a column; choose records of one, or pass --allow-mixed to see them in columns apart."
+        "share a column; choose records of one, or leave out --strict to see them in columns apart."
     )

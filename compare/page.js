@@ -60,16 +60,18 @@ showTheme();
 
 // ── Filter by task ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-const table = $("table.results");
+// The whole table, and one of each protocol for where it has no room.
+const tables = $$("table.results");
 const everyMetric = $("#every-metric");
 const measuredOnly = $("#measured-only");
 const protocols = $("#protocol");
 let task = "all";
 
-// Of the heads, and of the cells, one each is where Tab stops.
+// Of a table's heads, and of its cells, one each is where Tab stops.
 function stopAt(wanted) {
-  const kind = wanted?.matches("button") ? "thead button" : "td[tabindex]";
-  for (const other of $$(kind, table)) other.tabIndex = other === wanted ? 0 : -1;
+  if (!wanted) return;
+  const kind = wanted.matches("button") ? "thead button" : "td[tabindex]";
+  for (const other of $$(kind, wanted.closest("table"))) other.tabIndex = other === wanted ? 0 : -1;
 }
 
 // `home` is one of our protocols, with the foreign ones beside it, or "" for all of them.
@@ -86,9 +88,9 @@ function filter(wanted, home = protocols?.value ?? "") {
     marked.hidden = folded || elsewhere || (task !== "all" && marked.dataset.ofTask !== task);
   }
   // A column goes with its head.
-  const gone = new Set($$("thead th[data-column]", table).filter((head) => head.hidden).map((head) => head.dataset.column));
-  for (const cell of $$("tbody td", table)) cell.hidden = gone.has(cell.dataset.column);
-  for (const row of $$("tbody tr", table)) {
+  const gone = new Set($$(".results thead th[data-column]").filter((head) => head.hidden).map((head) => head.dataset.column));
+  for (const cell of $$(".results td[data-column]")) cell.hidden = gone.has(cell.dataset.column);
+  for (const row of $$(".results tbody tr")) {
     const kind = measuredOnly?.checked ? ".measured" : ".measured, .printed";
     row.hidden = !$$("td", row).some((cell) => !cell.hidden && $(kind, cell));
   }
@@ -96,11 +98,13 @@ function filter(wanted, home = protocols?.value ?? "") {
     section.hidden = !$$(".chart, figure", section).some((part) => !part.hidden);
   }
   closeProvenance();
-  // One cell and one head at a time are in the Tab order, and they must be ones that can be seen.
-  stopAt(places()[0]);
-  stopAt(heads()[0]);
+  // One cell and one head of a table at a time are in the Tab order, and they must be ones that can be seen.
+  for (const table of tables) {
+    stopAt(places(table)[0]);
+    stopAt(heads(table)[0]);
+  }
   draw();
-  tellMore();
+  chooseTables();
 }
 for (const chip of $$(".chips button")) chip.addEventListener("click", () => filter(chip.dataset.task, ""));
 protocols?.addEventListener("change", () => {
@@ -108,27 +112,25 @@ protocols?.addEventListener("change", () => {
   filter(group ? group.dataset.task : task, protocols.value);
 });
 
-// A table that is wider than its window fades out where it goes on, and says that it scrolls.
+// The whole table where it has room, else one a protocol.
 const scroller = $(".scroll");
-function tellMore() {
-  const beyond = scroller.scrollWidth - scroller.clientWidth;
-  scroller.parentElement.classList.toggle("goes-on", beyond - scroller.scrollLeft > 2);
-  $("#wider").hidden = beyond <= 2;
+function chooseTables() {
+  $("#table").classList.toggle("narrow", scroller.scrollWidth - scroller.clientWidth > 2);
 }
-scroller.addEventListener("scroll", tellMore, { passive: true });
 
 // ── Sort ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-const body = $("tbody", table);
-const original = $$("tr", body);
-const heads = () => $$("thead button", table).filter((button) => !button.closest("th").hidden);
+const heads = (table) => $$("thead button", table).filter((button) => !button.closest("th").hidden);
+const originals = new Map(tables.map((table) => [table, $$("tbody tr", table)]));
 // Arrow keys go along the heads, and down into the column.
-for (const button of $$("thead button", table)) {
+for (const button of $$(".results thead button")) {
+  const table = button.closest("table");
+  const original = originals.get(table);
   button.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     const column = button.closest("th").dataset.column;
-    const below = event.key === "ArrowDown" && places().find((cell) => column === "name" || cell.dataset.column === column);
-    const wanted = step ? heads()[heads().indexOf(button) + step] : below;
+    const below = event.key === "ArrowDown" && places(table).find((cell) => column === "name" || cell.dataset.column === column);
+    const wanted = step ? heads(table)[heads(table).indexOf(button) + step] : below;
     if (step || below) event.preventDefault();
     if (!wanted) return;
     stopAt(wanted);
@@ -153,7 +155,7 @@ for (const button of $$("thead button", table)) {
       if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y);
       return sign * (x - y);
     });
-    body.append(...sorted);
+    $("tbody", table).append(...sorted);
   });
 }
 
@@ -164,6 +166,8 @@ const cells = new Map(data.cells.map((cell) => [`${cell.row},${cell.column}`, ce
 let pinned = null;
 let shown = null;
 let pressed = false;
+
+const nameOf = (run) => run.path ?? run.run;
 
 function facts(pairs) {
   const list = element("dl");
@@ -200,7 +204,7 @@ function describe(cell) {
     const runs = element("table", { class: "runs" });
     runs.append(element("tr", {}, ...["seed", "value", "record"].map((name) => element("th", {}, name))));
     m.runs.forEach((run) => runs.append(element("tr", {},
-      element("td", {}, String(run.seed)), element("td", {}, run.value.toFixed(2)), element("td", {}, run.path ?? run.run))));
+      element("td", {}, String(run.seed)), element("td", {}, run.value.toFixed(2)), element("td", {}, element("a", { href: `#${encodeURIComponent(`record/${nameOf(run)}`)}` }, nameOf(run))))));
     parts.push(runs);
     const first = m.runs[0];
     parts.push(facts([
@@ -233,6 +237,7 @@ function showProvenance(place) {
   place.setAttribute("aria-expanded", "true");
   const column = data.columns[cell.column];
   $("h3", panel).textContent = `${data.rows[cell.row].label} · ${column.title} · ${column.label}`;
+  $("h3", panel).append(" ", element("a", { class: "anchor", href: `#${encodeURIComponent(place.dataset.link)}`, "aria-label": "Link to this number" }, "#"));
   $(".body", panel).replaceChildren(...describe(cell));
   $(".body", panel).scrollTop = 0;
   panel.hidden = false;
@@ -259,9 +264,9 @@ function closeProvenance() {
   panel.hidden = true;
 }
 
-const places = () => $$("td[tabindex]", table).filter((cell) => !cell.hidden && !cell.parentElement.hidden);
+const places = (table) => $$("td[tabindex]", table).filter((cell) => !cell.hidden && !cell.parentElement.hidden);
 
-for (const place of $$("td[tabindex]", table)) {
+for (const place of $$("td[tabindex]")) {
   let timer = null;
   place.addEventListener("mouseenter", () => {
     if (pinned) return;
@@ -301,7 +306,7 @@ for (const place of $$("td[tabindex]", table)) {
 
 // Arrow keys go to the nearest cell that holds something; Tab passes the whole table in one step.
 function move(place, [across, down]) {
-  const order = places();
+  const order = places(place.closest("table"));
   const here = place.getBoundingClientRect();
   const ahead = order.filter((cell) => {
     const box = cell.getBoundingClientRect();
@@ -324,6 +329,29 @@ document.addEventListener("click", (event) => {
   if (!panel.contains(event.target) && !event.target.closest("td[tabindex]")) closeProvenance();
 });
 $(".close", panel).addEventListener("click", closeProvenance);
+
+// ── Links to a protocol, a number or a record, and copies ────────────────────────────────────────────────────────────
+
+function goTo() {
+  let wanted = decodeURIComponent(location.hash.slice(1));
+  const holder = data.cells.find((cell) => cell.measured?.runs.some((run) => `record/${nameOf(run)}` === wanted));
+  if (holder) wanted = $(`td[data-row="${holder.row}"][data-column="${holder.column}"]`).dataset.link;
+  const all = $$("[data-link]").filter((one) => one.dataset.link === wanted);
+  if (!all.length) return;
+  const seen = () => all.find((one) => one.checkVisibility({ checkVisibilityCSS: true }));
+  if (!seen()) filter("all", "");
+  const place = seen();
+  place?.scrollIntoView({ block: "center" });
+  if (place?.matches("td") && pinned !== place) place.click();
+}
+addEventListener("hashchange", goTo);
+
+for (const button of $$("[data-copy]")) {
+  button.addEventListener("click", async () => {
+    const done = await navigator.clipboard?.writeText(data.copies[button.dataset.copy]).then(() => true, () => false);
+    $(".copy output").textContent = done ? `${button.textContent} copied.` : "The browser does not let this page copy.";
+  });
+}
 
 // ── Pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from twist.compare import writers
+from twist.compare.about import conclusions_of, facts_of
 from twist.compare.comparison import Found
 from twist.compare.curves import (
     CURVE_RUNS,
@@ -26,7 +27,7 @@ from twist.compare.curves import (
     label_families,
     pretrain_run,
 )
-from twist.compare.table import TASKS, Table
+from twist.compare.table import TASKS, Column, Row, Table
 from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.published import home_of, protocol_title
@@ -42,11 +43,13 @@ def render_page(
     folder: Path,
     pretrain_runs: Sequence[Path] = (),
     title: str = HEADLINE,
+    note: str = "",
     pictures: Sequence[tuple[str, Path]] = (),
 ) -> str:
     """The page of `table`, whose records are `found` with their files, to be written into `folder`.
 
-    `pretrain_runs` are run folders with a `metrics.jsonl`; `pictures` are (caption, file) beyond the records' own.
+    `pretrain_runs` are run folders with a `metrics.jsonl`; `note` is the author's own text, with an empty line between
+    paragraphs; `pictures` are (caption, file) beyond the records' own.
 
     Raises:
         UserError: a curve file or a picture that a record or an argument names is absent or unreadable.
@@ -58,11 +61,16 @@ def render_page(
     data["labels"] = label_families(table)
     data["curves"] = curve_groups(found, rows)
     data["pretrain"] = [pretrain_run(run) for run in pretrain_runs]
+    data["copies"] = {format: writers.render(table, format) for format in ("markdown", "latex", "csv")}
+    records = [record for _, record in found]
     series = {key for run in data["pretrain"] for key in run["series"]}
     text: str = _template().render(
         _table_parts(table),
         title=title,
         lede=_lede(table, found),
+        facts=facts_of(records) if records else [],
+        conclusions=conclusions_of(table, records),
+        note=[part for part in note.split("\n\n") if part.strip()],
         day=datetime.datetime.now(datetime.UTC).date().isoformat(),
         data=data,
         pretrain_keys={key: caption for key, caption in PRETRAIN_KEYS.items() if key in series},
@@ -84,7 +92,10 @@ def _template() -> Any:
         "curve_runs": CURVE_RUNS,
         "from_zero": FROM_ZERO,
         "rows_of": lambda groups: sorted({line["row"] for group in groups for line in group["lines"]}),
-        **{name: getattr(writers, name) for name in ("measured_text", "difference_text", "printed_values")},
+        **{
+            name: getattr(writers, name) for name in ("cost_text", "measured_text", "difference_text", "printed_values")
+        },
+        "link": _link,
         "home_of": home_of,
         "protocol_title": protocol_title,
     }
@@ -93,6 +104,12 @@ def _template() -> Any:
 
 def _resource(name: str) -> str:
     return (resources.files("twist.compare") / name).read_text(encoding="utf-8")
+
+
+def _link(column: Column, row: Row | None = None) -> str:
+    """What follows # in the address of a protocol, or of a row's number in a column; the same on every page of it."""
+    place = "/".join(filter(None, [column.protocol, (column.recipe_hash or column.scale)[:9], column.data]))
+    return place if row is None else f"{place}/{column.metric}/{row.label}"
 
 
 def _table_parts(table: Table) -> dict[str, Any]:
@@ -105,6 +122,8 @@ def _table_parts(table: Table) -> dict[str, Any]:
     return {
         "table": table,
         "groups": groups,
+        # One table a protocol, where the whole one has no room.
+        "parts": writers.blocks_of(table, apart=True),
         "starts": {group[0] for group in groups},
         "rows_measured": {row for (row, _), cell in table.cells.items() if cell.measured},
         "columns_measured": {column for (_, column), cell in table.cells.items() if cell.measured},
@@ -128,11 +147,14 @@ def _lede(table: Table, found: Found) -> str:
 
 def _pictures(
     found: Found, rows: dict[int, int], table: Table, extra: Sequence[tuple[str, Path]]
-) -> dict[str, list[dict[str, str]]]:
-    """Protocol → figures of the first run of each row that has any; those of no protocol are `extra`."""
-    figures: dict[str, list[dict[str, str]]] = defaultdict(list)
+) -> dict[str, dict[int, list[dict[str, str]]]]:
+    """Protocol → number of a picture → figures: the picture of that number of the first run of each row that has any.
+
+    Runs under one recipe draw the same images in the same order. Those of no protocol are `extra`.
+    """
+    figures: dict[str, dict[int, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
     for caption, file in extra:
-        figures[""].append({"source": _data_url(file), "caption": caption, "alt": caption, "row": "", "task": ""})
+        figures[""][0].append({"source": _data_url(file), "caption": caption, "alt": caption, "row": "", "task": ""})
     shown = set()
     for path, record in sorted(found, key=lambda pair: (pair[1].protocol, rows.get(id(pair[1]), -1), pair[1].seed)):
         row = rows.get(id(record))
@@ -140,16 +162,15 @@ def _pictures(
             continue
         shown.add((record.protocol, row))
         label = table.rows[row].label
-        figures[record.protocol] += [
-            {
+        for number, name in enumerate(record.media):
+            figure = {
                 "source": _data_url(beside(path, name)),
                 "caption": f" · seed {record.seed}",
                 "alt": f"{label}, {record.protocol}, seed {record.seed}: predictions beside the truth",
                 "row": label,
                 "task": record.task,
             }
-            for name in record.media
-        ]
+            figures[record.protocol][number].append(figure)
     return figures
 
 

@@ -184,9 +184,10 @@ new ResizeObserver(([entry]) => {
 }).observe($("main"));
 addEventListener("resize", () => {
   if (shown) putBeside(shown);
-  tellMore();
+  chooseTables();
 });
 // What was measured is shown whole; the published collection alone is far too wide for that and opens on one protocol.
 const first = data.cells.some((cell) => cell.measured) ? null : $("#protocol optgroup");
 if (first) filter(first.dataset.task, $("option", first).value);
 else filter("all");
+goTo();

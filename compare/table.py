@@ -16,6 +16,7 @@ from typing import Any, get_args
 from twist.compare.grouping import (
     architecture_of,
     conditions_of,
+    device_hours,
     find_copies,
     find_mixtures,
     mixture_sentence,
@@ -24,7 +25,7 @@ from twist.compare.grouping import (
     variant_names,
     weights_key,
 )
-from twist.compare.statistics import Difference, difference, mean, standard_deviation
+from twist.compare.statistics import Difference, correct, difference, mean, standard_deviation
 from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.metrics import METRICS, Metric
 from twist.contracts.published import FOREIGN, PublishedRow, display_name, select
@@ -138,10 +139,18 @@ class Table:
     baseline: int | None = None
     notes: tuple[str, ...] = ()
     left_out: frozenset[int] = frozenset()
+    # Whether a column of what the runs took is shown.
+    cost: bool = False
+
+    def device_hours(self, row: int, columns: Iterable[int]) -> float | None:
+        """Wall hours × devices (GPUs, else one processor) of the runs behind a row's cells in `columns`, each once."""
+        cells = [self.cells[row, column].measured for column in columns if (row, column) in self.cells]
+        runs = {id(run): run for cell in cells if cell for run in cell.records}
+        return sum(device_hours(run) for run in runs.values()) if runs else None
 
     @property
     def comparisons(self) -> int:
-        """The number of tests in the table, for which the p-values are not corrected."""
+        """The number of tests in the table, for which its p-values are corrected together."""
         return sum(c.difference is not None and c.difference.p_value is not None for c in self.cells.values())
 
 
@@ -153,7 +162,7 @@ def build_table(
     *,
     published: Sequence[PublishedRow] = (),
     baseline: str | None = None,
-    allow_mixed: bool = False,
+    strict: bool = False,
     metrics: Sequence[str] = (),
     paths: Sequence[Path] = (),
 ) -> Table:
@@ -164,8 +173,8 @@ def build_table(
     files, for messages.
 
     Raises:
-        UserError: two records of one run that differ, or (without `allow_mixed`) a protocol with several recipes,
-            scales or data.
+        UserError: two records of one run that differ, or (with `strict`) a protocol with several recipes, scales
+            or data.
         UsageError: nothing in the table is called `baseline`, or several rows are.
     """
     wanted = set(metrics) or METRICS.keys()
@@ -173,7 +182,7 @@ def build_table(
     records = [record for index, record in enumerate(records) if index not in copies]
     conditions = conditions_of(records)
     mixtures = find_mixtures(records, conditions)
-    if mixtures and not allow_mixed:
+    if mixtures and strict:
         raise UserError(mixture_sentence(mixtures))
     shown = select(published, {record.protocol for record in records}) if records else list(published)
 
@@ -217,7 +226,8 @@ def build_table(
     labelled = tuple(replace(row, label=_label(row, architecture=several)) for row in rows)
     chosen = None if baseline is None else _find_baseline(baseline, labelled, cells)
     if chosen is not None:
-        cells = {place: _with_difference(cell, place, cells, chosen) for place, cell in cells.items()}
+        gaps = _differences(cells, chosen)
+        cells = {place: replace(cell, difference=gaps.get(place)) for place, cell in cells.items()}
     left_out = "1 record left out: it repeats" if len(copies) == 1 else f"{len(copies)} records left out: each repeats"
     notes = (f"{left_out} an older one of the same run in every metric.",) if copies else ()
     return Table(tuple(columns), labelled, cells, tuple(sources), chosen, notes, copies)
@@ -309,8 +319,11 @@ def _find_baseline(name: str, rows: Sequence[Row], cells: dict[tuple[int, int], 
     raise UsageError(f'--baseline "{name}": no measured row is called that.{did_you_mean(name, known)}')
 
 
-def _with_difference(cell: Cell, place: tuple[int, int], cells: dict[tuple[int, int], Cell], baseline: int) -> Cell:
-    against = cells.get((baseline, place[1]), Cell()).measured
-    if place[0] == baseline or cell.measured is None or against is None:
-        return cell
-    return replace(cell, difference=difference(cell.measured.values, against.values))
+def _differences(cells: dict[tuple[int, int], Cell], baseline: int) -> dict[tuple[int, int], Difference]:
+    """The differences to the row `baseline` of all measured cells that have one, their p-values corrected together."""
+    gaps = {}
+    for (row, column), cell in cells.items():
+        against = cells.get((baseline, column), Cell()).measured
+        if row != baseline and cell.measured and against:
+            gaps[row, column] = difference(cell.measured.values, against.values)
+    return dict(zip(gaps, correct([*gaps.values()])))

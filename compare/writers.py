@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from twist.compare.comparison import Comparison
-from twist.compare.statistics import SIGNIFICANT
+from twist.compare.statistics import FEWEST, SIGNIFICANT
 from twist.compare.table import PUBLISHED, Cell, Column, Measured, Published, Table
 from twist.contracts.errors import UsageError
 from twist.contracts.published import protocol_title
@@ -89,10 +89,16 @@ class Block:
     rows: tuple[int, ...]
 
 
-def blocks_of(table: Table, *, widest: int = PAGE_COLUMNS) -> list[Block]:
-    """Whole protocols of one task, as many as fit `widest` columns; a protocol with more has a block of its own."""
+def blocks_of(table: Table, *, widest: int = PAGE_COLUMNS, apart: bool = False) -> list[Block]:
+    """Whole protocols of one task, as many as fit `widest` columns; a protocol with more has a block of its own.
+
+    `apart`: each protocol has its own, cut where it is wider.
+    """
     cut: list[list[int]] = []
     for group in column_groups(table):
+        if apart:
+            cut += [group[start : start + widest] for start in range(0, len(group), widest)]
+            continue
         same_task = cut and table.columns[cut[-1][0]].task == table.columns[group[0]].task
         if same_task and len(cut[-1]) + len(group) <= widest:
             cut[-1] += group
@@ -178,16 +184,18 @@ def notes_under(
         tested = [gap for gap in gaps if gap.p_value is not None]
         if tested:
             text += (
-                f"; * p < {SIGNIFICANT} by Welch's t-test, two-sided, not corrected for the table's "
+                f"; * p < {SIGNIFICANT} by Welch's t-test, two-sided, p-values by Holm's correction for the table's "
                 f"{count(table.comparisons, 'comparison')}"
             )
         if len(tested) < len(gaps):
-            text += "; ? no test, n too small or no spread between runs"
+            text += f"; ? no test, fewer than {FEWEST} results a side or no spread between runs"
         notes.append(text + ".")
     if any(table.columns[column].mixed for _, column in shown):
         notes.append(
             "Mixed: columns of one protocol with different recipes, scales or data; do not compare across them."
         )
+    if table.cost:
+        notes.append("Device hours: wall hours × devices (GPUs, else one processor) of the runs in a row.")
     return [*notes, *map(write, table.notes)]
 
 
@@ -255,6 +263,20 @@ def row_texts(
     return texts
 
 
+def first_heads(table: Table) -> list[str]:
+    return ["method", "device hours"] if table.cost else ["method"]
+
+
+def first_texts(table: Table, row: int, block: Block) -> list[str]:
+    """What stands under `first_heads` in a row: its label, and what its runs in this block took."""
+    return [table.rows[row].label, cost_text(table, row, block.columns)] if table.cost else [table.rows[row].label]
+
+
+def cost_text(table: Table, row: int, columns: Sequence[int]) -> str:
+    hours = table.device_hours(row, columns)
+    return ABSENT if hours is None else f"{hours:.1f}" if hours >= 10 else f"{hours:.2g}"
+
+
 # ── Terminal ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -288,7 +310,7 @@ def plain(table: Table, *, width: int | None = None) -> str:
 def _grid(table: Table, block: Block, columns: Sequence[int], notes: Footnotes) -> str:
     from tabulate import tabulate
 
-    heads = ["method"]
+    heads = first_heads(table)
     for before, c in zip((None, *columns), columns):
         column = table.columns[c]
         new = before is None or _group(table.columns[before]) != _group(column)
@@ -299,14 +321,14 @@ def _grid(table: Table, block: Block, columns: Sequence[int], notes: Footnotes) 
         heads.append("\n".join([*lines, metric_head(column)]))
     deepest = max(head.count("\n") for head in heads)
     rows = [
-        [table.rows[row].label, *row_texts(table, row, columns, notes, gap="[{}]", printed="“{}”{}")]
+        [*first_texts(table, row, block), *row_texts(table, row, columns, notes, gap="[{}]", printed="“{}”{}")]
         for row in block.rows
     ]
     text = tabulate(
         rows,
         ["\n" * (deepest - head.count("\n")) + head for head in heads],
         disable_numparse=True,
-        colalign=("left", *("right" for _ in columns)),
+        colalign=("left", *("right" for _ in heads[1:])),
     )
     return "\n".join(line.rstrip() for line in text.splitlines())
 
@@ -320,18 +342,18 @@ def _markdown(table: Table) -> str:
     blocks = blocks_of(table)
     for block in blocks:
         notes = Footnotes(table, block)
-        heads = []
+        heads = first_heads(table)
         for before, c in zip((None, *block.columns), block.columns):
             column = table.columns[c]
             # How mixed ones differ stands over the first of a group alone.
             new = before is None or _group(table.columns[before]) != _group(column)
             tag = "" if not column.mixed else f" [mixed: {column.mixed}]" if new else " [mixed]"
             heads.append(_escape(f"{protocol_title(column.protocol)} · {metric_head(column)}{tag}"))
-        lines = [f"| method | {' | '.join(heads)} |", "|---|" + "---:|" * len(block.columns)]
+        lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
         for row in block.rows:
             style = {"gap": "[{}]", "printed": "*{}*<sup>{}</sup>", "star": r"\*"}
             cells = row_texts(table, row, block.columns, notes, **style)
-            lines.append(f"| {_escape(table.rows[row].label)} | {' | '.join(cells)} |")
+            lines.append(f"| {' | '.join([*map(_escape, first_texts(table, row, block)), *cells])} |")
         sources = [f"<sup>{mark}</sup> {_escape(text)}." for mark, text in notes.texts()]
         sources = ["*Italic: published, by others.*", *sources] if sources else []
         parts.append("\n".join(lines) + ("\n\n" + "<br>\n".join(sources) if sources else ""))
@@ -359,23 +381,44 @@ _TEX = str.maketrans(
 )  # fmt: skip
 
 
+_WORDS = {
+    "coco": "COCO", "voc": "VOC", "voc07": "VOC 2007", "voc12": "VOC 2012", "voc12aug": "VOC 2012 aug.",
+    "ade20k": "ADE20K", "cityscapes": "Cityscapes", "mrcnn": "Mask R-CNN", "frcnn": "Faster R-CNN", "fpn": "FPN",
+    "c4": "C4", "fcn": "FCN", "vit": "ViT", "vitdet": "ViTDet", "upernet": "UPerNet", "knn": "k-NN", "svm": "SVM",
+    "seg": "segmentation", "semi": "semi-supervised", "finetune": "fine-tuning", "cluster": "clustering",
+    "corloc": "CorLoc", "fewshot": "few-shot", "lowshot": "low-shot", "infomin": "InfoMin", "ti": "Ti", "b": "B",
+}  # fmt: skip
+_UNITS = {"pct": " % of labels", "ep": " epochs", "k": "k iterations", "x": "× schedule"}
+
+
+def protocol_words(protocol: str) -> str:
+    """`COCO Mask R-CNN FPN 1× schedule` of `coco-mrcnn-fpn-1x`; foreign protocols have a title in words."""
+    if (title := protocol_title(protocol)) != protocol:
+        return title
+    parts = [
+        re.sub(r"(?<=^)(\d+)(pct|ep|k|x)$", lambda found: found[1] + _UNITS[found[2]], p) for p in protocol.split("-")
+    ]
+    text = " ".join(_WORDS.get(part, part) for part in parts)
+    return text[:1].upper() + text[1:] if text[:2] != "k-" else text
+
+
 def _latex(table: Table) -> str:
     """booktabs; published values in italics with a superscript letter, explained under the rule."""
     parts = []
     for block in blocks_of(table):
         notes = Footnotes(table, block)
-        columns = [table.columns[c] for c in block.columns]
+        first, columns = first_heads(table), [table.columns[c] for c in block.columns]
         spans = []
         for _, same in groupby(columns, key=_group):
-            first, *others = same
-            title = protocol_title(first.protocol) + (f" [mixed: {first.mixed}]" if first.mixed else "")
+            head, *others = same
+            title = protocol_words(head.protocol) + (f" [mixed: {head.mixed}]" if head.mixed else "")
             spans.append(rf"\multicolumn{{{1 + len(others)}}}{{c}}{{{title.translate(_TEX)}}}")
         lines = [
             "% needs \\usepackage{booktabs}",
-            rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(first) - 1 + len(columns))}}}",
             r"\toprule",
-            rf" & {' & '.join(spans)} \\",
-            rf"method & {' & '.join(metric_head(column).translate(_TEX) for column in columns)} \\",
+            rf"{' & ' * len(first)}{' & '.join(spans)} \\",
+            rf"{' & '.join([*first, *(metric_head(column).translate(_TEX) for column in columns)])} \\",
             r"\midrule",
         ]
         for row in block.rows:
@@ -383,7 +426,7 @@ def _latex(table: Table) -> str:
             style = {"gap": "{{[${}$]}}", "printed": r"\textit{{{}}}$^{{{}}}$", "star": "^{*}"}
             cells = row_texts(table, row, block.columns, notes, **style)
             text = " & ".join(cells).replace("±", r"$\pm$").replace("?", "^{?}").replace(ABSENT, "--")
-            lines.append(rf"{table.rows[row].label.translate(_TEX)} & {text} \\")
+            lines.append(rf"{' & '.join(part.translate(_TEX) for part in first_texts(table, row, block))} & {text} \\")
         lines += [r"\bottomrule", r"\end{tabular}"]
         under = [note.translate(_TEX) for note in notes_under(table, [block])]  # each may go to a page of its own
         sources = [rf"$^{{{mark}}}$ {text.translate(_TEX)}." for mark, text in notes.texts()]
@@ -399,8 +442,8 @@ def _latex(table: Table) -> str:
 # fmt: off
 _CSV_COLUMNS = [
     "method", "row", "architecture", "pretrain_epochs", "protocol", "metric", "scale", "recipe_hash", "mixed", "kind",
-    "value", "sd", "n", "runs", "pretrainings", "baseline", "difference", "p_value", "verdict", "source", "read",
-    "note",
+    "value", "sd", "n", "runs", "pretrainings", "baseline", "difference", "p_value", "p_holm", "device_hours",
+    "verdict", "source", "read", "note",
 ]
 # fmt: on
 
@@ -418,13 +461,14 @@ def _csv(table: Table) -> str:
             recipe = [column.scale, column.recipe_hash, column.mixed]
             numbers = ["measured", runs.mean, runs.sd, runs.n, len(runs.records), runs.pretrainings]
             gap = cell.difference
-            compared = [baseline, gap.value, gap.p_value, gap.said] if gap else [""] * 4
+            compared = [baseline, gap.value, gap.p_value, gap.p_holm] if gap else [""] * 4
+            compared += [table.device_hours(r, [c]), gap.said if gap else ""]
             writer.writerow(map(_csv_field, [*where, *recipe, *numbers, *compared, "", "", ""]))
         for value in cell.published:
             source = table.sources[value.source]
             # Its recipe is not known, whatever column it is shown in.
             numbers = [PUBLISHED, "", "", "published", value.value, value.sd, value.trials]
-            writer.writerow(map(_csv_field, [*where, *numbers, *[""] * 6, source.text, source.read, value.note]))
+            writer.writerow(map(_csv_field, [*where, *numbers, *[""] * 8, source.text, source.read, value.note]))
     return buffer.getvalue()
 
 

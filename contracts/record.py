@@ -219,28 +219,47 @@ RESULTS: Final = "results"
 def find_records(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
     """The record files under `paths`: a file as it is, a folder searched as `*.json` and `<protocol>/*.json`.
 
-    JSON without any of a record's fields is skipped; a file that is not JSON, or that has some of them, is yielded and
-    is for `read_record` to refuse.
+    JSON without any of a record's fields is skipped, and so are other programs' files (`find_foreign`); a damaged
+    record is yielded and is for `read_record` to refuse.
     """
     for path in map(Path, paths):
         if path.is_dir():
-            yield from filter(_may_be_record, sorted([*path.glob("*.json"), *path.glob("*/*.json")]))
+            yield from filter(_may_be_record, _json_in(path))
         elif path.exists():
             yield path
         else:
             raise UserError(f"There is no record or folder of records at {path}.")
 
 
-def _may_be_record(file: Path) -> bool:
+def find_foreign(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The files of other programs that a search of the folders in `paths` skips although they might be taken for
+    records: a `metrics.json` with a field of that name, or of JSON lines."""
+    folders = [path for path in map(Path, paths) if path.is_dir()]
+    inner = [place for folder in folders for places in find_collections(folder).values() for place in places]
+    skipped = {file for folder in (*folders, *inner) for file in _json_in(folder) if not _may_be_record(file)}
+    return sorted(file for file in skipped if _is_like_record(files.read_bytes(file)))
+
+
+def _json_in(folder: Path) -> list[Path]:
     # A name that begins with a dot is a record that another process is writing (contracts/files.py).
-    if file.name.startswith(".") or file.name in RUN_FILES:
-        return False
+    there = sorted([*folder.glob("*.json"), *folder.glob("*/*.json")])
+    return [file for file in there if not file.name.startswith(".") and file.name not in RUN_FILES]
+
+
+def _may_be_record(file: Path) -> bool:
     try:
         data = files.read_bytes(file)
-        # Nearly every file is a record: do not parse it twice.
-        return b'"schema_version"' in data or _is_marked(value := files.parse_json(data, kind=object)) or value == {}
     except UserError:
         return True  # `read_record` says what is wrong
+    # Nearly every file is a record: do not parse it twice. One that lost the field is known by its name (`run_name`).
+    return b'"schema_version"' in data or ("-seed" in file.name and _is_like_record(data))
+
+
+def _is_like_record(data: bytes) -> bool:
+    try:
+        return _is_marked(value := files.parse_json(data, kind=object)) or value == {}
+    except UserError:
+        return True
 
 
 def read_records(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[Path, RunRecord]]:

@@ -203,15 +203,35 @@ def test_several_paths_make_one_table_and_a_lone_study_is_found_in_its_folder(
     assert "━━" not in alone
 
 
-def test_records_of_two_recipes_meet_only_when_that_is_asked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_records_of_two_recipes_stand_apart_or_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, method in enumerate(("twist", "byol")):
         write_record(make_record(method, recipe={"lr": number}), tmp_path)
-    with pytest.raises(UserError, match="pass --allow-mixed"):
-        twist("compare", tmp_path)
-    twist("compare", tmp_path, "--allow-mixed")
-    assert "lr = 1" in capsys.readouterr().out
+    for options in ([], ["--allow-mixed"]):
+        twist("compare", tmp_path, *options)
+        said = capsys.readouterr().out
+        assert "lr = 1" in said
+        assert "do not compare across" in said
+    with pytest.raises(UserError, match="leave out --strict"):
+        twist("compare", tmp_path, "--strict")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"metrics": {"loss": 1}}', '{"loss": 1}\n{"loss": 2}\n', '{"method": "sgd", "epochs": 3}']
+)
+def test_another_programs_json_is_skipped_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    run = tmp_path / "runs" / "knn" / "one"
+    write_record(make_record(), run / "results")
+    for path in (run / "run.json", tmp_path / "runs" / "mine" / "metrics.json", run / "results" / "knn" / "other.json"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    twist("compare", tmp_path / "runs")
+    said = capsys.readouterr().out
+    assert "50.0 (1)" in said
+    assert "2 files are no run records" in said
+    with pytest.raises(UserError):
+        twist("compare", tmp_path / "runs" / "mine" / "metrics.json")
 
 
 @pytest.mark.parametrize("name", ["csv", "json", "html"])

@@ -6,13 +6,14 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from made_records import make_record, runs
 
 from twist.compare.table import Table, build_table
-from twist.compare.writers import footnote_mark, plain, render
+from twist.compare.writers import footnote_mark, plain, protocol_words, render
 from twist.contracts.published import load_published
 
 TEXTS = ("table", "markdown", "latex")
@@ -44,8 +45,8 @@ def test_terminal(table: Table) -> None:
     assert "50.5 ± 0.5 (3) [+10.0*]" in twist
     assert any("45.0 (1) [+4.5?]" in line for line in lines)
     assert any("“67.5”" in line and line.startswith("DINO") for line in lines)
-    assert "not corrected for the table's 1 comparison;" in text
-    assert "not corrected" not in render(build_table(runs("twist", [50.0]), baseline="twist"), "table")
+    assert "Holm's correction for the table's 1 comparison;" in text
+    assert "Holm" not in render(build_table(runs("twist", [50.0]), baseline="twist"), "table")
     assert "DINO repository, README.md" in text
     # Absent is a dash, never zero.
     assert twist.rstrip().endswith("–")
@@ -133,13 +134,38 @@ def test_mixed_columns_are_marked_once_over_each_protocol() -> None:
     records = [
         make_record(method, metrics=metrics, recipe={"lr": lr}) for method, lr in (("twist", 0.1), ("byol", 0.2))
     ]
-    table = build_table(records, allow_mixed=True)
+    table = build_table(records)
     for name in TEXTS:
         text = render(table, name).replace("{[}", "[").replace("{]}", "]")
         assert text.count("[mixed: lr = 0.1]") == text.count("[mixed: lr = 0.2]") == 1, name
         assert "do not compare across" in text
     assert "| sample-knn · k-NN top-5 [mixed] |" in render(table, "markdown")
     assert {row["mixed"] for row in csv_rows(table)} == {"lr = 0.1", "lr = 0.2"}
+
+
+def test_cost_is_wall_hours_times_devices_of_each_run_once() -> None:
+    both = {"knn_top1_percent": 50.0, "knn_top5_percent": 80.0}
+    gpus = {"gpus_used": 8, "nodes": 2}
+    records = [make_record(seed=seed, metrics=both, wall_s=1800.0, hardware=gpus) for seed in (0, 1)]
+    records.append(make_record("byol", wall_s=360.0))
+    table = replace(build_table(records, published=load_published()), cost=True)
+    assert (table.device_hours(1, [0, 1]), table.device_hours(0, [0])) == (16.0, 0.1)
+    for name, row in {"markdown": r"\| TWIST \| 16.0 \|", "latex": "TWIST & 16.0 &", "table": "TWIST +16.0 "}.items():
+        text = render(table, name)
+        assert re.search(row, text)
+        assert text.count("device hours") == 1
+    assert csv_rows(table)[0]["device_hours"] == "0.1"
+
+
+def test_latex_heads_are_words() -> None:
+    words = {
+        "coco-mrcnn-fpn-1x": "COCO Mask R-CNN FPN 1× schedule",
+        "semi-1pct": "Semi-supervised 1 % of labels",
+        "knn": "k-NN",
+        "foreign:adelaidet-fcos": "COCO FCOS, AdelaiDet",
+    }
+    assert {key: protocol_words(key) for key in words} == words
+    assert r"{Semi-supervised 1 \% of labels}" in render(build_table([make_record(protocol="semi-1pct")]), "latex")
 
 
 def test_foreign_protocols_are_called_by_a_title_and_keep_their_key() -> None:

@@ -68,5 +68,5 @@ def test_a_run_of_today_has_the_recipe_of_a_stored_one(protocol: str, tmp_path: 
     for name in ("recipe", "recipe_hash", "scale", "data", "task", "method", "run_name"):
         assert getattr(now, name) == getattr(before, name), name
     assert now.metrics.keys() == before.metrics.keys()
-    # Records that may not share a column are refused without --allow-mixed.
-    assert protocol in twist("compare", stored, path, "--format", "json")
+    # Records that may not share a column are refused by --strict.
+    assert protocol in twist("compare", stored, path, "--strict", "--format", "json")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_records import make_record, runs
 
-from twist.compare.statistics import difference, p_text
+from twist.compare.statistics import Difference, correct, difference, p_text
 from twist.compare.table import TASKS, Cell, Measured, Table, build_table
 from twist.compare.writers import render
 from twist.contracts.errors import UsageError, UserError
@@ -87,22 +87,33 @@ def test_significant_is_a_p_below_five_percent(shift: float, said: str) -> None:
     assert got.significant is said.startswith("significant")
 
 
-@pytest.mark.parametrize("values", [([50.0], [40.0, 41.0]), ([50.0, 51.0], [40.0])])
-def test_one_run_is_too_few_for_a_test(values: tuple[list[float], list[float]]) -> None:
+@pytest.mark.parametrize("values", [([50.0, 51.0], [40.0, 41.0, 42.0]), ([50.0, 51.0, 52.0], [40.0, 41.0])])
+def test_two_results_are_too_few_for_a_test(values: tuple[list[float], list[float]]) -> None:
     got = difference(*values)
     assert (got.p_value, got.significant) == (None, None)
-    assert "n too small for a test: 1 run" in got.said
+    assert "n too small for a test: 2 where 3" in got.said
 
 
 @pytest.mark.parametrize(("value", "baseline"), [(50.0, 40.0), (90 / 7, 10.0), (0.1 + 0.2, 1 / 3)])
-@pytest.mark.parametrize("n", [2, 3, 6, 7])
+@pytest.mark.parametrize("n", [3, 6, 7])
 def test_no_spread_is_no_test(value: float, baseline: float, n: int) -> None:
     """Equal values whose mean is rounded have no spread either; one constant side is no obstacle."""
     got = difference([value] * n, [baseline] * n)
     assert got.value == pytest.approx(value - baseline)
     assert got.p_value is None
     assert "varies" in got.said
-    assert difference([value] * n, [baseline, baseline + 1]).p_value is not None
+    assert difference([value] * n, [baseline, baseline, baseline + 1]).p_value is not None
+
+
+def test_holms_correction_in_numbers() -> None:
+    # By hand: 4 × .005, 3 × .01, 2 × .03, and .04 that may not fall below the one before.
+    gaps = [Difference(1.0, p, "x (Welch)", p) for p in (0.01, 0.04, 0.03, 0.005)]
+    corrected = correct([*gaps[:2], Difference(1.0, None, "no test"), *gaps[2:]])
+    assert [gap.p_holm for gap in corrected] == pytest.approx([0.03, 0.06, None, 0.06, 0.02])
+    assert [gap.significant for gap in corrected] == [True, False, None, False, True]
+    assert corrected[0].said == "significant, p = 0.030 (Holm's correction for 4 comparisons; Welch)"
+    assert [gap.p_value for gap in corrected] == [0.01, 0.04, None, 0.03, 0.005]
+    assert correct([Difference(1.0, 0.9, "x (y)"), Difference(1.0, 0.8, "x (y)")])[0].p_holm == 1.0
 
 
 def test_p_values_are_printed_as_papers_do() -> None:
@@ -143,7 +154,7 @@ def test_a_baseline_that_is_nowhere_or_only_published() -> None:
         (
             {"recipe": {"k": 20, "optim": {"lr": 0.1}}},
             {"recipe": {"k": 20, "optim": {"lr": 0.2}}},
-            r"optim.lr = 0.1\] against \[optim.lr = 0.2.*--allow-mixed",
+            r"optim.lr = 0.1\] against \[optim.lr = 0.2.*--strict",
         ),
         ({"recipe": dict.fromkeys("abcde", 0)}, {"recipe": dict.fromkeys("abcde", 1)}, r"\[a = 0, b = 0, c = 0, 2 m"),
         ({"recipe": {"e": "1" * 40}}, {"recipe": {"e": "2" * 40}}, f'e = "{"1" * 30}…]'),
@@ -154,22 +165,22 @@ def test_a_baseline_that_is_nowhere_or_only_published() -> None:
 )
 def test_different_runs_are_refused_with_what_differs(one: dict[str, Any], other: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        build_table([make_record(**one), make_record("byol", **other)])
+        build_table([make_record(**one), make_record("byol", **other)], strict=True)
     further = [make_record(protocol="sample-linear", **one), make_record("byol", "sample-linear", **other)]
     with pytest.raises(UserError, match=r"sample-knn \(and 1 more\) come from 2 recipes"):
-        build_table([make_record(**one), make_record("byol", **other), *further])
+        build_table([make_record(**one), make_record("byol", **other), *further], strict=True)
 
 
 def test_mixed_recipes_stand_in_columns_apart_and_marked() -> None:
     records = [make_record(recipe={"lr": 0.1}), make_record("byol", recipe={"lr": 0.2})]
-    table = build_table(records, allow_mixed=True)
+    table = build_table(records)
     assert [column.mixed for column in table.columns] == ["lr = 0.1", "lr = 0.2"]
     assert table.cells.keys() == {(0, 1), (1, 0)}
 
 
 def test_a_record_that_does_not_name_its_data_joins_those_of_one_set_alone() -> None:
     whole, half, older = make_record(data="coco 1"), make_record("byol", data="coco 2"), make_record("moco-v2")
-    table = build_table([whole, half, older], allow_mixed=True)
+    table = build_table([whole, half, older])
     assert sorted(column.mixed for column in table.columns) == ["data coco 1", "data coco 2", "data not said"]
     assert all(len([place for place in table.cells if place[1] == column]) == 1 for column in range(3))
     assert len(build_table([whole, older]).columns) == 1
@@ -187,14 +198,14 @@ def test_a_column_never_holds_two_recipes_and_order_is_nothing(
         make_record(method, seed=seed, recipe={"lr": lr}, scale=scale, metrics={KNN: 50.0 + seed})
         for method, seed, lr, scale in keys
     ]
-    table = build_table(records, allow_mixed=True)
+    table = build_table(records)
     assert sum(c.measured.n for c in table.cells.values() if c.measured) == len(records)
     for (_, index), entry in table.cells.items():
         for record in entry.measured.records:  # type: ignore[union-attr]
             assert (record.recipe_hash, record.scale) == (table.columns[index].recipe_hash, table.columns[index].scale)
     shuffled = list(records)
     shuffler.shuffle(shuffled)
-    assert build_table(shuffled, allow_mixed=True) == table
+    assert build_table(shuffled) == table
 
 
 def test_two_records_of_one_run_that_differ_are_refused_with_both_files() -> None:
@@ -294,7 +305,7 @@ def test_an_architecture_is_the_recipes_where_the_weights_have_none() -> None:
         make_record("random", recipe={"architecture": name}, weights={"architecture": None})
         for name in ("resnet18", "resnet50")
     ]
-    assert labels(build_table(records, allow_mixed=True)) == ["random init · R18", "random init · R50"]
+    assert labels(build_table(records)) == ["random init · R18", "random init · R50"]
 
 
 # ── What n counts ──
@@ -383,7 +394,7 @@ def test_a_published_value_joins_the_full_scale_column_of_its_protocol() -> None
     ids=["another scale", "another architecture", "several recipes"],
 )
 def test_a_published_value_has_a_column_of_its_own_else(records: list[RunRecord]) -> None:
-    table = build_table(records, published=[published()], allow_mixed=True)
+    table = build_table(records, published=[published()])
     (place,) = [column for (_, column), entry in table.cells.items() if entry.published]
     assert table.columns[place].recipe_hash is None
     assert not any(entry.measured for (_, column), entry in table.cells.items() if column == place)

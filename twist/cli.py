@@ -405,7 +405,11 @@ def compare(
     baseline: Annotated[str | None, typer.Option(help="Method to which differences are taken.")] = None,
     table_format: Annotated[TableFormat | None, typer.Option("--format", help="Default: by --output's ending.")] = None,
     output: Annotated[Path | None, typer.Option(help="File to write instead of the terminal.")] = None,
-    allow_mixed: Annotated[bool, typer.Option("--allow-mixed", help="Show different recipes apart, marked.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse different recipes of a protocol, else shown apart.")
+    ] = False,
+    allow_mixed: Annotated[bool, typer.Option("--allow-mixed", hidden=True)] = False,  # the default since
+    cost: Annotated[bool, typer.Option("--cost", help="Add a column of wall hours × devices.")] = False,
     published: Annotated[
         bool | None, typer.Option("--published/--no-published", help="Published rows; default: with full-scale runs.")
     ] = None,
@@ -415,6 +419,7 @@ def compare(
     metric: Annotated[list[str] | None, typer.Option(help="Only this metric (may be repeated).")] = None,
     pretrain_runs: Annotated[list[Path] | None, typer.Option("--pretrain-run", help="HTML: draw its curves.")] = None,
     title: Annotated[str | None, typer.Option(help="HTML: headline of the page.")] = None,
+    note: Annotated[Path | None, typer.Option(help="HTML: a text file, your own words about the numbers.")] = None,
     picture: Annotated[list[str] | None, typer.Option(metavar="CAPTION=FILE", help="HTML: one more picture.")] = None,
     published_only: Annotated[bool, typer.Option("--published-only", help="Published numbers, no records.")] = False,
     correlate: Annotated[
@@ -440,7 +445,8 @@ def compare(
         return
     choice = Choice(
         baseline=baseline,
-        allow_mixed=allow_mixed,
+        strict=strict and not allow_mixed,
+        cost=cost,
         published=published,
         published_only=published_only,
         same_methods=same_methods,
@@ -448,7 +454,14 @@ def compare(
     )
     runs, shown = pretrain_runs or [], [_captioned(text) for text in picture or []]
     comparing.compare(
-        records or [], choice, table_format=table_format, output=output, title=title, pretrain_runs=runs, pictures=shown
+        records or [],
+        choice,
+        table_format=table_format,
+        output=output,
+        title=title,
+        note=note,
+        pretrain_runs=runs,
+        pictures=shown,
     )
 
 

@@ -40,6 +40,7 @@ def compare(
     output: Path | None,
     pretrain_runs: Sequence[Path] = (),
     title: str | None = None,
+    note: Path | None = None,
     pictures: Sequence[tuple[str, Path]] = (),
 ) -> None:
     """Read the records under `paths` and print or write the tables of what they hold.
@@ -62,6 +63,7 @@ def compare(
             folder=output.parent,
             pretrain_runs=pretrain_runs,
             title=title or HEADLINE,
+            note="" if note is None else files.read_text(note, remedy="--note takes a text file"),
             pictures=pictures,
         )
     else:
@@ -107,12 +109,12 @@ def _default_folder() -> Path:
 def suite_table(records: Sequence[RunRecord]) -> str:
     """The end of a suite: its records, with differences to random initialisation, else to supervised weights."""
     # A grid runs several recipes of one protocol on purpose; they come out in columns of their own, marked.
-    table = build_table(records, allow_mixed=True)
+    table = build_table(records)
     for method in ("random", "supervised"):
         rows = [row.label for row in table.rows if row.method == method]
         # Of several (two architectures, two files) none is the baseline of all others.
         if len(rows) == 1 and len(table.rows) > 1:
-            table = build_table(records, allow_mixed=True, baseline=rows[0])
+            table = build_table(records, baseline=rows[0])
             break
     return render(table, "table")
 
