@@ -286,7 +286,7 @@ def test_what_the_numbers_are_stands_before_them(page: Path, tmp_path: Path) -> 
     found = [(tmp_path / f"{record.seed}.json", record) for record in records]
     text = render_page(build_table(records), found, folder=tmp_path, note="Mine <first>.\n\nSecond.")
     assert re.findall(r'<p class="own">(.*?)</p>', text) == ["Mine &lt;first&gt;.", "Second."]
-    for said in ("600 train + 300 val", "32 × 32", "Fewer than 3 results"):
+    for said in ("600 train + 300 val", "32 × 32", "Fewer than 3 results", '<td class="first">0.033</td>'):
         assert said in text
 
 
