@@ -16,8 +16,8 @@ from twist.contracts.record import RunRecord
 def facts_of(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
     """Heading and text: backbones, images, image size, hardware and budget, as far as `records` say."""
     hours = sum(map(device_hours, records))
-    lengths = {record.method: record.weights.epochs for record in records if record.weights.epochs}
-    pretrained = ", ".join(f"{display_name(method)} {epochs} epochs" for method, epochs in sorted(lengths.items()))
+    lengths = sorted({(record.method, record.weights.epochs) for record in records if record.weights.epochs})
+    pretrained = ", ".join(f"{display_name(method)} {epochs} epochs" for method, epochs in lengths)
     budget = f"{len(records)} transfer runs, {hours:.2g} device hours"
     return [
         ("Backbones", _listed(architecture_of(record) for record in records)),

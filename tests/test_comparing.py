@@ -394,7 +394,7 @@ def test_a_suite_ends_with_differences_to_random_or_supervised_weights_or_nothin
 def test_the_table_of_what_was_made_comes_before_the_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made: list[RunRecord] = [*runs("random", [40.0, 40.5]), *runs("twist", [50.0, 50.5])]
+    made: list[RunRecord] = [*runs("random", [40.0, 40.5, 41.0]), *runs("twist", [50.0, 50.5, 51.0])]
 
     failed = (made, UserError("1 of 5 runs failed: …"))
     monkeypatch.setattr(run, "run_suite", lambda *_, **__: failed)
