@@ -824,6 +824,43 @@ def test_a_preempted_slurm_job_queues_the_same_command(tmp_path: Path) -> None:
     assert command() == 0
 
 
+# ── Ray ──
+
+
+@pytest.mark.slow
+def test_tasks_of_ray_on_this_machine(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two at a time; one fails once, one always; Ctrl-C stops what runs, which had time to save."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))
+    monkeypatch.setattr(launch, "cpu_runs_at_once", lambda: 2)
+    world.file.write_text("ray = { num_cpus = 1, max_retries = 0 }\n" + SIMPLE.replace("[0, 1]", "[0]"))
+    knn, linear, flag = "sample-knn · random · seed 0", "sample-linear · random · seed 0", world.root / "flag"
+    saved, began = world.root / "saved", world.root / "began"
+    world.scripts[linear] = "echo out of memory; exit 3"
+    world.scripts[knn] = f"trap 'touch {saved}; exit 1' TERM; touch {began}; while :; do sleep 0.05; done"
+
+    def stop(_: float) -> None:
+        if began.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(suite_module.time, "sleep", stop)
+        with pytest.raises(KeyboardInterrupt):
+            world.run(executor="ray")
+    assert saved.exists()
+    ray.shutdown()  # as the end of the process does
+    capsys.readouterr()
+    world.scripts[knn] = f"[ -e {flag} ] || {{ touch {flag}; exit 1; }}"
+    records, failure = world.result(executor="ray")
+    assert [record.protocol for record in records] == ["sample-knn"]
+    assert "out of memory" in str(failure)
+    assert f"failed   {knn}, trying once more" in capsys.readouterr().err
+    ray.shutdown()
+
+
 # ── What a person sees ──
 
 

@@ -374,10 +374,14 @@ def data_check(dataset: str, root: DataRoot = None) -> None:
 def suite(
     file: Annotated[Path, typer.Argument(metavar="SUITE", help="A TOML file, or the name of one of ours.")],
     data: Data = None,
-    executor: Literal["local", "slurm"] = "local",
+    executor: Annotated[
+        Literal["local", "slurm", "ray"], typer.Option(help="ray: the cluster of $RAY_ADDRESS, else this machine.")
+    ] = "local",
     output: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/suite"),
     results: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("results"),
-    gpus: Annotated[str | None, typer.Option(help="Devices as torch numbers them, as 0,1; default all.")] = None,
+    gpus: Annotated[
+        str | None, typer.Option(help="local: devices as torch numbers them, as 0,1; default all. Empty: the CPU.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Run weights × protocols × seeds, then the table.

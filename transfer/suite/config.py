@@ -84,6 +84,8 @@ class SuiteConfig(Config):
     # parameters; and how many jobs may be queued or running at a time.
     slurm: dict[str, Any] = Field(default={})
     slurm_jobs_at_once: int = Field(default=64, gt=0)
+    # Of each task of Ray: num_cpus, memory, resources, max_retries, …; all tasks wait in Ray's own queue.
+    ray: dict[str, Any] = Field(default={})
 
     @property
     def submitit_options(self) -> dict[str, Any]:

@@ -1,17 +1,19 @@
-"""Starting the command of one run: as a child process here, or as a SLURM job.
+"""Starting the command of one run: as a child process here, as a SLURM job, or as a task of Ray.
 
 On CPUs the children are forked from one process that has the engines imported (multiprocessing's fork server), so a run
 costs its own work and no imports; a run on GPUs is a fresh process, because CUDA does not survive a fork. A local run
 holds a lock on its folder for as long as it lives, even when the suite that started it is killed: the lock
-belongs to an open file that the child inherits. A SLURM job leaves its number in the folder, written under the lock. A
-second suite therefore waits for either and never starts a run twice. A suite that ends early stops its local runs and
-leaves those of SLURM in their queue.
+belongs to an open file that the child inherits. A task of Ray takes the lock on its own machine, through the file
+system that all machines share. A SLURM job leaves its number in the folder, written under the lock. A second suite
+therefore waits for any of them and never starts a run twice. A suite that ends early stops its local runs and those of
+Ray, and leaves those of SLURM in their queue.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import multiprocessing
 import os
 import runpy
@@ -19,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import reduction
 from multiprocessing.process import BaseProcess
@@ -31,6 +34,9 @@ from twist.contracts.machine import cores, divided_cores, memory
 from twist.contracts.run_folder import try_lock
 
 JOB_NUMBER = "slurm-job.txt"
+POLL_S = 0.2
+# What a run that is told to end has for saving.
+PATIENCE_S = 30.0
 
 
 @contextlib.contextmanager
@@ -60,7 +66,7 @@ class LocalRun:
     def status(self) -> int | None:
         return self._process.exitcode
 
-    def leave(self, *, patience_s: float = 30.0) -> None:
+    def leave(self, *, patience_s: float = PATIENCE_S) -> None:
         """The suite ends before the run: stop it, and what it started."""
         if self._process.exitcode is not None:
             return
@@ -81,7 +87,26 @@ class LocalRun:
             self._process.kill()
 
 
-class LocalLauncher:
+class Launcher:
+    """`slots` runs at a time, on `gpus` GPUs each."""
+
+    slots: int
+    gpus: int
+
+    def claim(self, folder: Path) -> int | None:
+        """A descriptor that holds the folder's lock; None while a run that an earlier suite started is there."""
+        return try_lock(folder / ".suite-lock", inherited=True)
+
+    def start(self, command: Sequence[str], *, log: Path, slot: int, lock: int) -> Run:
+        """Run `command` (`python -m MODULE …`), its output appended to `log`, in the folder that `lock` holds."""
+        raise NotImplementedError
+
+    def script(self, folder: Path) -> str:  # noqa: ARG002
+        """What a dry run shows of the run in `folder` beside the plan."""
+        return ""
+
+
+class LocalLauncher(Launcher):
     """One child process a GPU set (CUDA's names, see `gpu_sets`); without GPUs `at_once` that share the cores.
 
     `imported` are the modules that runs on CPUs find imported.
@@ -90,17 +115,13 @@ class LocalLauncher:
     def __init__(self, gpu_sets: Sequence[Sequence[str]], *, at_once: int = 1, imported: Sequence[str] = ()) -> None:
         self._gpus = [",".join(gpus) for gpus in gpu_sets]
         self._cores: list[list[int]] = [] if gpu_sets else divided_cores(at_once)
-        self.slots = len(self._gpus) or at_once
+        self.slots, self.gpus = len(self._gpus) or at_once, len(gpu_sets[0]) if gpu_sets else 0
         self._context: Any = multiprocessing.get_context("spawn" if gpu_sets else "forkserver")
         if not gpu_sets:
             self._context.set_forkserver_preload(list(imported))
 
-    def claim(self, folder: Path) -> int | None:
-        """A descriptor that holds the folder's lock; None while a process of an earlier suite holds it."""
-        return try_lock(folder / ".suite-lock", inherited=True)
-
     def start(self, command: Sequence[str], *, log: Path, slot: int, lock: int) -> LocalRun:
-        """Run `command` (`python -m MODULE …`), its output appended to `log`; it holds a copy of `lock`."""
+        """The child holds a copy of `lock`."""
         share = {"gpus": self._gpus[slot]} if self._gpus else {"cores": self._cores[slot] if self._cores else []}
         process = self._context.Process(target=_child, args=(list(command), log, _Descriptor(lock)), kwargs=share)
         process.start()
@@ -170,7 +191,7 @@ class SlurmRun:
         return str(self._job.job_id)
 
 
-class SlurmLauncher:
+class SlurmLauncher(Launcher):
     """One SLURM job a run. `options` are submitit's: timeout_min, slurm_partition, cpus_per_task, …
 
     A job is called as its run's folder is."""
@@ -179,13 +200,12 @@ class SlurmLauncher:
         self._folder = folder
         self._executor = slurm_executor(folder)
         self._executor.update_parameters(**{"gpus_per_node": gpus, **options})
-        self.slots = at_once
+        self.slots, self.gpus = at_once, gpus
 
     def claim(self, folder: Path) -> int | None:
-        """A descriptor that holds the folder's lock; None while another suite, or a job that one queued, is there."""
         import submitit
 
-        number, lock = folder / JOB_NUMBER, try_lock(folder / ".suite-lock", inherited=True)
+        number, lock = folder / JOB_NUMBER, super().claim(folder)
         if lock is None or not number.exists():
             return lock
         if submitit.SlurmJob(folder=self._folder, job_id=number.read_text()).done():
@@ -194,7 +214,7 @@ class SlurmLauncher:
         return None
 
     def start(self, command: Sequence[str], *, log: Path, slot: int, lock: int) -> SlurmRun:  # noqa: ARG002
-        """Queue `command`, its output appended to `log`, and leave the job's number beside it."""
+        """The job's number is left beside `log`."""
         self._executor.update_parameters(name=log.parent.name)
         job = self._executor.submit(SlurmCommand(command, log.resolve()))
         files.write_text(log.parent / JOB_NUMBER, str(job.job_id))
@@ -207,8 +227,95 @@ class SlurmLauncher:
         return executor._make_submission_file_text(executor._submitit_command_str, uid="")
 
 
-Run = LocalRun | SlurmRun
-Launcher = LocalLauncher | SlurmLauncher
+def _ray_task(command: Sequence[str], log: Path, directory: Path) -> int:
+    """The status of `command`, run in `directory` on whatever machine this is, alone in the folder of `log`.
+
+    Ray cancels a task by a KeyboardInterrupt in it."""
+    # The suite holds the lock until the task is submitted; a process that outlived a lost worker, until its end.
+    while (lock := try_lock(log.parent / ".suite-lock", inherited=True)) is None:
+        time.sleep(POLL_S)
+    with log.open("ab") as output:
+        streams: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT}
+        here = [sys.executable, *command[1:]]
+        run = subprocess.Popen(here, cwd=directory, pass_fds=(lock,), start_new_session=True, **streams)
+    os.close(lock)
+    try:
+        while run.poll() is None:  # `wait` would not see the interrupt
+            time.sleep(POLL_S)
+        return run.returncode
+    except KeyboardInterrupt:
+        os.killpg(run.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(PATIENCE_S)
+        raise
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)  # and workers that outlive it
+
+
+class RayRun:
+    """A task of Ray. `status()` is its command's, None while it waits for its place or runs."""
+
+    def __init__(self, task: Any, log: Path) -> None:
+        self._task, self._log = task, log
+
+    def status(self) -> int | None:
+        import ray
+
+        if not ray.wait([self._task], timeout=0)[0]:
+            return None
+        try:
+            return int(ray.get(self._task))
+        except ray.exceptions.RayError as error:  # Ray's own tries are used up: a lost machine, no memory
+            with self._log.open("a") as output:
+                print(str(error).strip(), file=output)
+            return 1
+
+    def leave(self) -> None:
+        """The suite ends before the run: stop it, as Ray would do without giving it time to save."""
+        import ray
+
+        ray.cancel(self._task)
+        ray.wait([self._task], timeout=PATIENCE_S + 5)  # Ray ends with the suite
+
+
+class RayLauncher(Launcher):
+    """One task of Ray a run, on the cluster of RAY_ADDRESS, else on this machine. Ray finds the place and its GPUs.
+
+    `options` are those of a remote function of Ray's: num_cpus (1), memory, resources, max_retries (3, of a task whose
+    machine was lost), …
+    """
+
+    def __init__(self, *, gpus: int, options: Mapping[str, Any], at_once: int) -> None:
+        require("ray")
+        self._options, self.slots, self.gpus = {"num_cpus": 1, "num_gpus": gpus, **options}, at_once, gpus
+
+    def start(self, command: Sequence[str], *, log: Path, slot: int, lock: int) -> RayRun:  # noqa: ARG002
+        import ray
+
+        if not ray.is_initialized():  # it ends with this process
+            _start_ray()
+        try:
+            task = ray.remote(_ray_task).options(**{"name": log.parent.name, **self._options})
+        except ValueError as error:
+            raise UsageError(f"`ray` in the suite: {error}") from None
+        return RayRun(task.remote(command, log.resolve(), Path.cwd()), log)
+
+
+def _start_ray() -> None:
+    """Join the cluster of RAY_ADDRESS, or start Ray on this machine; `UserError` where neither works."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent without being asked for
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS", "local")
+    try:
+        ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(f"Ray ({address}) does not answer ({first}): correct or unset RAY_ADDRESS.") from None
+
+
+Run = LocalRun | SlurmRun | RayRun
 
 
 def slurm_executor(folder: Path) -> Any:

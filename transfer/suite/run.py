@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from twist.contracts import states
 from twist.contracts.errors import UsageError, UserError
@@ -27,7 +27,7 @@ from twist.contracts.record import RunRecord, find_records, name_in, write_recor
 from twist.transfer.engines import all_engines
 from twist.transfer.protocols import PROTOCOLS
 from twist.transfer.suite import config, launch
-from twist.transfer.suite.config import Job, WeightsEntry, Workload
+from twist.transfer.suite.config import Job, SuiteConfig, WeightsEntry, Workload
 
 Command = Callable[[Job], list[str]]
 ATTEMPTS = 2
@@ -39,7 +39,7 @@ POLL_S = 0.5
 def run_suite(
     path: Path,
     *,
-    executor: Literal["local", "slurm"] = "local",
+    executor: str = "local",
     dry_run: bool = False,
     gpus: Sequence[int] | None = None,
     results: Path,
@@ -53,26 +53,18 @@ def run_suite(
 
     Raises:
         UsageError: the file is wrong in any way; every problem at once, before anything starts.
-        UserError: runs under `results` or `output` were made on other data; the disk is full; SLURM is not here.
+        UserError: runs under `results` or `output` were made on other data; the disk is full; SLURM or Ray is not here.
     """
     suite = config.load_suite(path, data=data, download=not dry_run)
     work = config.find_work(suite, results=results)
     for job in work.missing:
         _left_by_run(job, output=output)  # refuses what was measured on other data, before anything starts
-    slots, gpus_of_run, gpu_sets = suite.slurm_jobs_at_once, suite.gpus_per_run, []
-    if executor == "local":
-        gpu_sets = launch.gpu_sets(gpus, size=suite.gpus_per_run)
-        at_once = min(suite.cpu_runs_at_once or launch.cpu_runs_at_once(), max(len(work.missing), 1))
-        slots, gpus_of_run = (len(gpu_sets), suite.gpus_per_run) if gpu_sets else (at_once, 0)
-    print(config.describe_work(work, suite, slots=slots, gpus_of_run=gpus_of_run))
-    launcher: launch.Launcher = launch.LocalLauncher(gpu_sets, at_once=slots, imported=imported_by(work.missing))
-    if executor == "slurm":
-        options = suite.submitit_options
-        launcher = launch.SlurmLauncher(folder=output / "slurm", gpus=gpus_of_run, options=options, at_once=slots)
+    launcher = EXECUTORS[executor](suite, work, gpus, output)
+    print(config.describe_work(work, suite, slots=launcher.slots, gpus_of_run=launcher.gpus))
     if dry_run:
-        if isinstance(launcher, launch.SlurmLauncher):
-            for job in work.missing:
-                print(f"\n# ---- {job.title}", launcher.script(job.folder(output)), sep="\n")
+        for job in work.missing:
+            if script := launcher.script(job.folder(output)):
+                print(f"\n# ---- {job.title}", script, sep="\n")
         return list(work.done.values()), None
     # Each checkpoint is read once, whatever the number of its runs.
     entries = dict.fromkeys(job.weights for job in work.missing)
@@ -81,7 +73,7 @@ def run_suite(
     def command(job: Job) -> list[str]:
         shared = output / SHARED / job.weights.name if executor == "local" else None
         weights = artefacts[job.weights.name]
-        return transfer_command(job, weights, gpus=gpus_of_run, output=output, shared=shared)
+        return transfer_command(job, weights, gpus=launcher.gpus, output=output, shared=shared)
 
     runs = _Runs(work, launcher, command, results=results, output=output)
     try:
@@ -93,6 +85,34 @@ def run_suite(
         ) from None
     records = {**work.done, **runs.made}
     return [records[job.key] for job in work.jobs if job.key in records], runs.error()
+
+
+def _local(suite: SuiteConfig, work: Workload, gpus: Sequence[int] | None, _: Path) -> launch.Launcher:
+    gpu_sets = launch.gpu_sets(gpus, size=suite.gpus_per_run)
+    at_once = min(suite.cpu_runs_at_once or launch.cpu_runs_at_once(), max(len(work.missing), 1))
+    return launch.LocalLauncher(gpu_sets, at_once=at_once, imported=imported_by(work.missing))
+
+
+def _slurm(suite: SuiteConfig, _: Workload, __: Sequence[int] | None, output: Path) -> launch.Launcher:
+    options, at_once = suite.submitit_options, suite.slurm_jobs_at_once
+    return launch.SlurmLauncher(folder=output / "slurm", gpus=suite.gpus_per_run, options=options, at_once=at_once)
+
+
+def _ray(suite: SuiteConfig, work: Workload, gpus: Sequence[int] | None, output: Path) -> launch.Launcher:
+    if "RAY_ADDRESS" in os.environ:  # the cluster may have GPUs that it has not started yet: tasks wait for them
+        count, at_once = 0 if gpus == [] else suite.gpus_per_run, max(len(work.missing), 1)
+    else:
+        here = _local(suite, work, gpus, output)
+        count, at_once = here.gpus, here.slots
+    return launch.RayLauncher(gpus=count, options=suite.ray, at_once=at_once)
+
+
+# What --executor says → its launcher.
+EXECUTORS: dict[str, Callable[[SuiteConfig, Workload, Sequence[int] | None, Path], launch.Launcher]] = {
+    "local": _local,
+    "slurm": _slurm,
+    "ray": _ray,
+}
 
 
 def imported_by(jobs: Sequence[Job]) -> list[str]:
@@ -180,7 +200,7 @@ class _Runs:
         self._live: Any = None
 
     def finish(self) -> None:
-        """Run every job. An early end (an error, Ctrl-C) stops local runs and names the SLURM jobs that go on."""
+        """Run every job. An early end (an error, Ctrl-C) stops runs; those of SLURM are named and go on."""
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: leave([one.run for one in self.running]))
             if sys.stderr.isatty() and self.waiting:
@@ -315,7 +335,7 @@ def _turn(job: Job, work: Workload) -> tuple[bool, int, float, int]:
 
 
 def leave(runs: Sequence[launch.Run]) -> None:
-    """Stop local runs; name the SLURM jobs that go on without the suite."""
+    """Stop local runs and Ray's; name the SLURM jobs that go on without the suite."""
     queued: list[str | None] = []
     # A stack, because every run is left also when leaving another one raises (a second Ctrl-C).
     with contextlib.ExitStack() as stack:
