@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,11 @@ from typing import Any
 # Called at each step with title, done, total and elapsed seconds (`twist demo` shows them).
 Listener = Callable[[str, int, int | None, float], None]
 listeners: list[Listener] = []
+
+
+def is_quiet() -> bool:
+    """`twist -q`: no progress and no plans. In the environment, so that the processes of a run know it too."""
+    return bool(os.environ.get("TWIST_QUIET"))
 
 
 class Progress:
@@ -30,7 +36,8 @@ class Progress:
         every_s: float = 10.0,
         quiet: bool = False,
     ) -> None:
-        self.title, self.total, self.unit, self.every_s, self.quiet = title, total, unit, every_s, quiet
+        self.title, self.total, self.unit, self.every_s = title, total, unit, every_s
+        self.quiet = quiet or is_quiet()
         self.done, self._first = start, start
         self._began = self._printed = time.monotonic()
         self._values: dict[str, Any] = {}

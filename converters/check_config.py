@@ -21,7 +21,7 @@ from twist.contracts.errors import UsageError, UserError, printable
 from twist.contracts.weights import Backbone
 from twist.converters.read import load_artefact
 from twist.converters.sources import Reading
-from twist.converters.targets.detectron2 import detectron2_overlay
+from twist.converters.targets.detectron2 import config_file, detectron2_overlay
 from twist.converters.targets.mmseg import mmseg_overlay
 
 
@@ -128,7 +128,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
         @classmethod
         def _open_cfg(cls, filename: str) -> io.StringIO:
             # Old configs compute anchor sizes with `!!python/object/apply:eval`; no setting that is checked is such.
-            text = files.read_text(filename, remedy="check the config")
+            text = files.read_text(config_file(filename), remedy="check the config")
             depth = 0
             for bracket in re.findall(r"[\[\]{}]", text):
                 depth += 1 if bracket in "[{" else -1

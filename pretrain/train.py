@@ -23,6 +23,7 @@ from torch import Tensor
 
 from twist.contracts.errors import UserError
 from twist.contracts.machine import code_sha256
+from twist.contracts.progress import is_quiet
 from twist.contracts.ranks import require_equal
 from twist.contracts.run_folder import locked
 from twist.pretrain import distributed, run_folder
@@ -177,7 +178,7 @@ def _take_folder(stack: contextlib.ExitStack, output: Path, config: PretrainConf
 def _announce(plan: Plan, run: Run) -> None:
     text = plan.render()
     (run.output / "plan.txt").write_text(text)
-    if run.position.steps == 0:
+    if run.position.steps == 0 and not is_quiet():
         say(text)
     for lack in filter(None, (plan.lack_of_steps(), plan.lack_of_shared_memory())):
         say(lack)

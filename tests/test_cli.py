@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import resource
@@ -114,6 +115,26 @@ def test_data_sets_may_be_named_by_the_environment(monkeypatch: pytest.MonkeyPat
     assert f"{tmp_path / 'coco'}" in check.stdout
     assert "x/y" in prepare.stderr or "Pascal VOC comes from" in prepare.stderr, "past the root"
     assert "3 runs: 0 done, 3 to run" in plan.stdout
+
+
+def test_commands_answer_in_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda: [doctor.Check("torch", "absent", "make install", broken=True)])
+    for arguments, status, first in (
+        (["doctor"], 1, {"name": "torch", "found": "absent", "remedy": "make install", "broken": True}),
+        (["transfer", "--list", "knn"], 0, {"name": "knn", "data": ["imagenet"], "gpus": 1}),
+        (["data", "check", "coco", tmp_path], 1, {"severity": "error", "message": "is missing"}),
+    ):
+        done = twist(*arguments, "--json")
+        row = json.loads(done.stdout)[0]
+        assert (done.returncode, {key: row[key] for key in first}) == (status, first)
+    assert {row["name"] for row in json.loads(twist("transfer", "--list", "vit", "full", "--json").stdout)} > {"knn"}
+
+
+def test_quiet_shows_no_progress_and_no_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TWIST_QUIET", "")  # what `-q` sets is taken back
+    assert "100%" in (loud := twist("data", "check", "coco", tmp_path).stderr) or "file" in loud
+    quiet = twist("-q", "data", "check", "coco", tmp_path)
+    assert (quiet.stderr, "is missing" in quiet.stdout) == ("", True)
 
 
 @pytest.mark.slow  # two processes

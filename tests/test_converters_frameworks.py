@@ -336,6 +336,14 @@ def test_check_config_of_detectron2(written: dict[str, Path], tmp_path: Path) ->
         "MODEL.BACKBONE.FREEZE_AT", "MODEL.ROI_HEADS.NAME", "MODEL.WEIGHTS",
     }  # fmt: skip
     assert "Res5ROIHeadsExtraNorm" in mismatch_text(found)
+    # Our recipe, whose base is named by `model_zoo://`: the overlay's settings and the weights are missing.
+    ours = {
+        mismatch.key
+        for mismatch in check_config(
+            Path(__file__).resolve().parent.parent / "configs/detectron2/voc_frcnn_c4_24k.yaml", weights
+        )
+    }
+    assert ours == {m.key for m in found} - {"MODEL.RESNETS.NORM", "MODEL.BACKBONE.FREEZE_AT", "MODEL.ROI_HEADS.NAME"}
     # With the overlay and the recipe's norms nothing is left.
     overlay = (written["r50-detectron2"] / "overlay.yaml").read_text()
     text = (

@@ -260,6 +260,9 @@ def test_a_run_is_continued_on_its_own_data_alone(tmp_path) -> None:
     with pytest.raises(UserError, match=r"holds another run: data was 'imagenet \w+' and is 'imagenet \w+' now"):
         transfer("knn", data=tmp_path / "other", overrides=quick, **given)
     (tmp_path / "data").rename(tmp_path / "moved")
+    (tmp_path / "data").mkdir()  # as a disk that is not mounted
+    with pytest.raises(UserError, match=rf"on imagenet \w+, and {tmp_path / 'data'} has no readable imagenet"):
+        transfer("knn", data=tmp_path / "data", overrides=quick, **given)
     assert transfer("knn", data=tmp_path / "moved", overrides=quick, **given).metrics == record.metrics
     # A run that was begun before folders said their data goes on.
     account = json.loads((tmp_path / "run" / folder.RUN_FILE).read_text())

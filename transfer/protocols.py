@@ -95,18 +95,25 @@ def list_protocols(words: Sequence[str] = ()) -> str:
 
     With the name of a row it is that row's whole block. `UsageError` for a word that no row has.
     """
+    rows = select_protocols(words)
+    if [row.name for row in rows] == list(words):
+        return _block(rows[0])
+    more = (
+        "" if words else "\n\n--list NAME shows one whole, with the numbers published for it; --list dense vit chooses."
+    )
+    return ("\n".join(map(_line, rows)) or f"No protocol is {' and '.join(words)} at once.") + more
+
+
+def select_protocols(words: Sequence[str]) -> list[Protocol]:
+    """The row of a name, else those that have all `words` (`words_of`); `UsageError` for a word that no row has."""
     if len(words) == 1 and words[0] in PROTOCOLS:
-        return _block(PROTOCOLS[words[0]])
+        return [PROTOCOLS[words[0]]]
     known = set().union(*map(words_of, PROTOCOLS.values()))
     for word in words:
         if word not in known:
             near = did_you_mean(word, {*known, *PROTOCOLS})
             raise UsageError(f'No protocol has the word "{word}".{near} There are {", ".join(sorted(known))}.')
-    rows = [row for row in PROTOCOLS.values() if words_of(row) >= set(words)]
-    more = (
-        "" if words else "\n\n--list NAME shows one whole, with the numbers published for it; --list dense vit chooses."
-    )
-    return ("\n".join(map(_line, rows)) or f"No protocol is {' and '.join(words)} at once.") + more
+    return [row for row in PROTOCOLS.values() if words_of(row) >= set(words)]
 
 
 def words_of(row: Protocol) -> set[str]:

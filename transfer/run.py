@@ -27,6 +27,7 @@ from twist.contracts import files, run_folder, states
 from twist.contracts.errors import UsageError, UserError, require
 from twist.contracts.files import sha256_file
 from twist.contracts.machine import git_commit, hardware, software
+from twist.contracts.progress import is_quiet
 from twist.contracts.record import RunRecord, WeightsProvenance, check_label, name_in, read_record, write_record
 from twist.contracts.weights import Backbone, read_header, stem_of, write_backbone
 from twist.converters.convert import name_of
@@ -163,7 +164,8 @@ def _measure(asked: _Asked) -> RunRecord:
             run_folder.refuse_other_transfer(output, earlier, run)
             if (done := finished_record(request, ready, earlier, results)) is not None:
                 return done
-        print(plan.plan, file=sys.stderr)
+        if not is_quiet():
+            print(plan.plan, file=sys.stderr)
         # Whatever becomes of an evaluation, the run stays as finished as it was.
         if request.leads and not request.eval_only:
             run_folder.write_run(output, run, state=run_folder.RUNNING)
@@ -301,6 +303,11 @@ def take_folder(request: Request, run: dict[str, Any]) -> dict[str, Any] | None:
         # An earlier version did not note the network: the file with the weights says it.
         began = read_header(output / RANDOM_FILE) if (output / RANDOM_FILE).is_file() else request.random
         earlier["weights"] = {**weights, "architecture": began.architecture, "width": began.width}
+    if run["data"] is None and earlier.get("data"):
+        raise UserError(
+            f"{output} holds a run on {earlier['data']}, and {request.data} has no readable "
+            f"{' and '.join(request.protocol.data)}: pass the --data of then (`twist data check` says what is missing)."
+        )
     run_folder.refuse_other_transfer(output, earlier, run)
     if not (request.resume or request.eval_only):
         run_folder.refuse_second_start(output, earlier)

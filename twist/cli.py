@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="twist",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -61,6 +61,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, and stop
 Method = Annotated[str | None, typer.Option(help="Method of the weights, where the file does not say it.")]
 # A target is a file of its name; importing them all would take a second.
 TARGETS = ", ".join(file.name for file in pkgutil.iter_modules([f"{room}/targets" for room in converters.__path__]))
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what the run folder holds.")]
 
 
@@ -76,9 +77,12 @@ def options(
     version: Annotated[  # noqa: ARG001
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no plans.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the frameworks' own logs.")] = False,
 ) -> None:
-    if debug:
-        os.environ["TWIST_DEBUG"] = "1"
+    for name, asked in (("DEBUG", debug), ("QUIET", quiet), ("VERBOSE", verbose)):
+        if asked:
+            os.environ[f"TWIST_{name}"] = "1"
 
 
 @app.command()
@@ -136,7 +140,7 @@ def inspect(
     entry: Entry = None,
     prefix: Prefix = None,
     heads: Heads = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what is in a checkpoint.
 
@@ -245,6 +249,7 @@ def transfer(
     list_protocols: Annotated[
         bool, typer.Option("--list", help="Print the protocols, or those of a name or word.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --list: JSON.")] = False,
 ) -> None:
     """Run one transfer protocol and write one record.
 
@@ -256,7 +261,9 @@ def transfer(
     from twist.transfer import protocols
 
     if list_protocols:
-        print(protocols.list_protocols([*filter(None, [protocol]), *(overrides or ())]))
+        words = [*filter(None, [protocol]), *(overrides or ())]
+        rows = [asdict(row) for row in protocols.select_protocols(words)] if as_json else []
+        print(_json(rows) if as_json else protocols.list_protocols(words))
         return
     if protocol is None or weights is None:
         raise UsageError("Say which protocol and which weights: twist transfer PROTOCOL --weights FILE (see --list).")
@@ -345,7 +352,7 @@ def data_card(
 
 
 @data_app.command("check")
-def data_check(dataset: str, root: DataRoot = None) -> None:
+def data_check(dataset: str, root: DataRoot = None, as_json: AsJson = False) -> None:
     """Say everything that is missing or wrong in a data set, at once.
 
     DATASET is a data card, coco, voc, cityscapes, imagenet, sample, or folders: images of your own, in
@@ -366,7 +373,7 @@ def data_check(dataset: str, root: DataRoot = None) -> None:
         findings = check_images(root, sheet=sheet)
     else:
         findings = check(dataset, find_root(None) if root is None else root)
-    print(render(findings))
+    print(_json([asdict(finding) for finding in findings]) if as_json else render(findings))
     raise typer.Exit(1 if has_errors(findings) else 0)
 
 
@@ -510,12 +517,12 @@ def fetch(names: Annotated[list[str], typer.Argument(metavar="NAME …")]) -> No
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Say what this environment can do, and how to change it."""
     from twist.doctor import examine, render
 
     checks = examine()
-    print(render(checks))
+    print(_json([asdict(check) for check in checks]) if as_json else render(checks))
     raise typer.Exit(1 if any(check.broken for check in checks) else 0)
 
 

@@ -13,6 +13,7 @@ from types import ModuleType
 
 from twist.contracts.errors import EXTRAS, install_command
 from twist.contracts.machine import CLONE, c_compiler, cores
+from twist.contracts.progress import Progress
 
 # Name in the report → the module to import, and what there is not without it.
 PACKAGES = {
@@ -42,9 +43,14 @@ class Check:
 
 def examine() -> list[Check]:
     """Run every check; none of them raises."""
-    packages = [_package(name) for name in PACKAGES]
+    checks = [Check("Python", platform.python_version())]
+    with Progress("doctor", total=len(PACKAGES), unit="package", every_s=2.0) as bar:
+        for name in PACKAGES:
+            bar.advance(0, importing=name)
+            checks.append(_package(name))
+            bar.advance(1)
     others = (_accelerator, _processes, _compiler, _photos, _machine, _data)
-    return [Check("Python", platform.python_version()), *packages, *(check() for check in others)]
+    return [*checks, *(check() for check in others)]
 
 
 def render(checks: list[Check]) -> str:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twist.contracts import rename
+from twist.contracts.errors import require
 from twist.contracts.files import atomic_path
 from twist.contracts.weights import METADATA_KEY, Backbone, check_written, depth_of
 from twist.converters import tables
@@ -26,6 +28,19 @@ if TYPE_CHECKING:
 
 WEIGHTS = "weights.pth"
 AUTHOR = "twist-suite"
+
+
+def config_file(name: str) -> str:
+    """The file that a `_BASE_` means: of `…model_zoo://NAME`, as our configs write it, the installed model zoo's."""
+    _, zoo, named = name.partition("model_zoo://")
+    if not zoo:
+        return name
+    require("transfer", "detectron2")
+    with warnings.catch_warnings():
+        # It imports pkg_resources, which complains about itself, in every worker again.
+        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+        from detectron2 import model_zoo
+    return model_zoo.get_config_file(named)
 
 
 def refuse(backbone: Backbone) -> str | None:

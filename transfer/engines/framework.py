@@ -344,7 +344,9 @@ def collect(request: Request, resolved: Resolved) -> Result:
 
 @contextlib.contextmanager
 def frameworks_quiet(log: Path | None = None) -> Iterator[None]:
-    """Inside, the frameworks' loggers write to `log` (nowhere when None), prints and known warnings go nowhere."""
+    """Inside, the frameworks' loggers write to `log` (nowhere when None), prints and known warnings go nowhere.
+
+    With `twist -v` the loggers write to stderr too."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
     handler = logging.NullHandler() if log is None else logging.FileHandler(log)
@@ -352,7 +354,7 @@ def frameworks_quiet(log: Path | None = None) -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.INFO)
         logger.propagate = False
-        logger.handlers = [handler]
+        logger.handlers = [handler, *([logging.StreamHandler()] if os.environ.get("TWIST_VERBOSE") else [])]
     try:
         with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             for text in _NOISE:

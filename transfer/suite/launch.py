@@ -297,7 +297,7 @@ class RayLauncher(Launcher):
             _start_ray()
         try:
             task = ray.remote(_ray_task).options(**{"name": log.parent.name, **self._options})
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UsageError(f"`ray` in the suite: {error}") from None
         return RayRun(task.remote(command, log.resolve(), Path.cwd()), log)
 

@@ -22,7 +22,7 @@ from typing import Any
 from twist.contracts import states
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.files import sha256_json
-from twist.contracts.progress import duration
+from twist.contracts.progress import duration, is_quiet
 from twist.contracts.record import RunRecord, find_records, name_in, write_record
 from twist.transfer.engines import all_engines
 from twist.transfer.protocols import PROTOCOLS
@@ -60,7 +60,8 @@ def run_suite(
     for job in work.missing:
         _left_by_run(job, output=output)  # refuses what was measured on other data, before anything starts
     launcher = EXECUTORS[executor](suite, work, gpus, output)
-    print(config.describe_work(work, suite, slots=launcher.slots, gpus_of_run=launcher.gpus))
+    if dry_run or not is_quiet():
+        print(config.describe_work(work, suite, slots=launcher.slots, gpus_of_run=launcher.gpus))
     if dry_run:
         for job in work.missing:
             if script := launcher.script(job.folder(output)):
@@ -203,7 +204,7 @@ class _Runs:
         """Run every job. An early end (an error, Ctrl-C) stops runs; those of SLURM are named and go on."""
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: leave([one.run for one in self.running]))
-            if sys.stderr.isatty() and self.waiting:
+            if sys.stderr.isatty() and self.waiting and not is_quiet():
                 from rich.console import Console
                 from rich.live import Live
 

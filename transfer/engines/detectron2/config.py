@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import warnings
 from typing import IO, Any, ClassVar
 
 import yaml
@@ -15,6 +14,7 @@ from twist.catalog.boxes import mask_format
 from twist.catalog.data_sets import DATA_SETS, read_sample
 from twist.contracts.errors import UserError
 from twist.contracts.machine import cores
+from twist.converters.targets.detectron2 import config_file
 from twist.transfer.engines import framework
 from twist.transfer.engines.detectron2 import ENGINE, vit
 from twist.transfer.engines.detectron2.data import OWN_TRAIN, OWN_VAL
@@ -22,12 +22,6 @@ from twist.transfer.engines.framework import FrameworkConfig
 from twist.transfer.recipe import Schedule, Tree
 from twist.transfer.request import Request, Weights
 
-with warnings.catch_warnings():
-    # It imports pkg_resources, which complains about itself, in every worker again.
-    warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
-    from detectron2 import model_zoo
-
-ZOO = "model_zoo://"
 # What belongs to the weights and not to the protocol: their normalisation, channel order and stride.
 _OF_THE_WEIGHTS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1")
 _OF_A_VITS_WEIGHTS = tuple(f"MODEL.TWIST_VIT.{key}" for key in ("ARCHITECTURE", "IMAGE_SIZE", "VIT"))
@@ -47,8 +41,7 @@ class _Files(CfgNode):
 
     @classmethod
     def _open_cfg(cls, filename: str) -> IO[str]:
-        _, zoo, name = filename.partition(ZOO)
-        return super()._open_cfg(model_zoo.get_config_file(name) if zoo else filename)
+        return super()._open_cfg(config_file(filename))
 
 
 def read_tree(tree: Any) -> CfgNode:
