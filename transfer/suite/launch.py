@@ -305,6 +305,7 @@ class RayLauncher(Launcher):
 def _start_ray() -> None:
     """Join the cluster of RAY_ADDRESS, or start Ray on this machine; `UserError` where neither works."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent without being asked for
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # 20 by default: a wrong address would be tried for minutes
     import ray
 
     address = os.environ.get("RAY_ADDRESS", "local")
