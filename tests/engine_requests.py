@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from twist.contracts.errors import UsageError
+from twist.contracts.images import read_image
 from twist.contracts.networks import build_backbone
 from twist.contracts.record import RunRecord, read_record
 from twist.contracts.weights import Backbone, is_vit, stem_of
 from twist.converters.targets import TARGETS
 from twist.transfer.engines import all_engines
+from twist.transfer.predict import Picture
 from twist.transfer.protocols import find_protocol
 from twist.transfer.request import Request, Resolved, Result, Weights, split_overrides
 
@@ -48,7 +50,8 @@ class EngineUser:
 
     def __init__(self, name: str, tree: Path, weights: Callable[[str], Written], output: Path) -> None:
         torch.set_num_threads(1)
-        self.engine: Any = importlib.import_module(all_engines()[name].module)
+        self._row = all_engines()[name]
+        self.engine: Any = importlib.import_module(self._row.module)
         self._tree, self._weights, self.output = tree, weights, output
 
     def ask(
@@ -67,6 +70,10 @@ class EngineUser:
     def run(self, protocol: str, *overrides: str, **more: Any) -> Result:
         asked = self.ask(protocol, *overrides, **more)
         return self.engine.run(*asked, self.engine.resolve(*asked))
+
+    def predict(self, pictures: list[Path], output: Path) -> dict[str, Any]:
+        given = (Picture(path.stem, path, read_image(path)) for path in pictures)
+        return importlib.import_module(str(self._row.predict)).predict(self.output, given, output)
 
 
 def flip_a_bit(path: Path) -> None:

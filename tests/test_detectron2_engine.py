@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from engine_requests import EngineUser, flip_a_bit, weights_maker
-from tiny_trees import HEIGHT, WIDTH, make_cityscapes, make_coco, make_voc_detection
+from tiny_trees import COCO_IDS, COCO_NAMES, HEIGHT, WIDTH, make_cityscapes, make_coco, make_voc_detection
 
 from twist.contracts.errors import UserError
 from twist.contracts.weights import usual_vit
@@ -201,7 +201,7 @@ def test_vits_that_a_protocol_does_not_compute_are_refused(user) -> None:
 
 @pytest.mark.parametrize("architecture", ["resnet18", "vit_tiny_patch16"])
 def test_a_frozen_backbone_stays_and_what_is_on_it_learns(architecture: str, user, weights) -> None:
-    options = (*QUICK, "SOLVER.WARMUP_ITERS=0", "SOLVER.CHECKPOINT_PERIOD=2")
+    options = (*QUICK, "SOLVER.WARMUP_ITERS=0", "SOLVER.CHECKPOINT_PERIOD=2", "MODEL.ROI_HEADS.SCORE_THRESH_TEST=0.0")
     result = user.run("coco-mrcnn-fpn-frozen-12ep", *options, architecture=architecture)
     state = torch.load(user.output / "model_final.pth", weights_only=True)["model"]
     file = torch.load(weights(architecture)[0], weights_only=True)["model"]
@@ -212,6 +212,31 @@ def test_a_frozen_backbone_stays_and_what_is_on_it_learns(architecture: str, use
     assert any("weight" in name and not name.startswith(prefix) for name in state)
     assert result.loaded == json.loads((user.output / "loaded.json").read_text())["sha256"]
     assert len(result.loaded) == 64
+    _predictions_are_the_evaluations(user)
+
+
+def _predictions_are_the_evaluations(user) -> None:
+    """Boxes, masks, scores and classes of a finished run, on its validation pictures given as anyone's."""
+    pictures = sorted((user._tree / "coco" / "val2017").iterdir())
+    drawings = user.output / "drawings"
+    drawings.mkdir()
+    found = user.predict(pictures, drawings)
+    names = {category["id"]: category["name"] for category in found["categories"]}
+    evaluated = json.loads((user.output / "inference" / "coco_instances_results.json").read_text())
+    assert len(evaluated) >= 20
+    known = dict(zip(COCO_IDS, COCO_NAMES, strict=True))
+    paths = {image["id"]: Path(image["file_name"]) for image in found["images"]}
+
+    def plain(one, name: str, image: int) -> tuple:
+        return image, name, one["score"], *one["bbox"], one["segmentation"]["counts"]
+
+    ours = [plain(one, names[one["category_id"]], int(paths[one["image_id"]].stem)) for one in found["annotations"]]
+    theirs = [plain(one, known[one["category_id"]], one["image_id"]) for one in evaluated]
+    for one, other in zip(sorted(ours), sorted(theirs), strict=True):
+        assert one[:2] == other[:2]
+        assert one[2:7] == pytest.approx(other[2:7], abs=1e-4)
+        assert one[7] == other[7]
+    assert sorted(path.stem for path in drawings.iterdir()) == [path.stem for path in pictures]
 
 
 def test_ranks_with_different_weights_are_refused(tmp_path) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from imagenet_tree import write_tree
+from PIL import Image
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from twist.cli import app
 from twist.contracts import run_folder as folder
@@ -20,6 +22,7 @@ from twist.contracts.networks import build_backbone
 from twist.contracts.record import find_records, read_record
 from twist.contracts.weights import METADATA_KEY
 from twist.transfer.engines.imagenet import training
+from twist.transfer.predict import predict
 from twist.transfer.run import transfer
 
 QUICK = ["architecture=resnet18", "size=32", "resize=36", "batch_size=9", "epochs=2"]
@@ -92,6 +95,52 @@ def test_evaluation_alone_of_a_finished_run_replaces_its_record(
     assert any("nothing was trained" in note for note in record.notes)
     assert [Path(name).name for name in record.media] == ["predictions.png", "losses.png"]
     assert all((path.parent / name).is_file() for name in (*record.media, record.curves))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("protocol", "overrides"),
+    [("linear", ()), ("linear-grid", ("holdout_every=4",)), ("semi-10pct", ("labels_from=seed", "batch_size=3"))],
+)
+def test_predictions_of_a_finished_run_are_as_often_right_as_it_measured(
+    protocol: str, overrides: tuple[str, ...], tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.set_num_threads(1)
+    given = [*QUICK, "machine.workers=0", *overrides]
+    run, output = tmp_path / "run", tmp_path / "told"
+    record = transfer(protocol, weights="random", data=tree, gpus=0, output=run, overrides=given)
+    capsys.readouterr()
+    arguments = ["predict", str(run), str(tree / "val"), "--output", str(output)]
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).output.endswith(f"{output}/predictions.json\n")
+    found = json.loads((output / "predictions.json").read_text())
+    assert found == predict(run, tree / "val", output), "earlier predictions are replaced"
+    right = [image["classes"][0]["name"] == Path(image["file_name"]).parent.name for image in found["images"]]
+    assert 100 * sum(right) / len(right) == pytest.approx(record.metrics["top1_percent"])
+    assert all(sum(one["score"] for one in image["classes"]) == pytest.approx(1) for image in found["images"])
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "letter.txt").touch()
+    with pytest.raises(UserError, match=r"holds letter\.txt"):
+        predict(run, tree / "val", tmp_path / "own")
+    if protocol == "linear":  # fine-tuning has its own backbone
+        (run / "weights" / "random.safetensors").unlink()
+        with pytest.raises(UserError, match=r"random\.safetensors.* put it back"):
+            predict(run, tree / "val", output)
+
+
+def test_runs_that_cannot_predict_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no run in"):
+        predict(tmp_path, tmp_path)
+    cases = (("voc12aug-knn-seg", folder.DONE, "keeps no network"), ("linear", folder.RUNNING, "with --resume"))
+    for protocol, state, said in cases:
+        folder.write_run(tmp_path / protocol, {"protocol": protocol}, state=state)
+        with pytest.raises(UserError, match=said):
+            predict(tmp_path / protocol, tmp_path)
+    folder.write_run(tmp_path / "knn", {"protocol": "knn"}, state=folder.DONE)
+    (tmp_path / "knn" / "recipe.json").write_text('{"kind": "knn", "config": "knn"}')
+    Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
+    with pytest.raises(UserError, match="knn trains no classifier"):
+        predict(tmp_path / "knn", tmp_path / "p.png", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -7,9 +7,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from engine_requests import EngineUser, flip_a_bit, weights_maker
+from PIL import Image
 from tiny_trees import make_ade20k, make_cityscapes, make_voc_segmentation
 
 from twist.contracts.errors import UserError
@@ -187,16 +189,16 @@ def test_the_last_checkpoint_is_the_folders_own(tmp_path: Path) -> None:
 
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
-    assert engine._last_checkpoint(here) is None
+    assert engine.last_checkpoint(here) is None
     (here / "iter_4.pth").write_bytes(b"mine")
     (here / "last_checkpoint").write_text(str(here / "iter_4.pth"))
     here.rename(there)
     here.mkdir()
     (here / "iter_4.pth").write_bytes(b"another run's")
-    assert engine._last_checkpoint(there) == there / "iter_4.pth"
+    assert engine.last_checkpoint(there) == there / "iter_4.pth"
     (there / "iter_4.pth").unlink()
     with pytest.raises(UserError, match=r"there holds no iter_4\.pth, its newest checkpoint"):
-        engine._last_checkpoint(there)
+        engine.last_checkpoint(there)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(user) -> None:
@@ -267,6 +269,26 @@ def test_an_interrupted_run_continues_from_its_checkpoint(user, monkeypatch, cap
     assert "resumed epoch: 0, iter: 2" in (user.output / "log.txt").read_text()
     # The finished run continued once more has nothing to train and is evaluated.
     assert user.run("voc12aug-fcn-d16-30k", *options, resume=True).metrics == result.metrics
+    _predictions_have_the_evaluations_iou(user, result.metrics["miou_percent"])
+
+
+def _predictions_have_the_evaluations_iou(user, miou: float) -> None:
+    """Masks of a finished run for its validation pictures, given as anyone's, against the data set's own."""
+    voc = next(user._tree.rglob("VOC2012"))
+    names = (voc / "ImageSets" / "Segmentation" / "val.txt").read_text().split()
+    drawings = user.output / "drawings"
+    drawings.mkdir()
+    found = user.predict([voc / "JPEGImages" / f"{name}.jpg" for name in names], drawings)
+    assert (len(found["classes"]), found["classes"][15]) == (21, "person")
+    counts = np.zeros((21, 21), np.int64)
+    for name in names:
+        truth = np.asarray(Image.open(voc / "SegmentationClass" / f"{name}.png"))
+        with Image.open(drawings / f"{name}.png") as mask:
+            assert mask.getpalette()[: 21 * 3] == [value for colour in found["palette"] for value in colour]
+            np.add.at(counts, (truth[truth < 255], np.asarray(mask)[truth < 255]), 1)
+        assert (drawings / f"{name}-drawn.png").is_file()
+    union = counts.sum(0) + counts.sum(1) - counts.diagonal()
+    assert 100 * np.mean(counts.diagonal()[union > 0] / union[union > 0]) == pytest.approx(miou, abs=0.02)
 
 
 def _worker_on_cpu(local_rank: int, request: Request, weights: Path, address: str) -> None:

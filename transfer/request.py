@@ -19,6 +19,9 @@ from twist.transfer.protocols import Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+# In the run folder: the random initialisation that the run starts from.
+RANDOM_FILE = Path("weights") / "random.safetensors"
+
 
 class Controls(Config):
     """Ours, not the framework's: `architecture=resnet18`, `keep_batch=true`, `nodes=2 node_rank=0 master=host:port`."""

@@ -37,12 +37,10 @@ from twist.transfer.end import render_end, render_places
 from twist.transfer.engines import Engine, all_engines
 from twist.transfer.engines.framework import frameworks_quiet
 from twist.transfer.protocols import Protocol, find_protocol
-from twist.transfer.request import Controls, Request, Resolved, Result, Weights, split_overrides
+from twist.transfer.request import RANDOM_FILE, Controls, Request, Resolved, Result, Weights, split_overrides
 
 RANDOM, SUPERVISED = "random", "supervised"
 TORCHVISION = "torchvision:"
-# In the run folder: the random initialisation that the run starts from.
-RANDOM_FILE = Path("weights") / "random.safetensors"
 # In a shared conversion: its files and what their tensors mean.
 CONVERTED = "converted.json"
 CONTINUED = "continued from a checkpoint: wall_s counts this start alone"

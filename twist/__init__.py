@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from twist.converters.read import load_artefact as load_artefact
     from twist.converters.read import load_backbone as load_backbone
     from twist.transfer.features import features as features
+    from twist.transfer.predict import predict as predict
     from twist.transfer.run import transfer
 
     run_transfer = transfer
@@ -30,6 +31,7 @@ _PUBLIC = {
     "load_artefact": "converters.read:load_artefact",
     "load_backbone": "converters.read:load_backbone",
     "features": "transfer.features:features",
+    "predict": "transfer.predict:predict",
     "run_transfer": "transfer.run:transfer",
     "compare_records": "compare.comparison:compare_records",
 }

@@ -293,6 +293,23 @@ def transfer(
         print(said)
 
 
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished transfer run.")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders with pictures.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("predictions"),
+) -> None:
+    """What a finished detection, segmentation or probe run says of your own pictures.
+
+    Writes predictions.json (COCO's boxes and masks, or classes with scores), index masks, and drawn pictures.
+    """
+    require("transfer")
+    from twist.transfer import predict as prediction
+
+    prediction.predict(run, images, output)
+    print(output / prediction.PREDICTIONS)
+
+
 @data_app.command("sample")
 def data_sample(
     root: Path,

@@ -20,8 +20,9 @@ class Engine:
     """One row.
 
     `module` has `resolve(request, weights) -> Resolved` and `run(request, weights, resolved) -> Result`, and is
-    imported only when a run needs it. `configs` is its folder under `configs/`. `target` is what the weights are
-    converted to, None to take them as tensors. `packages` must be installed; `extra` is the part that has them.
+    imported only when a run needs it; `predict` has `predict(run, pictures, output)` (see `transfer/predict.py`), None
+    where a run keeps no network. `configs` is its folder under `configs/`. `target` is what the weights are converted
+    to, None to take them as tensors. `packages` must be installed; `extra` is the part that has them.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Engine:
     target: str | None
     packages: tuple[str, ...]
     extra: str = "transfer"
+    predict: str | None = None
 
     @property
     def folder(self) -> Path:

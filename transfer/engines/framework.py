@@ -290,20 +290,23 @@ def seal(checkpoint: Path) -> None:
 
 
 def choose_checkpoint(request: Request, prefix: str) -> None:
-    """Let the framework go on from the newest `<prefix>_….pth` that is as it was saved.
+    """Let the framework go on from `newest_checkpoint`; without manifests its own note stays."""
+    if not (request.resume or request.eval_only):
+        return
+    found = newest_checkpoint(request.output, prefix, quiet=not request.leads)
+    if found is not None:
+        files.write_text(request.output / _LAST_CHECKPOINT, found.name)
 
-    In a run of an earlier version, which has no manifests, the framework's own note stays.
+
+def newest_checkpoint(output: Path, prefix: str, *, quiet: bool = False) -> Path | None:
+    """The newest `<prefix>_….pth` that is as it was saved; None in a run of an earlier version, without manifests.
 
     Raises:
         UserError: none of the checkpoints is as it was saved.
     """
-    if not (request.resume or request.eval_only):
-        return
-    saved = [path.with_suffix(".pth") for path in request.output.glob(f"{prefix}_*.json")]
+    saved = [path.with_suffix(".pth") for path in output.glob(f"{prefix}_*.json")]
     newest_first = sorted(saved, key=_iteration, reverse=True)
-    found = states.first_whole(newest_first, say=lambda text: print(text, file=sys.stderr) if request.leads else None)
-    if found is not None:
-        files.write_text(request.output / _LAST_CHECKPOINT, found.name)
+    return states.first_whole(newest_first, say=lambda text: None if quiet else print(text, file=sys.stderr))
 
 
 def _iteration(checkpoint: Path) -> float:
@@ -321,8 +324,17 @@ def require_finished(output: Path, *, done: int, of: int) -> None:
 
 
 def leave(output: Path, **measured: Any) -> None:
-    """In a worker: write `metrics`, `images` (how many of each set), `media` (files in `output`) and `notes`."""
+    """In a worker: write `metrics`, `images` (how many of each set), `media` (files in `output`) and `notes`.
+
+    What else a prediction needs, such as the names of `classes`, is kept there too.
+    """
     files.write_json(output / _EVALUATION, measured)
+
+
+def evaluation(output: Path) -> dict[str, Any]:
+    """What `leave` wrote; empty in a run that wrote nothing."""
+    path = output / _EVALUATION
+    return files.read_json(path) if path.exists() else {}
 
 
 def collect(request: Request, resolved: Resolved) -> Result:

@@ -106,7 +106,8 @@ def _worker(request: Request, weights: Path, dumped: str) -> None:
         if comm.get_local_rank() == 0:  # one process of every node: its caller wants the result too
             metrics, notes = metrics_of(results, request, masks=config.MODEL.MASK_ON or not own)
             media = save_pairs(request.output, draw(bare(trainer.model), config))
-            leave(request.output, metrics=metrics, images=images, media=media, notes=notes)
+            classes = list(MetadataCatalog.get(config.DATASETS.TEST[0]).thing_classes)
+            leave(request.output, metrics=metrics, images=images, media=media, notes=notes, classes=classes)
 
 
 class Trainer(DefaultTrainer):

@@ -25,6 +25,7 @@ from twist.contracts.networks import network_of
 from twist.contracts.weights import Backbone
 from twist.measure.features import Batch, Extractor, FeatureFile, frozen
 from twist.measure.knn import nearest, plan_blocks, top_percent, vote_ranks
+from twist.transfer.engines.framework import leave
 from twist.transfer.engines.imagenet import recipes, training
 from twist.transfer.engines.imagenet.head import head_classes, read_head
 from twist.transfer.engines.imagenet.images import decoded, extract, labelled_subset, listed_labels
@@ -32,7 +33,7 @@ from twist.transfer.engines.imagenet.journal import log
 from twist.transfer.engines.imagenet.panel import cluster_panel, neighbour_panel, prediction_panel
 from twist.transfer.pictures import plot_losses
 from twist.transfer.recipe import departures
-from twist.transfer.request import Request, Result, Weights
+from twist.transfer.request import RANDOM_FILE, Request, Result, Weights
 
 if TYPE_CHECKING:
     from twist.transfer.protocols import Protocol
@@ -274,6 +275,9 @@ def _classify(setup: Setup, work: Callable[..., Any], *arguments: Any) -> Result
     done = training.run_ranks(
         work, setup, *arguments, processes=max(setup.request.gpus, 1), device=device, output=output
     )
+    request, header = setup.request, setup.weights.header.model_dump(mode="json")
+    given = {"file": str(request.checkpoint or RANDOM_FILE), "sha256": request.sha256, "reading": request.reading}
+    leave(output, classes=list(setup.train.classes), chosen=done["chosen"], header=header, weights=given)
     history = done["history"]
     best = max((row for row in history if "top1_percent" in row), key=lambda row: row["top1_percent"])
     images = f"{len(setup.labelled)} labelled images of {len(setup.train)}"

@@ -81,7 +81,7 @@ def _worker(local_rank: int, request: Request, weights: Path, address: str | Non
         register_all_modules(init_default_scope=False)
         init_default_scope("mmseg")
         config = Config.fromfile(request.output / "config.py")
-        last = _last_checkpoint(request.output) if request.resume or request.eval_only else None
+        last = last_checkpoint(request.output) if request.resume or request.eval_only else None
         if request.eval_only:
             done = 0 if last is None else int(last.stem.rpartition("_")[2])  # mmengine's iter_120.pth
             framework.require_finished(request.output, done=done, of=config.train_cfg.max_iters)
@@ -125,25 +125,27 @@ def metrics_of(measured: dict[str, float]) -> dict[str, float]:
 @torch.no_grad()
 def draw(model: Any, dataset: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Truth and prediction of the images of the validation set."""
-    visualizer = SegLocalVisualizer(alpha=0.5)
     names = {"classes": dataset.metainfo["classes"], "palette": dataset.metainfo["palette"]}
     model.eval()
     for item in dataset:
         (found,) = model.test_step({"inputs": [item["inputs"]], "data_samples": [item["data_samples"]]})
         image = mmcv.imread(found.img_path, channel_order="rgb")
         image = mmcv.imrescale(image, (PANEL_PIXELS, PANEL_PIXELS))  # so that the names of classes can be read
-        drawn = []
-        for part in (item["data_samples"].gt_sem_seg, found.pred_sem_seg):
-            map_ = torch.nn.functional.interpolate(part.data[None].float().cpu(), image.shape[:2], mode="nearest")
-            drawn.append(visualizer._draw_sem_seg(image, PixelData(data=map_[0].long()), **names))
-        yield drawn[0], drawn[1]
+        truth, prediction = item["data_samples"].gt_sem_seg, found.pred_sem_seg
+        yield drawn(image, truth.data, names), drawn(image, prediction.data, names)
+
+
+def drawn(image: np.ndarray, classes: Tensor, names: dict[str, Any]) -> np.ndarray:
+    """`image` (H, W, 3) RGB with the `classes` (1, h, w) of its parts over it; `names` are mmseg's classes, palette."""
+    map_ = torch.nn.functional.interpolate(classes[None].float().cpu(), image.shape[:2], mode="nearest")
+    return SegLocalVisualizer(alpha=0.5)._draw_sem_seg(image, PixelData(data=map_[0].long()), **names)
 
 
 def bare(model: nn.Module) -> Any:
     return model.module if is_model_wrapper(model) else model
 
 
-def _last_checkpoint(output: Path) -> Path | None:
+def last_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint of the run in `output`, None before the first; `UserError` when it is not there."""
     # mmengine notes its whole path, which after the folder was moved or copied is another run's, or nobody's.
     noted = find_latest_checkpoint(str(output))
