@@ -12,7 +12,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 # The label value of pixels that belong to no class.
@@ -88,6 +87,8 @@ class Confusion:
 
         With as many clusters as classes, one to one (Hungarian, by IoU).
         """
+        from scipy.optimize import linear_sum_assignment  # not needed where pretraining imports this file
+
         classes, clusters = self.counts.shape
         if clusters == classes:
             union = self.counts.sum(1, keepdims=True) + self.counts.sum(0, keepdims=True) - self.counts

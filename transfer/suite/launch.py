@@ -15,11 +15,13 @@ import contextlib
 import itertools
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,6 +120,7 @@ class LocalLauncher(Launcher):
         self.slots, self.gpus = len(self._gpus) or at_once, len(gpu_sets[0]) if gpu_sets else 0
         self._context: Any = multiprocessing.get_context("spawn" if gpu_sets else "forkserver")
         if not gpu_sets:
+            _choose_socket_folder()
             self._context.set_forkserver_preload(list(imported))
 
     def start(self, command: Sequence[str], *, log: Path, slot: int, lock: int) -> LocalRun:
@@ -126,6 +129,15 @@ class LocalLauncher(Launcher):
         process = self._context.Process(target=_child, args=(list(command), log, _Descriptor(lock)), kwargs=share)
         process.start()
         return LocalRun(process)
+
+
+def _choose_socket_folder() -> None:
+    """The fork server's socket lies in the folder for temporary files, and its path may have 108 bytes at most."""
+    before = tempfile.gettempdir()
+    if len(os.fsencode(before)) > 60:
+        tempfile.tempdir = "/tmp"
+    multiprocessing.util.get_temp_dir()  # chosen once in a process's life, removed at its end
+    tempfile.tempdir = before
 
 
 class _Descriptor:

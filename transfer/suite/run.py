@@ -81,7 +81,7 @@ def run_suite(
         runs.finish()
     except OSError as error:
         raise UserError(
-            f"The suite stopped: it cannot write under {output} or {results} ({error.strerror}): make room there and "
+            f"The suite stopped: it cannot write under {output} or {results} ({error.strerror or error!r}): make room there and "
             "start it again; what is done is kept."
         ) from None
     records = {**work.done, **runs.made}
