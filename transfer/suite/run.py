@@ -81,8 +81,8 @@ def run_suite(
         runs.finish()
     except OSError as error:
         raise UserError(
-            f"The suite stopped: it cannot write under {output} or {results} ({error.strerror or error!r}): make room there and "
-            "start it again; what is done is kept."
+            f"The suite stopped: it cannot write under {output} or {results} ({error.strerror or error}): "
+            "make room there and start it again; what is done is kept."
         ) from None
     records = {**work.done, **runs.made}
     return [records[job.key] for job in work.jobs if job.key in records], runs.error()
