@@ -15,6 +15,7 @@ from tiny_run import Crash, crash_after, differing, final_state, make_images, ro
 
 from twist.contracts import states
 from twist.contracts.errors import UserError
+from twist.contracts.run_folder import locked
 from twist.pretrain import checkpoint, run_folder
 from twist.pretrain.checkpoint import Manifest, Position
 
@@ -250,7 +251,7 @@ def test_resuming_nothing_starts_and_says_so(config, tmp_path: Path, capsys) -> 
 
 
 def hold(folder: Path, ready) -> None:
-    with run_folder.locked(folder):
+    with locked(folder):
         ready.set()
         import time
 
@@ -264,9 +265,9 @@ def test_the_lock_goes_with_the_process(tmp_path: Path) -> None:
     child = context.Process(target=hold, args=(tmp_path, ready))
     child.start()
     assert ready.wait(60)
-    with pytest.raises(UserError, match="Another process is writing"), run_folder.locked(tmp_path):
+    with pytest.raises(UserError, match="Another process is writing"), locked(tmp_path):
         pass
     child.kill()
     child.join()
-    with run_folder.locked(tmp_path):
+    with locked(tmp_path):
         pass

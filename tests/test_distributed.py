@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -317,41 +315,15 @@ def test_what_fails_on_one_rank_is_said_on_all_of_them_at_once(kind: str, senten
         fail_on_one, args=(str(tmp_path), kind), nprocs=2, join=False, start_method="forkserver"
     )
     ranks.processes[0].join(90)
+    for _ in range(600):  # rank 1 may say it a moment later
+        if (tmp_path / "1.json").exists():
+            break
+        time.sleep(0.1)
     ranks.processes[1].kill()
     (first, seconds), (second, _) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert seconds < 10, "it waited for a timeout"
     assert first.startswith(f"Rank 1: {sentence}" if kind in ("gloo", "nccl") else sentence)
     assert second.startswith(sentence)
-
-
-KILLED_TEN_TIMES = """
-import os, signal, threading, time
-import torch
-from twist.pretrain import distributed
-start, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
-if start < 10 and rank == 0:  # from the moment in which the ranks meet to that in which they work
-    threading.Timer(0.02 * start, os.kill, (os.getpid(), signal.SIGKILL)).start()
-with distributed.process_group("cpu"):
-    vote = distributed.Vote()
-    for _ in range(5 if start == 10 else 10_000):
-        distributed.summed(torch.ones(3))
-        time.sleep(0.01)
-    vote.close()
-print(f"rank {rank} has worked in start {start}", flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_ten_kills_of_rank_0_are_ten_restarts(tmp_path: Path) -> None:
-    """A start that died by itself while the ranks meet would cost an eleventh."""
-    script = tmp_path / "worker.py"
-    script.write_text(KILLED_TEN_TIMES)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, "--max-restarts", "10", "--monitor-interval", "0.1", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split("\n")[:2]) == [f"rank {rank} has worked in start 10" for rank in (0, 1)]
 
 
 def test_without_a_process_group_everything_is_one_rank() -> None:

@@ -148,7 +148,7 @@ def test_a_vit_brings_its_widths_and_the_recipe_the_rest(user) -> None:
     vit = usual_vit("vit_small_patch16").model_copy(update={"resize": "plain"})  # MMSegmentation's own backbone
     header = made.header.model_copy(update={"vit": vit})
     overlay = made.overlay.with_name("plain.py")
-    overlay.write_text(TARGETS["mmseg"].settings(header)[1])
+    overlay.write_text(next(iter(TARGETS["mmseg"].settings(header).values())))
     other = user.engine.resolve(request, replace(made, header=header, overlay=overlay))
     assert {model.backbone.type, other.config.model.backbone.type} == {"TwistVisionTransformer", "VisionTransformer"}
     assert other.recipe == resolved.recipe

@@ -18,6 +18,7 @@ from tiny_run import Crash, crash_after, differing, final_state, make_images, ro
 
 from twist.contracts.config import added
 from twist.contracts.errors import UserError
+from twist.contracts.run_folder import locked
 from twist.contracts.weights import read_backbone
 from twist.pretrain import run_folder, train
 from twist.pretrain.config import LossConfig, PretrainConfig
@@ -161,7 +162,7 @@ def test_sigkill_at_any_moment(data: dict, images: Path, tmp_path: Path) -> None
         child = started(config, tmp_path / "killed", resume=number > 0)
         wait_for_rows(tmp_path / "killed", count, child)
         if number == 0:
-            with pytest.raises(UserError, match="Another process"), run_folder.locked(tmp_path / "killed"):
+            with pytest.raises(UserError, match="Another process"), locked(tmp_path / "killed"):
                 pass
         os.kill(child.pid, signal.SIGKILL)
         child.join()

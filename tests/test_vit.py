@@ -222,7 +222,7 @@ def test_every_target_computes_the_features_at_two_sizes(name: str, target: str,
         assert done.proof.kind == "framework"
         assert bool(done.proof.drift) != same
     if target == "mmseg":
-        assert mmseg.is_mmsegs(backbone) == (name == "plain")
+        assert mmseg.is_mmsegs(backbone) == (name in ("plain", "Hugging Face"))
     assert load_source(done.weights).backbone == backbone
 
 
