@@ -52,7 +52,9 @@ def commands(section: str, text: str) -> Iterator[list[str]]:
             continue  # a SLURM of its own has test_slurm.py
         words = re.sub(r"^torchrun .*? -m twist", "twist", command).replace(" --gpus 8", "").split()
         if section in PLANNED or command.startswith("twist suite"):
-            words += ["--dry-run"] * command.startswith(LONG) + ["--dry-run"] * command.startswith("torchrun")
+            words += ["--dry-run"] * command.startswith(LONG)
+        if command.startswith("torchrun"):  # one process with the batch of two ranks
+            words += ["run.batch_size=256", "--dry-run"]
         yield words
 
 
@@ -107,6 +109,7 @@ def test_every_block_runs_as_it_stands(folder: Path) -> None:
         else:
             runs = [] if language else [*commands(section, text)]
         for words in runs:
+            print("$", *words, flush=True)
             done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{section}: {' '.join(words)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
             ran.append(words)
