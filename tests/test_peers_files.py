@@ -19,6 +19,7 @@ from torchvision.models import resnet18
 from twist.contracts.errors import UserError
 from twist.contracts.weights import Backbone, write_backbone
 from twist.converters.convert import convert
+from twist.converters.open import read_contents
 from twist.converters.read import load_source
 
 pytestmark = pytest.mark.slow
@@ -125,7 +126,7 @@ def test_mmengines_hooks(tmp_path: Path) -> None:
         default_scope="mmengine",
     )  # fmt: skip
     runner.train()
-    value = torch.load(tmp_path / "iter_2.pth", weights_only=False)  # ours
+    value = read_contents(tmp_path / "iter_2.pth").value
     places = {"backbone": value["state_dict"]["net.conv1.weight"]}
     places["raw"] = value["ema_state_dict"]["module.net.conv1.weight"]
     assert not torch.equal(*places.values())
