@@ -6,8 +6,6 @@ Each program prints the machine, the versions and its figures, and writes its JS
 `python benchmarks/gpu.py`'s: one call on a machine that has one.
 """
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

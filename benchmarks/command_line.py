@@ -7,8 +7,6 @@ nobody can make faster here; `make demo FAST=1` about two minutes and under 4 GB
 command is a fresh process.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

@@ -1,7 +1,6 @@
 """`docs/conversions.md`, written from the tables by `python -m benchmarks.conversions`. A test keeps it current."""
 
-from __future__ import annotations
-
+from collections.abc import Iterable
 from pathlib import Path
 
 from twist.contracts.files import write_text
@@ -88,7 +87,7 @@ def _target_heads() -> list[str]:
     return [f"`{name}`" for name in TARGETS]
 
 
-def _table(heads: list[str], rows: map[list[str]]) -> str:
+def _table(heads: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
 
 

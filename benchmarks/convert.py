@@ -6,8 +6,6 @@ Goals: without proof under 2 × (import torch + read + write), with peak memory 
 itself takes; with proof under 15 s on 2 cores. The alternatives run in turn, so a slow minute hits all of them.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

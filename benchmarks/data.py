@@ -9,8 +9,6 @@ torch's collation makes it; ours in one of a few buffers in turn, as for a run o
 chain's images/s a core in device mode and 3 times in CPU mode, with 14 views.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import tempfile

@@ -8,8 +8,6 @@ sizes in pixels, by hard links (a disk with hard links, 3 GB and 1.6 million fil
 its own, start included. What was just written lies in the page cache, so a disk's own speed is not in the figures.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

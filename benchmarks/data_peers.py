@@ -12,8 +12,6 @@ memory, as torch's collation makes it, ours in one of the few buffers of a worke
 round by round; the figure is images over CPU seconds. `device` leaves the photometric part to the GPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import random

@@ -9,8 +9,6 @@ hits both; reported are the iterations a second of each, and the overhead of the
 goal is at most 2 %.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

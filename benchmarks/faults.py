@@ -12,8 +12,6 @@ At its end FILE.json has the table, which `python -m benchmarks.summary` quotes.
 runs are forked from processes that have everything imported. Nothing here knows how the states are written, only where.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

@@ -8,8 +8,6 @@ ImageNet's size, with one thread and without workers, and end in a batch of byte
 figure is images over CPU seconds.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from collections.abc import Callable

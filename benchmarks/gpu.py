@@ -17,8 +17,6 @@ A part that fails is reported with its traceback and the others still run. Once 
 part begins, and those left are written down as skipped. Failed or skipped parts make the exit status 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import gc

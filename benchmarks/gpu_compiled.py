@@ -7,8 +7,6 @@ whose blocks begin as identities, and what is left is what rounding does through
 nearly zero its sign, and so a gradient, is a matter of rounding.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterator

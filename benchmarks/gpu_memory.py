@@ -4,8 +4,6 @@ A part of `benchmarks/gpu.py`. Peak memory at two batch sizes gives bytes an ima
 a largest batch on paper, and steps a little below it show what fits.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable
 from typing import Any

@@ -4,8 +4,6 @@ Parts of `benchmarks/gpu.py`. The run is `twist pretrain`'s own, on made photogr
 log. What is read is its `metrics.jsonl`. Shapes: `B` images, `V` views, `S` side.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import runpy

@@ -3,8 +3,6 @@
 A reader gives None when the parts it needs are absent, failed, were skipped, or are those of a --tiny run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

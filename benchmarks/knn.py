@@ -10,8 +10,6 @@ before; the first search, in which libraries load what they need, counts like th
 said, and makes the exit status 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import statistics

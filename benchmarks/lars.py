@@ -5,8 +5,6 @@
 The goal is at least 3 times faster on the same device. The updates are compared first.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

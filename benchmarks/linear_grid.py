@@ -6,8 +6,6 @@ A step is the frozen ResNet-50's features of random crops, and the classifiers' 
 `linear-grid` and `linear` train them (1,000 classes). The goal is at most 1.3 × the step with one classifier.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path

@@ -5,8 +5,6 @@
 The goal is at least 8 times faster for 14 views × 128 × 4096. Values are compared first.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

@@ -9,8 +9,6 @@ several ranks it would be slower than it is here.
 Shapes: `B` images, `V` views, `K` classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 import torch

@@ -14,8 +14,6 @@ Intel processors. Left out: LL128, which lies between the two; corrections for m
 (NVLS, SHARP), which would make large all-reduces faster.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

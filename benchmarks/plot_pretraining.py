@@ -6,8 +6,6 @@ FOLDER holds `metrics.jsonl` and `online_eval.jsonl` (a run's own folder or what
 `--random` draws the k-NN of random weights under the same protocol, as a line to compare with.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

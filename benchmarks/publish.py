@@ -7,8 +7,6 @@ FROM is any `results/` folder of `twist transfer`, `suite` or `demo`; curves (`m
 `ROWS` rows of a curve every so many are kept. TO is replaced.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import sys

@@ -14,8 +14,6 @@ ASSUMPTIONS: the backward pass is two thirds of the step, as it has two of three
 slows nothing down; the last bucket, which is ready when the backward pass ends, is not counted by itself.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Iterable

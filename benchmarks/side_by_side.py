@@ -1,7 +1,5 @@
 """Measuring alternatives in turn, on the same machine, in one run, so that a slow minute hits all of them alike."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping

@@ -6,8 +6,6 @@ Forward and backward of a ResNet-18: torchvision's in float32 and in bfloat16, a
 `Conv3x3`) in both. On a processor without bfloat16 instructions that is float32 too (`pretrain/plan.py`).
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path

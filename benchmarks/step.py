@@ -8,8 +8,6 @@ least 2 times the naive step for two views and 2.5 times for multi-crop; at most
 head; at least 90 % of the bare backbone's images/s.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path

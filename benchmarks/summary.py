@@ -7,8 +7,6 @@
 A figure whose file, or whose part of it, is absent is "not measured". No number in the table is typed by hand.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

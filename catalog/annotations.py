@@ -3,8 +3,6 @@
 Each function adds what it finds to a `Report`. Nothing in a file can stop a check.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections import Counter

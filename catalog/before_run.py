@@ -6,8 +6,6 @@ a digest of their lists, names, and sizes of annotation files and of some images
 it, so data that were moved or copied are the same; a change of a few images keeps it.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -8,8 +8,6 @@ COCO: cocodataset.org/#format-data. VOC: the development kit's annotations (pixe
 one line an object, `class x y width height` (centre, shares of the image) or `class x1 y1 x2 y2 …` (an outline).
 """
 
-from __future__ import annotations
-
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter

@@ -6,8 +6,6 @@
 `train`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal, TypeVar
 

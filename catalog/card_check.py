@@ -1,7 +1,5 @@
 """`twist data check CARD` and `twist data check images FOLDER`: what is wrong, read as the engines read it."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter, defaultdict
 from pathlib import Path

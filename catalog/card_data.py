@@ -1,7 +1,5 @@
 """What a run reads of a data card: one section, opened, checked and identified. The check goes through here as well."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from fnmatch import fnmatch

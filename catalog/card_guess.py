@@ -5,8 +5,6 @@ converters and Roboflow export them), class folders, Parquet files, tar shards, 
 pictures alone. Nothing is written but the card.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -6,8 +6,6 @@ sets; a built-in sample is checked against its own sample.json. `look_at` is the
 a run.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Collection

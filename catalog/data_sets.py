@@ -7,8 +7,6 @@ has the image `000012` in `JPEGImages/000012.jpg`; where folders lie between, th
 (`aachen/aachen_000000_000019`).
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple

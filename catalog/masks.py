@@ -4,8 +4,6 @@ The check, the engine and its evaluation read masks through `read_mask` alone. F
 a palette, 8 or 16 bits), or colours with a table. Pixels that belong to no class become `VOID`.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple

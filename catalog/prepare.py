@@ -8,8 +8,6 @@
 What is there already and equal stays; what is there and different is refused, not overwritten.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import os

@@ -1,7 +1,5 @@
 """What a check of a data set found, and the looks it is made of: folders, lists, counts, pictures."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence

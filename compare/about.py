@@ -1,7 +1,5 @@
 """What a reader has to know before a table's numbers: facts of its records, and what may be concluded from them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any

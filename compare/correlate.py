@@ -5,8 +5,6 @@ Records meet in a column when protocol, data and recipe are the same, whatever t
 The interval is Fisher's z with Bonett and Wright's standard error sqrt((1 + ρ²/2) / (n - 3)) (Psychometrika 65, 2000).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import warnings

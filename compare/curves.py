@@ -1,7 +1,5 @@
 """The curves of the page: pretraining and transfer runs, thinned, and top-1 over the share of labels."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from itertools import pairwise

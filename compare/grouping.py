@@ -1,7 +1,5 @@
 """Which records belong together: copies of one run, runs of one pretraining, the same weights, the same recipe."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

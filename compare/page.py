@@ -4,8 +4,6 @@ The template writes the table and the data, the scripts draw the charts and answ
 anywhere. Jinja escapes everything that comes from a record or a file.
 """
 
-from __future__ import annotations
-
 import base64
 import datetime
 import os

@@ -3,8 +3,6 @@
 Welch, because two methods need not spread alike; Student's pooled variance would assume that they do.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ A published number has no recipe hash. It joins the measured column of its proto
 scale, is the protocol's only one, and was measured on the same architecture; else it has a column of its own.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ absent is a dash. Wide tables are cut into blocks of whole protocols, so that th
 blocks stand once, below the last; sources stand below their own.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

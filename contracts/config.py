@@ -4,8 +4,6 @@ Unknown keys are errors with the near match. TOML, because PyYAML reads `1e-3` a
 reads it. Values in an override are TOML too (`lr=1e-3`, `scales=[0.4, 1.0]`, `sync_bn=true`); a bare word is a string.
 """
 
-from __future__ import annotations
-
 import os
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence

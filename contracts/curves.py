@@ -4,8 +4,6 @@ A row has a key, `step` or `epoch`, that counts up. A resumed run first drops th
 lines that are damaged or that a killed run left unfinished. A number that is not finite is null, since JSON has no NaN.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import sys

@@ -1,7 +1,5 @@
 """Errors that the user can correct: one plain sentence each, with a remedy, and an exit status."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable, Sequence

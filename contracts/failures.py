@@ -5,8 +5,6 @@ less raises a `UserError` on the spot (`explained`), which crosses from a worker
 (`raise_reported`). torch's errors are recognised by name, so that it is not imported for them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import multiprocessing

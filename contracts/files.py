@@ -5,8 +5,6 @@ without end and a device never ends, and its size before it is read. JSON is par
 the depth (200) and the digits of a number (4,300), refuses halves of surrogate pairs and names the place of a fault.
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import hashlib

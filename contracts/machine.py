@@ -3,8 +3,6 @@
 Only `cpu_has_bf16` imports torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import os

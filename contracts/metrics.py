@@ -5,8 +5,6 @@ The unit stands in the name, and so does the definition where the field uses one
 where it is written and where it is read.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ place that knows them: the pretrainer trains them, the converters' proof runs th
 protocols read their features. `B` images, `D` features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 

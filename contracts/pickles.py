@@ -8,8 +8,6 @@ decodes all that it passes. A child process with limits was the alternative: it 
 its tensors have to come back, and not every system has such limits.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import pickle

@@ -3,8 +3,6 @@
 Ranks are those of torch.distributed, which is imported when it is needed; alone, everything here does nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import threading

@@ -5,8 +5,6 @@ a run goes on only as it was started, what fails before it has begun leaves noth
 itself in `run.json`: protocol, weights, data, seed, recipe, its state, and, once it is done, where its record is.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import glob

@@ -5,8 +5,6 @@ fields. Both are checked before a byte of the state is read. `save` keeps the st
 costs what was done since, not the run; `seal` is for files that somebody else writes.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path

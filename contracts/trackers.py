@@ -5,8 +5,6 @@ Where the numbers go is the tracker's own business: `WANDB_MODE=offline`, `MLFLO
 A resumed run goes on under the id in the folder's `tracker.json`.
 """
 
-from __future__ import annotations
-
 import os
 import uuid
 from collections.abc import Callable, Mapping

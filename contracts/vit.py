@@ -3,8 +3,6 @@
 `B` images, `D` features; a grid has `H` × `W` patches, its table `N` × `N` positions behind the prefix tokens' rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final

@@ -5,8 +5,6 @@ lose points. Detectron2's YAML is read without running it; an MMSegmentation con
 own, so mmengine reads it, as the training will.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import io

@@ -1,7 +1,5 @@
 """Source → artefact → target, proven: `twist convert`. A folder appears whole, or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import textwrap

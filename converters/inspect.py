@@ -1,7 +1,5 @@
 """`twist inspect`: what a checkpoint holds, without running anything from it."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A new source is a new `[layout.NAME]` table there. Where two sources with the sa
 padding, nothing is guessed and the user is asked (`AMBIGUOUS`, `NAMED`).
 """
 
-from __future__ import annotations
-
 import tomllib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase

@@ -5,8 +5,6 @@ written out four times; `{}` is a block index. A ResNet's table has a line for e
 the stem, the three convolutions of a block, its shortcut.
 """
 
-from __future__ import annotations
-
 import re
 
 from twist.contracts.rename import TORCH_LEAVES, Kind, Leaves, Table

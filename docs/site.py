@@ -1,7 +1,5 @@
 """What MkDocs asks for when it builds the site: the pages that are the README's, or that the tables say."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

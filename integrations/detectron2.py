@@ -5,8 +5,6 @@ Lazy configs build `VisionTransformer` (what `twist convert --to detectron2` wri
 `build_twist_vit_pyramid_backbone` for ViTDet's simple feature pyramid on its last block.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any

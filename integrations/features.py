@@ -4,8 +4,6 @@ The contract: of chosen blocks, maps of (B, D, H/p, W/p) for images (B, 3, H, W)
 register tokens take part in the network and are no part of the maps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -8,8 +8,6 @@
 `twist convert --to mmseg` writes these lines. The parameters lie in `network` under timm's names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

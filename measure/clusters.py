@@ -5,8 +5,6 @@ match of clusters and classes (Hungarian); where there are more clusters than cl
 `N` images, `D` features, `C` clusters, `K` classes.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

@@ -6,8 +6,6 @@ rest, and the seed's connected part is the object. Boxes are (x0, y0, x1, y1) in
 outside. `D` features, `h` `w` the sides of the map.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from scipy import ndimage

@@ -4,8 +4,6 @@ Rows go to the file as they are computed, so 1.28 million × 2048 need no memory
 whatever the forward pass computed in. `N` images, `B` of a batch, `S` the input's side, `D` features.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

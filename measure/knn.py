@@ -5,8 +5,6 @@ Each of a query's k most similar bank rows votes for its class with weight exp(s
 cannot flatter a number. `Q` queries, `N` bank rows, `D` features, `K` classes, `k` neighbours.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -5,8 +5,6 @@ each way. torch.nn.SyncBatchNorm runs on CUDA only, and there makes the host wai
 because it leaves out ranks without rows.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

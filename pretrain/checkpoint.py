@@ -7,8 +7,6 @@ run can start its second stage from it (`run.warm_start`). States are tensors an
 `weights_only=True`.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

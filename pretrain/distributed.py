@@ -8,8 +8,6 @@ from a mean over ranks therefore passes its gradient through that mean unchanged
 output differs from rank to rank sums over ranks (`batch_norm.py`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import os

@@ -9,8 +9,6 @@ so each view's softmax and logarithm is needed once: 14 views make 25 pairs, but
 Shapes: `V` views (two global ones first), `B` images a rank, `K` classes. Natural logarithms.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

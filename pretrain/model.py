@@ -6,8 +6,6 @@ as one batch; then the head sees all views together, and its last norm takes its
 Shapes: `B` images a rank, `V` views, `D` backbone features, `K` classes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

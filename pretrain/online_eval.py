@@ -6,8 +6,6 @@ global crops' size. The recipe of the k-NN is InstDist's (k = 20, temperature 0.
 stage has the full one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -8,8 +8,6 @@ which differs from the usual form whenever the rate changes. One-dimensional ten
 and class token have neither decay nor layer-wise rate (rate = lr).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

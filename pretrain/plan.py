@@ -5,8 +5,6 @@ is a linear warm-up from zero and a cosine, as in the published code (commit 796
 `tests/goldens/schedules.npz`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from typing import Any, NamedTuple

@@ -6,8 +6,6 @@ finite makes the optimiser skip (`found_inf`) and restores the batch norms' runn
 state and the batch that fail: `python -m twist.pretrain.replay CAPTURE.pt`.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from pathlib import Path

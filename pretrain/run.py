@@ -1,7 +1,5 @@
 """What a run consists of: networks, optimiser, position; how it learns, reports, stops, is saved and restored."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

@@ -7,8 +7,6 @@ checkpoints/           to resume from               backbone.safetensors the res
 curves.png             how it went                  lock                 held by the running process
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -9,8 +9,6 @@ function of (seed, step), so a checkpoint holds tensors and a position, no gener
 Shapes: `B` images a rank, `V` views, `K` classes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

@@ -4,8 +4,6 @@ The file (published code, commit 796d36e, `train.py`) holds the state dicts `mod
 argparse.Namespace, the one global that torch's safe unpickler is allowed here.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path

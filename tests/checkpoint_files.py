@@ -4,8 +4,6 @@ The tensors are views of one number each, so a file of a ResNet-50 has the real 
 kilobytes; names of heads and other branches come from the layout's own patterns.
 """
 
-from __future__ import annotations
-
 import collections
 import pickle
 import sys

@@ -1,7 +1,5 @@
 """What holds for every test."""
 
-from __future__ import annotations
-
 import signal
 
 # Tests that are started in the background of a shell inherit that Ctrl-C is ignored, and so would the runs they start.

@@ -1,7 +1,5 @@
 """What the tests of both framework engines start from: written weights, as the converter makes them, and requests."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import json

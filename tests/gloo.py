@@ -4,8 +4,6 @@ The processes are forked from a server that has torch imported already and has n
 ones, without two seconds of imports each.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import tempfile
 from collections.abc import Callable

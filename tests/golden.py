@@ -1,7 +1,5 @@
 """Golden values of the published implementation, `tests/goldens/*.npz`, as tensors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

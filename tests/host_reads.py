@@ -1,7 +1,5 @@
 """Hears what would make the host wait for a GPU. On a CPU the same functions are called, and wait for nothing."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

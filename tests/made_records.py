@@ -1,7 +1,5 @@
 """Records for the tests of tables, pages and suites, made without running anything."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from twist.contracts.files import sha256_json

@@ -1,7 +1,5 @@
 """Pictures for the input pipeline's tests and benchmarks: the spectrum and the file sizes of photographs, made here."""
 
-from __future__ import annotations
-
 import functools
 import io
 from pathlib import Path

@@ -5,8 +5,6 @@ the same records (`views.VIEW`) as the fast pipeline. Each operation is a functi
 can bound the difference operation by operation. Not used in training.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 

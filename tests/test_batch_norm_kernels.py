@@ -6,8 +6,6 @@ The replacements are written from the kernels' definitions (ATen/native/cuda/Nor
 is checked with the real ones by `benchmarks/gpu.py`, part `check_batch_norm`.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.distributed as dist

@@ -1,7 +1,5 @@
 """What the benchmark programs write: where a figure comes from stands in every record, and a missed limit is told."""
 
-from __future__ import annotations
-
 import ast
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Data cards without a framework: what the one reader makes of each format, what it refuses, guesses and splits."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every kind of engine on a data card, from weights to one table: own classes, a record each, its own scale."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Resume files: whole or absent, verified, pruned; and a run folder that belongs to one run and one process."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

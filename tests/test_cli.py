@@ -1,7 +1,5 @@
 """The command line: it answers without torch, and a user's mistake is one sentence with an exit status."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

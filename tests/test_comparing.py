@@ -1,7 +1,5 @@
 """`twist compare`, the tables of a README and the end of `twist suite`, as a user of a clone meets them."""
 
-from __future__ import annotations
-
 import errno
 from pathlib import Path
 

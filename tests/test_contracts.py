@@ -1,7 +1,5 @@
 """The ground floor: configs, artefact, atomic writes."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pty

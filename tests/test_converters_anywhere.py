@@ -1,7 +1,5 @@
 """Backbones in no layout's place, files that name their network, detectors and segmentors, averaged copies, numbers."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What bad input gets: one sentence, exit status 1, nothing written, and no code of the file ever run."""
 
-from __future__ import annotations
-
 import argparse
 import collections
 import io

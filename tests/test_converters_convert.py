@@ -1,7 +1,5 @@
 """Conversion as a whole: files, round trips, byte equality, reports old and new, the proof, targets of one's own."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

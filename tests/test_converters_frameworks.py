@@ -1,7 +1,5 @@
 """The proof with the real Detectron2, MMSegmentation, torchvision and timm, and what it must catch."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Every layout read back to what went in; the tables; the architecture that shapes give."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

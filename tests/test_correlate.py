@@ -1,7 +1,5 @@
 """`twist compare --correlate`: which protocol ranks backbones as which, and when it may not say so."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The loader: the same pixels whatever workers, ranks and resume; sources; images that cannot be read."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import itertools

@@ -1,7 +1,5 @@
 """`twist data check` and the quick look before a run: a healthy tree is fine, every known damage is found and named."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The name of the data under a root: the same wherever they lie, another one for other data, none for half of them."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """`twist data prepare` on small trees in the real layouts: right files, originals untouched, nothing overwritten."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """The whole mission in one run through both frameworks: `twist demo --fast`, as a user starts it."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import json

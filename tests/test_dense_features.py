@@ -1,7 +1,5 @@
 """Dense features: which places of a network they are, and the file that every dense protocol reads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Detectron2 for real: every full protocol on trees in the real layouts, evaluators against hand and pycocotools."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Several gloo ranks against one process on all their rows: batch norms, groups, the vote, a whole training step."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

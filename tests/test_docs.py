@@ -1,7 +1,5 @@
 """Every command in the pages and in the heads of configs is one that the command line takes."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

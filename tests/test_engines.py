@@ -1,7 +1,5 @@
 """What holds for every engine: found by its name, and, of both frameworks, what overrides do to plan and record."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """The worked example of `docs/extending.md`, section "A new data set", followed to the letter."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The Fashion-MNIST tree: from idx files to an ImageNet-like folder that the protocols read, once and whole."""
 
-from __future__ import annotations
-
 import gzip
 import importlib.util
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`twist features`: dense features of one's own pictures, and their principal components as colours."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Retrieval, linear heads, object discovery and VOC's AP beside reference implementations and planted truths."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The frozen protocols from a data tree to a record: names, choices in the recipe, one extraction for all of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`benchmarks/gpu.py` runs on a machine that nobody has tried it on: its whole path, what it needs, what it keeps."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os

@@ -1,7 +1,5 @@
 """Which images a protocol sees, in which order, and what it says about a tree that is not right."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

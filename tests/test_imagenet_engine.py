@@ -1,7 +1,5 @@
 """Every ImageNet-style protocol, whole: its own recipe, two real steps at reduced size, its metrics and its notes."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """TWIST's own head: from our checkpoints and the published code's, only beside the backbone it was trained with."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Order, crops and frozen features of a protocol's images, whatever the number of processes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """ImageNet protocols through `transfer`: what makes a run the same run, evaluation alone, what a folder keeps."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """The training loop: the published schedule, exact continuation, and the same result on one process or two."""
 
-from __future__ import annotations
-
 import json
 import math
 import multiprocessing.connection

@@ -1,7 +1,5 @@
 """What a user gets who has no clone: the wheel, alone, from the package registry into an empty environment."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import re

@@ -1,7 +1,5 @@
 """The objective against the published implementation's numbers, alone and on gloo ranks, value and gradient."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

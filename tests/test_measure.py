@@ -1,7 +1,5 @@
 """Frozen features, the k-NN vote and clusters: bit-equal backbones, exact searches within a stated memory, goldens."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from pathlib import Path

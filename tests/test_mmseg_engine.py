@@ -1,7 +1,5 @@
 """MMSegmentation for real: every full protocol on trees in the real layouts, its IoU against a hand-computed case."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Backbone, head and teacher as one network: shapes, what each pass sees, and what its options may not change."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Folders of model hubs, in both directions: Hugging Face transformers and timm, their cards, and ONNX."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

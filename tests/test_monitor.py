@@ -1,7 +1,5 @@
 """What a run reports: step vectors, rows, the collapse alarm, and a metrics file that survives kills."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

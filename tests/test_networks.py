@@ -1,7 +1,5 @@
 """The convolution of one-pixel outputs: the numbers of torch's, forwards and backwards, used where it should be."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import pytest

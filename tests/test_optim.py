@@ -1,7 +1,5 @@
 """LARS against the published steps, its edge cases, its independence of memory layout, and the parameter groups."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from golden import golden

@@ -1,7 +1,5 @@
 """What a record says of a user's overrides: everything that can change the number, and nothing where there are none."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the peers' own save routines write, and the way back out of a trained detector or segmentor."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

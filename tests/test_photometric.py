@@ -3,8 +3,6 @@
 The bounds are in levels of 255 and the ones that `pretrain/data/photometric.py` states.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The photos source without a network: Qt resource files built here, a stand-in for apt, and made-up stamps."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import json

@@ -1,7 +1,5 @@
 """A run's plan: schedules against the published arrays, step by step, and the precision on a device."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from golden import golden

@@ -1,7 +1,5 @@
 """`--bench-data` and `--show-views`: figures that mean what they are called, and a sheet one can look at."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

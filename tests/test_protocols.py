@@ -1,7 +1,5 @@
 """THE table: complete, consistent with configs and metric vocabulary, importable without torch; the linear rule."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tomllib

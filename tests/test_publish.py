@@ -1,7 +1,5 @@
 """Records are copied into the repository without the pictures, and whole."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The collection of published numbers: its schema, its sources, and that no two detectors share a protocol."""
 
-from __future__ import annotations
-
 import copy
 import re
 import tomllib

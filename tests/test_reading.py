@@ -1,7 +1,5 @@
 """What anybody may have written, read within bounds: texts, JSON, TOML, names, pickles, pictures, curves."""
 
-from __future__ import annotations
-
 import io
 import os
 import pickle

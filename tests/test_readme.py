@@ -4,8 +4,6 @@ Files with the names of its placeholders (CHECKPOINT, PICTURES, NESTS, …) are 
 or days are run with --dry-run.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The run record: what it holds, what is refused, and where records are found."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

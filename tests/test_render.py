@@ -1,7 +1,5 @@
 """Tables as text, for readers and for programs."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """A run that is interrupted and resumed is the run that was not, bit by bit: losses, weights, optimiser, teacher."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import multiprocessing

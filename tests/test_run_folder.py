@@ -1,7 +1,5 @@
 """Who may write in a folder, which run is in it, what ends a run, and what keeps its identity over versions."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import signal

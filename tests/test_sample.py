@@ -1,7 +1,5 @@
 """The built-in sample: deterministic, complete or absent, and read unmodified by the real loaders."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import json

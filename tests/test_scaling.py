@@ -1,7 +1,5 @@
 """What `benchmarks/scaling.py` counts on paper is what a step on two ranks really sends; its times are NCCL's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The second stage's loss against the published implementation's numbers, and at its edges."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Submission through submitit: options, what is pickled, and a real job in submitit's local executor."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -4,8 +4,6 @@
 9b5e91f, before the rooms were rebuilt; `stored/records/suite` by a suite that said its job in a note.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The small study's peers: they take a TWIST config's budget, go on exactly, and `twist convert` reads them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

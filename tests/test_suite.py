@@ -1,7 +1,5 @@
 """The suite: what it refuses, what it plans, and that it ends with every record whatever is killed in between."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import fcntl

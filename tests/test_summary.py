@@ -1,7 +1,5 @@
 """The README's table of speed comes from the files of the benchmark programs, and says what is missing."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

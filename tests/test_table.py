@@ -1,7 +1,5 @@
 """Which numbers may stand in one column, and what is said of their differences."""
 
-from __future__ import annotations
-
 import random
 import statistics
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`docs/tour.ipynb`, the notebook from a checkpoint to a table, executed in an empty folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

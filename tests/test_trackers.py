@@ -1,7 +1,5 @@
 """Experiment trackers: what each is given, offline, and that a resumed run goes on in the same one."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

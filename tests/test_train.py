@@ -1,7 +1,5 @@
 """The training loop: what a run writes, what it refuses, and how it behaves when numbers go wrong."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """One run from checkpoint to record, and what surrounds the engines: data checks, folder, curves, pictures, failure."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re

@@ -1,7 +1,5 @@
 """The draw of a view: the published numbers, the distribution of every parameter, purity, and the cut of a crop."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import replace

@@ -3,8 +3,6 @@
 Networks have two blocks of 192 features; nothing that is tested depends on the size.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A ViT of TWIST from pretraining to a record of each kind of dense protocol: pretrain → convert → transfer."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

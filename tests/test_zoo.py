@@ -1,7 +1,5 @@
 """Published weights by name: what the rows say, and downloads from a server that breaks off, lies or is away."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Data of a user's own, a dozen pictures of coloured squares: COCO, VOC and YOLO boxes, masks in every form, cards."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

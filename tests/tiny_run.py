@@ -1,7 +1,5 @@
 """Pretraining runs of seconds for tests: real loader, real loop, real files; a backbone of two layers, with dropout."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator

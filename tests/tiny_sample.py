@@ -1,7 +1,5 @@
 """The tiny sample of shapes, made once a process and shared by the tests that only read it."""
 
-from __future__ import annotations
-
 import atexit
 import functools
 import shutil

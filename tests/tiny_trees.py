@@ -4,8 +4,6 @@ Not the sample of `twist data sample`: these have the real class lists (COCO's 8
 labels), so that the full protocols read them as they read the originals.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

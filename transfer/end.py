@@ -3,8 +3,6 @@
 Paths are as one would type them: relative where they lie below the working directory.
 """
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Dense features of one's own pictures: as arrays, or drawn as the colours of their principal components."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

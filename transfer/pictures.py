@@ -1,7 +1,5 @@
 """What a run shows: truth and prediction side by side, and the losses over the iterations. Small PNGs, no framework."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 from pathlib import Path

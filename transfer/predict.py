@@ -3,8 +3,6 @@
 Which network a run trained and how it reads pictures is its engine's; finding the run and the pictures is here.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path

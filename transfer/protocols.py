@@ -1,7 +1,5 @@
 """The table of protocols, read from `protocols.toml`: which engine, config, data and metrics, under which name."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Sequence
 from importlib import resources

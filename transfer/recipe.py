@@ -8,8 +8,6 @@ Overrides: a recipe leaves out what comes with the weights (pixel statistics, ch
 machine, so that rows of other weights meet. Where a user overrides such a key, it is recorded under `overrides`.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

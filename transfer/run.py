@@ -6,8 +6,6 @@ Any checkpoint that `twist convert` reads will do. `random` (a seeded random ini
 (supervised) are the baselines; `random` is written as an artefact first, so everything after is one path for all.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import os

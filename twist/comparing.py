@@ -4,8 +4,6 @@ A README's table lies between `<!-- twist compare ARGUMENTS -->` and `<!-- end -
 arguments are those of the command line, paths relative to the README's folder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

@@ -1,7 +1,5 @@
 """`twist doctor`: what this environment can do, and for everything it cannot, the command that changes it."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import platform

@@ -9,8 +9,6 @@ the user's cache; nothing is installed and no image is committed. 28 × 28 grey 
 and three equal channels. Written once and whole: ROOT is absent or complete, and a second call finds it.
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import json

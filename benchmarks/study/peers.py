@@ -14,8 +14,6 @@ run's does: so that seeds of one recipe are known as repeats. A run that was sto
 (an epoch's end, a minute before or two) when the same command is given again. `B` images, two views each.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import random

@@ -9,8 +9,6 @@ before methods, so that what is finished early can be compared. --workers is dat
 whose views Pillow makes; TWIST makes its own in a third of the time and takes a third of them.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os

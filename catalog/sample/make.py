@@ -6,8 +6,6 @@ download) and `photos` (real cut-outs on real photographs, from Debian packages)
 bytes with equal versions of numpy and Pillow.
 """
 
-from __future__ import annotations
-
 import functools
 import multiprocessing
 import os

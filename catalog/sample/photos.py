@@ -7,8 +7,6 @@ disjoint photographs: to know an object again in another place can be learned fr
 bird cannot, from as few birds as there are.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import shutil

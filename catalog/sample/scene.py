@@ -6,8 +6,6 @@ its alpha times what all later cut-outs leave of it, so boxes and masks are thos
 Legend: H×W the frame, h×w a cut-out; colours are float32 in [0, 1].
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

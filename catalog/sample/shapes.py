@@ -9,8 +9,6 @@ distance field of it, and from that an anti-aliased edge and a rounded relief th
 Legend: outlines live in a square of about [-1, 1]², y downwards; N points, S segments.
 """
 
-from __future__ import annotations
-
 import colorsys
 import functools
 from collections.abc import Callable, Sequence

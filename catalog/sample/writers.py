@@ -6,8 +6,6 @@ cityscapesScripts (`helpers/labels.py`, `preparation/json2labelImg.py`, `json2in
 processes write the same bytes.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import zlib

@@ -1,7 +1,5 @@
 """The artefact itself, `backbone.safetensors`: torchvision's names (timm's for ViTs) and the header of every stage."""
 
-from __future__ import annotations
-
 import importlib.metadata
 from pathlib import Path
 

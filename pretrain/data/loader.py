@@ -10,8 +10,6 @@ the same bits; on a GPU they differ by float rounding.
 Shapes: `B` images a rank, `L` local views, `G` and `l` sides of a global and a local view, `W` ranks.
 """
 
-from __future__ import annotations
-
 import gc
 import itertools
 import signal

@@ -7,8 +7,6 @@ picture, then through the rest. Only a blur needs another two passes.
 Shapes: `S` side; colour is the last dimension of pixels and the first of what comes out.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterable

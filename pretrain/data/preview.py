@@ -1,7 +1,5 @@
 """The input pipeline without training: `--show-views`, a picture of the views, and `--bench-data`, its speed."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

@@ -8,8 +8,6 @@ batch is dropped. A stream can promise less (`ImageStream`).
 Shapes: `N` images, `B` images a rank, `W` ranks.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os

@@ -1,7 +1,5 @@
 """Checkpoints that are archives or begin with a header: torch's zip, safetensors, npz, and what stands beside them."""
 
-from __future__ import annotations
-
 import io
 import json
 import pickle

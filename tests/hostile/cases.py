@@ -4,8 +4,6 @@ No file is kept: each is made from a few lines when it is read. A case lies in a
 copy of a prepared tree (`tree`): a sample, a pretraining run, a run of a protocol.
 """
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping

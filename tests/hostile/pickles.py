@@ -3,8 +3,6 @@
 Opcodes are those of `pickletools`; `\x80\x02` opens protocol 2, and `.` ends the pickle.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Pictures that are none, or far larger than their file, wherever a reader takes pictures; other binary files."""
 
-from __future__ import annotations
-
 import io
 import os
 import struct

@@ -3,8 +3,6 @@
 The check here is on what was written: the words may be there, as words.
 """
 
-from __future__ import annotations
-
 import csv
 import html.parser
 import io

@@ -5,8 +5,6 @@ files are made by the generators beside this file; `python -m pytest tests/hosti
 HOSTILE_CASE=PART of a case's name one file.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Text files that a user or a stranger writes: records, what run folders say of themselves, annotations, configs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The trees that some hostile files lie in: a sample, runs of it, SBD beside VOC. Each is made once and copied."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -4,8 +4,6 @@ A protocol names its engine; nothing else in the suite knows one engine from ano
 `resolve` (a request and its weights → what will run; nothing is built or written) and `run` (→ the result).
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import pkgutil

@@ -4,8 +4,6 @@ A framework's own part is a `FrameworkConfig`: how its config is read and change
 order, is the same for all.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -7,8 +7,6 @@ do not say theirs): a record of other data than `--data` holds stops the suite. 
 runs of the same weights would make again is made once: conversions, and frozen features while such runs are to come.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Detectron2's config of a run: the model zoo's, ours and the weights', and what of it is recorded."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import json

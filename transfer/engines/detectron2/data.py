@@ -5,8 +5,6 @@ of the configs (`coco_2017_train`, `voc_2007_trainval`, …) are therefore regis
 Detectron2's own register functions, and the sample gets names of its own with its own classes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

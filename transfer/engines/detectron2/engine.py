@@ -4,8 +4,6 @@ What this adds to `DefaultTrainer` is what a comparison needs: a data root a run
 that the backbone's weights really arrived (Detectron2 only warns), curves, pictures, one sentence for what goes wrong.
 """
 
-from __future__ import annotations
-
 import tempfile
 import unittest.mock
 import weakref

@@ -1,7 +1,5 @@
 """A Detectron2 model: MoCo's C4 head, the proof that the weights arrived, metrics under our names, pictures."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path

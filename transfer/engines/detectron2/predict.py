@@ -1,7 +1,5 @@
 """Boxes and masks that a finished Detectron2 run finds in any picture."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,6 @@ and blocks attending to the whole picture. Keys of both are added to the configs
 that the hashes of the others stay.
 """
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

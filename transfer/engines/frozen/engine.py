@@ -4,8 +4,6 @@ linear-seg · knn-seg · cluster-seg · corloc · fewshot · svm. Recipes: `reci
 `images.py`; what is trained: `linear_seg.py` and `classify.py`; what is computed: `twist.measure`.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ not depend on them: reading the features, their batch statistics and one matrix 
 `K` classes, `D` features, `h` `w` the sides of the map.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@ The class of an image is the largest logit, every norm with its running statisti
 training checkpoint is named as well, and must hold the very backbone that is measured. `N` images, `D` features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal

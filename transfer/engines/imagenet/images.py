@@ -4,8 +4,6 @@ Order and random crops are pure functions of (seed, epoch, image), whatever the 
 exactly where it stopped. `B` images of one process, `S` the input's side.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Blue and orange with solid and broken frames, so that neither colour sight nor print is needed to tell them apart.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

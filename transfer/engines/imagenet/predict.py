@@ -1,7 +1,5 @@
 """Classes that a finished linear or fine-tuning run gives any picture."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """MMSegmentation's config of a run: the installed one, ours and the weights', and what of it is recorded."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

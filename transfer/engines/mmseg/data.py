@@ -4,8 +4,6 @@ The pairs lie in the run folder, so that every process and a continued run read 
 is asked for `OwnSegDataset` and `LoadOwnMask`.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ What this adds is what a comparison needs: configs that stand on the installed o
 backbone's weights really arrived (mmengine only prints a warning), curves, pictures, one sentence for what goes wrong.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator

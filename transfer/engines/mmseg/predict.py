@@ -1,7 +1,5 @@
 """Masks that a finished MMSegmentation run gives any picture."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
