@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,15 +50,19 @@ class WeightsEntry(Config):
     protocols: tuple[str, ...] | None = None
 
     @property
+    def published(self) -> bool:
+        return self.file.startswith(zoo.PREFIX)
+
+    @property
     def exists(self) -> bool:
-        return self.file == RANDOM or self.file.startswith(zoo.PREFIX) or Path(self.file).is_file()
+        return self.file == RANDOM or self.published or Path(self.file).is_file()
 
     def fetched(self, *, download: bool) -> WeightsEntry:
         """Of `zoo:NAME` the file in the user's cache, and what the zoo says of it where the suite does not.
 
         Without `download` an entry whose file is not there stays as it is.
         """
-        if not self.file.startswith(zoo.PREFIX) or not (download or zoo.find(self.file).file.is_file()):
+        if not self.published or not (download or zoo.find(self.file).file.is_file()):
             return self
         file, how = zoo.located(self.file, **self.model_dump(include={"layout", "branch", "heads", "method", "epochs"}))
         return self.model_copy(update={"file": str(file), **how})
@@ -95,20 +98,22 @@ class SuiteConfig(Config):
 @dataclass(frozen=True)
 class Job:
     """One run. `key` identifies it by content: checkpoint, protocol, seed and overrides. `data` names what it is to be
-    measured on, and `place` is its data root or card."""
+    measured on, `place` is its data root or card, and `point` those of the overrides that are the grid's."""
 
     weights: WeightsEntry
     protocol: str
     seed: int
     overrides: tuple[str, ...]
     key: str
+    point: tuple[str, ...] = ()
     data: str | None = None
     place: Path = Path()
 
     @property
     def title(self) -> str:
-        changed = f" [{', '.join(self.overrides)}]" if self.overrides else ""
-        return f"{self.protocol} · {self.weights.name} · seed {self.seed}{changed}"
+        """What tells it from the suite's others."""
+        point = f" [{', '.join(self.point)}]" if self.point else ""
+        return f"{self.protocol} · {self.weights.name} · seed {self.seed}{point}"
 
     def folder(self, output: Path) -> Path:
         return output / self.protocol / f"{self.weights.name}-seed{self.seed}-{self.key}"
@@ -139,18 +144,12 @@ class Workload:
 def load_suite(path: Path, *, data: Path | None, download: bool = False) -> SuiteConfig:
     """Read and check a suite file; its `data` then has a place for every protocol, `data` where it named none.
 
-    Published weights are fetched where `download` says so.
-
-    Raises:
-        UsageError: one line for every problem: keys, values, protocols, files, the data folder.
+    Published weights are fetched where `download` says so. `UsageError` has one line for every problem.
     """
     values = read_toml(path)
     found = problems(values, SuiteConfig, where=str(path))
     if not found:
         suite = validate(values, SuiteConfig, where=str(path))
-        wanted = count_runs(suite)
-        if wanted > MOST_RUNS:
-            raise UsageError(f"{path} asks for {wanted:,} runs, more than {MOST_RUNS:,}: shorten seeds or grid.")
         found = [f"{path}: {problem}" for check in (_unknown_names, _repetitions) for problem in check(suite)]
         entries = []
         for entry in suite.weights if not found else ():
@@ -158,27 +157,20 @@ def load_suite(path: Path, *, data: Path | None, download: bool = False) -> Suit
                 entries.append(entry.fetched(download=download))
             except UserError as error:
                 found.append(f"{path}: {error}")
-        suite = suite.model_copy(update={"weights": tuple(entries)})
     if found:
         raise UsageError("\n".join(found))
     others = {protocol: str(data or find_root(None)) for protocol in suite.protocols if protocol not in suite.data}
-    return suite.model_copy(update={"data": {**suite.data, **others}})
+    return suite.model_copy(update={"weights": tuple(entries), "data": {**suite.data, **others}})
 
 
 def find_work(suite: SuiteConfig, *, results: Path) -> Workload:
-    """The jobs of a loaded `suite`, and the records of them under `results`.
-
-    Raises:
-        UserError: a job has its record there, measured on other data.
-    """
-    jobs = tuple(
-        replace(job, data=name, place=place)
-        for protocol in suite.protocols
-        for place in [Path(suite.data[protocol])]
-        for name in [_data_name(PROTOCOLS[protocol], place)]
-        for entry in suite.weights
-        for job in jobs_of(suite, protocol, entry)
-    )
+    """The jobs of a loaded `suite`, and the records of them under `results`; `UserError` for one of other data."""
+    jobs: list[Job] = []
+    for protocol in suite.protocols:
+        place = Path(suite.data[protocol])
+        name = _data_name(PROTOCOLS[protocol], place)
+        of_protocol = (job for entry in suite.weights for job in jobs_of(suite, protocol, entry))
+        jobs += [replace(job, data=name, place=place) for job in of_protocol]
     records = [read_checked(file) for file in find_records([results])] if results.is_dir() else []
     done, times = {}, defaultdict(list)
     for job in jobs:
@@ -186,23 +178,13 @@ def find_work(suite: SuiteConfig, *, results: Path) -> Workload:
             done[job.key] = of_its_data(job, own, results)
     for record in records:
         times[record.protocol].append(record.wall_s)
-    return Workload(jobs, done, {protocol: sum(values) / len(values) for protocol, values in times.items()})
+    return Workload(tuple(jobs), done, {protocol: sum(values) / len(values) for protocol, values in times.items()})
 
 
 def _data_name(row: Protocol, place: Path) -> str | None:
-    card = find_card(place)
-    if card is not None:
+    if (card := find_card(place)) is not None:
         return require_card_data(card, row.task).name
     return identify_data(row.data, find_root(place), subset=row.subset)
-
-
-def count_runs(suite: SuiteConfig) -> int:
-    """How many runs a suite file asks for, without making them."""
-    return sum(
-        len(entry.seeds or suite.seeds_of.get(protocol, suite.seeds))
-        * math.prod(len(values) for values in suite.grid.get(protocol, {}).values())
-        for protocol, entry in itertools.product(suite.protocols, suite.weights)
-    )
 
 
 def jobs_of(suite: SuiteConfig, protocol: str, entry: WeightsEntry) -> Iterator[Job]:
@@ -210,24 +192,22 @@ def jobs_of(suite: SuiteConfig, protocol: str, entry: WeightsEntry) -> Iterator[
     if entry.protocols is not None and protocol not in entry.protocols:
         return
     axes = suite.grid.get(protocol, {})
-    for seed, values in itertools.product(
-        entry.seeds or suite.seeds_of.get(protocol, suite.seeds), itertools.product(*axes.values())
-    ):
-        # JSON's scalars are TOML's: true, 0.02, "text".
-        point = (f"{key}={json.dumps(value)}" for key, value in zip(axes, values))
-        overrides = (*suite.overrides.get(protocol, ()), *entry.overrides, *point)
-        identity = {
-            "weights": RANDOM if entry.file == RANDOM else digest(entry.file),
-            "layout": entry.layout,
-            "branch": entry.branch,
-            "method": entry.method,
-            "epochs": entry.epochs,
-            "protocol": protocol,
-            "seed": seed,
-            "overrides": list(overrides),
-            **({"heads": entry.heads} if entry.heads else {}),
-        }
-        yield Job(entry, protocol, seed, overrides, sha256_json(identity)[:12])
+    seeds = entry.seeds or suite.seeds_of.get(protocol, suite.seeds)
+    # Not `product(seeds, product(…))`, which would hold all points of a grid at once.
+    for seed in seeds:
+        for values in itertools.product(*axes.values()):
+            # JSON's scalars are TOML's: true, 0.02, "text".
+            point = tuple(f"{key}={json.dumps(value)}" for key, value in zip(axes, values))
+            overrides = (*suite.overrides.get(protocol, ()), *entry.overrides, *point)
+            identity = {
+                "weights": RANDOM if entry.file == RANDOM else digest(entry.file),
+                **entry.model_dump(include={"layout", "branch", "method", "epochs"}),
+                "protocol": protocol,
+                "seed": seed,
+                "overrides": list(overrides),
+                **({"heads": entry.heads} if entry.heads else {}),
+            }
+            yield Job(entry, protocol, seed, overrides, sha256_json(identity)[:12], point)
 
 
 @cache
@@ -246,8 +226,7 @@ def read_checked(file: Path) -> RunRecord:
 def of_its_data(job: Job, records: Sequence[RunRecord], where: Path) -> RunRecord:
     """The newest of the `records` of `job` that is of the job's data; unknown data count as the same.
 
-    Raises:
-        UserError: all of them are of other data.
+    `UserError` where all of them are of other data.
     """
     fitting = [record for record in records if job.data is None or data_of(record) in (None, job.data)]
     if not fitting:
@@ -269,12 +248,13 @@ def describe_work(work: Workload, suite: SuiteConfig, *, slots: int, gpus_of_run
         lines.append(f"{entry.name:{width}}  " + "  ".join(cells))
     where = f"{slots} at a time, {gpus_of_run} GPU each" if gpus_of_run else f"{slots} at a time on the CPU"
     parts = [f"{len(work.jobs)} runs: {len(work.done)} done, {len(work.missing)} to run, {where}"]
-    known = [seconds for job in work.missing if (seconds := work.expected_s(job)) is not None]
+    expected = {job: work.expected_s(job) for job in work.missing}
+    known = [seconds for seconds in expected.values() if seconds is not None]
     if known:
         parts.append(f"about {makespan_s(known, slots) / 3600:.1f} h for {len(known)} of them")
-    if unknown := sorted({job.protocol for job in work.missing if work.expected_s(job) is None}):
+    if unknown := sorted({job.protocol for job, seconds in expected.items() if seconds is None}):
         parts.append(f"no time is known yet for {', '.join(unknown)}")
-    if absent := [entry.file for entry in suite.weights if entry.file.startswith(zoo.PREFIX)]:
+    if absent := [entry.file for entry in suite.weights if entry.published]:
         parts.append(f"to be fetched: {', '.join(absent)}")
     return "\n".join([*lines, "", "; ".join(parts) + "."])
 
@@ -294,12 +274,7 @@ def _unknown_names(suite: SuiteConfig) -> Iterator[str]:
     for protocol in suite.protocols:
         if protocol not in PROTOCOLS:
             yield f'there is no protocol "{protocol}".{did_you_mean(protocol, PROTOCOLS)}'
-    tables: dict[str, Iterable[str]] = {
-        "overrides": suite.overrides,
-        "grid": suite.grid,
-        "seeds_of": suite.seeds_of,
-        "data": suite.data,
-    }
+    tables: dict[str, Iterable[str]] = {key: getattr(suite, key) for key in ("overrides", "grid", "seeds_of", "data")}
     tables |= {f"protocols of {entry.name}": entry.protocols or () for entry in suite.weights}
     for key, by_protocol in tables.items():
         for protocol in by_protocol:
@@ -316,8 +291,11 @@ def _repetitions(suite: SuiteConfig) -> Iterator[str]:
         if count > 1:
             yield f"the weights name {name} is listed {count} times."
     entries = [entry for entry in suite.weights if entry.exists]
-    jobs = [job for protocol in suite.protocols for entry in entries for job in jobs_of(suite, protocol, entry)]
+    every = (job for protocol in suite.protocols for entry in entries for job in jobs_of(suite, protocol, entry))
     first: dict[str, Job] = {}
+    jobs = list(itertools.islice(every, MOST_RUNS + 1))
+    if len(jobs) > MOST_RUNS:
+        yield f"it asks for more than {MOST_RUNS:,} runs: shorten seeds or grid."
     twice = [(first[job.key], job) for job in jobs if first.setdefault(job.key, job) is not job]
     if twice:
         one, other = twice[0]

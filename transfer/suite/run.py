@@ -1,10 +1,9 @@
 """A suite: weights × protocols × seeds (× overrides), run until every job has its record.
 
 What is done is known from the records alone: each carries the key of its job, so a suite that was killed, or whose run
-folders were cleared away, goes on where it was. The data are no part of the key (they may have moved, and older records
-do not say theirs): a record of other data than `--data` holds stops the suite. Every run is a process of its own
-(`twist transfer … --resume`), so that a crash in one framework ends one run, and that one is tried once more. What
-runs of the same weights would make again is made once: conversions, and frozen features while such runs are to come.
+folders were cleared away, goes on where it was. Every run is a process of its own (`twist transfer … --resume`), so
+that a crash in one framework ends one run, and that one is tried once more. What runs of the same weights would make
+again is made once: conversions, and frozen features while such runs are to come.
 """
 
 import contextlib
@@ -21,8 +20,8 @@ from twist.contracts import states
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.files import sha256_json
 from twist.contracts.progress import duration, is_quiet
-from twist.contracts.record import RunRecord, find_records, name_in, write_record
-from twist.transfer.engines import all_engines
+from twist.contracts.record import RunRecord, find_records
+from twist.transfer.end import publish
 from twist.transfer.protocols import PROTOCOLS
 from twist.transfer.suite import config, launch
 from twist.transfer.suite.config import Job, SuiteConfig, WeightsEntry, Workload
@@ -53,11 +52,12 @@ def run_suite(
         UsageError: the file is wrong in any way; every problem at once, before anything starts.
         UserError: runs under `results` or `output` were made on other data; the disk is full; SLURM or Ray is not here.
     """
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # a suite has lines of its own
     suite = config.load_suite(path, data=data, download=not dry_run)
     work = config.find_work(suite, results=results)
     for job in work.missing:
         _left_by_run(job, output=output)  # refuses what was measured on other data, before anything starts
-    launcher = EXECUTORS[executor](suite, work, gpus, output)
+    launcher = _launcher(executor, suite, work, gpus, output)
     if dry_run or not is_quiet():
         print(config.describe_work(work, suite, slots=launcher.slots, gpus_of_run=launcher.gpus))
     if dry_run:
@@ -86,38 +86,29 @@ def run_suite(
     return [records[job.key] for job in work.jobs if job.key in records], runs.error()
 
 
-def _local(suite: SuiteConfig, work: Workload, gpus: Sequence[int] | None, _: Path) -> launch.Launcher:
+def _launcher(
+    executor: str, suite: SuiteConfig, work: Workload, gpus: Sequence[int] | None, output: Path
+) -> launch.Launcher:
+    """What `--executor` says."""
+    if executor == "slurm":
+        options, at_once = suite.submitit_options, suite.slurm_jobs_at_once
+        return launch.SlurmLauncher(folder=output / "slurm", gpus=suite.gpus_per_run, options=options, at_once=at_once)
+    missing = max(len(work.missing), 1)
+    if executor == "ray" and "RAY_ADDRESS" in os.environ:
+        # The cluster may have GPUs that it has not started yet: tasks wait for them.
+        each = 0 if gpus == [] else suite.gpus_per_run
+        return launch.RayLauncher(gpus=each, options=suite.ray, at_once=missing)
     gpu_sets = launch.gpu_sets(gpus, size=suite.gpus_per_run)
-    at_once = min(suite.cpu_runs_at_once or launch.cpu_runs_at_once(), max(len(work.missing), 1))
-    return launch.LocalLauncher(gpu_sets, at_once=at_once, imported=imported_by(work.missing))
-
-
-def _slurm(suite: SuiteConfig, _: Workload, __: Sequence[int] | None, output: Path) -> launch.Launcher:
-    options, at_once = suite.submitit_options, suite.slurm_jobs_at_once
-    return launch.SlurmLauncher(folder=output / "slurm", gpus=suite.gpus_per_run, options=options, at_once=at_once)
-
-
-def _ray(suite: SuiteConfig, work: Workload, gpus: Sequence[int] | None, output: Path) -> launch.Launcher:
-    if "RAY_ADDRESS" in os.environ:  # the cluster may have GPUs that it has not started yet: tasks wait for them
-        count, at_once = 0 if gpus == [] else suite.gpus_per_run, max(len(work.missing), 1)
-    else:
-        here = _local(suite, work, gpus, output)
-        count, at_once = here.gpus, here.slots
-    return launch.RayLauncher(gpus=count, options=suite.ray, at_once=at_once)
-
-
-# What --executor says → its launcher.
-EXECUTORS: dict[str, Callable[[SuiteConfig, Workload, Sequence[int] | None, Path], launch.Launcher]] = {
-    "local": _local,
-    "slurm": _slurm,
-    "ray": _ray,
-}
+    at_once = min(suite.cpu_runs_at_once or launch.cpu_runs_at_once(), missing)
+    here = launch.LocalLauncher(gpu_sets, at_once=at_once, imported=imported_by(work.missing))
+    if executor == "ray":
+        return launch.RayLauncher(gpus=here.gpus, options=suite.ray, at_once=here.slots)
+    return here
 
 
 def imported_by(jobs: Sequence[Job]) -> list[str]:
     """The modules that runs of `jobs` begin with."""
-    engines = dict.fromkeys(PROTOCOLS[job.protocol].engine for job in jobs)
-    return ["twist.transfer.run", "twist.converters.read", *(all_engines()[name].module for name in engines)]
+    return ["twist.transfer.run", *dict.fromkeys(PROTOCOLS[job.protocol].engine_row.module for job in jobs)]
 
 
 def transfer_command(
@@ -136,22 +127,17 @@ def _artefact(entry: WeightsEntry, folder: Path) -> Path | str:
     """The weights file that is made of a checkpoint, where it is not there yet; `random` stays."""
     if entry.file == config.RANDOM:
         return config.RANDOM
-    from twist.contracts.weights import read_header, write_backbone
+    from twist.contracts.weights import write_backbone
     from twist.converters.read import load_artefact
 
     digest = config.digest(entry.file)
-    identity = sha256_json(
-        [digest, entry.layout, entry.branch, entry.method, entry.epochs, *filter(None, [entry.heads])]
-    )
+    said = [entry.layout, entry.branch, entry.method, entry.epochs, *filter(None, [entry.heads])]
     # The record calls weights by their file's name; the folder's name tells two conversions apart.
-    path = folder / identity[:12] / f"{entry.name}.safetensors"
-    if path.exists() and not states.manifest_of(path).exists():
-        read_header(path)  # of an earlier version: raises when it is damaged or not ours
+    path = folder / sha256_json([digest, *said])[:12] / f"{entry.name}.safetensors"
+    wrong = states.damage_of(path) if path.exists() else "it is not there"
+    if wrong is None:
         return path
     if path.exists():
-        wrong = states.damage_of(path)
-        if wrong is None:
-            return path
         print(f"{path} is not valid ({wrong}): it is made again from {entry.file}.", file=sys.stderr)
     tensors, header = load_artefact(Path(entry.file), layout=entry.layout, branch=entry.branch, heads=entry.heads)
     if entry.epochs is not None and header.epochs not in (None, entry.epochs):
@@ -159,9 +145,9 @@ def _artefact(entry: WeightsEntry, folder: Path) -> Path | str:
             f"The suite says that {entry.name} has {entry.epochs} epochs, {entry.file} says {header.epochs}: "
             "take `epochs` out of the suite or correct it."
         )
-    said = {"method": entry.method or header.method, "epochs": entry.epochs or header.epochs}
-    said["source_sha256"] = header.source_sha256 or digest
-    states.save(path, lambda new: write_backbone(new, tensors, header.model_copy(update=said)))
+    about = {"method": entry.method or header.method, "epochs": entry.epochs or header.epochs}
+    about["source_sha256"] = header.source_sha256 or digest
+    states.save(path, lambda new: write_backbone(new, tensors, header.model_copy(update=about)))
     return path
 
 
@@ -214,8 +200,7 @@ class _Runs:
                 if self._live is not None:
                     self._live.update(self._table(), refresh=True)
                 for one in list(self.running):
-                    status = one.run.status()
-                    if status is not None:
+                    if (status := one.run.status()) is not None:
                         self._take(one, status)
                 self._forget_features()
 
@@ -240,19 +225,15 @@ class _Runs:
             try:
                 if record := self._collect(job):
                     self._done(job, record, wall_s=record.wall_s)
-                else:
-                    self._start(job, slot=free.pop(0), lock=lock)
+                    continue
+                attempt = 2 if job.key in self._tried else 1
+                self._tried.add(job.key)
+                log, slot = job.folder(self._output) / f"log-{attempt}.txt", free.pop(0)
+                run = self._launcher.start(self._command(job), log=log, slot=slot)
+                self.running.append(_Started(job, run, slot, log, attempt, time.monotonic()))
+                self._print(f"started  {self.running[-1].title}")
             finally:
                 os.close(lock)
-
-    def _start(self, job: Job, *, slot: int, lock: int) -> None:
-        attempt = 2 if job.key in self._tried else 1
-        self._tried.add(job.key)
-        log = job.folder(self._output) / f"log-{attempt}.txt"
-        with launch.uninterrupted():  # a run that has begun is among those to be stopped
-            run = self._launcher.start(self._command(job), log=log, slot=slot, lock=lock)
-            self.running.append(_Started(job, run, slot, log, attempt, time.monotonic()))
-        self._print(f"started  {self.running[-1].title}")
 
     def _take(self, one: _Started, status: int) -> None:
         """A run has ended: its record, a second try, or a failure."""
@@ -284,21 +265,11 @@ class _Runs:
         if left is None:
             return None
         file, record = left
-        protocol, folder = self._results / record.protocol, name_in(record, self._results)
-
-        def copied(name: str) -> str:
-            """Copy what the record points at, relative to it; the new relative path."""
-            kept = f"{folder}/{Path(name).name}"
-            (protocol / kept).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file.parent / name, protocol / kept)
-            return kept
-
-        curves = copied(record.curves) if record.curves else None
-        collected = record.model_copy(
-            update={"media": tuple(map(copied, record.media)), "curves": curves, "job": job.key}
+        media, curves = (
+            [file.parent / name for name in record.media],
+            file.parent / record.curves if record.curves else None,
         )
-        write_record(collected, self._results)
-        return collected
+        return publish(record.model_copy(update={"job": job.key}), self._results, media=media, curves=curves)[0]
 
     def _print(self, text: str) -> None:
         line = f"[{len(self.made) + len(self.failed)}/{self._total}] {text}"
@@ -328,7 +299,7 @@ def _turn(job: Job, work: Workload) -> tuple[bool, int, float, int]:
     Runs on frozen features come after, by their weights, whose features then need not wait on disk for long, and by
     seed, so that two at a time seldom want the same features.
     """
-    on_features = all_engines()[PROTOCOLS[job.protocol].engine].target is None
+    on_features = PROTOCOLS[job.protocol].engine_row.target is None
     weights = [one.weights for one in work.jobs].index(job.weights) if on_features else 0
     return on_features, weights, -(work.expected_s(job) or float("inf")), job.seed
 
@@ -340,19 +311,19 @@ def leave(runs: Sequence[launch.Run]) -> None:
     with contextlib.ExitStack() as stack:
         for run in runs:
             stack.callback(lambda run: queued.append(run.leave()), run)
-    if numbers := " ".join(sorted(filter(None, queued))):
-        said = (
-            "SLURM jobs go on without the suite: start the same suite again to collect what they make, or cancel them"
+    if numbers := " ".join(filter(None, reversed(queued))):
+        print(
+            "SLURM jobs go on without the suite: start the same suite again to collect what they make, or cancel them "
+            f"with `scancel {numbers}`.",
+            file=sys.stderr,
+            flush=True,
         )
-        print(f"{said} with `scancel {numbers}`.", file=sys.stderr, flush=True)
 
 
 def _left_by_run(job: Job, *, output: Path) -> tuple[Path, RunRecord] | None:
     """The record that a finished run of `job` left in its folder."""
     source = job.folder(output) / "record"
     files = list(find_records([source])) if source.is_dir() else []
-    if len(files) > 1:
-        raise UserError(f"{source} holds {len(files)} records and a run has one: remove the folder and start again.")
     return (files[0], config.of_its_data(job, [config.read_checked(files[0])], source)) if files else None
 
 
