@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from twist.contracts import files
 from twist.contracts.errors import UserError
-from twist.contracts.trackers import Logger, TensorBoard, Tracker, open_tracker
+from twist.contracts.trackers import Logger, Tracker, open_tracker, tensorboard
 
 CURVES = "metrics.jsonl"
 POINTS = 1000  # of a line in a picture: each is the mean of its share of the rows
@@ -71,7 +71,7 @@ class Curves:
         self.path, self._key = path, key
         self._trackers: list[Tracker] = []
         if board is not None:
-            self._trackers.append(TensorBoard(board, start))
+            self._trackers.append(tensorboard(board, start))
         if logger is not None:
             self._trackers.append(open_tracker(logger, path.parent))
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from twist.contracts.errors import UsageError
 from twist.contracts.images import read_image
 from twist.contracts.networks import build_backbone
 from twist.contracts.record import RunRecord, read_record
+from twist.contracts.trackers import Tracker
 from twist.contracts.weights import Backbone, is_vit, stem_of
 from twist.converters.targets import TARGETS
 from twist.transfer.engines import all_engines
@@ -48,8 +50,7 @@ class EngineUser:
 
     def __init__(self, name: str, tree: Path, weights: Callable[[str], Written], output: Path) -> None:
         torch.set_num_threads(1)
-        self._row = all_engines()[name]
-        self.engine: Any = importlib.import_module(self._row.module)
+        self.engine: Any = importlib.import_module(all_engines()[name].module)
         self._tree, self._weights, self.output = tree, weights, output
 
     def ask(
@@ -71,7 +72,24 @@ class EngineUser:
 
     def predict(self, pictures: list[Path], output: Path) -> dict[str, Any]:
         given = (Picture(path.stem, path, read_image(path)) for path in pictures)
-        return importlib.import_module(str(self._row.predict)).predict(self.output, given, output)
+        return self.engine.predict(self.output, given, output)
+
+
+def track(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, float]]:
+    """What an experiment tracker is given of the loss: its name, the step and the value."""
+    seen: list[tuple[str, int, float]] = []
+
+    def opened(logger: str, _folder: Path) -> Tracker:
+        return Tracker(lambda values, step: seen.append((logger, step, values["loss"])), lambda: None)
+
+    monkeypatch.setattr("twist.contracts.curves.open_tracker", opened)
+    return seen
+
+
+def value_at(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config[int(part) if part.isdigit() else part]
+    return config
 
 
 def flip_a_bit(path: Path) -> None:

@@ -19,7 +19,7 @@ from twist.catalog.class_folders import open_tree, read_subset
 from twist.catalog.prepare import MOST_MAT, prepare
 from twist.catalog.report import has_errors
 from twist.contracts.errors import UsageError, UserError
-from twist.transfer.engines.imagenet.images import labelled_subset
+from twist.transfer.engines.imagenet.engine import labelled_subset
 from twist.transfer.engines.imagenet.recipes import ClassifierRecipe, load_recipe
 
 

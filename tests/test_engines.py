@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import yaml
-from engine_requests import EngineUser, committed, flip_a_bit, own_part, sample_root, sweep, weights_maker
+from engine_requests import EngineUser, committed, flip_a_bit, own_part, sample_root, sweep, value_at, weights_maker
 from gloo import run_on_ranks
 from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_segmentation
 
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.record import read_record
 from twist.transfer.engines import Engine, all_engines
-from twist.transfer.engines.framework import choose_checkpoint, require_one_run, seal
+from twist.transfer.engines.framework import processes_of, require_one_run, seal
 from twist.transfer.protocols import PROTOCOLS, Protocol
 from twist.transfer.request import Controls, Request, Resolved, Result, Weights
 from twist.transfer.run import transfer
@@ -24,7 +24,7 @@ from twist.transfer.run import transfer
 # ---------------------------------------------------------------------------------------------------------------------
 # The registry (docs/extending.md, "A new engine")
 
-TOY = Engine("toy", "toy_engine", "imagenet", None, ("torch",))
+TOY = Engine("toy", target=None, packages=("torch",))
 
 
 def _toy_module() -> ModuleType:
@@ -47,7 +47,7 @@ def _toy_module() -> ModuleType:
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Protocol:
     row = Protocol("toy-count", "toy", "segmentation", "x", ("voc2012-aug",), ("miou_percent",), 0, "count", 1.0)
-    monkeypatch.setitem(sys.modules, "toy_engine", _toy_module())
+    monkeypatch.setitem(sys.modules, TOY.module, _toy_module())
     monkeypatch.setitem(all_engines(), "toy", TOY)
     monkeypatch.setitem(PROTOCOLS, row.name, row)
     return row
@@ -264,11 +264,7 @@ def test_no_more_processes_decode_than_there_are_cores(
     for cores in (8, 2):
         monkeypatch.setattr("os.sched_getaffinity", lambda _pid, cores=cores: set(range(cores)), raising=False)
         found[cores] = user.resolve(facts.protocol, f"{facts.workers}=7")
-    for cores, expected in ((8, 7), (2, 2)):
-        node = found[cores].config
-        for key in facts.workers.split("."):
-            node = node[key]
-        assert node == expected
+    assert [value_at(found[cores].config, facts.workers) for cores in (8, 2)] == [7, 2]
     assert found[8].recipe == found[2].recipe
 
 
@@ -379,9 +375,10 @@ def test_a_framework_goes_on_from_the_newest_checkpoint_that_is_as_it_was_saved(
         flip_a_bit(tmp_path / f"{name}.pth")
     if chosen is None:
         with pytest.raises(UserError, match=r"model_0000003.*model_0000001.*Start again in another folder"):
-            choose_checkpoint(request, prefix)
+            processes_of(request, prefix).__enter__()
         return
-    choose_checkpoint(request, prefix)
+    with processes_of(request, prefix):
+        pass
     assert (tmp_path / "last_checkpoint").read_text() == chosen
     assert capsys.readouterr().err.count("is not valid") == len(damaged)
 
@@ -389,7 +386,8 @@ def test_a_framework_goes_on_from_the_newest_checkpoint_that_is_as_it_was_saved(
 def test_the_note_of_a_run_without_manifests_stays(tmp_path: Path) -> None:
     (tmp_path / "iter_2.pth").write_bytes(b"an earlier version's")
     (tmp_path / "last_checkpoint").write_text("/there/iter_2.pth")
-    choose_checkpoint(Request(PROTOCOLS["sample-voc-fcn-d8"], tmp_path, tmp_path, resume=True), "iter")
+    with processes_of(Request(PROTOCOLS["sample-voc-fcn-d8"], tmp_path, tmp_path, resume=True), "iter"):
+        pass
     assert (tmp_path / "last_checkpoint").read_text() == "/there/iter_2.pth"
 
 

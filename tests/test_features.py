@@ -50,7 +50,7 @@ def test_the_archive_has_what_python_gives_and_the_sheet_a_column_for_each_weigh
             np.testing.assert_array_equal(stored[str(path)], one.numpy())
     run(weights, weights, images, "--pca", "--output", tmp_path / "f.png")
     sheet = np.asarray(Image.open(tmp_path / "f.png"))
-    assert sheet.shape[1] == 3 * (48 + 4)
+    assert sheet.shape[1] == 3 * 48 + 2 * 4
     np.testing.assert_array_equal(sheet[20:, 52:100], sheet[20:, 104:152])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from twist.contracts.errors import UserError
-from twist.transfer.engines.imagenet.head import head_classes, read_head
+from twist.transfer.engines.imagenet.head import read_head
 
 D, H, K = 5, 7, 4
 
@@ -63,8 +63,6 @@ def test_head_of_our_run_folder(trained: Trained, tmp_path: Path) -> None:
     read = read_head(path, backbone, activation=None)
     with torch.no_grad():
         assert torch.equal(read(features), head(features))
-    assert torch.equal(head_classes(read, features), head(features).argmax(1))
-    assert len(head_classes(read, features).unique()) > 1
 
 
 @pytest.mark.parametrize("wrapped", ["", "module."])

@@ -18,14 +18,13 @@ from tiny_trees import make_voc_segmentation
 
 from twist.catalog.before_run import identify_data
 from twist.contracts import run_folder as folder
-from twist.contracts.curves import Curves
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.networks import build_backbone
 from twist.contracts.record import find_records, read_record
 from twist.contracts.weights import Backbone, write_backbone
 from twist.transfer.end import render_end
 from twist.transfer.engines import all_engines
-from twist.transfer.pictures import plot_losses, save_pairs
+from twist.transfer.pictures import save_pairs
 from twist.transfer.protocols import find_protocol
 from twist.transfer.request import Controls, Request, Result, split_overrides
 from twist.transfer.run import default_output, find_weights, prepare_weights, transfer
@@ -56,16 +55,6 @@ def test_pictures_are_small(tmp_path) -> None:
     assert (tmp_path / name).stat().st_size < 200_000
     with Image.open(tmp_path / name) as picture:
         assert picture.size == (2 * 352 + 4, 264 + 18)
-
-
-def test_losses_are_plotted(tmp_path) -> None:
-    curves = Curves(tmp_path / "metrics.jsonl", start=0)
-    for step in range(1, 20):
-        curves.add(step, {"loss": 3 / step, "loss_mask": 1 / step, "lr": 0.1})
-    curves.close()
-    path = plot_losses(tmp_path / "metrics.jsonl", tmp_path / "losses.png", title="t")
-    with Image.open(path) as image:
-        assert image.size == (640, 360)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,9 +272,9 @@ def test_runs_with_a_shared_folder_convert_once(tmp_path, monkeypatch) -> None:
         header = Backbone(architecture="resnet18", method="twist", epochs=7)
         return SimpleNamespace(backbone=header, weights=output / "weights.pth", overlay=output / "overlay.py")
 
-    monkeypatch.setattr("twist.converters.convert.convert", convert)
+    monkeypatch.setattr("twist.transfer.run.convert", convert)
     (tmp_path / "one.pth").write_bytes(b"1")
-    engine, shared = all_engines()["mmseg"], Controls(shared=str(tmp_path / "shared"))
+    shared = Controls(shared=str(tmp_path / "shared"))
 
     def prepared(seed: int, **reading: str):
         request = Request(
@@ -296,7 +285,7 @@ def test_runs_with_a_shared_folder_convert_once(tmp_path, monkeypatch) -> None:
             controls=shared,
             reading=reading,
         )
-        return prepare_weights(request, engine)
+        return prepare_weights(request)
 
     first = prepared(0)
     assert (first.header.epochs, first.file.read_text(), first.overlay.read_text()) == (7, "weights.pth", "overlay.py")

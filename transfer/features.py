@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from twist.contracts import files
@@ -16,11 +16,10 @@ from twist.contracts.images import image_names, read_image
 from twist.contracts.weights import weights_file
 from twist.converters.read import load_artefact
 from twist.measure.dense import DenseExtractor, Layers, dense_network
+from twist.transfer.pictures import sheet
 
 SIZE = 448  # pixels of the longer side
 DRAWN = 8  # pictures on a sheet
-_CAPTION_PIXELS = 20
-_GAP_PIXELS = 4
 
 
 def find_images(path: Path) -> list[Path]:
@@ -72,14 +71,11 @@ def principal_colours(maps: Sequence[Tensor]) -> list[Tensor]:
     directions = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)  # (D, 3), largest first
     directions *= directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
     scores = centred @ directions
-    low, high = (torch.quantile(_part(scores), share, dim=0) for share in (0.01, 0.99))
+    part = scores[:: len(scores) // 1_000_000 + 1]  # quantile takes 16 million numbers at most
+    low, high = (torch.quantile(part, share, dim=0) for share in (0.01, 0.99))
     scores = ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).float()
     parts = scores.split([one.shape[1] * one.shape[2] for one in maps])
     return [part.T.reshape(3, *one.shape[1:]) for part, one in zip(parts, maps)]
-
-
-def _part(scores: Tensor) -> Tensor:
-    return scores[:: len(scores) // 1_000_000 + 1]  # quantile takes 16 million numbers at most
 
 
 def draw_features(weights: Sequence[Path], images: Sequence[Path], path: Path, *, size: int = SIZE) -> Path:
@@ -88,26 +84,17 @@ def draw_features(weights: Sequence[Path], images: Sequence[Path], path: Path, *
     pictures = [read_image(image) for image in images]
     columns = [[picture.float() / 255 for picture in pictures]]
     columns += [principal_colours(features(one, images, size=size)) for one in weights]
-    heights = [max(1, round(size / 2 * one.shape[1] / max(one.shape[1:]))) for one in pictures]
-    widths = [max(1, round(size / 2 * one.shape[2] / max(one.shape[1:]))) for one in pictures]
-    wide = max(widths)
-    high = _CAPTION_PIXELS + sum(heights) + _GAP_PIXELS * len(heights)
-    canvas = Image.new("RGB", ((wide + _GAP_PIXELS) * len(columns), high), "white")
-    pen = ImageDraw.Draw(canvas)
-    for column, (title, tiles) in enumerate(zip(("picture", *(_title(one) for one in weights)), columns)):
-        left, top = column * (wide + _GAP_PIXELS), _CAPTION_PIXELS
-        pen.text((left + 2, 2), title, fill="black", font=ImageFont.load_default(13))
-        for tile, height, width in zip(tiles, heights, widths):
-            pixels = (tile * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-            canvas.paste(Image.fromarray(np.ascontiguousarray(pixels)).resize((width, height)), (left, top))
-            top += height + _GAP_PIXELS
+
+    def drawn(tile: Tensor, picture: Tensor) -> Image.Image:
+        height, width = (max(1, round(size / 2 * side / max(picture.shape[1:]))) for side in picture.shape[1:])
+        pixels = (tile * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+        return Image.fromarray(pixels).resize((width, height))
+
+    rows = [[drawn(tile, picture) for tile in row] for *row, picture in zip(*columns, pictures)]
+    titles = ["picture", *(one.name if one.is_dir() else one.stem for one in weights)]
     with files.atomic_path(path) as temporary:
-        canvas.save(temporary, format="PNG")
+        sheet(rows, titles=titles).save(temporary, format="PNG")
     return path
-
-
-def _title(weights: Path) -> str:
-    return weights.name if weights.is_dir() else weights.stem
 
 
 def save_features(weights: Path, images: Sequence[Path], path: Path, *, size: int = SIZE) -> Path:

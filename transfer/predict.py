@@ -1,9 +1,7 @@
-"""What a finished run says of pictures that are not its own: boxes, masks or classes, as files and drawn.
-
-Which network a run trained and how it reads pictures is its engine's; finding the run and the pictures is here.
-"""
+"""What a finished run says of pictures that are not its own: boxes, masks or classes, as files and drawn."""
 
 import importlib
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +13,6 @@ from twist.contracts.errors import UserError, require
 from twist.contracts.failures import explained
 from twist.contracts.images import read_image
 from twist.contracts.progress import Progress
-from twist.transfer.engines import Engine, all_engines
 from twist.transfer.engines.framework import frameworks_quiet
 from twist.transfer.features import find_images
 from twist.transfer.protocols import find_protocol
@@ -50,31 +47,27 @@ def predict(
         UserError: no finished run, one that trained nothing, a picture that cannot be read, memory that ran out.
     """
     run, output = Path(run), Path(output)
-    engine = _engine_of(run)
-    require(engine.extra, *engine.packages)
+    described = run_folder.read_run(run)
+    if described is None:
+        raise UserError(f"There is no run in {run}: give the folder of a finished `twist transfer`.")
+    engine = find_protocol(described["protocol"]).engine_row
+    require("transfer", *engine.packages)
+    with frameworks_quiet():
+        program = importlib.import_module(engine.module)
+    if not hasattr(program, "predict"):
+        raise UserError(
+            f"{described['protocol']} measures features and keeps no network that predicts: use a detection, "
+            "segmentation, linear or semi-supervised run."
+        )
+    if described.get("state") != run_folder.DONE:
+        raise UserError(f"The run in {run} is not finished: finish it with --resume.")
     given = [images] if isinstance(images, str | Path) else images
     paths = [found for one in given for found in find_images(Path(one))]
     run_folder.refuse_foreign(output, run_file=PREDICTIONS)
     with run_folder.replaced_whole(output) as new, explained(memory="give smaller pictures"), frameworks_quiet():
-        found: dict[str, Any] = importlib.import_module(str(engine.predict)).predict(run, _read(paths), new)
+        found: dict[str, Any] = program.predict(run, _read(paths), new)
         files.write_json(new / PREDICTIONS, found)
     return found
-
-
-def _engine_of(run: Path) -> Engine:
-    described = run_folder.read_run(run)
-    if described is None:
-        raise UserError(f"There is no run in {run}: give the folder of a finished `twist transfer`.")
-    row = find_protocol(described["protocol"])
-    engine = all_engines()[row.engine]
-    if engine.predict is None:
-        raise UserError(
-            f"{row.name} measures features and keeps no network that predicts: use a detection, segmentation, linear "
-            "or semi-supervised run."
-        )
-    if described.get("state") != run_folder.DONE:
-        raise UserError(f"The run in {run} is not finished: finish it with --resume.")
-    return engine
 
 
 def _read(paths: Sequence[Path]) -> Iterator[Picture]:
@@ -82,10 +75,8 @@ def _read(paths: Sequence[Path]) -> Iterator[Picture]:
     names: set[str] = set()
     with Progress("predict", total=len(paths), unit="image") as progress:
         for path in paths:
-            name, number = path.stem, 1
-            while name in names:
-                number += 1
-                name = f"{path.stem}-{number}"
+            numbered = itertools.chain([path.stem], (f"{path.stem}-{number}" for number in itertools.count(2)))
+            name = next(one for one in numbered if one not in names)
             names.add(name)
             yield Picture(name, path, read_image(path))
             progress.advance()

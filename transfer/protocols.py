@@ -11,9 +11,11 @@ from pydantic.dataclasses import dataclass
 
 from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.metrics import METRICS
-from twist.contracts.published import PublishedRow, find_neighbours, protocol_title
+from twist.contracts.progress import duration
+from twist.contracts.published import find_neighbours, protocol_title
 from twist.contracts.record import RunRecord, Task
 from twist.contracts.weights import Architecture
+from twist.transfer.engines import Engine, all_engines
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class Protocol:
     hours: float | None = None
     # The list of images that have labels, which is then a part of the data.
     subset: str | None = None
+
+    @property
+    def engine_row(self) -> Engine:
+        return all_engines()[self.engine]
 
 
 _USUAL: dict[tuple[str, str], Architecture] = {
@@ -96,10 +102,14 @@ def list_protocols(words: Sequence[str] = ()) -> str:
     rows = select_protocols(words)
     if [row.name for row in rows] == list(words):
         return _block(rows[0])
-    more = (
-        "" if words else "\n\n--list NAME shows one whole, with the numbers published for it; --list dense vit chooses."
-    )
-    return ("\n".join(map(_line, rows)) or f"No protocol is {' and '.join(words)} at once.") + more
+    kinds = {"resnet": "ResNet", "vit": "ViT"}
+    lines = [
+        f"{row.name:30} {'/'.join(map(kinds.__getitem__, row.networks)):11} {_hardware(row):7} {row.recipe}"
+        for row in rows
+    ]
+    if not words:
+        lines += ["", "--list NAME shows one whole, with the numbers published for it; --list dense vit chooses."]
+    return "\n".join(lines) or f"No protocol is {' and '.join(words)} at once."
 
 
 def select_protocols(words: Sequence[str]) -> list[Protocol]:
@@ -123,17 +133,12 @@ def words_of(row: Protocol) -> set[str]:
     return found | ({"frozen"} if "frozen" in full.recipe else set())
 
 
-def _line(row: Protocol) -> str:
-    networks = "/".join({"resnet": "ResNet", "vit": "ViT"}[kind] for kind in row.networks)
-    return f"{row.name:30} {networks:11} {_hardware(row):7} {row.recipe}"
-
-
 def _hardware(row: Protocol) -> str:
     return f"{row.gpus} GPUs" if row.gpus > 1 else "1 GPU" if row.gpus else "CPU"
 
 
 def _block(row: Protocol) -> str:
-    hours = "hours not measured" if row.hours is None else _hours(row.hours)
+    hours = "hours not measured" if row.hours is None else duration(3600 * row.hours)
     lines = [
         f"{row.name}   [{row.engine}, {row.task}]",
         f"  recipe     {row.recipe}",
@@ -141,30 +146,19 @@ def _block(row: Protocol) -> str:
         f"  hardware   {_hardware(row)}, {hours}",
         f"  metrics    {', '.join(METRICS[name].label for name in row.metrics)}",
     ]
-    for (source, protocol, metrics), printed in groupby(_published_beside(row.name), key=_table_of):
+    # What was published under the protocol, and under foreign ones for the methods that have nothing under it.
+    rows = find_neighbours(row.name)
+    own = {(one.method, one.architecture) for one in rows if one.protocol == row.name}
+    rows = [one for one in rows if one.protocol == row.name or (one.method, one.architecture) not in own]
+    for (source, protocol, metrics), printed in groupby(
+        rows, key=lambda one: (one.source, one.protocol, [*one.metrics])
+    ):
         about = source if protocol == row.name else f"{source}; {protocol_title(protocol)}"
         lines.append(f"  published  {about}\n{'':36}{' / '.join(METRICS[name].label for name in metrics)}")
         for one in printed:
             network = "" if one.architecture == "resnet50" else one.architecture
-            weights = " ".join(
-                filter(None, [one.method, network, f"{one.epochs} ep" if one.epochs else "", one.variant])
+            weights = filter(None, [one.method, network, f"{one.epochs} ep" if one.epochs else "", one.variant])
+            lines.append(
+                f"{'':13}{' '.join(weights):22} {' / '.join(f'{value:.1f}' for value in one.metrics.values())}"
             )
-            lines.append(f"{'':13}{weights:22} {' / '.join(f'{value:.1f}' for value in one.metrics.values())}")
     return "\n".join(lines)
-
-
-def _published_beside(protocol: str) -> list[PublishedRow]:
-    """What was published under `protocol`, and under foreign ones for the methods that have nothing under it."""
-    rows = find_neighbours(protocol)
-    own = {(row.method, row.architecture) for row in rows if row.protocol == protocol}
-    return [row for row in rows if row.protocol == protocol or (row.method, row.architecture) not in own]
-
-
-def _table_of(row: PublishedRow) -> tuple[str, str, tuple[str, ...]]:
-    return row.source, row.protocol, tuple(row.metrics)
-
-
-def _hours(hours: float) -> str:
-    return (
-        f"{hours:g} hours" if hours >= 1 else f"{round(hours * 60)} min" if hours > 1 / 60 else f"{hours * 3600:.0f} s"
-    )

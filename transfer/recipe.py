@@ -47,30 +47,6 @@ class Schedule:
         )
 
 
-def linear_rule(schedule: Schedule, *, processes: int, reference: int) -> Schedule:
-    """`schedule`, stated for `reference` GPUs, on `processes`.
-
-    Raises:
-        UsageError: the recipe's images a step do not divide over its own GPUs.
-    """
-    if reference == 0 or reference == processes:
-        return schedule
-    if schedule.images_per_step % reference:
-        raise UsageError(
-            f"{schedule.images_per_step} images a step do not divide over the recipe's {reference} GPUs: "
-            "pass keep_batch=true, or a batch that divides."
-        )
-    ratio = processes / reference
-    return replace(
-        schedule,
-        images_per_step=round(schedule.images_per_step * ratio),
-        learning_rate=schedule.learning_rate * ratio,
-        iterations=round(schedule.iterations / ratio),
-        warmup_iterations=round(schedule.warmup_iterations / ratio),
-        steps=tuple(round(step / ratio) for step in schedule.steps),
-    )
-
-
 def stretch(schedule: Schedule, iterations: int) -> Schedule:
     """`schedule` over another number of iterations, its form kept: warm-up and milestones in proportion.
 
@@ -86,13 +62,19 @@ def stretch(schedule: Schedule, iterations: int) -> Schedule:
     )
 
 
-# A schedule of a few dozen pictures would end before its warm-up has.
-FEWEST_OWN = 500
-
-
-def fit_length(schedule: Schedule, images: int, *, epochs: float, fewest: int = 0) -> Schedule:
-    """`schedule` over so many passes over `images` training images of one's own, at least `fewest` iterations."""
-    return stretch(schedule, max(round(epochs * images / schedule.images_per_step), fewest, 1))
+def linear_rule(schedule: Schedule, *, processes: int, reference: int) -> Schedule:
+    """`schedule`, stated for `reference` GPUs, on `processes`; `UsageError` where images do not divide."""
+    if schedule.images_per_step % reference:
+        raise UsageError(
+            f"{schedule.images_per_step} images a step do not divide over the recipe's {reference} GPUs: "
+            "pass keep_batch=true, or a batch that divides."
+        )
+    ratio = processes / reference
+    return replace(
+        stretch(schedule, round(schedule.iterations / ratio)),
+        images_per_step=round(schedule.images_per_step * ratio),
+        learning_rate=schedule.learning_rate * ratio,
+    )
 
 
 def leaves_protocol(published: Schedule, planned: Schedule) -> list[str]:
@@ -111,13 +93,6 @@ def leaves_protocol(published: Schedule, planned: Schedule) -> list[str]:
     return lines
 
 
-def searched(ruled: Schedule, planned: Schedule) -> list[str]:
-    """The rate where an override, and not the rule, set it: it stays within the protocol and is noted."""
-    if planned.learning_rate == ruled.learning_rate:
-        return []
-    return [f"lr {planned.learning_rate:g} by an override; the protocol's is {ruled.learning_rate:g} here"]
-
-
 def choose_rule(*, processes: int, reference: int, keep_batch: bool) -> Rule:
     """Which rule applies; a recipe that names no GPUs (the samples) keeps its batch on any number."""
     if processes == (reference or 1):
@@ -126,15 +101,9 @@ def choose_rule(*, processes: int, reference: int, keep_batch: bool) -> Rule:
 
 
 def render_plan(
-    published: Schedule,
-    planned: Schedule,
-    *,
-    rule: Rule,
-    processes: int,
-    gpus: int,
-    reference: int,
+    published: Schedule, planned: Schedule, *, rule: Rule, processes: int, gpus: int, reference: int,
     changed: Sequence[str] = (),
-) -> str:
+) -> str:  # fmt: skip
     """The plan in a few lines, before anything runs; `changed` says where it is no longer the protocol."""
     how: str = rule
     if rule == "as published" and (changed or planned != published):
@@ -143,16 +112,15 @@ def render_plan(
         how = "as in the recipe"
     where = f"{processes} GPU{'s' * (processes > 1)}" if gpus else "1 process on the CPU"
     stated = f"; the recipe is stated for {reference} GPUs" if reference > 1 else ""
-    lines = [f"plan: {where}{stated} → {how}", f"  {planned.render(processes)}"]
-    if planned != published:
-        lines.append(f"  (recipe: {published.render()})")
-    lines += [f"  {line}" for line in changed]
+    lines = [f"plan: {where}{stated} → {how}", planned.render(processes)]
+    lines += [f"(recipe: {published.render()})"] if planned != published else []
+    lines += changed
     if rule == "linear rule" and planned.images_per_step < 8:
         lines.append(
-            f"  batch norm takes its statistics over {planned.images_per_step} images a step instead of "
+            f"batch norm takes its statistics over {planned.images_per_step} images a step instead of "
             f"{published.images_per_step}; where memory allows, keep_batch=true is closer to the published recipe"
         )
-    return "\n".join(lines)
+    return "\n  ".join(lines)
 
 
 # ── Overrides ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -65,7 +65,8 @@ class Request:
     `checkpoint` is None for random weights, whose header `random` is; `name` is what the record calls the weights, and
     `method` what it calls the method, None to take what the weights say; `epochs` are those of a file that says none.
     `overrides` are `key=value` on the engine's own config. `own` are the data of a card, which `data` then is the file
-    of; None on a data root. `data_name` says which data these are, wherever they lie (`catalog/before_run.py`).
+    of; None on a data root. `data_name` says which data these are, wherever they lie (`catalog/before_run.py`), and
+    `sample` what sample they are. Records go to `results`.
     """
 
     protocol: Protocol
@@ -86,6 +87,8 @@ class Request:
     eval_only: bool = False
     own: CardData | None = None
     data_name: str | None = None
+    sample: dict[str, Any] | None = None
+    results: Path = Path("results")
 
     @property
     def leads(self) -> bool:

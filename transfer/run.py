@@ -1,9 +1,6 @@
 """One transfer run: a protocol, a checkpoint, a data root → one run record.
 
-    check the data → take the folder → convert the weights, with proof → plan → train and evaluate → record
-
-Any checkpoint that `twist convert` reads will do. `random` (a seeded random initialisation) and `torchvision:FILE`
-(supervised) are the baselines; `random` is written as an artefact first, so everything after is one path for all.
+check the data → take the folder → convert the weights, with proof → plan → train and evaluate → record
 """
 
 import contextlib
@@ -15,24 +12,27 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Required, Unpack
+
+import torch
 
 from twist.catalog.before_run import identify_data, require_data
 from twist.catalog.card import find_card
-from twist.catalog.card_data import CardData, require_card_data
+from twist.catalog.card_data import require_card_data
 from twist.catalog.data_sets import find_root
 from twist.contracts import files, run_folder, states
 from twist.contracts.errors import UsageError, UserError, require
 from twist.contracts.files import sha256_file
 from twist.contracts.machine import git_commit, hardware, software
+from twist.contracts.networks import build_backbone
 from twist.contracts.progress import is_quiet
-from twist.contracts.record import RunRecord, WeightsProvenance, check_label, name_in, read_record, write_record
+from twist.contracts.record import RunRecord, WeightsProvenance, check_label, read_record
 from twist.contracts.weights import Backbone, read_header, stem_of, write_backbone
-from twist.converters.convert import name_of
+from twist.converters.convert import convert, name_of
+from twist.converters.read import load_artefact
 from twist.converters.sources import Place
 from twist.converters.zoo import located
-from twist.transfer.end import render_end, render_places
-from twist.transfer.engines import Engine, all_engines
+from twist.transfer.end import print_end, publish
 from twist.transfer.engines.framework import frameworks_quiet
 from twist.transfer.protocols import Protocol, find_protocol
 from twist.transfer.request import RANDOM_FILE, Controls, Request, Resolved, Result, Weights, split_overrides
@@ -44,26 +44,28 @@ CONVERTED = "converted.json"
 CONTINUED = "continued from a checkpoint: wall_s counts this start alone"
 
 
-def transfer(
-    protocol: str,
-    *,
-    weights: str,
-    data: Path | None,
-    seed: int = 0,
-    gpus: int | None = None,
-    output: Path | None = None,
-    results: Path | None = None,
-    resume: bool = False,
-    eval_only: bool = False,
-    overrides: Sequence[str] = (),
-    method: str | None = None,
-    **reading: Unpack[Place],
-) -> RunRecord:
+class Options(Place, total=False):
+    """What `transfer` takes; the keys of `Place` say how the checkpoint is read, as for `twist convert`."""
+
+    weights: Required[str]
+    data: Required[Path | None]
+    seed: int
+    gpus: int | None
+    output: Path | None
+    results: Path | None
+    resume: bool
+    eval_only: bool
+    overrides: Sequence[str]
+    method: str | None
+
+
+def transfer(protocol: str, **options: Unpack[Options]) -> RunRecord:
     """Run `protocol` on `weights` and write one record.
 
     Args:
         weights: `random`, `zoo:NAME`, `torchvision:FILE`, a checkpoint of any layout, or a run folder.
-        data: the data root; None takes `DETECTRON2_DATASETS`.
+        data: the data root or card; None takes `DETECTRON2_DATASETS`.
+        seed: of random weights, and of the training.
         gpus: GPUs of this node; None takes those of the recipe that are here, 0 one process on the CPU.
         output: the run folder; None makes `runs/<protocol>/<method>-<weights>-seed<seed>`.
         results: where records go, with pictures and curves; None takes `<output>/results`.
@@ -71,37 +73,27 @@ def transfer(
         eval_only: evaluate the last checkpoint of the run in the folder, without training.
         overrides: `key=value` on the engine's own config, or on `twist.transfer.request.Controls`.
         method: what the record calls the method; None takes what the weights say.
-        reading: of the checkpoint, as for `twist convert`; its content says what is left out.
+        layout, branch, entry, prefix, heads: how the checkpoint is read; its content says what is left out.
 
     Raises:
         UsageError: an unknown protocol or layout, an unknown or impossible override.
         UserError: data, weights or run folder that are not what they should be; memory that ran out.
     """
-    asked = _ask(
-        protocol, weights=weights, data=data, seed=seed, gpus=gpus, output=output, results=results, resume=resume,
-        eval_only=eval_only, overrides=overrides, method=method, **reading,
-    )  # fmt: skip
+    request = _ask(protocol, **options)
     # The other nodes of one run write beside the first, which holds the folder for all.
-    with run_folder.locked(asked.request.output) if asked.request.leads else contextlib.nullcontext():
-        return _measure(asked)
+    with run_folder.locked(request.output) if request.leads else contextlib.nullcontext():
+        return _measure(request)
 
 
-def plan(protocol: str, **options: Any) -> str:
+def plan(protocol: str, **options: Unpack[Options]) -> str:
     """What `transfer` with these arguments would do, as text; the weights are converted, and no folder is written."""
     with tempfile.TemporaryDirectory() as folder:
-        request, engine, *_ = _ask(protocol, **{**options, "output": Path(folder), "results": None})
-        with frameworks_quiet():
-            resolved = importlib.import_module(engine.module).resolve(request, prepare_weights(request, engine))
+        options |= {"output": Path(folder), "results": None}
+        request = _ask(protocol, **options)
+        resolved = _resolve(request, prepare_weights(request))
     hours = "not measured here" if request.protocol.hours is None else f"{request.protocol.hours:.3g}"
     devices = f"{request.protocol.gpus} GPUs" if request.protocol.gpus else "a CPU"
     return f"{resolved.plan}\nhours of the whole recipe on {devices}: {hours}"
-
-
-class _Asked(NamedTuple):
-    request: Request
-    engine: Engine
-    sample: dict[str, Any] | None
-    results: Path
 
 
 def _ask(
@@ -118,74 +110,85 @@ def _ask(
     overrides: Sequence[str] = (),
     method: str | None = None,
     **reading: Unpack[Place],
-) -> _Asked:
+) -> Request:
     """Everything that is known before the weights are read; nothing is written."""
     row = find_protocol(protocol)
-    engine = all_engines()[row.engine]
-    require(engine.extra, *engine.packages)
-    controls, rest = split_overrides(overrides, in_epochs=engine.target is None)
-    card, sample = find_card(data, root=controls.root), None
-    if card is not None:
+    require("transfer", *row.engine_row.packages)
+    controls, rest = split_overrides(overrides, in_epochs=row.engine_row.target is None)
+    own = sample = None
+    if (card := find_card(data, root=controls.root)) is not None:
         root, own = card.path, require_card_data(card, row.task)
         data_name: str | None = own.name
     else:
-        root, own = find_root(data), None
+        root = find_root(data)
         sample = require_data(row.data, root, task=row.task, scale=row.scale)
         data_name = identify_data(row.data, root, subset=row.subset)
     given = find_weights(weights, row, controls, method=method, seed=seed, **reading)
-    output = (output or default_output(row, given, seed, card=None if card is None else card.name)).resolve()
-    results = (results or output / "results").resolve()
-    request = Request(
+    output = (output or default_output(row, given, seed, card=card.name if card else None)).resolve()
+    return Request(
         row, root, output, **given, seed=seed, gpus=_choose_gpus(gpus, row), overrides=rest, controls=controls,
-        resume=resume, eval_only=eval_only, own=own, data_name=data_name,
+        resume=resume, eval_only=eval_only, own=own, data_name=data_name, sample=sample,
+        results=(results or output / "results").resolve(),
     )  # fmt: skip
-    return _Asked(request, engine, sample, results)
 
 
-def _measure(asked: _Asked) -> RunRecord:
+def _resolve(request: Request, weights: Weights) -> Resolved:
+    with frameworks_quiet():
+        resolved: Resolved = importlib.import_module(request.protocol.engine_row.module).resolve(request, weights)
+    return resolved
+
+
+def _measure(request: Request) -> RunRecord:
     """Train and evaluate in the run's folder, which this process holds, and write the record."""
-    request, engine, sample, results = asked
-    row, output = request.protocol, request.output
+    row, output, own = request.protocol, request.output, request.own
     began = time.monotonic()
-
     with run_folder.removed_on_failure(output):
         run = describe_run(request)
         earlier = take_folder(request, run)
-        ready = prepare_weights(request, engine)
-        with frameworks_quiet():
-            program = importlib.import_module(engine.module)
-            plan: Resolved = program.resolve(request, ready)
+        ready = prepare_weights(request)
+        plan = _resolve(request, ready)
         run["recipe"] = plan.recipe
         if earlier is not None:
             run_folder.refuse_other_transfer(output, earlier, run)
-            if (done := finished_record(request, ready, earlier, results)) is not None:
+            if (done := finished_record(request, ready, earlier)) is not None:
                 return done
         if not is_quiet():
             print(plan.plan, file=sys.stderr)
         # Whatever becomes of an evaluation, the run stays as finished as it was.
         if request.leads and not request.eval_only:
             run_folder.write_run(output, run, state=run_folder.RUNNING)
-        result: Result = program.run(request, ready, plan)
+        result: Result = importlib.import_module(row.engine_row.module).run(request, ready, plan)
 
     # What is not trained has no checkpoints, and is measured from the beginning.
     continued = (CONTINUED,) if earlier is not None and result.curves else ()
-    record = RunRecord(
-        method=request.method or ready.header.method,
-        protocol=row.name,
-        task=row.task,
-        scale="own" if request.own else "sample" if row.scale == "sample" else "reduced" if plan.reduced else "full",
-        seed=request.seed,
-        metrics=result.metrics,
-        weights=_provenance(request, ready.header, result.loaded),
-        recipe=_recipe(result, ready.header, sample, request.own),
-        data=request.data_name,
-        software=software(),
-        hardware={**hardware(), "gpus_used": request.gpus, "nodes": request.controls.nodes},
-        wall_s=round(time.monotonic() - began, 1),
-        git_commit=git_commit(),
-        notes=(*result.notes, *continued),
+    # The engine's recipe with what makes two numbers comparable: the same network, and the same sample or own data.
+    # Mean, std, channel order and stride belong to the weights: rows of other weights must meet.
+    recipe = {**result.recipe, "architecture": ready.header.display_name}
+    if request.sample is not None:
+        recipe["sample"] = {key: request.sample.get(key) for key in ("source", "size", "seed", "format_version")}
+    if own is not None:
+        recipe["card"] = {"name": own.card.name, "sha256": own.sha256}
+    record, path = publish(
+        RunRecord(
+            method=request.method or ready.header.method,
+            protocol=row.name,
+            task=row.task,
+            scale="own" if own else "sample" if row.scale == "sample" else "reduced" if plan.reduced else "full",
+            seed=request.seed,
+            metrics=result.metrics,
+            weights=_provenance(request, ready.header, result.loaded),
+            recipe=recipe,
+            data=request.data_name,
+            software=software(),
+            hardware={**hardware(), "gpus_used": request.gpus, "nodes": request.controls.nodes},
+            wall_s=round(time.monotonic() - began, 1),
+            git_commit=git_commit(),
+            notes=(*result.notes, *continued),
+        ),
+        request.results,
+        media=result.media,
+        curves=result.curves,
     )
-    record, path = publish(record, result, results)
     if request.leads:
         run_folder.write_run(output, run, state=run_folder.DONE, record=path)
     print_end(record, row, ready.header, path)
@@ -196,8 +199,6 @@ def _measure(asked: _Asked) -> RunRecord:
 
 
 def _choose_gpus(gpus: int | None, row: Protocol) -> int:
-    import torch
-
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus is None:
         return min(here, max(row.gpus, 1))
@@ -215,16 +216,21 @@ def find_weights(
     seed: int = 0,
     **reading: Unpack[Place],
 ) -> dict[str, Any]:
-    """The fields of a `Request` that say which weights are meant, and what the record calls their method."""
+    """The fields of a `Request` that say which weights are meant, and how."""
     if method is not None:
         check_label(method)
     if weights == RANDOM:
         if any(reading.values()):
             raise UsageError(
-                "--from, --branch, --entry, --prefix and --heads say how a checkpoint is read; --weights random reads "
-                "none."
+                "--from, --branch, --entry, --prefix and --heads read a checkpoint; --weights random reads none."
             )
-        return {"name": RANDOM, "random": _random_network(row, controls, seed=seed), "method": method or RANDOM}
+        architecture = controls.architecture or row.network
+        vit = architecture.startswith("vit_")
+        if vit and controls.width not in (None, 1):
+            raise UsageError(f"width={controls.width} is for ResNets: leave it out with architecture={architecture}.")
+        form = {"stem": stem_of(architecture), "image_size": 224} if vit else {"width": controls.width or 1}
+        network = Backbone(architecture=architecture, method=RANDOM, seed=seed, **form)
+        return {"name": RANDOM, "random": network, "method": method or RANDOM}
     if controls.architecture or controls.width:
         raise UserError("architecture and width are for --weights random: a checkpoint says its own.")
     if weights.startswith(TORCHVISION):
@@ -243,31 +249,14 @@ def find_weights(
     return {"checkpoint": path.resolve(), "name": name_of(path), "sha256": sha256_file(path), "reading": how, **said}
 
 
-def _random_network(row: Protocol, controls: Controls, *, seed: int) -> Backbone:
-    architecture = controls.architecture or row.network
-    vit = architecture.startswith("vit_")
-    if vit and controls.width not in (None, 1):
-        raise UsageError(f"width={controls.width} is for ResNets: leave it out with architecture={architecture}.")
-    form = {"stem": stem_of(architecture), "image_size": 224} if vit else {"width": controls.width or 1}
-    return Backbone(architecture=architecture, method=RANDOM, seed=seed, **form)
-
-
 def default_output(row: Protocol, given: dict[str, Any], seed: int, *, card: str | None = None) -> Path:
     """`runs/<protocol>/…`, with a data card's name, and the network where random weights are not of the usual one."""
-    network = given.get("random")
-    other = network.display_name if network and network.display_name != row.network else None
-    reading = given.get("reading", {})
-    heads = reading.get("heads")
-    parts = [
-        card,
-        given["method"] or given["name"],
-        (given.get("sha256") or "")[:8],
-        *(reading.get(key) for key in ("branch", "entry", "prefix")),
-        heads and f"heads{heads}",
-        other,
-    ]
-    name = "-".join([*filter(None, parts), f"seed{seed}"])
-    return Path("runs") / row.name / name.replace("/", ".")
+    network, reading = given.get("random"), given.get("reading", {})
+    parts = [card, given["method"] or given["name"], (given.get("sha256") or "")[:8]]
+    parts += [reading.get(key) for key in ("branch", "entry", "prefix")]
+    parts += [reading.get("heads") and f"heads{reading['heads']}"]
+    parts += [network.display_name if network and network.display_name != row.network else None]
+    return Path("runs") / row.name / "-".join([*filter(None, parts), f"seed{seed}"]).replace("/", ".")
 
 
 # ── The run folder ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -311,12 +300,12 @@ def take_folder(request: Request, run: dict[str, Any]) -> dict[str, Any] | None:
     return earlier
 
 
-def finished_record(request: Request, weights: Weights, earlier: dict[str, Any], results: Path) -> RunRecord | None:
+def finished_record(request: Request, weights: Weights, earlier: dict[str, Any]) -> RunRecord | None:
     """The record of a run that is done, shown again; None where it is to be measured."""
     # The other nodes wait for the first, which therefore measures again.
     if request.eval_only or request.controls.nodes > 1:
         return None
-    path = run_folder.record_of(request.output, earlier, results=results)
+    path = run_folder.record_of(request.output, earlier, results=request.results)
     if path is None or (record := read_record(path)).method != (request.method or weights.header.method):
         return None
     print(f"{request.output} is done: this is its record; --eval-only measures it again.", file=sys.stderr)
@@ -327,30 +316,26 @@ def finished_record(request: Request, weights: Weights, earlier: dict[str, Any],
 # ── The weights ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def prepare_weights(request: Request, engine: Engine) -> Weights:
-    """The weights as `engine` takes them: converted for its framework, with proof, or read as tensors."""
-    artefact = request.checkpoint or _write_random(request)
-    if engine.target is None:
-        from twist.converters.read import load_artefact
-
+def prepare_weights(request: Request) -> Weights:
+    """The weights as the engine takes them: converted for its framework, with proof, or read as tensors."""
+    artefact, framework = request.checkpoint or _write_random(request), request.protocol.engine_row.target
+    if framework is None:
         tensors, header = load_artefact(artefact, **request.reading)
         return Weights(header, tensors=tensors)
-    from twist.converters.convert import convert
 
     def converted(target: Path) -> Weights:
-        assert engine.target is not None
         if target.exists():  # a continued run: the conversion is deterministic, so it is made anew rather than trusted
             shutil.rmtree(target)
         with frameworks_quiet():
-            done = convert(artefact, to=engine.target, output=target, **request.reading)
+            done = convert(artefact, to=framework, output=target, **request.reading)
         return Weights(done.backbone, done.weights, done.overlay)
 
     if request.controls.shared is None:
         node = "" if request.leads else f"-node{request.controls.node_rank}"
-        return converted(request.output / "weights" / f"{engine.target}{node}")
+        return converted(request.output / "weights" / f"{framework}{node}")
     given = {key: value for key, value in request.reading.items() if value is not None}
     name = files.sha256_json([sha256_file(artefact), given])[:12]
-    target = Path(request.controls.shared).absolute() / engine.target / name
+    target = Path(request.controls.shared).absolute() / framework / name
     with run_folder.alone(target.with_suffix(".lock")):
         if (kept := _kept_conversion(target)) is not None:
             return kept
@@ -363,20 +348,16 @@ def prepare_weights(request: Request, engine: Engine) -> Weights:
 def _kept_conversion(folder: Path) -> Weights | None:
     """What another run converted into `folder`; None where it is not there as it was written."""
     try:
-        fields, sealed = states.read_manifest(folder / CONVERTED)
+        fields, _ = states.read_manifest(folder / CONVERTED)
     except (OSError, ValueError):
         return None
-    if not sealed or any(states.damage(folder / one["name"], one) for one in fields["files"]):
+    if any(states.damage(folder / one["name"], one) for one in fields["files"]):
         return None
     weights, *overlay = (folder / one["name"] for one in fields["files"])
     return Weights(Backbone.model_validate(fields["backbone"]), weights, overlay[0] if overlay else None)
 
 
 def _write_random(request: Request) -> Path:
-    import torch
-
-    from twist.contracts.networks import build_backbone
-
     assert request.random is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(request.seed)
@@ -403,35 +384,3 @@ def _provenance(request: Request, header: Backbone, loaded: str | None) -> Weigh
         pretrain_images_sha256=header.images_sha256,
         loaded_sha256=loaded,
     )
-
-
-def _recipe(
-    result: Result, header: Backbone, sample: dict[str, Any] | None, own: CardData | None = None
-) -> dict[str, Any]:
-    """The engine's recipe with what makes two numbers comparable: the same network, and the same sample or own data.
-
-    Mean, std, channel order and stride belong to the weights, not to the recipe: rows of other weights must meet.
-    """
-    recipe = {**result.recipe, "architecture": header.display_name}
-    if sample is not None:
-        recipe["sample"] = {key: sample.get(key) for key in ("source", "size", "seed", "format_version")}
-    if own is not None:
-        recipe["card"] = {"name": own.card.name, "sha256": own.sha256}
-    return recipe
-
-
-def publish(record: RunRecord, result: Result, results: Path) -> tuple[RunRecord, Path]:
-    """Write the record with its pictures and curves, so that a folder of records can be moved and committed."""
-    folder = results / record.protocol / name_in(record, results)
-    names = []
-    for path in [*result.media, *([result.curves] if result.curves else [])]:
-        with files.atomic_path(folder / path.name) as temporary:
-            shutil.copyfile(path, temporary)
-        names.append(os.path.relpath(folder / path.name, results / record.protocol))
-    curves = names.pop() if result.curves else None
-    record = record.model_copy(update={"media": tuple(names), "curves": curves})
-    return record, write_record(record, results)
-
-
-def print_end(record: RunRecord, row: Protocol, header: Backbone, path: Path) -> None:
-    print(render_end(record, row, header), render_places(record, path), sep="\n", file=sys.stderr)

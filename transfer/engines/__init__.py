@@ -1,7 +1,6 @@
 """The engines, found by name: one folder each under `transfer/engines/`, whose `__init__.py` holds its row `ENGINE`.
 
-A protocol names its engine; nothing else in the suite knows one engine from another. What an engine has to do is
-`resolve` (a request and its weights → what will run; nothing is built or written) and `run` (→ the result).
+A protocol names its engine; nothing else in the suite knows one engine from another.
 """
 
 import functools
@@ -15,25 +14,27 @@ from twist.contracts.config import SHIPPED
 
 @dataclass(frozen=True)
 class Engine:
-    """One row.
+    """One row. Its folder's `engine.py`, which is imported only when a run needs it, has
 
-    `module` has `resolve(request, weights) -> Resolved` and `run(request, weights, resolved) -> Result`, and is
-    imported only when a run needs it; `predict` has `predict(run, pictures, output)` (see `transfer/predict.py`), None
-    where a run keeps no network. `configs` is its folder under `configs/`. `target` is what the weights are converted
-    to, None to take them as tensors. `packages` must be installed; `extra` is the part that has them.
+    - `resolve(request, weights) -> Resolved`, which builds and writes nothing,
+    - `run(request, weights, resolved) -> Result`,
+    - where a run keeps a network, `predict(run, pictures, output)` (see `transfer/predict.py`).
+
+    `target` is what the weights are converted to, None to take them as tensors. `packages` must be installed. The
+    configs lie in `configs/<name>/`.
     """
 
     name: str
-    module: str
-    configs: str
     target: str | None
     packages: tuple[str, ...]
-    extra: str = "transfer"
-    predict: str | None = None
+
+    @property
+    def module(self) -> str:
+        return f"{__name__}.{self.name}.engine"
 
     @property
     def folder(self) -> Path:
-        return SHIPPED / self.configs
+        return SHIPPED / self.name
 
 
 @functools.cache

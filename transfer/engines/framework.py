@@ -5,22 +5,22 @@ order, is the same for all.
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
 import re
 import sys
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from twist.catalog.data_sets import find_data_set
 from twist.contracts import files, states
 from twist.contracts.curves import CURVES, Curves
 from twist.contracts.errors import UsageError, UserError
+from twist.contracts.failures import raise_reported
 from twist.contracts.machine import code_sha256, software
 from twist.contracts.progress import Progress
 from twist.contracts.ranks import require_equal
@@ -31,6 +31,8 @@ from twist.transfer.pictures import plot_losses
 from twist.transfer.recipe import Schedule, Tree
 from twist.transfer.request import Request, Resolved, Result, Weights
 
+# A schedule of a few dozen pictures of one's own would end before its warm-up has.
+FEWEST_OWN = 500
 _EVALUATION, _LOADED = "evaluation.json", "loaded.json"
 # Known and harmless; every other warning passes.
 _NOISE = (
@@ -44,7 +46,7 @@ _NOISE = (
 _LOGGERS = ("detectron2", "fvcore", "mmengine", "current", "torch.fx._symbolic_trace")
 
 
-class FrameworkConfig(ABC):
+class FrameworkConfig(Protocol):
     """The config of a run in a framework's own form, read from the protocol's file and the weights' overlay.
 
     `schedule` is what it says for so many processes and `set_schedule` writes it; `override` sets a key that exists;
@@ -66,21 +68,13 @@ class FrameworkConfig(ABC):
     reference: int
     config: Any
 
-    @abstractmethod
     def schedule(self, *, processes: int) -> Schedule: ...
-    @abstractmethod
     def set_schedule(self, schedule: Schedule, *, processes: int) -> None: ...
-    @abstractmethod
     def override(self, key: str, value: Any) -> None: ...
-    @abstractmethod
     def tree(self) -> Tree: ...
-    @abstractmethod
     def recipe(self, tree: Tree, processes: int) -> Tree: ...
-    @abstractmethod
     def is_frozen(self) -> bool: ...
-    @abstractmethod
     def is_synchronised(self) -> bool: ...
-    @abstractmethod
     def place(self, request: Request, weights: Weights) -> None: ...
 
     def nested(self) -> Any:
@@ -114,19 +108,10 @@ def resolve(read: Callable[[Request, Weights], FrameworkConfig], request: Reques
         )
     run = read(request, weights)
     frozen = run.is_frozen()
-    processes, reference, controls = request.processes, run.reference, request.controls
+    processes, reference, own = request.processes, run.reference, request.own
     published = run.schedule(processes=reference or 1)
-    rule = recipe.choose_rule(processes=processes, reference=reference, keep_batch=controls.keep_batch)
-    planned = published
-    if rule == "linear rule":
-        planned = recipe.linear_rule(published, processes=processes, reference=reference)
-    if controls.iterations:
-        planned = recipe.stretch(planned, controls.iterations)
-    elif request.own is not None:
-        planned = _fit_own(request, published, planned)
-    elif controls.epochs:
-        raise UsageError("epochs counts passes over a data card's images: on a data root pass iterations=N.")
-    run.set_schedule(planned, processes=processes)
+    rule = recipe.choose_rule(processes=processes, reference=reference, keep_batch=request.controls.keep_batch)
+    run.set_schedule(_planned(request, published, rule, reference), processes=processes)
 
     before, ruled = run.tree(), run.schedule(processes=processes)
     for text in request.overrides:
@@ -141,59 +126,58 @@ def resolve(read: Callable[[Request, Weights], FrameworkConfig], request: Reques
             "Frozen batch norm or frozen stages do not go with self-supervised or random weights: their feature scales "
             f"are not those the statistics were tuned for (MoCo, arXiv 1911.05722, section 4.2); keep {run.unfrozen}."
         )
-    _check(planned, request)
+    if processes > 1 and not request.gpus:
+        raise UsageError("Several processes need GPUs: synchronised batch norm does not run on CPUs.")
+    if planned.images_per_step < processes or planned.images_per_step % processes:
+        raise UsageError(f"{planned.images_per_step} images a step do not divide over {processes} processes.")
+    if planned.iterations < 1:
+        raise UsageError("A run needs at least one iteration.")
     run.place(request, weights)
 
-    changed = [] if request.own is not None else recipe.leaves_protocol(published, planned)
+    changed = [] if own is not None else recipe.leaves_protocol(published, planned)
     changed += recipe.departures(before, after, free=(*run.schedule_keys, *run.harmless))
     changed += run.more_departures()
     about = run.about_data()
-    if request.own is not None:
-        passes = planned.images_seen / request.own.count("train")
-        about.insert(0, f"{request.own.summary()}; {planned.iterations} iterations see each {passes:.1f} times")
-    notes = [*about]
+    if own is not None:
+        passes = planned.images_seen / own.count("train")
+        about.insert(0, f"{own.summary()}; {planned.iterations} iterations see each {passes:.1f} times")
+    notes, rate = [*about], planned.learning_rate
     if rule != "as published" and request.protocol.scale == "full":
-        lr, iterations = planned.learning_rate, planned.iterations
-        notes.append(f"{rule}: {planned.images_per_step} images a step, lr {lr:g}, {iterations} iterations")
+        notes.append(f"{rule}: {planned.images_per_step} images a step, lr {rate:g}, {planned.iterations} iterations")
     if request.gpus == 0 and run.is_synchronised():  # not in the recipe: over one process both use the same statistics
         notes.append("one process on the CPU: synchronised batch norm is plain batch norm there")
+    if rate != ruled.learning_rate:  # stays within the protocol
+        notes.append(f"lr {rate:g} by an override; the protocol's is {ruled.learning_rate:g} here")
+    where = {"rule": rule, "processes": processes, "gpus": request.gpus, "reference": reference}
     return Resolved(
         run.config,
         recipe.recorded(before, after, recipe_of=lambda tree: run.recipe(tree, processes), harmless=run.harmless),
-        recipe.render_plan(
-            published,
-            planned,
-            rule=rule,
-            processes=processes,
-            gpus=request.gpus,
-            reference=reference,
-            changed=[*about, *changed],
-        ),
+        recipe.render_plan(published, planned, **where, changed=[*about, *changed]),  # type: ignore[arg-type]
         reduced=bool(changed),
-        notes=(*notes, *recipe.searched(ruled, planned), *changed),
+        notes=(*notes, *changed),
     )
 
 
-def _fit_own(request: Request, published: Schedule, planned: Schedule) -> Schedule:
-    """`planned` over as many passes over the user's own images as the recipe makes over its own, or as he says."""
-    assert request.own is not None
-    images, epochs = request.own.count("train"), request.controls.epochs
-    if epochs:
-        return recipe.fit_length(planned, images, epochs=epochs)
-    rows = [find_data_set(name) for name in request.protocol.data]
-    whole = sum(s.count or 0 for row in rows for s in row.run_splits().values() if s.role == "train")
-    if request.protocol.scale == "sample" or not whole:
-        return planned  # a recipe for a small set, whatever its size
-    return recipe.fit_length(planned, images, epochs=published.images_seen / whole, fewest=recipe.FEWEST_OWN)
+def _planned(request: Request, published: Schedule, rule: recipe.Rule, reference: int) -> Schedule:
+    """`published` by the rule, at the length that was asked for.
 
-
-def _check(planned: Schedule, request: Request) -> None:
-    if request.processes > 1 and not request.gpus:
-        raise UsageError("Several processes need GPUs: synchronised batch norm does not run on CPUs.")
-    if planned.images_per_step < request.processes or planned.images_per_step % request.processes:
-        raise UsageError(f"{planned.images_per_step} images a step do not divide over {request.processes} processes.")
-    if planned.iterations < 1:
-        raise UsageError("A run needs at least one iteration.")
+    On a user's own images: over as many passes as the recipe makes over its own, or as the user says.
+    """
+    iterations, epochs = request.controls.iterations, request.controls.epochs
+    planned = published
+    if rule == "linear rule":
+        planned = recipe.linear_rule(published, processes=request.processes, reference=reference)
+    if request.own is not None and not iterations:
+        rows = [find_data_set(name) for name in request.protocol.data]
+        whole = sum(s.count or 0 for row in rows for s in row.run_splits().values() if s.role == "train")
+        wanted, fewest = epochs, 1
+        if epochs is None and whole and request.protocol.scale == "full":  # a sample's is for any small set
+            wanted, fewest = published.images_seen / whole, FEWEST_OWN
+        if wanted:
+            iterations = max(round(wanted * request.own.count("train") / planned.images_per_step), fewest)
+    elif epochs and request.own is None:
+        raise UsageError("epochs counts passes over a data card's images: on a data root pass iterations=N.")
+    return recipe.stretch(planned, iterations) if iterations else planned
 
 
 def prove_loaded(title: str, tensors: Mapping[str, Any], state: Mapping[str, Any], *, expected: set[str]) -> str:
@@ -263,20 +247,17 @@ def require_one_run(request: Request) -> None:
     The processes of one node are of one command, and are not asked.
     """
     if request.controls.nodes > 1:
-        weights = request.random.model_dump(mode="json") if request.random else request.sha256
         described: dict[str, Any] = {
             "protocol": request.protocol.name,
-            "weights": weights,
+            "weights": request.random.model_dump(mode="json") if request.random else request.sha256,
             "seed": request.seed,
             "gpus": request.gpus,
+            "data": request.data_name,
+            "overrides": list(request.overrides),
+            "software": software(),
+            "twist": code_sha256("contracts", "measure", "catalog", "converters", "transfer"),
         }
-        described |= {"data": request.data_name, "overrides": list(request.overrides), "software": software()}
-        described |= {"twist": code_sha256("contracts", "measure", "catalog", "converters", "transfer")}
         require_equal(lambda: described)
-
-
-# The file in which both frameworks note the name of the checkpoint to go on from.
-_LAST_CHECKPOINT = "last_checkpoint"
 
 
 def seal(checkpoint: Path) -> None:
@@ -287,29 +268,33 @@ def seal(checkpoint: Path) -> None:
             manifest.unlink()
 
 
-def choose_checkpoint(request: Request, prefix: str) -> None:
-    """Let the framework go on from `newest_checkpoint`; without manifests its own note stays."""
-    if not (request.resume or request.eval_only):
-        return
-    found = newest_checkpoint(request.output, prefix, quiet=not request.leads)
-    if found is not None:
-        files.write_text(request.output / _LAST_CHECKPOINT, found.name)
+@contextlib.contextmanager
+def processes_of(request: Request, prefix: str) -> Iterator[Request]:
+    """The request as a run's processes get it; what one of them reports is raised.
+
+    A run that is continued goes on from `newest_checkpoint`; without manifests the framework's own note stays.
+    """
+    if request.resume or request.eval_only:
+        found = newest_checkpoint(request.output, prefix, quiet=not request.leads)
+        if found is not None:
+            files.write_text(request.output / "last_checkpoint", found.name)  # where both frameworks look
+    with raise_reported(request.output):
+        yield replace(request, own=None)  # they read what was written of it
 
 
 def newest_checkpoint(output: Path, prefix: str, *, quiet: bool = False) -> Path | None:
     """The newest `<prefix>_….pth` that is as it was saved; None in a run of an earlier version, without manifests.
 
-    Raises:
-        UserError: none of the checkpoints is as it was saved.
+    `UserError` where none of the checkpoints is as it was saved.
     """
+
+    def iteration(checkpoint: Path) -> float:
+        number = checkpoint.stem.rpartition("_")[2]
+        return int(number) if number.isdecimal() else math.inf  # Detectron2's model_final
+
     saved = [path.with_suffix(".pth") for path in output.glob(f"{prefix}_*.json")]
-    newest_first = sorted(saved, key=_iteration, reverse=True)
+    newest_first = sorted(saved, key=iteration, reverse=True)
     return states.first_whole(newest_first, say=lambda text: None if quiet else print(text, file=sys.stderr))
-
-
-def _iteration(checkpoint: Path) -> float:
-    number = checkpoint.stem.rpartition("_")[2]
-    return int(number) if number.isdecimal() else math.inf  # Detectron2's model_final
 
 
 def require_finished(output: Path, *, done: int, of: int) -> None:
@@ -337,9 +322,8 @@ def evaluation(output: Path) -> dict[str, Any]:
 
 def collect(request: Request, resolved: Resolved) -> Result:
     """In the caller: metrics, recipe with the sizes of the data, pictures, the plot of losses."""
-    values = json.loads((request.output / _EVALUATION).read_text())
-    media = [request.output / name for name in values["media"]]
-    curves, loaded = request.output / CURVES, request.output / _LOADED
+    values, loaded = evaluation(request.output), request.output / _LOADED
+    media, curves = [request.output / name for name in values["media"]], request.output / CURVES
     if curves.exists() and curves.stat().st_size:
         media.append(plot_losses(curves, request.output / "losses.png", title=request.protocol.name))
     return Result(
@@ -348,7 +332,7 @@ def collect(request: Request, resolved: Resolved) -> Result:
         media=media,
         curves=curves if curves.exists() else None,  # None on a node that is not the first, in a folder of its own
         notes=[*resolved.notes, *values.get("notes", ())],
-        loaded=json.loads(loaded.read_text())["sha256"] if loaded.exists() else None,
+        loaded=files.read_json(loaded)["sha256"] if loaded.exists() else None,
     )
 
 

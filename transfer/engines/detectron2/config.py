@@ -9,13 +9,13 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from twist.catalog.boxes import mask_format
-from twist.catalog.data_sets import DATA_SETS, read_sample
+from twist.catalog.data_sets import read_sample
 from twist.contracts.errors import UserError
 from twist.contracts.machine import cores
 from twist.converters.targets.detectron2 import config_file
 from twist.transfer.engines import framework
 from twist.transfer.engines.detectron2 import ENGINE, vit
-from twist.transfer.engines.detectron2.data import OWN_TRAIN, OWN_VAL
+from twist.transfer.engines.detectron2.data import OWN_TRAIN, OWN_VAL, known_splits
 from twist.transfer.engines.framework import FrameworkConfig
 from twist.transfer.recipe import Schedule, Tree
 from twist.transfer.request import Request, Weights
@@ -108,12 +108,9 @@ class Detectron2Config(FrameworkConfig):
         """The form of masks that the training files of a data root in COCO's layout have."""
         if not self.config.MODEL.MASK_ON:
             return []
-        known = {split.detectron2: (row, split) for row in DATA_SETS.values() for split in row.splits.values()}
-        for name in self.config.DATASETS.TRAIN:
-            if (found := known.get(name.removeprefix("sample_"))) is None:
-                continue
-            row, split = found
-            path = row.place(request.data) / split.names
+        known = known_splits()
+        for name in {name.removeprefix("sample_") for name in self.config.DATASETS.TRAIN} & known.keys():
+            path = known[name][0].place(request.data) / known[name][1].names
             if path.suffix == ".json" and path.is_file() and mask_format(path) == "bitmask":
                 return self._take_bitmasks()
         return []

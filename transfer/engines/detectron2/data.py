@@ -1,8 +1,7 @@
 """Detectron2's data sets, registered at the root a run is given instead of at import time.
 
-Detectron2 reads `DETECTRON2_DATASETS` once, when it is imported; a suite runs several roots in one process. The names
-of the configs (`coco_2017_train`, `voc_2007_trainval`, …) are therefore registered again for every run, through
-Detectron2's own register functions, and the sample gets names of its own with its own classes.
+Detectron2 reads `DETECTRON2_DATASETS` once, when it is imported. The names of the configs (`coco_2017_train`, …) are
+therefore registered again for every run, and the sample gets names of its own with its own classes.
 """
 
 import contextlib
@@ -70,9 +69,14 @@ def _forget(name: str) -> None:
         MetadataCatalog.remove(name)
 
 
+def known_splits() -> dict[str | None, tuple[DataSet, Split]]:
+    """The catalog's splits by what Detectron2's configs call them."""
+    return {split.detectron2: (row, split) for row in DATA_SETS.values() for split in row.splits.values()}
+
+
 def register_data(root: Path, names: Sequence[str], *, sample: dict[str, Any] | None) -> None:
     """Register `names` (data sets of a config) at `root`; the `sample_…` ones have the classes of its `sample`.json."""
-    known = {split.detectron2: (row, split) for row in DATA_SETS.values() for split in row.splits.values()}
+    known = known_splits()
     for name in names:
         plain = name.removeprefix("sample_")
         if plain not in known or not plain:
@@ -91,48 +95,34 @@ def _register(name: str, row: DataSet, split: Split, root: Path, sample: dict[st
     if listed.suffix == ".json":
         register_coco_instances(name, metadata, str(listed), str(images))
     elif "boxes" in split.truth:
-        classes = row.label_names(sample)
-        assert isinstance(classes, tuple), f"{row.name} has boxes without names of classes"
-        register_pascal_voc(name, str(place), listed.stem, row.voc_year, classes)
+        register_pascal_voc(name, str(place), listed.stem, row.voc_year, row.label_names(sample))
         MetadataCatalog.get(name).evaluator_type = "pascal_voc"
     elif "polygons" in split.truth:
         # Detectron2 finds the annotations by the folders' names, with a slash at the end.
         folders = f"{images}/", f"{place / split.truth['polygons'].folder}/"
         DatasetCatalog.register(name, lambda: load_cityscapes_instances(*folders, from_json=True, to_polygons=True))
-        MetadataCatalog.get(name).set(
-            image_dir=folders[0], gt_dir=folders[1], evaluator_type="cityscapes_instance", **metadata
-        )
+        kind = {"image_dir": folders[0], "gt_dir": folders[1], "evaluator_type": "cityscapes_instance"}
+        MetadataCatalog.get(name).set(**kind, **metadata)
     else:
         raise UserError(f"{row.name} has no boxes, so Detectron2 cannot be trained on it: use another data set.")
 
 
 def count_images(names: Sequence[str]) -> dict[str, int]:
-    """Images of each registered set, all of them there.
-
-    Raises:
-        UserError: annotations that cannot be read, images that are not on disk, or no single object.
-    """
+    """Images of each registered set; `UserError` for annotations or images that are not there, or no single object."""
     counts = {}
     for name in names:
+        wrong, entries = "", []
         try:
-            entries: list[dict[str, Any]] = DatasetCatalog.get(name)
+            entries = DatasetCatalog.get(name)
         except (OSError, ValueError, KeyError, AssertionError) as error:
-            raise UserError(
-                f"Cannot read the annotations of {name}: {type(error).__name__}: {str(error).splitlines()[0]}; "
-                "`twist data check` says what is wrong with the tree."
-            ) from None
+            wrong = f"its annotations cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})"
         folders = {os.path.dirname(entry["file_name"]) for entry in entries}
         present = {os.path.join(folder, item.name) for folder in folders for item in os.scandir(folder)}
-        absent = [entry["file_name"] for entry in entries if entry["file_name"] not in present]
-        if absent:
-            raise UserError(
-                f"{len(absent)} of the {len(entries)} images of {name} are not on disk (first: {absent[0]}): the "
-                "archive was unpacked in part; unpack it again."
-            )
-        if not any(not one.get("iscrowd", 0) for entry in entries for one in entry["annotations"]):
-            raise UserError(
-                f"The {len(entries)} images of {name} have no annotated object, so there is nothing to learn or to "
-                "measure: `twist data check` says what is wrong with the tree."
-            )
+        if absent := [entry["file_name"] for entry in entries if entry["file_name"] not in present]:
+            wrong = f"{len(absent)} of the {len(entries)} images of {name} are not on disk (first: {absent[0]})"
+        elif not wrong and all(one.get("iscrowd", 0) for entry in entries for one in entry["annotations"]):
+            wrong = f"none of its {len(entries)} images has an annotated object"
+        if wrong:
+            raise UserError(f"{name}: {wrong}; `twist data check` says what is wrong with the tree.")
         counts[name] = len(entries)
     return counts

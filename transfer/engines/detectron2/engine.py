@@ -1,7 +1,6 @@
 """Detection and instance segmentation by real Detectron2: its models, its trainer, its evaluators, its launcher.
 
-What this adds to `DefaultTrainer` is what a comparison needs: a data root a run, the evaluator of each data set, proof
-that the backbone's weights really arrived (Detectron2 only warns), curves, pictures, one sentence for what goes wrong.
+Added is what a comparison needs: a data root a run, proof that the backbone's weights arrived, curves and pictures.
 """
 
 import tempfile
@@ -9,7 +8,6 @@ import unittest.mock
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +29,9 @@ from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_s
 
 from twist.catalog.data_sets import read_sample
 from twist.contracts import files
-from twist.contracts.failures import explained, raise_reported
+from twist.contracts.failures import explained
 from twist.contracts.progress import Progress
+from twist.contracts.trackers import Logger
 from twist.transfer.engines import framework
 from twist.transfer.engines.detectron2 import vit
 from twist.transfer.engines.detectron2.config import read_tree, resolve
@@ -44,12 +43,12 @@ from twist.transfer.engines.detectron2.data import (
     voc_objects,
     write_own,
 )
-from twist.transfer.engines.detectron2.model import bare, draw, metrics_of, prove_loaded
+from twist.transfer.engines.detectron2.model import bare, draw, metrics_of, predict, prove_loaded
 from twist.transfer.engines.framework import TrainingLog, agree, collect, frameworks_quiet, leave, require_finished
 from twist.transfer.pictures import save_pairs
 from twist.transfer.request import Request, Resolved, Result, Weights
 
-__all__ = ["resolve", "run"]
+__all__ = ["predict", "resolve", "run"]
 # More GPUs alone do not help: the linear rule keeps the images on each.
 NEEDS_LESS = (
     "lower SOLVER.IMS_PER_BATCH and SOLVER.BASE_LR by one factor and raise iterations by it, or use more GPUs with "
@@ -64,9 +63,8 @@ def run(request: Request, weights: Weights, resolved: Resolved) -> Result:
     url = f"tcp://{controls.master}" if controls.master else "auto"
     if request.own is not None and request.leads:
         write_own(request.own, request.output / "data", masks=resolved.config.MODEL.MASK_ON)
-    framework.choose_checkpoint(request, "model")
-    arguments = (replace(request, own=None), weights.file, resolved.config.dump())
-    with raise_reported(request.output):
+    with framework.processes_of(request, "model") as given:
+        arguments = (given, weights.file, resolved.config.dump())
         launch(_worker, max(request.gpus, 1), controls.nodes, controls.node_rank, url, arguments)
     return collect(request, resolved)
 
@@ -88,6 +86,7 @@ def _worker(request: Request, weights: Path, dumped: str) -> None:
         images = count_images(names) if comm.is_main_process() else {}
         seed_all_rng(request.seed + rank)
         trainer = Trainer(config)
+        trainer.tracker = request.controls.logger
         trainer.resume_or_load(resume=request.resume or request.eval_only)
         if trainer.start_iter == 0:
             model = bare(trainer.model)
@@ -110,6 +109,8 @@ def _worker(request: Request, weights: Path, dumped: str) -> None:
 
 class Trainer(DefaultTrainer):
     """`DefaultTrainer` with the data sets' own evaluators, our curves and progress, and two checkpoints kept."""
+
+    tracker: Logger | None = None
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: Any) -> Any:
@@ -162,7 +163,8 @@ class _Watch(HookBase):
 
     def before_train(self) -> None:
         trainer = self.trainer
-        self._log = TrainingLog(Path(trainer.cfg.OUTPUT_DIR), start=trainer.start_iter, total=trainer.max_iter)
+        length = {"start": trainer.start_iter, "total": trainer.max_iter}
+        self._log = TrainingLog(Path(trainer.cfg.OUTPUT_DIR), **length, logger=trainer.tracker)
 
     def after_step(self) -> None:
         self._log.step(self.trainer.iter + 1, self._values)

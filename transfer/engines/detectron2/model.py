@@ -1,7 +1,7 @@
-"""A Detectron2 model: MoCo's C4 head, the proof that the weights arrived, metrics under our names, pictures."""
+"""A Detectron2 model: MoCo's C4 head, the proof that the weights arrived, metrics under our names, what it predicts."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +9,29 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.data.detection_utils import read_image
+from detectron2.data import transforms as T
+from detectron2.data.catalog import Metadata
+from detectron2.data.detection_utils import build_augmentation, read_image
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.layers import get_norm
+from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 from detectron2.utils.visualizer import Visualizer
+from PIL import Image
+from pycocotools import mask as run_lengths
 from torch import nn
 
+from twist.contracts.pickles import read_state
 from twist.transfer.engines import framework
 from twist.transfer.engines.detectron2 import vit
+from twist.transfer.engines.detectron2.config import read_tree
 from twist.transfer.pictures import PANEL_PIXELS
+from twist.transfer.predict import Picture
 from twist.transfer.request import Request
 
-# Detections below this score would hide a picture; the evaluation uses all of them.
-PICTURE_SCORE = 0.1
+# Detections below this score would hide a picture, and so would more boxes; the evaluation uses all of them.
+PICTURE_SCORE, PICTURE_BOXES = 0.1, 20
 # Blocks of the last stage of the ResNets that are made of basic blocks.
 _BASIC_BLOCKS = {18: 2, 34: 3}
 _BACKBONE = ("backbone.bottom_up.", "backbone.stem.", "backbone.res", "roi_heads.res5.")
@@ -39,21 +48,14 @@ class Res5ROIHeadsExtraNorm(Res5ROIHeads):
     def _build_res5_block(cls, cfg: Any) -> tuple[nn.Sequential, int]:
         depth, norm = cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.NORM
         if depth in _BASIC_BLOCKS:
-            out_channels = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 8  # res5 is 8 times res2
-            blocks = _BASIC_BLOCKS[depth]
-            stage = ResNet.make_stage(
-                BasicBlock,
-                blocks,
-                stride_per_block=[2] + [1] * (blocks - 1),
-                in_channels=out_channels // 2,
-                out_channels=out_channels,
-                norm=norm,
-            )
-            res5 = nn.Sequential(*stage)
+            channels = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 8  # res5 is 8 times res2
+            strides = {"stride_per_block": [2] + [1] * (_BASIC_BLOCKS[depth] - 1)}
+            sides = {"in_channels": channels // 2, "out_channels": channels}
+            res5 = nn.Sequential(*ResNet.make_stage(BasicBlock, _BASIC_BLOCKS[depth], **strides, **sides, norm=norm))
         else:
-            res5, out_channels = super()._build_res5_block(cfg)
-        res5.add_module("norm", get_norm(norm, out_channels))
-        return res5, out_channels
+            res5, channels = super()._build_res5_block(cfg)
+        res5.add_module("norm", get_norm(norm, channels))
+        return res5, channels
 
 
 # A user's own MoCo code may have registered the name in this process already.
@@ -110,3 +112,37 @@ def draw(model: nn.Module, config: CfgNode) -> Iterator[tuple[np.ndarray, np.nda
 
 def bare(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+@torch.no_grad()
+def predict(run: Path, pictures: Iterable[Picture], output: Path) -> dict[str, Any]:
+    """COCO's content for `pictures`, with a score for each annotation, and `<name>.png` drawn into `output`."""
+    config = read_tree(CfgNode.load_cfg((run / "config.yaml").read_text()))
+    config.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model(config).eval()
+    # A run of an earlier version has no manifests, and no names of classes.
+    checkpoint = framework.newest_checkpoint(run, "model") or run / "model_final.pth"
+    model.load_state_dict(read_state(checkpoint, "model", remedy="run the protocol again")["model"])
+    resize = T.AugmentationList(build_augmentation(config, is_train=False))
+    numbers = [str(number) for number in range(1, config.MODEL.ROI_HEADS.NUM_CLASSES + 1)]
+    names = framework.evaluation(run).get("classes") or numbers
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, (name, path, pixels) in enumerate(pictures, start=1):
+        image = pixels.permute(1, 2, 0).numpy()
+        height, width = image.shape[:2]
+        seen = T.AugInput(image[:, :, ::-1] if config.INPUT.FORMAT == "BGR" else image)
+        resize(seen)
+        inputs = torch.from_numpy(np.ascontiguousarray(seen.image.transpose(2, 0, 1)))
+        (result,) = model([{"image": inputs, "height": height, "width": width}])
+        found = result["instances"].to("cpu")
+        images.append({"id": number, "file_name": str(path), "width": width, "height": height})
+        for one in instances_to_coco_json(found, number):
+            area = run_lengths.area(one["segmentation"]) if "segmentation" in one else one["bbox"][2] * one["bbox"][3]
+            more = {"id": len(annotations) + 1, "area": float(area), "iscrowd": 0}
+            annotations.append({**one, "category_id": one["category_id"] + 1, **more})
+        drawing = Visualizer(image, Metadata(thing_classes=names), scale=max(1.0, PANEL_PIXELS / max(height, width)))
+        drawn = drawing.draw_instance_predictions(found[found.scores >= PICTURE_SCORE][:PICTURE_BOXES])
+        Image.fromarray(drawn.get_image()).save(output / f"{name}.png")
+    categories = [{"id": place, "name": name} for place, name in enumerate(names, start=1)]
+    return {"images": images, "categories": categories, "annotations": annotations}

@@ -2,10 +2,4 @@
 
 from twist.transfer.engines import Engine
 
-ENGINE = Engine(
-    name="frozen",
-    module="twist.transfer.engines.frozen.engine",
-    configs="frozen",
-    target=None,
-    packages=("torch", "sklearn"),
-)
+ENGINE = Engine("frozen", target=None, packages=("torch", "sklearn"))

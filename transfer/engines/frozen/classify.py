@@ -7,7 +7,6 @@ fewshot: k-NN and logistic regression from n images a class. svm: one linear SVM
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,67 +16,30 @@ from torch import Tensor
 
 from twist.catalog.class_folders import LabelledImages
 from twist.contracts.errors import UserError
-from twist.contracts.networks import network_of
 from twist.contracts.progress import Progress
-from twist.measure.features import Batch, Extractor, FeatureFile, centre_crop, frozen
-from twist.measure.knn import label_ranks, nearest, plan_blocks, top_percent, vote_ranks
+from twist.measure.features import FeatureFile
+from twist.measure.knn import label_ranks, top_percent, vote_ranks
 from twist.transfer.engines.frozen import recipes
 from twist.transfer.engines.frozen.images import Pictures
+from twist.transfer.engines.plain import search
 from twist.transfer.request import Result
 
 if TYPE_CHECKING:
     from twist.transfer.engines.frozen.engine import Setup
 
 
-def run(setup: Setup) -> Result:
-    """Features of both splits by a backbone that is proven not to change, then the classifier of the recipe."""
-    header, device, config = setup.weights.header, setup.device, setup.config
-    assert isinstance(config, recipes.ImageRecipe)
-    network = network_of(header, setup.weights.tensors).to(device)
-    extractor = Extractor(network, header, device, config.precision)
-    with frozen(network) as digest:
-        train, val = (_rows(setup, extractor, one) for one in (setup.train, setup.val))
-        result = _few_shot(setup, train, val) if isinstance(config, recipes.FewShotRecipe) else _svm(setup, train, val)
-    result.notes.append(f"The frozen backbone is bit-equal before and after: state SHA-256 {digest[:16]}.")
-    return result
-
-
-def _rows(setup: Setup, extractor: Extractor, images: Any) -> FeatureFile:
-    config = setup.config
-    assert isinstance(config, recipes.ImageRecipe)
-    labels = images.labels if isinstance(images, LabelledImages) else np.zeros(len(images), dtype=np.int64)
-    view = {"size": config.size, "resize": config.resize, "interpolation": config.interpolation}
-    return extractor.to_file(
-        _batches(images, centre_crop(**view), config.machine.feature_batch_size),  # type: ignore[arg-type]
-        labels,
-        key={"images": images.stamp(), "transform": view},
-        folder=setup.features,
-        title="features",
-    )
-
-
-def _batches(images: Any, view: Callable[[Tensor], Tensor], size: int) -> Iterator[Batch]:
-    for start in range(0, len(images), size):
-        chosen = range(start, min(start + size, len(images)))
-        yield torch.stack([view(images.read(index)) for index in chosen]), torch.zeros(len(chosen))
-
-
 # ── Few labels ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _few_shot(setup: Setup, train: FeatureFile, val: FeatureFile) -> Result:
+def few_shot(setup: Setup, train: FeatureFile, val: FeatureFile) -> Result:
     config, classes = setup.config, len(setup.train.classes)
-    assert isinstance(config, recipes.FewShotRecipe)
     queries = F.normalize(val[:], dim=1)
     scores: dict[str, list[float]] = {"top1_percent": [], "knn_top1_percent": []}
     with Progress("few-shot", total=config.draws, unit="draw") as progress:
         for draw in range(config.draws):
             chosen = draw_shots(setup.train.labels, config.shots, seed=(setup.request.seed, draw))
             bank, labels = F.normalize(train[:][chosen], dim=1), train.labels[chosen]
-            k = min(config.neighbours, len(bank))
-            limits = {"neighbours": k, "max_memory_mb": config.machine.max_memory_mb}
-            blocks = plan_blocks(len(queries), len(bank), bank.shape[1], **limits)
-            near = nearest(queries, bank, neighbours=k, blocks=blocks, quiet=True)
+            near = search(queries, bank, config.neighbours, config.machine, quiet=True)
             voted = vote_ranks(*near, labels, val.labels, classes=classes, temperature=config.temperature)
             scores["knn_top1_percent"].append(top_percent(voted, 1))
             predicted = _logistic(bank, labels, queries, config.inverse_regularisation)
@@ -108,19 +70,18 @@ def _logistic(rows: Tensor, labels: Tensor, queries: Tensor, inverse: float) -> 
 # ── VOC 2007 ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _svm(setup: Setup, train: FeatureFile, val: FeatureFile) -> Result:
-    config = setup.config
-    assert isinstance(config, recipes.SvmRecipe)
+def svm(setup: Setup, train: FeatureFile, val: FeatureFile) -> Result:
+    config: recipes.SvmRecipe = setup.config
     names = [name for name in setup.train.classes if name != "background"]
     truth = {split: image_labels(pictures, names) for split, pictures in (("train", setup.train), ("val", setup.val))}
     rows, queries = (F.normalize(file[:], dim=1).numpy() for file in (train, val))
     if not config.shots:
-        values = []
+        known = []
         with Progress("SVMs", total=len(names), unit="SVM") as progress:
             for k in range(len(names)):
-                values.append(_one_class(rows, truth["train"][:, k], queries, truth["val"][:, k], config))
+                value = _one_class(rows, truth["train"][:, k], queries, truth["val"][:, k], config)
+                known += [] if value is None else [value]
                 progress.advance()
-        known = [value for value in values if value is not None]
         notes = [f"{len(known)} of {len(names)} classes have positive images in both splits."]
         return Result({"voc07_svm_map_percent": 100.0 * float(np.mean(known))}, setup.recipe, notes=notes)
     metrics = {}
@@ -141,9 +102,9 @@ def image_labels(pictures: Pictures | LabelledImages, names: list[str]) -> np.nd
         labels[np.arange(len(pictures)), pictures.labels] = 1
         return labels
     for index in range(len(pictures)):
-        plain, difficult = pictures.difficult_classes(index)
-        for k, name in enumerate(names):
-            labels[index, k] = 1 if name in plain else 0 if name in difficult else -1
+        for one in sorted(pictures.objects(index), key=lambda one: not one.get("difficult")):
+            if one["name"] in names:
+                labels[index, names.index(one["name"])] = 0 if one.get("difficult") else 1
     return labels
 
 
@@ -171,16 +132,8 @@ def _one_class(
     folds = list(StratifiedKFold(config.folds).split(rows, positive))
 
     def validated(cost: float) -> float:
-        return float(
-            np.mean(
-                [
-                    average_precision(
-                        positive[test], _fit(rows[fit], positive[fit], cost).decision_function(rows[test])
-                    )
-                    for fit, test in folds
-                ]
-            )
-        )
+        scores = [_fit(rows[fit], positive[fit], cost).decision_function(rows[test]) for fit, test in folds]
+        return float(np.mean([average_precision(positive[test], s) for s, (_, test) in zip(scores, folds)]))
 
     best = max(config.costs, key=validated)
     scores = _fit(rows, positive, best).decision_function(queries[asked])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from twist.catalog.boxes import VOC_FLAGS, read_voc_xml
@@ -23,12 +21,11 @@ from twist.catalog.card import Role
 from twist.catalog.card_data import CardData
 from twist.catalog.data_sets import DataSet, Split, read_names
 from twist.catalog.masks import read_mask
-from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.files import sha256_json
 from twist.contracts.images import UnreadableImage, file_entries, open_picture, read_image
-from twist.contracts.machine import cores
 from twist.measure.segmentation import VOID
+from twist.transfer.engines.plain import loaded, ordered_batches
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,11 @@ class Pictures:
         return f"{self.row.name} below {self.place}"
 
     @property
+    def labels(self) -> np.ndarray:
+        """Of a feature file, which has a number an image: these have label maps or boxes instead."""
+        return np.zeros(len(self), dtype=np.int64)
+
+    @property
     def class_count(self) -> int:
         return len(self.classes) if isinstance(self.classes, tuple) else int(self.classes or 0)
 
@@ -73,13 +75,10 @@ class Pictures:
         """Digest of the names: which images, wherever they lie."""
         return sha256_json(list(self.names))[:16]
 
-    # ── Label maps ────────────────────────────────────────────────────────────────────────────────────────────────
-
     def label_map(self, index: int, *, size: int) -> Tensor:
         """(H, W) int64 class numbers and VOID, reduced to `size` × `size` (nearest) where it is not 0.
 
-        Raises:
-            UserError: the file is no map of class numbers, or holds a class that the data set does not have.
+        `UserError` where the file is no map of class numbers, or holds a class that the data set does not have.
         """
         path = self.truth("masks", index)
         try:
@@ -100,45 +99,18 @@ class Pictures:
             )
         return labels
 
-    # ── Boxes ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
     def objects(self, index: int) -> list[dict[str, Any]]:
         """An image's objects but crowds: name, bbox (x0, y0, x1, y1, right and lower edge outside), VOC's flags."""
-        if self._coco:
-            return self._coco.get(self.names[index], [])
         _, found = read_voc_xml(self.truth("boxes", index))
         return [  # pixels are counted from 1, inclusive
             {**one, "bbox": [x0 - 1, y0 - 1, x1, y1]} for one in found for x0, y0, x1, y1 in [one["bbox"]]
         ]
 
-    def boxes(self, index: int, *, hard_objects: bool = True) -> tuple[np.ndarray, list[str]]:
-        """(n, 4) boxes of an image's objects, as `objects` gives them, and the class of each."""
+    def boxes(self, index: int, *, hard_objects: bool = True) -> np.ndarray:
+        """(n, 4) boxes of an image's objects, as `objects` gives them."""
         found = self.objects(index)
-        kept = [one for one in found if hard_objects or not any(one.get(flag) for flag in VOC_FLAGS)]
-        return np.array([one["bbox"] for one in kept], dtype=np.float64).reshape(-1, 4), [one["name"] for one in kept]
-
-    def difficult_classes(self, index: int) -> tuple[set[str], set[str]]:
-        """The classes of an image's objects that are not difficult, and of those that only are so."""
-        found = self.objects(index)
-        plain = {one["name"] for one in found if not one.get("difficult")}
-        return plain, {one["name"] for one in found} - plain
-
-    @cached_property
-    def _coco(self) -> dict[str, list[dict[str, Any]]]:
-        """Objects by image name where the split's list is COCO's file, else nothing."""
-        if not self.split.names.endswith(".json"):
-            return {}
-        content = files.read_json(self.place / self.split.names, most=files.MOST_DATA)
-        classes = {one["id"]: one["name"] for one in content["categories"]}
-        suffix = self.split.images.suffix
-        by_id = {one["id"]: one["file_name"].removesuffix(suffix) for one in content["images"]}
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in by_id.values()}
-        for one in content["annotations"]:
-            if not one.get("iscrowd"):
-                x, y, width, height = one["bbox"]
-                box = [x, y, x + width, y + height]
-                found[by_id[one["image_id"]]].append({"name": classes[one["category_id"]], "bbox": box})
-        return found
+        kept = [one["bbox"] for one in found if hard_objects or not any(one.get(flag) for flag in VOC_FLAGS)]
+        return np.array(kept, dtype=np.float64).reshape(-1, 4)
 
 
 @dataclass(frozen=True)
@@ -180,44 +152,29 @@ class OwnPictures(Pictures):
 
 
 def open_split(row: DataSet, root: Path, role: str, sample: dict[str, Any] | None) -> Pictures:
-    """The split of `row` below `root` that runs train on (`role` "train") or measure on ("val").
-
-    Raises:
-        UserError: the data set has no such split, or its list is missing or empty.
-    """
-    splits = [split for split in row.run_splits().values() if split.role == role]
-    if not splits:
-        raise UserError(f"{row.name} has no split for {'training' if role == 'train' else 'validation'}.")
-    split, place = splits[0], row.place(root)
-    if split.names.endswith(".txt"):
+    """The split of `row` below `root` that runs train on (`role` "train") or measure on ("val")."""
+    split, place = next(split for split in row.run_splits().values() if split.role == role), row.place(root)
+    suffix, folder = split.images.suffix, place / split.images.folder
+    if split.names:
         names = read_names(place / split.names)
-    elif split.names.endswith(".json"):
-        content = files.read_json(place / split.names, most=files.MOST_DATA)
-        names = [image["file_name"].removesuffix(split.images.suffix) for image in content["images"]]
     else:
-        suffix = split.images.suffix
-        entries = file_entries(place / split.images.folder, lambda name: name.endswith(suffix))
-        names = sorted(name.removesuffix(suffix) for name, _ in entries)
+        names = sorted(
+            name.removesuffix(suffix) for name, _ in file_entries(folder, lambda name: name.endswith(suffix))
+        )
     if not names:
-        raise UserError(f"{place / split.images.folder} holds no image that ends in {split.images.suffix}.")
+        raise UserError(f"{folder} holds no image that ends in {suffix}.")
     return Pictures(row, split, place, tuple(names), row.label_names(sample))
 
 
-def squashed(pictures: Pictures, size: int, *, start: int, batch_size: int, workers: int) -> Iterator[Tensor]:
+def squashed(pictures: Pictures, size: int, batch_size: int, workers: int, start: int) -> Iterator[Tensor]:
     """(B, 3, size, size) uint8 RGB of the images from `start` on, both sides scaled to `size` (antialiased)."""
-    rest = list(range(start, len(pictures)))
-    loader: DataLoader[Tensor] = DataLoader(
-        _Squashed(pictures, size),
-        batch_sampler=[rest[first : first + batch_size] for first in range(0, len(rest), batch_size)],
-        num_workers=min(workers, cores(), -(-len(rest) // batch_size)),
-        generator=torch.Generator(),
-    )
-    yield from loader
+    batches = ordered_batches(len(pictures), batch_size=batch_size, start=start)
+    return loaded(_Squashed(pictures, size), batches, workers=workers)
 
 
-class _Squashed(Dataset[Tensor]):
+class _Squashed:
     def __init__(self, pictures: Pictures, size: int) -> None:
         self.pictures, self.resize = pictures, v2.Resize([size, size], antialias=True)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __call__(self, index: int) -> Tensor:
         return self.resize(self.pictures.read(index))

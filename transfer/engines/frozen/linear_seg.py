@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from twist.contracts.curves import Curves
 from twist.contracts.errors import UserError
 from twist.contracts.progress import Progress
 from twist.measure.dense import DenseFile
@@ -63,7 +64,7 @@ def split_holdout(recipe: LinearRecipe, images: int) -> tuple[np.ndarray, np.nda
 
 def train(
     features: DenseFile, labels: Labels, chosen: np.ndarray, recipe: LinearRecipe, *, classes: int, seed: int,
-    device: torch.device, step_done: Callable[[int, dict[str, float]], None],
+    device: torch.device, curves: Curves,
 ) -> HeadGrid:  # fmt: skip
     """The heads of the grid, trained together on the images `chosen`; `labels` are of the recipe's `loss_size`."""
     grid = grid_of(recipe)
@@ -87,7 +88,8 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             best = float(np.nanmin(losses)) if np.isfinite(losses).any() else math.nan
             progress.advance(1, loss=best)
-            step_done(step + 1, {"loss": best})
+            curves.add(step + 1, {"loss": best})
+            curves.plot(step + 1, {"loss": best})
     return heads.eval()
 
 

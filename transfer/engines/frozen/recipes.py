@@ -7,45 +7,32 @@ fast and in how much memory.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from twist.contracts.config import Config, load_config, read_toml
-from twist.contracts.errors import UsageError, did_you_mean
 from twist.measure.dense import Layers
 from twist.measure.segmentation import Void
+from twist.transfer.engines import plain
 from twist.transfer.engines.frozen import ENGINE
-from twist.transfer.request import Controls
+from twist.transfer.engines.plain import read_recipe
 
 
-class Machine(Config):
-    """What may differ between machines without changing the number."""
-
-    # Processes that decode images, at most one a core; 0 decodes in the main process.
-    workers: int = Field(default=8, ge=0)
-    # Images a forward pass.
+class Machine(plain.Machine):
     feature_batch_size: int = Field(default=32, gt=0)
-    # MiB that a k-NN search may need; features on disk are not counted.
-    max_memory_mb: int = Field(default=2048, gt=0)
-    # GB that one file of features may take, and whether it stays for the next protocol.
-    max_disk_gb: float = Field(default=100, gt=0)
     keep_features: bool = True
+    # GB that one file of features may take.
+    max_disk_gb: float = Field(default=100, gt=0)
     # The folder of features; "" is `features` beside the run folders, so that the protocols of one root share it.
     features: str = ""
 
 
-class Recipe(Config):
-    """What all share: the side of the network's input, the layers, and CUDA's precision (a CPU computes in float32)."""
+class Recipe(plain.Recipe):
+    """What all share: the layers that are read."""
 
-    size: int = Field(gt=0)
     layers: Layers = Layers()
-    precision: Literal["fp32", "bf16"] = "fp32"
     machine: Machine = Machine()
-
-    def recorded(self) -> dict[str, Any]:
-        """The part that decides the number, for the record's recipe hash."""
-        return self.model_dump(mode="json", exclude={"machine"})
 
 
 class DenseRecipe(Recipe):
@@ -54,6 +41,8 @@ class DenseRecipe(Recipe):
     Predictions are enlarged (bilinear) to the label maps and compared pixel by pixel.
     """
 
+    # Side of the network's input.
+    size: int = Field(gt=0)
     # Side that label maps are reduced to (nearest), 0 for their own size. This moves published numbers by points.
     label_size: int = Field(ge=0)
     # Said although there is one way here, so that records of other ways will not meet these.
@@ -106,11 +95,10 @@ class ClustersRecipe(DenseRecipe):
     step_size: int = Field(default=16384, gt=0)
 
 
-class DiscoveryRecipe(Config):
+class DiscoveryRecipe(Recipe):
     """LOST: see `twist.measure.discovery`. Pictures keep their size, a ViT's are padded to whole patches."""
 
     kind: Literal["corloc"]
-    layers: Layers
     candidates: int = Field(gt=0)
     # An object is found where the overlap is at least this.
     overlap: float = Field(gt=0, le=1)
@@ -119,24 +107,10 @@ class DiscoveryRecipe(Config):
     # A longer side than this is reduced first; 0 keeps all sizes.
     longest_side: int = Field(default=0, ge=0)
     precision: Literal["fp32"] = "fp32"
-    machine: Machine = Machine()
-
-    def recorded(self) -> dict[str, Any]:
-        """The part that decides the number, for the record's recipe hash."""
-        return self.model_dump(mode="json", exclude={"machine"})
 
 
-class ImageRecipe(Recipe):
-    """One row of features an image: the mean over the map of `layers`, or the network's own output (`pooled`)."""
-
-    resize: int = Field(gt=0)
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-
-    @model_validator(mode="after")
-    def _crop_fits(self) -> ImageRecipe:
-        if self.resize < self.size:
-            raise ValueError(f"resize = {self.resize} is smaller than size = {self.size}: the central crop cannot fit")
-        return self
+class ImageRecipe(Recipe, plain.ImageRecipe):
+    """One row of features an image: the network's own output (`pooled`)."""
 
 
 class FewShotRecipe(ImageRecipe):
@@ -171,23 +145,9 @@ class SvmRecipe(ImageRecipe):
 
 
 AnyRecipe = NeighboursRecipe | LinearRecipe | ClustersRecipe | DiscoveryRecipe | FewShotRecipe | SvmRecipe
-KINDS: dict[str, type[AnyRecipe]] = {
-    "knn-seg": NeighboursRecipe,
-    "linear-seg": LinearRecipe,
-    "cluster-seg": ClustersRecipe,
-    "corloc": DiscoveryRecipe,
-    "fewshot": FewShotRecipe,
-    "svm": SvmRecipe,
-}
 
 
-def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> AnyRecipe:
-    """Read `<name>.toml` and apply `key=value` overrides.
-
-    `UsageError` for a recipe or a key that is unknown (with the near match), and a value that does not fit.
-    """
-    path = ENGINE.folder / f"{name}.toml"
-    if not path.exists():
-        shipped = [path.stem for path in ENGINE.folder.glob("*.toml")]
-        raise UsageError(f'There is no recipe "{name}" for frozen features.{did_you_mean(name, shipped)}')
-    return load_config(path, KINDS[read_toml(path)["kind"]], overrides, extra_keys=Controls.model_fields)
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> AnyRecipe:
+    """Read `<name>.toml`: see `read_recipe`."""
+    recipe: AnyRecipe = read_recipe(ENGINE.folder / f"{name}.toml", AnyRecipe, overrides)
+    return recipe

@@ -1,14 +1,13 @@
 """TWIST's own head as a classifier: read from a training checkpoint, ours or the published code's.
 
 The class of an image is the largest logit, every norm with its running statistics. An artefact holds no head, so the
-training checkpoint is named as well, and must hold the very backbone that is measured. `N` images, `D` features.
+training checkpoint is named as well, and must hold the very backbone that is measured.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from twist.contracts import files
@@ -23,13 +22,8 @@ Activation = Literal["relu", "gelu"]
 def read_head(path: Path, backbone: Mapping[str, Tensor], *, activation: Activation | None) -> Head:
     """The head that was trained with `backbone` (float32), from the checkpoint at `path`, in eval mode.
 
-    Both student (`model`) and teacher are read; the one whose backbone is equal to `backbone` counts.
-
-    Args:
-        activation: of the hidden layers; None takes it from the checkpoint's own settings.
-
-    Raises:
-        UserError: no checkpoint, no head in it, another backbone, a head of another shape, or an unknown activation.
+    Of student (`model`) and teacher the one whose backbone is equal to `backbone` counts. `activation` of the hidden
+    layers is by default that of the checkpoint's own settings. `UserError` where there is no such head.
     """
     value = read_contents(path).value
     entries = value if isinstance(value, dict) else {}
@@ -49,12 +43,6 @@ def read_head(path: Path, backbone: Mapping[str, Tensor], *, activation: Activat
         f"The head in {path} belongs to another backbone than the weights given: its backbone tensors differ; name "
         "the checkpoint that these weights were taken from."
     )
-
-
-@torch.no_grad()
-def head_classes(head: Head, features: Tensor) -> Tensor:
-    """The head's class of each row of (N, D) features, (N,)."""
-    return head(features).argmax(dim=1)
 
 
 def _build(state: dict[str, Tensor], activation: Activation, path: Path) -> Head:

@@ -1,8 +1,4 @@
-"""The ImageNet-style recipes, typed: `configs/imagenet/*.toml`, one file a recipe, every number with its source.
-
-A recipe holds what decides the number. What only decides how fast and in how much memory is in its `[machine]` section
-and never enters the recipe hash, so a laptop's row and a server's row can meet in one table.
-"""
+"""The ImageNet-style recipes, typed: `configs/imagenet/*.toml`, one file a recipe, every number with its source."""
 
 from __future__ import annotations
 
@@ -11,13 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from twist.contracts.config import SHIPPED, Config, added, identity_of, load_config, read_toml
-from twist.contracts.errors import UsageError, did_you_mean
-from twist.transfer.request import Controls
+from twist.contracts.config import added
+from twist.transfer.engines import plain
+from twist.transfer.engines.imagenet import ENGINE
+from twist.transfer.engines.plain import ImageRecipe, read_recipe
 
-FOLDER = SHIPPED / "imagenet"
 # What needs less memory, by phase.
-FEATURES = "go on with --resume and a lower machine.feature_batch_size"
 SEARCH = "go on with --resume and a lower machine.max_memory_mb"
 # Another batch is another recipe, which a resumed run may not take.
 TRAINING = "go on with --resume on more GPUs, or lower batch_size and every lr_* by the same factor in another --output"
@@ -25,43 +20,13 @@ TRAINING = "go on with --resume on more GPUs, or lower batch_size and every lr_*
 START = "free the device of other processes, then --resume with a lower machine.feature_batch_size"
 
 
-class Machine(Config):
-    """What may differ between machines without changing the number."""
-
-    # Processes that decode images, at most one a core; 0 decodes in the main process.
-    workers: int = Field(default=8, ge=0)
-    # Images a forward pass where no gradient is kept.
-    feature_batch_size: int = Field(default=256, gt=0)
-    # MiB that the k-NN search may need; features on disk are not counted, nor what the system caches of their files.
-    max_memory_mb: int = Field(default=2048, gt=0)
-    # Keep extracted features in the run folder, keyed by weights, images and transform; a later run reuses them.
-    keep_features: bool = False
+class Machine(plain.Machine):
     # Accuracy on the validation images every so many epochs; the last epoch is always evaluated.
     evaluate_every_epochs: int = Field(default=1, gt=0)
 
 
-class Recipe(Config):
-    """What all recipes share: how an image becomes the network's input at test time."""
-
-    # Side of the network's input, and the shorter side before the central crop is taken.
-    size: int = Field(gt=0)
-    resize: int = Field(gt=0)
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    # On CUDA; on CPU everything is float32.
-    precision: Literal["fp32", "bf16"] = "fp32"
+class Recipe(ImageRecipe):
     machine: Machine = Machine()
-
-    @model_validator(mode="after")
-    def _crop_fits(self) -> Recipe:
-        if self.resize < self.size:
-            raise ValueError(f"resize = {self.resize} is smaller than size = {self.size}: the central crop cannot fit")
-        return self
-
-    def recorded(self) -> dict[str, Any]:
-        """The part that decides the number, for the record's recipe hash."""
-        values = identity_of(self)
-        del values["machine"]
-        return values
 
 
 class ClassifierRecipe(Recipe):
@@ -105,10 +70,8 @@ class LinearRecipe(ClassifierRecipe):
 
     @property
     def rates(self) -> dict[str, float]:
-        if not self.rate_factors:
-            return super().rates
         rates = [self.lr_classifier * factor for factor in self.rate_factors]
-        return {f"lr_classifier_{rate:g}": rate for rate in rates}
+        return {f"lr_classifier_{rate:g}": rate for rate in rates} or super().rates
 
 
 class FinetuneRecipe(ClassifierRecipe):
@@ -171,22 +134,10 @@ class ClusterRecipe(Recipe):
 
 
 AnyRecipe = LinearRecipe | FinetuneRecipe | NeighboursRecipe | ClusterRecipe
-_KINDS: dict[str, type[AnyRecipe]] = {
-    "linear": LinearRecipe,
-    "finetune": FinetuneRecipe,
-    "knn": NeighboursRecipe,
-    "cluster": ClusterRecipe,
-}
 
 
 def load_recipe(name: str, *, architecture: str, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """Read `<name>-<architecture>.toml` where there is one, else `<name>.toml`, and apply `key=value` overrides.
-
-    `UsageError` for a recipe or a key that is unknown (with the near match), and a value that does not fit.
-    """
-    path = FOLDER / f"{name}-{architecture}.toml"
-    path = path if path.exists() else FOLDER / f"{name}.toml"
-    if not path.exists():
-        shipped = [path.stem for path in FOLDER.glob("*.toml")]
-        raise UsageError(f'There is no ImageNet recipe "{name}".{did_you_mean(name, shipped)}')
-    return load_config(path, _KINDS[read_toml(path)["kind"]], overrides, extra_keys=Controls.model_fields)
+    """Read `<name>-<architecture>.toml` where there is one, else `<name>.toml`: see `read_recipe`."""
+    path = ENGINE.folder / f"{name}-{architecture}.toml"
+    recipe: AnyRecipe = read_recipe(path if path.exists() else ENGINE.folder / f"{name}.toml", AnyRecipe, overrides)
+    return recipe

@@ -7,6 +7,7 @@ size that its eight GPUs had. One process a GPU, through torch's own launcher. `
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from twist.contracts import states
+from twist.contracts.curves import CURVES, Curves
 from twist.contracts.errors import UserError
 from twist.contracts.failures import explained, raise_reported
 from twist.contracts.files import sha256_json
@@ -36,26 +38,26 @@ from twist.contracts.progress import Progress
 from twist.contracts.run_folder import refuse_other_run, refuse_second_start
 from twist.measure.features import Batch, FeatureFile, autocast, frozen, network_inputs, state_digest
 from twist.measure.knn import label_ranks
-from twist.transfer.engines.imagenet.images import Rank, decoded, epoch_batches, ordered_batches
-from twist.transfer.engines.imagenet.journal import Journal
-from twist.transfer.engines.imagenet.recipes import (
-    FEATURES,
-    START,
-    TRAINING,
-    ClassifierRecipe,
-    FinetuneRecipe,
-    LinearRecipe,
-)
+from twist.transfer.engines.imagenet.recipes import START, TRAINING, ClassifierRecipe
+from twist.transfer.engines.plain import FEATURES, Rank, decoded, epoch_batches, ordered_batches
 
 if TYPE_CHECKING:
     from twist.transfer.engines.imagenet.engine import Setup
 
-CHECKPOINT = "checkpoint.pth"
+CHECKPOINT, LOG = "checkpoint.pth", "log.txt"
 STATE = ("identity", "history", "model", "optimizer")
 AGAIN = "start again in another folder (--output)"
 METRICS = ("top1_percent", "top5_percent")
 # Validation images that are shown beside what was predicted for them.
 PICTURED = 24
+
+
+def log(output: Path, text: str) -> None:
+    """Append `text` to the run's log, the time before each line."""
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    # Opened for each event: they are minutes apart, and a kill then loses none of them.
+    with (output / LOG).open("a") as file:
+        file.writelines(f"{now} {line}\n" for line in text.splitlines())
 
 
 def run_ranks(work: Callable[..., Any], *arguments: Any, processes: int, device: str, output: Path) -> Any:
@@ -65,7 +67,7 @@ def run_ranks(work: Callable[..., Any], *arguments: Any, processes: int, device:
     """
     if processes == 1:
         with explained(memory=START):
-            return work(Rank(0, 1, torch.device(device)), *arguments)
+            return work(Rank(device=torch.device(device)), *arguments)
     with tempfile.TemporaryDirectory(prefix="twist-ranks-") as folder:
         with raise_reported(output):
             mp.spawn(_process, args=(processes, device, folder, output, work, arguments), nprocs=processes)
@@ -95,19 +97,16 @@ ValInputs = Callable[[Sequence[np.ndarray]], Iterable[Batch]]
 def train_linear(
     rank: Rank, setup: Setup, val: FeatureFile, held: FeatureFile | None, train: FeatureFile | None
 ) -> dict[str, Any]:
-    """What `Trainer.run` returns. `train` None computes the features of random crops as they come."""
+    """What `Trainer.run` returns; without `train` the features of random crops are computed as they come."""
 
     def rows(file: FeatureFile, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
         matrix = file.mapped()
         for chosen in batches:
             yield torch.from_numpy(matrix[chosen]).to(rank.device), file.labels[chosen].to(rank.device)
 
-    assert isinstance(setup.config, LinearRecipe)
-    rates = setup.config.rates
-
     def fit(train_inputs: TrainInputs) -> dict[str, Any]:
         new = partial(new_classifier, val.dimension, len(setup.train.classes), seed=setup.request.seed)
-        parts = [new() for _ in rates]
+        parts = [new() for _ in setup.config.rates]
         model: nn.Module = parts[0] if held is None else Classifiers(parts)
         chosen_on = None if held is None else partial(rows, held)
         return Trainer(model, parts, train_inputs, partial(rows, val), chosen_on, rank=rank, setup=setup).run()
@@ -124,7 +123,6 @@ def train_finetune(rank: Rank, setup: Setup) -> dict[str, Any]:
     device, header = rank.device, setup.weights.header
     backbone = setup.extractor(device)
     classifier = new_classifier(backbone.dimension, len(setup.train.classes), seed=setup.request.seed)
-    assert isinstance(setup.config, FinetuneRecipe)
     normalise_in_groups(backbone.network, (setup.config.groups or rank.count) // rank.count)
     return Trainer(
         nn.Sequential(backbone.network, classifier),
@@ -189,7 +187,6 @@ class Trainer:
         self, model: nn.Module, parts: Sequence[nn.Module], train: TrainInputs, val: ValInputs,
         held: ValInputs | None = None, *, rank: Rank, setup: Setup,
     ) -> None:  # fmt: skip
-        assert isinstance(setup.config, LinearRecipe | FinetuneRecipe)
         self.model, self.train, self.val, self.held, self.rank = model.to(rank.device), train, val, held, rank
         self.setup, self.recipe, self.path = setup, setup.config, setup.request.output / CHECKPOINT
         self.optimizer = torch.optim.SGD(
@@ -207,15 +204,12 @@ class Trainer:
 
         `history` has a row an epoch, `metrics` are the accuracies at the end, `predicted` the pictured images' classes,
         `held` the top-1 of every classifier on the held-out images, `chosen` the number of the best.
-        `UserError` for a checkpoint of another run, or one without `resume`, divergence, and too little memory.
         """
         history = self._restore()
-        if self.setup.request.eval_only:
-            metrics = self._evaluate()
-        else:
+        if not self.setup.request.eval_only:
             self._train(history)
-            metrics = {name: history[-1][name] for name in METRICS}
-        count = len(self.setup.val)
+        measured = self._evaluate() if self.setup.request.eval_only else history[-1]
+        metrics, count = {name: measured[name] for name in METRICS}, len(self.setup.val)
         shown = np.linspace(0, count - 1, num=min(PICTURED, count), dtype=int)  # as `LabelledImages.spread`
         ((scores, _),) = self._scores(self.val([shown]))
         chosen, held = self._choose()
@@ -232,24 +226,31 @@ class Trainer:
             model = DistributedDataParallel(model, device_ids=[rank.index] if rank.device.type == "cuda" else None)
         request = self.setup.request
         total, start, quiet = recipe.epochs * steps, len(history) * steps, rank.index > 0
+        curves = None
+        if not quiet:
+            board, logger = request.output / "tensorboard", request.controls.logger
+            curves = Curves(request.output / CURVES, start=start + 1, board=board, logger=logger)
         with (
             Progress(recipe.kind, total=total, start=start, quiet=quiet, unit="step") as progress,
-            Journal(request.output, done=start, quiet=quiet, logger=request.controls.logger) as journal,
+            contextlib.closing(curves) if curves else contextlib.nullcontext(),
         ):
             for epoch in range(len(history), recipe.epochs):
                 rates = {name: peak * cosine(epoch / recipe.epochs) for name, peak in recipe.rates.items()}
                 for group, rate in zip(self.optimizer.param_groups, rates.values(), strict=True):
                     group["lr"] = rate
-                done = self._train_epoch(model, epoch, progress)
-                if not math.isfinite(done["loss"]):
+                values = {**self._train_epoch(model, epoch, progress), **rates}
+                if not math.isfinite(values["loss"]):
                     raise UserError(f"The training diverged in epoch {epoch}: lower {' or '.join(rates)}.")
-                row = {"epoch": epoch, "step": (epoch + 1) * steps, **done, **rates}
                 if epoch + 1 == recipe.epochs or (epoch + 1) % recipe.machine.evaluate_every_epochs == 0:
-                    row |= self._evaluate()
-                # Before the checkpoint, so that a kill between them loses no line: the epoch is then trained again.
-                journal.epoch(row)
-                history.append(row)
-                if rank.index == 0:
+                    values |= self._evaluate()
+                step = (epoch + 1) * steps
+                history.append({"epoch": epoch, "step": step, **values})
+                if curves is not None:
+                    # Before the checkpoint, so that a kill between them loses no line: the epoch is then trained again.
+                    numbers = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+                    log(request.output, f"epoch {epoch + 1}: {numbers}")
+                    curves.add(step, {"epoch": epoch, **values})
+                    curves.plot(step, values)
                     self._save(history)
 
     def _train_epoch(self, model: nn.Module, epoch: int, progress: Progress) -> dict[str, float]:

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import mmseg
+from mmcv.transforms import BaseTransform
 from mmengine.config import Config, ConfigDict
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import DATASETS, TRANSFORMS
 
+from twist.catalog.card import Segmentation
 from twist.catalog.card_data import CardData
-from twist.catalog.data_sets import Split, find_data_set, read_sample
+from twist.catalog.data_sets import find_data_set, read_sample
+from twist.catalog.masks import read_mask
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.machine import cores
 from twist.contracts.weights import Backbone
@@ -29,10 +34,27 @@ _OF_A_BACKBONE = ("init_cfg", "pretrained", "style")
 _OF_THE_RECIPE = ("drop_path_rate", "final_norm", "out_indices")
 
 
-def load(path: Path) -> Config:
-    """One of our configs, its bases taken from the installed MMSegmentation."""
-    os.environ[BASES_VARIABLE] = str(Path(mmseg.__file__).parent / ".mim" / "configs")
-    return Config.fromfile(path)
+@DATASETS.register_module(force=True)
+class OwnSegDataset(BaseSegDataset):
+    """A data card's pairs of picture and mask, from the list `ann_file` in the run folder."""
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        pairs = json.loads(Path(self.ann_file).read_text(encoding="utf-8"))
+        fixed: dict[str, Any] = {"label_map": None, "reduce_zero_label": False}
+        return [{"img_path": image, "seg_map_path": mask, **fixed, "seg_fields": []} for image, mask in pairs]
+
+
+@TRANSFORMS.register_module(force=True)
+class LoadOwnMask(BaseTransform):
+    """Sets `gt_seg_map` (H, W) uint8: classes as the card's `section` numbers them, 255 for none."""
+
+    def __init__(self, section: dict[str, Any]) -> None:
+        self.section = Segmentation.model_validate(section)
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        results["gt_seg_map"] = read_mask(Path(results["seg_map_path"]), self.section)
+        results["seg_fields"].append("gt_seg_map")
+        return results
 
 
 class MMSegConfig(FrameworkConfig):
@@ -55,7 +77,8 @@ class MMSegConfig(FrameworkConfig):
     copied = ("optimizer", "train_pipeline", "test_pipeline", "tta_pipeline", "tta_model", "crop_size")
 
     def __init__(self, request: Request, weights: Weights) -> None:
-        config = self.config = load(ENGINE.folder / request.protocol.config)
+        os.environ[BASES_VARIABLE] = str(Path(mmseg.__file__).parent / ".mim" / "configs")
+        config = self.config = Config.fromfile(ENGINE.folder / request.protocol.config)
         self._is_vit = weights.header.is_vit
         drop_path = config.model.backbone.get("drop_path_rate")  # the overlay replaces a ViT's whole section
         config.merge_from_dict(Config.fromfile(weights.overlay)._to_lazy_dict())
@@ -66,7 +89,9 @@ class MMSegConfig(FrameworkConfig):
         if self._is_vit:
             config.model.backbone.drop_path_rate = drop_path
         self._fit_heads(weights.header)
-        self._set_data(request)
+        classes = self._set_own(request.own, request.output) if request.own else self._set_data(request)
+        for head in self._heads if classes else ():
+            head.num_classes = len(classes)
 
     def _fit_heads(self, backbone: Backbone) -> None:
         """Heads take what this backbone gives: the stock configs are written for ViT-B and bottlenecks of width 1."""
@@ -80,33 +105,30 @@ class MMSegConfig(FrameworkConfig):
         for head in self._heads:
             head.in_channels = 64 * 2**head.in_index * expansion * backbone.width
 
-    def _set_data(self, request: Request) -> None:
-        """Where the data lie; their classes and files too, unless MMSegmentation's own dataset class knows those."""
-        if request.own is not None:
-            self._set_own(request.own, request.output)
-            return
-        sample = read_sample(request.data)
-        row = find_data_set(request.protocol.data[0])
-        splits: dict[str, Split] = {split.role: split for split in row.run_splits().values() if "masks" in split.truth}
-        # A sample's classes are none of the data set's, and MMSegmentation's own classes insist on their names.
-        of_sample = sample is not None and row.classes_of_sample
+    def _set_data(self, request: Request) -> tuple[str, ...]:
+        """Where the data lie; classes and files too, unless MMSegmentation's own dataset class knows those."""
+        sample, row = read_sample(request.data), find_data_set(request.protocol.data[0])
+        splits: dict[str, Any] = {split.role: split for split in row.run_splits().values() if "masks" in split.truth}
+        classes: Any = ()
         for loader, role in zip(self._loaders, ("train", "val", "val"), strict=True):
             dataset, images, masks = loader.dataset, splits[role].images, splits[role].truth["masks"]
             dataset.data_root = str(row.place(request.data))
-            if dataset.type == "BaseSegDataset":
+            plain = dataset.type == "BaseSegDataset"
+            if plain:
                 folders = {"img_path": images.folder, "seg_map_path": masks.folder}
                 dataset.update({"data_prefix": folders, "ann_file": splits[role].names})
-            if of_sample or dataset.type == "BaseSegDataset":
-                classes = row.label_names(sample)
-                if not isinstance(classes, tuple):
-                    raise UserError(f"{row.name} has no names of classes: write them into its row of data_sets.toml.")
-                form: dict[str, Any] = {"img_suffix": images.suffix, "seg_map_suffix": masks.suffix}
-                form["reduce_zero_label"] = row.reduce_zero_label
-                dataset.update({"type": "BaseSegDataset", **form, "metainfo": {"classes": list(classes)}})
-                for head in self._heads:
-                    head.num_classes = len(classes)
+            # A sample's classes are none of the data set's, and MMSegmentation's own classes insist on their names.
+            elif sample is None or not row.classes_of_sample:
+                continue
+            classes = row.label_names(sample)
+            if not isinstance(classes, tuple):
+                raise UserError(f"{row.name} has no names of classes: write them into its row of data_sets.toml.")
+            form: dict[str, Any] = {"img_suffix": images.suffix, "seg_map_suffix": masks.suffix}
+            form |= {"reduce_zero_label": row.reduce_zero_label, "metainfo": {"classes": list(classes)}}
+            dataset.update({"type": "BaseSegDataset", **form})
+        return classes
 
-    def _set_own(self, own: CardData, output: Path) -> None:
+    def _set_own(self, own: CardData, output: Path) -> tuple[str, ...]:
         assert own.card.segmentation is not None
         load = {"type": "LoadOwnMask", "section": own.card.segmentation.model_dump(mode="json")}
         for loader, role in zip(self._loaders, ("train", "val", "val"), strict=True):
@@ -114,8 +136,7 @@ class MMSegConfig(FrameworkConfig):
             written = str(output / "data" / f"own_{role}.json")
             own_set = {"type": "OwnSegDataset", "ann_file": written, "metainfo": {"classes": list(own.classes)}}
             loader.dataset = ConfigDict({**own_set, "pipeline": steps})
-        for head in self._heads:
-            head.num_classes = len(own.classes)
+        return own.classes
 
     @property
     def _loaders(self) -> list[Any]:  # an override replaces them
@@ -159,29 +180,24 @@ class MMSegConfig(FrameworkConfig):
 
     def recipe(self, tree: Tree, processes: int) -> Tree:
         model = {key: value for key, value in tree["model"].items() if key not in _OF_THE_WEIGHTS}
-        model["backbone"] = {
-            key: value
-            for key, value in model["backbone"].items()
-            if (key in _OF_THE_RECIPE if self._is_vit else key not in _OF_A_BACKBONE)
-        }
-        train, val = (
-            {"pipeline": data["pipeline"]}
+        kept = _OF_THE_RECIPE if self._is_vit else model["backbone"].keys() - set(_OF_A_BACKBONE)
+        model["backbone"] = {key: value for key, value in model["backbone"].items() if key in kept}
+
+        def data(loader: str) -> Tree:
+            one = tree[loader]["dataset"]
             # Of a card the run's record has a digest, and paths are no part of a recipe.
-            | (
-                {}
-                if data["type"] == "OwnSegDataset"
-                else {"prefix": data["data_prefix"], "list": data.get("ann_file", "")}
-            )
-            for data in (tree["train_dataloader"]["dataset"], tree["val_dataloader"]["dataset"])
-        )
+            own = one["type"] == "OwnSegDataset"
+            place = {} if own else {"prefix": one["data_prefix"], "list": one.get("ann_file", "")}
+            return {"pipeline": one["pipeline"], **place}
+
         return {
             "model": model,
             "images_per_step": tree["train_dataloader"]["batch_size"] * processes,
             "iterations": tree["train_cfg"]["max_iters"],
             "optim_wrapper": tree["optim_wrapper"],
             "param_scheduler": tree["param_scheduler"],
-            "train": train,
-            "test": val,
+            "train": data("train_dataloader"),
+            "test": data("val_dataloader"),
         }
 
     def is_frozen(self) -> bool:

@@ -1,19 +1,18 @@
 """Semantic segmentation by real MMSegmentation: its models, pipelines, Runner, IoU metric and visualiser.
 
-What this adds is what a comparison needs: configs that stand on the installed ones, a data root a run, proof that the
-backbone's weights really arrived (mmengine only prints a warning), curves, pictures, one sentence for what goes wrong.
+Added is what a comparison needs: a data root a run, proof that the backbone's weights arrived, curves and pictures.
 """
 
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mmcv
 import numpy as np
 import torch
+from mmcv.transforms import Compose
 from mmengine.config import Config
 from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import Hook
@@ -22,19 +21,25 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.structures import PixelData
+from mmseg.registry import MODELS
 from mmseg.utils import register_all_modules
 from mmseg.visualization import SegLocalVisualizer
+from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+from twist.contracts import files
 from twist.contracts.errors import UserError
-from twist.contracts.failures import explained, raise_reported
+from twist.contracts.failures import explained
+from twist.contracts.pickles import read_state
 from twist.contracts.progress import Progress
+from twist.contracts.trackers import Logger
+from twist.converters.open import TORCH_GLOBALS
 from twist.transfer.engines import framework
 from twist.transfer.engines.framework import TrainingLog, collect, frameworks_quiet
-from twist.transfer.engines.mmseg import data
 from twist.transfer.engines.mmseg.config import resolve
 from twist.transfer.pictures import PANEL_PIXELS, save_pairs
+from twist.transfer.predict import Picture
 from twist.transfer.request import Request, Resolved, Result, Weights
 
 __all__ = ["resolve", "run"]
@@ -48,37 +53,30 @@ _METRICS = {"miou_percent": "mIoU", "macc_percent": "mAcc", "aacc_percent": "aAc
 def run(request: Request, weights: Weights, resolved: Resolved) -> Result:
     """Train and evaluate by `resolved`; files go to `request.output`. `UserError` for what is nobody's bug."""
     resolved.config.dump(request.output / "config.py")
-    assert weights.file is not None
     if request.own is not None and request.leads:
-        data.write_own(request.own, request.output / "data")
-    framework.choose_checkpoint(request, "iter")
-    request = replace(request, own=None)  # every process reads what was written
-    with raise_reported(request.output):
+        for role, pairs in (request.own.pairs or {}).items():  # every process and a continued run read the same
+            listed = [[str(pair.image), str(pair.mask)] for pair in pairs]
+            files.write_json(request.output / "data" / f"own_{role}.json", listed)
+    with framework.processes_of(request, "iter") as given:
         if request.processes == 1:
-            _worker(0, request, weights.file, None)
+            _worker(0, given, weights.file, None)
         else:
             address = request.controls.master or f"127.0.0.1:{get_free_port()}"
-            arguments = (request, weights.file, address)
+            arguments = (given, weights.file, address)
             torch.multiprocessing.start_processes(_worker, args=arguments, nprocs=request.gpus)
     return collect(request, resolved)
 
 
-def _worker(local_rank: int, request: Request, weights: Path, address: str | None) -> None:
+def _worker(local_rank: int, request: Request, weights: Path | None, address: str | None) -> None:
     """One process of the run; with an address, it joins the others as mmengine's "pytorch" launcher expects."""
     if address is not None:
         host, _, port = address.rpartition(":")
-        os.environ.update(
-            RANK=str(request.controls.node_rank * request.gpus + local_rank),
-            LOCAL_RANK=str(local_rank),
-            LOCAL_WORLD_SIZE=str(request.gpus),
-            WORLD_SIZE=str(request.processes),
-            MASTER_ADDR=host,
-            MASTER_PORT=port,
-        )
+        rank = request.controls.node_rank * request.gpus + local_rank
+        ranks = {"RANK": rank, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": request.gpus}
+        ranks |= {"WORLD_SIZE": request.processes}
+        os.environ.update({key: str(value) for key, value in ranks.items()}, MASTER_ADDR=host, MASTER_PORT=port)
     with explained(report=request.output, memory=NEEDS_LESS), frameworks_quiet():
-        register_all_modules(init_default_scope=False)
-        init_default_scope("mmseg")
-        config = Config.fromfile(request.output / "config.py")
+        config = _registered(request.output)
         last = last_checkpoint(request.output) if request.resume or request.eval_only else None
         if request.eval_only:
             done = 0 if last is None else int(last.stem.rpartition("_")[2])  # mmengine's iter_120.pth
@@ -87,7 +85,7 @@ def _worker(local_rank: int, request: Request, weights: Path, address: str | Non
         config.load_from = None if last is None else str(last)
         runner = _Runner.from_cfg(config)
         framework.require_one_run(request)
-        watch = _Watch(request.output, None if last else weights)
+        watch = _Watch(request.output, None if last else weights, request.controls.logger)
         # Before the scheduler moves lr on and before the checkpoint: a kill then loses no line of the curves.
         runner.register_hook(watch, priority="BELOW_NORMAL")
         try:
@@ -99,9 +97,16 @@ def _worker(local_rank: int, request: Request, weights: Path, address: str | Non
             runner.logger.handlers = []  # its terminal handler holds a stream that is closed now
         if local_rank == 0:  # one process of every node: its caller wants the result too
             train, test = runner.train_dataloader.dataset, runner.val_dataloader.dataset
-            images = {"train": len(train), "test": len(test)}
             media = save_pairs(request.output, draw(bare(runner.model), test))
+            images = {"train": len(train), "test": len(test)}
             framework.leave(request.output, metrics=metrics_of(watch.metrics), images=images, media=media)
+
+
+def _registered(output: Path) -> Config:
+    """The config of the run in `output`, with everything that it may name."""
+    register_all_modules(init_default_scope=False)
+    init_default_scope("mmseg")
+    return Config.fromfile(output / "config.py")
 
 
 def prove_loaded(backbone: nn.Module, weights: Path) -> str:
@@ -126,11 +131,16 @@ def draw(model: Any, dataset: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     names = {"classes": dataset.metainfo["classes"], "palette": dataset.metainfo["palette"]}
     model.eval()
     for item in dataset:
-        (found,) = model.test_step({"inputs": [item["inputs"]], "data_samples": [item["data_samples"]]})
+        found = _test(model, item)
         image = mmcv.imread(found.img_path, channel_order="rgb")
         image = mmcv.imrescale(image, (PANEL_PIXELS, PANEL_PIXELS))  # so that the names of classes can be read
         truth, prediction = item["data_samples"].gt_sem_seg, found.pred_sem_seg
         yield drawn(image, truth.data, names), drawn(image, prediction.data, names)
+
+
+def _test(model: Any, item: dict[str, Any]) -> Any:
+    (found,) = model.test_step({"inputs": [item["inputs"]], "data_samples": [item["data_samples"]]})
+    return found
 
 
 def drawn(image: np.ndarray, classes: Tensor, names: dict[str, Any]) -> np.ndarray:
@@ -147,10 +157,8 @@ def last_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint of the run in `output`, None before the first; `UserError` when it is not there."""
     # mmengine notes its whole path, which after the folder was moved or copied is another run's, or nobody's.
     noted = find_latest_checkpoint(str(output))
-    if noted is None:
-        return None
-    file = output / Path(noted).name
-    if not file.is_file():
+    file = output / Path(noted).name if noted else None
+    if file is not None and not file.is_file():
         raise UserError(f"{output} holds no {file.name}, its newest checkpoint: put it back, or start in a new folder.")
     return file
 
@@ -174,9 +182,9 @@ class _Runner(Runner):
 class _Watch(Hook):
     """Proof before the first iteration, curves and progress during, the metrics of the last evaluation after."""
 
-    def __init__(self, output: Path, weights: Path | None) -> None:
+    def __init__(self, output: Path, weights: Path | None, logger: Logger | None = None) -> None:
         """`weights` are proven to be there before the first iteration, None in a run that continues."""
-        self._output, self._weights = output, weights
+        self._output, self._weights, self._logger = output, weights, logger
         self.metrics: dict[str, float] = {}
         self._log: TrainingLog | None = None
 
@@ -185,7 +193,7 @@ class _Watch(Hook):
             digests = all_gather_object(prove_loaded(bare(runner.model).backbone, self._weights))
             framework.agree(self._output, digests, leads=is_main_process())
         if is_main_process():
-            self._log = TrainingLog(self._output, start=runner.iter, total=runner.max_iters)
+            self._log = TrainingLog(self._output, start=runner.iter, total=runner.max_iters, logger=self._logger)
 
     def after_train_iter(self, runner: Runner, *, outputs: dict[str, Tensor], **_: Any) -> None:
         def values() -> dict[str, float]:
@@ -211,3 +219,31 @@ class _Watch(Hook):
     def after_val_epoch(self, _runner: Runner, *, metrics: dict[str, float]) -> None:
         self._evaluation.__exit__(None, None, None)
         self.metrics = dict(metrics)
+
+
+@torch.no_grad()
+def predict(run: Path, pictures: Iterable[Picture], output: Path) -> dict[str, Any]:
+    """Classes and files of `pictures`; `<name>.png` (an index for each pixel) and `<name>-drawn.png` in `output`."""
+    config = _registered(run)
+    model = MODELS.build(config.model).eval()
+    # mmengine's own loader falls back to unpickling whatever the file names.
+    allowed = [(stand_in, name) for name, stand_in in TORCH_GLOBALS.items()]
+    checkpoint = framework.newest_checkpoint(run, "iter") or last_checkpoint(run)
+    assert checkpoint is not None, "a finished run has one"
+    state = read_state(checkpoint, "state_dict", "meta", remedy="run the protocol again", allowed=allowed)
+    model.load_state_dict(state["state_dict"])
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    names = {key: list(state["meta"]["dataset_meta"][key]) for key in ("classes", "palette")}
+    steps = [step for step in config.val_dataloader.dataset.pipeline if not step["type"].startswith("Load")]
+    prepare = Compose([{"type": "LoadImageFromNDArray"}, *steps])
+    images = []
+    for name, path, pixels in pictures:
+        image = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+        found = _test(model, prepare({"img": image[:, :, ::-1]})).pred_sem_seg.data
+        mask = Image.fromarray(found[0].byte().cpu().numpy(), mode="P")
+        mask.putpalette([value for colour in names["palette"] for value in colour])
+        mask.save(output / f"{name}.png")
+        enlarged = mmcv.imrescale(image, max(1.0, PANEL_PIXELS / max(image.shape[:2])))  # names can be read
+        Image.fromarray(drawn(enlarged, found, names)).save(output / f"{name}-drawn.png")
+        images.append({"file_name": str(path), "mask": f"{name}.png"})
+    return {**names, "images": images}
