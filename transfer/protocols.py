@@ -78,12 +78,9 @@ def find_protocol(name: str) -> Protocol:
 
 
 def check_protocol(path: Path, record: RunRecord) -> None:
-    """Raise `UserError` for a record, read from `path`, whose task or metrics are not its protocol's.
-
-    A protocol that is not in the table may be another version's: its records are shown, in columns of their own.
-    """
+    """Raise `UserError` for a record, read from `path`, whose task or metrics are not its protocol's."""
     row = PROTOCOLS.get(record.protocol)
-    if row is None:
+    if row is None:  # another version's: its records are shown, in columns of their own
         return
     if record.task != row.task:
         raise UserError(f"{path}: {record.protocol} is {row.task}, and the record says {record.task}; run it again.")
@@ -95,10 +92,7 @@ def check_protocol(path: Path, record: RunRecord) -> None:
 
 
 def list_protocols(words: Sequence[str] = ()) -> str:
-    """The table as `twist transfer --list` prints it: a line for each row that has all `words` (`words_of`).
-
-    With the name of a row it is that row's whole block. `UsageError` for a word that no row has.
-    """
+    """The table as `twist transfer --list` prints it: a line for each row; with the name of a row its whole block."""
     rows = select_protocols(words)
     if [row.name for row in rows] == list(words):
         return _block(rows[0])

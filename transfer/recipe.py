@@ -1,12 +1,4 @@
-"""What a protocol's recipe becomes on this machine and under a user's overrides, and what of it is recorded.
-
-The linear rule: images a GPU stay as in the recipe. With r = processes / the recipe's GPUs, images a step and learning
-rates are multiplied by r, iterations, warm-up and milestones divided by r, so the same number of images is seen (Goyal
-et al. 2017, arXiv 1706.02677; as Detectron2's `DefaultTrainer.auto_scale_workers`, with which a test compares).
-
-Overrides: a recipe leaves out what comes with the weights (pixel statistics, channel order, stride), the data and the
-machine, so that rows of other weights meet. Where a user overrides such a key, it is recorded under `overrides`.
-"""
+"""What a protocol's recipe becomes on this machine and under a user's overrides, and what of it is recorded."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -63,7 +55,12 @@ def stretch(schedule: Schedule, iterations: int) -> Schedule:
 
 
 def linear_rule(schedule: Schedule, *, processes: int, reference: int) -> Schedule:
-    """`schedule`, stated for `reference` GPUs, on `processes`; `UsageError` where images do not divide."""
+    """`schedule`, stated for `reference` GPUs, on `processes`: images a GPU stay.
+
+    With r = processes / reference, images a step and rates are multiplied by r, iterations, warm-up and milestones
+    divided by it, so that as many images are seen (Goyal et al. 2017, arXiv 1706.02677; as Detectron2's
+    `DefaultTrainer.auto_scale_workers`).
+    """
     if schedule.images_per_step % reference:
         raise UsageError(
             f"{schedule.images_per_step} images a step do not divide over the recipe's {reference} GPUs: "
@@ -132,8 +129,8 @@ Tree = dict[str, Any]
 def read_override(override: str, config: Any, options: Mapping[str, str], *, copied: Sequence[str] = ()) -> Any:
     """(dotted key, value) of an override that fits `config`, a framework's own tree of dicts and lists.
 
-    `options` are keys that an option of the command line decides, `*` as in file names. Sections that are `copied` hold
-    what nothing reads any more: no suggestions. `UsageError` for an unknown key or a value of another type.
+    `options` are keys that an option of the command line decides, `*` as in file names; no suggestions come from
+    sections that are `copied`.
     """
     keys, value = parse_override(override)
     path = ".".join(keys)
@@ -175,7 +172,8 @@ def departures(before: Tree, after: Tree, *, free: Sequence[str]) -> list[str]:
 def recorded(before: Tree, after: Tree, *, recipe_of: Callable[[Tree], Tree], harmless: Sequence[str]) -> Tree:
     """The recipe of `after`, and under `overrides` what changed since `before` without showing in it, if anything.
 
-    Whether a change shows is found by taking it back, so no list of what a recipe holds can be out of date.
+    A recipe leaves out what is the weights', the data's and the machine's. Whether a change shows is found by taking it
+    back, so no list of what a recipe holds can be out of date.
     """
     recipe = recipe_of(after)
     hidden = {

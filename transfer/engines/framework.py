@@ -1,8 +1,4 @@
-"""What the framework engines share: a config's way to a run, silence, the proof of loaded weights, the evaluation.
-
-A framework's own part is a `FrameworkConfig`: how its config is read and changed. What is done with it, and in which
-order, is the same for all.
-"""
+"""What the framework engines share: a config's way to a run, silence, the proof of loaded weights, the evaluation."""
 
 import contextlib
 import logging
@@ -95,10 +91,6 @@ def resolve(read: Callable[[Request, Weights], FrameworkConfig], request: Reques
 
     Order, later wins: the framework's config, ours, the weights' overlay, the linear rule, `key=value` overrides (taken
     as written: the rule does not scale them again).
-
-    Raises:
-        UsageError: an override that does not fit or freezes batch norm, a batch that does not divide.
-        UserError: a kind of network that the protocol is not made for.
     """
     kind: Literal["resnet", "vit"] = "vit" if weights.header.is_vit else "resnet"
     if kind not in request.protocol.networks:
@@ -242,10 +234,7 @@ class TrainingLog:
 
 
 def require_one_run(request: Request) -> None:
-    """In a worker of a run on several nodes: `UserError` on all of them unless they run the same code on the same data.
-
-    The processes of one node are of one command, and are not asked.
-    """
+    """In a worker of a run on several nodes: `UserError` on all unless they run the same code on the same data."""
     if request.controls.nodes > 1:
         described: dict[str, Any] = {
             "protocol": request.protocol.name,
@@ -283,10 +272,7 @@ def processes_of(request: Request, prefix: str) -> Iterator[Request]:
 
 
 def newest_checkpoint(output: Path, prefix: str, *, quiet: bool = False) -> Path | None:
-    """The newest `<prefix>_….pth` that is as it was saved; None in a run of an earlier version, without manifests.
-
-    `UserError` where none of the checkpoints is as it was saved.
-    """
+    """The newest `<prefix>_….pth` that is as it was saved, None without manifests; `UserError` where none is whole."""
 
     def iteration(checkpoint: Path) -> float:
         number = checkpoint.stem.rpartition("_")[2]
@@ -307,10 +293,7 @@ def require_finished(output: Path, *, done: int, of: int) -> None:
 
 
 def leave(output: Path, **measured: Any) -> None:
-    """In a worker: write `metrics`, `images` (how many of each set), `media` (files in `output`) and `notes`.
-
-    What else a prediction needs, such as the names of `classes`, is kept there too.
-    """
+    """In a worker: write metrics, images (how many of each set), media (files in `output`), notes, names of classes."""
     files.write_json(output / _EVALUATION, measured)
 
 

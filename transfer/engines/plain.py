@@ -1,8 +1,7 @@
 """What our own engines share, in plain torch: typed recipes, the images as networks see them, and frozen features.
 
-A recipe holds what decides the number. What only decides how fast and in how much memory is in its `[machine]` section
-and never enters the recipe hash. Order and random crops are pure functions of (seed, epoch, image), whatever the number
-of workers, so a run continues exactly where it stopped. `B` images of one process, `S` the input's side.
+Order and random crops are pure functions of (seed, epoch, image), whatever the number of workers, so a run continues
+exactly where it stopped. `B` images of one process, `S` the input's side.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ BIT_EQUAL = "The frozen backbone is bit-equal before and after: state SHA-256 {:
 
 
 class Machine(Config):
-    """What may differ between machines without changing the number."""
+    """What may differ between machines without changing the number; it never enters the recipe hash."""
 
     # Processes that decode images, at most one a core; 0 decodes in the main process.
     workers: int = Field(default=8, ge=0)
@@ -79,10 +78,7 @@ class ImageRecipe(Recipe):
 
 
 def read_recipe(path: Path, recipes: Any, overrides: Sequence[str]) -> Any:
-    """The recipe in a TOML file with `key=value` overrides: that of the union `recipes` whose `kind` it names.
-
-    `UsageError` for a key that is unknown (with the near match), and a value that does not fit.
-    """
+    """The recipe in a TOML file with `key=value` overrides: that of the union `recipes` whose `kind` it names."""
     kinds = {get_args(recipe.model_fields["kind"].annotation)[0]: recipe for recipe in get_args(recipes)}
     return load_config(path, kinds[read_toml(path)["kind"]], overrides, extra_keys=Controls.model_fields)
 
@@ -156,10 +152,7 @@ def ordered_batches(count: int, *, batch_size: int, start: int = 0, rank: Rank =
 def loaded(
     read: Callable[[int], Any], batches: Sequence[np.ndarray], *, workers: int, pinned: bool = False
 ) -> Iterator[Any]:
-    """What `read` gives of the numbers in each batch, collated; at most one process a core reads.
-
-    `UserError` for an image that is unreadable, or a process that died.
-    """
+    """What `read` gives of the numbers in each batch, collated; at most one process a core reads."""
     workers = min(workers, cores(), len(batches))  # more would wait for each other, and torch warns
     loader = DataLoader(
         _Read(read),

@@ -1,8 +1,4 @@
-"""Frozen features: `resolve` says what will be measured, `run` goes from weights and pictures to metrics.
-
-linear-seg · knn-seg · cluster-seg · corloc · fewshot · svm. Recipes: `recipes.py`; pictures and annotations:
-`images.py`; what is trained: `linear_seg.py` and `classify.py`; what is computed: `twist.measure`.
-"""
+"""Protocols on frozen features: linear-seg · knn-seg · cluster-seg · corloc · fewshot · svm."""
 
 import contextlib
 import shutil
@@ -58,10 +54,7 @@ class Setup(plain.Setup):
 
 
 def resolve(request: Request, weights: Weights) -> Setup:
-    """Recipe, pictures and plan of a request; nothing is built and nothing is written.
-
-    `UserError` for data that are missing, an override that is none, or layers that these weights do not have.
-    """
+    """Recipe, pictures and plan of a request; nothing is built and nothing is written."""
     protocol, own, iterations = request.protocol, request.own, request.controls.iterations
     if request.processes > 1:
         raise UsageError(f"{protocol.name} runs in one process: pass --gpus 1 or 0, and no nodes.")
@@ -111,7 +104,7 @@ def _open(request: Request, config: recipes.AnyRecipe) -> tuple[Any, Any]:
 
 
 def run(request: Request, weights: Weights, setup: Setup) -> Result:
-    """Measure the weights as resolved. `UserError` for an unreadable image or label, and for too little memory."""
+    """Measure the weights as resolved."""
     request.output.mkdir(parents=True, exist_ok=True)
     config: Any = setup.config
     header, device, tensors, notes = weights.header, setup.device, weights.tensors, []

@@ -1,8 +1,4 @@
-"""The ImageNet-style protocols: `resolve` says what will be done, `run` goes from weights and images to metrics.
-
-linear · semi-1pct, semi-10pct, finetune-100pct · knn · cluster, and their sample twins. Recipes: `recipes.py`; what
-trains: `training.py`; images and their features: `plain.py`; k-NN and clusters themselves: `twist.measure`.
-"""
+"""The ImageNet-style protocols: linear · semi-1pct, semi-10pct, finetune-100pct · knn · cluster, and sample twins."""
 
 from __future__ import annotations
 
@@ -69,10 +65,7 @@ class Setup(plain.Setup):
 
 
 def resolve(request: Request, weights: Weights) -> Setup:
-    """Recipe, images and plan of a request; nothing is built and nothing is written.
-
-    `UserError` for data that are missing, an override that is none, or a batch that does not fit images and GPUs.
-    """
+    """Recipe, images and plan of a request; nothing is built and nothing is written."""
     protocol, header, processes = request.protocol, weights.header, max(request.gpus, 1)
     if request.controls.iterations or request.controls.nodes > 1:
         raise UserError(f"{protocol.name} is counted in epochs on one machine: iterations and nodes are no keys of it.")
@@ -134,10 +127,7 @@ def listed_labels(train: LabelledImages, recipe: recipes.ClassifierRecipe) -> Pa
 
 
 def batch_warnings(config: Any, images: int, *, processes: int) -> list[str]:
-    """Where a step would see fewer images than its rates are meant for, a sentence with overrides that fit.
-
-    `UsageError` for batches that do not divide over the processes, or that end in a single image for each.
-    """
+    """Where a step would see fewer images than its rates are meant for, a sentence with overrides that fit."""
     size, groups = config.batch_size, config.groups
     if size % processes or (groups and groups % processes):
         of_norm = f" in {groups} groups of batch norm" if groups else ""
@@ -203,11 +193,7 @@ def is_imagenet(recipe: dict[str, Any]) -> bool:
 
 
 def run(request: Request, weights: Weights, setup: Setup) -> Result:  # noqa: ARG001 (they are in `setup`)
-    """Measure the weights as resolved; everything written lies in the request's folder.
-
-    With `resume` it goes on from the last finished epoch of a training. `UserError` for an unreadable image, a folder
-    with another run or, to evaluate, an unfinished one, a diverged training, memory that ran out, a dead process.
-    """
+    """Measure the weights as resolved, with `resume` from the last finished epoch of a training."""
     config, output, classes = setup.config, request.output, len(setup.train.classes)
     output.mkdir(parents=True, exist_ok=True)
     # With the machine's part, which the record leaves out: what to type again.

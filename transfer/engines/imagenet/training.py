@@ -1,8 +1,7 @@
 """Linear and fine-tuning protocols: one training loop, SGD on cross-entropy, cosine by epoch, a checkpoint an epoch.
 
-linear: a linear classifier on a frozen backbone, as TWIST's evaluate.py (ResNets) and DINO's probe (ViTs).
-finetune: backbone and classifier at two rates, as evaluate.py `--weights finetune`, with batch norm over groups of the
-size that its eight GPUs had. One process a GPU, through torch's own launcher. `B` images of one process, `K` classes.
+linear: on a frozen backbone, as TWIST's evaluate.py (ResNets) and DINO's probe (ViTs). finetune: at two rates, as
+evaluate.py `--weights finetune`, with batch norm over groups of the size that its eight GPUs had.
 """
 
 from __future__ import annotations
@@ -61,10 +60,7 @@ def log(output: Path, text: str) -> None:
 
 
 def run_ranks(work: Callable[..., Any], *arguments: Any, processes: int, device: str, output: Path) -> Any:
-    """`work(rank, *arguments)` in `processes` processes on `device` ("cuda" or "cpu"); the first one's value (JSON).
-
-    `UserError` for what a rank raised (by way of a file in `output`), memory that ran out, and a rank that died.
-    """
+    """`work(rank, *arguments)` in `processes` processes on `device` ("cuda" or "cpu"); the first one's value (JSON)."""
     if processes == 1:
         with explained(memory=START):
             return work(Rank(device=torch.device(device)), *arguments)
@@ -200,11 +196,7 @@ class Trainer:
         self.identity = {"recipe": sha256_json(setup.recipe), "seed": setup.request.seed, "weights": weights}
 
     def run(self) -> dict[str, Any]:
-        """Train to the last epoch, from the checkpoint where there is one; with `eval_only` measure the stored model.
-
-        `history` has a row an epoch, `metrics` are the accuracies at the end, `predicted` the pictured images' classes,
-        `held` the top-1 of every classifier on the held-out images, `chosen` the number of the best.
-        """
+        """Train to the last epoch, from the checkpoint where there is one; `eval_only` measures the stored model."""
         history = self._restore()
         if not self.setup.request.eval_only:
             self._train(history)
