@@ -26,14 +26,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from benchmarks.side_by_side import heading, rates_table, write
+from benchmarks import data
+from benchmarks.side_by_side import heading, rates_a_core, rates_table, write
 from tests.photographs import write_folder
 from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD
 from twist.pretrain.config import DataConfig, ViewsConfig
-from twist.pretrain.data.loader import BUFFERS
-from twist.pretrain.data.preview import rates_a_core
 from twist.pretrain.data.source import Request, open_images
-from twist.pretrain.data.view_maker import ViewMaker
 
 BATCH = 8
 Transform = Callable[[bytes], list[Tensor]]
@@ -90,15 +88,9 @@ def peer(transform: Transform, encoded: list[bytes]) -> Callable[[], None]:
 
 
 def ours(root: Path, pipeline: Any, count: int) -> Callable[[], None]:
-    images = open_images(DataConfig(root=str(root)))
-    maker = ViewMaker(images, ViewsConfig(), seed=0, pipeline=pipeline, shared=True, recycled=BUFFERS)
-
-    def work() -> None:
-        for begin in range(0, count, BATCH):
-            made = maker[Request(0, "mutual_information", np.arange(begin, min(begin + BATCH, count)))]
-            assert made.failure is None, made.failure
-
-    return work
+    numbers = np.array_split(np.arange(count), -(-count // BATCH))
+    requests = [Request(0, "mutual_information", indices) for indices in numbers]
+    return data.ours(open_images(DataConfig(root=str(root))), requests, ViewsConfig(), pipeline)
 
 
 def figures(root: Path, *, count: int, rounds: int) -> dict[str, Any]:

@@ -19,10 +19,9 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
-from benchmarks.side_by_side import heading, rates_table, write
+from benchmarks.side_by_side import heading, rates_a_core, rates_table, write
 from tests.photographs import write_folder
 from twist.catalog.class_folders import read_split
-from twist.pretrain.data.preview import rates_a_core
 from twist.transfer.engines.imagenet.recipes import load_recipe
 from twist.transfer.engines.plain import decoded, epoch_batches, ordered_batches
 

@@ -47,7 +47,8 @@ from benchmarks.side_by_side import heading, machine, plain
 from twist.contracts import files
 from twist.contracts import machine as this_machine
 from twist.pretrain.batch_norm import SynchronisedBatchNorm
-from twist.pretrain.loss import LossWeights, twist_loss
+from twist.pretrain.config import LossConfig
+from twist.pretrain.loss import twist_loss
 from twist.pretrain.optim import LARS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +65,7 @@ def check_loss(device: torch.device, _: bool) -> dict[str, Any]:
     with np.load(GOLDENS / "loss_multicrop_2ranks.npz") as file:
         values = {name: torch.from_numpy(np.asarray(file[name])) for name in file}
     logits = values["logits"].to(device).requires_grad_()
-    terms = twist_loss(logits, LossWeights(*(float(values[name]) for name in LossWeights._fields)))
+    terms = twist_loss(logits, LossConfig(**{name: float(values[name]) for name in LossConfig.model_fields}))
     terms.total.backward()
     assert logits.grad is not None
     worst = float((logits.grad.cpu() - values["grad"]).abs().max())

@@ -23,8 +23,8 @@ from benchmarks.side_by_side import measure
 from twist.contracts.weights import IMAGENET_STD
 from twist.pretrain.config import PretrainConfig
 from twist.pretrain.data import photometric
+from twist.pretrain.data.loader import Made, ViewMaker, finish_on_cpu
 from twist.pretrain.data.source import Request, open_images
-from twist.pretrain.data.view_maker import Made, ViewMaker, finish_on_cpu
 from twist.pretrain.train import pretrain
 
 # Read as a file: `tests` is no package, and a machine may have an installed one of that name.

@@ -14,9 +14,8 @@ from torch import nn
 
 from benchmarks.naive_step import per_tensor_lars
 from benchmarks.side_by_side import heading, measure, ratio, table, write
-from twist.contracts.networks import build_backbone
-from twist.pretrain.config import ModelConfig
-from twist.pretrain.model import Twist, build_head
+from twist.contracts.networks import Head, build_backbone
+from twist.pretrain.model import Twist
 from twist.pretrain.optim import LARS, parameter_groups
 
 LR = 0.5
@@ -50,7 +49,7 @@ def figures(*, device: str, rounds: int, calls: int = 1, architecture: str = "re
 def network(architecture: str, device: str) -> nn.Module:
     torch.manual_seed(0)
     backbone = build_backbone(architecture)
-    return Twist(backbone, build_head(int(backbone.num_features), ModelConfig(), truncated_normal=False)).to(device)  # type: ignore[arg-type]
+    return Twist(backbone, Head(int(backbone.num_features), 4096, 4096)).to(device)  # type: ignore[arg-type]
 
 
 def main() -> None:

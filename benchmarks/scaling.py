@@ -29,10 +29,9 @@ from benchmarks.nccl_time import Cluster, all_gather_s, all_reduce_s
 from benchmarks.side_by_side import write
 from twist.contracts.config import load_config
 from twist.contracts.errors import UserError
-from twist.contracts.networks import build_backbone
+from twist.contracts.networks import Head, build_backbone
 from twist.pretrain.config import PretrainConfig
 from twist.pretrain.distributed import ranks_per_bunch
-from twist.pretrain.model import build_head
 
 FLOAT = 4  # bytes: statistics, loss and gradients are float32
 # DistributedDataParallel's defaults: the first bucket is small, so that sending begins early.
@@ -69,7 +68,7 @@ def traffic(config: PretrainConfig) -> dict[str, Traffic]:
     """
     with torch.device("meta"):
         backbone = build_backbone(config.model.backbone, width=config.model.width, image_size=config.views.global_size)
-        head = build_head(int(backbone.num_features), config.model, truncated_normal=False)  # type: ignore[arg-type]
+        head = Head(int(backbone.num_features), config.model.hidden_dim, config.model.classes)  # type: ignore[arg-type]
     resolutions = 2 if config.views.local_count else 1
     views = 2 + config.views.local_count
     widths = [m.num_features for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)] * resolutions

@@ -43,6 +43,23 @@ def measure(
     return {name: Times(statistics.median(s), min(s), max(s), len(s)) for name, s in seconds.items()}
 
 
+def rates_a_core(alternatives: Mapping[str, Callable[[], Any]], *, count: int, rounds: int) -> dict[str, Any]:
+    """Images over the CPU seconds of this process, for calls that each make `count` images: median and spread."""
+    rates: dict[str, list[float]] = {name: [] for name in alternatives}
+    for number in range(1 + rounds):
+        for name, work in alternatives.items():
+            began = time.process_time()
+            work()
+            if number:
+                rates[name].append(count / (time.process_time() - began))
+    return {
+        "images_per_s_core": {name: statistics.median(values) for name, values in rates.items()},
+        "spread": {name: [min(values), max(values)] for name, values in rates.items()},
+        "images": count,
+        "rounds": rounds,
+    }
+
+
 def ratio(times: Mapping[str, Times], *, of: str, to: str) -> float:
     """How many times as long `of` takes as `to`."""
     return times[of].median_s / times[to].median_s

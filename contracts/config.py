@@ -1,7 +1,7 @@
 """Typed configs: a TOML file and `section.key=value` overrides, read into a frozen pydantic model.
 
-Unknown keys are errors with the near match. TOML, because PyYAML reads `1e-3` as a string; the standard library
-reads it. Values in an override are TOML too (`lr=1e-3`, `scales=[0.4, 1.0]`, `sync_bn=true`); a bare word is a string.
+TOML, because PyYAML reads `1e-3` as a string. Values in an override are TOML too (`lr=1e-3`, `scales=[0.4, 1.0]`,
+`sync_bn=true`); a bare word is a string.
 """
 
 import os
@@ -55,10 +55,8 @@ def identity_of(config: BaseModel) -> dict[str, Any]:
 
 
 def read_stored(values: dict[str, Any], model: type[ConfigT]) -> ConfigT:
-    """A config that an earlier version stored, read through today's `model`; `ValueError` when it is none.
-
-    An `added` field that it lacks gets what earlier versions did, whatever today's default.
-    """
+    """A config that an earlier version stored, read through today's `model`; `ValueError` when it is none. An `added`
+    field that it lacks gets what earlier versions did, whatever today's default."""
     return model.model_validate(_with_added(values, model))
 
 
@@ -67,8 +65,8 @@ def _with_added(values: dict[str, Any], model: type[BaseModel]) -> dict[str, Any
     for name, field in model.model_fields.items():
         if name not in filled and (introduced := _introduced_as(field)) is not ...:
             filled[name] = introduced
-        elif isinstance(filled.get(name), dict) and (sections := _models_in(model, name)):
-            filled[name] = _with_added(filled[name], sections[0])
+        elif isinstance(filled.get(name), dict) and (section := _model_in(field)):
+            filled[name] = _with_added(filled[name], section)
     return filled
 
 
@@ -80,16 +78,17 @@ def _introduced_as(field: FieldInfo) -> Any:
 def load_config(
     path: str | os.PathLike[str], model: type[ConfigT], overrides: Sequence[str] = (), *, extra_keys: Iterable[str] = ()
 ) -> ConfigT:
-    """Read the TOML file at `path`, apply `overrides`, validate against `model`.
-
-    `extra_keys` are also offered as suggestions for an unknown key: the caller takes them out of the overrides itself.
-
-    Raises:
-        UsageError: the file is missing or not TOML, a key is unknown, or a value does not fit. One sentence.
-    """
+    """The TOML file at `path` with `overrides`, as a `model`; `UsageError`, one sentence, where it is none.
+    `extra_keys` are also suggested for an unknown key: the caller takes them out of the overrides itself."""
     values = read_toml(path)
     for override in overrides:
-        _apply(values, override)
+        keys, value = parse_override(override)
+        table = values
+        for key in keys[:-1]:
+            table = table.setdefault(key, {})
+            if not isinstance(table, dict):
+                raise UsageError(f'"{override}": {key} is a value, not a section.')
+        table[keys[-1]] = value
     return validate(values, model, where=str(path), extra_keys=extra_keys)
 
 
@@ -101,10 +100,8 @@ def find_config(path: Path, folder: str) -> Path:
         return path
     if by_name:
         return ours
-    names = sorted(file.stem for file in ours.parent.glob("*.toml"))
-    raise UsageError(
-        f"There is no config at {path}: check the path, or name one of ours.{did_you_mean(path.stem, names)}"
-    )
+    meant = did_you_mean(path.stem, [file.stem for file in ours.parent.glob("*.toml")])
+    raise UsageError(f"There is no config at {path}: check the path, or name one of ours.{meant}")
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -168,25 +165,15 @@ def parse_override(override: str) -> tuple[list[str], Any]:
         return keys, text.strip()
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    keys, value = parse_override(override)
-    table = values
-    for key in keys[:-1]:
-        table = table.setdefault(key, {})
-        if not isinstance(table, dict):
-            raise UsageError(f'"{override}": {key} is a value, not a section.')
-    table[keys[-1]] = value
-
-
 def _sentence(first: Any, model: type[BaseModel], where: str, extra_keys: Iterable[str] = ()) -> str:
     location = [str(part) for part in first["loc"]]
     name = ".".join(location)
     if first["type"] == "extra_forbidden":
-        elsewhere = sorted(_paths_to(location[-1], model))
-        if elsewhere:  # the right word, without its section
-            return f"{where}: unknown key {name}. Did you mean {' or '.join(elsewhere)}?"
-        known = [*_fields_at(model, location[:-1]), *(() if location[1:] else extra_keys)]
-        return f"{where}: unknown key {name}.{did_you_mean(location[-1], known)}"
+        paths = [*_paths(model), *extra_keys]
+        section = ".".join(part for part in location[:-1] if not part.isdecimal())
+        elsewhere = [path for path in paths if path.rpartition(".")[2] == location[-1]]  # right, without its section
+        known = elsewhere or [path.rpartition(".")[2] for path in paths if path.rpartition(".")[0] == section]
+        return f"{where}: unknown key {name}.{did_you_mean(elsewhere[0] if elsewhere else location[-1], known)}"
     if first["type"] == "missing":
         return f"{where}: {name} is missing and has no default; add it to the file or pass {name}=value."
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
@@ -196,27 +183,15 @@ def _sentence(first: Any, model: type[BaseModel], where: str, extra_keys: Iterab
     return f"{where}: {name} = {first.get('input')!r} does not fit: {message}."
 
 
-def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    """The field names of the sub-model at `location`, for the near match."""
-    for part in location:
-        models = _models_in(model, part)
-        if not models:
-            return []
-        model = models[0]
-    return list(model.model_fields)
+def _model_in(field: FieldInfo) -> type[BaseModel] | None:
+    """The first model that `field` may hold."""
+    candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
-def _models_in(model: type[BaseModel], name: str) -> list[type[BaseModel]]:
-    """The models that the field `name` may hold."""
-    annotation = getattr(model.model_fields.get(name), "annotation", None)
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-
-
-def _paths_to(name: str, model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted paths, in quotes, of the fields `name` of `model` and its sections."""
-    for field in model.model_fields:
-        if field == name:
-            yield f'"{prefix}{field}"'
-        for section in _models_in(model, field)[:1]:
-            yield from _paths_to(name, section, f"{prefix}{field}.")
+def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of the fields of `model` and its sections."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if section := _model_in(field):
+            yield from _paths(section, f"{prefix}{name}.")

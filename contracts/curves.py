@@ -24,19 +24,13 @@ POINTS = 1000  # of a line in a picture: each is the mean of its share of the ro
 SMOOTHED_SHARE = 0.04  # a smoothed line is the mean over this share of the points before each
 
 
+# The largest step and the largest whole number that a row holds: floats count exactly up to it.
+MOST = 2**53
 Rows = list[dict[str, Any]]
 
 
-# The largest step and the largest whole number that a row holds: floats count exactly up to it.
-MOST = 2**53
-
-
 def read_rows(path: Path, key: str = "step") -> Rows:
-    """The rows in the file at `path`; none when there is no file. Damaged lines are left out, and said once.
-
-    Raises:
-        UserError: it is no regular file.
-    """
+    """The rows in the file at `path`; none when there is no file. Damaged lines are left out, and said once."""
     if not path.exists():
         return []
     *lines, unfinished = files.read_bytes(path, most=files.MOST_DATA, remedy="remove it").split(b"\n")
@@ -59,9 +53,8 @@ def _row(line: bytes, key: str) -> dict[str, Any] | None:
 
 
 class Curves:
-    """Appends rows to the file at `path`, after dropping those whose `key` is `start` or more; `board` is TensorBoard's
-    folder and `logger` a tracker, where there are to be such. Damaged lines are dropped, too, and said to be but for an
-    unfinished last one."""
+    """Appends rows to the file at `path`, after dropping those whose `key` is `start` or more, and damaged ones.
+    `board` is TensorBoard's folder and `logger` a tracker, where there are to be such."""
 
     def __init__(
         self, path: Path, *, start: int, key: str = "step", board: Path | None = None, logger: Logger | None = None

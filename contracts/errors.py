@@ -12,7 +12,7 @@ DETECTRON2: Final = Path(__file__).resolve().parent.parent / "third_party" / "de
 # Import names of what each extra of pyproject.toml installs, as far as a command cannot do without it.
 EXTRAS: Final[dict[str, tuple[str, ...]]] = {
     "convert": ("torch", "torchvision", "timm", "safetensors", "PIL", "yaml", "fvcore"),
-    "pretrain": ("torch", "torchvision", "timm", "safetensors", "PIL", "fvcore", "numba", "matplotlib", "sklearn"),
+    "pretrain": ("torch", "torchvision", "timm", "safetensors", "PIL", "numba", "matplotlib", "sklearn"),
     "compare": ("scipy", "jinja2", "tabulate"),
     "transfer": ("torch", "torchvision", "timm", "safetensors", "PIL", "fvcore", "matplotlib", "sklearn", "scipy"),
     "hub": ("datasets",),
@@ -27,24 +27,18 @@ EXTRAS: Final[dict[str, tuple[str, ...]]] = {
 PARTS: Final = {"tensorboard": "pretrain", "submitit": "pretrain"} | dict.fromkeys(
     ("mmseg", "mmcv", "mmengine", "pycocotools", "faster_coco_eval", "cityscapesscripts"), "transfer"
 )
-
-
 # What a terminal obeys and an encoder refuses: control characters, marks that turn the direction of text, halves of
 # surrogate pairs (file names that are no UTF-8).
 UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_LONG_WORD, _LONG_LINE = re.compile(r"\S{400,}"), re.compile(r".{1600,}")
 
 
 def printable(text: str) -> str:
     """`text`, which may quote a stranger's file, for a terminal: what is not text is escaped, and words above 400 and
     lines above 1,600 characters are cut in their middle."""
     text = UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-    return _LONG_LINE.sub(_shortened, _LONG_WORD.sub(_shortened, text))
-
-
-def _shortened(found: re.Match[str]) -> str:
-    kept = 120 if found.re is _LONG_WORD else 700
-    return f"{found[0][:kept]} … {found[0][-kept:]}"
+    for long, kept in ((r"\S{400,}", 120), (r".{1600,}", 700)):
+        text = re.sub(long, lambda found, kept=kept: f"{found[0][:kept]} … {found[0][-kept:]}", text)  # type: ignore[misc]
+    return text
 
 
 class UserError(ValueError):
@@ -81,11 +75,8 @@ def check_names(names: Iterable[str], known: Sequence[str]) -> None:
 
 
 def require(extra: str, *packages: str) -> None:
-    """Look, without importing them, for `packages` (default: all that commands of `extra` need).
-
-    Raises:
-        UserError: one is missing; the message has the command that installs it.
-    """
+    """Look, without importing them, for `packages` (default: all that commands of `extra` need); `UserError` with the
+    command that installs the first one missing."""
     for name in packages or EXTRAS[extra]:
         if find_spec(name) is None:
             raise UserError(f"{name} is not installed: {install_command(name, extra)}")

@@ -1,8 +1,6 @@
 """What ends a run and is nobody's bug, as one sentence with a remedy: memory, disk, a process that died, a path.
 
-`FAILURES` is the table. The command line describes any error by it (`describe`); code that knows which setting needs
-less raises a `UserError` on the spot (`explained`), which crosses from a worker process to the one that started it
-(`raise_reported`). torch's errors are recognised by name, so that it is not imported for them.
+torch's errors are recognised by name, so that it is not imported for them.
 """
 
 import contextlib
@@ -108,10 +106,8 @@ def describe(error: BaseException, **remedies: str) -> str | None:
 
 @contextlib.contextmanager
 def explained(report: Path | None = None, **remedies: str) -> Iterator[None]:
-    """Inside, failures of these kinds become a `UserError` with that remedy; of nested ones the innermost speaks.
-
-    With `report`, in a worker process, failures of every kind do, and are left in that folder for `raise_reported`.
-    """
+    """Inside, failures of these kinds become a `UserError` with that remedy; of nested ones the innermost speaks. With
+    `report`, in a worker process, those of every kind do, and are left in that folder for `raise_reported`."""
     try:
         yield
     except UserError as error:

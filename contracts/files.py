@@ -1,8 +1,7 @@
 """Writes that are whole or absent, reads of files that anybody may have written, digests, and the user's cache.
 
-Every text of a user or a stranger is read here. A file is looked at before it is opened, for a FIFO would be waited for
-without end and a device never ends, and its size before it is read. JSON is parsed by pydantic's parser, which bounds
-the depth (200) and the digits of a number (4,300), refuses halves of surrogate pairs and names the place of a fault.
+A file is looked at before it is opened, for a FIFO or a device never ends, and its size before it is read. JSON is
+parsed by pydantic's parser, which bounds the depth (200) and the digits of a number (4,300).
 """
 
 import codecs
@@ -26,12 +25,8 @@ MOST_DATA: Final = 4 * 2**30
 
 
 def read_bytes(path: str | os.PathLike[str], *, remedy: str = "check the path", most: int = MOST_TEXT) -> bytes:
-    """All bytes of a regular file.
-
-    Raises:
-        UserError: absent, no regular file, not to be opened, or of more than `most` bytes; the sentence ends with
-            `remedy`.
-    """
+    """All bytes of a regular file; `UserError`, which ends with `remedy`, where it is absent, no such, closed to us, or
+    of more than `most` bytes."""
     with _named(path, remedy):
         return _regular(Path(path), most).read_bytes()
 
@@ -56,10 +51,8 @@ def _named(path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
     """What keeps a file from being read, as one sentence."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): {remedy}.") from None
-    except ValueError as error:  # a NUL in the path, or a character that no path has
-        raise UserError(f"{path} cannot be read ({error}): {remedy}.") from None
+    except (OSError, ValueError) as error:  # a ValueError is of a NUL in the path, or a character that no path has
+        raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): {remedy}.") from None
 
 
 def read_text(
@@ -105,10 +98,14 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        # mkstemp makes 0600; a result is as readable as any file the user makes.
-        temporary.chmod(0o666 & ~_umask())
+        # mkstemp makes 0600; a result is as readable as any file the user makes. The umask is read by setting it.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
         temporary.replace(target)
-        _fsync_folder(target.parent)
+        folder = os.open(target.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -122,21 +119,6 @@ def write_text(target: str | os.PathLike[str], text: str) -> None:
 def write_json(target: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON with sorted keys, atomically; NaN is refused, JSON has none."""
     write_text(target, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    # There is no way to read the umask but to set it; the pair is not thread-safe, and nothing else here sets it.
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

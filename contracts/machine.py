@@ -1,12 +1,10 @@
-"""What this machine can do and what is installed: the one place that asks, so that a test can replace the answer.
-
-Only `cpu_has_bf16` imports torch.
-"""
+"""What this machine can do and what is installed: the one place that asks, so that a test can replace the answer."""
 
 import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -77,13 +75,9 @@ def hardware() -> dict[str, str | int | None]:
 
 
 def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    known = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", known.read_text()) if known.exists() else []
+    return names[0].strip() if names else platform.processor() or platform.machine()
 
 
 # Distributions whose versions a record keeps.
@@ -114,10 +108,5 @@ def code_sha256(*rooms: str) -> str:
 
 def software() -> dict[str, str]:
     """Versions of Python and of those of our packages that are installed."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    found = {name: [*importlib.metadata.distributions(name=name)] for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: d[0].version for name, d in found.items() if d}

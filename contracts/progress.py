@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any
 
 # Called at each step with title, done, total and elapsed seconds (`twist demo` shows them).
@@ -40,51 +39,52 @@ class Progress:
         self.quiet = quiet or is_quiet()
         self.done, self._first = start, start
         self._began = self._printed = time.monotonic()
-        self._values: dict[str, Any] = {}
+        self._values: list[str] = []
         self._bar: Any = None
-        self._task: Any = None
 
     def __enter__(self) -> Progress:
         self._began = self._printed = time.monotonic()
         if not self.quiet and sys.stderr.isatty():
-            self._bar = _rich_bar(self.unit)
-            self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, values=[])
+            self._bar = _rich_bar(self)
+            self._bar.add_task(self.title, total=self.total, completed=self.done)
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif not self.quiet and kind is None:
+        elif not self.quiet and error[0] is None:
             self._line(final=True)
 
     def advance(self, steps: int = 1, **values: Any) -> None:
         """Count `steps` more and show `values` (numbers are printed with four significant digits)."""
         self.done += steps
-        self._values = values or self._values
+        self._values = _texts(values) or self._values
         for listener in listeners:
             listener(self.title, self.done, self.total, time.monotonic() - self._began)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, values=_texts(self._values))
+            self._bar.update(self._bar.task_ids[0], completed=self.done)
         elif not self.quiet and time.monotonic() - self._printed >= self.every_s:
             self._line()
 
     def _line(self, *, final: bool = False) -> None:
-        now = time.monotonic()
-        self._printed = now
-        elapsed = now - self._began
+        self._printed = time.monotonic()
+        elapsed = self._printed - self._began
         rate = (self.done - self._first) / elapsed if elapsed > 0 else 0.0
         total = "" if self.total is None else f"/{self.total}"
         line = f"{self.title}: {self.done}{total} {self.unit}s, {_rate(rate)} {self.unit}s/s, {duration(elapsed)}"
         if not final and self.total is not None and rate > 0:
             line += f", {duration((self.total - self.done) / rate)} left"
-        line += f" | {'  '.join(_texts(self._values))}" if self._values else ""
+        line += f" | {'  '.join(self._values)}" if self._values else ""
         print(line, file=sys.stderr, flush=True)
 
+    @property
+    def below(self) -> str:
+        """The line of values under a bar."""
+        return "".join(f"  {value}" for value in self._values)
 
-def _rich_bar(unit: str) -> Any:
+
+def _rich_bar(of: Progress) -> Any:
     """A bar whose count, rate and times stay at any width; values stand below it as far as they fit."""
     from rich import progress
     from rich.console import Console
@@ -94,28 +94,24 @@ def _rich_bar(unit: str) -> Any:
     class Bar(progress.Progress):
         def get_renderables(self) -> Any:
             yield self.make_tasks_table(self.tasks)
-            for task in self.tasks:
-                line = ""
-                for value in task.fields["values"]:
-                    if len(line) + 2 + len(value) > self.console.width:
-                        break
-                    line += f"  {value}"
-                if line:
-                    yield Text(line, style="dim", no_wrap=True)
+            yield Text(of.below, style="dim", no_wrap=True, overflow="crop")
 
     class Rate(progress.ProgressColumn):
         def render(self, task: progress.Task) -> Text:
             speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{_rate(speed)} {unit}s/s", no_wrap=True)
+            return Text("" if speed is None else f"{_rate(speed)} {of.unit}s/s", no_wrap=True)
+
+    def narrow() -> Column:
+        return Column(no_wrap=True)
 
     return Bar(
         progress.TextColumn("{task.description}", table_column=Column(overflow="ellipsis", no_wrap=True, ratio=2)),
         progress.BarColumn(bar_width=None, table_column=Column(ratio=3)),
-        progress.MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        Rate(table_column=Column(no_wrap=True)),
-        progress.TimeElapsedColumn(table_column=Column(no_wrap=True)),
-        progress.TimeRemainingColumn(table_column=Column(no_wrap=True)),
-        progress.TextColumn("left", table_column=Column(no_wrap=True)),
+        progress.MofNCompleteColumn(table_column=narrow()),
+        Rate(table_column=narrow()),
+        progress.TimeElapsedColumn(table_column=narrow()),
+        progress.TimeRemainingColumn(table_column=narrow()),
+        progress.TextColumn("left", table_column=narrow()),
         console=Console(stderr=True),
         expand=True,
     )

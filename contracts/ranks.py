@@ -1,6 +1,6 @@
 """What the processes of one run say to each other beside the work: that they are of one run, and why one failed.
 
-Ranks are those of torch.distributed, which is imported when it is needed; alone, everything here does nothing.
+Ranks are those of torch.distributed; alone, everything here does nothing.
 """
 
 import contextlib
@@ -22,10 +22,8 @@ PATIENCE_S = 10.0
 
 
 def require_equal(describe: Callable[[], dict[str, Any]]) -> None:
-    """Every rank says what it is about to do (JSON values); `UserError` on all of them where one says something else.
-
-    A `UserError` in `describe` is raised on every rank too: none waits for one that has ended.
-    """
+    """Every rank says what it is about to do (JSON values); `UserError` on all of them where one says something else,
+    or raised one: none waits for one that has ended."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -26,7 +26,9 @@ RUN_FILE, LOCK = "run.json", "lock"
 # Started: the weights are being converted, the recipe is not known yet.
 STARTED, RUNNING, DONE = "started", "running", "done"
 # What makes a transfer run this run, in the order in which a difference is named.
-IDENTITY = ("protocol", "weights.name", "weights.sha256", "weights", "data", "seed", "recipe")
+IDENTITY = ("protocol", "weights", "data", "seed", "recipe")
+# `.<name>.<eight characters>`, and what Python's tempfile or `replaced_whole` put after them.
+_LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")
 
 
 class _RunFile(BaseModel):
@@ -69,10 +71,8 @@ def alone(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`, made where it is absent, for this process; `UserError` where another process holds it.
-
-    A folder that was made for the lock and has nothing else in it at the end is removed again.
-    """
+    """Hold `folder` for this process, made where it is absent, and removed where nothing was written in it; `UserError`
+    where another process holds it."""
     made = not folder.exists()
     descriptor = try_lock(folder / LOCK)
     if descriptor is None:
@@ -93,12 +93,11 @@ def refuse_foreign(folder: Path, *, run_file: str = RUN_FILE, written: Sequence[
     """`UserError` where `folder` has no `run_file` and holds what a run would replace, the `written` patterns."""
     if (folder / run_file).exists():
         return
-    for pattern in written:
-        for found in (path for path in folder.glob(pattern) if path.name != LOCK):
-            raise UserError(
-                f"{folder} holds {found.relative_to(folder)} and no {run_file}, so it is no run to continue: choose "
-                "another --output, nothing is overwritten."
-            )
+    for found in (path for pattern in written for path in folder.glob(pattern) if path.name != LOCK):
+        raise UserError(
+            f"{folder} holds {found.relative_to(folder)} and no {run_file}, so it is no run to continue: choose "
+            "another --output, nothing is overwritten."
+        )
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -141,14 +140,9 @@ def refuse_second_start(folder: Path, run: Mapping[str, Any]) -> NoReturn:
     raise UserError(f"{folder} already holds this run: pass --resume to continue it, or choose another --output.")
 
 
-def refuse_other_run(folder: Path, before: Any, now: Any, *, first: Sequence[str] = ()) -> None:
-    """`UserError` naming the first difference between two descriptions of a run; those of `first` are named first."""
-
-    def place(difference: tuple[str, Any, Any]) -> int:
-        path = difference[0]
-        return next((i for i, name in enumerate(first) if path == name or path.startswith(f"{name}.")), len(first))
-
-    found = sorted(differences(before, now), key=place)
+def refuse_other_run(folder: Path, before: Any, now: Any) -> None:
+    """`UserError` naming the first difference between two descriptions of a run."""
+    found = list(differences(before, now))
     if found:
         path, was, value = found[0]
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
@@ -159,24 +153,24 @@ def refuse_other_run(folder: Path, before: Any, now: Any, *, first: Sequence[str
 
 
 def refuse_other_transfer(folder: Path, earlier: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """`refuse_other_run` on what both say: a run that was killed while it started had no recipe yet.
-
-    Weights with the same SHA-256 are the same, whatever their file or its folder is called now.
-    """
-    one, other = earlier.get("weights") or {}, run.get("weights") or {}
-    if one.get("sha256") and one.get("sha256") == other.get("sha256"):
-        earlier = {**earlier, "weights": {**one, "name": other.get("name")}}
-    shared = [key for key in ("protocol", "weights", "data", "seed", "recipe") if key in earlier and key in run]
-    refuse_other_run(folder, {k: earlier[k] for k in shared}, {k: run[k] for k in shared}, first=IDENTITY)
+    """`refuse_other_run` on what both say: a run that was killed while it started had no recipe yet. Weights with the
+    same SHA-256 are the same, whatever their file or its folder is called now."""
+    # A difference of the name is named before one of the digest.
+    one, other = ({"name": None, **(said.get("weights") or {})} for said in (earlier, run))
+    if one.get("sha256") and one["sha256"] == other.get("sha256"):
+        one["name"] = other["name"]
+    before, now = (
+        {key: weights if key == "weights" else said[key] for key in IDENTITY if key in earlier and key in run}
+        for said, weights in ((earlier, one), (run, other))
+    )
+    refuse_other_run(folder, before, now)
 
 
 def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two trees of JSON values differ: dotted path, value before, value now (None where there is none).
-
-    A list of numbers or words is one value; lists of tables or of lists are compared item by item when equally long.
-    """
+    """Where two trees of JSON values differ: dotted path, value before, value now (None where there is none). Lists of
+    tables or of lists are compared item by item when equally long; any other is one value."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
+        for key in before | now:
             yield from differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
     elif _nested(before) and _nested(now) and len(before) == len(now):
         for index, (one, other) in enumerate(zip(before, now, strict=True)):
@@ -221,33 +215,22 @@ def replaced_whole(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new, locked folder beside `folder`, removed at the end where it has not been moved.
-
-    Those that killed processes left for the same `folder` are removed first: nobody holds their lock.
-    """
+    """Yield a new, locked folder beside `folder`, removed at the end where it has not been moved. Those that killed
+    processes left for the same `folder` are removed first: nobody holds their lock."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder.parent.glob(f".{glob.escape(folder.name)}.*"))
     new = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
-    descriptor: int | None = None
-    try:
-        descriptor = try_lock(new / LOCK)
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, new, ignore_errors=True)
+        if (descriptor := try_lock(new / LOCK)) is not None:
+            stack.callback(os.close, descriptor)
         yield new
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes were writing in a run's `folder` (`temporary_folder`, `files.atomic_path`).
-
-    This process has to hold the folder's lock. Another node of the run may still be writing a folder; that stays.
-    """
+    """Remove what killed processes were writing in a run's `folder`, whose lock must be held. What another node of the
+    run is writing stays."""
     _remove_stale(folder.rglob(".*"))
-
-
-# `.<name>.<eight characters>`, and what Python's tempfile or `replaced_whole` put after them.
-_LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")
 
 
 def _remove_stale(paths: Iterable[Path]) -> None:

@@ -1,8 +1,7 @@
-"""States that a run goes on from: a file, and beside it a manifest that vouches for it and for itself.
+"""States that a run goes on from: a file, and beside it a JSON manifest that vouches for it and for itself.
 
-The manifest is JSON with the file's size and SHA-256, whatever else its writer notes, and a SHA-256 over all these
-fields. Both are checked before a byte of the state is read. `save` keeps the state before, so that a damaged newest one
-costs what was done since, not the run; `seal` is for files that somebody else writes.
+The manifest has the file's size and SHA-256, what its writer notes, and a SHA-256 over all these fields; both are
+checked before a byte of the state is read.
 """
 
 import os
@@ -17,6 +16,7 @@ from twist.contracts.files import sha256_file, sha256_json
 # The field of a manifest that is the SHA-256 of all others.
 SEAL = "manifest_sha256"
 FORMAT_VERSION = 1
+Check = Callable[[dict[str, Any], bool], str | None]
 
 
 def manifest_of(path: Path) -> Path:
@@ -34,16 +34,12 @@ def description(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write the sealed manifest `path`."""
     files.write_json(path, {**fields, SEAL: sha256_json(fields)})
 
 
 def read_manifest(path: Path) -> tuple[dict[str, Any], bool]:
-    """The fields of the manifest `path`, and whether it is sealed (those of earlier versions are not).
-
-    Raises:
-        ValueError: it is no JSON object, or its fields are not as they were written.
-    """
+    """The fields of the manifest `path`, and whether it is sealed (earlier versions' are not); `ValueError` where it is
+    no JSON object, or not as it was written."""
     fields = files.read_json(path)
     seal = fields.pop(SEAL, None)
     if seal is not None and seal != sha256_json(fields):
@@ -52,7 +48,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], bool]:
 
 
 def seal(path: Path) -> None:
-    """Write the manifest of the state `path`."""
+    """Write the manifest of the state `path`, which somebody else has written."""
     write_manifest(manifest_of(path), {"format_version": FORMAT_VERSION, **description(path)})
 
 
@@ -65,12 +61,22 @@ def damage(path: Path, fields: Mapping[str, Any]) -> str | None:
     return None
 
 
-def save(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make the state `path`, with its manifest; the state that was there is kept as `before(path)`.
+def damage_of(
+    path: Path, check: Check = lambda _, sealed: None if sealed else "its manifest has no digest"
+) -> str | None:
+    """What is wrong with the state `path` by the manifest beside it, which `check` looks at, too; None: nothing."""
+    if not manifest_of(path).exists():
+        return "it has no manifest"
+    try:
+        fields, sealed = read_manifest(manifest_of(path))
+        return check(fields, sealed) or damage(path, fields)
+    except (ValueError, KeyError):
+        return "its manifest is damaged"
 
-    Each moment of it leaves a state that `newest` takes: the old one is moved behind its manifest, the new one appears
-    behind its own.
-    """
+
+def save(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make the state `path`, with its manifest; the state that was there is kept as `before(path)`. At each
+    moment `newest` finds one: the old one is moved behind its manifest, the new one appears behind its own."""
     with files.atomic_path(path) as temporary:
         write(temporary)
         fields = {"format_version": FORMAT_VERSION, **description(temporary)}
@@ -81,28 +87,20 @@ def save(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def newest(path: Path, *, say: Callable[[str], None]) -> Path | None:
-    """The state at `path` when it is as it was written, else the one before, and `say` names the damage.
-
-    None where neither was ever written. A state without any manifest beside it is an earlier version's: it is taken.
-
-    Raises:
-        UserError: there are states, and none is as it was written.
-    """
+    """The state at `path` when it is as it was written, else the one before (`first_whole`); None where neither was
+    ever written. A state without any manifest beside it is an earlier version's: it is taken."""
     if _is_older(path):
         return path
     written = [one for one in (path, before(path)) if one.exists() or (one == path and manifest_of(one).exists())]
     return first_whole(written, say=say) if any(one.exists() for one in written) else None
 
 
-def first_whole(paths: Iterable[Path], *, say: Callable[[str], None]) -> Path | None:
-    """The first of `paths`, newest first, that is as it was written; `say` names those that are not. None of none.
-
-    Raises:
-        UserError: none of them is as it was written.
-    """
+def first_whole(paths: Iterable[Path], *, say: Callable[[str], None], **check: Check) -> Path | None:
+    """The first of `paths`, newest first, that is as it was written (`damage_of`); `say` names those that are not.
+    `UserError` where none of several is."""
     damaged: list[str] = []
     for one in paths:
-        wrong = damage_of(one)
+        wrong = damage_of(one, **check)
         if wrong is None:
             for sentence in damaged:
                 say(f"{sentence} The run goes on from the state before, {one.name}.")
@@ -116,14 +114,3 @@ def first_whole(paths: Iterable[Path], *, say: Callable[[str], None]) -> Path | 
 def _is_older(path: Path) -> bool:
     """Whether the state `path` is of a version that wrote no manifests."""
     return path.exists() and not any(manifest_of(one).exists() for one in (path, before(path)))
-
-
-def damage_of(path: Path) -> str | None:
-    """What is wrong with the state `path` by the manifest beside it; None where nothing is."""
-    if not manifest_of(path).exists():
-        return "it has no manifest"
-    try:
-        fields, sealed = read_manifest(manifest_of(path))
-    except ValueError:
-        return "its manifest is damaged"
-    return damage(path, fields) if sealed else "its manifest has no digest"

@@ -42,10 +42,8 @@ class _Normalise(torch.autograd.Function):
 
 
 class _OnCuda(torch.autograd.Function):
-    """The same with the affine part, by the kernels of torch.nn.SyncBatchNorm, which keep only `x` for the way back.
-
-    Half-precision `x` is normalised as it is; its statistics are float32. Updates the running statistics.
-    """
+    """The same with the affine part, by the kernels of torch.nn.SyncBatchNorm, which keep only `x` for the way back and
+    take half-precision `x` as it is. Updates the running statistics."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Any, momentum: float) -> Tensor:
@@ -78,10 +76,8 @@ class _OnCuda(torch.autograd.Function):
 
 
 class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """torch's batch norm (any number of dimensions) with training statistics over the ranks of `group` (None: all).
-
-    Names in the state dict, momentum and the unbiased running variance are torch's. Eval mode uses the running ones.
-    """
+    """torch's batch norm, of any number of dimensions and with its names, with training statistics over the ranks of
+    `group` (None: all)."""
 
     def __init__(self, channels: int, *, group: Group = None, **options: Any) -> None:
         super().__init__(channels, **options)
@@ -91,7 +87,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         assert input.dim() >= 2, f"batch norm takes (N, C, …), and got {tuple(input.shape)}"
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or distributed.group_size(self.group) == 1:
+        if not self.training or distributed.world_size(self.group) == 1:
             return super().forward(input)
         return self.over_ranks(input)
 
@@ -102,7 +98,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         with torch.autocast(input.device.type, enabled=False):
             half = input.dtype in (torch.float16, torch.bfloat16)
             normalised, mean, var = _Normalise.apply(input.float() if half else input, self.eps, self.group)
-            self._track(mean, var, count=input.numel() // input.shape[1] * distributed.group_size(self.group))
+            self._track(mean, var, count=input.numel() // input.shape[1] * distributed.world_size(self.group))
             if self.weight is not None:
                 normalised = normalised * _wide(self.weight, input) + _wide(self.bias, input)
         return normalised.to(input.dtype)
@@ -123,11 +119,8 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronise(module: nn.Module, *, group: Group = None) -> nn.Module:
-    """`module` with every batch norm in it (or itself) taken over the ranks of `group`; parameters and names stay.
-
-    With one rank nothing changes.
-    """
-    if distributed.group_size(group) == 1:
+    """`module` with every batch norm in it (or itself) taken over the ranks of `group`; parameters and names stay."""
+    if distributed.world_size(group) == 1:
         return module
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         ours = SynchronisedBatchNorm(

@@ -130,6 +130,8 @@ class ModelConfig(Config):
 
 
 class LossConfig(Config):
+    """Weights of sharpness (1 + lam1) and diversity (lam2), temperature, and what is added inside every logarithm."""
+
     lam1: float = 0.0
     lam2: float = 1.0
     tau: float = Field(default=1.0, gt=0)

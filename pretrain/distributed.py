@@ -30,11 +30,8 @@ TIMEOUT = datetime.timedelta(minutes=30)
 
 @contextlib.contextmanager
 def process_group(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[torch.device]:
-    """The device of this rank, inside the process group that torchrun's (or SLURM's) environment describes, if any.
-
-    NCCL on GPU, with gloo for tensors on the CPU; gloo alone on CPU. A group that exists already is used. `UserError`
-    when `cuda` is asked for and absent, or there are more ranks on this machine than GPUs.
-    """
+    """The device of this rank, inside the process group that torchrun's (or SLURM's) environment describes, if any:
+    NCCL on GPU, with gloo for tensors on the CPU; gloo alone on CPU. A group that exists already is used."""
     gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda" and not gpus:
         raise UserError("run.device = cuda, but torch sees no GPU here: use run.device=cpu, or see `twist doctor`.")
@@ -62,11 +59,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def group_size(group: Group) -> int:
+def world_size(group: Group = None) -> int:
     """Ranks in `group`; None is all ranks."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
@@ -80,9 +73,7 @@ class _MeanOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, x: Tensor) -> Tensor:
         # Not in place: dividing by W before an in-place sum would give 1/W of the gradient (the published error).
-        mean = x.detach().clone()
-        dist.all_reduce(mean)
-        return mean / dist.get_world_size()
+        return averaged(x)
 
     @staticmethod
     def backward(_: Any, *gradients: Tensor) -> Tensor:
@@ -99,13 +90,13 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 @torch.no_grad()
 def averaged(x: Tensor, group: Group = None) -> Tensor:
     """The mean of `x` over the ranks of `group`, without gradient (for logging and for hand-written backwards)."""
-    return summed(x, group) / group_size(group)
+    return summed(x, group) / world_size(group)
 
 
 @torch.no_grad()
 def summed(x: Tensor, group: Group = None) -> Tensor:
     """The sum of `x` over the ranks of `group`, without gradient."""
-    if group_size(group) == 1:
+    if world_size(group) == 1:
         return x
     total = x.clone()
     dist.all_reduce(total, group=group)
@@ -115,7 +106,7 @@ def summed(x: Tensor, group: Group = None) -> Tensor:
 @torch.no_grad()
 def gathered(x: Tensor, group: Group = None) -> Tensor:
     """(W, …): every rank's `x`, in rank order, without gradient; shapes must agree."""
-    size = group_size(group)
+    size = world_size(group)
     if size == 1:
         return x[None]
     every = x.new_empty(size * x.numel())
@@ -128,11 +119,10 @@ def on_main_rank(work: Callable[[], Value]) -> Value:
     if world_size() == 1:
         return work()
     outcome: list[Any] = [None]
-    if rank() == 0:
-        try:
-            outcome = [work()]
-        except UserError as error:
-            outcome = [error]
+    try:
+        outcome = [work() if rank() == 0 else None]
+    except UserError as error:
+        outcome = [error]
     dist.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], UserError):
         raise outcome[0]
@@ -148,10 +138,7 @@ def take_buffers_of_main_rank(model: nn.Module) -> None:
 
 
 def ranks_per_bunch(bunch_size: int, *, batch_size: int, world_size: int) -> int:
-    """How many consecutive ranks share the statistics of the last batch norm; `bunch_size` 0 means all ranks.
-
-    `UserError` when the numbers do not divide; the message names a set that does.
-    """
+    """How many consecutive ranks share the statistics of the last batch norm; `bunch_size` 0 means all ranks."""
     total = batch_size * world_size
     if bunch_size in (0, total):
         return world_size
@@ -175,10 +162,8 @@ def consecutive_group(ranks: int) -> Group:
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` under DistributedDataParallel when there are several ranks, else itself.
-
-    Buffers are not broadcast at each step: batch norms are synchronised, and the statistics that count are rank 0's.
-    """
+    """`model` under DistributedDataParallel when there are several ranks, else itself. Buffers are not broadcast at
+    each step: batch norms are synchronised, and the statistics that count are rank 0's."""
     if world_size() == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
@@ -186,10 +171,8 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class Vote:
-    """Has any rank raised its flag? All ranks get the same answer at the same step.
-
-    The question of one step is answered at the next, over gloo, so the device does not wait.
-    """
+    """Has any rank raised its flag? All ranks get the same answer at the same step: the question of one step is
+    answered at the next, over gloo, so the device does not wait."""
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo") if world_size() > 1 else None

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twist.pretrain.config import LossConfig
+
 
 class LossTerms(NamedTuple):
     """The three terms and the total, which is minimised; scalars in nats, over all ranks' rows."""
@@ -36,16 +38,7 @@ class SelfLabelTerms(NamedTuple):
 Loss = LossTerms | SelfLabelTerms
 
 
-class LossWeights(NamedTuple):
-    """Weights of sharpness (1 + lam1) and diversity (lam2), temperature, and what is added inside every logarithm."""
-
-    lam1: float = 0.0
-    lam2: float = 1.0
-    tau: float = 1.0
-    eps: float = 1e-5
-
-
-UNWEIGHTED = LossWeights()
+UNWEIGHTED = LossConfig()
 
 
 def identity(x: Tensor) -> Tensor:
@@ -54,20 +47,13 @@ def identity(x: Tensor) -> Tensor:
 
 
 def twist_loss(
-    logits: Tensor, weights: LossWeights = UNWEIGHTED, *, mean_over_ranks: Callable[[Tensor], Tensor] = identity
+    logits: Tensor, weights: LossConfig = UNWEIGHTED, *, mean_over_ranks: Callable[[Tensor], Tensor] = identity
 ) -> LossTerms:
-    """The objective of the mutual-information stage. Sharpness and diversity are at temperature `tau`.
+    """The objective of the mutual-information stage, of logits (V, B, K) after the head's last batch norm.
 
-    Args:
-        logits: (V, B, K), after the head's last batch norm. Half precision is raised to float32, float64 stays.
-        mean_over_ranks: called once, with everything that has to be averaged over ranks packed into one vector.
-
-    Returns:
-        Scalars that are equal on every rank. After DDP has averaged the parameters' gradients, they are those of
-        the objective over the rows of all ranks.
-
-    Raises:
-        ValueError: fewer than two views, or logits that are not (V, B, K).
+    Sharpness and diversity are at temperature `tau`. Half precision is raised to float32. `mean_over_ranks` is called
+    once, with all that is averaged over ranks in one vector; the scalars are equal on every rank, and after DDP has
+    averaged the parameters' gradients, they are those of the objective over the rows of all ranks.
     """
     logits = _at_least_float32(logits)
     if len(logits) < 2:
@@ -132,7 +118,7 @@ class _LocalTerms(torch.autograd.Function):
 def teacher_loss(
     student: Tensor,
     teacher: Tensor,
-    weights: LossWeights = UNWEIGHTED,
+    weights: LossConfig = UNWEIGHTED,
     *,
     mean_over_ranks: Callable[[Tensor], Tensor] = identity,
 ) -> LossTerms:
@@ -189,7 +175,7 @@ def self_label_loss(logits: Tensor, *, quantile: float, teacher: Tensor | None =
     return SelfLabelTerms((per_image * kept).sum() / kept.sum().clamp(min=1), threshold)
 
 
-def _terms(consistency: Tensor, sharpness: Tensor, diversity: Tensor, weights: LossWeights) -> LossTerms:
+def _terms(consistency: Tensor, sharpness: Tensor, diversity: Tensor, weights: LossConfig) -> LossTerms:
     total = consistency + (1 + weights.lam1) * sharpness - weights.lam2 * diversity
     return LossTerms(consistency, sharpness, diversity, total)
 

@@ -1,4 +1,4 @@
-"""Backbone and head, as one module that maps the views of a batch to logits.
+"""Backbone and head, as one module that maps the views of a batch to logits; its teacher; its warm start.
 
 Source: arXiv 2110.07402, section 3.2; published code (commit 796d36e). Views of one resolution go through the backbone
 as one batch; then the head sees all views together, and its last norm takes its statistics over all of them.
@@ -6,19 +6,26 @@ as one batch; then the head sees all views together, and its last norm takes its
 Shapes: `B` images a rank, `V` views, `D` backbone features, `K` classes.
 """
 
+import argparse
 import contextlib
 import copy
 import functools
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from twist.contracts.networks import Head, ResNet, build_backbone
+from twist.contracts.errors import UserError
+from twist.contracts.networks import Head, ResNet, build_backbone, own_names
+from twist.contracts.pickles import read_state
+from twist.contracts.rename import RenameError
+from twist.contracts.weights import difference
 from twist.pretrain import distributed
 from twist.pretrain.batch_norm import synchronise
-from twist.pretrain.config import ModelConfig, PretrainConfig
+from twist.pretrain.config import PretrainConfig
 
 
 class Twist(nn.Module):
@@ -38,18 +45,20 @@ class Twist(nn.Module):
 
 def build_model(config: PretrainConfig, *, device: torch.device) -> tuple[Twist, Twist | None]:
     """Student and (when the recipe has one) teacher on `device`, a copy of the student, with batch norms synchronised.
-
-    Every rank must call it; the weights are the same on all of them, drawn from `run.seed`.
-    """
+    Every rank must call it; the weights are the same on all of them, drawn from `run.seed`."""
     model = config.model
     torch.manual_seed(config.run.seed)
     backbone = build_backbone(
         model.backbone, width=model.width, image_size=config.views.global_size, drop_path=model.drop_path, vit=model.vit
     )
-    is_vit = model.is_vit
-    if is_vit:  # as published; timm's starts at almost nothing
+    if model.is_vit:  # as published; timm's starts at almost nothing
         nn.init.trunc_normal_(backbone.cls_token, std=0.02)  # type: ignore[arg-type]
-    student = Twist(backbone, build_head(int(backbone.num_features), model, truncated_normal=is_vit))  # type: ignore[arg-type]
+    head = Head(int(backbone.num_features), model.hidden_dim, model.classes, activation=model.activation)  # type: ignore[arg-type]
+    for layer in head.modules() if model.is_vit else ():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+    student = Twist(backbone, head)
     ranks = distributed.ranks_per_bunch(
         model.bunch_size, batch_size=config.run.batch_size, world_size=distributed.world_size()
     )
@@ -79,16 +88,6 @@ def in_layout(views: Sequence[Tensor], config: PretrainConfig) -> list[Tensor]:
     return [view.contiguous(memory_format=layout) for view in views]
 
 
-def build_head(features: int, config: ModelConfig, *, truncated_normal: bool) -> Head:
-    """The head of a recipe for D = `features`; `truncated_normal` initialises its layers as a ViT's are."""
-    head = Head(features, config.hidden_dim, config.classes, activation=config.activation)
-    for layer in head.modules() if truncated_normal else ():
-        if isinstance(layer, nn.Linear):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-    return head
-
-
 @torch.no_grad()
 def update_teacher(teacher: Twist, student: Twist, *, momentum: float) -> None:
     """teacher ← momentum · teacher + (1 − momentum) · student, parameters only: its batch norms see its own batches."""
@@ -100,12 +99,9 @@ def checkpoint_activations(backbone: nn.Module) -> None:
     if not isinstance(backbone, ResNet):
         backbone.set_grad_checkpointing(True)  # type: ignore[operator]
         return
-    for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
-        for block in stage:
-            contexts = functools.partial(lambda block: (contextlib.nullcontext(), _statistics_kept(block)), block)
-            block.forward = functools.partial(  # type: ignore[method-assign]
-                checkpoint, block.forward, use_reentrant=False, context_fn=contexts
-            )
+    for block in (block for n in (1, 2, 3, 4) for block in getattr(backbone, f"layer{n}")):
+        contexts = functools.partial(lambda block: (contextlib.nullcontext(), _statistics_kept(block)), block)
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
 @contextlib.contextmanager
@@ -120,3 +116,31 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
     finally:
         for norm, buffers in zip(norms, kept):
             norm._buffers.update(buffers)
+
+
+def warm_start(path: str | os.PathLike[str], student: Twist, teacher: Twist | None) -> None:
+    """Load the checkpoint at `path` into `student` and, when there is one, `teacher`; `UserError` where it does not
+    fit.
+
+    Ours and that of the published code (commit 796d36e, `train.py`) hold the state dicts `model` and `teacher`; `args`
+    of the latter is an argparse.Namespace, the one global that torch's safe unpickler is allowed here.
+    """
+    path = Path(path)
+    remedy = f"a warm start needs the full checkpoint of a TWIST run; `twist inspect {path}` shows what this file holds"
+    values = read_state(path, remedy=remedy, allowed=[argparse.Namespace])
+    for network, key in ((student, "model"), (teacher, "teacher")):
+        if network is None:
+            continue
+        if not isinstance(values.get(key), dict):
+            raise UserError(f"{path} has no `{key}`: {remedy}; model.teacher = false does without a teacher.")
+        try:
+            state = own_names(values[key])
+            reason = difference(network.state_dict(), state, values=False)
+        except RenameError as error:
+            state, reason = {}, str(error).rstrip(".")
+        if reason is not None:
+            raise UserError(
+                f"{path}, {key}: does not fit this config's network: {reason}; check model.backbone, model.classes "
+                "and model.hidden_dim."
+            )
+        network.load_state_dict(state)

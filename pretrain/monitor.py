@@ -12,7 +12,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +28,8 @@ EVALUATIONS = "online_eval.jsonl"
 # Read by the run itself and not written.
 STREAK = "nonfinite_streak"
 SHOWN = ("total", "agreement", "mean_entropy_share", "classes_used", "lr", "images_per_s", "data_wait_share")
+# Of the alarm, in shares of ln K: rows above are uniform; with a mean distribution below, (nearly) one class is left.
+UNIFORM_ABOVE, CONSTANT_BELOW, PATIENCE = 0.995, 0.05, 20
 
 
 class Observed(NamedTuple):
@@ -67,43 +68,31 @@ def rows_of(numbers: Tensor, names: tuple[str, ...], *, classes: int) -> list[di
     return rows
 
 
-@dataclass
 class CollapseAlarm:
-    """Goes off when predictions are uniform, or the same for all images, for `patience` steps in a row.
+    """Goes off when predictions are uniform (a constant output is, after the head's last norm), or the same for all
+    images, for `patience` steps in a row. At initialisation rows have about ln K − ½ nats."""
 
-    With a constant output the head's last norm makes them uniform. At initialisation rows have about ln K − ½ nats.
-    """
-
-    classes: int
-    patience: int = 20
-    # Shares of ln K: rows above are uniform; with a mean distribution below, (nearly) one class is left.
-    uniform_above: float = 0.995
-    constant_below: float = 0.05
-    _streaks: dict[str, int] = field(default_factory=dict, init=False)
+    def __init__(self, classes: int, patience: int = PATIENCE) -> None:
+        self._top, self._patience, self._streaks = math.log(classes), patience, {"uniform": 0, "constant": 0}
 
     def look(self, row: dict[str, Any]) -> str | None:
         """The alarm's sentence when it goes off at this step (once for each time it begins), else None."""
         rows, mean = row["row_entropy"], row["mean_entropy_share"]
         if rows is None or mean is None:  # a skipped step
             return None
-        for what, collapsed in (
-            ("uniform: all classes are equally probable", rows > self.uniform_above * math.log(self.classes)),
-            ("constant: nearly all images are in one class", mean < self.constant_below),
-        ):
-            self._streaks[what] = self._streaks.get(what, 0) + 1 if collapsed else 0
-            if self._streaks[what] == self.patience:
+        for kind, is_so in (("uniform", rows > UNIFORM_ABOVE * self._top), ("constant", mean < CONSTANT_BELOW)):
+            self._streaks[kind] = self._streaks[kind] + 1 if is_so else 0
+            if self._streaks[kind] == self._patience:
                 return (
-                    f"Predictions have collapsed since step {row['step'] - self.patience + 1}: they are {what}. Look "
+                    f"Predictions have collapsed since step {row['step'] - self._patience + 1}: they are {kind}. Look "
                     "at the views and the learning rate (--show-views, optim.lr), and check loss.lam1 and loss.lam2."
                 )
         return None
 
 
 class Monitor:
-    """Collects steps and writes them. Every rank has one; rank 0's writes. Use it in a `with`.
-
-    `nonfinite_streak` is how many steps in a row were skipped up to the last one written.
-    """
+    """Collects steps and writes them. Every rank has one; rank 0's writes. `nonfinite_streak` is how many steps in a
+    row were skipped up to the last one written."""
 
     def __init__(
         self,
@@ -145,10 +134,8 @@ class Monitor:
         self._pending.append((row, [images, data_wait_s, bad_images], observed))
 
     def pass_on(self) -> str | None:
-        """Send the kept steps, and write those sent before, which have arrived by now.
-
-        Returns the collapse alarm's sentence if it went off. Every rank must call it.
-        """
+        """Send the kept steps, and write those sent before, which have arrived by now; returns the collapse alarm's
+        sentence if it went off. Every rank must call it."""
         alarm = self._write_sent()
         self._write_sent = self._send() if self._pending else lambda: None
         return alarm
@@ -162,7 +149,6 @@ class Monitor:
         """Send the kept steps to the host; the result writes them."""
         rows, of_host, observed = zip(*self._pending)
         self._pending = []
-        assert len({one.names for one in observed}) == 1, "the stage changes at an epoch's end, after a flush"
         hosts, stacked = torch.tensor(of_host), torch.stack([one.numbers for one in observed])
         if stacked.is_cuda:
             hosts = hosts.pin_memory()
@@ -178,12 +164,7 @@ class Monitor:
         return functools.partial(self._write, rows, observed[0].names, numbers, arrived, wall_s)
 
     def _write(
-        self,
-        rows: Sequence[dict[str, Any]],
-        names: tuple[str, ...],
-        numbers: Tensor,
-        arrived: torch.cuda.Event | None,
-        wall_s: float,
+        self, rows: Sequence[dict[str, Any]], names: tuple[str, ...], numbers: Tensor, arrived: Any, wall_s: float
     ) -> str | None:
         if arrived is not None:
             arrived.synchronize()
@@ -221,12 +202,9 @@ class Monitor:
 
 
 def draw_curves(folder: Path, *, classes: int) -> Path:
-    """Draw the `metrics.jsonl` in `folder`, of a run with K = `classes`, as `folder`/curves.png.
-
-    The title of each panel says how a healthy run looks.
-    """
-    rows = read_rows(folder / CURVES)
-    top = math.log(classes)
+    """Draw the `metrics.jsonl` in `folder`, of a run with K = `classes`, as `folder`/curves.png; the title of each
+    panel says how a healthy run looks."""
+    rows, top = read_rows(folder / CURVES), math.log(classes)
     nats, from_zero = {"ylabel": "nats"}, {"ylim": (0, None)}
     entropies = {"row_entropy": "of an image (sharpness)", "mean_entropy": "of the mean (diversity)"}
     falls_and_stays = "entropy: an image's falls, the mean's stays near ln K (dashed)"

@@ -54,10 +54,8 @@ def open_data(root: str) -> tuple[dict[Role, LabelledImages] | None, CardData | 
 @torch.no_grad()
 def evaluate(model: Twist, config: PretrainConfig, *, device: torch.device) -> dict[str, float]:
     """Of labelled images `knn_top1_percent` of val against train, `nmi_percent` of the head's arg-max and `rankme` of
-    the features on val; of masks `miou_percent`.
-
-    Every rank must call it; each takes its share of the labelled images. `UserError` for data that are unusable.
-    """
+    the features on val; of masks `miou_percent`. Every rank must call it, and takes its share of the labelled
+    images."""
     assert config.run.online_eval_root is not None
     images, masks = open_data(config.run.online_eval_root)
     found: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""LARS as TWIST uses it, and the split of parameters into those with and those without decay and layer-wise rate.
+"""LARS as TWIST uses it, the parameters with and without decay and layer-wise rate, and steps that are not finite.
 
 The learning rate stands *inside* the momentum buffer (published code, commit 796d36e, `lars.py`):
 
@@ -21,18 +21,15 @@ NEVER_DECAYED = ("pos_embed", "cls_token")
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups, `decayed` and `excluded`, that hold every trainable parameter exactly once."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    assert named, "the model has no trainable parameter"
-    decayed = [p for name, p in named if not _is_excluded(name, p)]
-    excluded = [p for name, p in named if _is_excluded(name, p)]
+    groups: dict[bool, list[Tensor]] = {False: [], True: []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            excluded = p.dim() <= 1 or name.endswith(".bias") or any(part in name for part in NEVER_DECAYED)
+            groups[excluded].append(p)
     return [
-        {"params": decayed, "name": "decayed", "weight_decay": weight_decay, "lars_exclude": False},
-        {"params": excluded, "name": "excluded", "weight_decay": 0.0, "lars_exclude": True},
+        {"params": groups[False], "name": "decayed", "weight_decay": weight_decay, "lars_exclude": False},
+        {"params": groups[True], "name": "excluded", "weight_decay": 0.0, "lars_exclude": True},
     ]
-
-
-def _is_excluded(name: str, parameter: Tensor) -> bool:
-    return parameter.dim() <= 1 or name.endswith(".bias") or any(part in name for part in NEVER_DECAYED)
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -53,12 +50,11 @@ def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: floa
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rates, without one wait for the device.
+    """Layer-wise adaptive rates with trust coefficient `eta`, without one wait for the device.
 
-    `eta` is the trust coefficient; a group with `lars_exclude=True` has rate `lr`, and so have tensors whose norm, or
-    whose gradient's, is zero. `step` overwrites the gradients, and changes nothing when the scalar tensor in the
-    attribute `found_inf` (GradScaler's protocol) is 1. Norms, decay and rates are foreach operations, the rest is
-    torch's fused SGD kernel.
+    Rate `lr` have groups with `lars_exclude=True`, and tensors whose norm, or whose gradient's, is zero. `step`
+    overwrites the gradients, and changes nothing when the scalar tensor in the attribute `found_inf` (GradScaler's
+    protocol) is 1.
     """
 
     # GradScaler then hands its flag over instead of reading it on the host.
@@ -80,7 +76,10 @@ class LARS(torch.optim.Optimizer):
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
                 continue
-            gradients = [_flat(_like(p.grad, p)) for p in weights]
+            # In their parameters' memory layout.
+            gradients = [
+                _flat(p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)) for p in weights
+            ]
             buffers = [_flat(self._buffer(p)) for p in weights]
             weights = [_flat(p) for p in weights]
             rates = group["lr"] if group["lars_exclude"] else _layer_rates(weights, gradients, group)
@@ -89,18 +88,9 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_mul_(gradients, rates)
             # buffer ← momentum·buffer + gradient; w ← w − buffer: plain SGD with a rate of one.
             torch._fused_sgd_(
-                weights,
-                gradients,
-                buffers,
-                weight_decay=0.0,
-                momentum=group["momentum"],
-                lr=1.0,
-                dampening=0.0,
-                nesterov=False,
-                maximize=False,
-                is_first_step=False,
-                found_inf=found_inf,
-            )
+                weights, gradients, buffers, found_inf=found_inf, momentum=group["momentum"], lr=1.0,
+                weight_decay=0.0, dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
+            )  # fmt: skip
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         # Zero at first: momentum · 0 + the first term is the first term itself, as published.
@@ -119,16 +109,50 @@ def _layer_rates(weights: list[Tensor], gradients: list[Tensor], group: dict[str
     return (group["lr"] * torch.where(defined, ratio, 1.0)).unbind()
 
 
-def _like(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    """The gradient in its parameter's memory layout."""
-    assert gradient is not None
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
-
-
 def _flat(x: Tensor) -> Tensor:
     """A dense tensor of any layout as one row, in the order of its memory: the fused kernel copies other layouts."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
-    assert extent == x.numel(), "a parameter that is a part of another tensor"
     return x.as_strided((x.numel(),), (1,))
+
+
+class NonFiniteGuard:
+    """Skips steps whose loss or gradient is not finite, and counts them on the device: `total`, and `streak` in a row.
+
+    They never reach weights, teacher, running statistics or disk, and no step waits for the device: the backward pass
+    of a non-finite loss starts from NaN, which DDP spreads to every rank, and a gradient norm that is not finite makes
+    the optimiser skip (`found_inf`) and restores the running statistics of the batch norms.
+    """
+
+    def __init__(self, networks: Iterable[nn.Module], *, device: torch.device) -> None:
+        self._statistics = [b for network in networks for b in network.buffers() if b.is_floating_point()]
+        self._sizes = [b.numel() for b in self._statistics]
+        self.total, self.streak = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the statistics as they are now as the last good ones (after a state was loaded)."""
+        self._good = torch.cat([b.flatten() for b in self._statistics]) if self._statistics else torch.empty(0)
+
+    def backward_start(self, loss: Tensor) -> Tensor:
+        """The gradient that the backward pass starts from: 1, or NaN when the loss is not finite."""
+        return torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan).to(loss.dtype)
+
+    @torch.no_grad()
+    def settle(self, gradient_norm: Tensor) -> Tensor:
+        """Before the optimiser's step: 1.0 when it is to be skipped, else 0.0 (a scalar on the device)."""
+        skip = ~torch.isfinite(gradient_norm)
+        if self._statistics:
+            before = self._good
+            self.refresh()
+            self._good = torch.where(skip, before, self._good)
+            parts = [part.view_as(b) for part, b in zip(self._good.split(self._sizes), self._statistics)]
+            torch._foreach_copy_(self._statistics, parts)
+        self.total = self.total + skip
+        self.streak = (self.streak + 1) * skip
+        return skip.float()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"total": self.total, "streak": self.streak}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.total, self.streak = state["total"], state["streak"]
+        self.refresh()

@@ -6,11 +6,11 @@ is a linear warm-up from zero and a cosine, as in the published code (commit 796
 """
 
 import contextlib
+import math
 import os
 from typing import Any, NamedTuple
 
 import torch
-from fvcore.common.param_scheduler import CosineParamScheduler, LinearParamScheduler
 
 from twist.contracts import machine
 from twist.pretrain import distributed
@@ -39,21 +39,19 @@ def autocast(device: torch.device, asked: Precision) -> contextlib.AbstractConte
 
 def cosine(step: int, *, start: float, end: float, steps: int) -> float:
     """Half a cosine from `start` at step 0 towards `end` at `steps`, and `end` from there on."""
-    return end if step >= steps else CosineParamScheduler(start, end)(step / steps)
+    return end if step >= steps else end + (start - end) / 2 * (1 + math.cos(math.pi * (step / steps)))
 
 
 def warmup_then_cosine(step: int, *, base: float, end: float, warmup_steps: int, steps: int) -> float:
     """Linear from 0 to `base` over `warmup_steps`, then a cosine to `end` over the rest of `steps`."""
     if step < warmup_steps:
-        return LinearParamScheduler(0.0, base)(step / warmup_steps)
+        return base * (step / warmup_steps)
     return cosine(step - warmup_steps, start=base, end=end, steps=steps - warmup_steps)
 
 
 def warmup_epochs(config: PretrainConfig) -> int:
-    """As configured, or the published rule: 10, or 5 for runs of at most 50 epochs, or 3 for at most 20.
-
-    The rule takes at most half of the first stage, so that a run of a few epochs still reaches its rate.
-    """
+    """As configured, or the published rule: 10, or 5 for runs of at most 50 epochs, or 3 for at most 20; but at most
+    half of the first stage, so that a run of a few epochs still reaches its rate."""
     if config.optim.warmup_epochs is not None:
         return config.optim.warmup_epochs
     rule = 3 if config.run.epochs <= 20 else 5 if config.run.epochs <= 50 else 10
@@ -74,14 +72,8 @@ class StepSettings(NamedTuple):
 
 
 class Plan:
-    """The numbers of a run on so many images and ranks. Learning rates are after scaling with the total batch.
-
-    `images_sha256` and `names_sha256` say which images: by names and sizes, and by names in their order
-    (`data/source.py`); None where it is unknown.
-
-    Raises:
-        UserError: the bunch does not divide over the ranks.
-    """
+    """The numbers of a run on so many images and ranks. Learning rates are after scaling with the total batch; the two
+    digests say which images (`data/source.py`), None where it is unknown."""
 
     def __init__(
         self,
@@ -125,14 +117,14 @@ class Plan:
         )
 
     def learning_rate(self, step: int) -> float:
-        """Warm-up and cosine in each stage; it changes every step."""
-        warmup, base, steps = warmup_epochs(self.config), self.lr, self.first_stage_steps
+        """Warm-up from 0 and cosine in each stage; it changes every step."""
+        epochs, base, steps = warmup_epochs(self.config), self.lr, self.first_stage_steps
         if step >= self.first_stage_steps:
             step -= self.first_stage_steps
-            warmup, base = self.config.self_label.warmup_epochs, self.self_label_lr
+            epochs, base = self.config.self_label.warmup_epochs, self.self_label_lr
             steps = self.steps - self.first_stage_steps
-        end = base * self.config.optim.final_lr_ratio
-        return warmup_then_cosine(step, base=base, end=end, warmup_steps=warmup * self.steps_per_epoch, steps=steps)
+        end, warmup_steps = base * self.config.optim.final_lr_ratio, epochs * self.steps_per_epoch
+        return warmup_then_cosine(step, base=base, end=end, warmup_steps=warmup_steps, steps=steps)
 
     def weight_decay(self, step: int) -> float:
         """Constant, or a cosine over the whole run when `optim.weight_decay_end` is given."""
@@ -147,8 +139,7 @@ class Plan:
     def quantile(self, step: int) -> float:
         """Of self-labelling: cosine over the second stage."""
         stage, first = self.config.self_label, self.first_stage_steps
-        start, end = stage.quantile_start, stage.quantile_end
-        return cosine(step - first, start=start, end=end, steps=self.steps - first)
+        return cosine(step - first, start=stage.quantile_start, end=stage.quantile_end, steps=self.steps - first)
 
     @property
     def loader_bytes(self) -> int:
@@ -157,25 +148,22 @@ class Plan:
         per_value = 1 if self.config.data.pipeline == "device" else 4  # bytes, or float32
         return self.config.data.workers * BUFFERS * self.config.run.batch_size * values * per_value
 
-    def lack_of_steps(self) -> str | None:
-        """A sentence when the run ends before a backbone can have learnt anything, or None."""
-        if self.steps >= FEW_STEPS:
-            return None
-        return (
-            f"This run has {self.steps} steps in all ({self.images:,} images, batches of {self.total_batch}): too few "
-            "to learn from; lower run.batch_size, raise run.epochs, or give it more images."
-        )
-
-    def lack_of_shared_memory(self) -> str | None:
-        """A sentence when shared memory has less room than all workers of this machine may take, or None."""
+    def warnings(self) -> list[str]:
+        """What makes the run useless or ends it early, a sentence each: too few steps, too little shared memory."""
+        found = []
+        if self.steps < FEW_STEPS:
+            found.append(
+                f"This run has {self.steps} steps in all ({self.images:,} images, batches of {self.total_batch}): too "
+                "few to learn from; lower run.batch_size, raise run.epochs, or give it more images."
+            )
         wanted = self.loader_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         free = machine.free_shared_memory()
-        if free is None or wanted <= free:
-            return None
-        return (
-            f"The data workers may take {_gigabytes(wanted)} of shared memory, and {machine.SHARED_MEMORY} has "
-            f"{_gigabytes(free)} free: give the container more (docker run --shm-size), or lower data.workers."
-        )
+        if free is not None and wanted > free:
+            found.append(
+                f"The data workers may take {_gigabytes(wanted)} of shared memory, and {machine.SHARED_MEMORY} has "
+                f"{_gigabytes(free)} free: give the container more (docker run --shm-size), or lower data.workers."
+            )
+        return found
 
     def render(self) -> str:
         """The plan for a person, one line a subject."""
@@ -185,16 +173,10 @@ class Plan:
         rates = f"{optim.name}, lr {optim.lr:g} × {self.total_batch}/256 = {self.lr:g}"
         if second:
             rates += f", then {config.self_label.lr:g} × {self.total_batch}/256 = {self.self_label_lr:g}"
-        decay = (
-            f"{optim.weight_decay:g}"
-            if optim.weight_decay_end is None
-            else f"{optim.weight_decay:g} to {optim.weight_decay_end:g}"
+        decay = f"{optim.weight_decay:g}" + (
+            f" to {optim.weight_decay_end:g}" if optim.weight_decay_end is not None else ""
         )
-        options = {
-            ", channels last": run.channels_last,
-            ", compiled": run.compile,
-            ", deterministic": run.deterministic,
-        }
+        options = [name for name in ("channels_last", "compile", "deterministic") if getattr(run, name)]
         within = f" and {run.checkpoint_every_steps} steps" if run.checkpoint_every_steps else ""
         lines = {
             "images": f"{self.images:,} in {config.data.root}",
@@ -208,7 +190,7 @@ class Plan:
             "epochs": f"{run.epochs} ({run.mutual_information_epochs} mutual information + {second} self-labelling), "
             f"{self.steps_per_epoch:,} steps each, {self.steps:,} in all",
             "optimiser": f"{rates}; warm-up {warmup_epochs(config)} epoch(s), weight decay {decay}",
-            "precision": self.precision + "".join(text for text, chosen in options.items() if chosen),
+            "precision": ", ".join([self.precision, *options]),
             "checkpoints": f"every {run.checkpoint_every_epochs} epoch(s){within}, {run.keep_checkpoints} kept",
         }
         return "TWIST pretraining\n" + "".join(f"  {name:<12}{text}\n" for name, text in lines.items())

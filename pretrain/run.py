@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.weights import Backbone, stem_of, write_backbone
 from twist.pretrain import checkpoint, distributed
@@ -18,20 +17,17 @@ from twist.pretrain.checkpoint import Manifest, Position
 from twist.pretrain.config import PretrainConfig
 from twist.pretrain.data.loader import Batch
 from twist.pretrain.loss import Loss
-from twist.pretrain.model import build_model, update_teacher
+from twist.pretrain.model import build_model, update_teacher, warm_start
 from twist.pretrain.monitor import STREAK, Monitor, observe
 from twist.pretrain.online_eval import evaluate
-from twist.pretrain.optim import build_optimizer, set_rates
+from twist.pretrain.optim import NonFiniteGuard, build_optimizer, set_rates
 from twist.pretrain.plan import Plan, StepSettings
-from twist.pretrain.replay import NonFiniteGuard
-from twist.pretrain.run_folder import recipe_hash
 from twist.pretrain.slurm import Requeue, StopFlag
-from twist.pretrain.warm_start import warm_start
 
 
 def say(text: str) -> None:
-    """A line for the person who started the run, from rank 0."""
-    if distributed.rank() == 0:
+    """Text for the person who started the run, from rank 0."""
+    if text and distributed.rank() == 0:
         print(text, file=sys.stderr, flush=True)
 
 
@@ -44,7 +40,7 @@ class Run:
         self.optimizer = build_optimizer(config.optim, self.student)
         self.scaler = torch.amp.GradScaler(device.type) if plan.precision == "fp16" else None
         self.guard = NonFiniteGuard([n for n in (self.student, self.teacher) if n is not None], device=device)
-        # Whatever has a state, by its name in checkpoints.
+        # Whatever has a state, by its name in checkpoints; the guard, which looks at the networks, is loaded last.
         self._parts: dict[str, Any] = {
             "model": self.student,
             "teacher": self.teacher,
@@ -99,15 +95,12 @@ class Run:
     def reporting(self, stop: StopFlag) -> Iterator[None]:
         """Inside the `with`, steps are reported to the run's folder, and `stop` is looked at."""
         self._stop, self._vote, at = stop, distributed.Vote(), self.position
-        classes, steps = self.config.model.classes, self.plan.steps
-        self._monitor = Monitor(
-            self.output, classes=classes, steps=steps, first_step=at.steps, first_epoch=at.epoch,
-            logger=self.config.run.logger,
-        )  # fmt: skip
-        with self._monitor:
+        classes, logger, steps = self.config.model.classes, self.config.run.logger, self.plan.steps
+        with Monitor(
+            self.output, classes=classes, steps=steps, first_step=at.steps, first_epoch=at.epoch, logger=logger
+        ) as self._monitor:
             # A run that was killed while it evaluated has that epoch's checkpoint, and no evaluation of it.
-            due = at.epoch > 0 and not at.samples and self._is_evaluated(at.epoch - 1)
-            if due and not self._monitor.has_evaluation(at.epoch - 1):
+            if at.epoch > 0 and not at.samples:
                 self._evaluate(at.epoch - 1)
             yield
             self._vote.close()
@@ -131,8 +124,6 @@ class Run:
         waiting = saving or (settings.step + 1) % self.plan.steps_per_epoch == 0
         if waiting or self.position.steps % config.log_every_steps == 0:
             self._heed(self._monitor.flush() if waiting else self._monitor.pass_on())
-            if self._monitor.nonfinite_streak >= config.max_nonfinite_steps:
-                self.stop_if_nonfinite(settings, batch)
         if saving:
             self.save()
         if stopping:
@@ -153,30 +144,17 @@ class Run:
             self.save()
         if self._saved is not None:
             self._keep_first_stage(self._saved[0])
-        if self._is_evaluated(epoch):
-            self._evaluate(epoch)
-
-    def stop_if_nonfinite(self, settings: StepSettings, batch: Batch) -> None:
-        """End the run with a capture when the last `run.max_nonfinite_steps` steps were all skipped."""
-        streak = int(self.guard.streak.item())
-        if streak < self.config.run.max_nonfinite_steps:
-            return
-        path = self.output / f"nonfinite_rank{distributed.rank()}.pt"
-        chosen = {"stage": settings.stage, "quantile": settings.quantile, "seed": settings.seed}
-        capture = {
-            "config": self.config.model_dump(mode="json"),
-            "state": self.state(),
-            "batch": {"views": batch.views, "indices": batch.indices, **chosen},
-        }
-        with files.atomic_path(path) as temporary:
-            torch.save(capture, temporary)
-        raise UserError(
-            f"Loss or gradient was not finite in the last {streak} steps; weights are those before. The failing batch "
-            f"is in {path}: `python -m twist.pretrain.replay {path}` replays it. Start a new run (another --output) "
-            "with a lower optim.lr or run.precision=fp32."
-        )
+        self._evaluate(epoch)
 
     def _heed(self, alarm: str | None) -> None:
+        """Stop after a streak of skipped steps, whose last ones the monitor may not have seen yet; say the alarm."""
+        most = self.config.run.max_nonfinite_steps
+        if self._monitor.nonfinite_streak >= most and (streak := int(self.guard.streak.item())) >= most:
+            raise UserError(
+                f"Loss or gradient was not finite in the last {streak} steps; the weights are those before, and "
+                "--resume comes to the same steps again. Start a new run (another --output) with a lower optim.lr or "
+                "run.precision=fp32."
+            )
         if alarm is not None and self.config.run.on_collapse == "stop":
             raise UserError(f"{alarm} The run stops, as run.on_collapse says.")
         if alarm is not None:
@@ -187,12 +165,11 @@ class Run:
         run = self.config.run
         return epoch + 1 in (run.mutual_information_epochs, run.epochs) or (epoch + 1) % every == 0
 
-    def _is_evaluated(self, epoch: int) -> bool:
-        run = self.config.run
-        return run.online_eval_root is not None and self._is_due(epoch, run.online_eval_every_epochs)
-
     def _evaluate(self, epoch: int) -> None:
-        self._monitor.note_evaluation(evaluate(self.student, self.config, device=self.device), epoch=epoch)
+        run = self.config.run
+        due = run.online_eval_root is not None and self._is_due(epoch, run.online_eval_every_epochs)
+        if due and not self._monitor.has_evaluation(epoch):
+            self._monitor.note_evaluation(evaluate(self.student, self.config, device=self.device), epoch=epoch)
 
     # --- states -------------------------------------------------------------------------------------------------------
 
@@ -207,10 +184,9 @@ class Run:
             # Saved at this step already, and since then only the epoch has ended: the state is not written again.
             checkpoint.move(self._saved[0], self.position)
             return
-        at, plan = self.position, self.plan
-        manifest = Manifest(
-            at, plan.images, plan.world_size, images_sha256=plan.images_sha256, names_sha256=plan.names_sha256
-        )
+        plan = self.plan
+        digests = {"images_sha256": plan.images_sha256, "names_sha256": plan.names_sha256}
+        manifest = Manifest(self.position, plan.images, plan.world_size, **digests)
         folder, keep = self.output / "checkpoints", self.config.run.keep_checkpoints
         self._saved = checkpoint.save(folder, self.state(), manifest, keep=keep), self.position.steps
 
@@ -232,31 +208,19 @@ class Run:
                 say(f"There is no checkpoint in {self.output} to resume from: starting from scratch.")
             return
         path, manifest = found
-        self._require_same_images(path, manifest)
+        before, now = manifest.names_sha256, self.plan.names_sha256
+        if manifest.images != self.plan.images or (None not in (before, now) and before != now):
+            raise UserError(
+                f"{path} was trained on {manifest.images} images, and data.root has {self.plan.images} now, others, or "
+                "in another order: give the same images, or another --output."
+            )
         state = checkpoint.load(path, device=self.device)
         for name, part in self._parts.items():
             if part is not None and state[name] is not None:
                 part.load_state_dict(state[name])
-        self.guard.refresh()
         self.position = manifest.position
         self._keep_first_stage(path)  # a kill may have come between that state and its copy
         say(f"Resuming from {path}: {self.position.steps} steps done, epoch {self.position.epoch}.")
-
-    def _require_same_images(self, path: Path, manifest: Manifest) -> None:
-        if manifest.images != self.plan.images:
-            raise UserError(
-                f"{path} was trained on {manifest.images} images, and data.root has {self.plan.images} now: give the "
-                "same images, or another --output."
-            )
-        if None in (manifest.names_sha256, self.plan.names_sha256):
-            return
-        if manifest.names_sha256 != self.plan.names_sha256:
-            raise UserError(
-                f"{path} was trained on other images, or in another order, than those of data.root now: give the same "
-                "images, or another --output."
-            )
-        if manifest.images_sha256 != self.plan.images_sha256:
-            say("Some images have another size than when the run began; the run goes on with them.")
 
     def export(self) -> Path:
         """Write the result, the student's backbone, and the teacher's where there is one; returns the student's."""
@@ -270,17 +234,17 @@ class Run:
         return path
 
     def _header(self, branch: str) -> Backbone:
-        is_vit = self.config.model.is_vit
+        model = self.config.model
         return Backbone(
-            architecture=self.config.model.backbone,
-            width=self.config.model.width,
-            stem=stem_of(self.config.model.backbone),
-            image_size=self.config.views.global_size if is_vit else None,
-            vit=self.config.model.vit,
+            architecture=model.backbone,
+            width=model.width,
+            stem=stem_of(model.backbone),
+            image_size=self.config.views.global_size if model.is_vit else None,
+            vit=model.vit,
             method="twist",
             epochs=self.config.run.epochs,
             source_branch=branch,
-            config_hash=recipe_hash(self.config),
+            config_hash=checkpoint.recipe_hash(self.config),
             seed=self.config.run.seed,
             images_sha256=self.plan.images_sha256,
         )

@@ -4,8 +4,6 @@ SLURM's signal before the time limit (or at preemption) sets the run's flag; the
 submitit's own handler puts the job back into the queue, where it resumes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os
@@ -14,19 +12,15 @@ import signal
 import sys
 import threading
 import time
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from twist.contracts.config import load_config
+from twist.contracts.config import load_config, parse_override
 from twist.contracts.errors import UsageError, did_you_mean
 from twist.contracts.machine import SLURM_KEYS
 from twist.pretrain.config import PretrainConfig
-
-if TYPE_CHECKING:
-    import submitit
 
 # SIGINT: a person's Ctrl-C. SIGTERM: torchrun, containers, most schedulers. SIGUSR1: SLURM's --signal by convention.
 # SIGUSR2: submitit's choice.
@@ -48,10 +42,8 @@ class Requeue(Exception):
 
 
 def end_with_torchrun() -> None:
-    """Under torchrun, have Linux send this process SIGTERM when torchrun dies, whatever killed it.
-
-    Without it the ranks of a killed torchrun train on, with nobody to restart them, and hold the run's folder.
-    """
+    """Have Linux send this process SIGTERM when its torchrun dies, whatever killed it: the ranks would train on, with
+    nobody to restart them, and hold the run's folder."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
@@ -74,10 +66,8 @@ class StopFlag:
 
 @contextlib.contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    """A flag that the first of `SIGNALS` raises; a later second one has the effect it would have without us.
-
-    The loop looks at the flag between steps: saving inside a handler tears files and hangs collectives.
-    """
+    """A flag that the first of `SIGNALS` raises, and that is looked at between steps: saving inside a handler tears
+    files and hangs collectives. A later second signal has the effect it would have without us."""
     flag, first_at = StopFlag(), 0.0
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield flag
@@ -96,8 +86,7 @@ def stop_flag() -> Iterator[StopFlag]:
 
     # A shell lets its background jobs ignore Ctrl-C; that stays so.
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    handled = [number for number in SIGNALS if not (ignored and number == signal.SIGINT)]
-    before = {number: signal.signal(number, on_signal) for number in handled}
+    before = {n: signal.signal(n, on_signal) for n in SIGNALS if not (ignored and n == signal.SIGINT)}
     try:
         yield flag
     finally:
@@ -106,10 +95,15 @@ def stop_flag() -> Iterator[StopFlag]:
 
 
 class PretrainJob:
-    """What runs in each task: submitit pickles it, calls it, and asks `checkpoint` for what to requeue."""
+    """What runs in each task: submitit pickles it, calls it in another folder, and asks `checkpoint` for what to
+    requeue. It always resumes, so that a requeue by SLURM itself (a node that failed) goes on too."""
 
     def __init__(self, config: Path, overrides: Sequence[str], output: Path) -> None:
-        self.config, self.overrides, self.output = config, tuple(overrides), output
+        self.config, self.overrides, self.output = config.resolve(), [*overrides], output.resolve()
+        for number, override in enumerate(overrides):
+            key, _, value = override.partition("=")
+            if key.strip() in ("data.root", "run.online_eval_root", "run.warm_start") and os.path.exists(value):
+                self.overrides[number] = f"{key}={os.path.abspath(value)}"
 
     def __call__(self) -> str:
         import submitit
@@ -130,7 +124,7 @@ class PretrainJob:
                 requeue(number, None)
             raise
 
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+    def checkpoint(self) -> Any:
         """The same job, which resumes."""
         import submitit
 
@@ -138,11 +132,7 @@ class PretrainJob:
 
 
 def submit(config: Path, overrides: Sequence[str], *, output: Path, options: Sequence[str]) -> str:
-    """Submit the run and return SLURM's job number; the config is checked before anything waits in a queue.
-
-    Raises:
-        UsageError: an option is not `key=value` with a key of `SLURM_KEYS`, or SLURM is not on this machine.
-    """
+    """Submit the run and return SLURM's job number; the config is checked before anything waits in a queue."""
     load_config(config, PretrainConfig, overrides)
     values = parameters(options)
     if shutil.which("sbatch") is None:
@@ -151,35 +141,17 @@ def submit(config: Path, overrides: Sequence[str], *, output: Path, options: Seq
 
     executor = submitit.AutoExecutor(folder=output / "slurm", cluster="slurm", slurm_max_num_timeout=MAX_REQUEUES)
     executor.update_parameters(**values)
-    return str(executor.submit(job(config, overrides, output)).job_id)
-
-
-def job(config: Path, overrides: Sequence[str], output: Path) -> PretrainJob:
-    """The job to submit. Its paths are absolute, because it starts in another folder.
-
-    It always resumes, so that a requeue by SLURM itself (a node that failed) goes on too.
-    """
-    absolute = []
-    for override in overrides:
-        key, _, value = override.partition("=")
-        is_path = key.strip() in ("data.root", "run.online_eval_root", "run.warm_start") and os.path.exists(value)
-        absolute.append(f"{key}={os.path.abspath(value)}" if is_path else override)
-    return PretrainJob(config.resolve(), absolute, output.resolve())
+    return str(executor.submit(PretrainJob(config, overrides, output)).job_id)
 
 
 def parameters(options: Sequence[str]) -> dict[str, Any]:
     """submitit's parameters from `key=value` options, with one task a GPU."""
     values: dict[str, Any] = dict(DEFAULTS)
     for option in options:
-        key, separator, text = option.partition("=")
-        if not separator:
-            raise UsageError(f'--slurm "{option}" is not key=value: for example --slurm partition=gpu.')
+        (key, *_), value = parse_override(option)
         if key not in SLURM_KEYS:
             raise UsageError(f'--slurm: unknown key "{key}".{did_you_mean(key, SLURM_KEYS)}')
-        try:
-            values[SLURM_KEYS[key]] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            values[SLURM_KEYS[key]] = text
+        values[SLURM_KEYS[key]] = value
     gpus = str(values["gpus_per_node"]).rpartition(":")[2]  # SLURM's own `gpus=a100:4` too
     if not gpus.isdecimal():
         raise UsageError(f"--slurm gpus={values['gpus_per_node']} names no number: write gpus=4, or gpus=a100:4.")

@@ -11,7 +11,6 @@ Shapes: `B` images a rank, `V` views, `K` classes.
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,12 @@ from twist.contracts.machine import code_sha256
 from twist.contracts.progress import is_quiet
 from twist.contracts.ranks import require_equal
 from twist.contracts.run_folder import locked
-from twist.pretrain import distributed, run_folder
+from twist.pretrain import checkpoint, distributed
 from twist.pretrain.config import LossConfig, PretrainConfig
 from twist.pretrain.data.loader import ViewLoader
-from twist.pretrain.data.source import FolderImages, Images, open_images
+from twist.pretrain.data.source import Images, open_images
 from twist.pretrain.data.views import Stage
-from twist.pretrain.loss import Loss, LossWeights, self_label_loss, teacher_loss, twist_loss
+from twist.pretrain.loss import Loss, self_label_loss, teacher_loss, twist_loss
 from twist.pretrain.model import in_layout
 from twist.pretrain.monitor import draw_curves
 from twist.pretrain.online_eval import open_data
@@ -48,14 +47,9 @@ ROOMS = ("contracts", "measure", "catalog", "pretrain")
 def pretrain(config: PretrainConfig, *, output: Path, resume: bool = False) -> Path:
     """Run `config` in the folder `output`, as one rank or as one of torchrun's; returns backbone.safetensors.
 
-    Args:
-        resume: continue from the newest valid checkpoint in `output`; with none there, start and say so. A restart by
-            torchrun (--max-restarts) always resumes.
-
-    Raises:
-        UserError: the folder is another run's or in use, there are too few or too many bad images, the numbers do not
-            divide, losses stay non-finite, or predictions collapse with `run.on_collapse = "stop"`.
-        Requeue: a signal asked to stop; the state is saved.
+    `resume` continues from the newest valid checkpoint in `output`; with none there, it starts and says so. A restart
+    by torchrun (--max-restarts) always resumes. `Requeue` when a signal asked to stop: the state is saved then.
+    `UserError` for a folder, images or numbers that do not fit, and for losses that stay non-finite.
     """
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     refuse_bare_tasks()
@@ -70,7 +64,9 @@ def pretrain(config: PretrainConfig, *, output: Path, resume: bool = False) -> P
         run = Run(config, plan, output, device=device)
         run.restore(asked=resume)
         if distributed.rank() == 0:
-            _announce(plan, run)
+            text = plan.render()
+            (output / "plan.txt").write_text(text)
+            say("\n".join(plan.warnings() if is_quiet() or run.position.steps else [text, *plan.warnings()]))
         result = _train(run, loader, stop)
     if distributed.rank() == 0:
         _show_result(run)
@@ -83,7 +79,7 @@ def print_plan(config: PretrainConfig) -> None:
         loader, plan = _plan(config, device=device)
         loader.close()
     if distributed.rank() == 0:
-        print(plan.render(), *filter(None, (plan.lack_of_steps(), plan.lack_of_shared_memory())), sep="\n")
+        print(plan.render(), *plan.warnings(), sep="\n")
 
 
 def _train(run: Run, loader: ViewLoader, stop: StopFlag) -> Path:
@@ -110,10 +106,9 @@ def objective(
     """The loss of a batch from logits (V, B, K) and the teacher's (2, B, K); float32 whatever the precision."""
     if stage == "self_label":
         return self_label_loss(logits, quantile=quantile, teacher=teacher_logits)
-    chosen, average = LossWeights(**weights.model_dump()), distributed.mean_over_ranks
     if teacher_logits is None:
-        return twist_loss(logits, chosen, mean_over_ranks=average)
-    return teacher_loss(logits, teacher_logits, chosen, mean_over_ranks=average)
+        return twist_loss(logits, weights, mean_over_ranks=distributed.mean_over_ranks)
+    return teacher_loss(logits, teacher_logits, weights, mean_over_ranks=distributed.mean_over_ranks)
 
 
 def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, Plan]:
@@ -128,14 +123,12 @@ def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, 
         refuse_held_out(config)
         code = {"torch": torch.__version__, "twist": code_sha256(*ROOMS)}
         settings = config.model_dump(mode="json", exclude=PLACES)
-        return {"images": len(images), "names_sha256": images.order(), "code": code, **settings}
+        return {"images": len(images), "names_sha256": images.order, "code": code, **settings}
 
     require_equal(describe)
     (images,) = opened
     rank, ranks = distributed.rank(), distributed.world_size()
-    if rank == 0 and isinstance(images, FolderImages):
-        for line in images.remarks():
-            print(line, file=sys.stderr)
+    say("\n".join(images.remarks))
     loader = ViewLoader(images, config, rank=rank, world_size=ranks, device=device)
     return loader, Plan(
         config,
@@ -143,7 +136,7 @@ def _plan(config: PretrainConfig, *, device: torch.device) -> tuple[ViewLoader, 
         world_size=ranks,
         device=device,
         images_sha256=distributed.on_main_rank(images.fingerprint),
-        names_sha256=images.order(),
+        names_sha256=images.order,
     )
 
 
@@ -165,21 +158,12 @@ def refuse_held_out(config: PretrainConfig) -> None:
 
 
 def _take_folder(stack: contextlib.ExitStack, output: Path, config: PretrainConfig, *, resume: bool) -> None:
-    run_folder.refuse_foreign(output, type(config))
+    checkpoint.refuse_foreign(output, type(config))
     start = config.run.warm_start
     if start is not None and not Path(start).is_file() and not any(output.glob("checkpoints/step_*.json")):
         raise UserError(f"There is no checkpoint at {start}: check run.warm_start.")
     stack.enter_context(locked(output))
-    run_folder.prepare(output, config, resume=resume)
-
-
-def _announce(plan: Plan, run: Run) -> None:
-    text = plan.render()
-    (run.output / "plan.txt").write_text(text)
-    if run.position.steps == 0 and not is_quiet():
-        say(text)
-    for lack in filter(None, (plan.lack_of_steps(), plan.lack_of_shared_memory())):
-        say(lack)
+    checkpoint.prepare(output, config, resume=resume)
 
 
 def _show_result(run: Run) -> None:

@@ -477,7 +477,7 @@ def test_plain_folders_say_that_val_is_trained_on_and_exclude_leaves_it_out(tmp_
     everything = open_images(DataConfig(root=str(tmp_path / ".")))
     (tmp_path / "card.toml").unlink()
     everything = open_images(DataConfig(root=str(tmp_path)))
-    assert any("data.exclude" in line for line in everything.remarks())  # type: ignore[attr-defined]
+    assert any("data.exclude" in line for line in everything.remarks)  # type: ignore[attr-defined]
     kept = open_images(DataConfig(root=str(tmp_path), exclude=("val/*",)))
     assert len(kept) * 2 == len(everything)
-    assert not any("trained on" in line for line in kept.remarks())  # type: ignore[attr-defined]
+    assert not any("trained on" in line for line in kept.remarks)  # type: ignore[attr-defined]

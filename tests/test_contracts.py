@@ -61,11 +61,7 @@ def test_configs_are_frozen() -> None:
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        (
-            'name = "a"\n[inner]\nlearnin_rate = 1\n',
-            [],
-            'unknown key inner.learnin_rate. Did you mean "learning_rate"?',
-        ),
+        ('name = "a"\n[inner]\nlearnin_rate = 1\n', [], 'inner.learnin_rate. Did you mean "learning_rate"?'),
         ('name = "a"\n', ["learning_rate=1"], 'unknown key learning_rate. Did you mean "inner.learning_rate"?'),
         ('name = "a"\n', ["inner.learn=1"], 'unknown key inner.learn. Did you mean "learning_rate"?'),
         ("[inner]\n", [], "name is missing"),

@@ -27,11 +27,11 @@ from twist.contracts.images import MAX_PIXELS, UnreadableImage, decode
 from twist.pretrain.config import DataConfig, PretrainConfig, RunConfig, ViewsConfig
 from twist.pretrain.data import loader as loader_module
 from twist.pretrain.data import source
-from twist.pretrain.data.loader import BUFFERS, Batch, ViewLoader
-from twist.pretrain.data.photometric import denormalise
-from twist.pretrain.data.source import Images, ImageStream, RankShare, Request, _Files, image_number, open_images
-from twist.pretrain.data.view_maker import (
+from twist.pretrain.data.loader import (
+    BUFFERS,
     PROBE_FROM_BYTES,
+    Batch,
+    ViewLoader,
     ViewMaker,
     _Buffers,
     decode_reduced,
@@ -39,6 +39,8 @@ from twist.pretrain.data.view_maker import (
     shrink_boxes,
     upright_size,
 )
+from twist.pretrain.data.photometric import denormalise
+from twist.pretrain.data.source import ImageFiles, Images, ImageStream, RankShare, Request, image_number, open_images
 from twist.pretrain.data.views import ViewSampler, plan_views
 
 VIEWS = ViewsConfig(global_size=32, local_size=16, local_count=3)
@@ -154,7 +156,7 @@ def test_a_resume_with_other_ranks_uses_each_image_once(images: Images) -> None:
 @given(images_=st.integers(1, 300), seed=st.integers(0, 99), epoch=st.integers(0, 9), world=st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
 def test_batches_cut_the_permutation(images_: int, seed: int, epoch: int, world: int) -> None:
-    images = _Files(Path(), [str(number) for number in range(images_)])
+    images = ImageFiles(Path(), [str(number) for number in range(images_)])
     order = source.permutation(images_, seed=seed, epoch=epoch)
     assert sorted(order.tolist()) == list(range(images_))
     shares = [RankShare(seed, 3, rank, world) for rank in range(world)]
@@ -390,7 +392,7 @@ def test_a_missing_or_empty_source_is_the_users_error(tmp_path: Path, kind: str)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1), min_size=1))
 def test_names_come_back(names: list[str]) -> None:
     names.append(os.fsdecode(b"caf\xe9.jpg"))  # no valid UTF-8
-    packed = _Files(Path("folder"), names)
+    packed = ImageFiles(Path("folder"), names)
     assert [packed.name(i) for i in range(len(packed))] == [os.path.join("folder", name) for name in names]
 
 

@@ -49,14 +49,6 @@ def test_a_step_is_described_by_its_global_views() -> None:
     assert row["mean_entropy_share"] == pytest.approx(entropy / math.log(CLASSES), abs=1e-5)
 
 
-def test_a_new_term_of_a_loss_is_written_without_another_list(tmp_path: Path) -> None:
-    observed = observe(torch.randn(2, 4, CLASSES), {"total": torch.tensor(1.0), "my_term": torch.tensor(0.25)})
-    with Monitor(tmp_path, classes=CLASSES, steps=1, first_step=0) as monitor:
-        note(monitor, 0, observed)
-        monitor.flush()
-    assert read_rows(tmp_path / "metrics.jsonl")[0]["my_term"] == 0.25
-
-
 def test_a_step_that_is_not_finite_is_null_and_json() -> None:
     row = row_of(observe(torch.full((2, 3, CLASSES), math.nan), {}))
     assert json.loads(json.dumps(row, allow_nan=False))["row_entropy"] is None
@@ -135,29 +127,21 @@ def test_passing_on_reads_what_was_sent_before(tmp_path: Path) -> None:
     assert "nonfinite_streak" not in read_rows(tmp_path / "metrics.jsonl")[0]
 
 
-def test_flushing_reads_the_device_twice_whatever_the_number_of_steps(tmp_path: Path) -> None:
-    reads = HostReads()
-    with Monitor(tmp_path, classes=CLASSES, steps=50, first_step=0) as monitor, reads.heard():
-        for step in range(50):
-            note(monitor, step)
-        assert reads.found == []
-        monitor.flush()
-    assert reads.found == ["tolist", "tolist"]
-
-
-def test_the_progress_line_shows_speed_and_waiting_for_data(
+def test_flushing_reads_the_device_twice_whatever_the_number_of_steps_and_shows_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = [100.0]
+    now, reads = [100.0], HostReads()
     monkeypatch.setattr(monitor_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    with Monitor(tmp_path, classes=CLASSES, steps=2, first_step=0) as monitor:
-        for step, wait_s in enumerate((0.2, 0.3)):
-            note(monitor, step, wait_s=wait_s)
+    with Monitor(tmp_path, classes=CLASSES, steps=50, first_step=0) as monitor, reads.heard():
+        for step in range(50):
+            note(monitor, step, wait_s=0.01)
+        assert reads.found == []
         now[0] += 10.0
         monitor.flush()
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrain: 2/2 steps")]
+    assert reads.found == ["tolist", "tolist"]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrain: 50/50 steps")]
     assert "  data_wait_share 0.05" in line
-    assert "  images_per_s 0.8 " in line
+    assert "  images_per_s 20 " in line
 
 
 def test_an_evaluation_stands_once_whatever_was_resumed(tmp_path: Path) -> None:

@@ -54,9 +54,7 @@ def test_a_parameter_without_a_gradient_stays_as_it_is() -> None:
     used, unused, alone = (nn.Parameter(torch.ones(2, 2)) for _ in range(3))
     used.grad = torch.ones(2, 2)
     LARS([{"params": [used, unused]}, {"params": [alone]}], lr=0.1, weight_decay=0.5).step()
-    assert (unused == 1).all()
-    assert (alone == 1).all()
-    assert (used != 1).all()
+    assert [bool((p == 1).all()) for p in (used, unused, alone)] == [False, True, True]
 
 
 def test_memory_layout_does_not_matter() -> None:
@@ -107,24 +105,14 @@ def test_groups_hold_every_parameter_once(architecture: str) -> None:
     assert (decayed["weight_decay"], decayed["lars_exclude"]) == (1e-4, False)
 
 
-def test_frozen_parameters_are_in_no_group() -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    model[0].requires_grad_(False)
-    groups = parameter_groups(model, weight_decay=0.1)
-    assert [[p.shape for p in group["params"]] for group in groups] == [[(2, 3)], [(2,)]]
-
-
 def test_the_configured_optimiser_has_the_configured_numbers() -> None:
-    model = nn.Linear(4, 3)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    model[2].requires_grad_(False)
     lars = build_optimizer(OptimConfig(name="lars", momentum=0.8, eta=0.02, weight_decay=0.3), model)
     assert type(lars) is LARS
-    for group in lars.param_groups:
-        assert (group["momentum"], group["eta"]) == (0.8, 0.02)
-    assert lars.param_groups[0]["weight_decay"] == 0.3
+    assert [[tuple(p.shape) for p in group["params"]] for group in lars.param_groups] == [[(3, 4)], [(3,), (3,), (3,)]]
+    assert [(group["momentum"], group["eta"]) for group in lars.param_groups] == [(0.8, 0.02)] * 2
+    assert [group["weight_decay"] for group in lars.param_groups] == [0.3, 0.0]
+    set_rates(lars, lr=0.25, weight_decay=0.03)
+    assert [(g["lr"], g["weight_decay"]) for g in lars.param_groups] == [(0.25, 0.03), (0.25, 0.0)]
     assert type(build_optimizer(OptimConfig(name="adamw"), model)) is torch.optim.AdamW
-
-
-def test_rates_reach_the_right_groups() -> None:
-    optimizer = build_optimizer(OptimConfig(), nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
-    set_rates(optimizer, lr=0.25, weight_decay=0.03)
-    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.25, 0.03), (0.25, 0.0)]

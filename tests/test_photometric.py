@@ -3,11 +3,6 @@
 The bounds are in levels of 255 and the ones that `pretrain/data/photometric.py` states.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pil_reference as pil
 import pytest
@@ -24,7 +19,6 @@ from twist.pretrain.data import photometric as fast
 from twist.pretrain.data import photometric_cpu as on_cpu
 from twist.pretrain.data.views import BRIGHTNESS, CONTRAST, HUE, NO_OPERATION, SATURATION, VIEW, ViewSampler, plan_views
 
-ROOT = Path(__file__).parent.parent
 SIDE = 96
 NOISE, PHOTOGRAPH = 0, 1
 EDGE = 6
@@ -68,12 +62,8 @@ def test_brightness_contrast_and_saturation_are_pillows(kind: int, factor: float
     ):
         ours = fast.mix(levels(image), one(factor), one(shares[0]), one(shares[1]))
         assert difference(ours, pil.jitter(image, operation, factor)).max() <= 1.5, operation
-
-
-def test_the_bound_tells_contrast_from_brightness() -> None:
-    image = picture(PHOTOGRAPH)
-    ours = fast.mix(levels(image), one(0.6), one(0.0), one(0.0))
-    assert difference(ours, pil.jitter(image, CONTRAST, 0.6)).max() > 10
+    if (kind, factor) == (PHOTOGRAPH, 0.6):  # the bound tells one from the other
+        assert difference(ours, pil.jitter(image, CONTRAST, factor)).max() > 10
 
 
 @pytest.mark.parametrize("factor", [-0.1, -0.03, 0.0, 0.05, 0.1])
@@ -210,26 +200,6 @@ def test_the_compiled_numbers_are_the_others() -> None:
     assert (tuple(on_cpu._MEAN), tuple(on_cpu._STD)) == (IMAGENET_MEAN, IMAGENET_STD)
 
 
-@pytest.mark.slow
-def test_a_disk_that_keeps_nothing_of_what_was_compiled_does_not_matter(tmp_path: Path) -> None:
-    program = """
-from numba.core import caching
-def full(*_):
-    raise OSError(28, "No space left on device")
-caching.IndexDataCacheFile.save = full
-import numpy as np, torch
-from twist.pretrain.data import photometric_cpu
-from twist.pretrain.data.views import VIEW
-photometric_cpu.compile_it()
-views, out = np.zeros(1, VIEW), torch.full((1, 3, 8, 8), torch.nan)
-photometric_cpu.apply_each([torch.zeros(8, 8, 3, dtype=torch.uint8).permute(2, 0, 1)], views, out)
-assert out.isfinite().all()
-"""
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_a_view_is_the_same_in_any_company() -> None:
     views = drawn()
     pictures = crops(len(views))
@@ -255,21 +225,15 @@ def test_the_whole_chain_is_pillows() -> None:
     assert apart[solarised].max() <= 6
 
 
-@pytest.mark.parametrize("field", ["order", "flip", "grey", "sigma", "solarise"])
+@pytest.mark.parametrize("field", ["order", "turned", "flip", "grey", "sigma", "solarise"])
 def test_the_chain_test_notices_what_is_left_out(field: str) -> None:
     views = drawn()
     pictures = crops(len(views))
     wrong = views.copy()
-    wrong[field] = NO_OPERATION if field == "order" else np.zeros((), VIEW[field])
+    if field == "turned":  # the order of the jitter matters
+        wrong["order"] = views["order"][:, ::-1]
+    else:
+        wrong[field] = NO_OPERATION if field == "order" else np.zeros((), VIEW[field])
     right = fast.denormalise(fast.apply(pictures, fast.prepare(views))).float()
     left_out = fast.denormalise(fast.apply(pictures, fast.prepare(wrong))).float()
-    assert (right - left_out).abs().mean(dim=(1, 2, 3)).max() > 6
-
-
-def test_the_order_of_the_jitter_matters() -> None:
-    views = drawn()
-    pictures = crops(len(views))
-    wrong = views.copy()
-    wrong["order"] = views["order"][:, ::-1]
-    right = fast.apply(pictures, fast.prepare(views))
-    assert (right - fast.apply(pictures, fast.prepare(wrong))).abs().max() > 0.1
+    assert (right - left_out).abs().mean(dim=(1, 2, 3)).max() > (1 if field == "turned" else 6)

@@ -18,7 +18,7 @@ from twist.contracts.config import added
 from twist.contracts.errors import UserError
 from twist.contracts.run_folder import locked
 from twist.contracts.weights import read_backbone
-from twist.pretrain import run_folder, train
+from twist.pretrain import checkpoint, train
 from twist.pretrain.config import LossConfig, PretrainConfig
 from twist.pretrain.data.loader import ViewLoader
 from twist.pretrain.slurm import stop_flag
@@ -357,8 +357,8 @@ def test_it_is_resumed_after_a_key_with_a_default_was_added(images: Path, tmp_pa
 
     extended = Extended.model_validate(tiny_config(images, **SETTINGS).model_dump())
     shutil.copytree(STORED, tmp_path / "stored")
-    run_folder.prepare(tmp_path / "stored", extended, resume=True)
-    assert run_folder.recipe_hash(extended) == run_folder.recipe_hash(tiny_config(images, **SETTINGS))
+    checkpoint.prepare(tmp_path / "stored", extended, resume=True)
+    assert checkpoint.recipe_hash(extended) == checkpoint.recipe_hash(tiny_config(images, **SETTINGS))
 
 
 def assert_nearly_same_run(one: Path, other: Path) -> None:

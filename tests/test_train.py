@@ -31,7 +31,6 @@ from twist.pretrain.data.source import open_images
 from twist.pretrain.model import build_model
 from twist.pretrain.monitor import Monitor
 from twist.pretrain.plan import Plan
-from twist.pretrain.replay import replay
 from twist.pretrain.run import Run
 
 CPU = torch.device("cpu")
@@ -136,31 +135,24 @@ def test_no_row_is_lost_where_an_epoch_ends_by_images_and_not_by_steps(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "override",
+    ("overrides", "said"),
     [
-        "loss.lam1=nan", "optim.lr=inf", "model.teacher_momentum=[5.0, 1.0]", "optim.weight_decay_end=-1.0",
-        "views.blur_sigma=[0.1, inf]", "optim.momentum=0.0", "data.root=",
+        *((override, r"does not fit|finite") for override in (
+            "loss.lam1=nan", "optim.lr=inf", "model.teacher_momentum=[5.0,1.0]", "optim.weight_decay_end=-1.0",
+            "views.blur_sigma=[0.1,inf]", "optim.momentum=0.0", "data.root=",
+        )),
+        ("model.backbone=vit_small_patch16 model.width=2", r"model\.width = 2 would have no effect"),
+        ("model.drop_path=0.1", r"model\.drop_path = 0\.1 would have no effect"),
+        ("model.teacher_momentum=[0.9,1.0]", r"model\.teacher_momentum .* would have no effect"),
+        ("optim.name=adamw optim.momentum=0.8", r"optim\.momentum = 0\.8 would have no effect"),
+        ("optim.name=adamw optim.eta=0.1", r"optim\.eta = 0\.1 would have no effect"),
     ],
 )  # fmt: skip
-def test_numbers_that_are_none_are_refused(override: str) -> None:
-    with pytest.raises(UsageError, match=r"does not fit|finite"):
-        load_config(CONFIGS / "smoke.toml", PretrainConfig, [override])
-
-
-@pytest.mark.parametrize(
-    ("overrides", "key"),
-    [
-        (["model.backbone=vit_small_patch16", "model.width=2"], "model.width = 2"),
-        (["model.drop_path=0.1"], "model.drop_path = 0.1"),
-        (["model.teacher_momentum=[0.9, 1.0]"], "model.teacher_momentum"),
-        (["optim.name=adamw", "optim.momentum=0.8"], "optim.momentum = 0.8"),
-        (["optim.name=adamw", "optim.eta=0.1"], "optim.eta = 0.1"),
-    ],
-)
-def test_numbers_that_would_do_nothing_are_refused(overrides: list[str], key: str) -> None:
-    views = ["views.global_size=32", "views.local_size=16"]
-    with pytest.raises(UsageError, match=rf"{re.escape(key)}.* would have no effect"):
-        load_config(CONFIGS / "smoke.toml", PretrainConfig, [*views, *overrides])
+def test_numbers_that_are_none_or_would_do_nothing_are_refused(overrides: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        load_config(
+            CONFIGS / "smoke.toml", PretrainConfig, ["views.global_size=32", "views.local_size=16", *overrides.split()]
+        )
 
 
 def test_what_could_not_be_exported_is_not_trained(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,8 +192,8 @@ def test_too_little_shared_memory_is_named_before_workers_die_of_it(images: Path
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     for free, said in ((64_000_000, "may take 15.6 GB.* has 0.1 GB free"), (16_000_000_000, None), (None, None)):
         monkeypatch.setattr(machine, "free_shared_memory", lambda free=free: free)
-        lack = plan.lack_of_shared_memory()
-        assert lack is None if said is None else re.search(said, str(lack))
+        lack = plan.warnings()
+        assert lack == [] if said is None else re.search(said, lack[0])
 
 
 @pytest.mark.slow
@@ -264,23 +256,17 @@ def test_the_end_of_the_first_stage_is_kept_and_the_second_one_starts_from_it(im
         tiny_config(images, run={"epochs": 2, "mutual_information_epochs": 0})
 
 
-def test_other_images_than_before(images: Path, tmp_path: Path, capsys) -> None:
+def test_other_images_than_before(images: Path, tmp_path: Path) -> None:
     run(tiny_config(images), tmp_path / "run")
-    fewer = make_images(tmp_path / "fewer", 16)
-    with pytest.raises(UserError, match=r"trained on 20 images, and data.root has 16"):
-        run(tiny_config(fewer), tmp_path / "run", resume=True)
     others = make_images(tmp_path / "others", 20)
     (others / "000.jpg").rename(others / "first.jpg")
-    with pytest.raises(UserError, match=r"trained on other images"):
-        run(tiny_config(others), tmp_path / "run", resume=True)
-    # A mended one is the same: the message of too many bad images says to go on.
+    for folder, count in ((make_images(tmp_path / "fewer", 16), 16), (others, 20)):
+        with pytest.raises(UserError, match=rf"trained on 20 images, and data.root has {count} now, others"):
+            run(tiny_config(folder), tmp_path / "run", resume=True)
+    # Elsewhere, and with a mended one, they are no others: the message of too many bad images says to go on.
     moved = shutil.copytree(images, tmp_path / "mended")
     (moved / "003.jpg").write_bytes((moved / "004.jpg").read_bytes() + b"\0")
     run(tiny_config(moved), tmp_path / "run", resume=True)
-    assert "Some images have another size" in capsys.readouterr().err
-    # The same ones elsewhere are no others.
-    shutil.copytree(images, tmp_path / "moved")
-    run(tiny_config(tmp_path / "moved"), tmp_path / "run", resume=True)
 
 
 # --- numbers that are not finite --------------------------------------------------------------------------------------
@@ -293,7 +279,7 @@ def poison(monkeypatch, steps: range, *, in_views: bool) -> None:
 
     def poisoned_views(views, config):
         if done[0] in steps and in_views:
-            views[0][0, 0, 0, 0] = math.inf  # in the batch itself, which a capture holds
+            views[0][0, 0, 0, 0] = math.inf
         return in_layout(views, config)
 
     def poisoned_loss(*arguments, **options):
@@ -355,18 +341,11 @@ def tensors_of(run: Run) -> list[torch.Tensor]:
     return [t.clone() for t in models + moments]
 
 
-def test_a_streak_ends_the_run_with_a_capture_that_replays(images: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_streak_ends_the_run_before_anything_is_spoilt(images: Path, tmp_path: Path, monkeypatch) -> None:
     poison(monkeypatch, range(4, 100), in_views=True)
-    with pytest.raises(UserError, match=r"not finite in the last \d steps.*python -m twist.pretrain.replay") as error:
+    with pytest.raises(UserError, match=r"not finite in the last \d steps.*--resume.*optim\.lr"):
         run(tiny_config(images, run={"max_nonfinite_steps": 3}), tmp_path)
-    path = Path(re.search(r"is in (\S+):", str(error.value))[1])
-    assert path.exists()
     assert not (tmp_path / "backbone.safetensors").exists()
-    monkeypatch.undo()
-    with tiny_networks():
-        found = replay(path)
-    assert not math.isfinite(found["gradient_norm"])
-    assert "backbone.0.weight" in found["nonfinite_gradients"]
     assert all(torch.isfinite(t).all() for t in final_state(tmp_path)["model"].values())
 
 

@@ -96,8 +96,6 @@ def pretrain(
         list[str] | None, typer.Option(help="Submit to SLURM: --slurm partition=… --slurm nodes=…")
     ] = None,
     show_views: Annotated[int | None, typer.Option(help="Write a PNG with the views of N images, and stop.")] = None,
-    bench_data: Annotated[bool, typer.Option("--bench-data", help="Measure the input pipeline, and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="With --bench-data: JSON.")] = False,
 ) -> None:
     """Pretrain a backbone with TWIST.
 
@@ -114,11 +112,6 @@ def pretrain(
         from twist.pretrain.data.preview import contact_sheet
 
         print(contact_sheet(settings, show_views, folder / "views.png"))
-    elif bench_data:
-        from twist.pretrain.data.preview import bench, render
-
-        result = bench(settings)
-        print(_json(result) if as_json else render(result))
     elif slurm:
         from twist.pretrain.slurm import submit
 

@@ -42,10 +42,10 @@ from twist.contracts.progress import Progress
 from twist.contracts.run_folder import locked
 from twist.contracts.weights import write_backbone
 from twist.converters.read import load_artefact
+from twist.pretrain.checkpoint import recipe_hash
 from twist.pretrain.config import PretrainConfig
 from twist.pretrain.data.source import open_images
 from twist.pretrain.plan import autocast, warmup_epochs, warmup_then_cosine
-from twist.pretrain.run_folder import recipe_hash
 
 # Of the moving average; a smaller one than for ImageNet, because runs are short (lightly's benchmark).
 MOMENTUM = 0.99

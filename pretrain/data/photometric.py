@@ -78,10 +78,7 @@ def prepare(views: np.ndarray) -> Photometric:
 
 
 def apply(crops: Tensor, parameters: Photometric) -> Tensor:
-    """uint8 crops (N, 3, S, S) → float32 (N, 3, S, S), normalised with ImageNet's mean and standard deviation.
-
-    `photometric_cpu.apply_each` does the same a view at a time, and is checked against this.
-    """
+    """uint8 crops (N, 3, S, S) → float32 (N, 3, S, S), normalised with ImageNet's mean and standard deviation."""
     size = crops.shape[-2:]
     flipped, *hue_shifted, grey, blurred, solarised = parameters.rows.split(parameters.splits)
     slots = parameters.numbers[:, :12].view(-1, 4, 3, 1, 1).unbind(1)  # 4 × (N, 3, 1, 1)

@@ -7,7 +7,6 @@ picture, then through the rest. Only a blur needs another two passes.
 Shapes: `S` side; colour is the last dimension of pixels and the first of what comes out.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,8 +23,6 @@ from twist.pretrain.data.views import VIEW
 BLOCK = 1024
 # Taps that are summed in one pass: with more, the compiler gives up the vector instructions.
 TAPS = 7
-# Functions to compile: as many as there are in this file, at least.
-MOST_FUNCTIONS = 20
 
 # Constants of `photometric`, `views` and `contracts.weights` (a test compares them): numba's cache is renewed when this
 # file changes, and not when another does. In float32, or everything they meet would become float64.
@@ -51,43 +48,23 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def apply_each(crops: Iterable[Tensor], views: np.ndarray, out: Tensor) -> None:
-    """`photometric.apply` for a CPU: uint8 crops (3, S, S), channels last, into `out` float32 (N, 3, S, S).
-
-    Args:
-        views: records (N,) of dtype VIEW.
-    """
+    """`photometric.apply` for a CPU: uint8 crops (3, S, S), channels last, into `out` float32 (N, 3, S, S)."""
     kernels = blur_kernels(views["sigma"].astype(np.float64))
     reach = kernels.shape[1] // 2
     taps = np.pad(kernels, ((0, 0), (0, -kernels.shape[1] % TAPS))).astype(np.float32)
     finished = out.numpy()
     planes = np.zeros((2, (finished.shape[-1] + taps.shape[1]) ** 2), dtype=np.float32)
-    for row, crop in enumerate(crops):
-        view = views[row]
-        _finish(
-            crop.permute(1, 2, 0).numpy().reshape(-1),
-            view["flip"],
-            view["order"],
-            view["factors"],
-            view["grey"],
-            taps[row, : taps.shape[1] if view["sigma"] > 0 else 0],
-            reach,
-            view["solarise"],
-            planes,
-            finished[row],
-        )
+    for crop, view, kernel, done in zip(crops, views, taps, finished):
+        pixels, kernel = crop.permute(1, 2, 0).numpy().reshape(-1), kernel[: len(kernel) if view["sigma"] > 0 else 0]
+        drawn = [view[name] for name in ("flip", "order", "factors", "grey", "solarise")]
+        _finish(pixels, *drawn, kernel, reach, planes, done)
 
 
 @functools.cache
 def compile_it() -> None:
     """Compile now, or read what an earlier run has compiled: the first call would."""
-    views = np.zeros(1, dtype=VIEW)
-    crop, out = torch.zeros(8, 8, 3, dtype=torch.uint8).permute(2, 0, 1), torch.empty(1, 3, 8, 8)
-    for _ in range(MOST_FUNCTIONS):
-        # Where numba cannot write its cache (a full disk), the function is compiled all the same, and the next call
-        # continues with the next function.
-        with contextlib.suppress(OSError):
-            return apply_each([crop], views, out)
-    return None
+    crop = torch.zeros(8, 8, 3, dtype=torch.uint8).permute(2, 0, 1)
+    apply_each([crop], np.zeros(1, dtype=VIEW), torch.empty(1, 3, 8, 8))
 
 
 @_compiled
@@ -97,9 +74,9 @@ def _finish(
     order: np.ndarray,  # (4,) int8
     factors: np.ndarray,  # (4,) float32, by operation
     grey: bool,
+    solarised: bool,
     taps: np.ndarray,  # (T,) float32 with zeros after them to a multiple of TAPS, or none without a blur
     reach: int,
-    solarised: bool,
     planes: np.ndarray,  # (2, at least (S + T − 1)²) float32, for a blur
     out: np.ndarray,  # (3, S, S) float32
 ) -> None:
@@ -127,8 +104,7 @@ def _finish(
         end = min(begin + block, count)
         red, green, blue = x[0, begin:end], x[1, begin:end], x[2, begin:end]
         if until < 4:
-            for channel in range(3):
-                _towards(x[channel, begin:end], mean, factors[_CONTRAST])
+            _mix(red, green, blue, factors[_CONTRAST], _BLACK, (_ONE - factors[_CONTRAST]) * mean)
             for slot in range(until + 1, 4):
                 _jitter(order[slot], factors, red, green, blue)
         if grey:
@@ -162,31 +138,22 @@ def _load(pixels: np.ndarray, side: int, flip: bool, red: np.ndarray, green: np.
 def _jitter(operation: int, factors: np.ndarray, red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> None:
     """One operation other than contrast on a block."""
     if operation == _BRIGHTNESS:
-        for x in (red, green, blue):
-            for i in range(len(x)):
-                x[i] = min(x[i] * factors[_BRIGHTNESS], _WHITE)
+        _mix(red, green, blue, factors[_BRIGHTNESS], _BLACK, _BLACK)
     elif operation == _SATURATION:
-        _saturate(red, green, blue, factors[_SATURATION])
+        _mix(red, green, blue, factors[_SATURATION], _ONE - factors[_SATURATION], _BLACK)
     elif operation == _HUE:
         _shift_hue(red, green, blue, _SIX * factors[_HUE])
 
 
 @_compiled
-def _towards(x: np.ndarray, grey: float, factor: float) -> None:
-    added = (_ONE - factor) * grey
-    for i in range(len(x)):
-        x[i] = min(max(x[i] * factor + added, _BLACK), _WHITE)
-
-
-@_compiled
-def _saturate(red: np.ndarray, green: np.ndarray, blue: np.ndarray, factor: float) -> None:
-    share = _ONE - factor
+def _mix(red: np.ndarray, green: np.ndarray, blue: np.ndarray, gain: float, luma_share: float, added: float) -> None:
+    """`photometric.mix` with a mean that is known."""
     for i in range(len(red)):
         r, g, b = red[i], green[i], blue[i]
-        added = share * (r * _RED + g * _GREEN + b * _BLUE)
-        red[i] = min(max(r * factor + added, _BLACK), _WHITE)
-        green[i] = min(max(g * factor + added, _BLACK), _WHITE)
-        blue[i] = min(max(b * factor + added, _BLACK), _WHITE)
+        grey = luma_share * (r * _RED + g * _GREEN + b * _BLUE) + added
+        red[i] = min(max(r * gain + grey, _BLACK), _WHITE)
+        green[i] = min(max(g * gain + grey, _BLACK), _WHITE)
+        blue[i] = min(max(b * gain + grey, _BLACK), _WHITE)
 
 
 @_compiled
@@ -206,10 +173,8 @@ def _shift_hue(red: np.ndarray, green: np.ndarray, blue: np.ndarray, shift: floa
 
 @_compiled
 def _blur(x: np.ndarray, taps: np.ndarray, reach: int, wide: np.ndarray, between: np.ndarray) -> None:
-    """(S, S) in place; the edge pixel continues outwards.
-
-    On a copy with margins, so that both directions are sums over a flat array at fixed distances, margins and all.
-    """
+    """(S, S) in place; the edge pixel continues outwards. On a copy with margins, so that both directions are sums over
+    a flat array at fixed distances, margins and all."""
     side = len(x)
     width = side + len(taps) - 1
     for y in range(width):

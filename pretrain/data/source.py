@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -36,6 +36,10 @@ STAT_THREADS, STAT_PART = 16, 4096
 REPLACEMENT_TRIES = 100
 # Batches that the thread which reads a stream is ahead of the workers.
 BATCHES_AHEAD = 2
+# Characters of a path (Linux's PATH_MAX).
+LONGEST_PATH = 4096
+# Folders that by their names are there to measure with.
+HELD_OUT = frozenset({"val", "valid", "validation", "test"})
 
 
 class RankShare(NamedTuple):
@@ -58,9 +62,15 @@ class Request:
 
 
 class Images:
-    """Images by number, in a fixed order; those of more than `max_pixels` are unreadable."""
+    """Images by number, in a fixed order; those of more than `max_pixels` are unreadable.
+
+    `remarks` are sentences for the user. `order` is the SHA-256 over the relative names in their order: with equal ones
+    every number means the same image. None where there are no names.
+    """
 
     max_pixels = MAX_PIXELS
+    remarks: Sequence[str] = ()
+    order: str | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -82,13 +92,8 @@ class Images:
             yield Request(epoch, stage, order[begin : begin + batch_size])
 
     def fingerprint(self) -> str | None:
-        """SHA-256 over the relative names and sizes of image files, sorted: the same images, in any place.
-
-        None for Hugging Face's, whose own fingerprints differ between machines.
-        """
-
-    def order(self) -> str | None:
-        """SHA-256 over the relative names in their order: with equal ones every number means the same image."""
+        """SHA-256 over the relative names and sizes of image files, sorted: the same images, in any place. None for
+        Hugging Face's, whose own fingerprints differ between machines."""
 
 
 def open_images(config: DataConfig) -> Images:
@@ -107,22 +112,16 @@ def _open(config: DataConfig) -> Images:
         rows, column = _load_rows(config)
         return HubImages(f"{config.root} ({config.dataset_options.get('split', 'train')})", column, rows)
     if config.format == "list":
-        return ListedImages(Path(config.root))
+        return _listed(Path(config.root))
     card = find_card(Path(config.root))
-    if card is None:
-        return FolderImages(Path(config.root), exclude=config.exclude)
-    pictures, held_out = pretraining_images(card)
+    pictures, held_out = (Path(config.root), set()) if card is None else pretraining_images(card)
     if isinstance(pictures, TableImages):
         return HubImages(str(pictures.folder), pictures.column, pictures.chosen_rows())
-    return FolderImages(pictures, exclude=config.exclude, held_out=held_out)
+    return _in_folder(pictures, config.exclude, held_out)
 
 
 def _as_shards(config: DataConfig) -> DataConfig:
-    """`config` for `datasets` where `data.root` is Parquet or tar shards, or an address; any other as it is.
-
-    Raises:
-        UsageError: an address that names no shards, or the published code's LMDB.
-    """
+    """`config` for `datasets` where `data.root` is Parquet or tar shards, or an address; any other as it is."""
     root, hub = config.root, "hf://datasets/"
     shards = root if "://" in root else _shard_files(Path(root))
     if not shards:
@@ -169,24 +168,18 @@ def replacements(images: int, *, seed: int, epoch: int, index: int) -> Iterator[
         yield int(generator.integers(images))
 
 
-# Characters of a path (Linux's PATH_MAX).
-LONGEST_PATH = 4096
-# Folders that by their names are there to measure with.
-HELD_OUT = frozenset({"val", "valid", "validation", "test"})
-
-
-class _Files(Images):
-    """Image files below a folder, by relative path.
+class ImageFiles(Images):
+    """Image files by their paths relative to `root`.
 
     Their names are in one numpy array: a forked worker that reads a Python string writes its reference count, so its
     memory page is copied into every worker; of a million strings that is gigabytes.
     """
 
-    def __init__(self, root: Path, names: Sequence[str]) -> None:
+    def __init__(self, root: Path, names: Sequence[str], remarks: Sequence[str] = ()) -> None:
         encoded = [os.fsencode(name) for name in names]
-        self._root, self._names = os.fsencode(root), np.array(encoded)
+        self._root, self._names, self.remarks = os.fsencode(root), np.array(encoded), remarks
         ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        self._order = hashlib.sha256(b"".join(encoded) + ends.tobytes()).hexdigest()
+        self.order = hashlib.sha256(b"".join(encoded) + ends.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._names)
@@ -197,77 +190,64 @@ class _Files(Images):
     def encoded(self, index: int) -> bytes:
         return image_bytes(self.name(index))
 
-    def order(self) -> str:
-        return self._order
-
     def fingerprint(self) -> str:
-        parts = [range(start, min(start + STAT_PART, len(self))) for start in range(0, len(self), STAT_PART)]
+        parts = [range(len(self))[start : start + STAT_PART] for start in range(0, len(self), STAT_PART)]
         with ThreadPoolExecutor(STAT_THREADS) as pool:
-            lines = sorted(line for part in pool.map(self._names_and_sizes, parts) for line in part)
-        return hashlib.sha256(b"".join(lines)).hexdigest()
+            lines = pool.map(lambda part: [*map(self._size_and_name, part)], parts)
+            return hashlib.sha256(b"".join(sorted(itertools.chain(*lines)))).hexdigest()
 
-    def _names_and_sizes(self, part: range) -> list[bytes]:
-        return [b"%d %s\n" % (_size(self.name(i)), self._names[i]) for i in part]
-
-
-class FolderImages(_Files):
-    """Every image below `root`, at any depth, in the order of their relative paths.
-
-    But for those that a pattern of `exclude` meets, or that are `held_out` (resolved paths) to measure with.
-    """
-
-    def __init__(self, root: Path, *, exclude: Sequence[str] = (), held_out: Set[Path] = frozenset()) -> None:
-        if not root.is_dir():
-            raise UserError(
-                f"There is no image folder at {root}: check data.root, or make a sample with `twist data sample`."
-            )
-        found = image_names(root)
-        names = [
-            name
-            for name in found
-            if not any(fnmatch(name, pattern) for pattern in exclude)
-            and not (held_out and (root / name).resolve() in held_out)
-        ]
-        self.left_out = len(found) - len(names)
-        # Trained on, pictures that are later measured with make numbers too high.
-        self.measured_with = [] if held_out else [n for n in names if {*n.lower().split("/")[:-1]} & HELD_OUT]
-        if not names:
-            raise UserError(f"{root} holds no images ({', '.join(sorted(EXTENSIONS))} are looked for, at any depth).")
-        super().__init__(root, names)
-
-    def remarks(self) -> list[str]:
-        """What a user should know of the choice of images, a sentence each."""
-        lines = [f"{self.left_out} images are left out: held out by the data card, or by data.exclude."]
-        lines = lines if self.left_out else []
-        if self.measured_with:
-            folder = self.measured_with[0].rpartition("/")[0]
-            lines.append(
-                f"Note: {len(self.measured_with)} of the images lie in folders such as {folder}/ and are trained on; "
-                f"to measure with them later, leave them out with data.exclude='[\"{folder}/*\"]'."
-            )
-        return lines
+    def _size_and_name(self, index: int) -> bytes:
+        try:
+            size = os.path.getsize(self.name(index))
+        except (OSError, ValueError):  # an unreadable image, which the loader names and counts
+            size = -1
+        return b"%d %s\n" % (size, self._names[index])
 
 
-class ListedImages(_Files):
+def _in_folder(root: Path, exclude: Sequence[str], held_out: set[Path]) -> ImageFiles:
+    """Every image below `root`, at any depth, in the order of their relative paths, but for those that a pattern of
+    `exclude` meets, or that are `held_out` (resolved paths) to measure with."""
+    if not root.is_dir():
+        raise UserError(
+            f"There is no image folder at {root}: check data.root, or make a sample with `twist data sample`."
+        )
+    found = image_names(root)
+    names = [
+        name
+        for name in found
+        if not any(fnmatch(name, pattern) for pattern in exclude)
+        and not (held_out and (root / name).resolve() in held_out)
+    ]
+    if not names:
+        raise UserError(f"{root} holds no images ({', '.join(sorted(EXTENSIONS))} are looked for, at any depth).")
+    remarks = []
+    if len(names) < len(found):
+        remarks.append(f"{len(found) - len(names)} images are left out: held out by the data card, or by data.exclude.")
+    # Trained on, pictures that are later measured with make numbers too high.
+    measured_with = [] if held_out else [name for name in names if {*name.lower().split("/")[:-1]} & HELD_OUT]
+    if measured_with:
+        folder = measured_with[0].rpartition("/")[0]
+        remarks.append(
+            f"Note: {len(measured_with)} of the images lie in folders such as {folder}/ and are trained on; to measure "
+            f"with them later, leave them out with data.exclude='[\"{folder}/*\"]'."
+        )
+    return ImageFiles(root, names, remarks)
+
+
+def _listed(path: Path) -> ImageFiles:
     """One path a line, in the list's order; relative paths are relative to the list file. Empty lines are skipped."""
-
-    def __init__(self, path: Path) -> None:
-        remedy = 'data.root with data.format = "list" names a text file with one image path a line'
-        # Split at line feeds alone: other separators that `splitlines` knows may be part of a name.
-        lines = files.read_text(path, remedy=remedy, most=files.MOST_DATA, errors="surrogateescape").split("\n")
-        names = [line.strip() for line in lines if line.strip()]
-        if not names:
-            raise UserError(f"{path} lists no images: put one image path on each line.")
-        if max(map(len, names)) > LONGEST_PATH:  # every name has the room of the longest
-            raise UserError(f"{path} has lines that are no paths: put one image path on each line.")
-        super().__init__(path.parent, names)
+    remedy = 'data.root with data.format = "list" names a text file with one image path a line'
+    # Split at line feeds alone: other separators that `splitlines` knows may be part of a name.
+    lines = files.read_text(path, remedy=remedy, most=files.MOST_DATA, errors="surrogateescape").split("\n")
+    names = [line.strip() for line in lines if line.strip()]
+    if not names or max(map(len, names)) > LONGEST_PATH:  # every name has the room of the longest
+        raise UserError(f"{path} lists no images, or has lines that are no paths: put one image path on each line.")
+    return ImageFiles(path.parent, names)
 
 
 class HubImages(Images):
-    """Images of a Hugging Face data set (Parquet, tar shards, a hub name), memory-mapped; `datasets` must be installed.
-
-    The image files' bytes are taken as they are in the set; decoding is ours, so pixels do not depend on the format.
-    """
+    """Images of a Hugging Face data set (Parquet, tar shards, a hub name), memory-mapped. The files' bytes are taken as
+    they are in the set; decoding is ours, so pixels do not depend on the format."""
 
     def __init__(self, title: str, column: str, rows: Any) -> None:
         self._title, self._column = title, column
@@ -311,14 +291,23 @@ class ImageStream(Images):
         return self._length
 
     def requests(self, share: RankShare, *, epoch: int, stage: Stage, start_sample: int = 0) -> Iterator[Request]:
+        """Read by a thread a few ahead: reading from a network must not hold up the training process."""
         images = itertools.islice(self._encoded(share, epoch), start_sample // share.world_size, None)
 
-        def read() -> Iterator[Request]:
-            for _ in range(steps(len(self) - start_sample, share)):
-                encoded = tuple(itertools.islice(images, share.batch_size))
-                yield Request(epoch, stage, np.array([*map(image_number, encoded)], dtype=np.int64), encoded)
+        def read() -> Request:
+            encoded = tuple(itertools.islice(images, share.batch_size))
+            return Request(epoch, stage, np.array([*map(image_number, encoded)], dtype=np.int64), encoded)
 
-        return _ahead(read())
+        pool, ahead = ThreadPoolExecutor(1, thread_name_prefix="image stream"), deque[Any]()
+        try:
+            for _ in range(steps(len(self) - start_sample, share)):
+                ahead.append(pool.submit(read))
+                if len(ahead) > BATCHES_AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _encoded(self, share: RankShare, epoch: int) -> Iterator[bytes]:
         from datasets.distributed import split_dataset_by_node
@@ -345,10 +334,8 @@ def image_number(data: bytes) -> int:
 
 
 def _load_rows(config: DataConfig) -> tuple[Any, str]:
-    """`datasets.load_dataset` as `config` asks, one split, and its image column, which is left as bytes.
-
-    A set without the column `image` that has one column of images (`jpg` of tar shards) has that.
-    """
+    """`datasets.load_dataset` as `config` asks, one split, and its image column, left as bytes: `data.image_column`, or
+    the one column of images where there is no `image` (`jpg` of tar shards)."""
     require("hub")
     import datasets
 
@@ -385,22 +372,3 @@ def _image_bytes(value: Any, *, name: str) -> bytes:
     if isinstance(value, dict) and value.get("path"):
         return image_bytes(value["path"])
     raise UnreadableImage(f"Cannot read the image {name}: the row has neither bytes nor a path")
-
-
-def _size(path: str) -> int:
-    try:
-        return os.path.getsize(path)
-    except (OSError, ValueError):  # an unreadable image, which the loader names and counts
-        return -1
-
-
-def _ahead(requests: Iterator[Request]) -> Iterator[Request]:
-    """`requests`, read by a thread a few ahead: reading from a network must not hold up the training process."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="image stream")
-    try:
-        read = deque(pool.submit(next, requests, None) for _ in range(BATCHES_AHEAD))
-        while (request := read.popleft().result()) is not None:
-            read.append(pool.submit(next, requests, None))
-            yield request
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

@@ -115,11 +115,8 @@ VIEW_STREAM, REPLACEMENT_STREAM, ORDER_STREAM = range(3)
 
 
 class Philox:
-    """numpy's Philox 4×64, set to any place of its stream at once.
-
-    One generator is kept and moved: numpy asks the operating system for entropy whenever it makes one, which takes
-    longer than the numbers of a whole image.
-    """
+    """numpy's Philox 4×64, set to any place of its stream at once. One generator is kept and moved: for a new one numpy
+    asks the operating system for entropy, which takes longer than the numbers of a whole image."""
 
     def __init__(self) -> None:
         self._bits = np.random.Philox(0)
