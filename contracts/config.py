@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic.fields import FieldInfo
 
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, did_you_mean
@@ -21,7 +20,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "configs"
 MOST_SEED: Final = 2**32 - 1
 # Of values in values in TOML, and of a number that somebody means.
 _MOST_DEPTH, _MOST_BITS = 64, 1024
-_ADDED = "introduced_as"
+_ADDED = "added"
 
 
 class Config(BaseModel):
@@ -33,46 +32,22 @@ class Config(BaseModel):
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
-def added(default: Any, *, introduced_as: Any = ..., **limits: Any) -> Any:
-    """A field that earlier versions did not have: their run folders and recipe hashes stay what they are.
-
-    `introduced_as` is what earlier versions did, where that is no longer the default. Every field that is added to a
-    config whose runs are stored is written `key: float = added(1.0, gt=0)`.
-    """
-    return Field(default, json_schema_extra={_ADDED: default if introduced_as is ... else introduced_as}, **limits)
+def added(default: Any, **limits: Any) -> Any:
+    """A field that earlier versions did not have: their run folders and recipe hashes stay what they are. Every field
+    that is added to a config whose runs are stored is written `key: float = added(1.0, gt=0)`."""
+    return Field(default, json_schema_extra={_ADDED: True}, **limits)
 
 
 def identity_of(config: BaseModel) -> dict[str, Any]:
     """The values of `config` as JSON, for hashes and comparisons: without `added` fields that change nothing."""
     values = config.model_dump(mode="json")
     for name, field in type(config).model_fields.items():
-        value = getattr(config, name)
-        if value == _introduced_as(field):
+        value, extra = getattr(config, name), field.json_schema_extra
+        if isinstance(extra, dict) and _ADDED in extra and value == field.default:
             del values[name]
         elif isinstance(value, BaseModel):
             values[name] = identity_of(value)
     return values
-
-
-def read_stored(values: dict[str, Any], model: type[ConfigT]) -> ConfigT:
-    """A config that an earlier version stored, read through today's `model`; `ValueError` when it is none. An `added`
-    field that it lacks gets what earlier versions did, whatever today's default."""
-    return model.model_validate(_with_added(values, model))
-
-
-def _with_added(values: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    filled = dict(values)
-    for name, field in model.model_fields.items():
-        if name not in filled and (introduced := _introduced_as(field)) is not ...:
-            filled[name] = introduced
-        elif isinstance(filled.get(name), dict) and (section := _model_in(field)):
-            filled[name] = _with_added(filled[name], section)
-    return filled
-
-
-def _introduced_as(field: FieldInfo) -> Any:
-    extra = field.json_schema_extra
-    return extra.get(_ADDED, ...) if isinstance(extra, dict) else ...
 
 
 def load_config(
@@ -183,15 +158,10 @@ def _sentence(first: Any, model: type[BaseModel], where: str, extra_keys: Iterab
     return f"{where}: {name} = {first.get('input')!r} does not fit: {message}."
 
 
-def _model_in(field: FieldInfo) -> type[BaseModel] | None:
-    """The first model that `field` may hold."""
-    candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-
-
 def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Dotted paths of the fields of `model` and its sections."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        if section := _model_in(field):
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for section in (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)):
             yield from _paths(section, f"{prefix}{name}.")

@@ -22,7 +22,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from twist.contracts import files, run_folder, states
-from twist.contracts.config import identity_of, read_stored
+from twist.contracts.config import identity_of
 from twist.contracts.errors import UserError
 from twist.contracts.pickles import read_state
 from twist.pretrain.config import PretrainConfig
@@ -173,6 +173,6 @@ def recipe_hash(config: PretrainConfig) -> str:
 def _stored(folder: Path, model: type[PretrainConfig]) -> PretrainConfig | None:
     path = folder / CONFIG
     try:
-        return read_stored(files.read_json(path), model) if path.exists() else None
+        return model.model_validate(files.read_json(path)) if path.exists() else None
     except (ValueError, TypeError):
         raise UserError(f"{path} is not a run's config, or not of this version: give another --output.") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from twist.contracts.config import MOST_SEED, Config, added
 from twist.contracts.images import MAX_PIXELS
@@ -94,7 +94,7 @@ class ModelConfig(Config):
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     # How a ViT's position table is made smaller for the local crops (`Vit.resize` in contracts/weights.py): with
     # antialiasing, or as the published code does, "offset".
-    resize: Resize = "antialias"
+    resize: Resize = added("antialias")
     hidden_dim: int = Field(default=4096, gt=0)
     # K, the outputs of the head: 4096 with multi-crop, 32768 without, 1000 for unsupervised classification.
     classes: int = Field(default=4096, gt=1)
@@ -106,11 +106,6 @@ class ModelConfig(Config):
     teacher_momentum: tuple[Share, Share] = (0.996, 1.0)
     # Trade compute for memory in the backbone.
     activation_checkpointing: bool = False
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Recipes of before the key keep their hash.
-        return {key: value for key, value in dump(self).items() if key != "resize" or value != "antialias"}
 
     @property
     def is_vit(self) -> bool:

@@ -140,20 +140,14 @@ def take_buffers_of_main_rank(model: nn.Module) -> None:
 def ranks_per_bunch(bunch_size: int, *, batch_size: int, world_size: int) -> int:
     """How many consecutive ranks share the statistics of the last batch norm; `bunch_size` 0 means all ranks."""
     total = batch_size * world_size
-    if bunch_size in (0, total):
-        return world_size
-    if bunch_size > total:
-        remedy = f"raise run.batch_size to {-(-bunch_size // world_size)}, or use more ranks"
-    elif bunch_size % batch_size:
-        remedy = f"set model.bunch_size to a multiple of {batch_size}"
-    elif total % bunch_size:
-        remedy = f"use a multiple of {bunch_size // batch_size} ranks"
-    else:
-        return bunch_size // batch_size
-    raise UserError(
-        f"model.bunch_size = {bunch_size} with run.batch_size = {batch_size} on {world_size} rank(s) does not divide "
-        f"into whole bunches: {remedy}, or set model.bunch_size=0 for all ranks."
-    )
+    ranks, rest = divmod(bunch_size or total, batch_size)
+    if rest or world_size % ranks:
+        raise UserError(
+            f"model.bunch_size = {bunch_size} with run.batch_size = {batch_size} on {world_size} rank(s) does not give "
+            f"whole bunches: it has to be a multiple of {batch_size} that divides {total}; or set "
+            "model.bunch_size=0 for all ranks."
+        )
+    return ranks
 
 
 def consecutive_group(ranks: int) -> Group:

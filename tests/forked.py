@@ -1,8 +1,7 @@
 """A process that has torch and every room imported, and forks a child for each `twist` command it is asked to run.
 
-A command then costs its own work and not six seconds of imports, its memory is told apart from the imports', and
-whatever happens to it (a signal, a full memory, an endless loop) happens to a child that nobody needs. The server is a
-process of its own, so that a test session with threads never forks.
+A command then costs its own work and not six seconds of imports, its memory is told apart from the imports', and what
+happens to it happens to a child. The server is a process of its own, so that a test session with threads never forks.
 """
 
 from __future__ import annotations
@@ -89,43 +88,31 @@ class Server:
     """Use it in a `with`; one command at a time. `frameworks` imports Detectron2 and MMSegmentation too."""
 
     def __init__(self, *, frameworks: bool = False) -> None:
-        self._frameworks = frameworks
-        self._process: subprocess.Popen[str] | None = None
+        self._arguments = [sys.executable, str(Path(__file__).resolve()), *(["frameworks"] if frameworks else [])]
 
     def __enter__(self) -> Server:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "hostile")))
         # As on a terminal in UTF-8: what cannot be encoded is an error, which in the C locale it would not be.
         others = {"PYTHONPATH": paths, "PYTHONIOENCODING": "utf-8:strict", "MPLBACKEND": "Agg"}
+        environment = {**os.environ, **threads, **others}
+        pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), *(["frameworks"] if self._frameworks else [])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **threads, **others},
+            self._arguments, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=environment, bufsize=1
         )
         self._answer()
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()
 
     def run(self, command: Command) -> list[Ended]:
         """How each rank of `command` ended, in rank order."""
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asdict(command)) + "\n")
-        self._process.stdin.flush()
+        self._process.stdin.write(json.dumps(asdict(command)) + "\n")  # type: ignore[union-attr]
         return [Ended(**values) for values in self._answer()]
 
     def _answer(self) -> Any:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._process.stdout.readline()  # type: ignore[union-attr]
         if not line:
             raise RuntimeError(f"the server has died with status {self._process.wait()}")
         return json.loads(line)
@@ -209,9 +196,8 @@ def _run(command: Command) -> list[Ended]:
     for rank, output in enumerate(outputs):
         status, seconds, peak, late = ended[rank]
         output.seek(max(0, output.seek(0, os.SEEK_END) - LONGEST_OUTPUT))
-        said = output.read().decode("utf-8", "replace")
+        answers.append(Ended(status, output.read().decode("utf-8", "replace"), seconds, peak, late))
         output.close()
-        answers.append(Ended(status, said, seconds, peak, late))
     return answers
 
 

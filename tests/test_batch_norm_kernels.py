@@ -29,51 +29,28 @@ def batch_norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x.mean(_over(x)), (x.var(_over(x), correction=0) + eps).rsqrt()
 
 
-def batch_norm_gather_stats_with_counts(
-    _: Tensor,
-    means: Tensor,
-    inverses: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    counts: Tensor,
-) -> tuple[Tensor, Tensor]:
-    share = (counts / counts.sum())[:, None]
+def batch_norm_gather_stats_with_counts(_, means, inverses, running_mean, running_var, momentum, eps, counts):
+    total = counts.sum()
+    share = (counts / total)[:, None]
     mean = (share * means).sum(0)
     var = (share * (inverses**-2 - eps + (means - mean) ** 2)).sum(0)
-    if running_mean is not None and running_var is not None:
-        total = counts.sum()
-        running_mean.mul_(1 - momentum).add_(momentum * mean)
-        running_var.mul_(1 - momentum).add_(momentum * var * total / (total - 1))
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(var * total / (total - 1), momentum)
     return mean, (var + eps).rsqrt()
 
 
-def batch_norm_elemt(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse: Tensor, _: float
-) -> Tensor:
+def batch_norm_elemt(x, weight, bias, mean, inverse, _):
     out = (x - _wide(mean, x)) * _wide(inverse, x)
-    return out if weight is None or bias is None else out * _wide(weight, x) + _wide(bias, x)
+    return out if weight is None else out * _wide(weight, x) + _wide(bias, x)
 
 
-def batch_norm_backward_reduce(
-    gradient: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, _: Tensor | None, *needed: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def batch_norm_backward_reduce(gradient, x, mean, inverse, _, *needed: bool):
     total = gradient.sum(_over(x))
     along = (gradient * (x - _wide(mean, x))).sum(_over(x))
     return total, along, along * inverse if needed[1] else None, total if needed[2] else None
 
 
-def batch_norm_backward_elemt(
-    gradient: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    weight: Tensor | None,
-    total: Tensor,
-    along: Tensor,
-    counts: Tensor,
-) -> Tensor:
+def batch_norm_backward_elemt(gradient, x, mean, inverse, weight, total, along, counts):
     assert counts.dtype == torch.int32  # the kernel reads them as such
     count = counts.sum()
     centred = (x - _wide(mean, x)) * _wide(inverse**2 * along / count, x)

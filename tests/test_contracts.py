@@ -53,11 +53,6 @@ def test_overrides_are_toml_and_reach_into_sections(tmp_path: Path) -> None:
     assert config == Outer(name="plain words", inner=Inner(learning_rate=1e-3, scales=(0.1, 0.5)))
 
 
-def test_configs_are_frozen() -> None:
-    with pytest.raises(ValueError, match="frozen"):
-        Outer(name="a").name = "b"  # type: ignore[misc]
-
-
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
@@ -81,13 +76,15 @@ def test_config_mistakes_are_one_sentence(tmp_path: Path, text: str, overrides: 
 
 
 def test_missing_config_and_wrong_ending(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"absent\.toml cannot be read"):
-        load_config(tmp_path / "absent.toml", Outer)
-    with pytest.raises(UsageError, match="TOML"):
-        load_config(write(tmp_path / "c.yaml", ""), Outer)
+    write(tmp_path / "c.yaml", "")
     (tmp_path / "folder.toml").mkdir()
-    with pytest.raises(UsageError, match="is a folder"):
-        load_config(tmp_path / "folder.toml", Outer)
+    for name, said in (
+        ("absent.toml", r"absent\.toml cannot be read"),
+        ("c.yaml", "TOML"),
+        ("folder.toml", "is a folder"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            load_config(tmp_path / name, Outer)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**53), 2**53))
@@ -104,40 +101,32 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> No
     with pytest.raises(RuntimeError), files.atomic_path(target) as temporary:
         temporary.write_text("half")
         raise RuntimeError
-    assert target.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [target]
     with pytest.raises(ValueError, match="JSON"):
         files.write_json(target, {"a": float("nan")})
     assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_write_is_beside_its_target_and_on_the_disk_before_it_counts(
+def test_a_write_is_beside_its_target_on_the_disk_before_it_counts_and_as_readable_as_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
-    with files.atomic_path(tmp_path / "new" / "x.json") as temporary:
-        temporary.write_text("whole")
-        assert temporary.parent == tmp_path / "new"
-        assert temporary.name.startswith(".x.json.")
-        assert temporary.suffix == ".json"
-        assert synced == []
+    before = os.umask(0o027)
+    try:
+        with files.atomic_path(tmp_path / "new" / "x.json") as temporary:
+            temporary.write_text("whole")
+            assert (temporary.parent, temporary.suffix, synced) == (tmp_path / "new", ".json", [])
+        assert (tmp_path / "new" / "x.json").stat().st_mode & 0o777 == 0o640
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
     assert synced == [str(temporary), str(tmp_path / "new")]
 
 
 def test_equal_values_are_equal_bytes(tmp_path: Path) -> None:
     files.write_json(tmp_path / "x.json", {"b": 1, "a": "é"})
     assert (tmp_path / "x.json").read_text() == '{\n  "a": "é",\n  "b": 1\n}\n'
-
-
-def test_a_result_has_the_rights_that_the_user_gives_files(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        files.write_text(tmp_path / "x", "")
-        assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
-        assert os.umask(0o027) == 0o027
-    finally:
-        os.umask(before)
 
 
 # The artefact
@@ -172,13 +161,15 @@ def test_pixels_are_normalised_as_torchvisions_weights_want_them() -> None:
 def test_what_is_no_artefact_is_refused_in_a_sentence(tmp_path: Path, resnet18: nn.Module) -> None:
     from safetensors.torch import save_file
 
+    write(tmp_path / "page.safetensors", "<html>")
     save_file({"a": torch.zeros(1)}, tmp_path / "plain.safetensors")
-    with pytest.raises(UserError, match="no TWIST header"):
-        read_header(tmp_path / "plain.safetensors")
-    with pytest.raises(UserError, match="not a safetensors file"):
-        read_header(write(tmp_path / "page.safetensors", "<html>"))
-    with pytest.raises(UserError, match="no weights file"):
-        read_header(tmp_path / "absent.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={"twist": '{"format_version": 1}'})
+    for name, said in (
+        ("plain", "no TWIST header"), ("page", "not a safetensors file"), ("absent", "no weights file"),
+        ("x", "the header is not valid"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            read_header(tmp_path / f"{name}.safetensors")
     with pytest.raises(UserError, match="These weights are not resnet50"):
         network_of(Backbone(architecture="resnet50", method="x"), resnet18.state_dict())
     with pytest.raises(ValueError, match="does not belong"):
@@ -186,9 +177,6 @@ def test_what_is_no_artefact_is_refused_in_a_sentence(tmp_path: Path, resnet18: 
     for lacking in ({"image_size": 224, "width": 2}, {}):
         with pytest.raises(ValueError, match="a ViT has width 1 and states the image size"):
             Backbone(architecture="vit_small_patch16", stem="patch16", method="x", **lacking)
-    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={"twist": '{"format_version": 1}'})
-    with pytest.raises(UserError, match="the header is not valid"):
-        read_header(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize(

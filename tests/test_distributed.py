@@ -43,18 +43,11 @@ def test_ranks_of_a_bunch(bunch: int, batch: int, ranks: int, expected: int) -> 
     assert distributed.ranks_per_bunch(bunch, batch_size=batch, world_size=ranks) == expected
 
 
-@pytest.mark.parametrize(
-    ("bunch", "batch", "ranks", "remedy"),
-    [
-        (256, 128, 1, "raise run.batch_size to 256, .* or set model.bunch_size=0"),
-        (100, 64, 2, "multiple of 64, or set model.bunch_size=0"),
-        (256, 64, 6, "use a multiple of 4 ranks"),
-    ],
-)
-def test_a_bunch_that_does_not_divide_is_refused(bunch: int, batch: int, ranks: int, remedy: str) -> None:
-    with pytest.raises(UserError, match=remedy) as error:
+@pytest.mark.parametrize(("bunch", "batch", "ranks"), [(256, 128, 1), (100, 64, 2), (256, 64, 6), (32, 64, 2)])
+def test_a_bunch_that_does_not_divide_is_refused(bunch: int, batch: int, ranks: int) -> None:
+    with pytest.raises(UserError, match=rf"multiple of {batch} that divides {batch * ranks}; .*bunch_size=0") as error:
         distributed.ranks_per_bunch(bunch, batch_size=batch, world_size=ranks)
-    assert all(str(number) in str(error.value) for number in (bunch, batch, ranks))
+    assert f"bunch_size = {bunch} with run.batch_size = {batch} on {ranks} rank" in str(error.value)
 
 
 # --- batch norm -------------------------------------------------------------------------------------------------------
@@ -79,15 +72,9 @@ def normalised_on_rank(rank: int, group_size: int, shape: tuple[int, ...], affin
     (out * targets(rank, shape)).sum().backward()
     calls = count_collectives() - before
     norm.eval()
-    return {
-        "out": out.detach(),
-        "gradient": x.grad,
-        "mean": norm.running_mean,
-        "var": norm.running_var,
-        "weight": norm.weight.grad if affine else torch.zeros(shape[0]),
-        "eval": norm(x.detach()).detach(),
-        "calls": torch.tensor(calls),
-    }
+    found = {"out": out.detach(), "gradient": x.grad, "eval": norm(x.detach()).detach(), "calls": torch.tensor(calls)}
+    weight = norm.weight.grad if affine else torch.zeros(shape[0])
+    return {**found, "mean": norm.running_mean, "var": norm.running_var, "weight": weight}
 
 
 _CALLS = {"count": 0}
@@ -124,10 +111,8 @@ def test_batch_norm_over_ranks_is_one_process(world_size, group_size, shape, aff
         out = reference(x)
         (out * torch.cat([targets(rank, shape) for rank in group])).sum().backward()
         reference.eval()
-        ours = {key: torch.cat([ranks[rank][key] for rank in group]) for key in ("out", "gradient", "eval")}
-        assert (ours["out"] - out).abs().max() < 1e-9
-        assert (ours["gradient"] - x.grad).abs().max() < 1e-9
-        assert (ours["eval"] - reference(x)).abs().max() < 1e-9
+        for key, expected in (("out", out), ("gradient", x.grad), ("eval", reference(x))):
+            assert (torch.cat([ranks[rank][key] for rank in group]) - expected).abs().max() < 1e-9, key
         for rank in group:
             assert (ranks[rank]["mean"] - reference.running_mean).abs().max() < 1e-9
             assert (ranks[rank]["var"] - reference.running_var).abs().max() < 1e-9
@@ -194,13 +179,8 @@ def learned(rank: int, world_size: int) -> dict[str, Tensor]:
     flat = torch.cat([p.detach().flatten() for p in student.parameters()])
     statistics = torch.cat([b.flatten().double() for name, b in student.named_buffers() if "running" in name])
     norms = sum(isinstance(m, SynchronisedBatchNorm) for m in student.modules())
-    return {
-        "losses": torch.stack(losses),
-        "weights": flat,
-        "statistics": statistics,
-        "calls": torch.tensor(calls),
-        "norms": torch.tensor(norms),
-    }
+    counts = {"calls": torch.tensor(calls), "norms": torch.tensor(norms)}
+    return {"losses": torch.stack(losses), "weights": flat, "statistics": statistics, **counts}
 
 
 @pytest.mark.slow

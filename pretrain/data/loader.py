@@ -99,7 +99,7 @@ class ViewMaker:
         recycled: int = 0,
     ) -> None:
         self._images, self._seed, self._shared, self._finished = images, seed, shared, pipeline == "cpu"
-        self._buffers = itertools.cycle([_Buffers() for _ in range(recycled)]) if recycled else None
+        self._buffers = itertools.cycle([dict[Any, list[Tensor]]() for _ in range(recycled)]) if recycled else None
         self._samplers = {stage: ViewSampler(plan_views(views, stage)) for stage in STAGES}
         self._groups = resolutions(plan_views(views))
         self._sizes = np.array([size for count, size in self._groups for _ in range(count)])  # (V,)
@@ -128,9 +128,12 @@ class ViewMaker:
         shared = self._shared or get_worker_info() is not None
         dtype = torch.float32 if self._finished else torch.uint8
         shapes = [(count * batch, 3, size, size) for count, size in self._groups]
-        if shared and self._buffers is not None:
-            return next(self._buffers).like(shapes, dtype)
-        return [_empty(shape, dtype, shared=shared) for shape in shapes]
+        if not shared or self._buffers is None:
+            return [_empty(shape, dtype, shared=shared) for shape in shapes]
+        buffer = next(self._buffers)
+        if batch not in buffer:
+            buffer[batch] = [_empty(shape, dtype, shared=True) for shape in shapes]
+        return [made.view_as(made) for made in buffer[batch]]  # only the memory is shared with the caller
 
     def _cut(self, image: Tensor, drawn: np.ndarray, out: Tensor) -> None:
         """The views `drawn` of `image` into `out` (count, 3, S, S), finished in CPU mode."""
@@ -228,17 +231,6 @@ def finish_on_cpu(made: Made) -> list[Tensor]:
             rows = slice(place, None, batch)
             _photometric_cpu().apply_each(crops[rows], drawn[rows], out[rows])
     return finished
-
-
-class _Buffers:
-    """Shared memory for one batch, made when it is first asked for and the same from then on."""
-
-    _made: tuple[Tensor, ...] = ()
-
-    def like(self, shapes: list[tuple[int, int, int, int]], dtype: torch.dtype) -> list[Tensor]:
-        if [tuple(made.shape) for made in self._made] != shapes:
-            self._made = tuple(_empty(shape, dtype, shared=True) for shape in shapes)
-        return [made.view_as(made) for made in self._made]  # only the memory is shared with the caller
 
 
 def _photometric_cpu() -> ModuleType:

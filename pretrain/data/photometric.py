@@ -1,14 +1,12 @@
 """The photometric part of a view, for N views of one size at once, on a GPU: uint8 crops in, normalised float out.
 
-Flip, colour jitter in each view's own order, greyscale, blur, solarise, ImageNet mean and standard deviation, each
-with the view's own parameters (`views.VIEW`). The arithmetic is float32 in levels without rounding between operations,
-where Pillow rounds after each one. What depends on the parameters is decided on the host (`prepare`), so nothing here
-waits for a GPU.
+Flip, colour jitter in each view's own order, greyscale, blur, solarise, ImageNet mean and standard deviation, each with
+the view's own parameters (`views.VIEW`), in float32 levels without rounding in between. What depends on the parameters
+is decided on the host (`prepare`), so nothing here waits for a GPU.
 
 Differences from the PIL chain (levels of 255, checked by `tests/test_photometric.py`): brightness, contrast, saturation
 and greyscale at most 1.5; hue, which is whole levels in Pillow's HSV, mean 2 and at most 18 on white noise, mean 0.5 on
-photographs; blur at most 3, and within 6 pixels of the edge, which Pillow continues anew at each of its six passes, at
-most 30 on white noise (mean over the view 1.2). Solarise inverts what would round to 128 or more.
+photographs; blur at most 3, and within 6 pixels of the edge, which Pillow continues anew at each pass, at most 30.
 
 Shapes: `N` views, `S` side, `P` = S·S pixels; colour is always the last dimension but one.
 """

@@ -398,7 +398,6 @@ def resumed_states() -> Iterator[Case]:
             tree="linear",
             named=("tree/run",),
         )
-        yield Case(f"replay: {name}", "capture.pt", data, ("capture.pt",), entry="twist.pretrain.replay")
         warm = ("pretrain", "tree/tiny.toml", "run.warm_start=warm.pt", "--output", "out")
         yield Case(f"warm start: {name}", "warm.pt", data, warm, tree="pretraining", setup=TINY)
         head = ("transfer", "sample-cluster", "by=head", "head=head.pt", "--weights", "random", "--data", "tree")
