@@ -49,7 +49,7 @@ def figures(*, device: str, rounds: int, calls: int = 1, architecture: str = "re
 def network(architecture: str, device: str) -> nn.Module:
     torch.manual_seed(0)
     backbone = build_backbone(architecture)
-    return Twist(backbone, Head(int(backbone.num_features), 4096, 4096)).to(device)  # type: ignore[arg-type]
+    return Twist(backbone, Head(int(backbone.num_features), 4096, 4096, activation="relu")).to(device)  # type: ignore[arg-type]
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ def traffic(config: PretrainConfig) -> dict[str, Traffic]:
     """
     with torch.device("meta"):
         backbone = build_backbone(config.model.backbone, width=config.model.width, image_size=config.views.global_size)
-        head = Head(int(backbone.num_features), config.model.hidden_dim, config.model.classes)  # type: ignore[arg-type]
+        head = Head(int(backbone.num_features), config.model.hidden_dim, config.model.classes, activation="relu")  # type: ignore[arg-type]
     resolutions = 2 if config.views.local_count else 1
     views = 2 + config.views.local_count
     widths = [m.num_features for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)] * resolutions

@@ -11,6 +11,8 @@ output differs from rank to rank sums over ranks (`batch_norm.py`).
 import contextlib
 import datetime
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from twist.contracts.errors import UserError
-from twist.contracts.ranks import failing_together
+from twist.contracts.ranks import POLL_S, failing_together
 
 Value = TypeVar("Value")
 Group = ProcessGroup | None  # None: all ranks
@@ -46,13 +48,37 @@ def process_group(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[t
         torch.cuda.set_device(chosen)
     ours = "WORLD_SIZE" in os.environ and "RANK" in os.environ and not dist.is_initialized()
     if ours:
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=chosen if chosen.type == "cuda" else None)
+        store, number, ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        on = chosen if chosen.type == "cuda" else None
+        store = of_this_start(store, number, ranks)
+        dist.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=TIMEOUT, device_id=on)
     try:
         with failing_together() if ours else contextlib.nullcontext():
             yield chosen
     finally:
         if ours and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def of_this_start(store: dist.Store, number: int, ranks: int) -> dist.Store:
+    """A part of `store` that rank `number` shares with the other ranks of this start alone.
+
+    torchrun's agent keeps one store over its restarts (torch 2.11), where a new rank would find the address at which a
+    killed one listened ("connectFullMesh … Connection refused"), and why it failed. Each node counts its own restarts,
+    so the ranks agree on a name: rank 0's, which counts once it says to have seen mine.
+    """
+    mine, end = secrets.token_hex(8), time.monotonic() + TIMEOUT.total_seconds()
+    if number == 0:
+        store.set("leader", mine)
+        store.set(f"{mine}/seen", b" ".join(store.get(f"{mine}/{other}") for other in range(1, ranks)))
+        return dist.PrefixStore(mine, store)
+    while time.monotonic() < end:
+        leader = store.get("leader").decode()
+        store.set(f"{leader}/{number}", mine)
+        if store.check([f"{leader}/seen"]) and mine in store.get(f"{leader}/seen").decode():
+            return dist.PrefixStore(leader, store)
+        time.sleep(POLL_S)
+    raise dist.DistNetworkError("Timed out waiting for rank 0")
 
 
 def rank() -> int:

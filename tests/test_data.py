@@ -268,7 +268,7 @@ def test_bad_images_are_named_once_counted_and_replaced(
 
 def test_the_replacement_is_the_same_on_any_ranks(damaged: tuple[Path, list[str]]) -> None:
     images = open_images(DataConfig(root=str(damaged[0])))
-    alone = [b for b in loader(images, batch_size=5).epoch(4)]
+    alone = list(loader(images, batch_size=5).epoch(4))
     ranks = [list(loader(images, batch_size=1, world_size=5, rank=rank).epoch(4)) for rank in range(5)]
     for step, batch in enumerate(alone):
         for place, rank in enumerate(ranks):

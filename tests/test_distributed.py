@@ -304,6 +304,38 @@ def test_what_fails_on_one_rank_is_said_on_all_of_them_at_once(kind: str, senten
     assert second.startswith(sentence)
 
 
+def start_of_a_rank(rank: int, port: int, file: str) -> None:
+    """As torchrun starts it; rank 0 comes late, so that the other one looks first."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    time.sleep(0 if rank else 0.5)
+    with distributed.process_group("cpu"):
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        Path(f"{file}.{rank}").write_text(str(total.item()))
+        time.sleep(600)
+
+
+@pytest.mark.slow
+def test_ten_starts_after_a_kill_meet_in_the_store_that_torchrun_keeps(tmp_path: Path) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for number in range(11):
+        ranks = torch.multiprocessing.start_processes(
+            start_of_a_rank,
+            args=(store.port, str(tmp_path / str(number))),
+            nprocs=2,
+            join=False,
+            start_method="forkserver",
+        )
+        while len(written := list(tmp_path.glob(f"{number}.*"))) < 2 or not all(p.read_text() for p in written):
+            assert all(one.is_alive() for one in ranks.processes), f"start {number} has died"
+            time.sleep(0.05)
+        assert {path.read_text() for path in written} == {"2.0"}
+        for one in ranks.processes:
+            one.kill()
+            one.join()
+
+
 def test_without_a_process_group_everything_is_one_rank() -> None:
     x = torch.randn(3, requires_grad=True)
     assert distributed.mean_over_ranks(x) is x
