@@ -46,8 +46,8 @@ from benchmarks.gpu_compiled import compiler_for
 from benchmarks.side_by_side import heading, machine, plain
 from twist.contracts import files
 from twist.contracts import machine as this_machine
-from twist.pretrain.batch_norm import SynchronisedBatchNorm
 from twist.pretrain.config import LossConfig
+from twist.pretrain.distributed import SynchronisedBatchNorm
 from twist.pretrain.loss import twist_loss
 from twist.pretrain.optim import LARS
 

@@ -24,7 +24,6 @@ from twist.contracts.pickles import read_state
 from twist.contracts.rename import RenameError
 from twist.contracts.weights import difference
 from twist.pretrain import distributed
-from twist.pretrain.batch_norm import synchronise
 from twist.pretrain.config import PretrainConfig
 
 
@@ -65,10 +64,10 @@ def build_model(config: PretrainConfig, *, device: torch.device) -> tuple[Twist,
     teacher = copy.deepcopy(student) if model.teacher else None
     bunch = distributed.consecutive_group(ranks) if ranks > 1 else None
     for network in filter(None, (student, teacher)):
-        synchronise(network.backbone)
-        synchronise(network.head.hidden)
+        distributed.synchronise(network.backbone)
+        distributed.synchronise(network.head.hidden)
         if ranks > 1:
-            network.head.norm = synchronise(network.head.norm, group=bunch)
+            network.head.norm = distributed.synchronise(network.head.norm, group=bunch)
         network.to(device)
         if config.run.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from gloo import run_on_ranks
 from torch import Tensor, nn
 
-from twist.pretrain.batch_norm import SynchronisedBatchNorm, _OnCuda
+from twist.pretrain.distributed import SynchronisedBatchNorm, _OnCuda
 
 ROWS = 6
 

@@ -1,7 +1,6 @@
 """Resume files: whole or absent, verified, pruned; and a run folder that belongs to one run and one process."""
 
 import json
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from tiny_run import Crash, crash_after, differing, final_state, make_images, ro
 
 from twist.contracts import states
 from twist.contracts.errors import UserError
-from twist.contracts.run_folder import locked
 from twist.pretrain import checkpoint
 from twist.pretrain.checkpoint import Manifest, Position
 
@@ -238,26 +236,3 @@ def test_resuming_nothing_starts_and_says_so(config, tmp_path: Path, capsys) -> 
     run(config, tmp_path / "run", resume=True)
     assert "to resume from: starting from scratch" in capsys.readouterr().err
     assert (tmp_path / "run" / "backbone.safetensors").exists()
-
-
-def hold(folder: Path, ready) -> None:
-    with locked(folder):
-        ready.set()
-        import time
-
-        time.sleep(60)
-
-
-@pytest.mark.slow
-def test_the_lock_goes_with_the_process(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    ready = context.Event()
-    child = context.Process(target=hold, args=(tmp_path, ready))
-    child.start()
-    assert ready.wait(60)
-    with pytest.raises(UserError, match="Another process is writing"), locked(tmp_path):
-        pass
-    child.kill()
-    child.join()
-    with locked(tmp_path):
-        pass

@@ -20,8 +20,8 @@ from twist.contracts.errors import UserError
 from twist.contracts.failures import sentence_of
 from twist.contracts.ranks import failing_together
 from twist.pretrain import distributed
-from twist.pretrain.batch_norm import SynchronisedBatchNorm, synchronise
 from twist.pretrain.config import PretrainConfig
+from twist.pretrain.distributed import SynchronisedBatchNorm, synchronise
 from twist.pretrain.model import build_model
 from twist.pretrain.online_eval import evaluate
 from twist.pretrain.optim import LARS, parameter_groups

@@ -282,7 +282,7 @@ def _worker_on_cpu(local_rank: int, request: Request, weights: Path, address: st
     """The engine's worker with what CPUs have in place of SyncBN; leaves what a rank saw and what it ended with."""
     from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 
-    from twist.pretrain.batch_norm import synchronise
+    from twist.pretrain.distributed import synchronise
     from twist.transfer.engines.mmseg import engine
 
     torch.set_num_threads(1)

@@ -99,19 +99,6 @@ def test_a_resumed_run_is_the_whole_one(
         assert rows(tmp_path) == rows(whole("stage-switch"))  # the other pipeline's pictures, bit by bit
 
 
-@pytest.mark.slow
-def test_a_crash_at_every_step_changes_nothing(images: Path, whole, tmp_path: Path) -> None:
-    config = tiny_config(images, **KINDS["stage-switch"])
-    for start in range(20):
-        try:
-            with crash_after(1):
-                run(config, tmp_path, resume=start > 0)
-        except Crash:
-            continue
-        break
-    assert_same_run(tmp_path, whole("stage-switch"))
-
-
 def test_another_seed_is_not_the_same_run(images: Path, whole, tmp_path: Path) -> None:
     # The negative control of the comparison above.
     run(tiny_config(images, **KINDS["two-crop"], run={"seed": 1}), tmp_path)

@@ -1,7 +1,6 @@
 """Submission through submitit: options, what is pickled, and a real job in submitit's local executor."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -43,36 +42,6 @@ def test_what_is_wrong_is_refused_before_the_queue(
     with pytest.raises(UsageError, match=word):
         slurm.submit(CONFIG, [override], output=tmp_path / "run", options=[option])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_stopped_run_is_handed_to_submitits_handler(tmp_path: Path, monkeypatch) -> None:
-    # What submitit's handler gets: called after the run has saved and left, with the signal it waits for.
-    from twist.pretrain import train
-    from twist.pretrain.slurm import Requeue
-
-    called = []
-    number = submitit.JobEnvironment._usr_sig()
-    before = signal.signal(number, lambda received, _: called.append(received))
-
-    def stopped(*_, **__):
-        assert called == []
-        raise Requeue("saved")
-
-    class Environment:
-        num_tasks = 1
-        _usr_sig = staticmethod(lambda: number)
-
-        def __call__(self):
-            return self
-
-    monkeypatch.setattr(train, "pretrain", stopped)
-    monkeypatch.setattr(submitit, "JobEnvironment", Environment())
-    try:
-        with pytest.raises(Requeue):
-            slurm.PretrainJob(CONFIG, [], tmp_path)()
-    finally:
-        signal.signal(number, before)
-    assert called == [number]
 
 
 @pytest.mark.slow
