@@ -206,11 +206,12 @@ def draw_curves(folder: Path, *, classes: int) -> Path:
     panel says how a healthy run looks."""
     rows, top = read_rows(folder / CURVES), math.log(classes)
     nats, from_zero = {"ylabel": "nats"}, {"ylim": (0, None)}
-    entropies = {"row_entropy": "of an image (sharpness)", "mean_entropy": "of the mean (diversity)"}
-    falls_and_stays = "entropy: an image's falls, the mean's stays near ln K (dashed)"
+    entropies = {"row_entropy": "of an image (sharpness)", "mean_entropy": "of the mean (diversity); dashed: ln K"}
     panels = [
         Panel("loss: falls (self-labelling has another)", {"total": "total"}, nats),
-        Panel(falls_and_stays, entropies, {**nats, "ylim": (0, 1.08 * top)}, level=top),
+        Panel(
+            "entropy: an image's falls, the mean's stays high", entropies, {**nats, "ylim": (0, 1.08 * top)}, level=top
+        ),
         Panel("agreement of two views on a class: rises", {"agreement": "share"}, {"ylim": (0, 1)}),
         Panel(f"classes used in a batch, of {classes}: stay many", {"classes_used": "classes"}, from_zero),
         Panel("gradient norm", {"gradient_norm": "norm"}, {"yscale": "log"}),
