@@ -1,4 +1,4 @@
-"""The curves of the page: pretraining and transfer runs, thinned, and top-1 over the share of labels."""
+"""The curves of the page: pretraining and transfer runs."""
 
 import math
 from collections import defaultdict
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from twist.compare.comparison import Found
-from twist.compare.table import Table
 from twist.contracts.curves import CURVES, Rows, read_rows
 from twist.contracts.errors import UserError
 
@@ -32,34 +31,6 @@ PRETRAIN_KEYS = {
 }
 # Drawn from zero: a change of a hundredth of their height is no fall.
 FROM_ZERO = ("diversity", "mean_entropy", "classes_used")
-LABEL_SHARES = {"semi-1pct": 1, "semi-10pct": 10, "finetune-100pct": 100}
-
-
-def label_families(table: Table) -> list[dict[str, Any]]:
-    """Top-1 over the share of labels, one family a scale: the fine-tuning protocols at 1, 10 and 100 %.
-
-    Points of different scales are different experiments, which no line joins. Published values are of full scale.
-    """
-    families: dict[str, dict[tuple[int, bool], list[list[float]]]] = defaultdict(lambda: defaultdict(list))
-    for (row, index), cell in sorted(table.cells.items()):
-        column = table.columns[index]
-        share = LABEL_SHARES.get(column.protocol.removeprefix("sample-"))
-        if share is None or column.metric != "top1_percent" or column.mixed:
-            continue
-        if cell.measured:
-            families[column.scale][row, False].append([share, cell.measured.mean, cell.measured.sd or 0.0])
-        elif cell.published:
-            families["full"][row, True].append([share, cell.published[0].value, 0.0])
-    made = []
-    for scale, of_rows in families.items():
-        lines = [
-            {"row": row, "published": printed, "points": sorted(points)}
-            for (row, printed), points in sorted(of_rows.items())
-            if len({point[0] for point in points}) > 1
-        ]
-        title = "Top-1 over the share of labels, percent" + ("" if scale == "full" else f" ({scale})")
-        made += [{"title": title, "lines": lines}] if lines else []
-    return made
 
 
 def curve_groups(found: Found, rows: dict[int, int]) -> list[dict[str, Any]]:
@@ -74,27 +45,25 @@ def curve_groups(found: Found, rows: dict[int, int]) -> list[dict[str, Any]]:
         if record.curves is None or row is None or drawn[record.protocol, row] == CURVE_RUNS:
             continue
         steps = _rows_of(beside(path, record.curves))
-        key = next((name for name in ("total_loss", "loss", "total") if any(name in step for step in steps)), None)
-        if key is None:
-            continue
-        drawn[record.protocol, row] += 1
-        group = groups.setdefault(record.protocol, {"protocol": record.protocol, "task": record.task, "lines": []})
-        group["lines"].append({"row": row, "seed": record.seed, "points": thin(steps, key)})
+        if points := next(filter(None, (thin(steps, key) for key in ("total_loss", "loss", "total"))), None):
+            drawn[record.protocol, row] += 1
+            group = groups.setdefault(record.protocol, {"protocol": record.protocol, "task": record.task, "lines": []})
+            group["lines"].append({"row": row, "seed": record.seed, "points": points})
     return list(groups.values())
 
 
 def pretrain_run(folder: Path) -> dict[str, Any]:
     """The series of a pretraining run's folder, and the steps at which a stage begins."""
     steps = _rows_of(folder / CURVES)
-    # By epoch; the page's axis is the step, so each is drawn at its epoch's last one.
-    ends = {step["epoch"]: step["step"] for step in steps if "epoch" in step}
-    evaluated = read_rows(folder / "online_eval.jsonl", "epoch")
-    steps += [{**line, "step": ends[line["epoch"]]} for line in evaluated if line["epoch"] in ends]
     stages = [
         [step["step"], str(step["stage"]).replace("_", " ")]
         for before, step in pairwise(step for step in steps if "stage" in step)
         if step["stage"] != before["stage"]
     ]
+    # By epoch; the page's axis is the step, so each is drawn at its epoch's last one.
+    ends = {step["epoch"]: step["step"] for step in steps if "epoch" in step}
+    evaluated = read_rows(folder / "online_eval.jsonl", "epoch")
+    steps += [{**line, "step": ends[line["epoch"]]} for line in evaluated if line["epoch"] in ends]
     series = {key: points for key in PRETRAIN_KEYS if (points := thin(steps, key))}
     return {"name": folder.name, "series": series, "stages": stages}
 
@@ -115,12 +84,9 @@ def _rows_of(path: Path) -> Rows:
     return rows
 
 
-def thin(steps: list[dict[str, Any]], key: str) -> list[list[float]]:
+def thin(steps: Rows, key: str) -> list[list[float]]:
     """(step, value) where `key` is a finite number, thinned to `CURVE_POINTS` with the last point kept."""
-    points = [
-        [step["step"], float(step[key])]
-        for step in steps
-        if isinstance(step.get(key), int | float) and not isinstance(step[key], bool) and math.isfinite(step[key])
-    ]
+    values = ((step["step"], step.get(key)) for step in steps)
+    points = [[step, float(value)] for step, value in values if type(value) in (int, float) and math.isfinite(value)]
     stride = math.ceil(len(points) / CURVE_POINTS) or 1
     return points[::stride] + (points[-1:] if points and (len(points) - 1) % stride else [])

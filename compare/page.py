@@ -7,72 +7,67 @@ anywhere. Jinja escapes everything that comes from a record or a file.
 import base64
 import datetime
 import os
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from twist.compare import writers
-from twist.compare.about import conclusions_of, facts_of
+from twist.compare import curves, writers
 from twist.compare.comparison import Found
-from twist.compare.curves import (
-    CURVE_RUNS,
-    FROM_ZERO,
-    PRETRAIN_KEYS,
-    beside,
-    curve_groups,
-    label_families,
-    pretrain_run,
-)
+from twist.compare.grouping import architecture_of, device_hours
+from twist.compare.statistics import FEWEST
 from twist.compare.table import TASKS, Column, Row, Table
 from twist.contracts import files
 from twist.contracts.errors import UserError
-from twist.contracts.published import home_of, protocol_title
+from twist.contracts.published import display_name, home_of, protocol_title
+from twist.contracts.record import RunRecord
 
 HEADLINE = "Self-supervised backbones, compared"
 MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 
 
-def render_page(
-    table: Table,
-    found: Found,
-    *,
-    folder: Path,
-    pretrain_runs: Sequence[Path] = (),
-    title: str = HEADLINE,
-    note: str = "",
-    pictures: Sequence[tuple[str, Path]] = (),
-) -> str:
+class PageOptions(NamedTuple):
+    """What a page has beyond the table: `note` is a file with the author's own text, with an empty line between
+    paragraphs; `pretrain_runs` are run folders with a `metrics.jsonl`; `pictures` (caption, file) beyond the records'.
+    """
+
+    title: str = HEADLINE
+    note: Path | None = None
+    pretrain_runs: Sequence[Path] = ()
+    pictures: Sequence[tuple[str, Path]] = ()
+
+
+PLAIN = PageOptions()
+
+
+def render_page(table: Table, found: Found, *, folder: Path, options: PageOptions = PLAIN) -> str:
     """The page of `table`, whose records are `found` with their files, to be written into `folder`.
 
-    `pretrain_runs` are run folders with a `metrics.jsonl`; `note` is the author's own text, with an empty line between
-    paragraphs; `pictures` are (caption, file) beyond the records' own.
-
     Raises:
-        UserError: a curve file or a picture that a record or an argument names is absent or unreadable.
+        UserError: a curve file, a picture or a note that a record or an option names is absent or unreadable.
     """
     # Relative to the page: it may be published, and names no folder of the machine that wrote it.
     places = {id(record): os.path.relpath(place, folder) for place, record in found}
     rows = {id(r): row for (row, _), cell in table.cells.items() if cell.measured for r in cell.measured.records}
     data = writers.as_json(table, path_of=lambda record: places.get(id(record)))
-    data["labels"] = label_families(table)
-    data["curves"] = curve_groups(found, rows)
-    data["pretrain"] = [pretrain_run(run) for run in pretrain_runs]
+    data["curves"] = curves.curve_groups(found, rows)
+    data["pretrain"] = [curves.pretrain_run(run) for run in options.pretrain_runs]
     data["copies"] = {format: writers.render(table, format) for format in ("markdown", "latex", "csv")}
     records = [record for _, record in found]
+    note = files.read_text(options.note, remedy="--note takes a text file") if options.note else ""
     series = {key for run in data["pretrain"] for key in run["series"]}
     text: str = _template().render(
         _table_parts(table),
-        title=title,
+        title=options.title,
         lede=_lede(table, found),
-        facts=facts_of(records) if records else [],
-        conclusions=conclusions_of(table, records),
+        facts=_facts(records) if records else [],
+        conclusions=_conclusions(table, records),
         note=[part for part in note.split("\n\n") if part.strip()],
         day=datetime.datetime.now(datetime.UTC).date().isoformat(),
         data=data,
-        pretrain_keys={key: caption for key, caption in PRETRAIN_KEYS.items() if key in series},
-        pictures=_pictures(found, rows, table, pictures),
+        pretrain_keys={key: caption for key, caption in curves.PRETRAIN_KEYS.items() if key in series},
+        pictures=_pictures(found, rows, table, options.pictures),
     )
     return text
 
@@ -81,27 +76,23 @@ def _template() -> Any:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
+    def resource(name: str) -> str:
+        return (resources.files("twist.compare") / name).read_text(encoding="utf-8")
+
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
     environment.filters["footnote_mark"] = writers.footnote_mark
+    shared = (writers.cost_text, writers.measured_text, writers.difference_text, writers.printed_values)
     environment.globals |= {
-        "style": Markup(_resource("page.css")),
-        "script": Markup(_resource("page.js") + _resource("page_charts.js")),
-        "curve_runs": CURVE_RUNS,
-        "from_zero": FROM_ZERO,
+        "style": Markup(resource("page.css")),
+        "script": Markup(resource("page.js") + resource("page_charts.js")),
+        "curve_runs": curves.CURVE_RUNS,
+        "from_zero": curves.FROM_ZERO,
         "rows_of": lambda groups: sorted({line["row"] for group in groups for line in group["lines"]}),
-        **{
-            name: getattr(writers, name) for name in ("cost_text", "measured_text", "difference_text", "printed_values")
-        },
         "link": _link,
-        "home_of": home_of,
-        "protocol_title": protocol_title,
+        **{function.__name__: function for function in (*shared, home_of, protocol_title)},
     }
-    return environment.from_string(_resource("page.html"))
-
-
-def _resource(name: str) -> str:
-    return (resources.files("twist.compare") / name).read_text(encoding="utf-8")
+    return environment.from_string(resource("page.html"))
 
 
 def _link(column: Column, row: Row | None = None) -> str:
@@ -116,7 +107,7 @@ def _table_parts(table: Table) -> dict[str, Any]:
     homes: dict[str, dict[str, None]] = {}
     for column in table.columns:
         homes.setdefault(column.task, {})[home_of(column.protocol)] = None
-    everything = writers.Block(tuple(range(len(table.columns))), tuple(range(len(table.rows))))
+    everything = writers.Block(range(len(table.columns)), range(len(table.rows)))
     return {
         "table": table,
         "groups": groups,
@@ -143,6 +134,84 @@ def _lede(table: Table, found: Found) -> str:
     return f"{runs} of {methods} under {protocols}{at}"
 
 
+# ── About these numbers ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _facts(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """Heading and text: backbones, images, image size, hardware and budget, as far as `records` say."""
+    lengths = sorted({(record.method, record.weights.epochs) for record in records if record.weights.epochs})
+    pretrained = ", ".join(f"{display_name(method)} {epochs} epochs" for method, epochs in lengths)
+    budget = f"{len(records)} transfer runs, {sum(map(device_hours, records)):.2g} device hours"
+    return [
+        ("Backbones", _listed(architecture_of(record) for record in records)),
+        ("Images", _by_protocol((record.protocol, _images_of(record)) for record in records)),
+        ("Image size", _by_protocol((record.protocol, _size_of(record.recipe)) for record in records)),
+        ("Hardware", _listed(record.hardware.get("gpu") or record.hardware.get("processor") for record in records)),
+        ("Budget", f"{budget}; pretraining: {pretrained}" if pretrained else budget),
+    ]
+
+
+def _conclusions(table: Table, records: Sequence[RunRecord]) -> list[str]:
+    """Sentences: what may be concluded from `table`, and what not."""
+    measured = [cell.measured for cell in table.cells.values() if cell.measured]
+    own = " and ".join(sorted({record.scale for record in records} - {"full"}))
+    sentences = {
+        f"Runs at {own} scale compare weights here; do not set them beside published numbers.": own,
+        f"Fewer than {FEWEST} results on a side show no difference: they are not tested.": any(
+            cell.n < FEWEST for cell in measured
+        ),
+        "Where all runs share one pretraining, a difference may be that pretraining's, not its method's.": any(
+            cell.pretrainings == 1 and cell.records[0].method != "random" for cell in measured
+        ),
+        "Some protocols have columns of several recipes; compare within a column only.": any(
+            column.mixed for column in table.columns
+        ),
+        "Published numbers come from others' code and hardware, and have no recipe hash.": any(
+            cell.published for cell in table.cells.values()
+        ),
+        "No ranking of methods follows unless their recipes were tuned alike, which records do not say.": True,
+    }
+    return [sentence for sentence, holds in sentences.items() if holds]
+
+
+def _listed(values: Iterable[Any]) -> str:
+    """Each value with the number of runs, the most frequent first."""
+    counted = Counter(str(value or "not said") for value in values)
+    return ", ".join(f"{value} ({n})" if len(counted) > 1 else value for value, n in counted.most_common())
+
+
+def _by_protocol(pairs: Iterable[tuple[str, str]]) -> str:
+    """`A (these protocols); B (those)`; a text that holds for all of them alone."""
+    texts: dict[str, dict[str, None]] = {}
+    for protocol, text in sorted(pairs):
+        texts.setdefault(text, {})[protocol] = None
+    return "; ".join(f"{text} ({', '.join(names)})" if len(texts) > 1 else text for text, names in texts.items())
+
+
+def _images_of(record: RunRecord) -> str:
+    counts = record.recipe.get("images") or record.recipe.get("data")
+    splits = [name for name in counts if name in ("train", "val", "test")] if isinstance(counts, dict) else []
+    return " + ".join(filter(None, [record.data, *(f"{counts[name]} {name}" for name in splits)])) or "not said"
+
+
+def _size_of(recipe: dict[str, Any]) -> str:
+    """The size in pixels, from where each engine's recipe has it: `size`, Detectron2's short side, a crop."""
+    if isinstance(given := recipe.get("INPUT"), dict) and "MIN_SIZE_TEST" in given:
+        return f"short side {given['MIN_SIZE_TEST']}"
+    size = recipe["size"] if isinstance(recipe.get("size"), int) else next(_find(recipe, "crop_size"), "not said")
+    return " × ".join(map(str, size)) if isinstance(size, list) else f"{size} × {size}" if size != "not said" else size
+
+
+def _find(value: Any, name: str) -> Iterator[Any]:
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if key == name:
+            yield inner
+        yield from _find(inner, name)
+
+
+# ── Pictures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def _pictures(
     found: Found, rows: dict[int, int], table: Table, extra: Sequence[tuple[str, Path]]
 ) -> dict[str, dict[int, list[dict[str, str]]]]:
@@ -162,7 +231,7 @@ def _pictures(
         label = table.rows[row].label
         for number, name in enumerate(record.media):
             figure = {
-                "source": _data_url(beside(path, name)),
+                "source": _data_url(curves.beside(path, name)),
                 "caption": f" · seed {record.seed}",
                 "alt": f"{label}, {record.protocol}, seed {record.seed}: predictions beside the truth",
                 "row": label,

@@ -83,31 +83,30 @@ function dotPlot(host, columnIndex) {
   });
 }
 
-// Lines over a common axis: series = [{points: [[x, y, sd?], …], colour, dash, name, open}].
-function linePlot(host, series, { xLabel = "", yLabel = "", logX = false, xTicks = null, marks = [], dots = false, zero = false, label = "" }) {
+// Lines over a common axis: series = [{points: [[x, y], …], colour, dash, name}].
+function linePlot(host, series, { xLabel = "", marks = [], zero = false, label = "" }) {
   const all = series.flatMap((one) => one.points);
   if (!all.length) return;
   const height = 210;
   const [svg, width] = canvas(host, height, label);
   const [left, right, top, bottom] = [44, 10, 10, 36];
   const xs = all.map((point) => point[0]);
-  const ys = all.flatMap((point) => [point[1] - (point[2] ?? 0), point[1] + (point[2] ?? 0)]);
-  const scale = logX ? Math.log10 : (value) => value;
-  const [x0, x1] = [scale(Math.min(...xs)), scale(Math.max(...xs))];
+  const ys = all.map((point) => point[1]);
+  const [x0, x1] = [Math.min(...xs), Math.max(...xs)];
   let [y0, y1] = [Math.min(...ys), Math.max(...ys)];
   if (zero) y0 = Math.min(y0, 0);
   const only = y0 === y1 ? [y0] : null;
   const pad = (y1 - y0) * 0.06 || Math.abs(y1) * 0.05 || 1;
   [y0, y1] = [zero && y0 === 0 ? 0 : y0 - pad, y1 + pad];
-  const inset = dots ? 14 : 0;
-  const x = (value) => left + inset + ((scale(value) - x0) / (x1 - x0 || 1)) * (width - left - right - 2 * inset);
+  const x = (value) => left + ((value - x0) / (x1 - x0 || 1)) * (width - left - right);
   const y = (value) => top + (1 - (value - y0) / (y1 - y0)) * (height - top - bottom);
   for (const tick of only ?? ticks(y0, y1, 4)) {
     svg.append(shape("line", { class: "grid-line", x1: left, x2: width - right, y1: y(tick), y2: y(tick) }));
     svg.append(shape("text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, short(tick)));
   }
-  const under = xTicks ?? ticks(x0, x1, Math.max(2, Math.floor(width / 110))).map((tick) => [tick, short(tick)]);
-  for (const [value, text] of under) svg.append(shape("text", { x: x(value), y: height - bottom + 16, "text-anchor": "middle" }, text));
+  for (const tick of ticks(x0, x1, Math.max(2, Math.floor(width / 110)))) {
+    svg.append(shape("text", { x: x(tick), y: height - bottom + 16, "text-anchor": "middle" }, short(tick)));
+  }
   svg.append(shape("line", { class: "axis", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom }));
   svg.append(shape("text", { x: (left + width - right) / 2, y: height - 3, "text-anchor": "middle" }, xLabel));
   for (const [value, text] of marks) {
@@ -120,15 +119,7 @@ function linePlot(host, series, { xLabel = "", yLabel = "", logX = false, xTicks
     const line = shape("path", { d: path, fill: "none", stroke: one.colour, "stroke-width": 1.7, "stroke-dasharray": one.dash ?? "", opacity: one.faint ? 0.55 : 1, "stroke-linejoin": "round" });
     line.append(shape("title", {}, one.name));
     svg.append(line);
-    if (!dots) continue;
-    for (const [px, py, sd] of one.points) {
-      if (sd) svg.append(shape("line", { x1: x(px), x2: x(px), y1: y(py - sd), y2: y(py + sd), stroke: one.colour, "stroke-width": 2 }));
-      const dot = shape("circle", { cx: x(px), cy: y(py), r: 4, fill: one.open ? "var(--paper)" : one.colour, stroke: one.colour, "stroke-width": 1.6 });
-      dot.append(shape("title", {}, `${one.name}: ${py.toFixed(2)}${sd ? ` ± ${sd.toFixed(2)}` : ""}`));
-      svg.append(dot);
-    }
   }
-  if (yLabel) svg.append(shape("text", { x: 0, y: top - 1 }, yLabel));
 }
 
 function keys(list, entries) {
@@ -148,12 +139,6 @@ function draw() {
     if (!host.clientWidth) continue;
     const { kind, index } = host.dataset;
     if (kind === "dots") dotPlot(host, Number(index));
-    if (kind === "labels") {
-      const family = data.labels[index];
-      const shares = [...new Set(family.lines.flatMap((line) => line.points.map((point) => point[0])))].sort((a, b) => a - b);
-      linePlot(host, family.lines.map((line) => ({ ...rowKey(line.row), points: line.points, open: line.published })),
-        { logX: true, dots: true, xLabel: "share of labels", xTicks: shares.map((share) => [share, `${share} %`]), label: family.title });
-    }
     if (kind === "curves") {
       const group = data.curves[index];
       linePlot(host, group.lines.map((line) => ({ ...rowKey(line.row), name: `${data.rows[line.row].label}, seed ${line.seed}`, points: line.points, faint: true })),

@@ -1,31 +1,17 @@
-"""Mean, standard deviation and Welch's t-test of a few runs.
+"""Welch's t-test of a few runs, corrected for all tests of a table.
 
 Welch, because two methods need not spread alike; Student's pooled variance would assume that they do.
 """
 
-import math
+import itertools
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from statistics import fmean
 
 SIGNIFICANT = 0.05
 # Two results a side give a test hardly any degree of freedom.
 FEWEST = 3
-
-
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean; `math.fsum`, so the order of the records does not show in the last digit."""
-    return math.fsum(values) / len(values)
-
-
-def standard_deviation(values: Sequence[float]) -> float | None:
-    """Sample standard deviation (n - 1 in the denominator), or None for a single value."""
-    if len(values) < 2:
-        return None
-    if min(values) == max(values):  # exactly: the mean of equal values may differ from them by a rounding
-        return 0.0
-    centre = mean(values)
-    return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1))
 
 
 @dataclass(frozen=True)
@@ -46,35 +32,44 @@ class Difference:
         return None if self.p_holm is None else self.p_holm < SIGNIFICANT
 
 
-def difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
-    """`values` against `baseline` by Welch's two-sided t-test (B. L. Welch, Biometrika 34, 1947), as a lone test."""
-    gap = mean(values) - mean(baseline)
+def differences(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[Difference]:
+    """(values, baseline) of each pair by Welch's two-sided t-test (B. L. Welch, Biometrika 34, 1947), the p-values
+    by S. Holm's step-down for all their tests together (Scand. J. Statist. 6, 1979)."""
+    tests = [_test(*pair) for pair in pairs]
+    p_values = holm([test[0] for test in tests if not isinstance(test, str)])
+    how = f"Holm's correction for {len(p_values)} comparisons; " if len(p_values) > 1 else ""
+    corrected, made = iter(p_values), []
+    for (values, baseline), test in zip(pairs, tests):
+        gap = fmean(values) - fmean(baseline)
+        if isinstance(test, str):
+            made.append(Difference(gap, None, test))
+            continue
+        (p_value, freedom), p = test, next(corrected)
+        verdict = f"{'significant' if p < SIGNIFICANT else 'not significant'}, {p_text(p)}"
+        said = f"{verdict} ({how}Welch's t, {freedom:.1f} degrees of freedom)"
+        made.append(Difference(gap, p_value, said, p))
+    return made
+
+
+def _test(values: Sequence[float], baseline: Sequence[float]) -> tuple[float, float] | str:
+    """The p-value and the degrees of freedom, or why there is no test."""
     if (short := min(len(values), len(baseline))) < FEWEST:
-        return Difference(gap, None, f"n too small for a test: {short} where {FEWEST} results are needed")
-    if standard_deviation(values) == standard_deviation(baseline) == 0:
-        return Difference(gap, None, "no test: neither side varies from run to run")
+        return f"n too small for a test: {short} where {FEWEST} results are needed"
+    if len(set(values)) == len(set(baseline)) == 1:
+        return "no test: neither side varies from run to run"
     from scipy.stats import ttest_ind  # half a second to import
 
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # one side may be constant
         test = ttest_ind(values, baseline, equal_var=False)
-    p_value = float(test.pvalue)
-    return Difference(gap, p_value, _verdict(p_value, f"Welch's t, {test.df:.1f} degrees of freedom"), p_value)
+    return float(test.pvalue), float(test.df)
 
 
-def _verdict(p_value: float, how: str) -> str:
-    return f"{'significant' if p_value < SIGNIFICANT else 'not significant'}, {p_text(p_value)} ({how})"
-
-
-def correct(gaps: Sequence[Difference]) -> list[Difference]:
-    """`gaps` with the p-values by S. Holm's step-down for all their tests together (Scand. J. Statist. 6, 1979)."""
-    tests = sorted((gap.p_value, index) for index, gap in enumerate(gaps) if gap.p_value is not None)
-    corrected, largest = list(gaps), 0.0
-    for done, (p_value, index) in enumerate(tests):
-        largest = min(1.0, max(largest, (len(tests) - done) * p_value))
-        how = gaps[index].said.partition("(")[2].rstrip(")")
-        how = f"Holm's correction for {len(tests)} comparisons; {how}" if len(tests) > 1 else how
-        corrected[index] = replace(gaps[index], p_holm=largest, said=_verdict(largest, how))
-    return corrected
+def holm(p_values: Sequence[float]) -> list[float]:
+    """`p_values` corrected for all of them, in their order."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    raised = ((len(order) - rank) * p_values[index] for rank, index in enumerate(order))
+    corrected = dict(zip(order, itertools.accumulate(raised, max)))
+    return [min(1.0, corrected[index]) for index in range(len(p_values))]
 
 
 def p_text(p_value: float) -> str:

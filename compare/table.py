@@ -6,25 +6,23 @@ scale, is the protocol's only one, and was measured on the same architecture; el
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, get_args
 
 from twist.compare.grouping import (
     architecture_of,
-    conditions_of,
     device_hours,
     find_copies,
-    find_mixtures,
-    mixture_sentence,
-    place_of,
     pretraining,
+    recipe_differences,
     variant_names,
     weights_key,
 )
-from twist.compare.statistics import Difference, correct, difference, mean, standard_deviation
-from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.compare.statistics import Difference, differences
+from twist.contracts.errors import UsageError, did_you_mean
 from twist.contracts.metrics import METRICS, Metric
 from twist.contracts.published import FOREIGN, PublishedRow, display_name, select
 from twist.contracts.record import RunRecord, Task
@@ -84,11 +82,11 @@ class Measured:
 
     @property
     def mean(self) -> float:
-        return mean(self.values)
+        return fmean(self.values)
 
     @property
     def sd(self) -> float | None:
-        return standard_deviation(self.values)
+        return stdev(self.values) if len(self.values) > 1 else None
 
     @property
     def n(self) -> int:
@@ -152,9 +150,6 @@ class Table:
         return sum(c.difference is not None and c.difference.p_value is not None for c in self.cells.values())
 
 
-_Place = tuple[Row, Column]
-
-
 def build_table(
     records: Sequence[RunRecord],
     *,
@@ -178,26 +173,25 @@ def build_table(
     wanted = set(metrics) or METRICS.keys()
     copies = find_copies(records, paths)
     records = [record for index, record in enumerate(records) if index not in copies]
-    conditions = conditions_of(records)
-    mixtures = find_mixtures(records, conditions)
-    if mixtures and strict:
-        raise UserError(mixture_sentence(mixtures))
     shown = select(published, {record.protocol for record in records}) if records else list(published)
 
-    runs: dict[_Place, list[RunRecord]] = defaultdict(list)
+    runs: dict[tuple[Row, Column], list[RunRecord]] = defaultdict(list)
     variants = variant_names(records)
-    for record, condition in zip(records, conditions, strict=True):
-        variant = variants[weights_key(record)]
-        row = Row(record.method, "", architecture_of(record), record.weights.epochs, variant)
-        mixed = mixtures.get(place_of(record), {}).get(condition, "")
+    for record, mixed in zip(records, recipe_differences(records, strict=strict), strict=True):
+        row = Row(record.method, "", architecture_of(record), record.weights.epochs, variants[weights_key(record)])
         data = (record.data or "") if record.scale == "own" else ""
         for metric in record.metrics.keys() & wanted:
             column = Column(record.protocol, metric, record.task, record.recipe_hash, record.scale, mixed, data)
             runs[row, column].append(record)
 
+    # (protocol, metric, architecture) → the measured column that a published value of these may stand in.
+    joined = {
+        (column.protocol, column.metric, row.architecture): column
+        for row, column in runs
+        if column.scale == "full" and not column.mixed
+    }
     sources: dict[Source, int] = {}
-    printed: dict[_Place, list[Published]] = defaultdict(list)
-    joined = _joinable_columns({column for _, column in runs}, records)
+    printed: dict[tuple[Row, Column], list[Published]] = defaultdict(list)
     for line in shown:
         row = Row(line.method, "", line.architecture, line.epochs, line.variant)
         source = sources.setdefault(Source(line.source, line.read), len(sources))
@@ -208,7 +202,7 @@ def build_table(
             printed[row, column].append(value)
 
     homes = {line.protocol: line.beside for line in shown if line.beside}
-    places = [*runs, *printed]
+    places = dict.fromkeys([*runs, *printed])
     columns = sorted({column for _, column in places}, key=lambda column: _column_order(column, homes))
     measured = {row for row, _ in runs}
     rows = sorted({row for row, _ in places}, key=lambda row: (row not in measured, *_row_order(row)))
@@ -218,32 +212,16 @@ def build_table(
             _measured(runs[row, column], column.metric) if (row, column) in runs else None,
             tuple(printed.get((row, column), ())),
         )
-        for row, column in dict.fromkeys(places)
+        for row, column in places
     }
     several = len({row.architecture for row in rows if row.architecture}) > 1
     labelled = tuple(replace(row, label=_label(row, architecture=several)) for row in rows)
     chosen = None if baseline is None else _find_baseline(baseline, labelled, cells)
     if chosen is not None:
-        gaps = _differences(cells, chosen)
-        cells = {place: replace(cell, difference=gaps.get(place)) for place, cell in cells.items()}
+        _add_differences(cells, chosen)
     left_out = "1 record left out: it repeats" if len(copies) == 1 else f"{len(copies)} records left out: each repeats"
     notes = (f"{left_out} an older one of the same run in every metric.",) if copies else ()
     return Table(tuple(columns), labelled, cells, tuple(sources), chosen, notes, copies)
-
-
-def _joinable_columns(
-    columns: Iterable[Column], records: Sequence[RunRecord]
-) -> dict[tuple[str, str, str | None], Column]:
-    """(protocol, metric, architecture) → the measured column that a published value of these may stand in."""
-    architectures: dict[tuple[str, str | None], set[str | None]] = defaultdict(set)
-    for record in records:
-        architectures[record.protocol, record.recipe_hash].add(architecture_of(record))
-    return {
-        (column.protocol, column.metric, architecture): column
-        for column in columns
-        if column.scale == "full" and not column.mixed
-        for architecture in architectures[column.protocol, column.recipe_hash]
-    }
 
 
 def _column_order(column: Column, homes: dict[str, str]) -> tuple[Any, ...]:
@@ -292,7 +270,7 @@ def _measured(runs: Sequence[RunRecord], metric: str) -> Measured:
     ]
     values = [[run.metrics[metric] for run in group] for group in counted]
     return Measured(
-        values=tuple(values[0] if len(values) == 1 else map(mean, values)),
+        values=tuple(values[0] if len(values) == 1 else map(fmean, values)),
         run_values=tuple(run.metrics[metric] for run in runs),
         records=tuple(runs),
         pretrainings=len(counted),
@@ -302,26 +280,68 @@ def _measured(runs: Sequence[RunRecord], metric: str) -> Measured:
 
 def _find_baseline(name: str, rows: Sequence[Row], cells: dict[tuple[int, int], Cell]) -> int:
     """The measured row called `name`: its label, or its method as in records (moco-v2) or in tables (MoCo v2)."""
-    measured = sorted({row for (row, _), cell in cells.items() if cell.measured})
-    found = [index for index in measured if rows[index].label == name] or [
+    measured = {row: rows[row] for row in sorted({row for (row, _), cell in cells.items() if cell.measured})}
+    found = [index for index, row in measured.items() if row.label == name] or [
         index
-        for index in measured
-        if name.casefold() in (rows[index].method.casefold(), display_name(rows[index].method).casefold())
+        for index, row in measured.items()
+        if name.casefold() in (row.method.casefold(), display_name(row.method).casefold())
     ]
     if len(found) == 1:
         return found[0]
     if found:
         labels = ", ".join(f'"{rows[index].label}"' for index in found)
         raise UsageError(f'--baseline "{name}" is several rows, {labels}: give one of these labels.')
-    known = {rows[index].method for index in measured}
-    raise UsageError(f'--baseline "{name}": no measured row is called that.{did_you_mean(name, known)}')
+    known = did_you_mean(name, {row.method for row in measured.values()})
+    raise UsageError(f'--baseline "{name}": no measured row is called that.{known}')
 
 
-def _differences(cells: dict[tuple[int, int], Cell], baseline: int) -> dict[tuple[int, int], Difference]:
-    """The differences to the row `baseline` of all measured cells that have one, their p-values corrected together."""
-    gaps = {}
+def _add_differences(cells: dict[tuple[int, int], Cell], baseline: int) -> None:
+    """Put into all measured cells their difference to the row `baseline`, where that has one."""
+    pairs = {}
     for (row, column), cell in cells.items():
         against = cells.get((baseline, column), Cell()).measured
         if row != baseline and cell.measured and against:
-            gaps[row, column] = difference(cell.measured.values, against.values)
-    return dict(zip(gaps, correct([*gaps.values()])))
+            pairs[row, column] = cell.measured.values, against.values
+    for place, gap in zip(pairs, differences([*pairs.values()])):
+        cells[place] = replace(cells[place], difference=gap)
+
+
+# fmt: off
+FIELDS = (
+    "method", "row", "architecture", "pretrain_epochs", "protocol", "metric", "scale", "recipe_hash", "mixed", "kind",
+    "value", "sd", "n", "runs", "pretrainings", "baseline", "difference", "p_value", "p_holm", "device_hours",
+    "verdict", "source", "read", "note",
+)
+# fmt: on
+
+
+def long_rows(table: Table) -> Iterator[dict[str, Any]]:
+    """`FIELDS` of each value, as far as it has them; a cell with a measured and a published value is two rows."""
+    baseline = None if table.baseline is None else table.rows[table.baseline].label
+    for (r, c), cell in sorted(table.cells.items()):
+        row, column = table.rows[r], table.columns[c]
+        where = {
+            "method": row.method,
+            "row": row.label,
+            "architecture": row.architecture,
+            "pretrain_epochs": row.epochs,
+        }
+        where |= {"protocol": column.protocol, "metric": column.metric}
+        if runs := cell.measured:
+            line = {name: getattr(column, name) for name in ("scale", "recipe_hash", "mixed")} | {"kind": "measured"}
+            line |= {"value": runs.mean, "sd": runs.sd, "n": runs.n, "runs": len(runs.records)}
+            line |= {"pretrainings": runs.pretrainings, "device_hours": table.device_hours(r, [c])}
+            if gap := cell.difference:
+                line |= {"baseline": baseline, "difference": gap.value, "p_value": gap.p_value, "p_holm": gap.p_holm}
+                line |= {"verdict": gap.said}
+            yield {**where, **line}
+        for value in cell.published:
+            # Its recipe is not known, whatever column it is shown in.
+            line = {"scale": PUBLISHED, "kind": PUBLISHED, "value": value.value, "sd": value.sd, "n": value.trials}
+            yield {
+                **where,
+                **line,
+                "source": table.sources[value.source].text,
+                "read": table.sources[value.source].read,
+                "note": value.note,
+            }

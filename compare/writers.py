@@ -13,14 +13,14 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from twist.compare.comparison import Comparison
 from twist.compare.statistics import FEWEST, SIGNIFICANT
-from twist.compare.table import PUBLISHED, Cell, Column, Measured, Published, Table
+from twist.compare.table import FIELDS, PUBLISHED, Cell, Column, Measured, Published, Table, long_rows
 from twist.contracts.errors import UsageError
 from twist.contracts.published import protocol_title
 from twist.contracts.record import RunRecord
@@ -44,10 +44,7 @@ def format_for(output: Path | None, asked: str | None) -> str:
     """
     named = None if output is None else SUFFIXES.get(output.suffix.lower())
     if asked and named and asked != named:
-        raise UsageError(
-            f"{output} is {named} by its name, and --format says {asked}: leave out --format, or give --output a name "
-            "that fits."
-        )
+        raise UsageError(f"{output} is {named} by its name, and --format says {asked}: change one of the two.")
     return asked or named or "table"
 
 
@@ -56,35 +53,32 @@ def render(table: Table, format: str) -> str:
     return {"table": plain, "markdown": _markdown, "csv": _csv, "json": _json, "latex": _latex}[format](table)
 
 
-def render_all(comparisons: Sequence[Comparison], format: str, *, root: Path = Path()) -> str:
-    """The tables of `comparisons` one after the other, each headed by its study's folder, relative to `root`.
+def render_all(comparisons: Sequence[Comparison], format: str) -> str:
+    """The tables of `comparisons` one after the other, each headed by its study's folder.
 
     Raises:
         UsageError: the format holds a single table and there are several.
     """
     if len(comparisons) == 1:
         return render(comparisons[0].table, format)
-    heads = {"table": "━━ {} ━━", "markdown": "### `{}`", "latex": "% {}"}
-    folders = [os.path.relpath(one.folder or root, root) for one in comparisons]
-    if format not in heads:
+    folders = [os.path.relpath(one.folder or "") for one in comparisons]
+    head = {"table": "━━ {} ━━", "markdown": "### `{}`", "latex": "% {}"}.get(format)
+    if head is None:
+        listed = ", ".join(folders)
         raise UsageError(
-            f"The format {format} holds one table, and there are {len(comparisons)} studies ({', '.join(folders)}): "
-            "name one of these folders."
+            f"The format {format} holds one table, and there are {len(folders)} studies: name one, {listed}."
         )
-    return "\n".join(
-        f"{heads[format].format(folder)}\n\n{render(one.table, format)}" for folder, one in zip(folders, comparisons)
-    )
+    return "\n".join(f"{head.format(name)}\n\n{render(one.table, format)}" for name, one in zip(folders, comparisons))
 
 
 # ── Parts that the formats share ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Some columns of a table and the rows that have anything in them."""
 
-    columns: tuple[int, ...]
-    rows: tuple[int, ...]
+    columns: Sequence[int]
+    rows: Sequence[int]
 
 
 def blocks_of(table: Table, *, widest: int = PAGE_COLUMNS, apart: bool = False) -> list[Block]:
@@ -94,16 +88,15 @@ def blocks_of(table: Table, *, widest: int = PAGE_COLUMNS, apart: bool = False) 
     """
     cut: list[list[int]] = []
     for group in column_groups(table):
+        same_task = cut and table.columns[cut[-1][0]].task == table.columns[group[0]].task
         if apart:
             cut += [group[start : start + widest] for start in range(0, len(group), widest)]
-            continue
-        same_task = cut and table.columns[cut[-1][0]].task == table.columns[group[0]].task
-        if same_task and len(cut[-1]) + len(group) <= widest:
+        elif same_task and len(cut[-1]) + len(group) <= widest:
             cut[-1] += group
         else:
             cut.append(group)
     return [
-        Block(tuple(columns), tuple(r for r in range(len(table.rows)) if any((r, c) in table.cells for c in columns)))
+        Block(columns, [row for row in range(len(table.rows)) if any((row, c) in table.cells for c in columns)])
         for columns in cut
     ]
 
@@ -115,6 +108,14 @@ def column_groups(table: Table) -> list[list[int]]:
 
 def _group(column: Column) -> tuple[str, str | None, str, str]:
     return column.protocol, column.recipe_hash, column.scale, column.mixed
+
+
+def _columns(table: Table, columns: Sequence[int]) -> Iterator[tuple[Column, bool]]:
+    """Each of the columns, and whether it is the first of its protocol and recipe."""
+    before = None
+    for column in (table.columns[index] for index in columns):
+        yield column, before is None or _group(before) != _group(column)
+        before = column
 
 
 def metric_head(column: Column) -> str:
@@ -151,12 +152,7 @@ def printed_values(cell: Cell) -> dict[str, list[Published]]:
 
 def footnote_mark(index: int) -> str:
     """a, b, …, z, aa, ab, …"""
-    letters = ""
-    index += 1
-    while index:
-        index, rest = divmod(index - 1, 26)
-        letters = chr(ord("a") + rest) + letters
-    return letters
+    return (footnote_mark(index // 26 - 1) if index >= 26 else "") + chr(ord("a") + index % 26)
 
 
 def notes_under(
@@ -168,9 +164,7 @@ def notes_under(
     """
     shown = {(row, column) for block in blocks for row in block.rows for column in block.columns}
     cells = {place: cell for place, cell in sorted(table.cells.items()) if place in shown}
-    notes = []
-    if any(cell.measured for cell in cells.values()):
-        notes.append("Measured: mean ± standard deviation (n), percent.")
+    notes = ["Measured: mean ± standard deviation (n), percent."] if any(c.measured for c in cells.values()) else []
     labels: dict[str, dict[str, None]] = {}
     for (row, _), cell in cells.items():
         for text in _repeats(cell.measured, table.rows[row].method):
@@ -215,59 +209,53 @@ def count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-class Footnotes:
-    """The sources of a block's published values, lettered in the order in which the block has them."""
+class Style(NamedTuple):
+    """How a format writes names, differences and published values."""
 
-    def __init__(self, table: Table, block: Block) -> None:
-        self._sources = table.sources
-        self._marks: dict[Published, str] = {}
-        for row in block.rows:
-            for column in block.columns:
-                for value in table.cells.get((row, column), Cell()).published:
-                    self._marks.setdefault(_footnote(value), footnote_mark(len(self._marks)))
-
-    def marks(self, values: Sequence[Published]) -> str:
-        # Once each: a source may print one value twice, of weights that our rows do not distinguish.
-        return ",".join(dict.fromkeys(self._marks[_footnote(value)] for value in values))
-
-    def texts(self) -> list[tuple[str, str]]:
-        """Mark and text: `DetCo repository, …, Table 7; mean of 5 runs, standard deviation 0.2. The row's note`."""
-        return [(mark, self._text(footnote)) for footnote, mark in self._marks.items()]
-
-    def _text(self, footnote: Published) -> str:
-        source = self._sources[footnote.source]
-        text = source.text + (", read in a copy" if source.read == "secondary" else "")
-        spread = [f"mean of {footnote.trials} runs"] if footnote.trials else []
-        spread += [f"standard deviation {footnote.sd:g}"] if footnote.sd is not None else []
-        text += f"; {', '.join(spread)}" if spread else ""
-        return f"{text}. {footnote.note.rstrip('.')}" if footnote.note else text
+    write: Callable[[str], str]
+    gap: str
+    printed: str
+    star: str = "*"
 
 
-def _footnote(value: Published) -> Published:
-    """A published value without its number: values that agree in the rest share a footnote."""
-    return replace(value, value=0.0)
+class Grid(NamedTuple):
+    """A block as text: its first heads, the texts of its rows, and (mark, text) of its sources."""
+
+    heads: list[str]
+    rows: list[list[str]]
+    sources: list[tuple[str, str]]
 
 
-def row_texts(
-    table: Table, row: int, columns: Sequence[int], notes: Footnotes, *, gap: str, printed: str, star: str = "*"
-) -> list[str]:
-    """The cells of a row, their differences and published values as the templates `gap` and `printed` say."""
-    texts = []
-    for cell in (table.cells.get((row, column), Cell()) for column in columns):
+def grid_of(table: Table, block: Block, style: Style) -> Grid:
+    # Published values that agree in all but the value share a footnote, lettered in the order of the block.
+    cells = [[table.cells.get((row, column), Cell()) for column in block.columns] for row in block.rows]
+    footnotes = dict.fromkeys(replace(value, value=0) for row in cells for cell in row for value in cell.published)
+    marks = {footnote: footnote_mark(index) for index, footnote in enumerate(footnotes)}
+
+    def text(cell: Cell) -> str:
         parts = [measured_text(cell.measured)] if cell.measured else []
-        parts += [gap.format(difference_text(cell).replace("*", star))] if cell.difference else []
-        parts += [printed.format(text, notes.marks(values)) for text, values in printed_values(cell).items()]
-        texts.append(" ".join(parts) or ABSENT)
-    return texts
+        parts += [style.gap.format(difference_text(cell).replace("*", style.star))] if cell.difference else []
+        for value, of in printed_values(cell).items():
+            # Once each: a source may print one value twice, of weights that our rows do not distinguish.
+            parts.append(style.printed.format(value, ",".join(dict.fromkeys(marks[replace(v, value=0)] for v in of))))
+        return " ".join(parts) or ABSENT
+
+    rows = []
+    for row, each in zip(block.rows, cells):
+        cost = [cost_text(table, row, block.columns)] if table.cost else []
+        rows.append([style.write(table.rows[row].label), *cost, *map(text, each)])
+    sources = [(mark, style.write(_source_text(table, footnote))) for footnote, mark in marks.items()]
+    return Grid(["method", "device hours"] if table.cost else ["method"], rows, sources)
 
 
-def first_heads(table: Table) -> list[str]:
-    return ["method", "device hours"] if table.cost else ["method"]
-
-
-def first_texts(table: Table, row: int, block: Block) -> list[str]:
-    """What stands under `first_heads` in a row: its label, and what its runs in this block took."""
-    return [table.rows[row].label, cost_text(table, row, block.columns)] if table.cost else [table.rows[row].label]
+def _source_text(table: Table, footnote: Published) -> str:
+    """`DetCo repository, …, Table 7; mean of 5 runs, standard deviation 0.2. The row's note`."""
+    source = table.sources[footnote.source]
+    text = source.text + (", read in a copy" if source.read == "secondary" else "")
+    spread = [f"mean of {footnote.trials} runs"] if footnote.trials else []
+    spread += [f"standard deviation {footnote.sd:g}"] if footnote.sd is not None else []
+    text += f"; {', '.join(spread)}" if spread else ""
+    return f"{text}. {footnote.note.rstrip('.')}" if footnote.note else text
 
 
 def cost_text(table: Table, row: int, columns: Sequence[int]) -> str:
@@ -284,47 +272,36 @@ def plain(table: Table, *, width: int | None = None) -> str:
     What is wider goes on below, methods first again.
     """
     width = width or shutil.get_terminal_size((LINE, 24)).columns
-    parts = []
     blocks = blocks_of(table)
+    parts = []
     for block in blocks:
-        notes = Footnotes(table, block)
-        pieces: list[str] = []
-        columns: list[int] = []
-        for column in block.columns:
-            text = _grid(table, block, [*columns, column], notes)
-            if columns and max(map(len, text.splitlines())) <= width:
-                pieces[-1] = text
-                columns.append(column)
-            else:
-                columns = [column]
-                pieces.append(_grid(table, block, columns, notes))
-        parts.append(
-            "\n".join(["\n\n".join(pieces), "", *(f"{mark}: {text}" for mark, text in notes.texts())]).rstrip()
-        )
+        grid = grid_of(table, block, Style(str, "[{}]", "“{}”{}"))
+        pieces, first = [], 0
+        for last in range(1, len(block.columns) + 1):
+            wider = _aligned(table, block.columns[first : last + 1], grid, first)
+            if last == len(block.columns) or max(map(len, wider.splitlines())) > width:
+                pieces.append(_aligned(table, block.columns[first:last], grid, first))
+                first = last
+        sources = "\n".join(f"{mark}: {text}" for mark, text in grid.sources)
+        parts.append("\n\n".join(pieces) + (f"\n\n{sources}" if sources else ""))
     parts += ["\n".join(notes_under(table, blocks))] if notes_under(table, blocks) else []
     return "\n\n".join(parts) + "\n" if parts else EMPTY
 
 
-def _grid(table: Table, block: Block, columns: Sequence[int], notes: Footnotes) -> str:
+def _aligned(table: Table, columns: Sequence[int], grid: Grid, first: int) -> str:
+    """Some columns of a grid, `first` of them on."""
     from tabulate import tabulate
 
-    heads = first_heads(table)
-    for before, c in zip((None, *columns), columns):
-        column = table.columns[c]
-        new = before is None or _group(table.columns[before]) != _group(column)
-        title = (
-            [protocol_title(column.protocol), *([f"[mixed: {column.mixed}]"] if column.mixed else [])] if new else []
-        )
-        lines = [line for text in title for line in textwrap.wrap(text, HEAD, break_on_hyphens=False)]
-        heads.append("\n".join([*lines, metric_head(column)]))
-    deepest = max(head.count("\n") for head in heads)
-    rows = [
-        [*first_texts(table, row, block), *row_texts(table, row, columns, notes, gap="[{}]", printed="“{}”{}")]
-        for row in block.rows
-    ]
+    fixed = len(grid.heads)
+    heads = [[head] for head in grid.heads]
+    for column, new in _columns(table, columns):
+        titles = [protocol_title(column.protocol), *([f"[mixed: {column.mixed}]"] if column.mixed else [])]
+        lines = [line for text in titles if new for line in textwrap.wrap(text, HEAD, break_on_hyphens=False)]
+        heads.append([*lines, metric_head(column)])
+    deepest = max(map(len, heads))
     text = tabulate(
-        rows,
-        ["\n" * (deepest - head.count("\n")) + head for head in heads],
+        [row[:fixed] + row[fixed + first :][: len(columns)] for row in grid.rows],
+        ["\n" * (deepest - len(lines)) + "\n".join(lines) for lines in heads],
         disable_numparse=True,
         colalign=("left", *("right" for _ in heads[1:])),
     )
@@ -339,20 +316,15 @@ def _markdown(table: Table) -> str:
     parts = []
     blocks = blocks_of(table)
     for block in blocks:
-        notes = Footnotes(table, block)
-        heads = first_heads(table)
-        for before, c in zip((None, *block.columns), block.columns):
-            column = table.columns[c]
+        grid = grid_of(table, block, Style(_escape, "[{}]", "*{}*<sup>{}</sup>", r"\*"))
+        heads = grid.heads
+        for column, new in _columns(table, block.columns):
             # How mixed ones differ stands over the first of a group alone.
-            new = before is None or _group(table.columns[before]) != _group(column)
             tag = "" if not column.mixed else f" [mixed: {column.mixed}]" if new else " [mixed]"
             heads.append(_escape(f"{protocol_title(column.protocol)} · {metric_head(column)}{tag}"))
         lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
-        for row in block.rows:
-            style = {"gap": "[{}]", "printed": "*{}*<sup>{}</sup>", "star": r"\*"}
-            cells = row_texts(table, row, block.columns, notes, **style)
-            lines.append(f"| {' | '.join([*map(_escape, first_texts(table, row, block)), *cells])} |")
-        sources = [f"<sup>{mark}</sup> {_escape(text)}." for mark, text in notes.texts()]
+        lines += [f"| {' | '.join(row)} |" for row in grid.rows]
+        sources = [f"<sup>{mark}</sup> {text}." for mark, text in grid.sources]
         sources = ["*Italic: published, by others.*", *sources] if sources else []
         parts.append("\n".join(lines) + ("\n\n" + "<br>\n".join(sources) if sources else ""))
     under = notes_under(table, blocks, _escape)
@@ -393,9 +365,7 @@ def protocol_words(protocol: str) -> str:
     """`COCO Mask R-CNN FPN 1× schedule` of `coco-mrcnn-fpn-1x`; foreign protocols have a title in words."""
     if (title := protocol_title(protocol)) != protocol:
         return title
-    parts = [
-        re.sub(r"(?<=^)(\d+)(pct|ep|k|x)$", lambda found: found[1] + _UNITS[found[2]], p) for p in protocol.split("-")
-    ]
+    parts = [re.sub(r"^(\d+)(pct|ep|k|x)$", lambda found: found[1] + _UNITS[found[2]], p) for p in protocol.split("-")]
     text = " ".join(_WORDS.get(part, part) for part in parts)
     return text[:1].upper() + text[1:] if text[:2] != "k-" else text
 
@@ -404,31 +374,30 @@ def _latex(table: Table) -> str:
     """booktabs; published values in italics with a superscript letter, explained under the rule."""
     parts = []
     for block in blocks_of(table):
-        notes = Footnotes(table, block)
-        first, columns = first_heads(table), [table.columns[c] for c in block.columns]
-        spans = []
+        # A minus sign, not a hyphen, in a difference.
+        style = Style(lambda text: text.translate(_TEX), "{{[${}$]}}", r"\textit{{{}}}$^{{{}}}$", "^{*}")
+        grid, columns = grid_of(table, block, style), [table.columns[c] for c in block.columns]
+        fixed, spans = len(grid.heads), []
         for _, same in groupby(columns, key=_group):
             head, *others = same
             title = protocol_words(head.protocol) + (f" [mixed: {head.mixed}]" if head.mixed else "")
-            spans.append(rf"\multicolumn{{{1 + len(others)}}}{{c}}{{{title.translate(_TEX)}}}")
+            spans.append(rf"\multicolumn{{{1 + len(others)}}}{{c}}{{{style.write(title)}}}")
         lines = [
             "% needs \\usepackage{booktabs}",
-            rf"\begin{{tabular}}{{l{'r' * (len(first) - 1 + len(columns))}}}",
+            rf"\begin{{tabular}}{{l{'r' * (fixed - 1 + len(columns))}}}",
             r"\toprule",
-            rf"{' & ' * len(first)}{' & '.join(spans)} \\",
-            rf"{' & '.join([*first, *(metric_head(column).translate(_TEX) for column in columns)])} \\",
+            rf"{' & ' * fixed}{' & '.join(spans)} \\",
+            rf"{' & '.join([*grid.heads, *(style.write(metric_head(column)) for column in columns)])} \\",
             r"\midrule",
         ]
-        for row in block.rows:
-            # A minus sign, not a hyphen.
-            style = {"gap": "{{[${}$]}}", "printed": r"\textit{{{}}}$^{{{}}}$", "star": "^{*}"}
-            cells = row_texts(table, row, block.columns, notes, **style)
-            text = " & ".join(cells).replace("±", r"$\pm$").replace("?", "^{?}").replace(ABSENT, "--")
-            lines.append(rf"{' & '.join(part.translate(_TEX) for part in first_texts(table, row, block))} & {text} \\")
+        for row in grid.rows:
+            cells = " & ".join(row[fixed:]).replace("±", r"$\pm$").replace("?", "^{?}").replace(ABSENT, "--")
+            lines.append(rf"{' & '.join(row[:fixed]).replace(ABSENT, '--')} & {cells} \\")
         lines += [r"\bottomrule", r"\end{tabular}"]
-        under = [note.translate(_TEX) for note in notes_under(table, [block])]  # each may go to a page of its own
-        sources = [rf"$^{{{mark}}}$ {text.translate(_TEX)}." for mark, text in notes.texts()]
-        under = (["Italic: published, by others."] if sources else []) + under + sources
+        sources = [rf"$^{{{mark}}}$ {text}." for mark, text in grid.sources]
+        under = ["Italic: published, by others."] if sources else []
+        under += [style.write(note) for note in notes_under(table, [block])]  # each may go to a page of its own
+        under += sources
         # In a group: the size is the notes' alone, not that of the text that follows an \input.
         below = [r"\par\smallskip", rf"{{\footnotesize {' '.join(under)}\par}}"] if under else []
         parts.append("\n".join(lines + below))
@@ -437,36 +406,13 @@ def _latex(table: Table) -> str:
 
 # ── For programs ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# fmt: off
-_CSV_COLUMNS = [
-    "method", "row", "architecture", "pretrain_epochs", "protocol", "metric", "scale", "recipe_hash", "mixed", "kind",
-    "value", "sd", "n", "runs", "pretrainings", "baseline", "difference", "p_value", "p_holm", "device_hours",
-    "verdict", "source", "read", "note",
-]
-# fmt: on
-
 
 def _csv(table: Table) -> str:
     """One line a value, so that it reads into any data frame; a cell with two values is two lines."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
-    baseline = "" if table.baseline is None else table.rows[table.baseline].label
-    for (r, c), cell in sorted(table.cells.items()):
-        row, column = table.rows[r], table.columns[c]
-        where = [row.method, row.label, row.architecture, row.epochs, column.protocol, column.metric]
-        if runs := cell.measured:
-            recipe = [column.scale, column.recipe_hash, column.mixed]
-            numbers = ["measured", runs.mean, runs.sd, runs.n, len(runs.records), runs.pretrainings]
-            gap = cell.difference
-            compared = [baseline, gap.value, gap.p_value, gap.p_holm] if gap else [""] * 4
-            compared += [table.device_hours(r, [c]), gap.said if gap else ""]
-            writer.writerow(map(_csv_field, [*where, *recipe, *numbers, *compared, "", "", ""]))
-        for value in cell.published:
-            source = table.sources[value.source]
-            # Its recipe is not known, whatever column it is shown in.
-            numbers = [PUBLISHED, "", "", "published", value.value, value.sd, value.trials]
-            writer.writerow(map(_csv_field, [*where, *numbers, *[""] * 8, source.text, source.read, value.note]))
+    writer = csv.DictWriter(buffer, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _csv_field(value) for name, value in line.items()} for line in long_rows(table))
     return buffer.getvalue()
 
 

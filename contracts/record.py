@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -22,9 +23,12 @@ from twist.contracts.metrics import check_metrics, check_values
 SCHEMA_VERSION: Final = 1
 # In the file: a SHA-256 over the record's other fields. Records of earlier versions have none.
 SEAL: Final = "record_sha256"
-LONGEST_LABEL: Final = 100
 # JSON with none of these fields (a benchmark's figures, a table) is no record; with any of them it is one.
-MARKS: Final = ("schema_version", "method", "protocol", "metrics", "weights", "recipe", "recipe_hash")
+MARKS: Final = frozenset(("schema_version", "method", "protocol", "metrics", "weights", "recipe", "recipe_hash"))
+# The state of a run folder, its other files that share fields with a record, and the folder of its records.
+RUN_FILE: Final = "run.json"
+RUN_FILES: Final = (RUN_FILE, "recipe.json", "evaluation.json", "failure.json")
+RESULTS: Final = "results"
 # own: a user's own data, by a data card.
 Scale = Literal["full", "reduced", "sample", "own"]
 Task = Literal["detection", "instance-segmentation", "segmentation", "classification", "clustering"]
@@ -126,14 +130,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 def check_label(text: str) -> None:
     """`UsageError` unless `text`, which becomes part of a file's name, is one name without a path."""
-    if (
-        not text.strip()
-        or len(text) > LONGEST_LABEL
-        or text.startswith(".")
-        or "/" in text
-        or "\\" in text
-        or not text.isprintable()
-    ):
+    if not re.fullmatch(r"(?!\.)[^/\\]{1,100}", text) or not text.strip() or not text.isprintable():
         raise UsageError(
             f"{text!r} cannot be part of a file's name: call the method by letters, digits, spaces and . _ - + ( )."
         )
@@ -148,11 +145,8 @@ def write_record(record: RunRecord, root: str | os.PathLike[str]) -> Path:
 
 
 def name_in(record: RunRecord, root: str | os.PathLike[str]) -> str:
-    """The file name of `record` under `root`, without suffix. The same run again keeps its name.
-
-    It is the run name; where a run of another branch of the file, or on other data, has that name already, the branch
-    or a digest of the data is added.
-    """
+    """The file name of `record` under `root`, without suffix: its run name, which the same run keeps; with the branch
+    or a digest of the data where a run of another branch of the file, or on other data, has that name already."""
     name, branch = record.run_name, record.weights.branch or "backbone"
     try:
         there = files.read_json(Path(root) / record.protocol / f"{name}.json")
@@ -169,18 +163,28 @@ def name_in(record: RunRecord, root: str | os.PathLike[str]) -> str:
 def read_record(path: str | os.PathLike[str]) -> RunRecord:
     """Read and check one record; `UserError` with the file's name when it is not a valid record."""
     values = files.read_json(path, remedy="it is no run record", kind=object)
-    if not _is_marked(values):
-        raise UserError(f"{path} is no run record: it has none of a record's fields ({', '.join(MARKS)}).")
-    version = values.get("schema_version")
+    if not isinstance(values, dict) or MARKS.isdisjoint(values):
+        raise UserError(f"{path} is no run record: it has none of a record's fields ({', '.join(sorted(MARKS))}).")
+    version, seal = values.get("schema_version"), values.pop(SEAL, None)
     if type(version) is not int or version != SCHEMA_VERSION:  # True and 1.0 are equal to 1
         raise UserError(
             f"{path}: record schema {version!r} is unknown, this version reads {SCHEMA_VERSION}; update the suite."
         )
-    as_written = _is_as_written(values)
     try:
         record = RunRecord.model_validate(values)
+        as_written = seal in (None, sha256_json(values))  # records of earlier versions have none
     except ValidationError as error:
-        raise UserError(f"{path}: {_what_is_wrong(error.errors()[0])}") from None
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            known = did_you_mean(place, RunRecord.model_fields)
+            raise UserError(
+                f"{path}: {place} is no field of a record.{known} Remove it, or update the suite."
+            ) from None
+        message = first["msg"].removeprefix("Value error, ").rstrip(".")
+        raise UserError(f"{path}: {place + ': ' if place else ''}{message}; run it again.") from None
+    except ValueError:  # NaN, or half of a surrogate pair: never written
+        as_written = False
     if not as_written:
         raise UserError(
             f"{path} is damaged or was edited ({SEAL} is of other fields): put a good copy back, or run it again."
@@ -188,39 +192,10 @@ def read_record(path: str | os.PathLike[str]) -> RunRecord:
     return record
 
 
-def _is_as_written(values: dict[str, Any]) -> bool:
-    """Take the digest out of `values`; whether it is theirs. Records of earlier versions have none."""
-    seal = values.pop(SEAL, None)
-    try:
-        return seal is None or seal == sha256_json(values)
-    except ValueError:  # NaN, or half of a surrogate pair: never written
-        return False
-
-
-def _what_is_wrong(first: Any) -> str:
-    place = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = did_you_mean(place, RunRecord.model_fields)
-        return f"{place} is no field of a record.{known} Remove it, or update the suite."
-    message = first["msg"].removeprefix("Value error, ").rstrip(".")
-    return f"{place + ': ' if place else ''}{message}; run it again."
-
-
-def _is_marked(values: Any) -> bool:
-    return isinstance(values, dict) and any(name in values for name in MARKS)
-
-
-# The state of a run folder, its other files that share fields with a record, and the folder of its records.
-RUN_FILE: Final = "run.json"
-RUN_FILES: Final = (RUN_FILE, "recipe.json", "evaluation.json", "failure.json")
-RESULTS: Final = "results"
-
-
 def find_records(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
     """The record files under `paths`: a file as it is, a folder searched as `*.json` and `<protocol>/*.json`.
 
-    JSON without any of a record's fields is skipped, and so are other programs' files (`find_foreign`); a damaged
-    record is yielded and is for `read_record` to refuse.
+    Other JSON is skipped; a damaged record is yielded and is for `read_record` to refuse.
     """
     for path in map(Path, paths):
         if path.is_dir():
@@ -232,12 +207,18 @@ def find_records(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
 
 
 def find_foreign(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The files of other programs that a search of the folders in `paths` skips although they might be taken for
-    records: a `metrics.json` with a field of that name, or of JSON lines."""
-    folders = [path for path in map(Path, paths) if path.is_dir()]
-    inner = [place for folder in folders for places in find_collections(folder).values() for place in places]
-    skipped = {file for folder in (*folders, *inner) for file in _json_in(folder) if not _may_be_record(file)}
-    return sorted(file for file in skipped if _is_like_record(files.read_bytes(file)))
+    """Files that a search of the folders in `paths` skips although they might be taken for records: a `metrics.json`
+    with a field of that name, or of JSON lines."""
+
+    def is_like(file: Path) -> bool:
+        try:
+            fields = files.parse_json(files.read_bytes(file), kind=object)
+            return isinstance(fields, dict) and not MARKS.isdisjoint(fields)
+        except UserError:
+            return True
+
+    skipped = [file for path in map(Path, paths) for file in _json_in(path) if not _may_be_record(file)]
+    return [file for file in skipped if is_like(file)]
 
 
 def _json_in(folder: Path) -> list[Path]:
@@ -247,19 +228,13 @@ def _json_in(folder: Path) -> list[Path]:
 
 
 def _may_be_record(file: Path) -> bool:
+    # A damaged one that lost the field is known by its name (`run_name`).
     try:
-        data = files.read_bytes(file)
+        return re.search(r"-seed\d+-[0-9a-f]{8}", file.name) is not None or b'"schema_version"' in files.read_bytes(
+            file
+        )
     except UserError:
         return True  # `read_record` says what is wrong
-    # Nearly every file is a record: do not parse it twice. One that lost the field is known by its name (`run_name`).
-    return b'"schema_version"' in data or ("-seed" in file.name and _is_like_record(data))
-
-
-def _is_like_record(data: bytes) -> bool:
-    try:
-        return _is_marked(value := files.parse_json(data, kind=object)) or value == {}
-    except UserError:
-        return True
 
 
 def read_records(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[Path, RunRecord]]:
@@ -268,61 +243,42 @@ def read_records(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[Path, Ru
     Raises:
         UserError: a path is absent or holds no record, or a record is not valid.
     """
-    found = {os.path.abspath(file): file for path in map(Path, paths) for file in _files_under(path)}
+    found: dict[str, Path] = {}
+    for path in map(Path, paths):
+        folders = [place for places in find_collections(path).values() for place in places] if path.is_dir() else [path]
+        if not folders:
+            raise UserError(
+                f"There are no run records under {path}: `twist transfer` and `twist suite` write them; `twist compare "
+                "--published-only` shows the published numbers alone."
+            )
+        found |= {os.path.abspath(file): file for file in find_records(folders)}
     return [(file, read_record(file)) for file in found.values()]
-
-
-def _files_under(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return list(find_records([path]))
-    collections = find_collections(path)
-    if not collections:
-        raise UserError(
-            f"There are no run records under {path}: `twist transfer` and `twist suite` write them; `twist compare "
-            "--published-only` shows the published numbers alone."
-        )
-    if (path not in collections and not _is_run(path)) or len(collections) > 1:
-        listed = " and ".join(map(str, collections))
-        raise UserError(f"There are no run records in {path} itself, but in {listed}: name the folders that you mean.")
-    return [file for folders in collections.values() for file in find_records(folders)]
 
 
 def find_collections(folder: Path) -> dict[Path, list[Path]]:
     """For each table that the records at or below `folder` make: its folder → the folders of its records.
 
     That is `folder` itself where it holds records. Else each study in it (an inner folder or its `results`), and
-    `folder` again where it holds runs of `twist transfer`, which make one table. A suite's own copies of its records
-    count only where there is nothing else, for it has collected them elsewhere.
+    `folder` again where it holds runs of `twist transfer` or of a suite, which make one table.
     """
-    if _is_run(folder):
+
+    def is_run(place: Path) -> bool:
+        return (place / RUN_FILE).is_file()
+
+    def holding(*patterns: str) -> list[Path]:
+        places = sorted({place for pattern in patterns for place in folder.glob(pattern) if place.is_dir()})
+        return [place for place in places if any(find_records([place]))]
+
+    if is_run(folder):
         folder = folder / RESULTS
-    if _holds_records(folder):
+    if any(find_records([folder])):
         return {folder: [folder]}
-    inner = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
-    places = [place for path in inner if not _is_run(path) for place in (path, path / RESULTS)]
-    found = {place: [place] for place in places if _holds_records(place)}
-    # runs/<protocol>/<name>/results, as `twist transfer` writes them.
-    if runs := [place for place in _at_depth_2(folder, RESULTS) if _is_run(place.parent)]:
-        found[folder] = runs
-    if found:
-        return found
-    # <output>/<protocol>/<name>/record, beside the run itself (transfer/suite/run.py).
-    of_suites = {
-        place: [copy for copy in _at_depth_2(place, "record") if _is_run(copy.parent / "run")]
-        for place in (folder, *inner)
+    found = {
+        place: [place]
+        for place in holding("[!.]*", f"[!.]*/{RESULTS}")
+        if not is_run(place) and not (place.name == RESULTS and is_run(place.parent))
     }
-    copies = {place: records for place, records in of_suites.items() if records}
-    return {folder: copies[folder]} if folder in copies else copies
-
-
-def _at_depth_2(folder: Path, name: str) -> list[Path]:
-    """Folders of records called `name`, one or two folders below `folder`."""
-    return sorted(filter(_holds_records, (*folder.glob(f"*/{name}"), *folder.glob(f"*/*/{name}"))))
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / RUN_FILE).is_file()
-
-
-def _holds_records(folder: Path) -> bool:
-    return folder.is_dir() and any(find_records([folder]))
+    # <protocol>/<name>/results, as `twist transfer` writes them.
+    if runs := [place for place in holding(f"*/{RESULTS}", f"*/*/{RESULTS}") if is_run(place.parent)]:
+        found[folder] = runs
+    return found

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,7 +64,7 @@ def test_what_the_demo_prints_is_what_it_does(
     # A name that a shell would take apart, and that TOML would cut at its comment.
     output = tmp_path / 'my "demo" # 1' if here == "repository" else Path("demo")
 
-    demo.run_demo(output, twist=partial(app, standalone_mode=False), source="photos", fast=fast)
+    demo.run_demo(output, twist=partial(app, standalone_mode=False), fast=fast)
     made, lines = list(calls), capsys.readouterr().err.splitlines()
     commands = [line.strip().removeprefix("$ ") for line in lines if line.strip().startswith("$ ")]
     assert len(commands) == len(made) == 18
@@ -108,8 +109,20 @@ def test_the_estimate_follows_the_processor(
     bf16: bool, minutes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "cpu_has_bf16", lambda: bf16)
-    steps = demo.plan_steps(tmp_path, source="shapes", fast=False)
+    steps = demo.plan_steps(tmp_path, fast=False)
     assert round(sum(step.expected_s for step in steps) / 60) == minutes
+
+
+def test_a_slow_step_is_never_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nobody sees a bar, a line comes each `every_s` (half a minute in the program), whatever the step does."""
+    steps = [demo.Step("slow", ("data",), 0.2), demo.Step("other", ("data",), 60.0)]
+    display = demo.Display(steps, scale=1.0, every_s=0.05)
+    with display.step(steps[0], "1/2"):
+        time.sleep(0.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("left in all" in line for line in lines) >= 4
+    assert "done in" in lines[-1]
+    assert demo.Display(steps, scale=1.0).every_s <= 60
 
 
 @pytest.mark.slow

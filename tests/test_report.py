@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from made_records import make_record, runs
 
-from twist.compare.curves import CURVE_POINTS, curve_groups, label_families, thin
-from twist.compare.page import render_page
+from twist.compare.curves import CURVE_POINTS, curve_groups, thin
+from twist.compare.page import PageOptions, render_page
 from twist.compare.table import Table, build_table
 from twist.contracts.errors import UserError
 from twist.contracts.published import load_published
@@ -30,7 +30,7 @@ PIXEL = bytes.fromhex(
 
 
 def write_page(path: Path, table: Table, found: list[tuple[Path, RunRecord]], **options: Any) -> Path:
-    path.write_text(render_page(table, found, folder=path.parent, **options))
+    path.write_text(render_page(table, found, folder=path.parent, options=PageOptions(**options)))
     return path
 
 
@@ -146,34 +146,6 @@ def test_curves_are_thinned_and_keep_their_end(page: Path) -> None:
     assert run["series"]["knn_top1_percent"] == [[199, 33.0]]
 
 
-TOP1 = {"top1_percent": 50.0}
-
-
-@pytest.mark.parametrize("scale", ["reduced", "sample"])
-def test_label_curve_joins_no_two_scales(scale: str) -> None:
-    records = [make_record(protocol="semi-1pct", scale=scale, metrics=TOP1)]
-    records += [make_record(protocol=name, scale="full", metrics=TOP1) for name in ("semi-10pct", "finetune-100pct")]
-    (family,) = label_families(build_table(records))
-    assert [[point[0] for point in line["points"]] for line in family["lines"]] == [[10, 100]]
-    both = [make_record(protocol=name, scale=scale, metrics=TOP1) for name in ("semi-1pct", "semi-10pct")]
-    (family,) = label_families(build_table(both))
-    assert family["title"].endswith(f"({scale})")
-
-
-def test_label_curves_have_means_spreads_and_published_shares_and_mixed_recipes_have_none() -> None:
-    records = [
-        *runs("twist", [50.0, 52.0], "top1_percent", protocol="semi-1pct"),
-        *runs("twist", [60.0], "top1_percent", protocol="semi-10pct"),
-    ]
-    (family,) = label_families(build_table(records))
-    assert family["lines"] == [{"row": 0, "published": False, "points": [[1, 51.0, 2**0.5], [10, 60.0, 0.0]]}]
-    other = make_record("byol", "semi-1pct", metrics=TOP1, recipe={"k": 21})
-    assert label_families(build_table([*records, other])) == []
-    full = [make_record(protocol=f"semi-{n}pct", scale="full", metrics=TOP1) for n in (1, 10)]
-    (family,) = label_families(build_table(full, published=load_published()))
-    assert {line["published"] for line in family["lines"]} == {True, False}
-
-
 def test_a_row_draws_its_first_runs_where_their_losses_are_numbers(tmp_path: Path) -> None:
     lines = [
         {"step": 0, "lr": 0.5, "loss": 9.0, "total_loss": 2.0},
@@ -267,9 +239,9 @@ def test_curves_or_pictures_that_are_absent_are_named(tmp_path: Path) -> None:
     found = make_results(tmp_path / "results")
     table = build_table([record for _, record in found])
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
-        render_page(table, found, folder=tmp_path, pretrain_runs=[tmp_path])
+        render_page(table, found, folder=tmp_path, options=PageOptions(pretrain_runs=[tmp_path]))
     with pytest.raises(UserError, match=r"notes\.txt is no picture"):
-        render_page(table, found, folder=tmp_path, pictures=[("x", tmp_path / "notes.txt")])
+        render_page(table, found, folder=tmp_path, options=PageOptions(pictures=[("x", tmp_path / "notes.txt")]))
     (found[0][0].parent / "curve.jsonl").write_text("{broken\n")
     with pytest.raises(UserError, match="no curves at"):
         render_page(table, found, folder=tmp_path)
@@ -282,7 +254,8 @@ def test_what_the_numbers_are_stands_before_them(page: Path, tmp_path: Path) -> 
         assert said in about
     records = runs("twist", [50.0, 51.0], recipe={"size": 32, "images": {"train": 600, "val": 300}})
     found = [(tmp_path / f"{record.seed}.json", record) for record in records]
-    text = render_page(build_table(records), found, folder=tmp_path, note="Mine <first>.\n\nSecond.")
+    (tmp_path / "note.txt").write_text("Mine <first>.\n\nSecond.")
+    text = render_page(build_table(records), found, folder=tmp_path, options=PageOptions(note=tmp_path / "note.txt"))
     assert re.findall(r'<p class="own">(.*?)</p>', text) == ["Mine &lt;first&gt;.", "Second."]
     for said in ("600 train + 300 val", "32 × 32", "Fewer than 3 results", '<td class="first">0.033</td>'):
         assert said in text
@@ -418,7 +391,6 @@ def test_filtering_by_task(opened: Any) -> None:
     opened.get_by_role("button", name="Segmentation", exact=True).click()
     assert set(opened.locator(".results thead button:visible").all_inner_texts()) == {"method", "mIoU"}
     assert names(opened, "mIoU") == ["random init", "MoCo v2"]
-    assert opened.locator("#labels").is_hidden()
     assert opened.locator("#metrics .chart:visible").count() == 1
     opened.get_by_role("button", name="All", exact=True).click()
     assert "TWIST" in names(opened, "k-NN")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_records import make_record, runs
 
-from twist.compare.statistics import Difference, correct, difference, p_text
+from twist.compare.statistics import differences, holm, p_text
 from twist.compare.table import TASKS, Cell, Measured, Table, build_table
 from twist.compare.writers import render
 from twist.contracts.errors import UsageError, UserError
@@ -53,73 +53,60 @@ def full(method: str, values: list[float], **others: object) -> list[RunRecord]:
 # ── Cells ──
 
 
-def test_mean_and_sample_standard_deviation() -> None:
-    found = measured(runs("twist", [50.0, 51.0, 53.0]))
-    assert found.mean == pytest.approx(154 / 3)
+def test_mean_spread_and_absence() -> None:
+    table = build_table(
+        [*runs("twist", [50.0, 51.0, 53.0]), *runs("byol", [40.0], "nmi_percent", protocol="sample-cluster")]
+    )
+    assert table.cells.keys() == {(0, 0), (1, 1)}, "absent is no zero"
+    three, one = cell(table, "TWIST", 1).measured, cell(table, "BYOL").measured
+    assert three is not None
+    assert one is not None
     # Around the mean: 16/9 + 1/9 + 25/9 = 42/9, over n - 1 = 2.
-    assert found.sd == pytest.approx((42 / 18) ** 0.5)
-    assert found.n == 3
+    assert (three.mean, three.sd, three.n) == (pytest.approx(154 / 3), pytest.approx((42 / 18) ** 0.5), 3)
+    assert (one.sd, one.n) == (None, 1)
 
 
-def test_one_run_has_no_spread_and_absent_is_no_zero() -> None:
-    table = build_table([*runs("twist", [50.0]), *runs("byol", [40.0], "nmi_percent", protocol="sample-cluster")])
-    assert table.cells.keys() == {(0, 0), (1, 1)}
-    assert [entry.measured.sd for entry in table.cells.values() if entry.measured] == [None, None]
-
-
-def test_welchs_test_in_numbers() -> None:
-    a, b = [50.1, 51.3, 49.7, 50.9], [47.0, 48.8, 46.1]
-    got = difference(a, b)
-    # By hand: t 3.6626 at 2.851 degrees of freedom. Student's pooled test gives 0.0099: another number.
-    assert got.p_value == pytest.approx(0.0382838, rel=1e-5)
-    assert "2.9 degrees of freedom" in got.said
-    assert got.value == pytest.approx(sum(a) / 4 - sum(b) / 3)
+BASE = [40.0, 40.5, 41.0]
 
 
 @pytest.mark.parametrize(
-    ("shift", "said"), [(1.1, "not significant, p = 0.054"), (1.2, "significant, p = 0.042"), (-1.2, "significant, p")]
+    ("values", "baseline", "value", "p_value", "said"),
+    [
+        # By hand: t 3.6626 at 2.851 degrees of freedom. Student's pooled test gives 0.0099: another number.
+        ([50.1, 51.3, 49.7, 50.9], [47.0, 48.8, 46.1], 3.2, 0.0382838, "2.9 degrees of freedom"),
+        ([41.1, 41.6, 42.1], BASE, 1.1, 0.054314, "not significant, p = 0.054"),
+        ([41.2, 41.7, 42.2], BASE, 1.2, 0.042415, "significant, p = 0.042"),
+        ([38.8, 39.3, 39.8], BASE, -1.2, 0.042415, "significant, p"),
+        ([50.0, 51.0], BASE, 10.0, None, "n too small for a test: 2 where 3"),
+        (BASE, [50.0, 51.0], -10.0, None, "n too small for a test: 2 where 3"),
+        # Equal values whose mean is rounded have no spread either; one constant side is no obstacle.
+        ([0.1 + 0.2] * 7, [1 / 3] * 7, 0.3 - 1 / 3, None, "neither side varies"),
+        ([50.0] * 3, BASE, 9.5, 0.00092, "significant, p < 0.001"),
+    ],
 )
-def test_significant_is_a_p_below_five_percent(shift: float, said: str) -> None:
-    got = difference([40.0 + shift, 40.5 + shift, 41.0 + shift], [40.0, 40.5, 41.0])
-    assert got.said.startswith(said)
-    assert got.significant is said.startswith("significant")
-
-
-@pytest.mark.parametrize("values", [([50.0, 51.0], [40.0, 41.0, 42.0]), ([50.0, 51.0, 52.0], [40.0, 41.0])])
-def test_two_results_are_too_few_for_a_test(values: tuple[list[float], list[float]]) -> None:
-    got = difference(*values)
-    assert (got.p_value, got.significant) == (None, None)
-    assert "n too small for a test: 2 where 3" in got.said
-
-
-@pytest.mark.parametrize(("value", "baseline"), [(50.0, 40.0), (90 / 7, 10.0), (0.1 + 0.2, 1 / 3)])
-@pytest.mark.parametrize("n", [3, 6, 7])
-def test_no_spread_is_no_test(value: float, baseline: float, n: int) -> None:
-    """Equal values whose mean is rounded have no spread either; one constant side is no obstacle."""
-    got = difference([value] * n, [baseline] * n)
-    assert got.value == pytest.approx(value - baseline)
-    assert got.p_value is None
-    assert "varies" in got.said
-    assert difference([value] * n, [baseline, baseline, baseline + 1]).p_value is not None
+def test_a_difference_in_numbers(
+    values: list[float], baseline: list[float], value: float, p_value: float | None, said: str
+) -> None:
+    (got,) = differences([(values, baseline)])
+    assert got.value == pytest.approx(value)
+    assert got.p_value == got.p_holm == (None if p_value is None else pytest.approx(p_value, rel=1e-2))
+    assert said in got.said
+    assert got.significant is (None if p_value is None else p_value < 0.05)
 
 
 def test_holms_correction_in_numbers() -> None:
     # By hand: 4 × .005, 3 × .01, 2 × .03, and .04 that may not fall below the one before.
-    gaps = [Difference(1.0, p, "x (Welch)", p) for p in (0.01, 0.04, 0.03, 0.005)]
-    corrected = correct([*gaps[:2], Difference(1.0, None, "no test"), *gaps[2:]])
-    assert [gap.p_holm for gap in corrected] == pytest.approx([0.03, 0.06, None, 0.06, 0.02])
-    assert [gap.significant for gap in corrected] == [True, False, None, False, True]
-    assert corrected[0].said == "significant, p = 0.030 (Holm's correction for 4 comparisons; Welch)"
-    assert [gap.p_value for gap in corrected] == [0.01, 0.04, None, 0.03, 0.005]
-    assert correct([Difference(1.0, 0.9, "x (y)"), Difference(1.0, 0.8, "x (y)")])[0].p_holm == 1.0
-
-
-def test_p_values_are_printed_as_papers_do() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    pairs = [([value + 1.2 for value in BASE], BASE), ([50.0], BASE), ([value + 9 for value in BASE], BASE)]
+    one, untested, other = differences(pairs)
+    assert (one.p_holm, untested.p_holm, other.p_holm) == (one.p_value, None, pytest.approx(2 * (other.p_value or 0)))
+    assert "(Holm's correction for 2 comparisons; Welch's t" in one.said
     assert [p_text(p) for p in (0.00004, 0.0312, 0.42)] == ["p < 0.001", "p = 0.031", "p = 0.42"]
 
 
 def test_differences_to_a_baseline() -> None:
-    records = [*runs("random", [40.0, 40.5, 41.0]), *runs("twist", [50.0, 50.5, 51.0]), *runs("byol", [40.1, 40.6, 41])]
+    records = [*runs("random", BASE), *runs("twist", [50.0, 50.5, 51.0]), *runs("byol", [40.1, 40.6, 41])]
     table = build_table(records, baseline="random")
     twist, byol = cell(table, "TWIST").difference, cell(table, "BYOL").difference
     assert twist is not None
@@ -170,8 +157,7 @@ def test_different_runs_are_refused_with_what_differs(one: dict[str, Any], other
 
 
 def test_mixed_recipes_stand_in_columns_apart_and_marked() -> None:
-    records = [make_record(recipe={"lr": 0.1}), make_record("byol", recipe={"lr": 0.2})]
-    table = build_table(records)
+    table = build_table([make_record(recipe={"lr": 0.1}), make_record("byol", recipe={"lr": 0.2})])
     assert [column.mixed for column in table.columns] == ["lr = 0.1", "lr = 0.2"]
     assert table.cells.keys() == {(0, 1), (1, 0)}
 
@@ -251,11 +237,6 @@ def test_an_artefact_that_was_written_again_is_the_same_run(first: dict[str, Any
         build_table(records)
 
 
-def test_metrics_choose_the_columns() -> None:
-    record = make_record(metrics={KNN: 50.0, "knn_top5_percent": 80.0})
-    assert [c.metric for c in build_table([record], metrics=["knn_top5_percent"]).columns] == ["knn_top5_percent"]
-
-
 # ── Rows ──
 
 
@@ -293,43 +274,38 @@ def test_a_baseline_of_several_rows_wants_a_label() -> None:
     assert build_table(records, baseline="TWIST · a").baseline == 0
 
 
-def test_weights_of_no_known_method_are_called_by_their_name() -> None:
+def test_rows_without_a_method_or_an_architecture_of_the_weights() -> None:
     (row,) = build_table(runs("unknown", [50.0])).rows
     assert row.label != "unknown"
-
-
-def test_an_architecture_is_the_recipes_where_the_weights_have_none() -> None:
-    records = [
-        make_record("random", recipe={"architecture": name}, weights={"architecture": None})
-        for name in ("resnet18", "resnet50")
-    ]
+    networks = ("resnet18", "resnet50")
+    records = [make_record("random", recipe={"architecture": n}, weights={"architecture": None}) for n in networks]
     assert labels(build_table(records)) == ["random init · R18", "random init · R50"]
 
 
 # ── What n counts ──
 
 
-def test_pretraining_seeds_of_one_config_are_repeats() -> None:
+@pytest.mark.parametrize(
+    ("method", "weights", "values", "n", "pretrainings"),
+    [
+        ("twist", [{**OURS, "sha256": "a" * 64}, {**OURS, "sha256": "b" * 64, "pretrain_seed": 1}], [50.0, 50.0], 2, 2),
+        # Equal values of several initialisations are three results, not one repeated.
+        ("random", [{}, {}, {}], [50.0] * 3, 3, 3),
+        ("random", [{"sha256": "r0"}, {"sha256": "r1"}], [50.0, 50.0], 2, 2),
+        # One file is one initialisation whatever the seed.
+        ("random", [{"sha256": "r" * 64}] * 2, [40.0, 41.0], 2, 1),
+        ("random", [{"sha256": "r" * 64}, {"sha256": "r" * 64}, {}], [40.0, 41.0, 50.0], 2, 2),
+    ],
+)
+def test_what_n_counts(
+    method: str, weights: list[dict[str, Any]], values: list[float], n: int, pretrainings: int
+) -> None:
     records = [
-        make_record(weights={**OURS, "sha256": letter * 64, "pretrain_seed": seed}) for seed, letter in enumerate("ab")
+        make_record(method, seed=seed, weights=of, metrics={KNN: value})
+        for seed, (of, value) in enumerate(zip(weights, values, strict=True))
     ]
-    assert (measured(records).n, measured(records).pretrainings) == (2, 2)
-
-
-@pytest.mark.parametrize("weights", [{}, {"sha256": "r" * 64}], ids=["drawn by the run", "from a file"])
-def test_random_initialisations_are_repeats(weights: dict[str, str]) -> None:
-    files = [{name: f"{value}{seed}" for name, value in weights.items()} for seed in range(3)]
-    found = measured([make_record("random", seed=seed, weights=file) for seed, file in enumerate(files)])
-    # Equal values of several initialisations are three results, not one repeated.
-    assert (found.n, found.pretrainings, found.repeated) == (3, 3, False)
-
-
-def test_one_random_file_is_one_initialisation_whatever_the_seed() -> None:
-    file = {"sha256": "r" * 64}
-    records = [make_record("random", seed=seed, metrics={KNN: 40.0 + seed}, weights=file) for seed in range(2)]
-    assert (measured(records).n, measured(records).pretrainings) == (2, 1)
-    drawn = measured([*records, make_record("random")])
-    assert (drawn.n, drawn.pretrainings) == (2, 2)
+    found = measured(records)
+    assert (found.n, found.pretrainings, found.repeated) == (n, pretrainings, False)
 
 
 def test_a_result_that_no_seed_changes_counts_once_and_is_never_starred() -> None:

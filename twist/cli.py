@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import pkgutil
+import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+from typer import Argument, Option
 
 from twist import converters
 from twist.contracts.config import MOST_SEED
 from twist.contracts.errors import UsageError, missing_package, printable, require
 from twist.contracts.failures import describe
-
-if TYPE_CHECKING:
-    from twist.converters.sources import Reading
 
 app = typer.Typer(
     name="twist",
@@ -42,27 +43,22 @@ app.add_typer(data_app, name="data")
 zoo_app = typer.Typer(invoke_without_command=True)
 app.add_typer(zoo_app, name="zoo")
 
-Source = Literal["shapes", "photos"]
 TableFormat = Literal["table", "markdown", "csv", "json", "latex", "html"]
-DataRoot = Annotated[Path | None, typer.Argument(show_default=False, help="Default: $DETECTRON2_DATASETS.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", show_default=False)]
-Data = Annotated[
-    Path | None, typer.Option(help="Folder with the data sets, or a data card; default $DETECTRON2_DATASETS.")
-]
-Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED)]
-Heads = Annotated[int | None, typer.Option(min=1, help="Attention heads of a ViT whose file does not say them.")]
-Layout = Annotated[str | None, typer.Option("--from", help="Source layout, when it should not be detected.")]
-Branch = Annotated[str | None, typer.Option(help="Branch of the source, for example momentum or teacher.")]
-Entry = Annotated[
-    str | None, typer.Option(metavar="PATH", help="Entry of the file with the network's state dict: model, a/b.")
-]
-Prefix = Annotated[str | None, typer.Option(help="Prefix of the network's names there, such as backbone.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, and stop.")]
-Method = Annotated[str | None, typer.Option(help="Method of the weights, where the file does not say it.")]
+DataRoot = Annotated[Path | None, Argument(show_default=False, help="Default: $DETECTRON2_DATASETS.")]
+Overrides = Annotated[list[str] | None, Argument(metavar="[key=value …]", show_default=False)]
+Data = Annotated[Path | None, Option(help="Folder with the data sets, or a data card; default $DETECTRON2_DATASETS.")]
+Seed = Annotated[int, Option(min=0, max=MOST_SEED)]
+Heads = Annotated[int | None, Option(min=1, help="Attention heads of a ViT whose file does not say them.")]
+Layout = Annotated[str | None, Option("--from", help="Source layout, when it should not be detected.")]
+Branch = Annotated[str | None, Option(help="Branch of the source, for example momentum or teacher.")]
+Entry = Annotated[str | None, Option(metavar="PATH", help="Entry of the file with the state dict: model, a/b.")]
+Prefix = Annotated[str | None, Option(help="Prefix of the network's names there, such as backbone.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Show the plan, and stop.")]
+Method = Annotated[str | None, Option(help="Method of the weights, where the file does not say it.")]
 # A target is a file of its name; importing them all would take a second.
 TARGETS = ", ".join(file.name for file in pkgutil.iter_modules([f"{room}/targets" for room in converters.__path__]))
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue what the run folder holds.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
+Resume = Annotated[bool, Option("--resume", help="Continue what the run folder holds.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -71,14 +67,18 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=2)
+
+
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show a traceback when something fails.")] = False,
     version: Annotated[  # noqa: ARG001
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no plans.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the frameworks' own logs.")] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Show no progress and no plans.")] = False,
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Show the frameworks' own logs.")] = False,
 ) -> None:
     for name, asked in (("DEBUG", debug), ("QUIET", quiet), ("VERBOSE", verbose)):
         if asked:
@@ -87,15 +87,13 @@ def options(
 
 @app.command()
 def pretrain(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of one of ours.")],
+    config: Annotated[Path, Argument(metavar="CONFIG", help="A TOML file, or the name of one of ours.")],
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option(help="Run folder; default runs/<config's name>.")] = None,
+    output: Annotated[Path | None, Option(help="Run folder; default runs/<config's name>.")] = None,
     resume: Resume = False,
     dry_run: DryRun = False,
-    slurm: Annotated[
-        list[str] | None, typer.Option(help="Submit to SLURM: --slurm partition=… --slurm nodes=…")
-    ] = None,
-    show_views: Annotated[int | None, typer.Option(help="Write a PNG with the views of N images, and stop.")] = None,
+    slurm: Annotated[list[str] | None, Option(help="Submit to SLURM: --slurm partition=… --slurm nodes=…")] = None,
+    show_views: Annotated[int | None, Option(help="Write a PNG with the views of N images, and stop.")] = None,
 ) -> None:
     """Pretrain a backbone with TWIST.
 
@@ -143,15 +141,15 @@ def inspect(
     from twist.converters import inspect as inspection
 
     found = inspection.inspect(checkpoint, layout=layout, entry=entry, prefix=prefix, heads=heads)
-    print(_json(found.to_json()) if as_json else inspection.inspection_text(found))
+    print(json_text(found.tojson_text()) if as_json else inspection.inspection_text(found))
 
 
 @app.command()
 def features(
-    paths: Annotated[list[Path], typer.Argument(metavar="WEIGHTS… IMAGES", help="Checkpoints, then a folder.")],
-    pca: Annotated[bool, typer.Option("--pca", help="Draw the first three principal components as colours.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Default features.png, or features.npz without --pca.")] = None,
-    size: Annotated[int, typer.Option(min=16, help="Pixels of the longer side.")] = 448,
+    paths: Annotated[list[Path], Argument(metavar="WEIGHTS… IMAGES", help="Checkpoints, then a folder.")],
+    pca: Annotated[bool, Option("--pca", help="Draw the first three principal components as colours.")] = False,
+    output: Annotated[Path | None, Option(help="Default features.png, or features.npz without --pca.")] = None,
+    size: Annotated[int, Option(min=16, help="Pixels of the longer side.")] = 448,
 ) -> None:
     """Dense features of your own pictures: as arrays, or as colours, several weights side by side."""
     require("convert")
@@ -169,36 +167,29 @@ def features(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path | None, typer.Argument(show_default=False)] = None,
-    to: Annotated[str | None, typer.Option(metavar="TARGET", help=f"One of {TARGETS}.")] = None,
+    checkpoint: Annotated[Path | None, Argument(show_default=False)] = None,
+    to: Annotated[str | None, Option(metavar="TARGET", help=f"One of {TARGETS}.")] = None,
     layout: Layout = None,
     branch: Branch = None,
     entry: Entry = None,
     prefix: Prefix = None,
     heads: Heads = None,
     method: Method = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof.")] = False,
-    pkl: Annotated[bool, typer.Option("--pkl", help="Detectron2: also a .pkl of plain arrays.")] = False,
-    allow_nan: Annotated[bool, typer.Option("--allow-nan", help="Convert weights that hold NaN.")] = False,
-    check_config: Annotated[
-        Path | None, typer.Option(help="Check your own Detectron2 or MMSegmentation config against --weights.")
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="With --check-config: the weights it is to load.")] = None,
+    output: Annotated[Path | None, Option(help="Folder to write.")] = None,
+    no_verify: Annotated[bool, Option("--no-verify", help="Skip the proof.")] = False,
+    pkl: Annotated[bool, Option("--pkl", help="Detectron2: also a .pkl of plain arrays.")] = False,
+    allow_nan: Annotated[bool, Option("--allow-nan", help="Convert weights that hold NaN.")] = False,
+    check_config: Annotated[Path | None, Option(help="Check your own framework config against --weights.")] = None,
+    weights: Annotated[Path | None, Option(help="With --check-config: the weights it is to load.")] = None,
 ) -> None:
     """Convert any checkpoint, with settings and proof.
 
     Writes weights and the settings they imply, once the target network computes the same features.
     """
     require("convert")
-    reading: Reading = {
-        "layout": layout,
-        "branch": branch,
-        "entry": entry,
-        "prefix": prefix,
-        "heads": heads,
-        "method": method,
-    }
+    from twist.converters.sources import Reading
+
+    reading = Reading(layout=layout, branch=branch, entry=entry, prefix=prefix, heads=heads, method=method)
     if check_config is not None:
         from twist.converters import check_config as own
 
@@ -220,29 +211,25 @@ def convert(
 
 @app.command()
 def transfer(
-    protocol: Annotated[str | None, typer.Argument(show_default=False)] = None,
+    protocol: Annotated[str | None, Argument(show_default=False)] = None,
     overrides: Overrides = None,
-    weights: Annotated[
-        str | None, typer.Option(help="A checkpoint, `zoo:NAME`, `random`, or `torchvision:FILE`.")
-    ] = None,
+    weights: Annotated[str | None, Option(help="A checkpoint, `zoo:NAME`, `random`, or `torchvision:FILE`.")] = None,
     data: Data = None,
     seed: Seed = 0,
-    gpus: Annotated[int | None, typer.Option(min=0, help="Default the recipe's, at most those here; 0: CPU.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Run folder; default runs/<protocol>/….")] = None,
-    results: Annotated[Path | None, typer.Option(help="Folder of the record; default <run folder>/results.")] = None,
-    method: Annotated[str | None, typer.Option(help="Row of the table; default what the weights say.")] = None,
+    gpus: Annotated[int | None, Option(min=0, help="Default the recipe's, at most those here; 0: CPU.")] = None,
+    output: Annotated[Path | None, Option(help="Run folder; default runs/<protocol>/….")] = None,
+    results: Annotated[Path | None, Option(help="Folder of the record; default <run folder>/results.")] = None,
+    method: Annotated[str | None, Option(help="Row of the table; default what the weights say.")] = None,
     layout: Layout = None,
     branch: Branch = None,
     entry: Entry = None,
     prefix: Prefix = None,
     heads: Heads = None,
     resume: Resume = False,
-    eval_only: Annotated[bool, typer.Option("--eval-only", help="Evaluate the finished run in the folder.")] = False,
+    eval_only: Annotated[bool, Option("--eval-only", help="Evaluate the finished run in the folder.")] = False,
     dry_run: DryRun = False,
-    list_protocols: Annotated[
-        bool, typer.Option("--list", help="Print the protocols, or those of a name or word.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="With --list: JSON.")] = False,
+    list_protocols: Annotated[bool, Option("--list", help="Print the protocols, or those of a name or word.")] = False,
+    as_json: Annotated[bool, Option("--json", help="With --list: JSON.")] = False,
 ) -> None:
     """Run one transfer protocol and write one record.
 
@@ -256,11 +243,12 @@ def transfer(
     if list_protocols:
         words = [*filter(None, [protocol]), *(overrides or ())]
         rows = [asdict(row) for row in protocols.select_protocols(words)] if as_json else []
-        print(_json(rows) if as_json else protocols.list_protocols(words))
+        print(json_text(rows) if as_json else protocols.list_protocols(words))
         return
     if protocol is None or weights is None:
         raise UsageError("Say which protocol and which weights: twist transfer PROTOCOL --weights FILE (see --list).")
     require("transfer")
+    from twist.converters.sources import Reading
     from twist.transfer.run import plan
     from twist.transfer.run import transfer as run
 
@@ -275,12 +263,7 @@ def transfer(
         resume=resume,
         eval_only=eval_only,
         overrides=overrides or [],
-        method=method,
-        layout=layout,
-        branch=branch,
-        entry=entry,
-        prefix=prefix,
-        heads=heads,
+        **Reading(layout=layout, branch=branch, entry=entry, prefix=prefix, heads=heads, method=method),
     )
     if dry_run:
         print(said)
@@ -288,9 +271,9 @@ def transfer(
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished transfer run.")],
-    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders with pictures.")],
-    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("predictions"),
+    run: Annotated[Path, Argument(help="The folder of a finished transfer run.")],
+    images: Annotated[list[Path], Argument(help="Pictures, or folders with pictures.")],
+    output: Annotated[Path, Option(help="Folder to write.")] = Path("predictions"),
 ) -> None:
     """What a finished detection, segmentation or probe run says of your own pictures.
 
@@ -306,7 +289,6 @@ def predict(
 @data_app.command("sample")
 def data_sample(
     root: Path,
-    source: Annotated[Source, typer.Option(help="`shapes` is drawn, `photos` is real.")] = "shapes",
     size: Literal["tiny", "small", "medium"] = "small",
     seed: Seed = 0,
 ) -> None:
@@ -314,7 +296,7 @@ def data_sample(
     require("transfer", "PIL")
     from twist.catalog.sample.make import make_sample
 
-    sample = make_sample(root, source=source, size=size, seed=seed)
+    sample = make_sample(root, size=size, seed=seed)
     print(sample.summary())
 
 
@@ -347,7 +329,7 @@ def data_prepare(
 @data_app.command("card")
 def data_card(
     folder: Path,
-    output: Annotated[Path | None, typer.Option(help="The card's file; default FOLDER/card.toml.")] = None,
+    output: Annotated[Path | None, Option(help="The card's file; default FOLDER/card.toml.")] = None,
 ) -> None:
     """Write the data card that a folder suggests.
 
@@ -383,22 +365,18 @@ def data_check(dataset: str, root: DataRoot = None, as_json: AsJson = False) -> 
         findings = check_images(root, sheet=sheet)
     else:
         findings = check(dataset, find_root(None) if root is None else root)
-    print(_json([asdict(finding) for finding in findings]) if as_json else render(findings))
+    print(json_text([asdict(finding) for finding in findings]) if as_json else render(findings))
     raise typer.Exit(1 if has_errors(findings) else 0)
 
 
 @app.command()
 def suite(
-    file: Annotated[Path, typer.Argument(metavar="SUITE", help="A TOML file, or the name of one of ours.")],
+    file: Annotated[Path, Argument(metavar="SUITE", help="A TOML file, or the name of one of ours.")],
     data: Data = None,
-    executor: Annotated[
-        Literal["local", "slurm", "ray"], typer.Option(help="ray: the cluster of $RAY_ADDRESS, else this machine.")
-    ] = "local",
-    output: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/suite"),
-    results: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("results"),
-    gpus: Annotated[
-        str | None, typer.Option(help="local: devices as torch numbers them, as 0,1; default all. Empty: the CPU.")
-    ] = None,
+    executor: Annotated[Literal["local", "slurm", "ray"], Option(help="ray: of $RAY_ADDRESS, else here.")] = "local",
+    output: Annotated[Path, Option(help="Folder for the runs.")] = Path("runs/suite"),
+    results: Annotated[Path, Option(help="Folder for the records.")] = Path("results"),
+    gpus: Annotated[str | None, Option(help="local: devices, as 0,1; default all. Empty: the CPU.")] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Run weights × protocols × seeds, then the table.
@@ -422,32 +400,25 @@ def suite(
 
 @app.command()
 def compare(
-    records: Annotated[list[Path] | None, typer.Argument(show_default=False)] = None,
-    baseline: Annotated[str | None, typer.Option(help="Method to which differences are taken.")] = None,
-    table_format: Annotated[TableFormat | None, typer.Option("--format", help="Default: by --output's ending.")] = None,
-    output: Annotated[Path | None, typer.Option(help="File to write instead of the terminal.")] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse different recipes of a protocol, else shown apart.")
-    ] = False,
-    allow_mixed: Annotated[bool, typer.Option("--allow-mixed", hidden=True)] = False,  # the default since
-    cost: Annotated[bool, typer.Option("--cost", help="Add a column of wall hours × devices.")] = False,
+    records: Annotated[list[Path] | None, Argument(show_default=False)] = None,
+    baseline: Annotated[str | None, Option(help="Method to which differences are taken.")] = None,
+    table_format: Annotated[TableFormat | None, Option("--format", help="Default: by --output's ending.")] = None,
+    output: Annotated[Path | None, Option(help="File to write instead of the terminal.")] = None,
+    strict: Annotated[bool, Option("--strict", help="Refuse several recipes of a protocol.")] = False,
+    cost: Annotated[bool, Option("--cost", help="Add a column of wall hours × devices.")] = False,
     published: Annotated[
-        bool | None, typer.Option("--published/--no-published", help="Published rows; default: with full-scale runs.")
+        bool | None, Option("--published/--no-published", help="Default: with full-scale runs.")
     ] = None,
-    same_methods: Annotated[
-        bool, typer.Option("--same-methods", help="Published rows of measured methods only.")
-    ] = False,
-    metric: Annotated[list[str] | None, typer.Option(help="Only this metric (may be repeated).")] = None,
-    pretrain_runs: Annotated[list[Path] | None, typer.Option("--pretrain-run", help="HTML: draw its curves.")] = None,
-    title: Annotated[str | None, typer.Option(help="HTML: headline of the page.")] = None,
-    note: Annotated[Path | None, typer.Option(help="HTML: a text file, your own words about the numbers.")] = None,
-    picture: Annotated[list[str] | None, typer.Option(metavar="CAPTION=FILE", help="HTML: one more picture.")] = None,
-    published_only: Annotated[bool, typer.Option("--published-only", help="Published numbers, no records.")] = False,
-    correlate: Annotated[
-        bool, typer.Option("--correlate", help="Which protocol ranks backbones as which; --output FILE.png draws it.")
-    ] = False,
-    check: Annotated[Path | None, typer.Option(help="Fail when this file's tables are stale.")] = None,
-    update: Annotated[Path | None, typer.Option(help="Rewrite this file's tables.")] = None,
+    same_methods: Annotated[bool, Option("--same-methods", help="Published rows of measured methods only.")] = False,
+    metric: Annotated[list[str] | None, Option(help="Only this metric (may be repeated).")] = None,
+    pretrain_runs: Annotated[list[Path] | None, Option("--pretrain-run", help="HTML: draw its curves.")] = None,
+    title: Annotated[str | None, Option(help="HTML: headline of the page.")] = None,
+    note: Annotated[Path | None, Option(help="HTML: a text file, your own words about the numbers.")] = None,
+    picture: Annotated[list[str] | None, Option(metavar="CAPTION=FILE", help="HTML: one more picture.")] = None,
+    published_only: Annotated[bool, Option("--published-only", help="Published numbers, no records.")] = False,
+    correlate: Annotated[bool, Option("--correlate", help="Which protocol ranks backbones as which.")] = False,
+    check: Annotated[Path | None, Option(help="Fail when this file's tables are stale.")] = None,
+    update: Annotated[Path | None, Option(help="Rewrite this file's tables.")] = None,
 ) -> None:
     """Records → comparison tables, or an HTML page.
 
@@ -456,43 +427,24 @@ def compare(
     require("compare")
     from twist import comparing
     from twist.compare.comparison import Choice
+    from twist.compare.page import HEADLINE, PageOptions
 
-    if check is not None:
-        raise typer.Exit(comparing.refresh_tables(check, write=False))
-    if update is not None:
-        raise typer.Exit(comparing.refresh_tables(update, write=True))
+    if readme := check or update:
+        raise typer.Exit(comparing.refresh_tables(readme, write=check is None))
     if correlate:
-        comparing.correlate(records or [], output=output)
+        comparing.correlate(records or [])
         return
-    choice = Choice(
-        baseline=baseline,
-        strict=strict and not allow_mixed,
-        cost=cost,
-        published=published,
-        published_only=published_only,
-        same_methods=same_methods,
-        metrics=tuple(metric or ()),
-    )
-    runs, shown = pretrain_runs or [], [_captioned(text) for text in picture or []]
-    comparing.compare(
-        records or [],
-        choice,
-        table_format=table_format,
-        output=output,
-        title=title,
-        note=note,
-        pretrain_runs=runs,
-        pictures=shown,
-    )
+    choice = Choice(baseline, strict, cost, published, published_only, same_methods, tuple(metric or ()))
+    pictures = [_captioned(text) for text in picture or []]
+    options = PageOptions(title or HEADLINE, note, pretrain_runs or [], pictures)
+    comparing.compare(records or [], choice, table_format=table_format, output=output, page=options)
 
 
 @zoo_app.callback()
 def zoo(
     context: typer.Context,
-    match: Annotated[
-        list[str] | None, typer.Option("--match", metavar="WORD", help="Only rows with this word (may be repeated).")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: everything that is known of each.")] = False,
+    match: Annotated[list[str] | None, Option("--match", metavar="WORD", help="Only rows with it.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print JSON: everything that is known of each.")] = False,
 ) -> None:
     """List published weights, which go by name: --weights zoo:NAME.
 
@@ -502,7 +454,7 @@ def zoo(
         from twist.converters.zoo import select, zoo_text
 
         rows = select(match or [])
-        print(_json([row.model_dump(mode="json") for row in rows]) if as_json else zoo_text(rows))
+        print(json_text([row.model_dump(mode="json") for row in rows]) if as_json else zoo_text(rows))
 
 
 @zoo_app.command("verify")
@@ -515,7 +467,7 @@ def zoo_verify(name: str) -> None:
 
 
 @app.command()
-def fetch(names: Annotated[list[str], typer.Argument(metavar="NAME …")]) -> None:
+def fetch(names: Annotated[list[str], Argument(metavar="NAME …")]) -> None:
     """Download published weights into the cache.
 
     A download that was cut goes on; a file with another digest than the published one is refused.
@@ -532,15 +484,14 @@ def doctor(as_json: AsJson = False) -> None:
     from twist.doctor import examine, render
 
     checks = examine()
-    print(_json([asdict(check) for check in checks]) if as_json else render(checks))
+    print(json_text([asdict(check) for check in checks]) if as_json else render(checks))
     raise typer.Exit(1 if any(check.broken for check in checks) else 0)
 
 
 @app.command()
 def demo(
-    fast: Annotated[bool, typer.Option("--fast", help="A quarter of the time: too little training to learn.")] = False,
-    source: Annotated[Source, typer.Option(help="`shapes` is drawn, `photos` is real.")] = "shapes",
-    output: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("demo"),
+    fast: Annotated[bool, Option("--fast", help="A quarter of the time: too little training to learn.")] = False,
+    output: Annotated[Path, Option(help="Folder for everything that the demo makes.")] = Path("demo"),
 ) -> None:
     """Run the whole chain on the built-in sample.
 
@@ -556,7 +507,7 @@ def demo(
         if status := app(arguments, standalone_mode=False):  # 130, Ctrl-C, comes back as a value
             raise typer.Exit(status)
 
-    run_demo(output, twist=step, source=source, fast=fast)
+    run_demo(output, twist=step, fast=fast)
 
 
 def main() -> None:
@@ -604,10 +555,8 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 def _refuse_empty(words: list[str]) -> None:
     """An empty word, most often of a variable that is not set: as a path it would mean the working directory."""
-    for before, word in zip(["", *words], words):
-        name = (
-            before if word == "" else word.removesuffix("=") if word.startswith("--") and word.endswith("=") else None
-        )
+    for before, word in pairwise(["", *words]):
+        name = before if word == "" else word.removesuffix("=") if re.fullmatch("--[a-z-]+=", word) else None
         if name is not None and name not in ("--gpus", "--title"):
             place = name if name.startswith("-") else "One of the arguments"
             raise UsageError(f'{place} is empty (""): give a value, or leave it out; the working directory is ".".')
@@ -644,9 +593,3 @@ def _captioned(text: str) -> tuple[str, Path]:
     if not caption or not file:
         raise UsageError(f"--picture {text}: write a caption and a file, as --picture 'What it sees=views.png'.")
     return caption, Path(file)
-
-
-def _json(value: Any) -> str:
-    import json
-
-    return json.dumps(value, indent=2)

@@ -12,11 +12,12 @@ import json
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from twist.contracts import machine, progress
 from twist.contracts.config import SHIPPED, parse_override
@@ -61,27 +62,25 @@ class Step:
         return shlex.join(["twist", *self.arguments])
 
 
-def run_demo(output: Path, *, twist: Callable[[list[str]], object], source: str = "shapes", fast: bool = False) -> Path:
+def run_demo(output: Path, *, twist: Callable[[list[str]], object], fast: bool = False) -> Path:
     """Run every step into `output` and return the path of the HTML page. Finished steps are not repeated.
 
     Args:
         twist: runs the command line with these arguments.
     """
     output.mkdir(parents=True, exist_ok=True)
-    steps = plan_steps(output, source=source, fast=fast)
-    began = time.monotonic()
-    log = output / "log.txt"
-    with _Display(steps, scale=FAST_SHARE if fast else 1.0) as display, _output_to(log):
-        for step in steps:
-            display.start(step)
-            if not step.done():
-                twist(list(step.arguments))
-            display.finish()
+    steps, began, log = plan_steps(output, fast=fast), time.monotonic(), output / "log.txt"
+    display = Display(steps, scale=FAST_SHARE if fast else 1.0)
+    with _output_to(log):
+        for number, step in enumerate(steps, 1):
+            with display.step(step, f"{number}/{len(steps)}"):
+                if not step.done():
+                    twist(list(step.arguments))
     _print_results(output, elapsed_s=time.monotonic() - began)
     return output / "report.html"
 
 
-def plan_steps(output: Path, *, source: str, fast: bool) -> list[Step]:
+def plan_steps(output: Path, *, fast: bool) -> list[Step]:
     """The steps of a demo in `output`, in order."""
     sample, run, weights = output / "sample", output / "pretrain", output / "pretrain" / "backbone.safetensors"
     results, size = output / "results", "tiny" if fast else "small"
@@ -111,7 +110,7 @@ def plan_steps(output: Path, *, source: str, fast: bool) -> list[Step]:
 
     pretrain_s = PRETRAIN_BF16_S if machine.cpu_has_bf16() else PRETRAIN_FLOAT32_S
     return [
-        Step("Draw the sample", ("data", "sample", str(sample), "--source", source, "--size", size), 30),
+        Step("Draw the sample", ("data", "sample", str(sample), "--size", size), 30),
         Step("Show the views of four images", ("pretrain", *config, "--show-views", "4", "--output", str(output)), 5),
         Step("Pretrain with TWIST", ("pretrain", *config, "--output", str(run), "--resume"), pretrain_s),
         convert("detectron2", "Detectron2"),
@@ -144,46 +143,49 @@ def _print_results(output: Path, *, elapsed_s: float) -> None:
     print(f"\nTo do it for real:\n{FOR_REAL.format(config=config)}")
 
 
-class _Display:
-    """Two lines a step on stderr and, on a terminal, a live line below them: what runs and how long remains."""
+class Display:
+    """Three lines a step on stderr, and one below while it runs: for how long, and how long remains in all.
 
-    def __init__(self, steps: list[Step], *, scale: float) -> None:
-        self._steps, self._scale = steps, scale
+    On a terminal that line is written in place, elsewhere again every half a minute (`every_s`).
+    """
+
+    def __init__(self, steps: list[Step], *, scale: float, every_s: float | None = None) -> None:
+        self._scale, self._total_s, self._done_s = scale, sum(step.expected_s for step in steps), 0.0
+        self._stream, self._live = sys.stderr, sys.stderr.isatty()
+        self.every_s = every_s or (1.0 if self._live else 30.0)
         self._began = time.monotonic()
-        self._finished: list[Step] = []
-        self._terminal: TextIO = sys.stderr
 
-    def __enter__(self) -> _Display:
-        progress.listeners.append(self._show_progress)
-        return self
+    @contextlib.contextmanager
+    def step(self, step: Step, place: str) -> Iterator[None]:
+        self._print(f"[{place:>5}] {step.title}   (about {self._left(0.0)} left)\n       $ {step.command}")
+        began, ended = time.monotonic(), threading.Event()
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        progress.listeners.remove(self._show_progress)
+        def show() -> None:
+            while not ended.wait(self.every_s):
+                elapsed = time.monotonic() - began
+                left = self._left(min(elapsed / self._scale, step.expected_s))
+                self._print(
+                    f"       {progress.duration(elapsed)}; about {left} left in all", "" if self._live else "\n"
+                )
 
-    def start(self, step: Step) -> None:
-        self._step, self._step_began = step, time.monotonic()
-        number = len(self._finished) + 1
-        self._print(f"[{number:>2}/{len(self._steps)}] {step.title}   (about {self._left(0.0)} left)")
-        self._print(f"       $ {step.command}")
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+        self._done_s += step.expected_s
+        self._print(f"       done in {progress.duration(time.monotonic() - began)}")
 
-    def finish(self) -> None:
-        self._finished.append(self._step)
-        self._print(f"       done in {progress.duration(time.monotonic() - self._step_began)}")
+    def _print(self, text: str, end: str = "\n") -> None:
+        print(("\r\033[2K" if self._live else "") + text, end=end, file=self._stream, flush=True)
 
-    def _show_progress(self, title: str, done: int, total: int | None, elapsed_s: float) -> None:
-        if self._terminal.isatty():
-            count, left = (f"{done}/{total}" if total else str(done)), self._left(done / total if total else 0.0)
-            self._print(f"       {title} {count}, {progress.duration(elapsed_s)}; about {left} left in all", end="")
-
-    def _print(self, text: str, *, end: str = "\n") -> None:
-        clear = "\r\033[2K" if self._terminal.isatty() else ""
-        print(clear + text, end=end, file=self._terminal, flush=True)
-
-    def _left(self, share_of_step: float) -> str:
-        """The expected rest, times how much longer than expected this machine has taken so far."""
-        done_s = sum(step.expected_s for step in self._finished) + self._step.expected_s * share_of_step
-        pace = (time.monotonic() - self._began) / done_s if done_s * self._scale > 20 else self._scale
-        return progress.duration((sum(step.expected_s for step in self._steps) - done_s) * pace)
+    def _left(self, of_step_s: float) -> str:
+        """The expected rest, times how much longer than expected this machine has taken for the steps so far."""
+        done_s = self._done_s + of_step_s
+        pace = (time.monotonic() - self._began) / done_s if self._done_s * self._scale > 20 else self._scale
+        return progress.duration((self._total_s - done_s) * pace)
 
 
 @contextlib.contextmanager
