@@ -6,9 +6,11 @@ anywhere. Jinja escapes everything that comes from a record or a file.
 
 import base64
 import datetime
+import json
 import os
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,9 +128,8 @@ def _lede(table: Table, found: Found) -> str:
     if not found:
         return f"{len(table.rows)} published rows, each with its source"
     records = [record for _, record in found]
-    runs = writers.count(len(records), "run")
-    methods = writers.count(len({record.method for record in records}), "method")
-    protocols = writers.count(len({record.protocol for record in records}), "protocol")
+    of = {"run": range(len(records)), "method": {r.method for r in records}, "protocol": {r.protocol for r in records}}
+    runs, methods, protocols = (writers.count(len(things), name) for name, things in of.items())
     scales = sorted({record.scale for record in records})
     at = "" if scales == ["full"] else f", at {' and '.join(scales)} scale"
     return f"{runs} of {methods} under {protocols}{at}"
@@ -195,18 +196,11 @@ def _images_of(record: RunRecord) -> str:
 
 
 def _size_of(recipe: dict[str, Any]) -> str:
-    """The size in pixels, from where each engine's recipe has it: `size`, Detectron2's short side, a crop."""
-    if isinstance(given := recipe.get("INPUT"), dict) and "MIN_SIZE_TEST" in given:
-        return f"short side {given['MIN_SIZE_TEST']}"
-    size = recipe["size"] if isinstance(recipe.get("size"), int) else next(_find(recipe, "crop_size"), "not said")
-    return " × ".join(map(str, size)) if isinstance(size, list) else f"{size} × {size}" if size != "not said" else size
-
-
-def _find(value: Any, name: str) -> Iterator[Any]:
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        if key == name:
-            yield inner
-        yield from _find(inner, name)
+    """The size in pixels, from where each engine's recipe has it: Detectron2's short side, `size`, a crop."""
+    if short := re.search(r'"MIN_SIZE_TEST": (\d+)', text := json.dumps(recipe)):
+        return f"short side {short[1]}"
+    size = re.search(r'"size": (\d+)', text) or re.search(r'"crop_size": \[?(\d+)(?:, (\d+))?', text)
+    return " × ".join((size[1], size[size.lastindex or 1])) if size else "not said"
 
 
 # ── Pictures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -222,22 +216,17 @@ def _pictures(
     figures: dict[str, dict[int, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
     for caption, file in extra:
         figures[""][0].append({"source": _data_url(file), "caption": caption, "alt": caption, "row": "", "task": ""})
-    shown = set()
-    for path, record in sorted(found, key=lambda pair: (pair[1].protocol, rows.get(id(pair[1]), -1), pair[1].seed)):
-        row = rows.get(id(record))
-        if row is None or not record.media or (record.protocol, row) in shown:
-            continue
-        shown.add((record.protocol, row))
+    first: dict[tuple[str, int], tuple[Path, RunRecord]] = {}
+    for path, record in sorted(found, key=lambda pair: pair[1].seed):
+        if record.media and id(record) in rows:
+            first.setdefault((record.protocol, rows[id(record)]), (path, record))
+    for (protocol, row), (path, record) in sorted(first.items(), key=lambda item: item[0]):
         label = table.rows[row].label
         for number, name in enumerate(record.media):
-            figure = {
-                "source": _data_url(curves.beside(path, name)),
-                "caption": f" · seed {record.seed}",
-                "alt": f"{label}, {record.protocol}, seed {record.seed}: predictions beside the truth",
-                "row": label,
-                "task": record.task,
-            }
-            figures[record.protocol][number].append(figure)
+            figure = {"source": _data_url(curves.beside(path, name)), "row": label, "task": record.task}
+            figure |= {"caption": f" · seed {record.seed}", "alt": f"{label}, {protocol}, seed {record.seed}: "}
+            figure["alt"] += "predictions beside the truth"
+            figures[protocol][number].append(figure)
     return figures
 
 

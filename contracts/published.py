@@ -1,8 +1,7 @@
 """Published numbers: `published.toml`, the one place that has them, read into rows that each name their source.
 
-The file groups rows as papers do, one table of a source at a time; here they become flat rows. A row's protocol is one
-of ours only where the source followed that recipe. Every other is `foreign:<name>`, with a column of its own, and
-`beside` names the protocol of ours that it is shown next to.
+A row's protocol is one of ours only where the source followed that recipe. Every other is `foreign:<name>`, with a
+column of its own, and `beside` names the protocol of ours that it is shown next to.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 class PublishedRow(Config):
     """One row of a published table. Values and standard deviations are in the units of their metrics' names.
 
-    `read` says where the number was read: in the primary source (the repository's file, the paper's text) or in a
-    secondary copy. `variant` distinguishes weights of one method and length: other pretraining data, another code base.
+    `read`: in the primary source (the repository's file, the paper's text) or in a secondary copy. `variant` tells
+    weights of one method and length apart: other pretraining data, another code base.
     """
 
     method: str
@@ -74,11 +73,8 @@ class _SourceTable(Config):
         if self.beside is not None and not self.protocol.startswith(FOREIGN):
             raise ValueError(f"{self.protocol} has its own column: only foreign protocols stand beside another")
         for row in self.rows:
-            where = f"{self.protocol}, {row.method}, {self.source}"
             if len(row.values) != len(self.metrics) or len(row.sd) not in (0, len(self.metrics)):
-                raise ValueError(f"{where}: one value a metric is needed ({len(self.metrics)})")
-            if set(row.values) == {"-"}:
-                raise ValueError(f"{where}: at least one value a row is needed")
+                raise ValueError(f"{self.protocol}, {row.method}: one value a metric is needed ({len(self.metrics)})")
         return self
 
     def flat(self) -> Iterator[PublishedRow]:
@@ -118,11 +114,7 @@ def _collection() -> Collection:
 
 @cache
 def load_published() -> tuple[PublishedRow, ...]:
-    """Every published row, in the file's order.
-
-    Raises:
-        UsageError: the file does not follow its schema (a row without source, an unknown metric, …).
-    """
+    """Every published row, in the file's order; `UsageError` where the file does not follow its schema."""
     return tuple(row for table in _collection().tables for row in table.flat())
 
 
@@ -153,15 +145,13 @@ def find_neighbours(protocol: str) -> list[PublishedRow]:
     Of each method, architecture and number of epochs: the authors' own weights, else others' (`variant`), under this
     very protocol, else under the foreign ones beside it, which differ as their titles say.
     """
-
-    def kind(row: PublishedRow) -> tuple[str, str, int | None]:
-        return row.method, row.architecture, row.epochs
-
-    def distance(row: PublishedRow) -> tuple[bool, bool]:
-        return bool(row.variant), row.protocol != protocol
-
     rows = select(load_published(), [protocol])
     nearest: dict[tuple[str, str, int | None], tuple[bool, bool]] = {}
     for row in rows:
-        nearest[kind(row)] = min(distance(row), nearest.get(kind(row), (True, True)))
-    return [row for row in rows if distance(row) == nearest[kind(row)]]
+        kind, distance = (row.method, row.architecture, row.epochs), (bool(row.variant), row.protocol != protocol)
+        nearest[kind] = min(distance, nearest.get(kind, distance))
+    return [
+        row
+        for row in rows
+        if (bool(row.variant), row.protocol != protocol) == nearest[row.method, row.architecture, row.epochs]
+    ]

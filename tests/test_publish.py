@@ -20,15 +20,10 @@ def test_records_and_curves_come_along_and_pictures_stay(tmp_path: Path) -> None
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{number}\n" for number in range(1201)))
     for _ in range(2):  # a second time replaces the first
         assert publish(tmp_path / "from", tmp_path / "to", pretrain=tmp_path / "run") == 1
-    files = sorted(file.relative_to(tmp_path / "to").as_posix() for file in (tmp_path / "to").rglob("*.*"))
+    files = {file.name for file in (tmp_path / "to").rglob("*.*")}
     (copied,) = find_records([tmp_path / "to"])
-    assert files == sorted(
-        [
-            "pretrain/metrics.jsonl",
-            copied.relative_to(tmp_path / "to").as_posix(),
-            f"{copied.relative_to(tmp_path / 'to').with_suffix('').as_posix()}/metrics.jsonl",
-        ]
-    )
+    assert files == {"metrics.jsonl", copied.name}
+    assert (copied.with_suffix("") / "metrics.jsonl").is_file()
     assert read_record(copied) == made.model_copy(update={"media": ()})
     rows = (tmp_path / "to" / "pretrain" / "metrics.jsonl").read_text().split()
     assert (rows[0], rows[1], rows[-1], len(rows)) == ("0", "3", "1200", 401), "thinned, with its last row"

@@ -94,13 +94,6 @@ def test_numbers_known_from_memory_only_are_absent() -> None:
     assert [row for row in ROWS if row.protocol == "cityscapes-fcn-d8-40k"] == []
 
 
-@pytest.mark.parametrize(
-    "source", ["as printed by the field", "VICReg repository", "SimSiam paper", "repository, README"]
-)
-def test_a_source_without_a_place_is_none(source: str) -> None:
-    assert not any(re.search(place, source) for place in PLACES)
-
-
 def test_no_row_stands_twice() -> None:
     keys = [
         (row.method, row.architecture, row.epochs, row.variant, row.protocol, row.source, metric)
@@ -134,7 +127,6 @@ def test_every_foreign_protocol_has_a_title_of_its_own() -> None:
         (lambda v: v["tables"][0].update(metrics=["top_one"]), 'unknown metric "top_one"'),
         (lambda v: v["tables"][0]["rows"][0].update(values=[1.0, 2.0]), "one value a metric"),
         (lambda v: v["tables"][0]["rows"][0].update(values=[925.0]), "less than or equal to 100"),
-        (lambda v: v["tables"][0]["rows"][0].update(values=["-"]), "at least one"),
         (lambda v: v["tables"][0]["rows"][0].update(method="nobody"), "no display name for nobody"),
         (lambda v: v["tables"][0].update(read="remembered"), "remembered"),
         (lambda v: v["tables"][0].update(beside="knn"), "only foreign"),

@@ -7,7 +7,6 @@ import pytest
 import torch
 from tiny_run import make_images, tiny_config
 
-from twist.contracts.config import load_config
 from twist.contracts.errors import UserError
 from twist.contracts.files import sha256_file
 from twist.contracts.weights import read_header
@@ -17,8 +16,6 @@ from twist.pretrain.config import PretrainConfig
 from twist.pretrain.data.source import open_images
 
 pytestmark = pytest.mark.slow  # lightly brings Lightning along: seconds of imports
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +108,3 @@ def test_moco_normalises_each_gpus_share_of_a_shuffled_batch_apart(peers: Any) -
     assert seen == [4, 4, 4, 4]
     assert all(key.grad_fn is None for key in keys)
     assert all(query.grad_fn is not None for query in queries)
-
-
-def test_the_studys_recipe_is_the_demos_but_for_its_length() -> None:
-    demo, study = (
-        load_config(ROOT / path, PretrainConfig).model_dump()
-        for path in ("configs/pretrain/sample.toml", "benchmarks/study/config.toml")
-    )
-    for values in (demo, study):
-        values["data"].pop("root")
-        assert values["run"].pop("epochs") == values["run"].pop("mutual_information_epochs")
-    assert demo == study

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from benchmarks import summary
-from benchmarks.gpu import PARTS
 
 MACHINE = {"hardware": {"processor": "P", "cores": 2, "gpu": None}, "software": {"torch": "2"}}
 GPU = {"hardware": {"processor": "P", "cores": 16, "gpu": "G"}, "software": {"torch": "2"}}
@@ -75,15 +74,6 @@ def test_every_row_says_which_machine_measured_it(tmp_path: Path) -> None:
     assert "| 8.5 × (80–90 against 9–11 images/s a core, n = 7 each) | A | ≥ 8 × |" in rows(tmp_path, "data")[0]
     assert all("| B | ≤ 2 % |" in row for row in rows(tmp_path, "engine_overhead"))
     assert "Measured on A: P, 2 cores, torch 2; B: Q, 4 cores, torch 2." in summary.render(tmp_path)
-
-
-@pytest.mark.parametrize("part", [None, {"ok": False, "error": "no memory"}, {"ok": False, "skipped": "time over"}])
-def test_an_absent_failed_or_skipped_part_of_the_gpu_run_counts_as_not_measured(
-    tmp_path: Path, part: dict[str, Any] | None
-) -> None:
-    parts = {} if part is None else dict.fromkeys(PARTS, part)
-    (tmp_path / "gpu.json").write_text(json.dumps({"machine": GPU, "tiny": False, "parts": parts}))
-    assert summary.render(tmp_path).count(summary.NOT_MEASURED) == len(summary.FIGURES)
 
 
 def test_of_the_gpu_run_the_better_step_is_shown_and_named(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def inspect(
     from twist.converters import inspect as inspection
 
     found = inspection.inspect(checkpoint, layout=layout, entry=entry, prefix=prefix, heads=heads)
-    print(json_text(found.tojson_text()) if as_json else inspection.inspection_text(found))
+    print(json_text(found.to_json()) if as_json else inspection.inspection_text(found))
 
 
 @app.command()
