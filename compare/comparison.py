@@ -11,7 +11,7 @@ from twist.compare.table import FIELDS, Table, build_table, long_rows
 from twist.contracts.errors import UsageError, did_you_mean
 from twist.contracts.metrics import METRICS
 from twist.contracts.published import PublishedRow, load_published, select
-from twist.contracts.record import RunRecord, find_collections, find_foreign, read_records
+from twist.contracts.record import RunRecord, find_collections, read_records
 
 if TYPE_CHECKING:
     import pandas
@@ -64,9 +64,6 @@ def compare(paths: Sequence[Path], choice: Choice) -> list[Comparison]:
     # A metric that no study has is a mistake; the studies without it are left out.
     _check_metrics(choice.metrics, records, _published_for(records, choice)[0])
     made = [_comparison(found, choice, folder if len(read) > 1 else None) for folder, found in read]
-    if foreign := find_foreign(paths):
-        note = f"Skipped, no run records: {foreign[0]}{f' and {len(foreign) - 1} more' if foreign[1:] else ''}."
-        made[-1] = replace(made[-1], table=replace(made[-1].table, notes=(*made[-1].table.notes, note)))
     return [one for one in made if one.table.columns] or made
 
 

@@ -145,8 +145,8 @@ def _facts(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
     budget = f"{len(records)} transfer runs, {sum(map(device_hours, records)):.2g} device hours"
     return [
         ("Backbones", _listed(architecture_of(record) for record in records)),
-        ("Images", _by_protocol((record.protocol, _images_of(record)) for record in records)),
-        ("Image size", _by_protocol((record.protocol, _size_of(record.recipe)) for record in records)),
+        ("Images", _listed(map(_images_of, records))),
+        ("Image size", _listed(_size_of(record.recipe) for record in records)),
         ("Hardware", _listed(record.hardware.get("gpu") or record.hardware.get("processor") for record in records)),
         ("Budget", f"{budget}; pretraining: {pretrained}" if pretrained else budget),
     ]
@@ -179,14 +179,6 @@ def _listed(values: Iterable[Any]) -> str:
     """Each value with the number of runs, the most frequent first."""
     counted = Counter(str(value or "not said") for value in values)
     return ", ".join(f"{value} ({n})" if len(counted) > 1 else value for value, n in counted.most_common())
-
-
-def _by_protocol(pairs: Iterable[tuple[str, str]]) -> str:
-    """`A (these protocols); B (those)`; a text that holds for all of them alone."""
-    texts: dict[str, dict[str, None]] = {}
-    for protocol, text in sorted(pairs):
-        texts.setdefault(text, {})[protocol] = None
-    return "; ".join(f"{text} ({', '.join(names)})" if len(texts) > 1 else text for text, names in texts.items())
 
 
 def _images_of(record: RunRecord) -> str:

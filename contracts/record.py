@@ -199,36 +199,18 @@ def find_records(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
     """
     for path in map(Path, paths):
         if path.is_dir():
-            yield from filter(_may_be_record, _json_in(path))
+            yield from filter(_may_be_record, sorted([*path.glob("*.json"), *path.glob("*/*.json")]))
         elif path.exists():
             yield path
         else:
             raise UserError(f"There is no record or folder of records at {path}.")
 
 
-def find_foreign(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Files that a search of the folders in `paths` skips although they might be taken for records: a `metrics.json`
-    with a field of that name, or of JSON lines."""
-
-    def is_like(file: Path) -> bool:
-        try:
-            fields = files.parse_json(files.read_bytes(file), kind=object)
-            return isinstance(fields, dict) and not MARKS.isdisjoint(fields)
-        except UserError:
-            return True
-
-    skipped = [file for path in map(Path, paths) for file in _json_in(path) if not _may_be_record(file)]
-    return [file for file in skipped if is_like(file)]
-
-
-def _json_in(folder: Path) -> list[Path]:
-    # A name that begins with a dot is a record that another process is writing (contracts/files.py).
-    there = sorted([*folder.glob("*.json"), *folder.glob("*/*.json")])
-    return [file for file in there if not file.name.startswith(".") and file.name not in RUN_FILES]
-
-
 def _may_be_record(file: Path) -> bool:
-    # A damaged one that lost the field is known by its name (`run_name`).
+    # One that begins with a dot is being written (contracts/files.py). A damaged one that lost the field is known by
+    # its name (`run_name`).
+    if file.name.startswith(".") or file.name in RUN_FILES:
+        return False
     try:
         return re.search(r"-seed\d+-[0-9a-f]{8}", file.name) is not None or b'"schema_version"' in files.read_bytes(
             file

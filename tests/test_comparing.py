@@ -181,9 +181,7 @@ def test_records_of_two_recipes_stand_apart_or_are_refused(tmp_path: Path, capsy
 @pytest.mark.parametrize(
     "text", ['{"metrics": {"loss": 1}}', '{"loss": 1}\n{"loss": 2}\n', '{"method": "sgd", "epochs": 3}']
 )
-def test_another_programs_json_is_skipped_and_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
-) -> None:
+def test_another_programs_json_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     run = tmp_path / "runs" / "knn" / "one"
     write_record(make_record(), run / "results")
     for path in (run / "run.json", tmp_path / "runs" / "mine" / "metrics.json", run / "results" / "knn" / "other.json"):
@@ -192,8 +190,6 @@ def test_another_programs_json_is_skipped_and_counted(
     twist("compare", tmp_path / "runs")
     said = capsys.readouterr().out
     assert "50.0 (1)" in said
-    assert "no run records: " in said
-    assert "metrics.json" in said
     with pytest.raises(UserError):
         twist("compare", tmp_path / "runs" / "mine" / "metrics.json")
 

@@ -7,7 +7,7 @@ stopped at once by Ctrl-C and by SIGTERM.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -15,8 +15,6 @@ import pkgutil
 import re
 import signal
 import sys
-import threading
-from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -406,9 +404,7 @@ def compare(
     output: Annotated[Path | None, Option(help="File to write instead of the terminal.")] = None,
     strict: Annotated[bool, Option("--strict", help="Refuse several recipes of a protocol.")] = False,
     cost: Annotated[bool, Option("--cost", help="Add a column of wall hours × devices.")] = False,
-    published: Annotated[
-        bool | None, Option("--published/--no-published", help="Default: with full-scale runs.")
-    ] = None,
+    published: Annotated[bool | None, Option("--published/--no-published", help="With full-scale runs alone.")] = None,
     same_methods: Annotated[bool, Option("--same-methods", help="Published rows of measured methods only.")] = False,
     metric: Annotated[list[str] | None, Option(help="Only this metric (may be repeated).")] = None,
     pretrain_runs: Annotated[list[Path] | None, Option("--pretrain-run", help="HTML: draw its curves.")] = None,
@@ -514,9 +510,9 @@ def main() -> None:
     """Run the command; a user's mistake is one sentence on stderr, a traceback only with --debug."""
     try:
         _refuse_empty(sys.argv[1:])
-        with _ended_by_sigterm():
-            # Without click's standalone mode `Exit` comes back as the returned status, and usage errors reach us.
-            returned = app(standalone_mode=False)
+        signal.signal(signal.SIGTERM, functools.partial(_end, os.getpid()))
+        # Without click's standalone mode `Exit` comes back as the returned status, and usage errors reach us.
+        returned = app(standalone_mode=False)
         status = returned if isinstance(returned, int) else 0
         if status == 130:  # what typer makes of Ctrl-C
             print("Stopped.", file=sys.stderr)
@@ -530,27 +526,14 @@ def main() -> None:
     sys.exit(status)
 
 
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM ends this process as an exception does: temporary folders go, a suite ends its runs."""
-    own = os.getpid()
-
-    def end(number: int, _frame: object) -> NoReturn:
-        # `timeout` and schedulers may send it twice. Not `print`: the signal may have come in the middle of one.
-        signal.signal(number, signal.SIG_IGN if os.getpid() == own else signal.SIG_DFL)
-        if os.getpid() != own:  # a data worker, forked from us
-            signal.raise_signal(number)
-        os.write(2, b"\nStopped.\n")
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _end(own: int, number: int, _frame: object) -> NoReturn:
+    """SIGTERM ends the process `own` as an exception does: temporary folders go, a suite ends its runs."""
+    # `timeout` and schedulers may send it twice. Not `print`: the signal may have come in the middle of one.
+    signal.signal(number, signal.SIG_IGN if os.getpid() == own else signal.SIG_DFL)
+    if os.getpid() != own:  # a data worker, forked from us
+        signal.raise_signal(number)
+    os.write(2, b"\nStopped.\n")
+    raise SystemExit(128 + number)
 
 
 def _refuse_empty(words: list[str]) -> None:
