@@ -59,7 +59,8 @@ def compare(paths: Sequence[Path], choice: Choice) -> list[Comparison]:
         _check_metrics(choice.metrics, [], rows)
         return [Comparison(build_table([], published=rows, baseline=choice.baseline, metrics=choice.metrics), [])]
     studies = find_collections(paths[0]) if len(paths) == 1 and paths[0].is_dir() else {}
-    read = [(folder, read_records(folders)) for folder, folders in studies.items()] or [(None, read_records(paths))]
+    read: list[tuple[Path | None, Found]] = [(folder, read_records(folders)) for folder, folders in studies.items()]
+    read = read or [(None, read_records(paths))]
     records = [record for _, found in read for _, record in found]
     # A metric that no study has is a mistake; the studies without it are left out.
     _check_metrics(choice.metrics, records, _published_for(records, choice)[0])
@@ -119,7 +120,9 @@ def _published_for(records: Sequence[RunRecord], choice: Choice) -> tuple[list[P
 
 def _check_metrics(asked: Iterable[str], records: Iterable[RunRecord], published: Iterable[PublishedRow]) -> None:
     """`UsageError` for a metric in `asked` that none of these has."""
-    there = {name for of in (*records, *published) for name in of.metrics}
+    there = {name for record in records for name in record.metrics} | {
+        name for row in published for name in row.metrics
+    }
     for name in asked:
         if name not in there:
             known = did_you_mean("", there) if name in METRICS else did_you_mean(name, METRICS)

@@ -83,7 +83,8 @@ def _correlation(pair: pandas.DataFrame) -> Correlation:
     z = math.atanh(max(-0.999, min(0.999, rho)))
     half = 1.959964 * math.sqrt((1 + rho**2 / 2) / (len(pair) - 3))
     low, high = math.tanh(z - half), math.tanh(z + half)
-    return Correlation(*pair.columns, len(pair), rho, min(low, rho), max(high, rho))
+    cheap, dear = pair.columns
+    return Correlation(cheap, dear, len(pair), rho, min(low, rho), max(high, rho))
 
 
 def render_correlations(records: Iterable[RunRecord]) -> str:

@@ -86,7 +86,6 @@ def _rows_of(path: Path) -> Rows:
 
 def thin(steps: Rows, key: str) -> list[list[float]]:
     """(step, value) where `key` is a finite number, thinned to `CURVE_POINTS` with the last point kept."""
-    values = ((step["step"], step.get(key)) for step in steps)
-    points = [[step, float(value)] for step, value in values if type(value) in (int, float) and math.isfinite(value)]
+    points = [[s["step"], float(s[key])] for s in steps if type(s.get(key)) in (int, float) and math.isfinite(s[key])]
     stride = math.ceil(len(points) / CURVE_POINTS) or 1
     return points[::stride] + (points[-1:] if points and (len(points) - 1) % stride else [])

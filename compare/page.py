@@ -183,8 +183,9 @@ def _listed(values: Iterable[Any]) -> str:
 
 def _images_of(record: RunRecord) -> str:
     counts = record.recipe.get("images") or record.recipe.get("data")
-    splits = [name for name in counts if name in ("train", "val", "test")] if isinstance(counts, dict) else []
-    return " + ".join(filter(None, [record.data, *(f"{counts[name]} {name}" for name in splits)])) or "not said"
+    splits = counts if isinstance(counts, dict) else {}
+    counted = [f"{number} {name}" for name, number in splits.items() if name in ("train", "val", "test")]
+    return " + ".join(filter(None, [record.data, *counted])) or "not said"
 
 
 def _size_of(recipe: dict[str, Any]) -> str:
