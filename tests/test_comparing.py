@@ -1,8 +1,6 @@
 """`twist compare`, the tables of a README and the end of `twist suite`, as a user of a clone meets them."""
 
-import errno
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from made_records import make_record, runs
@@ -10,7 +8,6 @@ from made_records import make_record, runs
 from twist import comparing
 from twist.cli import app
 from twist.compare.comparison import compare_records
-from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.record import RunRecord, find_records, write_record
 from twist.transfer.suite import run
@@ -234,17 +231,6 @@ def test_a_suffix_that_contradicts_the_format_is_refused(results: Path, tmp_path
     assert not (tmp_path / "t.md").exists()
     twist("compare", results, "--format", "csv", "--output", tmp_path / "t.txt")
     assert (tmp_path / "t.txt").read_text().startswith("method,row,")
-
-
-def test_an_output_that_cannot_be_written_is_one_sentence(
-    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(UserError, match=r"Cannot write .*: check the path"):
-        twist("compare", results, "--format", "table", "--output", tmp_path)
-    full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(files, "write_text", mock.Mock(side_effect=full))
-    with pytest.raises(UserError, match=r"\(No space left on device\)"):
-        twist("compare", results, "--output", tmp_path / "table.html")
 
 
 # ── A README's tables ──

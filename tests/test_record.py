@@ -8,7 +8,7 @@ from made_records import make_record
 
 from twist.contracts.errors import UserError
 from twist.contracts.metrics import METRICS
-from twist.contracts.record import MARKS, find_collections, find_records, read_record, read_records, write_record
+from twist.contracts.record import find_collections, find_records, read_record, read_records, write_record
 
 ABSENT = object()
 
@@ -65,11 +65,10 @@ def test_a_record_vouches_for_itself(tmp_path: Path, before: str, after: str) ->
         ({"seed": ABSENT}, "seed: Field required; run it again."),
         ({"task": ABSENT}, "task: Field required"),
         ({"metrics": {"knn_top1_percnt": 1.0}}, 'unknown metric "knn_top1_percnt". Did you mean "knn_top1_percent"?'),
-        ({"schema_version": 7}, "record schema 7 is unknown"),
+        ({"schema_version": 7}, "its schema_version is 7, this version reads 1"),
         ({"recipe": {"k": 1}}, "recipe_hash does not belong to the recipe"),
         ({"scale": "huge"}, "scale"),
-        ({"surprise": 1}, "surprise is no field of a record"),
-        ({"sed": 1}, 'sed is no field of a record. Did you mean "seed"? Remove it, or update the suite.'),
+        ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ({"metrics": {"knn_top1_percent": "55"}}, "metrics.knn_top1_percent: Input should be a valid number"),
         ({"seed": "0"}, "seed: Input should be a valid integer"),
         ({"seed": True}, "seed: Input should be a valid integer"),
@@ -79,7 +78,7 @@ def test_a_record_vouches_for_itself(tmp_path: Path, before: str, after: str) ->
         ({"weights": {"name": "w\x1b[2J"}}, "control characters"),
         ({"method": "x" * 101}, "cannot be part of a file's name"),
         ({"created": "yesterday"}, "isoformat"),
-        ({"schema_version": True}, "record schema True is unknown"),
+        ({"schema_version": True}, "its schema_version is True"),
         ({"wall_s": "1.0"}, "wall_s: Input should be a valid number"),
         ({"weights": {"name": "w", "epochs": "200"}}, "weights.epochs: Input should be a valid integer"),
         ({"metrics": {}}, "metrics is empty"),
@@ -139,7 +138,6 @@ def test_other_json_is_skipped_and_damaged_records_never(tmp_path: Path) -> None
         "{}",
         path.read_text()[:99],
         json.dumps({k: v for k, v in values.items() if k != "schema_version"}),
-        *(json.dumps({mark: values[mark]}) for mark in MARKS),
     ):
         path.write_text(damage)
         with pytest.raises(UserError, match=str(path)):
@@ -147,7 +145,7 @@ def test_other_json_is_skipped_and_damaged_records_never(tmp_path: Path) -> None
 
 
 def test_a_file_that_is_no_record_is_refused_when_it_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no run record: it has none of a record's fields"):
+    with pytest.raises(UserError, match="is no run record"):
         read_records([write(tmp_path / "speed.json", {"speedup": 4.0})])
     with pytest.raises(UserError, match="it is a folder"):
         read_record(tmp_path)

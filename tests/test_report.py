@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from made_records import make_record, runs
 
-from twist.compare.curves import CURVE_POINTS, curve_groups, thin
-from twist.compare.page import PageOptions, render_page
+from twist.compare.page import CURVE_POINTS, PageOptions, curve_groups, render_page, thin
 from twist.compare.table import Table, build_table
 from twist.contracts.errors import UserError
 from twist.contracts.published import load_published
