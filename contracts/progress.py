@@ -5,12 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-# Called at each step with title, done, total and elapsed seconds (`twist demo` shows them).
-Listener = Callable[[str, int, int | None, float], None]
-listeners: list[Listener] = []
 
 
 def is_quiet() -> bool:
@@ -60,8 +56,6 @@ class Progress:
         """Count `steps` more and show `values` (numbers are printed with four significant digits)."""
         self.done += steps
         self._values = _texts(values) or self._values
-        for listener in listeners:
-            listener(self.title, self.done, self.total, time.monotonic() - self._began)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.done)
         elif not self.quiet and time.monotonic() - self._printed >= self.every_s:

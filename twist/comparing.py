@@ -15,7 +15,7 @@ from pathlib import Path
 from twist.compare.comparison import Choice
 from twist.compare.comparison import compare as compare_records
 from twist.compare.correlate import render_correlations
-from twist.compare.page import PageOptions, render_page
+from twist.compare.page import PLAIN, PageOptions, render_page
 from twist.compare.table import build_table
 from twist.compare.writers import format_for, render, render_all
 from twist.contracts import files
@@ -33,7 +33,7 @@ _TABLE = re.compile(
 
 
 def compare(
-    paths: Sequence[Path], choice: Choice, *, table_format: str | None, output: Path | None, page: PageOptions
+    paths: Sequence[Path], choice: Choice, *, table_format: str | None, output: Path | None, page: PageOptions = PLAIN
 ) -> None:
     """Read the records under `paths` (default `results`, or `runs` where there is no such folder), and print their
     tables or write them to `output`."""
