@@ -1,6 +1,7 @@
 """The HTML page: self-contained, escaped, and alive in a real browser."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -272,6 +273,7 @@ def test_a_record_cannot_bring_in_a_file_from_elsewhere(tmp_path: Path, field: s
 
 # ── In a real browser ──
 
+AXE = "4.14.1"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
 
 
@@ -303,8 +305,8 @@ def published_alone(browser: Any, collection: Path) -> Iterator[Any]:
     yield from shown(browser, collection)
 
 
-def shown(browser: Any, page: Path) -> Iterator[Any]:
-    sheet = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+def shown(browser: Any, page: Path, **options: Any) -> Iterator[Any]:
+    sheet = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light", **options)
     sheet.troubles = []
     sheet.on("pageerror", lambda error: sheet.troubles.append(str(error)))
     sheet.on("console", lambda message: sheet.troubles.append(message.text) if message.type == "error" else None)
@@ -325,6 +327,35 @@ def names(sheet: Any, metric: str = "") -> list[str]:
         "heads => heads.map((head) => head.firstChild.textContent)"
     )
     return found
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """axe-core's source: the file that $AXE names, else from npm."""
+    if named := os.environ.get("AXE"):
+        return Path(named).read_text()
+    folder = tmp_path_factory.mktemp("axe")
+    command = ["npm", "install", "--no-save", "--prefix", str(folder), f"axe-core@{AXE}"]
+    if shutil.which("npm") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("axe-core is not here: set $AXE to its axe.min.js, or install npm")
+    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text()
+
+
+@pytest.mark.install
+@pytest.mark.parametrize("look", [{"color_scheme": "light"}, {"color_scheme": "dark"}, {"media": "print"}])
+def test_axe_finds_nothing_serious(browser: Any, page: Path, collection: Path, axe: str, look: dict[str, str]) -> None:
+    for file in (page, collection):
+        for sheet in shown(browser, file, bypass_csp=True):
+            sheet.emulate_media(**look)
+            sheet.evaluate(axe)
+            found = sheet.evaluate("axe.run()")
+            assert len(found["passes"]) > 10, "it looked"
+            said = [
+                (one["impact"], one["id"], one["nodes"][0]["html"][:200])
+                for one in found["violations"]
+                if one["impact"] in ("serious", "critical")
+            ]
+            assert not said
 
 
 @pytest.mark.slow
