@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import gc
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -75,11 +76,15 @@ class Command:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: exit status (negative: the signal), what it printed, its peak memory above the imports'."""
+    """How a process ended: exit status (negative: the signal), what it printed, its peak memory above the imports'.
+
+    `cpu_s` is its processor time, which a busy machine does not make longer.
+    """
 
     status: int
     said: str
     seconds: float
+    cpu_s: float
     peak_bytes: int
     out_of_time: bool = False
 
@@ -138,6 +143,9 @@ def import_everything(*, frameworks: bool) -> None:
             importlib.import_module(name)
     with contextlib.suppress(ImportError, AttributeError):  # half a second of every pretraining
         importlib.import_module("twist.pretrain.data.photometric_cpu").compile_it()
+    with contextlib.redirect_stdout(io.StringIO()):
+        _status(Command(("--version",), "."))  # fills the caches of what reads the commands' annotations
+    atexit._clear()  # a child ends what it began itself, not what the imports did
 
 
 def serve(*, frameworks: bool) -> None:
@@ -148,15 +156,21 @@ def serve(*, frameworks: bool) -> None:
         import_everything(frameworks=frameworks)
     gc.collect()
     gc.freeze()
+    own = _peak_of_a_fork()
     print("[]", file=answers, flush=True)
     for line in sys.stdin:
         values = json.loads(line)
         command = Command(**{**values, "arguments": tuple(values["arguments"])})
-        print(json.dumps([asdict(ended) for ended in _run(command)]), file=answers, flush=True)
+        print(json.dumps([asdict(ended) for ended in _run(command, own)]), file=answers, flush=True)
 
 
-def _run(command: Command) -> list[Ended]:
-    own = _kilobytes("VmRSS") * 1024
+def _peak_of_a_fork() -> int:
+    if (pid := os.fork()) == 0:
+        os._exit(0)
+    return os.wait4(pid, 0)[2].ru_maxrss * 1024
+
+
+def _run(command: Command, own: int) -> list[Ended]:
     outputs = [tempfile.TemporaryFile() for _ in range(command.ranks)]  # noqa: SIM115
     began = time.monotonic()
     pids = []
@@ -165,7 +179,7 @@ def _run(command: Command) -> list[Ended]:
         if pid == 0:
             _child(command, rank, output.fileno())
         pids.append(pid)
-    ended: dict[int, tuple[int, float, int, bool]] = {}
+    ended: dict[int, tuple[int, float, float, int, bool]] = {}
     killing, out_of_time = command.kill_after_s is not None or bool(command.kill_when), False
     clock: float | None = None  # when what the kill waits for was there
     while len(ended) < len(pids):
@@ -175,7 +189,8 @@ def _run(command: Command) -> list[Ended]:
             found, status, usage = os.wait4(pid, os.WNOHANG)
             if found:
                 peak = max(0, usage.ru_maxrss * 1024 - own)
-                ended[rank] = os.waitstatus_to_exitcode(status), time.monotonic() - began, peak, out_of_time
+                cpu = usage.ru_utime + usage.ru_stime
+                ended[rank] = os.waitstatus_to_exitcode(status), time.monotonic() - began, cpu, peak, out_of_time
         elapsed = time.monotonic() - began
         if killing and clock is None and _holds(command):
             clock = elapsed
@@ -194,10 +209,11 @@ def _run(command: Command) -> list[Ended]:
             os.killpg(pid, signal.SIGKILL)
     answers = []
     for rank, output in enumerate(outputs):
-        status, seconds, peak, late = ended[rank]
         output.seek(max(0, output.seek(0, os.SEEK_END) - LONGEST_OUTPUT))
-        answers.append(Ended(status, output.read().decode("utf-8", "replace"), seconds, peak, late))
+        said = output.read().decode("utf-8", "replace")
         output.close()
+        status, *measured = ended[rank]
+        answers.append(Ended(status, said, *measured))
     return answers
 
 

@@ -22,7 +22,8 @@ from forked import Command, Ended, Server
 from trees import Trees
 
 pytestmark = [pytest.mark.slow, pytest.mark.hostile]
-SECONDS = 20.0
+# Of processor time; the clock's limit is for what waits for ever.
+SECONDS, PATIENCE_S = 20.0, 120.0
 MOST_BYTES = int(1.5 * 2**30)
 # A sentence of this many characters is no sentence, and what a stranger's file says fills no terminal.
 LONGEST = 2000
@@ -44,27 +45,19 @@ KINDS: dict[str, Callable[[], Iterator[Case]]] = {
     "voc-xml": texts.voc_files,
     "lists-and-polygons": texts.lists_of_names,
     "toml": texts.configs,
+    "suite": texts.suites,
     "detectron2-yaml": texts.detectron2_configs,
     "markers": texts.readmes,
     "class-folder-picture": pictures.class_folders,
     "pretraining-picture": pictures.pretraining_pictures,
     "data-set-picture": pictures.data_sets,
     "sbd-mat": pictures.label_files,
-    "qt-resource": pictures.resource_files,
     "table": tables.tables,
 }
 # No message of ours has these words unless something went wrong that should have been refused before.
-NEVER_SAID = (
-    "Traceback (most recent call last)",
-    "did not foresee",
-    "unexpected error",
-    "Segmentation fault",
-    "memory ran out",
-    "does not fit into memory",
-    "can't allocate memory",
-    "Cannot allocate memory",
-    "Unable to allocate",
-    "MemoryError",
+NEVER_SAID = re.compile(
+    "Traceback|did not foresee|unexpected error|Segmentation fault|memory ran out|does not fit into memory|MemoryError"
+    "|[Cc](?:an't|annot) allocate memory|Unable to allocate"
 )
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -82,22 +75,20 @@ def trees(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Trees:
 
 def faults_of(case: Case, ended: Ended, folder: Path) -> Iterator[str]:
     """What went wrong when `case` was read, in words; nothing is how it should be."""
-    if ended.out_of_time:
-        yield f"more than {SECONDS:.0f} s"
-    elif ended.status < 0:
-        yield f"ended by signal {-ended.status}"
+    if ended.out_of_time or ended.cpu_s > SECONDS:
+        yield f"{ended.cpu_s:.1f} s of processor time in {ended.seconds:.0f} s"
     elif ended.status not in (0, 1, 2):
         yield f"exit status {ended.status}"
     if ended.peak_bytes > MOST_BYTES:
         yield f"{ended.peak_bytes / 2**30:.1f} GiB"
-    yield from (f"says “{words}”" for words in NEVER_SAID if words in ended.said)
+    yield from (f"says “{found.group()}”" for found in NEVER_SAID.finditer(ended.said))
     if found := CONTROL.search(ended.said):
         yield f"prints the control character {found.group()!r}"
     if "--json" not in case.command and any(len(line) > LONGEST for line in ended.said.splitlines()):
         yield "prints a line of thousands of characters"
     if (folder / NEVER_RUN).exists():
         yield "RAN CODE OF THE FILE"
-    if ended.status in (1, 2) and not any(name in ended.said for name in (case.file.rpartition("/")[2], *case.named)):
+    if ended.status in (1, 2) and not any(name in ended.said for name in (Path(case.file).name, *case.named)):
         yield "does not name the file"
     if ended.status == 0 and case.refused:
         yield "is taken for good"
@@ -108,22 +99,20 @@ def faults_of(case: Case, ended: Ended, folder: Path) -> Iterator[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_hostile_files_are_refused(kind: str, server: Server, trees: Trees, tmp_path: Path) -> None:
     chosen, count, failed = os.environ.get("HOSTILE_CASE", ""), 0, []
-    for number, case in enumerate(KINDS[kind]()):
+    for case in KINDS[kind]():
         if chosen not in case.name:
             continue
-        folder = tmp_path / str(number)
+        folder = tmp_path / str(count)
         folder.mkdir()
         if case.tree is not None:
             trees.copy(case.tree, folder / "tree")
         case.write(folder)
-        command = Command(case.command, str(folder), seconds=SECONDS, entry=case.entry, setup=case.setup)
+        command = Command(case.command, str(folder), seconds=PATIENCE_S, entry=case.entry, setup=case.setup)
         (ended,) = server.run(command)
         count += 1
         if faults := list(faults_of(case, ended, folder)):
-            last = " ".join(ended.said.split())[-160:]
-            failed.append(
-                f"{case.name[:70]:70}  {'; '.join(faults)}  [{ended.status}, {ended.seconds:.1f} s]  {last!r}"
-            )
+            said = " ".join(ended.said.split())[-160:]
+            failed.append(f"{case.name[:70]:70}  {'; '.join(faults)}  [{ended.status}, {ended.cpu_s:.1f} s]  {said!r}")
         shutil.rmtree(folder)
     if failed:
         pytest.fail(f"{len(failed)} of {count} files of the kind {kind}:\n" + "\n".join(failed), pytrace=False)
@@ -131,11 +120,7 @@ def test_hostile_files_are_refused(kind: str, server: Server, trees: Trees, tmp_
 
 def test_there_are_enough_files() -> None:
     """At least ten a kind, 300 in all; a name twice would hide one."""
-    quick = {"pickle", "record", "curves", "run-json", "manifest", "sample-json", "coco", "voc-xml", "toml", "markers"}
-    total = 0
-    for kind in sorted(quick):
-        names = [case.name for case in KINDS[kind]()]
-        assert len(names) >= 10
-        assert len(set(names)) == len(names), kind
-        total += len(names)
-    assert total >= 300
+    quick = ("pickle", "record", "curves", "run-json", "manifest", "sample-json", "coco", "voc-xml", "toml", "markers")
+    names = {kind: [(case.name, case.file, case.command) for case in KINDS[kind]()] for kind in quick}
+    assert all(len(set(found)) == len(found) >= 10 for found in names.values())
+    assert sum(map(len, names.values())) >= 300

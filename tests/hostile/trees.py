@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from forked import Command, Server
 from PIL import Image
+from texts import transfer
 from tiny_run import tiny_config
 
 from twist.contracts.config import Config
@@ -29,7 +30,7 @@ class Trees:
         if not source.exists():
             source.mkdir(parents=True)
             MAKERS[name](self, source)
-        shutil.copytree(source, target, symlinks=True, copy_function=_linked)
+        shutil.copytree(source, target, symlinks=True, copy_function=_linked, dirs_exist_ok=True)
 
     def twist(self, *arguments: str, folder: Path, **options: Any) -> None:
         """Run `twist`, to its end or until it is killed; `options` are those of `Command`."""
@@ -46,26 +47,18 @@ def _linked(source: str, target: str) -> None:
 
 
 def _sample(trees: Trees, folder: Path) -> None:
-    trees.twist("data", "sample", "made", "--size", "tiny", folder=folder)
-    _lift(folder / "made")
-
-
-def _lift(folder: Path) -> None:
-    """What is in `folder` to where `folder` is."""
-    for item in folder.iterdir():
-        item.rename(folder.parent / item.name)
-    folder.rmdir()
+    trees.twist("data", "sample", ".", "--size", "tiny", folder=folder)
 
 
 def _knn(trees: Trees, folder: Path) -> None:
     trees.copy("sample", folder / "data")
-    trees.twist("transfer", "sample-knn", "--weights", "random", "--data", "data", "--output", "run", folder=folder)
+    trees.twist(*transfer("sample-knn", data="data", output="run"), folder=folder)
 
 
 def _linear(trees: Trees, folder: Path) -> None:
     """A run that was killed when it had its first checkpoint."""
     trees.copy("sample", folder / "data")
-    run = ("transfer", "sample-linear", "epochs=4", "--weights", "random", "--data", "data", "--output", "run")
+    run = transfer("sample-linear", "epochs=4", data="data", output="run")
     trees.twist(*run, folder=folder, kill_when={"run/checkpoint.pth": 1})
     assert not (folder / "run" / "results").exists(), "it was not killed in time"
 
@@ -79,8 +72,7 @@ def _pretraining(trees: Trees, folder: Path) -> None:
 
 
 def _unpainted(trees: Trees, folder: Path) -> None:
-    trees.copy("sample", folder / "made")
-    _lift(folder / "made")
+    trees.copy("sample", folder)
     for painted in folder.glob("cityscapes/gtFine/train/aachen/aachen_000001_*_labelTrainIds.png"):
         painted.unlink()
 
