@@ -465,9 +465,8 @@ def _is_in(folder: Path, process: Path) -> bool:
 def prepare(shared: Path) -> None:
     """The inputs, each in a folder of its own: pictures and a config, an ImageNet-like tree, weights, sample, suite."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-    from tests.hostile.trees import toml
     from tests.imagenet_tree import write_tree
-    from tests.tiny_run import make_images, tiny_config
+    from tests.tiny_run import make_images, tiny_config, toml
 
     make_images(shared / "images" / "pictures")
     config = tiny_config(

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from twist.contracts.config import validate
+from twist.contracts.config import Config, validate
 from twist.pretrain import checkpoint, train
 from twist.pretrain import model as networks
 from twist.pretrain.config import PretrainConfig
@@ -52,6 +52,15 @@ def tiny_config(root: Path, **sections: dict[str, Any]) -> PretrainConfig:
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
     return validate(values, PretrainConfig, where="test")
+
+
+def toml(config: Config) -> str:
+    """A config as the file that it could have been read from."""
+    lines = []
+    for section, values in config.model_dump(mode="json").items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None and value != {}]
+    return "\n".join(lines) + "\n"
 
 
 def tiny_backbone(*_: Any, **__: Any) -> nn.Module:

@@ -1,6 +1,5 @@
 """The trees that some hostile files lie in: a sample, runs of it, SBD beside VOC. Each is made once and copied."""
 
-import json
 import os
 import shutil
 import signal
@@ -12,9 +11,7 @@ import numpy as np
 from forked import Command, Server
 from PIL import Image
 from texts import transfer
-from tiny_run import tiny_config
-
-from twist.contracts.config import Config
+from tiny_run import tiny_config, toml
 
 LARGE = 2**20  # linked, not copied: nothing writes into large files
 
@@ -107,12 +104,3 @@ MAKERS: dict[str, Callable[[Trees, Path], None]] = {
     "weights": _weights,
     "sbd": _sbd,
 }
-
-
-def toml(config: Config) -> str:
-    """A config as the file that it could have been read from."""
-    lines = []
-    for section, values in config.model_dump(mode="json").items():
-        lines.append(f"[{section}]")
-        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None and value != {}]
-    return "\n".join(lines) + "\n"
