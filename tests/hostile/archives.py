@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from cases import ESCAPES, NO_FILES, Case, Content, broken_json, damaged, edited
 from checkpoint_files import flat_tensors
-from pickles import Payload, bombs, inspected, raw, rebuilt, saved, shared_array, strange_names, table, text
+from pickles import Payload, bombs, in_torch, inspected, raw, rebuilt, saved, shared_array, strange_names, table, text
 from safetensors.torch import save
 from texts import resumed, transfer
 
@@ -50,7 +50,7 @@ def wrong_crc(data: bytes) -> bytes:
 
 
 def torch_zips() -> Iterator[Case]:
-    files = {name: torch_zip(raw(pickled)) for name, pickled in bombs().items()}
+    files = {name: torch_zip(raw(pickled)) for name, pickled in in_torch().items()}
     for name, names in strange_names().items():
         tensors = {key: torch.from_numpy(value.copy()) for key, value in names.items()}
         files[name] = saved({"state_dict": tensors})
@@ -75,7 +75,7 @@ def torch_zips() -> Iterator[Case]:
     yield from starmap(inspected, (files | archives(good) | damaged(real, 25, 0.01, 0.5, 0.9, 0.999)).items())
     yield from starmap(inspected, chain(damaged(good, 25, seed=1).items(), NO_FILES.items()))
     # Other doors to the same reader.
-    bomb, convert = files["key of 200,000 tuples"], ("convert", "x.pth", "--to", "torchvision", "--no-verify")
+    bomb, convert = torch_zip(raw(bombs()["2,000 tuples"])), ("convert", "x.pth", "--to", "torchvision", "--no-verify")
     yield inspected("convert", bomb, command=(*convert, "--output", "out"))
     weights = tuple("x.pth" if part == "random" else part for part in transfer("sample-knn"))
     yield inspected("transfer", bomb, command=weights, tree="sample")

@@ -101,6 +101,11 @@ def bombs() -> dict[str, bytes]:
     }  # fmt: skip
 
 
+def in_torch() -> dict[str, bytes]:
+    """Of the bombs, which are all looked at in the same way, every third; of the calls, which torch judges too, all."""
+    return dict([*bombs().items()][::3]) | calls()
+
+
 def calls() -> dict[str, bytes]:
     """Calls of what readers let through, and of what they must not."""
     huge, one = tuple_of(integer(2**40), integer(2**40)), tuple_of(integer(1), integer(1))
@@ -212,7 +217,7 @@ def torch_streams() -> Iterator[Case]:
     head = b"".join(pickle.dumps(value, protocol=2) for value in heads)
     no_names = raw(b"]")
     old = {"_use_new_zipfile_serialization": False}
-    files = {name: head + raw(pickled) + no_names for name, pickled in bombs().items()}
+    files = {name: head + raw(pickled) + no_names for name, pickled in in_torch().items()}
     for count in (2**60, 2**31, -1):
         value, storages = table(a=rebuilt((count,), (1,), count, view=b"N")), b"](" + text("0") + b"e"
         files[f"{count} numbers"] = head + raw(value) + raw(storages) + struct.pack("<q", count)

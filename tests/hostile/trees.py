@@ -84,12 +84,14 @@ def _sbd(_: Trees, folder: Path) -> None:
     """VOC's and SBD's folders with one image that only SBD has labels of, and 24 that VOC has."""
     voc, sbd = folder / "VOC2012", folder / "sbd"
     names = [f"2010_{i:06d}" for i in range(24)]
-    for place in (voc / "ImageSets" / "Segmentation", voc / "SegmentationClass", voc / "JPEGImages", sbd / "cls"):
+    lists = voc / "ImageSets" / "Segmentation"
+    for place in (lists, voc / "SegmentationClass", voc / "JPEGImages", sbd / "cls"):
         place.mkdir(parents=True)
-    for part, listed in (("train", names), ("val", ["2011_000001"])):
-        (voc / "ImageSets" / "Segmentation" / f"{part}.txt").write_text("\n".join(listed) + "\n")
-    for part, listed in (("train", ["2020_000001"]), ("val", names[:1])):
-        (sbd / f"{part}.txt").write_text("\n".join(listed) + "\n")
+    for file, listed in {
+        lists / "train.txt": names, lists / "val.txt": ["2011_000001"],
+        sbd / "train.txt": ["2020_000001"], sbd / "val.txt": names[:1],
+    }.items():  # fmt: skip
+        file.write_text("\n".join(listed) + "\n")
     for name in names:
         Image.fromarray(np.zeros((34, 40), np.uint8)).save(voc / "SegmentationClass" / f"{name}.png")
     (voc / "JPEGImages" / "2020_000001.jpg").touch()
