@@ -167,7 +167,7 @@ def label_files() -> Iterator[Case]:
         return buffer.getvalue()
 
     contents: dict[str, Content] = {
-        "20,000 pixels a side": mat(np.zeros((20_000, 20_000), np.uint8), do_compression=True),
+        "10,000 pixels a side": mat(np.zeros((10_000, 10_000), np.uint8), do_compression=True),
         "text": mat("evil"),
         "objects": mat(np.array([[{"a": 1}]], dtype=object)),
         **{f"classes of {value}": mat(np.full((34, 40), value)) for value in (200, -1, np.nan)},

@@ -99,8 +99,8 @@ def tables() -> Iterator[Case]:
     for word in WORDS:
         for field, changes in {
             "method": {"method": word},
-            "weights": {"weights.name": word},
-            "notes": {"notes": [word], "data": word, "git_commit": word, "weights.architecture": word},
+            "all else": dict.fromkeys(("weights.name", "data", "git_commit", "weights.architecture"), word)
+            | {"notes": [word]},
         }.items():
             other = changed(RECORD, {**changes, "weights.sha256": "1" * 64, "weights.source_sha256": "2" * 64})
             third = changed(RECORD, {"method": "byol"})
