@@ -253,7 +253,6 @@ def resumed_states() -> Iterator[Case]:
     linear = (*transfer("sample-linear", "epochs=4", data="tree/data", output="tree/run"), "--resume")
     doors = (
         partial(Case, file="tree/run/checkpoint.pth", command=linear, tree="linear", named=("tree/run",)),
-        partial(Case, file="capture.pt", command=("capture.pt",), entry="twist.pretrain.replay"),
         partial(
             resumed, file="warm.pt", command=("pretrain", "tree/tiny.toml", "run.warm_start=warm.pt", "--output", "out")
         ),
