@@ -44,6 +44,7 @@ KINDS: dict[str, Callable[[], Iterator[Case]]] = {
     "coco": texts.coco_files,
     "voc-xml": texts.voc_files,
     "lists-and-polygons": texts.lists_of_names,
+    "card": texts.cards,
     "toml": texts.configs,
     "suite": texts.suites,
     "detectron2-yaml": texts.detectron2_configs,

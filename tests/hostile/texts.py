@@ -251,6 +251,40 @@ def lists_of_names() -> Iterator[Case]:
         yield from starmap(case, contents.items())
 
 
+def laughs(first: str, following: str, levels: int = 12) -> str:
+    """YAML that repeats a part ten times in each of `levels` rows; the last is `*a` and its number."""
+    return first + "".join(following.format(i=i, all=", ".join([f"*a{i - 1}"] * 10)) + "\n" for i in range(1, levels))
+
+
+def cards() -> Iterator[Case]:
+    """A data card, and what YOLO's files say beside it."""
+    card = '[detection]\nformat = "yolo"\ntrain = { images = "images/train" }\nval = { images = "images/val" }\n'
+    names, line = "names:\n  0: egg\n  1: nest\n", "0 0.5 0.5 0.2 0.2\n"
+    paths = ("/dev/zero", "../../../../etc", "a\\u0000b", "\\u001b[2J", "card.toml", "")
+    lines = ("inf 0.5 0.5 0.2 0.2", "nan 0 0 1 1", "0 nan nan nan nan", "0 1e400 0 1 1", "9" * 5000 + " 0 0 1 1",
+             "0 0.5", "x" * 2**20, ESCAPES, "-1 0 0 1 1", "0.5 0 0 1 1")  # fmt: skip
+    values = ("5", "&a [*a]", "[" * 10_000, "{a: 1, 2: b}", "[[], {}]", '["\\e[2J"]',
+              f'!!python/object/apply:os.system ["{TOUCH}"]')  # fmt: skip
+    contents: dict[str, dict[str, Content]] = {
+        "card.toml": {
+            **broken_text(card),
+            **{f"images {path}": card.replace("images/train", path) for path in paths},
+            **{f"a format of {value}": card.replace('"yolo"', value) for value in ('"evil"', "5", '"\\u001b[2J"')},
+            "classes of tables": card + "classes = [{}]\n",
+            "10,000 lists": card + "classes = " + "[" * 10_000 + "]" * 10_000,
+        },
+        "data.yaml": {
+            **broken_text(names),
+            **{f"names {value[:9]}": f"names: {value}\n" for value in values},
+            "a billion laughs": laughs("a0: &a0 [x, x]\n", "a{i}: &a{i} [{all}]") + "names: [*a11]\n",
+        },
+        "labels/train/1_000.txt": {**broken_text(line), **{f"the line {text[:20]!r}": text for text in lines}},
+    }  # fmt: skip
+    for file, of in contents.items():
+        case = partial(Case, file=f"tree/{file}", command=("data", "check", "tree"), tree="card", named=("tree",))
+        yield from starmap(case, of.items())
+
+
 # --- configs ----------------------------------------------------------------------------------------------------------
 
 
@@ -320,11 +354,6 @@ def suites() -> Iterator[Case]:
 def detectron2_configs() -> Iterator[Case]:
     """A Detectron2 config that is checked against weights."""
     good = "MODEL:\n  RESNETS:\n    DEPTH: 18\n"
-
-    def laughs(first: str, following: str, levels: int) -> str:
-        rows = (following.format(i=i, all=", ".join([f"*a{i - 1}"] * 10)) for i in range(1, levels))
-        return first + "".join(rows)
-
     calls = ("!!python/object/apply:os.system", "!!python/object/new:subprocess.Popen",
              "!<tag:yaml.org,2002:python/object/apply:os.system>", "!evil")  # fmt: skip
     means = ('"' + "(" * 5000 + '"', '"' + "-" * 200_000 + '1"', f"\"__import__('os').system('{TOUCH}')\"",
@@ -336,8 +365,8 @@ def detectron2_configs() -> Iterator[Case]:
         **{f"a mean of {mean[:9]}": f"MODEL:\n  PIXEL_MEAN: {mean}\n" for mean in means},
         **{f"the base {base}": f"_BASE_: {base}\n{good}" for base in bases},
         "a call, renamed": f'%TAG !e! tag:yaml.org,2002:python/\n---\na: !e!object/apply:os.system ["{TOUCH}"]\n{good}',
-        "a billion laughs": laughs("a0: &a0 [x, x]\n", "a{i}: &a{i} [{all}]\n", 12) + "MODEL:\n  PIXEL_MEAN: *a11\n",
-        "merged laughs": laughs("a0: &a0 {x: 1}\n", "a{i}: &a{i} {{<<: [{all}]}}\n", 10) + good,
+        "a billion laughs": laughs("a0: &a0 [x, x]\n", "a{i}: &a{i} [{all}]") + "MODEL:\n  PIXEL_MEAN: *a11\n",
+        "merged laughs": laughs("a0: &a0 {x: 1}\n", "a{i}: &a{i} {{<<: [{all}]}}", 10) + good,
         "10,000 lists": "a: " + "[" * 10_000 + "]" * 10_000,
         "a list in itself": "MODEL: &a\n  PIXEL_MEAN: [*a]\n",
         "5,000 digits": "MODEL:\n  RESNETS:\n    DEPTH: " + "9" * 5000,

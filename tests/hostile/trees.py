@@ -11,6 +11,7 @@ import numpy as np
 from forked import Command, Server
 from PIL import Image
 from texts import transfer
+from tiny_cards import write_yolo
 from tiny_run import tiny_config, toml
 
 LARGE = 2**20  # linked, not copied: nothing writes into large files
@@ -97,7 +98,7 @@ def _sbd(_: Trees, folder: Path) -> None:
     (voc / "JPEGImages" / "2020_000001.jpg").touch()
 
 
-MAKERS: dict[str, Callable[[Trees, Path], None]] = {
+MAKERS: dict[str, Callable[[Trees, Path], object]] = {
     "sample": _sample,
     "knn": _knn,
     "linear": _linear,
@@ -105,4 +106,5 @@ MAKERS: dict[str, Callable[[Trees, Path], None]] = {
     "unpainted": _unpainted,
     "weights": _weights,
     "sbd": _sbd,
+    "card": lambda _, folder: write_yolo(folder),
 }
