@@ -2,7 +2,6 @@
 #
 #   make install        .venv with everything locked in requirements.lock, Detectron2 and this project
 #   make demo           the whole chain on the built-in sample (FAST=1: a quarter of the time)
-#   make demo-photos    the same on real photographs and cut-outs (from Debian packages, into your cache)
 #   make check          format, lint, types, fast tests, tables that are not stale (100 seconds on two cores)
 #   make test           every test of a clone, with an end-to-end run through both frameworks (twelve minutes)
 #   make test-all       what needs more: the wheel in empty environments, 2,500 hostile files
@@ -35,7 +34,7 @@ endef
 
 LOCKED := pretrain convert compare hub onnx zoo ray wandb mlflow transfer dev docs
 
-.PHONY: install demo demo-photos check test test-all open docs bench lock format clean
+.PHONY: install demo check test test-all open docs bench lock format clean
 
 install: $(INSTALLED)
 
@@ -56,9 +55,6 @@ $(INSTALLED): requirements.lock pyproject.toml $(wildcard third_party/detectron2
 
 demo: install
 	$(BIN)/twist demo $(if $(FAST),--fast)
-
-demo-photos: install
-	$(BIN)/twist demo --source photos --output demo-photos $(if $(FAST),--fast)
 
 check: install
 	$(BIN)/ruff format --check .
@@ -96,4 +92,4 @@ lock: $(UV)
 	  --no-emit-package detectron2 --no-emit-package twist-suite pyproject.toml --output-file requirements.lock
 
 clean:
-	rm -rf $(VENV) *.egg-info build demo demo-photos
+	rm -rf $(VENV) *.egg-info build demo

@@ -46,7 +46,7 @@ def main() -> None:
     with _folder() as folder:
         if arguments.data is None:
             arguments.data = folder / "sample"
-            make_sample(arguments.data, source="shapes", size="tiny", seed=0)
+            make_sample(arguments.data, size="tiny", seed=0)
         results = measure_all(arguments)
     write(arguments.json, results)
 

@@ -15,7 +15,7 @@ from tiny_sample import tiny_sample
 
 from twist.catalog.annotations import voc_palette
 from twist.catalog.data_sets import read_sample
-from twist.catalog.sample import scene, shapes, writers
+from twist.catalog.sample import make, scene, shapes
 from twist.catalog.sample.make import Sample, make_sample
 from twist.contracts.errors import UsageError, UserError
 
@@ -45,7 +45,7 @@ def test_equal_settings_give_equal_bytes_in_any_number_of_processes(
 def test_another_seed_gives_other_pictures() -> None:
     def picture(seed: int) -> np.ndarray:
         rng = np.random.default_rng([seed])
-        return scene.compose(rng, shapes.Shapes(), scene.portrait(0, rng, 32, 32), 32, 32, "train").image
+        return scene.compose(rng, scene.portrait(0, rng, 32, 32), 32, 32).image
 
     assert (picture(0) == picture(0)).all()
     assert (picture(0) != picture(1)).mean() > 0.5
@@ -80,8 +80,6 @@ def test_a_sample_is_reused_and_another_refused(sample: Sample, tmp_path: Path) 
 
 
 def test_wrong_names_get_the_near_match(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r'no sample source "photo".* "photos"'):
-        make_sample(tmp_path / "x", source="photo")
     with pytest.raises(UsageError, match=r'no sample size "smal".* "small"'):
         make_sample(tmp_path / "x", size="smal")
 
@@ -110,13 +108,12 @@ def test_a_missing_or_damaged_sample_json_is_one_sentence(tmp_path: Path) -> Non
 
 
 def test_visible_masks_are_disjoint_and_follow_the_painting_order() -> None:
-    source = shapes.Shapes()
     placements = [
         scene.Placement(2, 60, (40, 40)),
         scene.Placement(8, 50, (40, 48)),
         scene.Placement(9, 200, (40, 300)),
     ]
-    drawn = scene.compose(np.random.default_rng(0), source, placements, 80, 96, "train").instances
+    drawn = scene.compose(np.random.default_rng(0), placements, 80, 96).instances
     assert not (drawn[0].visible & drawn[1].visible).any()
     assert (drawn[0].whole & drawn[1].whole).any()
     assert drawn[0].visible_share < 1
@@ -128,10 +125,9 @@ def test_visible_masks_are_disjoint_and_follow_the_painting_order() -> None:
 
 def test_colours_do_not_tell_the_classes_apart() -> None:
     """Colour statistics of the ten classes are drawn from one distribution: a nearest-mean classifier is at chance."""
-    source = shapes.Shapes()
 
     def colours(number: int, class_index: int) -> np.ndarray:
-        cutout = source.cutout(np.random.default_rng([number, class_index]), class_index, 40, (0.0, -1.0))
+        cutout = shapes.draw_cutout(np.random.default_rng([number, class_index]), class_index, 40, (0.0, -1.0))
         pixels = cutout.rgb[cutout.alpha > 0.5]
         return np.concatenate([pixels.mean(0), pixels.std(0)])
 
@@ -248,7 +244,7 @@ def test_voc_boxes_and_maps_agree(sample: Sample) -> None:
 
 def test_cityscapes_label_table_is_the_official_one() -> None:
     labels = pytest.importorskip("cityscapesscripts.helpers.labels")
-    for name, (label_id, train_id, has_instances) in writers.CITYSCAPES_LABELS.items():
+    for name, (label_id, train_id, has_instances) in make.CITYSCAPES_LABELS.items():
         official = labels.name2label[name]
         assert (official.id, official.trainId, official.hasInstances) == (label_id, train_id, has_instances)
 
@@ -341,7 +337,7 @@ def test_mmsegmentation_reads_voc_cityscapes_and_ade20k(sample: Sample) -> None:
     seen = set()
     for index in range(len(dataset)):
         seen |= set(np.unique(load(dataset.get_data_info(index))["gt_seg_map"]).tolist())
-    assert seen == {train_id for _, train_id, _ in writers.CITYSCAPES_LABELS.values()}
+    assert seen == {train_id for _, train_id, _ in make.CITYSCAPES_LABELS.values()}
     folders = {"img_path": "images/training", "seg_map_path": "annotations/training"}
     ade = ADE20KDataset(data_root=str(sample.root / "ADEChallengeData2016"), data_prefix=folders, pipeline=[])
     assert len(ade) == counts["ADEChallengeData2016/training"]

@@ -9,50 +9,23 @@ Legend: H×W the frame, h×w a cut-out; colours are float32 in [0, 1].
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-Split = Literal["train", "val"]
+from twist.catalog.sample.shapes import DISTRACTOR, Array, Cutout, background, draw_cutout, smooth_noise
+
 Mask = NDArray[np.bool_]
 Polygon = NDArray[np.float64]  # (N, 2) as x, y
 Corner = tuple[int, int]  # row, column
-Array = NDArray[np.floating[Any]]
 
-# A distractor belongs to no class; it occludes, and is background to every annotation.
-DISTRACTOR = -1
 # How far a polygon may lie from its mask, in pixels.
 TOLERANCE = 0.6
 
 
-@dataclass(frozen=True)
-class Cutout:
-    """An object without its surroundings: `rgb` (h, w, 3) and `alpha` (h, w)."""
-
-    rgb: Array
-    alpha: Array
-
-
-class Source(Protocol):
-    """Where backgrounds (H, W, 3) and cut-outs come from.
-
-    A cut-out is of class `class_index` (`DISTRACTOR`: of none), its longer side `size` pixels; `light` is the direction
-    of the scene's light (unit x, y). `provenance` is what sample.json says of the pictures.
-    """
-
-    classes: tuple[str, ...]
-
-    def background(self, rng: np.random.Generator, height: int, width: int, split: Split) -> Array: ...
-
-    def cutout(self, rng: np.random.Generator, class_index: int, size: int, light: tuple[float, float]) -> Cutout: ...
-
-    def provenance(self) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """What to paste: a class (or `DISTRACTOR`), its longer side, and its centre, in pixels of the frame."""
 
     class_index: int
@@ -76,8 +49,7 @@ class Instance:
         return float(self.visible.sum() / max(self.whole.sum(), 1))
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
     """`image` (H, W, 3) uint8 and its instances from back to front, distractors among them."""
 
     image: NDArray[np.uint8]
@@ -126,18 +98,16 @@ def gathering(
     return distractors + placements
 
 
-def compose(
-    rng: np.random.Generator, source: Source, placements: Sequence[Placement], height: int, width: int, split: Split
-) -> Scene:
+def compose(rng: np.random.Generator, placements: Sequence[Placement], height: int, width: int) -> Scene:
     """Paint the background and `placements` from back to front, light the whole, and keep the visible masks."""
     angle = rng.uniform(-np.pi, 0)  # light comes from above, so shadows fall downwards
     light = (float(np.cos(angle)), float(np.sin(angle)))
-    canvas = source.background(rng, height, width, split).copy()
+    canvas = background(rng, height, width)
     shadow_strength = float(rng.uniform(0.25, 0.6))
     alphas: list[Array] = []
     truncated: list[bool] = []
     for placement in placements:
-        cutout = source.cutout(rng, placement.class_index, placement.size, light)
+        cutout = draw_cutout(rng, placement.class_index, placement.size, light)
         alpha = np.zeros((height, width), dtype=np.float32)
         _paste(canvas, alpha, cutout, placement, light, shadow_strength)
         alphas.append(alpha)
@@ -149,14 +119,6 @@ def compose(
         instances.append(Instance(placement.class_index, alpha * free > 0.5, alpha > 0.5, cut, placement.crowd))
         free *= 1 - alpha
     return Scene(image, tuple(reversed(instances)))
-
-
-def smooth_noise(rng: np.random.Generator, height: int, width: int, *, cells: float) -> Array:
-    """Random values on a coarse grid (`cells` across the longer side), interpolated smoothly to (H, W)."""
-    longer = max(height, width)
-    rows, columns = (max(2, round(cells * side / longer) + 1) for side in (height, width))
-    grid = Image.fromarray(rng.random((rows, columns), dtype=np.float32))
-    return np.clip(np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC)), 0, 1)
 
 
 def _anywhere(rng: np.random.Generator, height: int, width: int, sizes: tuple[float, float]) -> Placement:

@@ -1,12 +1,8 @@
-"""The embedded source of the sample: solid-looking objects of ten classes, told apart by form and, mostly, by material.
+"""What the built-in sample draws: solid-looking objects of ten classes, told apart by form and, mostly, by material.
 
 Colour, light, size, turn and surroundings are drawn from the same distributions for every class. Four objects in five
-wear their class's typical pattern (in any colours, at any angle), the fifth any pattern: as with animals and things,
-the material is a strong hint and the form is the truth. Without the hint a network needs more pictures than a few
-minutes on a CPU can show it. An object is an outline (polygons, each class with its own varying proportions), a signed
-distance field of it, and from that an anti-aliased edge and a rounded relief that catches the light.
-
-Legend: outlines live in a square of about [-1, 1]², y downwards; N points, S segments.
+wear their class's typical pattern, the fifth any: without the hint a network needs more pictures than a few minutes on
+a CPU can show it. Outlines live in a square of about [-1, 1]², y downwards; N points, S segments; colours in [0, 1].
 """
 
 import colorsys
@@ -18,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from twist.catalog.sample.scene import DISTRACTOR, Array, Cutout, Split, smooth_noise
-
+Array = NDArray[np.floating[Any]]
 Points = NDArray[np.floating[Any]]
 Outline = list[Points]
 
@@ -27,6 +22,15 @@ Outline = list[Points]
 VARIANTS = 6
 GRID = 80
 REACH = 1.3  # half side of the square that the distance field covers
+# A distractor belongs to no class; it occludes, and is background to every annotation.
+DISTRACTOR = -1
+
+
+class Cutout(NamedTuple):
+    """An object without its surroundings: `rgb` (h, w, 3) and `alpha` (h, w)."""
+
+    rgb: Array
+    alpha: Array
 
 
 def butterfly(rng: np.random.Generator) -> Outline:
@@ -122,11 +126,20 @@ OUTLINES: dict[str, Callable[[np.random.Generator], Outline]] = {
     outline.__name__: outline
     for outline in (butterfly, crescent, cross, fish, flower, gear, heart, mushroom, ring, star)
 }
+CLASSES = tuple(OUTLINES)
 
 
 # Surfaces: patterns and colours in [0, 1]; a pattern is (H, W), a surface (H, W, 3).
 
 Range = tuple[float, float]
+
+
+def smooth_noise(rng: np.random.Generator, height: int, width: int, *, cells: float) -> Array:
+    """Random values on a coarse grid (`cells` across the longer side), interpolated smoothly to (H, W)."""
+    longer = max(height, width)
+    rows, columns = (max(2, round(cells * side / longer) + 1) for side in (height, width))
+    grid = Image.fromarray(rng.random((rows, columns), dtype=np.float32))
+    return np.clip(np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC)), 0, 1)
 
 
 def fractal_noise(rng: np.random.Generator, height: int, width: int, *, cells: float) -> Array:
@@ -239,34 +252,27 @@ MATERIALS: dict[str, Material] = {
 TYPICAL = 0.8
 
 
-class Shapes:
-    """The `shapes` source: see the module's text. It holds no state; split makes no difference to it."""
+def background(rng: np.random.Generator, height: int, width: int) -> Array:
+    """(H, W, 3), muted: with vivid ones two crops are matched by the background, and objects are not learned."""
+    materials = draw_material(rng, contrast=(0.1, 0.4)), draw_material(rng, contrast=(0.1, 0.4))
+    return surface(rng, height, width, materials, brightness=(0.4, 0.65), saturation=(0.0, 0.25))
 
-    classes = tuple(OUTLINES)
 
-    def background(self, rng: np.random.Generator, height: int, width: int, split: Split) -> Array:  # noqa: ARG002
-        # Muted: with vivid backgrounds, two crops of a picture are matched by those, and objects are not learned.
-        materials = draw_material(rng, contrast=(0.1, 0.4)), draw_material(rng, contrast=(0.1, 0.4))
-        return surface(rng, height, width, materials, brightness=(0.4, 0.65), saturation=(0.0, 0.25))
-
-    def cutout(self, rng: np.random.Generator, class_index: int, size: int, light: tuple[float, float]) -> Cutout:
-        name = "" if class_index == DISTRACTOR else self.classes[class_index]
-        field = distance_field(name, int(rng.integers(VARIANTS)))
-        canvas = round(size * REACH)
-        # Distance to the edge in pixels, cut to the object, (h, w).
-        inside = _posed(rng, field, canvas) * np.float32(canvas / (2 * REACH))
-        rows, columns = np.flatnonzero((inside > -1).any(1)), np.flatnonzero((inside > -1).any(0))
-        inside = inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        alpha = np.clip(inside + np.float32(0.5), 0, 1)
-        bright = (0.7, 1.0) if rng.random() < 0.6 else (0.35, 0.8)
-        worn = MATERIALS.get(name) if rng.random() < TYPICAL else None
-        material = worn or draw_material(rng, contrast=(0.6, 1.0))
-        height, width = inside.shape
-        albedo = surface(rng, height, width, [material, material], bright, saturation=(0.3, 0.9))
-        return Cutout(np.clip(albedo * _relief(rng, inside, size, light)[..., None], 0, 1), alpha)
-
-    def provenance(self) -> dict[str, Any]:
-        return {"licence": "drawn by this program: no rights of others"}
+def draw_cutout(rng: np.random.Generator, class_index: int, size: int, light: tuple[float, float]) -> Cutout:
+    """An object of a class (or `DISTRACTOR`), its longer side about `size` pixels, lit from `light` (unit x, y)."""
+    name = "" if class_index == DISTRACTOR else CLASSES[class_index]
+    field = distance_field(name, int(rng.integers(VARIANTS)))
+    canvas = round(size * REACH)
+    # Distance to the edge in pixels, cut to the object, (h, w).
+    inside = _posed(rng, field, canvas) * np.float32(canvas / (2 * REACH))
+    rows, columns = np.flatnonzero((inside > -1).any(1)), np.flatnonzero((inside > -1).any(0))
+    inside = inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    alpha = np.clip(inside + np.float32(0.5), 0, 1)
+    bright = (0.7, 1.0) if rng.random() < 0.6 else (0.35, 0.8)
+    worn = MATERIALS.get(name) if rng.random() < TYPICAL else None
+    material = worn or draw_material(rng, contrast=(0.6, 1.0))
+    albedo = surface(rng, *inside.shape, [material, material], bright, saturation=(0.3, 0.9))
+    return Cutout(np.clip(albedo * _relief(rng, inside, size, light)[..., None], 0, 1), alpha)
 
 
 @functools.cache
