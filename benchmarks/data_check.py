@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.side_by_side import Times, heading, write
-from twist.catalog.annotations import voc_palette
 from twist.catalog.data_sets import DATA_SETS
+from twist.catalog.masks import voc_palette
 
 # Annotations of the published files, and numbers in an outline such that train's has the published 450 MB.
 COCO_ANNOTATIONS = {"train2017": 860_001, "val2017": 36_781}

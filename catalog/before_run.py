@@ -1,9 +1,8 @@
 """What a run asks of the data below its root before it starts: are they whole, and which data are they.
 
-Both are quick, seconds for the largest sets: `twist data check` is the thorough look. The identity is one short name,
-so that no number is compared with, or continued on, other data: of a built-in sample its settings, of the public sets
-a digest of their lists, names, and sizes of annotation files and of some images. It has neither places nor times in
-it, so data that were moved or copied are the same; a change of a few images keeps it.
+Both are quick, seconds for the largest sets. The identity is one short name, so that no number is compared with, or
+continued on, other data: of a built-in sample its settings, of the public sets a digest of their lists, names, and
+sizes of some files. It has neither places nor times in it; a change of a few images keeps it.
 """
 
 import os
@@ -11,10 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from twist.catalog.check import look_at
-from twist.catalog.class_folders import class_names, find_subset
+from twist.catalog.check import Report, look_at
+from twist.catalog.class_folders import class_names, find_subset, split_files
 from twist.catalog.data_sets import DataSet, Files, Split, Truth, find_data_set, read_names, read_sample, spread
-from twist.catalog.report import Report
 from twist.contracts.errors import UserError
 from twist.contracts.files import sha256_file, sha256_json
 from twist.contracts.images import file_entries
@@ -42,8 +40,7 @@ def require_data(
         names: of data sets, rows of the table.
         scale: whether the run is of the built-in sample or of the real data.
 
-    Raises:
-        UserError: something is missing or not what it should be.
+    `UserError`: something is missing or not what it should be.
     """
     rows = [find_data_set(name) for name in names]
     sample = read_sample(root)
@@ -58,14 +55,12 @@ def require_data(
     report = Report(Progress("", total=None, quiet=True), quick=True)
     for row in rows:
         look_at(row, root, sample, report, TRUTH[task])
-    errors = [finding for finding in report.findings if finding.severity == "error"]
-    if errors:
-        missing = [finding.where for finding in errors if finding.message == "is missing"]
-        problem = f"{root} lacks {', '.join(str(Path(where).relative_to(root)) for where in missing)}"
-        first = errors[0]
+    if errors := [finding for finding in report.findings if finding.severity == "error"]:
+        missing = [str(Path(one.where).relative_to(root)) for one in errors if one.message == "is missing"]
+        first = f"{errors[0].where}: {errors[0].message}: {errors[0].remedy}".rstrip(".")
         raise UserError(
-            f"{problem if missing else f'{first.where}: {first.message}: {first.remedy}'.rstrip('.')}; "
-            f"`twist data check {rows[0].group} {root}` says all that is missing or wrong and where it comes from."
+            f"{f'{root} lacks ' + ', '.join(missing) if missing else first}; `twist data check {rows[0].group} {root}` "
+            "says all that is missing or wrong and where it comes from."
         )
     return sample
 
@@ -73,10 +68,7 @@ def require_data(
 def identify_data(names: Sequence[str], root: Path, *, subset: str | None = None) -> str | None:
     """Which data a run on the data sets `names` would read below `root`; `subset`: its list of labelled images.
 
-    None where a part is missing or unreadable, which a run refuses.
-
-    Raises:
-        UserError: a damaged sample.json.
+    None where a part is missing or unreadable, which a run refuses. `UserError`: a damaged sample.json.
     """
     rows = [find_data_set(name) for name in names]
     sample = read_sample(root)
@@ -104,8 +96,11 @@ def _facts(row: DataSet, place: Path, subset: str | None) -> Iterator[Any]:
     """What tells data apart. Records hold digests of it: for the existing rows it may not change."""
     splits = [*row.run_splits().values()]
     if row.class_folders:
-        for split in splits:
-            yield from _class_facts(place / split.images.folder)
+        for name in row.run_splits():
+            found = split_files(place, name)
+            if not found:
+                raise FileNotFoundError(place / name)
+            yield from (_class_facts(found[0]) if found[0].is_dir() else ([x.name, x.stat().st_size] for x in found))
         if subset is not None:
             path = find_subset(place, subset)
             yield None if path is None else sha256_file(path)

@@ -9,11 +9,9 @@
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import numpy as np
 from pydantic import Field
 
 from twist.catalog.data_sets import VOID, read_names
-from twist.contracts import files
 from twist.contracts.config import SHIPPED, Config, read_toml, validate
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.record import Task
@@ -59,21 +57,17 @@ class MaskSplit(Config):
     list: str = ""
 
 
-class Segmentation(Config):
-    """A class for each pixel. `classes`: names of the values 0, 1, …, or a table of value or "#rrggbb" → name.
+class MaskValues(Config):
+    """What the numbers or colours in masks mean.
 
-    Pixels of value `ignore`, and in a mask with a table all that the table doesn't have, belong to no class; with
-    `reduce_zero_label` value 0 doesn't either and 1 is the first class. An image `a<image_suffix>.jpg` has the mask
-    `a<mask_suffix>.png`.
+    `classes`: names of the values 0, 1, …, or a table of value or "#rrggbb" → name. Pixels of value `ignore`, and in a
+    mask with a table all that the table doesn't have, belong to no class; with `reduce_zero_label` value 0 doesn't
+    either and 1 is the first class.
     """
 
-    train: MaskSplit
-    val: MaskSplit | None = None
     classes: tuple[str, ...] | dict[str, str]
     ignore: int | tuple[int, ...] = VOID
     reduce_zero_label: bool = False
-    image_suffix: str = ""
-    mask_suffix: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,14 +79,38 @@ class Segmentation(Config):
     def ignored(self) -> tuple[int, ...]:
         return (self.ignore,) if isinstance(self.ignore, int) else self.ignore
 
+    def table(self) -> tuple[dict[int, int], bool]:
+        """Value (or colour as 0xRRGGBB) in a mask → class, `VOID` for those that are ignored; whether it is colours."""
+        ignored = dict.fromkeys(self.ignored, VOID)
+        if not isinstance(self.classes, dict):
+            first = int(self.reduce_zero_label)
+            zero = {0: VOID} if self.reduce_zero_label else {}
+            return {**{index + first: index for index in range(len(self.classes))}, **zero, **ignored}, False
+        colours = any(key.startswith("#") for key in self.classes)
+        try:
+            keys = [int(key.removeprefix("#"), 16) if key.startswith("#") else int(key) for key in self.classes]
+        except ValueError as error:
+            raise UserError(f'classes of [segmentation]: {error}; write 3 = "sky" or "#804080" = "road".') from None
+        places = [self.names.index(name) for name in self.classes.values()]
+        return {**dict(zip(keys, places)), **ignored}, colours
+
+
+class Segmentation(MaskValues):
+    """A class for each pixel. An image `a<image_suffix>.jpg` has the mask `a<mask_suffix>.png`."""
+
+    train: MaskSplit
+    val: MaskSplit | None = None
+    image_suffix: str = ""
+    mask_suffix: str = ""
+
 
 class Classification(Config):
-    """Folders of class folders, or Parquet files with an image and a label column."""
+    """Folders of class folders, or tables; their columns are named where the first of their kind is not meant."""
 
     train: str
     val: str | None = None
-    image_column: str = "image"
-    label_column: str = "label"
+    image_column: str = ""
+    label_column: str = ""
 
 
 class Pretraining(Config):
@@ -164,8 +182,7 @@ def find_card(data: Path | None, *, root: str | None = None) -> Card | None:
 
     A name alone, as `camvid`, may stand for one of ours.
 
-    Raises:
-        UsageError: the file is no TOML or no card. UserError: there is no such file.
+    `UsageError`: the file is no TOML or no card. `UserError`: there is no such file.
     """
     if data is None:
         return None
@@ -208,30 +225,3 @@ def chosen(names: list[str], listed: str, card: Card) -> list[str]:
             "the images."
         )
     return sorted({by_stem.get(name.removeprefix("./")) or by_stem[Path(name).name] for name in wanted})
-
-
-def split_card(card: Card, names: dict[Section, list[str]], *, share: float, seed: int) -> list[Path]:
-    """Write the lists that divide `names`, the training images of each section without `val`; no file is moved.
-
-    Raises:
-        UsageError: `share` is no share. UserError: every section has a `val`, or a list is there and differs.
-    """
-    if not 0 < share < 1:
-        raise UsageError(f"split={share} is no share: write the part that becomes val, for example split=0.2.")
-    if not names:
-        raise UserError(f"Every section of {card.path} has a val already: there is nothing to split.")
-    written = []
-    for section, images in names.items():
-        order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(images))
-        held_out = max(1, round(share * len(images)))
-        if held_out >= len(images):
-            raise UserError(f"[{section}] of {card.path} has {len(images)} images: too few to split.")
-        parts: dict[Role, np.ndarray] = {"val": order[:held_out], "train": order[held_out:]}
-        for role in ROLES:
-            path = card.list_file(section, role)
-            text = "".join(f"{images[index]}\n" for index in sorted(parts[role]))
-            if path.exists() and files.read_text(path) != text:
-                raise UserError(f"{path} exists and holds another split: remove it to have it made again.")
-            files.write_text(path, text)
-            written.append(path)
-    return written

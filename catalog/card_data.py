@@ -1,19 +1,29 @@
 """What a run reads of a data card: one section, opened, checked and identified. The check goes through here as well."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from twist.catalog.boxes import BoxSet, read_boxes
-from twist.catalog.card import Card, Role, Section, find_card, split_card
-from twist.catalog.class_folders import LabelledImages, open_tree
+from twist.catalog.card import ROLES, Card, Role, Section, find_card
+from twist.catalog.class_folders import (
+    READERS,
+    LabelledImages,
+    TableImages,
+    open_tree,
+    read_files,
+    refuse_other_classes,
+    table_files,
+)
 from twist.catalog.data_sets import spread
 from twist.catalog.masks import Pair, check_pair, read_pairs
-from twist.catalog.report import picture_size
-from twist.catalog.tables import TableImages, lines_of, read_labelled
+from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.files import sha256_json
 from twist.contracts.images import image_names
@@ -34,17 +44,14 @@ class CardData:
     labelled: dict[Role, LabelledImages] | None = None
 
     @property
-    def splits(self) -> dict[Role, Any]:
+    def splits(self) -> Mapping[Role, Any]:
         return self.boxes or self.pairs or self.labelled or {}
 
     @property
     def classes(self) -> tuple[str, ...]:
-        if self.boxes is not None:
-            return self.boxes["train"].classes
-        if self.labelled is not None:
-            return self.labelled["train"].classes
-        assert self.card.segmentation is not None
-        return self.card.segmentation.names
+        if self.card.segmentation is not None and self.pairs is not None:
+            return self.card.segmentation.names
+        return self.splits["train"].classes
 
     def images(self, role: Role) -> list[Path]:
         """The pictures of a split; of tables the files that hold them."""
@@ -52,24 +59,18 @@ class CardData:
             return [image["file"] for image in self.boxes[role].images]
         if self.pairs is not None:
             return [pair.image for pair in self.pairs[role]]
-        assert self.labelled is not None
-        found = self.labelled[role]
-        return [*getattr(found, "files", ())] or [found.path(index) for index in range(len(found))]
+        return self.splits[role].files()
 
     def in_both(self) -> str:
         """What is wrong where images are in train and in val, "" for nothing."""
-        names = [
-            {f"{one.folder}/{line}" for line in lines_of(one)}
-            if isinstance(one, LabelledImages)
-            else set(map(str, self.images(role)))
-            for role, one in self.splits.items()
-        ]
+        names = []
+        for role, split in self.splits.items():
+            paths = list(map(str, self.images(role)))
+            names.append({f"{paths[0]}/{row}" for row in split.lines()} if isinstance(split, TableImages) else {*paths})
         both = sorted(set.intersection(*names)) if len(names) > 1 else []
-        return (
-            f"{len(both)} images are in train and in val, {both[0]} the first: numbers would be too high"
-            if both
-            else ""
-        )
+        if not both:
+            return ""
+        return f"{len(both)} images are in train and in val, {both[0]} the first: numbers would be too high"
 
     def count(self, role: Role) -> int:
         """Images of a split."""
@@ -82,15 +83,10 @@ class CardData:
         for role, split in self.splits.items():
             facts.append([role, self.count(role)])
             if self.boxes is not None:
-                entries = [
-                    {**image, "file": image["file"].name, "objects": [_plain(one) for one in image["objects"]]}
-                    for image in split.images
-                ]
-                facts.append(sha256_json(entries))
-            elif self.pairs is not None:
-                section = self.card.segmentation
-                assert section is not None
-                facts.append(section.model_dump(mode="json", include={"classes", "ignore", "reduce_zero_label"}))
+                facts.append(sha256_json([{**image, "file": image["file"].name} for image in split.images]))
+            elif self.card.segmentation is not None and self.pairs is not None:
+                keys = {"classes", "ignore", "reduce_zero_label"}
+                facts.append(self.card.segmentation.model_dump(mode="json", include=keys))
                 facts.append([[pair.image.name, pair.mask.name] for pair in split])
                 facts.append([pair.mask.stat().st_size for pair in spread(split, SIZED)])
             else:
@@ -105,12 +101,12 @@ class CardData:
 
     def summary(self) -> str:
         """One line for a plan."""
-        parts = [
-            f"{self.count(role)} {role} images"
-            + (f" with {sum(1 for _ in split.objects)} objects" if isinstance(split, BoxSet) else "")
-            for role, split in self.splits.items()
-        ]
-        return f"own data: {self.name}, {len(self.classes)} classes, {', '.join(parts)}"
+        counts = [f"{self.count(role)} {role} images" for role in self.splits]
+        if self.boxes is not None:
+            counts = [
+                f"{count} with {sum(1 for _ in one.objects)} objects" for count, one in zip(counts, self.boxes.values())
+            ]
+        return f"own data: {self.name}, {len(self.classes)} classes, {', '.join(counts)}"
 
 
 def open_card(card: Card, section: Section) -> CardData:
@@ -119,20 +115,60 @@ def open_card(card: Card, section: Section) -> CardData:
         return CardData(card, section, boxes=read_boxes(card))
     if section == "segmentation":
         return CardData(card, section, pairs=read_pairs(card))
-    return CardData(card, section, labelled=read_labelled(card))
+    return CardData(card, section, labelled=_read_labelled(card))
+
+
+def _read_labelled(card: Card) -> dict[Role, LabelledImages]:
+    """Both splits of a card's [classification]; without `val` the written lists divide `train`."""
+    section = card.classification
+    assert section is not None
+    found: dict[Role, LabelledImages] = {}
+    for role, place in {"train": section.train, "val": section.val}.items():
+        if place is not None:
+            sources = _files_at(card.place(place), card)
+            found[role] = read_files(sources, image=section.image_column, label=section.label_column)  # type: ignore[index]
+    if "val" in found:
+        refuse_other_classes(card.path, found["train"].classes, found["val"].classes)
+    elif card.list_file("classification", "val").is_file():
+        found = {role: _listed(found["train"], card, role) for role in ("val", "train")}
+        found = {role: found[role] for role in ROLES}
+    return found
+
+
+def _files_at(place: Path, card: Card) -> list[Path]:
+    """The folder of class folders, or the tables, that `place` (a folder, a file or a pattern of files) is."""
+    if place.is_dir():
+        return table_files(place) or [place]
+    found = sorted(place.parent.glob(place.name)) if "*" in place.name else [place] if place.is_file() else []
+    if not found or found[0].suffix not in READERS:
+        raise UserError(
+            f"{place} holds neither class folders nor {' or '.join(READERS)} files: correct [classification] in "
+            f"{card.path}."
+        )
+    return found
+
+
+def _listed(images: LabelledImages, card: Card, role: Role) -> LabelledImages:
+    path = card.list_file("classification", role)
+    wanted = set(files.read_text(path).split("\n")) - {""}
+    kept = np.array([line in wanted for line in images.lines()])
+    if kept.sum() != len(wanted):
+        raise UserError(
+            f"{path} names images that are not there: remove the lists and make them again with `twist data prepare`."
+        )
+    return images.only(np.flatnonzero(kept))
 
 
 def require_card_data(card: Card, task: Task) -> CardData:
     """The data that a run of `task` reads, whole, before it starts.
 
-    Raises:
-        UserError: the card has no such section or no `val`, or something is missing or not what it should be.
+    `UserError`: the card has no such section or no `val`, or something is missing or not what it should be.
     """
     data = open_card(card, card.require(task))
     for pairs in (data.pairs or {}).values():
         assert card.segmentation is not None
         for pair in spread(pairs, SIZED):
-            problem, _ = check_pair(pair, card.segmentation, picture_size(pair.image))
+            problem, _ = check_pair(pair, card.segmentation)
             if problem:
                 raise UserError(f"{problem.rstrip('.')}; `twist data check {card.path}` looks at all of them.")
     if said := data.in_both():
@@ -143,26 +179,37 @@ def require_card_data(card: Card, task: Task) -> CardData:
 def prepare_card(card: Card, **options: Any) -> list[Path]:
     """Write the lists that divide the training images of each section without `val`; options are split and seed.
 
-    Raises:
-        UsageError: no split, or another option. UserError: there is nothing to split, or other lists are there.
+    `UsageError`: no split, or another option. `UserError`: there is nothing to split, or other lists are there.
     """
-    if unknown := options.keys() - {"split", "seed"}:
-        raise UsageError(f'prepare {card.path} has no option "{min(unknown)}": it takes split=SHARE and seed=N.')
-    share, seed = options.get("split"), options.get("seed", 0)
-    if not isinstance(share, float) or not isinstance(seed, int) or seed < 0:
-        raise UsageError("prepare CARD takes split=SHARE, the part that becomes val, and seed=N: split=0.2 seed=0.")
-    names: dict[Section, list[str]] = {}
-    for section in card.sections():
-        if getattr(card, section).val is not None:
-            continue
-        alone = card.model_copy(update={"path": card.path.with_name(f"{card.path.stem}.unsplit.toml")})
+    share, seed = options.pop("split", None), options.pop("seed", 0)
+    if options or not isinstance(share, float) or not 0 < share < 1 or not isinstance(seed, int) or seed < 0:
+        raise UsageError(
+            f"prepare {card.path} takes split=SHARE, the part that becomes val, and seed=N: split=0.2 seed=0."
+        )
+    sections = [section for section in card.sections() if getattr(card, section).val is None]
+    if not sections:
+        raise UserError(f"Every section of {card.path} has a val already: there is nothing to split.")
+    alone = card.model_copy(update={"path": card.path.with_name(f"{card.path.stem}.unsplit.toml")})
+    written = []
+    for section in sections:
         data = open_card(alone, section)
         if data.labelled is not None:
-            names[section] = lines_of(data.labelled["train"])
+            images = data.labelled["train"].lines()
         else:
             folder = card.place(getattr(card, section).train.images)
-            names[section] = [os.path.relpath(path, folder) for path in data.images("train")]
-    return split_card(card, names, share=share, seed=seed)
+            images = [os.path.relpath(path, folder) for path in data.images("train")]
+        order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(images))
+        held_out = max(1, round(share * len(images)))
+        if held_out >= len(images):
+            raise UserError(f"[{section}] of {card.path} has {len(images)} images: too few to split.")
+        for role, part in (("train", order[held_out:]), ("val", order[:held_out])):
+            path = card.list_file(section, role)  # type: ignore[arg-type]
+            text = "".join(f"{images[index]}\n" for index in sorted(part))
+            if path.exists() and files.read_text(path) != text:
+                raise UserError(f"{path} exists and holds another split: remove it to have it made again.")
+            files.write_text(path, text)
+            written.append(path)
+    return written
 
 
 def labelled_images(data: str | Path) -> tuple[LabelledImages, LabelledImages]:
@@ -198,11 +245,3 @@ def pretraining_images(card: Card) -> tuple[Path | TableImages, set[Path]]:
         if any(fnmatch(name, pattern) for pattern in patterns):
             held_out.add((root / name).resolve())
     return root, held_out
-
-
-def _plain(one: dict[str, Any]) -> dict[str, Any]:
-    """An object as JSON has it: compressed run lengths may be bytes."""
-    outline = one.get("segmentation")
-    if isinstance(outline, dict) and isinstance(outline.get("counts"), bytes):
-        return {**one, "segmentation": {**outline, "counts": outline["counts"].decode()}}
-    return one

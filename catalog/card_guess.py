@@ -1,14 +1,12 @@
 """`twist data card FOLDER`: the card that a folder of data suggests, with what cannot be known as comments.
 
-Known by their files: COCO's JSON, VOC's XML, YOLO's label files, masks beside pictures (all also as CVAT, labelme's own
-converters and Roboflow export them), class folders, Parquet files, tar shards, Hugging Face data sets on disk, and
-pictures alone. Nothing is written but the card.
+Boxes and masks are known also as CVAT, labelme's own converters and Roboflow export them. Nothing is written but the
+card.
 """
 
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,38 +14,38 @@ import numpy as np
 
 from twist.catalog.boxes import yolo_names
 from twist.catalog.card import CARD, ROLES, find_card
-from twist.catalog.class_folders import class_names
+from twist.catalog.class_folders import READERS, SPLIT_NAMES, class_names
 from twist.catalog.data_sets import VOID, spread
 from twist.catalog.masks import MASK_ENDINGS
-from twist.catalog.tables import READERS, column_kinds
 from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.images import UnreadableImage, file_entries, image_names, open_picture
 
-# How folders and files of a split are called, first the usual name.
-SPLIT_NAMES = {"train": ("train", "training", "trainval"), "val": ("val", "valid", "validation", "test")}
 MASK_FOLDERS = (
     "masks", "mask", "labels", "annotations", "gt", "SegmentationClassPNG", "SegmentationClass", "label",
     "segmentation",
 )  # fmt: skip
 IMAGE_FOLDERS = ("images", "image", "imgs", "JPEGImages", "img", "pictures")
 SUFFIXES = ("_mask", "_labelIds", "_label", "_seg", "_gt", "_L", "_labelTrainIds", "_gtFine_labelIds")
-# Masks whose values are looked at, and files of a folder by which its kind is told.
+# Masks whose values are looked at.
 LOOKED_AT = 40
+NO_VAL = "# val is missing: name one, or `twist data prepare CARD split=0.2 seed=0`\n"
+Splits = dict[str, dict[str, str]]
 
 
 def write_card(folder: Path, output: Path | None = None) -> Path:
     """Write the card that `folder` suggests to `output`, or to `card.toml` in it; never over an existing file.
 
-    Raises:
-        UserError: there is no such folder, the file exists, or nothing in the folder is known.
+    `UserError`: there is no such folder, the file exists, or nothing in the folder is known.
     """
     path = output or folder / CARD
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}: check the path.")
     if path.exists():
         raise UserError(f"{path} exists and is not replaced: remove it, or name another with --output.")
-    sections = list(_sections(folder))
+    boxes, masks = _coco(folder) or _yolo(folder) or _voc(folder), _masks(folder)
+    classes = "" if boxes or masks else _classes(folder)
+    sections = [one for one in (boxes, masks, classes, "" if classes else _pictures(folder, masks)) if one]
     if not sections:
         raise UserError(
             f"{folder} holds nothing that is known: no COCO .json, VOC .xml, YOLO labels, masks, class folders, "
@@ -55,38 +53,35 @@ def write_card(folder: Path, output: Path | None = None) -> Path:
         )
     name = re.sub(r"[^\w.+-]+", "-", folder.resolve().name).strip("-.") or "data"
     root = "" if path.resolve().parent == folder.resolve() else f'root = "{os.path.abspath(folder)}"\n'
-    files.write_text(
-        path, f'# Guessed from the files; correct what is wrong.\nname = "{name}"\n{root}\n' + "\n".join(sections)
-    )
+    head = f'# Guessed from the files; correct what is wrong.\nname = "{name}"\n{root}\n'
+    files.write_text(path, head + "\n".join(sections))
     find_card(path)  # what was written can be read
     return path
 
 
-def _sections(folder: Path) -> Iterator[str]:
-    boxes = _coco(folder) or _yolo(folder) or _voc(folder)
-    masks = _masks(folder)
-    classes = "" if boxes or masks else _classes(folder)
-    yield from filter(None, (boxes, masks, classes))
-    pictures = _common_folder(folder)
-    if pictures is not None and not classes:
-        yield f'[pretraining]   # val splits are left out\nimages = "{pictures}"\n{_excluded(folder, pictures, masks)}'
-
-
-def _excluded(folder: Path, pictures: str, masks: str) -> str:
-    """What lies among the pictures and is none to train on: masks, and a `test` split."""
+def _pictures(folder: Path, masks: str) -> str:
+    """[pretraining]: the folder of pictures, without the masks and a `test` split among them."""
+    named = [name for name in IMAGE_FOLDERS if (folder / name).is_dir()]
+    pictures = next((place for place in (*named, ".") if next(file_entries(folder / place), None)), None)
+    if pictures is None:
+        return ""
     suffix = re.search(r'masks = "(.+?)"(?s:.*)mask_suffix = "(.+?)"', masks)
     patterns = [f"*{suffix[2]}.*"] if suffix and f'images = "{suffix[1]}"' in masks else []
     patterns += [f"{name}/*" for name in class_names(folder / pictures) if name.lower() == "test"]
     said = ""
     if any((folder / f"{Path(name).with_suffix('')}.json").is_file() for name in spread(image_names(folder), 1)):
         said = "# labels in .json beside pictures, as labelme writes, are not read: labelme2coco makes a file that is\n"
-    return said + (f"exclude = {json.dumps(patterns)}\n" if patterns else "")
+    excluded = f"exclude = {json.dumps(patterns)}\n" if patterns else ""
+    return f'[pretraining]   # val splits are left out\nimages = "{pictures}"\n{said}{excluded}'
 
 
-def _role(name: str) -> str | None:
-    """The split that a file's or folder's name stands for."""
-    words = re.split(r"[^a-z]+", re.sub(r"\d+", "", name.lower()))
-    return next((role for role in ROLES if set(words) & set(SPLIT_NAMES[role])), None)
+def _role(*names: str) -> str:
+    """The split that the first of `names` stands for which stands for one; "" for none."""
+    for name in names:
+        words = set(re.split(r"[^a-z]+", re.sub(r"\d+", "", name.lower())))
+        if found := [role for role in ROLES if words & set(SPLIT_NAMES[role])]:
+            return found[0]
+    return ""
 
 
 def _usual_first(names: Iterable[str]) -> list[str]:
@@ -94,83 +89,87 @@ def _usual_first(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: ("test" in name.lower(), name))
 
 
-def _split_line(role: str, **keys: str) -> str:
-    return f"{role} = {{ " + ", ".join(f'{key} = "{value}"' for key, value in keys.items() if value) + " }\n"
+def _files(folder: Path, *endings: str) -> list[str]:
+    return _usual_first(name for name, _ in file_entries(folder, lambda name: name.endswith(endings)))
 
 
-NO_VAL = "# val is missing: name one, or `twist data prepare CARD split=0.2 seed=0`\n"
+def _folders(names: Iterable[str]) -> list[str]:
+    return _usual_first({str(Path(name).parent) for name in names})
 
 
-def _lines(splits: dict[str, dict[str, str]]) -> str:
-    """The lines of the splits, a comment where there is no `val`; one split alone is for training."""
+def _section(head: str, splits: Splits) -> str:
+    """The lines of a section, a comment where there is no `val`; one split alone is for training."""
+    if not splits:
+        return ""
     if "train" not in splits:
         splits = {"train": next(iter(splits.values()))}
-    lines = "".join(_split_line(role, **splits[role]) for role in ROLES if role in splits)
-    return lines + ("" if "val" in splits else NO_VAL)
+    lines = ""
+    for role in ROLES:
+        if role in splits:
+            keys = ", ".join(f'{key} = "{value}"' for key, value in splits[role].items())
+            lines += f"{role} = {{ {keys} }}\n"
+    return head + lines + ("" if "val" in splits else NO_VAL)
 
 
 # ── Boxes ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _coco(folder: Path) -> str:
-    splits: dict[str, dict[str, str]] = {}
-    for name in _usual_first(name for name, _ in file_entries(folder, lambda name: name.endswith(".json"))):
+    splits: Splits = {}
+    for name in _files(folder, ".json"):
         try:
             content = files.read_json(folder / name, most=files.MOST_DATA)
-            listed = [image["file_name"] for image in content["images"]]
-            if not listed or not isinstance(content["annotations"], list):
+            first = content["images"][0]["file_name"]
+            if not isinstance(content["annotations"], list):
                 continue
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError):
             continue
-        role = _role(Path(name).stem) or _role(Path(name).parent.name) or "train"
-        beside = str(Path(name).parent)
-        images = beside if (folder / beside / listed[0]).is_file() else _folder_with(folder, listed[0])
-        if role not in splits and images is not None:
-            splits[role] = {"images": images, "annotations": name}
-    return f'[detection]\nformat = "coco"\n{_lines(splits)}' if splits else ""
+        place = Path(name)
+        images = str(place.parent) if (folder / place.parent / first).is_file() else _folder_with(folder, first)
+        if images is not None:
+            role = _role(place.stem, place.parent.name) or "train"
+            splits.setdefault(role, {"images": images, "annotations": name})
+    return _section('[detection]\nformat = "coco"\n', splits)
 
 
 def _folder_with(folder: Path, file: str) -> str | None:
     """The folder below which the path `file` lies, for a COCO file that does not say it."""
-    names = set(image_names(folder))
+    names = image_names(folder)
     for name in sorted(names, key=len):
         if name == file or name.endswith(f"/{file}"):
             return name.removesuffix(file).rstrip("/") or "."
-    return next((str(Path(name).parent) for name in sorted(names) if Path(name).name == Path(file).name), None)
+    return next((str(Path(name).parent) for name in names if Path(name).name == Path(file).name), None)
 
 
 def _voc(folder: Path) -> str:
-    xml = sorted(name for name, _ in file_entries(folder, lambda name: name.endswith(".xml")))
-    if not xml:
-        return ""
-    places = _usual_first({str(Path(name).parent) for name in xml})
+    xml = _files(folder, ".xml")
     pictures = {Path(name).stem: str(Path(name).parent) for name in image_names(folder)}
     lists = {_role(path.stem): path for path in sorted((folder / "ImageSets" / "Main").glob("*.txt"))}
-    splits: dict[str, dict[str, str]] = {}
-    for place in places:
-        images = next((pictures[Path(n).stem] for n in xml if n.startswith(place) and Path(n).stem in pictures), None)
+    splits: Splits = {}
+    for place in _folders(xml):
+        stems = [Path(name).stem for name in xml if name.startswith(place)]
+        images = next((pictures[stem] for stem in stems if stem in pictures), None)
         if images is None:
             continue
-        if len(places) == 1 and None not in lists and len(lists) > 1:
-            for role, path in lists.items():
-                listed = path.relative_to(folder).as_posix()
-                splits[str(role)] = {"images": images, "annotations": place, "list": listed}
+        keys = {"images": images, "annotations": place}
+        if len(_folders(xml)) == 1 and "" not in lists and len(lists) > 1:
+            splits = {role: {**keys, "list": path.relative_to(folder).as_posix()} for role, path in lists.items()}
         else:
-            splits.setdefault(_role(Path(place).name) or "train", {"images": images, "annotations": place})
-    return f'[detection]\nformat = "voc"\n{_lines(splits)}' if splits else ""
+            splits.setdefault(_role(Path(place).name) or "train", keys)
+    return _section('[detection]\nformat = "voc"\n', splits)
 
 
 def _yolo(folder: Path) -> str:
-    labels = sorted(name for name, _ in file_entries(folder, lambda name: name.endswith(".txt")))
     # Beside the pictures, as Darknet and CVAT have them, or in `labels` where the pictures are in `images`.
     beside = {name.rpartition(".")[0] for name in image_names(folder)}
-    labels = [name for name in labels if "labels" in Path(name).parts[:-1] or name.removesuffix(".txt") in beside]
-    splits: dict[str, dict[str, str]] = {}
-    for place in _usual_first({str(Path(name).parent) for name in labels}):
+    labels = [n for n in _files(folder, ".txt") if "labels" in Path(n).parts[:-1] or n.removesuffix(".txt") in beside]
+    splits: Splits = {}
+    for place in _folders(labels):
         images = re.sub(r"(^|/)labels(?=/|$)", r"\1images", place)
         if (folder / images).is_dir():
             splits.setdefault(_role(place) or "train", {"images": images, "annotations": place})
-    return f'[detection]\nformat = "yolo"\n{_lines(splits)}{_yolo_classes(folder, labels)}' if splits else ""
+    section = _section('[detection]\nformat = "yolo"\n', splits)
+    return section and section + _yolo_classes(folder, labels)
 
 
 def _yolo_classes(folder: Path, labels: list[str]) -> str:
@@ -182,8 +181,8 @@ def _yolo_classes(folder: Path, labels: list[str]) -> str:
         return f"classes = {json.dumps(files.read_text(folder / 'obj.names').split())}\n"
     words = [line.split() for name in labels for line in files.read_text(folder / name).splitlines()]
     most = max((int(float(one[0])) for one in words if one), default=0)
-    names = ", ".join(f'"class {number}"' for number in range(most + 1))
-    return f"classes = [{names}]   # there is no data.yaml: write their names\n"
+    names = json.dumps([f"class {number}" for number in range(most + 1)])
+    return f"classes = {names}   # there is no data.yaml: write their names\n"
 
 
 # ── Masks ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -191,18 +190,18 @@ def _yolo_classes(folder: Path, labels: list[str]) -> str:
 
 def _masks(folder: Path) -> str:
     for images, place, suffix in _mask_places(folder):
-        masks = [n for n, _ in file_entries(folder / place, lambda n: n.lower().endswith(MASK_ENDINGS))]
-        masks = [name for name in masks if Path(name).stem.endswith(suffix)]
-        splits: dict[str, dict[str, str]] = {}
+        splits: Splits = {}
         for below in _usual_first(os.listdir(folder / place)):
             role = _role(below)
             if role and (folder / images / below).is_dir() and (folder / place / below).is_dir():
                 parts = {"images": f"{images}/{below}", "masks": f"{place}/{below}"}
                 splits.setdefault(role, {key: value.removeprefix("./") for key, value in parts.items()})
-        splits = splits or {"train": {"images": images, "masks": place}}
+        masks = [n for n, _ in file_entries(folder / place, lambda n: n.lower().endswith(MASK_ENDINGS))]
+        masks = sorted(name for name in masks if Path(name).stem.endswith(suffix))
         ends = f'mask_suffix = "{suffix}"\n' if suffix else ""
-        chosen = [folder / place / name for name in spread(sorted(masks), LOOKED_AT)]
-        return f"[segmentation]\n{_lines(splits)}{_mask_classes(chosen, _mask_names(folder))}{ends}"
+        section = _section("[segmentation]\n", splits or {"train": {"images": images, "masks": place}})
+        chosen = [folder / place / name for name in spread(masks, LOOKED_AT)]
+        return section + _mask_classes(chosen, _mask_names(folder)) + ends
     return ""
 
 
@@ -235,7 +234,7 @@ def _mask_names(folder: Path) -> dict[str, str]:
 
 
 def _mask_classes(masks: list[Path], names: dict[str, str]) -> str:
-    values: Counter[int | str] = Counter()
+    values: set[int | str] = set()
     for path in masks:
         try:
             with open_picture(path) as image:
@@ -259,50 +258,24 @@ def _mask_classes(masks: list[Path], names: dict[str, str]) -> str:
     return f"{said}classes = {{ {rows} }}\n" + ("" if colours else f"ignore = {VOID}\n")
 
 
-# ── Classes and pictures ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── Classes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _classes(folder: Path) -> str:
-    tables: dict[str, list[str]] = {}
-    for name in _usual_first(name for name, _ in file_entries(folder, lambda name: name.endswith(tuple(READERS)))):
-        role = _role(Path(name).stem) or _role(Path(name).parent.name) or "train"
-        tables.setdefault(role, []).append(name)
-    if tables:
-        places = {}
-        for role, names in tables.items():
-            same = [name for name in names if Path(name).parent == Path(names[0]).parent]
-            pattern = f"{Path(names[0]).stem.split('-')[0]}-*{Path(names[0]).suffix}"
-            places[role] = names[0] if len(same) == 1 else (Path(names[0]).parent / pattern).as_posix()
-        return _class_lines(places) + _columns(folder / next(iter(tables.values()))[0])
-    splits = {str(_role(name)): name for name in reversed(_usual_first(class_names(folder))) if _role(name)}
-    if "train" in splits and len(class_names(folder / splits["train"])) > 1:
-        return _class_lines(splits)
-    with_pictures = [name for name in class_names(folder) if next(file_entries(folder / name), None)]
-    generic = {*IMAGE_FOLDERS, *MASK_FOLDERS}
-    if len(with_pictures) > 1 and not generic & set(with_pictures) and not any(map(_role, with_pictures)):
-        return _class_lines({"train": "."})
-    return ""
-
-
-def _class_lines(places: dict[str, str]) -> str:
-    lines = "".join(f'{role} = "{places[role]}"\n' for role in ROLES if role in places)
-    return f"[classification]\n{lines}{'' if 'val' in places else NO_VAL}"
-
-
-def _columns(table: Path) -> str:
-    """The names of the columns with images and with labels, where they are not the usual ones."""
-    found = column_kinds(table)
-    lines = ""
-    for key, usual in (("image", "image"), ("label", "label")):
-        names = [name for name, kind in found.items() if kind == key]
-        if names and usual not in names:
-            lines += f'{key}_column = "{names[0]}"\n'
-    return lines
-
-
-def _common_folder(folder: Path) -> str | None:
-    """The folder of pictures for pretraining: a usual name, else the folder itself where pictures lie in it."""
-    for name in IMAGE_FOLDERS:
-        if (folder / name).is_dir() and next(file_entries(folder / name), None):
-            return name
-    return "." if next(file_entries(folder), None) else None
+    tables: dict[str, list[Path]] = {}
+    for path in map(Path, _files(folder, *READERS)):
+        tables.setdefault(_role(path.stem, path.parent.name) or "train", []).append(path)
+    places = {}
+    for role, (first, *others) in tables.items():
+        several = any(path.parent == first.parent for path in others)
+        places[role] = first.with_name(f"{first.stem.split('-')[0]}-*{first.suffix}") if several else first
+    if not places:
+        below = class_names(folder)
+        splits = {_role(name): Path(name) for name in reversed(_usual_first(below)) if _role(name)}
+        with_pictures = {name for name in below if next(file_entries(folder / name), None)}
+        if "train" in splits and len(class_names(folder / splits["train"])) > 1:
+            places = splits
+        elif len(with_pictures) > 1 and not splits and not with_pictures & {*IMAGE_FOLDERS, *MASK_FOLDERS}:
+            places = {"train": Path()}
+    lines = "".join(f'{role} = "{places[role].as_posix()}"\n' for role in ROLES if role in places)
+    return lines and f"[classification]\n{lines}{'' if 'val' in places else NO_VAL}"

@@ -1,24 +1,24 @@
-"""Class folders, ROOT/[imagenet/]{train,val}/<class>/…, and lists of the images that have labels. No torch.
+"""Labelled images: class folders, ROOT/[imagenet/]{train,val}/<class>/…, tables of them, and lists of some. No torch.
 
-Paths are kept as one array of bytes: a Python list of 1.28 million strings is copied page by page into every worker.
+Tables are Parquet files, tar shards, or a data set saved to disk (Arrow), read by Hugging Face's `datasets`. Paths are
+kept as one array of bytes: a Python list of 1.28 million strings is copied page by page into every worker.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from PIL import Image
 
-from twist.catalog.data_sets import DATA_SETS, DataSet, Split, read_names
-from twist.catalog.report import Report, named
-from twist.contracts.errors import UserError
-from twist.contracts.images import EXTENSIONS, image_names, is_folder, is_image, read_image
+from twist.catalog.data_sets import DATA_SETS, read_names
+from twist.contracts.errors import UserError, require
+from twist.contracts.images import UnreadableImage, decode, image_names, is_folder, read_image
 from twist.contracts.progress import Progress
 
 if TYPE_CHECKING:
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 # Names of SimCLR's lists (google-research/simclr, imagenet_subsets/) and the share of each class a drawn subset has.
 SUBSETS = {"1percent": ("1percent.txt", 0.01), "10percent": ("10percent.txt", 0.10)}
-# What `twist.contracts.images` decodes, by Pillow's names; MPO is a JPEG with more behind it, as cameras write it.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB")
-ARCHIVES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zip", ".7z", ".rar")
+# Endings of tables → the name of their reader in `datasets`.
+READERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
+# How folders and files of a split are called, first the usual name.
+SPLIT_NAMES = {"train": ("train", "training", "trainval"), "val": ("val", "valid", "validation", "test")}
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,14 @@ class LabelledImages:
 
     def path(self, index: int) -> Path:
         return self.folder / os.fsdecode(bytes(self.paths[index]))
+
+    def lines(self) -> list[str]:
+        """A line for every image, by which a written list finds it again."""
+        return [os.fsdecode(bytes(path)) for path in self.paths]
+
+    def files(self) -> list[Path]:
+        """The files that hold the images."""
+        return [self.path(index) for index in range(len(self))]
 
     def read(self, index: int) -> Tensor:
         """Image `index` decoded, uint8 RGB (3, H, W); `UnreadableImage` when it cannot be."""
@@ -67,34 +76,81 @@ class LabelledImages:
     def stamp(self) -> str:
         """`digest` together with sizes and modification times: changes when a file's content may have."""
         state = hashlib.sha256(self.digest().encode())
-        for index in range(len(self)):
-            status = self.path(index).stat()
+        for status in map(os.stat, self.files()):
             state.update(f"{status.st_size} {status.st_mtime_ns};".encode())
         return state.hexdigest()
 
 
-def open_tree(root: str | os.PathLike[str]) -> tuple[LabelledImages, LabelledImages]:
-    """Training and validation images below `root`, which holds train/ and val/ or a folder imagenet/ that does.
+@dataclass(frozen=True)
+class TableImages(LabelledImages):
+    """Image `b"17"` of `paths` is row 17 of `rows`, a memory-mapped table of `tables`, which lie in `folder`."""
 
-    Raises:
-        UserError: a folder is missing, a class is empty, or the two splits do not have the same classes.
+    rows: Any = None
+    column: str = "image"
+    tables: tuple[Path, ...] = ()
+
+    def files(self) -> list[Path]:
+        return list(self.tables)
+
+    def read(self, index: int) -> Tensor:
+        row = int(self.paths[index])
+        value, name = self.rows[row][self.column], f"row {row} of {self.folder}"
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes):
+            raise UnreadableImage(f"Cannot read the image {name}: the row has no bytes")
+        return decode(data, name=name)
+
+    def chosen_rows(self) -> Any:
+        """The rows alone, in the order of the files."""
+        return self.rows.select(sorted(map(int, self.paths)))
+
+    def digest(self) -> str:
+        names = b"".join(os.fsencode(file.name) for file in self.tables)
+        return hashlib.sha256(names + super().digest().encode()).hexdigest()
+
+
+def open_tree(root: str | os.PathLike[str]) -> tuple[LabelledImages, LabelledImages]:
+    """Training and validation images below `root`, which has them for train and val, or a folder imagenet/ that does.
+
+    `UserError`: a split is missing, a class is empty, or the two splits do not have the same classes.
     """
     folder = DATA_SETS["imagenet"].place(Path(root))
-    if not all((folder / split).is_dir() for split in ("train", "val")):
+    places = {role: split_files(folder, role) for role in SPLIT_NAMES}
+    if not all(places.values()):
         raise UserError(
-            f"There is no ImageNet-like tree at {root}: it needs train/<class>/ and val/<class>/, directly or in "
-            f"imagenet/; `twist data check folders {root}` says what is missing."
+            f"There is no ImageNet-like tree at {root}: it needs train/<class>/ and val/<class>/ (or .parquet or .tar "
+            f"files of these names), directly or in imagenet/; `twist data check folders {root}` says what is missing."
         )
-    train, val = read_split(folder / "train"), read_split(folder / "val")
+    train, val = (read_files(found) for found in places.values())
     refuse_other_classes(folder, train.classes, val.classes)
     return train, val
+
+
+def split_files(folder: Path, role: str) -> list[Path]:
+    """What holds a split of `folder`: the folder of its name, or the tables in it or of one of its names."""
+    place = folder / role
+    if place.is_dir() and class_names(place):
+        return [place]
+    for name in SPLIT_NAMES[role]:
+        beside = [file for file in table_files(folder) if re.match(rf"{name}(?![a-z])", file.name)]
+        if found := table_files(folder / name) or beside:
+            return found
+    return [place] if place.is_dir() else []
+
+
+def table_files(folder: Path) -> list[Path]:
+    return sorted(file for ending in READERS for file in folder.glob(f"*{ending}")) if folder.is_dir() else []
+
+
+def read_files(files: list[Path], *, image: str = "", label: str = "") -> LabelledImages:
+    """The images of a folder of class folders, or of tables; `image` and `label`: names of their columns."""
+    return read_split(files[0]) if files[0].is_dir() else _read_tables(files, image, label)
 
 
 def read_split(folder: Path, bar: Progress | None = None) -> LabelledImages:
     """Every image of `folder`/<class>/ at any depth, sorted; `bar` advances by one for each class.
 
-    Raises:
-        UserError: there is no `folder`, no class in it, or a class without images.
+    `UserError`: there is no `folder`, no class in it, or a class without images.
     """
     if not folder.is_dir():
         raise UserError(f"There is no class folder at {folder}: a tree has train/<class>/ and val/<class>/.")
@@ -107,7 +163,14 @@ def read_split(folder: Path, bar: Progress | None = None) -> LabelledImages:
             bar.advance()
     if not found:
         raise UserError(f"{folder} holds no class folders: put each class's images into a folder of its name.")
-    return _labelled(folder, found)
+    return labelled(folder, found)
+
+
+def labelled(folder: Path, classes: Mapping[str, list[str]]) -> LabelledImages:
+    """The images of each class by their paths below `folder`."""
+    paths = [os.fsencode(image) for images in classes.values() for image in images]
+    counts = [len(images) for images in classes.values()]
+    return LabelledImages(folder, tuple(classes), np.array(paths), np.repeat(np.arange(len(classes)), counts))
 
 
 def class_names(root: Path) -> tuple[str, ...]:
@@ -116,15 +179,58 @@ def class_names(root: Path) -> tuple[str, ...]:
         return tuple(sorted(entry.name for entry in entries if is_folder(entry) and not entry.name.startswith(".")))
 
 
+def _read_tables(files: list[Path], image: str, label: str) -> TableImages:
+    rows, image, label = _open(files, image, label)
+    values = list(rows[label])
+    names = getattr(rows.features[label], "names", None)
+    if names is None:
+        named_values = sorted(set(values))
+        values, names = [named_values.index(value) for value in values], [str(value) for value in named_values]
+    labels = np.array(values, dtype=np.int64)
+    order = np.argsort(labels, kind="stable")  # by class, as folders are
+    paths = np.array([b"%d" % row for row in order])
+    return TableImages(files[0].parent, tuple(names), paths, labels[order], rows, image, tuple(files))
+
+
+def _open(files: list[Path], image: str, label: str) -> tuple[Any, str, str]:
+    """The rows and the names of their columns: of the usual name, or the first of its kind."""
+    require("hub")
+    import datasets
+
+    try:
+        paths = [str(file) for file in files]
+        rows = datasets.load_dataset(READERS[files[0].suffix], data_files=paths, split="train")
+        found: dict[str, list[str]] = {"image": [], "label": []}
+        for name, feature in rows.features.items():
+            if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature):
+                found["image"].append(name)
+            elif isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "").startswith("int"):
+                found["label"].append(name)
+        columns = []
+        for kind, named in (("image", image), ("label", label)):
+            usual = [named] if named else sorted(found[kind], key=lambda name: name != kind)
+            if not usual or usual[0] not in rows.column_names:
+                raise UserError(
+                    f"{files[0]} has no column {named or f'with {kind}s'} (it has {', '.join(rows.column_names)}): set "
+                    f"{kind}_column in [classification] of a data card."
+                )
+            columns.append(usual[0])
+        rows = rows.select_columns(columns).cast_column(columns[0], datasets.Image(decode=False))
+    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{files[0]} cannot be opened as a table ({str(error).splitlines()[0]}).") from None
+    return rows, *columns
+
+
 def refuse_other_classes(folder: Path, train: Collection[str], val: Collection[str]) -> None:
     """`UserError` when the two splits below `folder` do not have the same classes: labels would mean others."""
-    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    if only_train or only_val:
-        first = f"{only_train[0]} is only in train/" if only_train else f"{only_val[0]} is only in val/"
-        raise UserError(
-            f"{folder}: train/ and val/ do not have the same classes ({len(only_train)} only in train/, "
-            f"{len(only_val)} only in val/; {first}): complete the other one, labels follow the sorted folder names."
-        )
+    for one, other, name in ((train, val, "train/"), (val, train, "val/")):
+        if only := sorted(set(one) - set(other)):
+            raise UserError(
+                f"{folder}: train/ and val/ do not have the same classes ({len(only)} only in {name}; {only[0]} is "
+                f"only in {name}): complete the other one, labels follow the sorted folder names."
+            )
 
 
 def find_subset(tree: Path, name: str) -> Path | None:
@@ -136,8 +242,7 @@ def find_subset(tree: Path, name: str) -> Path | None:
 def read_subset(train: LabelledImages, list_file: Path) -> LabelledImages:
     """The images that a list names, in its order: a file name a line, with or without its class folder before it.
 
-    Raises:
-        UserError: the list is empty, names absent images, one that several classes have, or an image twice.
+    `UserError`: the list is empty, names absent images, one that several classes have, or an image twice.
     """
     lines = read_names(list_file, whole_lines=True)
     by_name: dict[bytes, int] = {}
@@ -148,36 +253,23 @@ def read_subset(train: LabelledImages, list_file: Path) -> LabelledImages:
             ambiguous.add(short)
         by_name[short] = by_name[path] = index
     names = [os.fsencode(line) for line in lines]
-    several = [line for line, name in zip(lines, names) if name in ambiguous]
-    if several:
+    if several := [line for line, name in zip(lines, names) if name in ambiguous]:
         raise UserError(f"{list_file}: several classes hold a file {several[0]}; write the lines as <class>/<file>.")
-    absent = [line for line, name in zip(lines, names) if name not in by_name]
-    if absent:
+    if absent := [line for line, name in zip(lines, names) if name not in by_name]:
         raise UserError(
             f"{list_file} names {len(absent)} files that are not in {train.folder} (first: {absent[0]}): the training "
             "images are incomplete, or the list belongs to another data set."
         )
     chosen = [by_name[name] for name in names]
-    doubled = len(chosen) - len(set(chosen))
-    if doubled:
+    if doubled := len(chosen) - len(set(chosen)):
         raise UserError(f"{list_file} names {doubled} files twice: each line must be another image.")
     return train.only(np.array(chosen))
-
-
-def list_lines(train: LabelledImages, subset: LabelledImages) -> list[str]:
-    """The lines by which `read_subset` finds `subset` in `train` again.
-
-    File names, as in SimCLR's lists; with the class folder before them where two classes share a name.
-    """
-    unique = len({path.rsplit(b"/", 1)[-1] for path in train.paths}) == len(train)
-    return [os.fsdecode(path.rsplit(b"/", 1)[-1] if unique else bytes(path)) for path in subset.paths]
 
 
 def draw_subset(train: LabelledImages, share: float, *, seed: int) -> LabelledImages:
     """A class-balanced draw: of each class the nearest whole number to `share`, at least one image.
 
-    A recipe with `labels_from = "seed"` takes it, and `twist data prepare imagenet seed=N` writes it down. Of one seed
-    a smaller share lies within a larger one.
+    A recipe with `labels_from = "seed"` takes it. Of one seed a smaller share lies within a larger one.
     """
     rng = np.random.Generator(np.random.Philox(key=seed))
     chosen = []
@@ -186,87 +278,3 @@ def draw_subset(train: LabelledImages, share: float, *, seed: int) -> LabelledIm
         count = max(1, round(share * len(members)))
         chosen.append(np.sort(rng.permutation(members)[:count]))
     return train.only(np.concatenate(chosen))
-
-
-def _labelled(folder: Path, classes: Mapping[str, list[str]]) -> LabelledImages:
-    paths = [os.fsencode(image) for images in classes.values() for image in images]
-    counts = [len(images) for images in classes.values()]
-    return LabelledImages(folder, tuple(classes), np.array(paths), np.repeat(np.arange(len(classes)), counts))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# `twist data check`
-
-
-def check_class_folders(row: DataSet, root: Path, sample: dict[str, Any] | None, report: Report) -> None:
-    """What a run refuses is an error; what it leaves out is one in ImageNet, a warning among a user's own images."""
-    place = row.place(root)
-    if row.decode_all:
-        _report_left_out(place, [name for name in os.listdir(place) if (place / name).is_file()], row, report)
-    found = {
-        name: _check_split(row, name, place / split.images.folder, split, sample, report)
-        for name, split in row.splits.items()
-        if report.has_folder(place / split.images.folder)
-    }
-    if len(found) == 2:
-        try:
-            refuse_other_classes(place, *found.values())
-        except UserError as error:
-            report.error(place, str(error))
-    train = _labelled(place / "train", found.get("train", {}))
-    for name, count in row.subsets.items() if len(train) else ():
-        path = find_subset(place, name)
-        if path is None:
-            remedy = "`twist data prepare imagenet ROOT lists=FOLDER` takes it from SimCLR's published lists"
-            report.warning(place / name, "is missing: semi-supervised runs need it", remedy)
-            continue
-        try:
-            report.expect(path, "lines", len(read_subset(train, path)), None if sample else count)
-        except UserError as error:  # what a run would say
-            report.error(path, str(error), "write one <file> or <class>/<file> a line, and complete train")
-
-
-def _check_split(
-    row: DataSet, name: str, folder: Path, split: Split, sample: dict[str, Any] | None, report: Report
-) -> dict[str, list[str]]:
-    """Look at one split; gives <class>/…/<file> of the images of each class."""
-
-    def unread_format(_path: Path, image: Image.Image) -> str | None:
-        said = f"hold {image.format}, which a run does not read, whatever their names say"
-        return None if image.format in FORMATS else said
-
-    sizes = report.files(folder)
-    classes = class_names(folder)
-    if not classes:
-        report.error(folder, "holds no class folders")
-    found: dict[str, list[str]] = {label: [] for label in classes}
-    for path in sorted(path for path in sizes if "/" in path and is_image(path.rpartition("/")[2])):
-        found[path.partition("/")[0]].append(path)
-    images = [image for label in found.values() for image in label]
-    _report_left_out(folder, set(sizes) - set(images), row, report)
-    report.expect(folder, f"{name} classes", len(classes), row.label_count(sample))
-    report.expect(folder, f"{name} images", len(images), split.images_expected(sample))
-    empty = [label for label, inside in found.items() if not inside]
-    if empty:
-        said = f"{len(empty)} class folders hold no images: {named(empty)}"
-        report.error(folder, said, "remove them in both splits, or fill them")
-    paths = [folder / image for image in images if sizes[image]]
-    report.pictures(folder, paths, unread_format, decode_all=row.decode_all)
-    return found
-
-
-def _report_left_out(folder: Path, files: Iterable[str], row: DataSet, report: Report) -> None:
-    """Files that a run passes over: archives, images outside of classes, and what is neither but lies in a class."""
-    complain = report.warning if row.decode_all else report.error
-    names = sorted(name for name in files if not name.startswith("."))
-    archives = [name for name in names if name.lower().endswith(ARCHIVES)]
-    loose = [name for name in names if is_image(name)]
-    others = [name for name in names if "/" in name and name not in archives]
-    reads = f"it reads {', '.join(sorted(EXTENSIONS))} and leaves the rest out: convert or remove them"
-    for left_out, complaint, message, remedy in (
-        (archives, complain, "archives are not unpacked", "unpack them into class folders, and remove them"),
-        (loose, complain, "images lie in no class folder", "a run leaves them out: move each into its class folder"),
-        (others, report.warning, "files are none that a run reads", reads),
-    ):
-        if left_out:
-            complaint(folder, f"{len(left_out)} {message}: {named(left_out)}", remedy)

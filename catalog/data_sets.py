@@ -1,13 +1,12 @@
 """THE table of data sets, `data_sets.toml`: what each one is called, how it lies below a data root, what is in it.
 
-The data root is the tree that `DETECTRON2_DATASETS` names (`coco/`, `VOC2007/`, …). The quick check before a run,
-`twist data check` and `prepare`, the identity in records and the engines all read the rows of this table. Paths of a
-row are relative to the folder of its data set. A name of a split stands for one image: `Files("JPEGImages", ".jpg")`
-has the image `000012` in `JPEGImages/000012.jpg`; where folders lie between, they are part of the name
-(`aachen/aachen_000000_000019`).
+The data root is the tree that `DETECTRON2_DATASETS` names (`coco/`, `VOC2007/`, …); paths of a row are relative to the
+folder of its data set. A name of a split stands for one image, with the folders that lie between: `000012` is
+`JPEGImages/000012.jpg` of `Files("JPEGImages", ".jpg")`.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +19,7 @@ from twist.contracts.errors import UsageError, UserError, did_you_mean
 SAMPLE_JSON = "sample.json"
 # The label value of pixels that belong to no class.
 VOID = 255
+NAMED = 5  # names that a message gives
 # boxes: Pascal VOC's XML · masks: a class number for each pixel · polygons, instances: Cityscapes'.
 Truth = Literal["boxes", "masks", "polygons", "instances"]
 
@@ -55,7 +55,7 @@ class Split(Config):
         if sample is None:
             return self.count
         # A sample of an earlier version may lack a set.
-        return sum(sample["counts"].get(key, 0) for key in self.sample) if self.sample else None
+        return sum(sample.get("counts", {}).get(key, 0) for key in self.sample) if self.sample else None
 
 
 class DataSet(Config):
@@ -147,10 +147,11 @@ def find_root(data: Path | None) -> Path:
 
 
 class _SampleFile(BaseModel):
-    """sample.json, as far as its fields are read; of `counts` the check says what is wrong."""
+    """sample.json, as far as its fields are read."""
 
     model_config = ConfigDict(strict=True)
     classes: list[str] = Field(min_length=1)
+    counts: dict[str, int] = Field(default={})
     source: str = ""
     size: str = ""
     seed: int = Field(default=0, ge=0, le=MOST_SEED)
@@ -185,3 +186,9 @@ def spread(items: Any, count: int) -> list[Any]:
         return list(items)
     # round() rounds halves to even, as numpy does.
     return [items[round(index * (len(items) - 1) / max(count - 1, 1))] for index in range(count)]
+
+
+def named(names: Sequence[str]) -> str:
+    """The first few of `names`, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

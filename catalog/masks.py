@@ -1,7 +1,7 @@
-"""Masks of a data card: which mask belongs to which picture, and a mask file as class numbers.
+"""Masks: which mask of a data card belongs to which picture, and a mask file as class numbers.
 
-The check, the engine and its evaluation read masks through `read_mask` alone. Forms: a number a pixel (with or without
-a palette, 8 or 16 bits), or colours with a table. Pixels that belong to no class become `VOID`.
+The checks, the engines and their evaluation read masks through `read_mask` alone. Forms: a number a pixel (with or
+without a palette, 8 or 16 bits), or colours with a table. Pixels that belong to no class become `VOID`.
 """
 
 from collections import Counter
@@ -11,11 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from twist.catalog.card import Card, MaskSplit, Role, Segmentation, chosen
-from twist.catalog.data_sets import VOID
-from twist.catalog.report import named
+from twist.catalog.card import Card, MaskSplit, MaskValues, Role, Segmentation, chosen
+from twist.catalog.data_sets import VOID, named
 from twist.contracts.errors import UserError
-from twist.contracts.images import UnreadableImage, file_entries, image_names, open_picture
+from twist.contracts.images import UnreadableImage, file_entries, image_names, open_picture, picture_size
 
 MASK_ENDINGS = (".png", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -30,8 +29,7 @@ class Pair(NamedTuple):
 def read_pairs(card: Card) -> dict[Role, list[Pair]]:
     """Pictures with their masks of both splits, sorted; a card without `val` gives `train` alone.
 
-    Raises:
-        UserError: a folder is missing, or a picture has no mask.
+    `UserError`: a folder is missing, or a picture has no mask.
     """
     section = card.segmentation
     assert section is not None
@@ -44,116 +42,107 @@ def _pairs(card: Card, section: Segmentation, split: MaskSplit) -> list[Pair]:
     for folder in (images, masks):
         if not folder.is_dir():
             raise UserError(f"There is no folder {folder}: correct [segmentation] in {card.path}.")
-    named_masks = {
+    found = {
         _stem(name, section.mask_suffix): name
         for name, _ in file_entries(masks, lambda name: name.lower().endswith(MASK_ENDINGS))
         if Path(name).stem.endswith(section.mask_suffix)
     }
     pictures = [name for name in image_names(images) if Path(name).stem.endswith(section.image_suffix)]
-    if images == masks:  # one folder for both: what is a mask is no picture
-        of_masks = set(named_masks.values()) if section.mask_suffix else set()
-        pictures = [name for name in pictures if name not in of_masks]
-    pictures = chosen(pictures, split.list, card)
-    stems = [(name, _stem(name, section.image_suffix)) for name in pictures]
-    absent = [name for name, stem in stems if stem not in named_masks]
-    if absent or not pictures:
+    if images == masks and section.mask_suffix:  # one folder for both: what is a mask is no picture
+        pictures = sorted({*pictures} - {*found.values()})
+    stems = {name: _stem(name, section.image_suffix) for name in chosen(pictures, split.list, card)}
+    absent = [name for name, stem in stems.items() if stem not in found]
+    if absent or not stems:
         ends = f"*{section.mask_suffix}.png" if section.mask_suffix else "the same stem"
         raise UserError(
-            f"{len(absent)} of the {len(pictures)} pictures in {images} have no mask in {masks} ({ends}"
+            f"{len(absent)} of the {len(stems)} pictures in {images} have no mask in {masks} ({ends}"
             f"{'; first: ' + absent[0] if absent else ''}): complete the masks, or set image_suffix and mask_suffix in "
             f"{card.path}."
         )
-    return [Pair(images / name, masks / named_masks[stem]) for name, stem in stems]
+    return [Pair(images / name, masks / found[stem]) for name, stem in stems.items()]
 
 
 def _stem(name: str, suffix: str) -> str:
     return name.rpartition(".")[0].removesuffix(suffix)
 
 
-def read_mask(path: Path, section: Segmentation) -> NDArray[np.uint8]:
-    """The class of every pixel (H, W): 0, 1, … in the order of `section.names`, and `VOID` for none.
+def read_mask(path: Path, values: MaskValues) -> NDArray[np.uint8]:
+    """The class of every pixel (H, W): 0, 1, … in the order of `values.names`, and `VOID` for none.
 
-    Raises:
-        UserError: the file cannot be read, is of a form that the section does not describe, or holds other values.
+    `UserError`: the file cannot be read, is of a form that `values` do not describe, or holds other ones.
     """
     try:
         with open_picture(path) as image:
-            mode, values = image.mode, np.asarray(image)
+            mode = image.mode
+            pixels = np.asarray(image.convert("RGB") if len(image.getbands()) > 1 else image)
     except UnreadableImage as error:
         raise UserError(f"{error}: replace the mask.") from None
-    if mode == "1":
-        values = values.astype(np.uint8)
-    colours = isinstance(section.classes, dict) and any(key.startswith("#") for key in section.classes)
-    if values.ndim == 3:
-        if not colours:
-            raise UserError(
-                f"The mask {path} holds colours (mode {mode}): write a table of them into [segmentation], as classes = "
-                f'{{ "{_first_colour(values)}" = "road" }}.'
-            )
-        red, green, blue = (values[..., channel].astype(np.int64) for channel in range(3))
-        numbers = (red << 16) + (green << 8) + blue
-    elif colours:
+    table, colours = values.table()
+    if (pixels.ndim == 3) != colours:
+        written = '1 = "road"' if colours else f'"{_first_colour(pixels)}" = "road"'
         raise UserError(
-            f"The mask {path} holds numbers (mode {mode}) and [segmentation] names colours: write the numbers, as "
-            'classes = { 1 = "road" }.'
+            f"The mask {path} holds {'numbers' if colours else 'colours'} (mode {mode}), and not what its classes say: "
+            f"take the original mask, or write classes = {{ {written} }} into a data card."
         )
-    else:
-        numbers = values.astype(np.int64)
-    table = _table(section)
+    numbers = pixels @ np.array([1 << 16, 1 << 8, 1]) if colours else pixels
     found, places = np.unique(numbers, return_inverse=True)
-    known = isinstance(section.classes, dict)  # a table says which values count; the others are no class
-    strange = [] if known else [int(value) for value in found if int(value) not in table]
+    # A table says which values count; the others are no class.
+    strange = [] if isinstance(values.classes, dict) else [value for value in found.tolist() if value not in table]
     if strange:
-        first = 1 if section.reduce_zero_label else 0
+        known = sorted(set(table) - set(values.ignored))
         raise UserError(
-            f"The mask {path} holds the value {strange[0]}: classes are {first} to "
-            f"{first + len(section.names) - 1}, and {', '.join(map(str, section.ignored))} is no class; correct "
-            "classes or ignore in the card."
+            f"The mask {path} holds the value {strange[0]}: classes are {known[0]} to {known[-1]}, and "
+            f"{', '.join(map(str, values.ignored))} is no class; take the original mask, or correct classes or ignore "
+            "in the card."
         )
-    looked_up = np.array([table.get(int(value), VOID) for value in found], dtype=np.uint8)
+    looked_up = np.array([table.get(value, VOID) for value in found.tolist()], dtype=np.uint8)
     return looked_up[places.reshape(numbers.shape)]
 
 
-def _table(section: Segmentation) -> dict[int, int]:
-    """Value (or colour as 0xRRGGBB) in a mask file → class, `VOID` for those that are ignored."""
-    if isinstance(section.classes, dict):
-        try:
-            table = {
-                int(key.removeprefix("#"), 16) if key.startswith("#") else int(key): section.names.index(name)
-                for key, name in section.classes.items()
-            }
-        except ValueError as error:
-            raise UserError(f'classes of [segmentation]: {error}; write 3 = "sky" or "#804080" = "road".') from None
-    else:
-        first = 1 if section.reduce_zero_label else 0
-        table = {value: index for index, value in enumerate(range(first, first + len(section.classes)))}
-        if section.reduce_zero_label:
-            table[0] = VOID
-    return {**table, **dict.fromkeys(section.ignored, VOID)}
+def _first_colour(pixels: NDArray[np.uint8]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*pixels.reshape(-1, pixels.shape[-1])[0][:3])
 
 
-def _first_colour(values: NDArray[np.uint8]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*values.reshape(-1, values.shape[-1])[0][:3])
+def check_pair(pair: Pair, values: MaskValues, palette: list[int] | None = None) -> tuple[str, Counter[int]]:
+    """What is wrong with a mask beside its picture, "" for nothing, and its pixels of each class.
 
-
-def check_pair(pair: Pair, section: Segmentation, size: tuple[int, int] | None) -> tuple[str, Counter[int]]:
-    """What is wrong with a mask beside its picture of `size` (None: unreadable), "" for nothing; pixels a class."""
+    A picture program that saves a mask numbers its colours anew, and every number it then holds is still a label: only
+    the `palette` (256 × 3 values) that the originals have tells.
+    """
     try:
-        mask = read_mask(pair.mask, section)
+        mask = read_mask(pair.mask, values)
     except UserError as error:
         return str(error), Counter()
-    height, width = mask.shape
-    if size is not None and size != (width, height):
+    size = picture_size(pair.image)
+    if size not in (None, mask.shape[::-1]):
         return (
-            f"{pair.mask} is {width} × {height} and its picture, seen upright, {size[0]} × {size[1]}: turn the pixels "
-            "of the picture as its EXIF says, or make the mask again."
+            f"{pair.mask} is {mask.shape[1]} × {mask.shape[0]} and its picture of another size, seen upright (EXIF): "
+            "turn the pixels of the picture, or make the mask again."
         ), Counter()
-    values, counts = np.unique(mask, return_counts=True)
-    return "", Counter(dict(zip(values.tolist(), counts.tolist())))
+    if palette is not None:
+        with open_picture(pair.mask) as image:
+            colours, present = image.getpalette(), np.flatnonzero(image.histogram()).tolist()
+        if colours and any(colours[3 * v : 3 * v + 3] != palette[3 * v : 3 * v + 3] for v in present):
+            return f"{pair.mask} was numbered anew: its colours are not those of its numbers.", Counter()
+    return "", Counter({label: count for label, count in enumerate(np.bincount(mask.ravel()).tolist()) if count})
 
 
-def summary(pixels: Counter[int], section: Segmentation) -> str:
+def summary(pixels: Counter[int], values: MaskValues) -> str:
     """Which classes masks show, with their shares of pixels; a class that none shows is worth a look."""
-    total = max(sum(pixels.values()), 1)
-    shares = [f"{name} {100 * pixels[index] / total:.1f} %" for index, name in enumerate(section.names)]
+    total = max(pixels.total(), 1)
+    shares = [f"{name} {100 * pixels[index] / total:.1f} %" for index, name in enumerate(values.names)]
     return f"{named(shares)}, no class {100 * pixels[VOID] / total:.1f} %"
+
+
+def voc_palette() -> list[int]:
+    """VOC's 256 colours as Pillow takes them: the bits of the index dealt out to red, green and blue in turn.
+
+    Source: the VOC development kit's colour map (VOCcode/VOClabelcolormap).
+    """
+    colours = []
+    for index in range(256):
+        channels = [0, 0, 0]
+        for bit in range(8):
+            channels[bit % 3] |= (index >> bit & 1) << (7 - bit // 3)
+        colours += channels
+    return colours

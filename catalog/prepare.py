@@ -1,18 +1,14 @@
 """`twist data prepare`: files that derive from the originals of a data set. It never downloads and never changes them.
 
-- voc: `SegmentationClassAug` and the lists `trainaug`, `aug`, from SBD's `.mat` files and VOC's own masks
-- cityscapes: `*_gtFine_labelTrainIds.png` beside the polygons, with cityscapesScripts
-- imagenet: the 1 % and 10 % lists, from the published files or drawn with a stated seed
-- detectron2: one root with the names that Detectron2 expects, by links to where the data sets lie
-
 What is there already and equal stays; what is there and different is refused, not overwritten.
 """
 
-import functools
+import contextlib
+import inspect
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from twist.catalog.annotations import paint_train_ids, voc_palette
-from twist.catalog.class_folders import SUBSETS, class_names, draw_subset, list_lines, read_split, read_subset
+from twist.catalog.class_folders import class_names, read_split, read_subset
 from twist.catalog.data_sets import DATA_SETS, ORIGINS, read_names
+from twist.catalog.masks import voc_palette
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, did_you_mean
-from twist.contracts.images import UnreadableImage, open_picture
+from twist.contracts.images import MAX_PIXELS, UnreadableImage, open_picture
 from twist.contracts.progress import Progress
 
 # Bytes of a mask in SBD, which has a few KiB: deflate makes up to a thousand times as many of them, unbounded by scipy.
 MOST_MAT = 64 * 2**10
-TRAINAUG = DATA_SETS["voc2012-aug"].splits["trainaug"].count
+TRAINAUG = DATA_SETS["voc2012-aug"].splits["trainaug"].count or 0
 
 
 def prepare(
@@ -39,15 +35,18 @@ def prepare(
     """Make the files that derive from `dataset` below `root`; returns those that were written, in order.
 
     Args:
-        dataset: a key of `PREPARATIONS`, whose functions say what the `options` are.
+        dataset: a key of `PREPARATIONS`, whose functions take the `options`.
         root: the folder that holds `VOC2012/`, `cityscapes/`, …; None takes `DETECTRON2_DATASETS`.
 
-    Raises:
-        UsageError: no such data set or option. UserError: originals are missing or not what they should be.
+    `UsageError`: no such data set or option. `UserError`: originals are missing or not what they should be.
     """
+    if dataset in ("ade20k", "coco"):
+        print(f"{dataset} needs no preparation; `twist data check {dataset}` checks it.", file=sys.stderr)
+        return []
     if dataset not in PREPARATIONS:
         raise UsageError(f'There is nothing to prepare for "{dataset}".{did_you_mean(dataset, PREPARATIONS)}')
-    function, known = PREPARATIONS[dataset]
+    function = PREPARATIONS[dataset]
+    known = [*inspect.signature(function).parameters][2:]
     for name in options:
         if name not in known:
             raise UsageError(f'prepare {dataset} has no option "{name}".{did_you_mean(name, known)}')
@@ -58,20 +57,15 @@ def prepare(
         if not Path(root).is_dir():
             raise UserError(f"There is no folder {root}: check the path. {ORIGINS[dataset]}")
         print(ORIGINS[dataset], file=sys.stderr)
-    return function(Path(root), progress=progress, **options)
+    return function(Path(root), progress, **options)
 
 
-def prepare_voc(
-    root: Path, *, sbd: str | None = None, expected: int | None = TRAINAUG, progress: bool = True
-) -> list[Path]:
+def prepare_voc(root: Path, progress: bool, *, sbd: str | None = None, expected: int = TRAINAUG) -> list[Path]:
     """`SegmentationClassAug/*.png`, `ImageSets/Segmentation/trainaug.txt` and `aug.txt` of VOC 2012.
 
     trainaug is VOC's segmentation train united with SBD's train and val, without VOC's val. An image of VOC's train
-    keeps VOC's own mask (with its void border), the others (`aug`) get SBD's.
-
-    Args:
-        sbd: SBD's `benchmark_RELEASE/dataset`, or the folder above it, with `cls/*.mat`, `train.txt` and `val.txt`.
-        expected: how many names trainaug must have; None accepts any (for trees that are not the real one).
+    keeps VOC's own mask (with its void border), the others (`aug`) get SBD's, from `sbd`: its
+    `benchmark_RELEASE/dataset`, or the folder above it. `expected` names must be in trainaug.
     """
     if sbd is None:
         raise UsageError(f"prepare voc needs sbd=FOLDER. {ORIGINS['sbd']}")
@@ -82,7 +76,7 @@ def prepare_voc(
     extra = {name for part in ("train", "val") for name in read_names(boundaries / f"{part}.txt")}
     aug = sorted(extra - set(train) - set(val))
     trainaug = sorted({*train, *aug})
-    if expected is not None and len(trainaug) != expected:
+    if len(trainaug) != expected:
         raise UserError(
             f"trainaug would have {len(trainaug)} images and not {expected}: VOC's or SBD's lists are incomplete or "
             f"other ones (VOC train {len(train)}, val {len(val)}; SBD {len(extra)}). {ORIGINS['sbd']}"
@@ -108,7 +102,7 @@ def prepare_voc(
     return written
 
 
-def prepare_cityscapes(root: Path, *, progress: bool = True) -> list[Path]:
+def prepare_cityscapes(root: Path, progress: bool) -> list[Path]:
     """Every missing `*_gtFine_labelTrainIds.png`, painted from the polygons by cityscapesScripts."""
     folder = DATA_SETS["cityscapes"].place(root) / "gtFine"
     polygons = sorted(folder.glob("*/*/*_gtFine_polygons.json"))
@@ -124,41 +118,20 @@ def prepare_cityscapes(root: Path, *, progress: bool = True) -> list[Path]:
     return written
 
 
-def prepare_imagenet(
-    root: Path, *, lists: str | None = None, seed: int | None = None, progress: bool = True
-) -> list[Path]:
-    """The 1 % and 10 % lists of ImageNet's train set, beside `train/`.
-
-    Args:
-        lists: folder of SimCLR's `1percent.txt` and `10percent.txt`; they are checked against `train/` and copied.
-        seed: instead, what `labels_from=seed labels_seed=N` draws, as `<percent>percent_seed<seed>.txt`. Runs draw it
-            anew and need no file.
-    """
+def prepare_imagenet(root: Path, progress: bool, *, lists: str | None = None) -> list[Path]:
+    """SimCLR's lists of 1 % and 10 % of ImageNet's train set: checked and copied from the folder `lists`."""
     row = DATA_SETS["imagenet"]
     folder = row.place(root)
-    if (lists is None) == (seed is None):
-        raise UsageError(
-            "prepare imagenet needs lists=FOLDER (the published lists) or seed=N (lists of your own), one of them. "
-            + ORIGINS["imagenet-subsets"]
-        )
-    if seed is not None and (not isinstance(seed, int) or seed < 0):
-        raise UsageError(f"seed={seed} is no seed: give a whole number, 0 or more, as labels_seed takes it.")
+    if lists is None:
+        raise UsageError(f"prepare imagenet needs lists=FOLDER, the published lists. {ORIGINS['imagenet-subsets']}")
     if not (folder / "train").is_dir():
         raise UserError(f"There is no {folder / 'train'}. {ORIGINS['imagenet']}")
     classes = len(class_names(folder / "train"))
     with Progress("read imagenet", total=classes, unit="folder", quiet=not progress) as bar:
         train = read_split(folder / "train", bar)
     written: list[Path] = []
-    if seed is not None:
-        for name, (_, share) in SUBSETS.items():
-            lines = list_lines(train, draw_subset(train, share, seed=seed))
-            written += _write_list(folder / f"{name}_seed{seed}.txt", lines)
-        print(
-            f"`twist transfer semi-1pct labels_from=seed labels_seed={seed}` trains on these images.", file=sys.stderr
-        )
-        return written
     for name, count in row.subsets.items():
-        source = Path(str(lists)) / name
+        source = Path(lists) / name
         lines = read_names(source, whole_lines=True)
         read_subset(train, source)  # what a run refuses is not copied
         if classes == row.classes and len(lines) != count:
@@ -167,43 +140,11 @@ def prepare_imagenet(
     return written
 
 
-def prepare_detectron2(root: Path, *, progress: bool = True, **places: str) -> list[Path]:  # noqa: ARG001
-    """`root`/coco, VOC2007, VOC2012, cityscapes, imagenet as links to the folders in `places`; nothing is copied."""
-    if not places:
-        raise UsageError(
-            "prepare detectron2 needs the folders to link, for example coco=/data/coco voc2012=/data/VOCdevkit/VOC2012."
-        )
-    links = []
-    for name, place in places.items():
-        row, target = DATA_SETS[name], Path(place).resolve()
-        paths = [path for split in row.splits.values() for path in (split.images.folder, split.names) if path]
-        absent = [part for path in paths if not (target / (part := Path(path).parts[0])).is_dir()]
-        if absent:
-            raise UserError(f"{name}={place} is no {row.folders[0]} folder, it has no {absent[0]}/: check the path.")
-        link = root / row.folders[0]
-        if (link.exists() or link.is_symlink()) and link.resolve() != target:
-            raise UserError(f"{link} exists and is not a link to {target}: remove it, or choose another root.")
-        links.append((link, target))
-    root.mkdir(parents=True, exist_ok=True)
-    new = [(link, target) for link, target in links if not link.is_symlink() and link.resolve() != target]
-    for link, target in new:
-        link.symlink_to(target, target_is_directory=True)
-    return [link for link, _ in new]
-
-
-def _prepare_nothing(name: str, root: Path, *, progress: bool = True) -> list[Path]:  # noqa: ARG001
-    print(f"{name} needs no preparation; `twist data check {name} {root}` checks it.", file=sys.stderr)
-    return []
-
-
-# Data set → its function and the options that a user may give.
-PREPARATIONS: dict[str, tuple[Callable[..., list[Path]], tuple[str, ...]]] = {
-    "ade20k": (functools.partial(_prepare_nothing, "ade20k"), ()),
-    "coco": (functools.partial(_prepare_nothing, "coco"), ()),
-    "voc": (prepare_voc, ("sbd", "expected")),
-    "cityscapes": (prepare_cityscapes, ()),
-    "imagenet": (prepare_imagenet, ("lists", "seed")),
-    "detectron2": (prepare_detectron2, ("ade20k", "coco", "voc2007", "voc2012", "cityscapes", "imagenet")),
+# Data set → its function; a user's options are its keywords.
+PREPARATIONS: dict[str, Callable[..., list[Path]]] = {
+    "voc": prepare_voc,
+    "cityscapes": prepare_cityscapes,
+    "imagenet": prepare_imagenet,
 }
 
 
@@ -212,6 +153,29 @@ def _sbd_folder(path: Path) -> Path:
         if (candidate / "cls").is_dir():
             return candidate
     raise UserError(f"There is no cls/ folder of SBD in {path}: check sbd=FOLDER. {ORIGINS['sbd']}")
+
+
+def paint_train_ids(polygons: Path) -> Image.Image:
+    """The train ids of a *_gtFine_polygons.json, painted by cityscapesScripts; `UserError` when they cannot.
+
+    Not from several threads: standard output is redirected meanwhile.
+    """
+    from cityscapesscripts.helpers.annotation import Annotation
+    from cityscapesscripts.preparation.json2labelImg import createLabelImage
+
+    annotation = Annotation()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # they print how they are used
+            files.read_json(polygons, remedy="unpack gtFine again")  # within bounds that theirs does not have
+            annotation.fromJsonFile(str(polygons))
+            if not annotation.objects or not 0 < annotation.imgWidth * annotation.imgHeight <= MAX_PIXELS:
+                raise ValueError(f"{len(annotation.objects)} objects, {annotation.imgWidth} × {annotation.imgHeight}")
+            return createLabelImage(annotation, "trainIds")
+    except UserError:
+        raise
+    except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError, SystemExit) as error:
+        reason = "a label that Cityscapes does not have" if isinstance(error, SystemExit) else repr(error)
+        raise UserError(f"{polygons} is no Cityscapes annotation ({reason}): unpack gtFine again.") from None
 
 
 def _read_sbd(path: Path) -> NDArray[np.uint8]:
@@ -243,11 +207,9 @@ def _read_mask(path: Path) -> NDArray[np.uint8]:
 
 def _write_mask(path: Path, labels: NDArray[np.uint8]) -> list[Path]:
     if path.exists():
-        try:
+        with contextlib.suppress(UserError):  # unreadable, or turned to colours: it differs
             if np.array_equal(_read_mask(path), labels):
                 return []
-        except UserError:
-            pass  # unreadable, or turned to colours: it differs
         raise UserError(f"{path} exists and differs from what the originals give: remove it to have it made again.")
     image = Image.fromarray(labels)
     image.putpalette(voc_palette())
@@ -260,11 +222,11 @@ def _save(image: Image.Image, path: Path) -> Path:
     return path
 
 
-def _write_list(path: Path, names: Sequence[str]) -> list[Path]:
-    if path.exists():
-        # Another order of the same names is the same set.
-        if sorted(files.read_text(path).splitlines()) == sorted(names):
-            return []
+def _write_list(path: Path, names: list[str]) -> list[Path]:
+    if not path.exists():
+        files.write_text(path, "".join(f"{name}\n" for name in names))
+        return [path]
+    # Another order of the same names is the same set.
+    if sorted(files.read_text(path).splitlines()) != sorted(names):
         raise UserError(f"{path} exists and holds other names: remove it to have it made again.")
-    files.write_text(path, "".join(f"{name}\n" for name in names))
-    return [path]
+    return []

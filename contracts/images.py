@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp"})
 # Pixels of the largest picture that is decoded: a larger one is a mistake, or the memory of a whole machine.
 MAX_PIXELS = 100_000_000
+# What is decoded, by Pillow's names (a JPEG may turn out as an MPO, as cameras write it).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB")
 # What torchvision does not decode and Pillow does, by Pillow's names.
 _BY_PILLOW = ("TIFF", "BMP", "DIB")
 # What Pillow raises for files that are no pictures or are damaged.
 _PILLOW_RAISES = (
     OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, ArithmeticError, LookupError, TypeError,
 )  # fmt: skip
+_ORIENTATION = 0x0112  # EXIF's tag
 # Bits that cameras and microscopes put into values of 16.
 _DEPTHS = (8, 10, 12, 14, 16)
 
@@ -46,7 +49,20 @@ def file_entries(
     Links are followed, but not in a circle. Files are known from folders without a stat for each, which on a network
     file system is most of the time.
     """
-    yield from _below(os.fspath(root), "", (_identity(root),), wanted)
+    pending = [("", os.fspath(root), (_identity(root),))]
+    while pending:
+        prefix, folder, above = pending.pop()
+        try:
+            with os.scandir(folder) as found:
+                entries = [entry for entry in found if not entry.name.startswith(".")]
+        except OSError as error:  # left out in silence, nobody would miss its images
+            raise UserError(f"Cannot look into the folder {folder}: {error.strerror or error}.") from None
+        for entry in entries:
+            if not is_folder(entry):
+                if wanted(entry.name):
+                    yield prefix + entry.name, entry
+            elif (identity := _identity(entry.path)) not in above:
+                pending.append((f"{prefix}{entry.name}/", entry.path, (*above, identity)))
 
 
 def image_names(root: str | os.PathLike[str]) -> list[str]:
@@ -59,27 +75,6 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
-
-
-def _below(
-    folder: str, prefix: str, above: tuple[tuple[int, int], ...], wanted: Callable[[str], bool]
-) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    folders = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if is_folder(entry):
-                    folders.append(entry)
-                elif wanted(entry.name):
-                    yield prefix + entry.name, entry
-    except OSError as error:  # left out in silence, nobody would miss its images
-        raise UserError(f"Cannot look into the folder {folder}: {error.strerror or error}.") from None
-    for entry in folders:
-        identity = _identity(entry.path)
-        if identity not in above:
-            yield from _below(entry.path, f"{prefix}{entry.name}/", (*above, identity), wanted)
 
 
 def _identity(folder: str | os.PathLike[str]) -> tuple[int, int]:
@@ -98,8 +93,7 @@ class TooManyPixels(UnreadableImage):
 def read_image(path: str | os.PathLike[str]) -> Tensor:
     """Decode one file to uint8 RGB (3, H, W), EXIF orientation applied.
 
-    Raises:
-        UnreadableImage: the file is missing, empty, truncated, of no known format or too large.
+    `UnreadableImage`: the file is missing, empty, truncated, of no known format or too large.
     """
     return decode(image_bytes(path), name=str(path))
 
@@ -126,7 +120,7 @@ def open_picture(source: Path | bytes, *, name: str = "", max_pixels: int = MAX_
         file = io.BytesIO(source) if isinstance(source, bytes) else files.require_regular(source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
-            opened = Image.open(file)
+            opened = Image.open(file, formats=FORMATS)
         with opened as image:
             count = image.width * image.height
             if count > max_pixels:
@@ -141,14 +135,28 @@ def open_picture(source: Path | bytes, *, name: str = "", max_pixels: int = MAX_
         raise UnreadableImage(f"Cannot read the image {name}: {error}") from None
 
 
+def upright(image: Image.Image) -> tuple[int, int]:
+    """(width, height) once EXIF's orientation is applied: 5 to 8 lie on their side."""
+    width, height = image.size
+    return (height, width) if image.getexif().get(_ORIENTATION, 1) >= 5 else (width, height)
+
+
+def picture_size(path: Path) -> tuple[int, int] | None:
+    """(width, height), seen upright as the engines read pictures; None when it cannot be read."""
+    try:
+        with open_picture(path) as image:
+            return upright(image)
+    except UnreadableImage:
+        return None
+
+
 def decode(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode an image file's bytes to uint8 RGB (3, H, W), EXIF orientation applied; of a moving GIF the first frame.
 
     Values of 16 bits are scaled by the bits in use (8, 10, 12, 14 or 16): 12-bit pictures are not almost black.
 
-    Raises:
-        UnreadableImage: the bytes are empty, truncated, of no known format or of more than `max_pixels`; the message
-            says `name`.
+    `UnreadableImage`: the bytes are empty, truncated, of no known format or of more than `max_pixels`; the message says
+    `name`.
     """
     import torch
     from torchvision.io import ImageReadMode, decode_image

@@ -1,8 +1,7 @@
 """Dense features of a frozen backbone: one row a patch, extracted once into a file that every dense protocol reads.
 
-A ResNet gives the outputs of chosen stages, a ViT its patch tokens after chosen blocks, or the keys of its last
-attention. Rows lie image by image and line by line of the map, so the file is (N·h·w, D), and a k-NN search or k-means
-takes it as it is. `N` images, `B` of a batch, `H` `W` the input's sides, `h` `w` those of the map, `D` features.
+Rows lie image by image and line by line of the map, so the file is (N·h·w, D). `N` images, `B` of a batch, `H` `W` the
+input's sides, `h` `w` those of the map, `D` features.
 """
 
 from __future__ import annotations
@@ -93,11 +92,7 @@ class DenseExtractor:
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> Tensor:
-        """(B, D, h, w) float32 on `device`, of decoded images (B, 3, H, W) uint8.
-
-        Raises:
-            UserError: a side is no multiple of a ViT's patches.
-        """
+        """(B, D, h, w) float32 on `device`, of decoded images (B, 3, H, W) uint8 whose sides are whole patches."""
         if images.shape[2] % self.multiple or images.shape[3] % self.multiple:
             raise UserError(
                 f"{self.header.display_name} reads patches of {self.multiple} pixels, and {images.shape[2]} × "
@@ -107,7 +102,8 @@ class DenseExtractor:
         with autocast(self.precision, self.device):
             parts = self._parts(inputs.contiguous(memory_format=torch.channels_last))
         finest = parts[0].shape[2:]
-        return torch.cat([part.float() if part.shape[2:] == finest else _enlarge(part, finest) for part in parts], 1)
+        # To its own size bilinear interpolation changes nothing.
+        return torch.cat([F.interpolate(part.float(), finest, mode="bilinear") for part in parts], 1)
 
     def _parts(self, inputs: Tensor) -> list[Tensor]:
         network: Any = self.network
@@ -140,14 +136,11 @@ class DenseExtractor:
         self, batches: Callable[[int], Iterable[Tensor]], *, images: int, size: int, key: dict[str, Any], folder: Path,
         title: str, max_disk_gb: float,
     ) -> DenseFile:  # fmt: skip
-        """Features of `images` images of `size` × `size` pixels in a file below `folder`.
+        """Features of `images` images of `size` × `size` pixels in a file below `folder`, at most `max_disk_gb` large.
 
         Its name is a digest of weights, header, layers and `key` (the images, and what made inputs of them). A complete
-        file is reused without a forward pass; of one that was begun, what is there is kept.
-
-        Args:
-            batches: number of the first image → decoded images (B, 3, size, size) uint8 from there to the last.
-            max_disk_gb: `UserError` where the file would be larger.
+        file is reused without a forward pass; of one that was begun, what is there is kept. `batches`: number of the
+        first image → decoded images (B, 3, size, size) uint8 from there to the last.
         """
         one = self.maps(torch.zeros(1, 3, size, size, dtype=torch.uint8))
         dimension, height, width = one.shape[1:]
@@ -191,10 +184,6 @@ class DenseExtractor:
             os.fsync(stream.fileno())
             part.replace(file.path)
             file.seal()
-
-
-def _enlarge(part: Tensor, size: torch.Size) -> Tensor:
-    return F.interpolate(part.float(), size=tuple(size), mode="bilinear", align_corners=False)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Frozen features: from decoded images to rows of a file, and the proof that the network did not change on the way.
 
-Rows go to the file as they are computed, so 1.28 million × 2048 need no memory; readers take slices. They are float32
-whatever the forward pass computed in. `N` images, `B` of a batch, `S` the input's side, `D` features.
+Rows are float32, written as they are computed. `N` images, `B` of a batch, `S` the input's side, `D` features.
 """
 
 import contextlib
@@ -121,8 +120,7 @@ def network_inputs(decoded: Iterable[Batch], header: Backbone, device: torch.dev
 class Extractor:
     """A network in eval mode on `device`, and how its features are read; `header` says how it wants its pixels.
 
-    `last_blocks` is for ViTs: 1 takes the network's own output, more take the class tokens of so many last blocks side
-    by side, each after the last norm (DINO's linear probe).
+    `last_blocks` of a ViT: 1 is the network's own output, more are the normed class tokens of so many blocks (DINO).
     """
 
     network: nn.Module

@@ -1,11 +1,10 @@
 """Weighted k-nearest-neighbour classification with cosine similarity, in blocks that fit a stated memory.
 
 Each of a query's k most similar bank rows votes for its class with weight exp(s / T) (Wu et al. 2018, arXiv
-1805.01978, section 3.4; DINO's eval_knn.py). Accuracies are taken from the label's exact rank, so that ties and NaN
-cannot flatter a number. `Q` queries, `N` bank rows, `D` features, `K` classes, `k` neighbours.
+1805.01978, section 3.4; DINO's eval_knn.py). `Q` queries, `N` bank rows, `D` features, `K` classes, `k` neighbours.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ READ = 256
 RESERVE_MB = 32
 
 
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(NamedTuple):
     """How many bank rows and queries are in memory at once."""
 
     bank: int

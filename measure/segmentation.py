@@ -1,4 +1,4 @@
-"""Dense labels and predictions: what patches are labelled, retrieval of patch labels, IoU over all pixels.
+"""Dense labels and predictions: patch labels and their retrieval, IoU over all pixels, one object in each image.
 
 Retrieval is open-hummingbird's (Balažević et al. 2023, arXiv 2306.01667; vpariza/open-hummingbird-eval @5e79da2,
 hbird_eval.py): each query patch takes the labels of its k most similar memory patches, weighted by a softmax over the
@@ -13,10 +13,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_iou
 
 # The label value of pixels that belong to no class.
 VOID = 255
 Void = Literal["background", "left out"]
+Box = tuple[float, float, float, float]  # (x0, y0, x1, y1) in pixels, the right and lower edge outside
 
 
 def patch_labels(labels: Tensor, height: int, width: int, *, classes: int, void: Void, soft: bool = True) -> Tensor:
@@ -101,3 +103,45 @@ class Confusion:
         for cluster, label in enumerate(target):
             renamed.counts[:, label] += self.counts[:, cluster]
         return renamed
+
+
+def lost_box(features: Tensor, *, image_size: tuple[int, int], scale: tuple[float, float], candidates: int) -> Box:
+    """LOST's box of one image of `image_size` (height, width) from its map (D, h, w).
+
+    The seed is the patch that is similar to the fewest others; patches that resemble it vote for the rest, and the
+    seed's connected part is the object (Siméoni et al. 2021, arXiv 2109.14279; valeoai/LOST @fcedbec,
+    object_discovery.py). `scale`: pixels of the image in a place of the map, down and across. `candidates`: of so many
+    patches with the fewest similar ones, those alike the seed join it.
+    """
+    from scipy import ndimage  # not needed where pretraining imports this file
+
+    height, width = features.shape[1:]
+    rows = features.flatten(1).T  # (h·w, D)
+    similarity = rows @ rows.T
+    # A patch is not counted as its own neighbour; the sign alone counts, so lengths do not matter.
+    degree = (similarity > 0).sum(dim=1) - (similarity.diagonal() > 0).long()
+    order = degree.argsort(stable=True)
+    seed = int(order[0])
+    near = order[:candidates]
+    similar = near[similarity[seed, near] > 0]
+    vote = similarity[similar].sum(dim=0).view(height, width) > 0
+    parts, _ = ndimage.label(vote.cpu().numpy())
+    part = parts[divmod(seed, width)]
+    if part == 0:  # features of zeros: nothing resembles anything
+        return 0.0, 0.0, float(image_size[1]), float(image_size[0])
+    down, across = np.nonzero(parts == part)
+    y0, y1, x0, x1 = down.min(), down.max() + 1, across.min(), across.max() + 1
+    return (
+        float(x0 * scale[1]), float(y0 * scale[0]),
+        min(float(x1 * scale[1]), float(image_size[1])), min(float(y1 * scale[0]), float(image_size[0])),
+    )  # fmt: skip
+
+
+def layer_normalised(features: Tensor) -> Tensor:
+    """(D, h, w) with mean 0 and variance 1 over all its values: what LOST makes of convolutional features."""
+    return F.layer_norm(features, features.shape)
+
+
+def overlaps(box: Box, truth: np.ndarray) -> np.ndarray:
+    """Intersection over union of `box` with each of (n, 4) boxes."""
+    return box_iou(torch.tensor([box], dtype=torch.float64), torch.from_numpy(truth).double())[0].numpy()

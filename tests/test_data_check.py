@@ -14,13 +14,11 @@ from PIL import Image
 from tiny_sample import tiny_sample
 from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_segmentation
 
-from twist.catalog import report as report_module
 from twist.catalog.before_run import require_data
-from twist.catalog.check import check
+from twist.catalog.check import Finding, check, has_errors, render
 from twist.catalog.class_folders import read_split
 from twist.catalog.data_sets import find_data_set, find_root
-from twist.catalog.prepare import prepare_cityscapes
-from twist.catalog.report import Finding, has_errors, render
+from twist.catalog.prepare import prepare
 from twist.contracts.errors import UsageError, UserError
 
 FINE = "Everything is as it should be."
@@ -174,41 +172,34 @@ BREAKS: list[tuple[str, Callable[[Path], object], str]] = [
     ("voc", drop_images, r"lacks 2 of the 16 \*\.jpg of test"),
     ("voc", leak_val, "1 images of val are in it"),
     ("voc", leak_test, "1 images of test are in it"),
-    ("voc", rotate_boxes, r"(?:[6-9]|1\d) of 16 sampled pictures are.* of another size than their annotation"),
-    ("voc", unknown_class, "1 objects have an unknown class, most often 'unicorn'"),
-    ("voc", lambda root: edit_boxes(root, "<object>.*</object>", "", 1), "1 of 12 files of trainval have no object"),
-    ("voc", damage("VOC2012/Annotations/*.xml", lambda _: b""), r"1 files are empty: .*\.xml"),
-    ("voc", damage("VOC2012/Annotations/*.xml", lambda text: text[:90]), "1 of 40 files of trainval are no VOC"),
+    ("voc", rotate_boxes, r"(?:[6-9]|1\d) of 16 pictures .* of another size than its annotation"),
+    ("voc", unknown_class, "the unknown class 'unicorn'"),
+    ("voc", damage("VOC2012/Annotations/*.xml", lambda _: b""), r"1 files are empty .*\.xml"),
+    ("voc", damage("VOC2012/Annotations/*.xml", lambda text: text[:90]), "is no VOC annotation"),
     ("voc", lambda root: (root / SEGMENTATION / "trainaug.txt").unlink(), "is missing"),
     ("voc", lambda root: edit_lines(root / SEGMENTATION / "val.txt", lambda n: [*n[1:], n[1]]), "1 names .* twice"),
     ("voc", lambda root: edit_masks(root, DERIVED, edit_values(lambda v: np.where(v, 77, v)), 1),
-     "1 of 24 sampled masks hold 77, where 0–10 and 255 are allowed"),
+     "1 of 24 masks .* holds the value 77: classes are 0 to 10"),
     ("voc", lambda root: edit_masks(root, DERIVED, lambda i: i.resize((20, 20), 0)),
-     "24 of 24 sampled masks are of another size"),
-    ("voc", lambda root: edit_masks(root, DERIVED, edit_values(np.zeros_like)),
-     "24 of 24 sampled masks mark no object"),
+     "24 of 24 masks .* its picture of another size"),
+    ("voc", lambda root: edit_masks(root, DERIVED, edit_values(lambda v: np.full_like(v, 255))), "no class at all"),
     # Every number is still a label, and none is the right one; the colours tell.
     ("voc", lambda root: edit_masks(root, DERIVED, lambda i: i.remap_palette(
-        [3, 1, 2, 0, *range(4, 256)]), 1), "1 of 24 sampled masks were numbered anew"),
-    ("coco", damage("coco/val2017/*.jpg", lambda data: data[:400]), "1 of 16 sampled pictures cannot be decoded"),
-    ("coco", damage("coco/annotations/*val*", lambda text: text[:1000]), "is no instances_.*json"),
-    ("coco", smaller_picture, "1 of 16 sampled pictures are.* of another size than their annotation"),
+        [3, 1, 2, 0, *range(4, 256)]), 1), "1 of 24 masks .* was numbered anew"),
+    ("coco", damage("coco/val2017/*.jpg", lambda data: data[:400]), "1 of 16 pictures looked at are damaged"),
+    ("coco", damage("coco/annotations/*val*", lambda text: text[:1000]), "is no COCO file"),
+    ("coco", smaller_picture, "1 of 16 pictures .* of another size than its annotation"),
     ("cityscapes", lambda root: [path.unlink() for path in root.glob("cityscapes/gtFine/train/*/*_labelTrainIds.png")],
      r"lacks 24 of the 24 \*_gtFine_labelTrainIds.png of train"),
     ("cityscapes", lambda root: edit_masks(root, "cityscapes/gtFine/val/*/*TrainIds*", lambda i: i.point(
-        lambda v: 26 if v == 13 else v)), "sampled masks hold 26, where 0–18 and 255 are allowed"),
+        lambda v: 26 if v == 13 else v)), "holds the value 26: classes are 0 to 18"),
     ("ade20k", lambda root: edit_masks(root, "ADEChallengeData2016/annotations/validation/*", lambda i:
-        i.point(lambda v: 77 if v else 0)), "hold 77, where 0–10 and 255 are allowed"),
-    ("cityscapes", damage(INSTANCES, lambda _: b""), "1 files are empty: .*instanceIds"),
-    ("cityscapes", damage(VAL_POLYGONS, lambda _: b""), "1 files are empty: .*polygons"),
-    ("cityscapes", damage(INSTANCES, lambda data: data[:60]),
-     "1 of 16 sampled pictures cannot be decoded"),
-    ("cityscapes", damage(VAL_POLYGONS, lambda _: "{}"), "1 of 16 sampled polygons.json .*imgWidth"),
-    ("cityscapes", damage(VAL_POLYGONS, lambda _: "[]"), "1 of 16 sampled polygons.json are no annotation"),
-    ("cityscapes", lambda root: edit_json(first(root, VAL_POLYGONS), lambda c: c.update(imgWidth=7)), "another size"),
-    ("imagenet", lambda root: (root / "imagenet/train/n01440764.tar").write_text("x"), "1 archives .*n01440764.tar"),
-    ("imagenet", flat_val, "1 images lie in no class folder"),
-    ("imagenet", lambda root: replace(a_train_image(root), b""), "1 files are empty: .*/.*_00001.jpg"),
+        i.point(lambda v: 77 if v else 0)), "holds the value 77: classes are 0 to 10"),
+    ("cityscapes", damage(INSTANCES, lambda _: b""), "1 files are empty .*instanceIds"),
+    ("cityscapes", damage(INSTANCES, lambda data: data[:60]), "1 of 16 pictures looked at are damaged"),
+    ("imagenet", lambda root: (root / "imagenet/train/n01440764.tar").write_text("x"), "1 files .*n01440764.tar"),
+    ("imagenet", flat_val, "1 files are no images in a class folder"),
+    ("imagenet", lambda root: replace(a_train_image(root), b""), "1 files are empty .*/.*_00001.jpg"),
     ("imagenet", lambda root: a_train_image(root).rename(root / "kept"), "39 train images, 40 expected"),
     ("imagenet", lambda root: add_line(root, lambda _: "n99_1.JPEG"), "names 1 files that are not in .*n99_1"),
     ("imagenet", lambda root: add_line(root, lambda n: f"{n} 7"), r"names 1 files that are not in .*jpg 7\)"),
@@ -228,7 +219,7 @@ def test_each_break_is_the_one_error(tree: Path, dataset: str, break_it: Callabl
     [
         ("coco", "coco/val2017", None, r"seen upright \(EXIF\)"),
         ("voc", "VOC2007/JPEGImages", "VOC2007/ImageSets/Main/test.txt", r"seen upright \(EXIF\)"),
-        ("voc", "VOC2012/JPEGImages", f"{SEGMENTATION}/val.txt", "masks are of another size than their picture"),
+        ("voc", "VOC2012/JPEGImages", f"{SEGMENTATION}/val.txt", "its picture of another size"),
     ],
 )
 def test_pictures_lying_on_their_side_by_exif_are_errors_of_each_layout(
@@ -243,13 +234,6 @@ def test_pictures_lying_on_their_side_by_exif_are_errors_of_each_layout(
     assert any(re.search(message, finding.message) for finding in errors(dataset, tree))
 
 
-def test_palette_turned_to_colours(tree: Path) -> None:
-    edit_masks(tree, "VOC2012/SegmentationClass/*.png", lambda image: image.convert("RGB"))
-    found = errors("voc", tree)
-    assert len(found) == 2  # train and val
-    assert all("are colour pictures, not maps of class numbers" in finding.message for finding in found)
-
-
 def test_a_link_to_nothing_is_one_finding_and_no_crash(tree: Path) -> None:
     for dataset, pictures in (
         ("coco", "coco/val2017/*.jpg"),
@@ -262,20 +246,13 @@ def test_a_link_to_nothing_is_one_finding_and_no_crash(tree: Path) -> None:
         path = min(tree.glob(pictures))
         kept = path.rename(tree / "kept")
         path.symlink_to(tree / "nowhere")
-        assert re.search(f"1 files are links to nothing: .*{path.name}$", only_error(dataset, tree).message)
+        assert re.search(f"1 files are empty or links to nothing: .*{path.name}$", only_error(dataset, tree).message)
         # Negative control: a link to the picture is as good as the picture.
         path.unlink()
         path.symlink_to(kept)
         assert errors(dataset, tree) == []
         path.unlink()
         kept.rename(path)
-
-
-@pytest.mark.parametrize("counts", [None, [], {}, {"unlabelled": "40"}])
-def test_a_sample_json_without_counts_is_one_finding(tree: Path, counts: object) -> None:
-    edit_json(tree / "sample.json", lambda content: content.update(counts=counts))
-    for dataset in ("sample", "coco", "imagenet"):
-        assert "says no number of images (counts)" in only_error(dataset, tree).message
 
 
 def test_images_in_folders_of_a_class_are_images(tree: Path) -> None:
@@ -286,35 +263,18 @@ def test_images_in_folders_of_a_class_are_images(tree: Path) -> None:
     assert render(check("imagenet", tree, progress=False)).endswith(FINE)
 
 
-def test_a_polygon_file_without_content_is_found_outside_the_sampled_ones(tree: Path, monkeypatch) -> None:
-    monkeypatch.setattr(report_module, "SAMPLED", 4)  # a fourth of it is read: the first
-    replace(max(tree.glob(VAL_POLYGONS)), "{}")
-    assert "1 of 2 sampled polygons.json are no annotation" in only_error("cityscapes", tree).message
-
-
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda c: c["annotations"][0].pop("image_id"), "1 annotations have no valid image_id"),
-        (lambda c: c["annotations"][0].update(image_id=[1]), "annotations have no valid image_id"),
-        (lambda c: c["annotations"][0].update(image_id=1), "1 annotations belong to an image that is not listed"),
-        (lambda c: c["annotations"][0].pop("category_id"), "1 annotations have no valid category_id"),
-        (lambda c: c["annotations"][0].update(category_id=99), "1 annotations have a category that is not listed"),
-        (lambda c: c["annotations"][0].pop("id"), "1 annotations have no valid id"),
-        (lambda c: c["annotations"][0].pop("bbox"), "1 annotations have no valid bbox"),
-        (lambda c: c["annotations"][0].update(bbox=[1, 2, None, 4]), r"1 annotations have no valid bbox .*bbox\.2"),
-        (lambda c: c["annotations"][0].update(bbox=[9, 9, -4, 4]), "1 annotations have no valid bbox"),
-        (lambda c: c["annotations"][0].update(bbox=[9, 9, float("nan"), 4]), "1 annotations have no valid bbox"),
-        (lambda c: c["annotations"][0].update(bbox=[50, 50, 4, 900]), "1 of .* a bbox that reaches outside its image"),
-        (lambda c: c["annotations"][0].update(segmentation=7), "annotations have no valid segmentation"),
-        (lambda c: c["annotations"][0].pop("area"), "1 annotations have no valid area"),
-        (lambda c: c["annotations"][0].pop("iscrowd"), "1 annotations have no valid iscrowd"),
-        (lambda c: c["annotations"].append(None), r"1 annotations \(annotations"),
-        (lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]), "1 annotations have the id of another"),
-        (lambda c: c["annotations"].clear(), "1 annotations .*at least 1"),
-        (lambda c: c["images"][0].pop("height"), "1 images have no valid height"),
-        (lambda c: c["images"].append(None), r"1 images \(images\.16"),
-        (lambda c: c["categories"][2].update(name="unicorn"), "1 categories are not those .*: 3 is 'unicorn' here"),
+        (lambda c: c["annotations"][0].pop("image_id"), r"annotations\.0\.image_id"),
+        (lambda c: c["annotations"][0].update(image_id=1), "1 annotations .* image_id 1,"),
+        (lambda c: c["annotations"][0].update(category_id=99), "1 annotations .* category_id 99"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, None, 4]), r"1 faults; annotations\.0\.bbox\.2"),
+        (lambda c: c["annotations"][0].update(bbox=[9, 9, float("nan"), 4]), r"annotations\.0\.bbox\.2"),
+        (lambda c: c["annotations"][0].update(bbox=[50, 50, 4, 900]), "1 of .* a box that reaches outside its image"),
+        (lambda c: c["annotations"][0].update(segmentation=7), r"annotations\.0\.segmentation"),
+        (lambda c: c["images"].append(None), r"1 faults; images\.16"),
+        (lambda c: c["categories"][2].update(name="unicorn"), "categories are not those of training"),
     ],
 )
 def test_each_break_of_coco_is_the_one_error(tree: Path, break_it: Callable[..., object], message: str) -> None:
@@ -331,20 +291,7 @@ def test_coco_boxes_given_as_corners(tree: Path) -> None:
     edit_json(tree / "coco/annotations/instances_train2017.json", to_corners)
     found = only_error("coco", tree)
     assert "reaches outside its image" in found.message
-    assert "x1, y1, x2, y2" in found.remedy
-
-
-def test_a_few_odd_boxes_of_coco_are_no_error(tree: Path) -> None:
-    """The originals have boxes of height 0, and some that reach out by a part of a pixel."""
-
-    def make_odd(content: dict[str, Any]) -> None:
-        sizes = {image["id"]: image["width"] for image in content["images"]}
-        one, two = content["annotations"][:2]
-        one["bbox"] = [5.5, 5.5, 3.2, 0.0]
-        two["bbox"] = [0, 0, sizes[two["image_id"]] + 0.5, 3]
-
-    edit_json(tree / "coco/annotations/instances_train2017.json", make_odd)
-    assert render(check("coco", tree, progress=False)).endswith(FINE)
+    assert "corners" in found.remedy
 
 
 def test_everything_wrong_is_said_at_once(tree: Path) -> None:
@@ -358,9 +305,9 @@ def test_everything_wrong_is_said_at_once(tree: Path) -> None:
     found = check("sample", tree, progress=False)
     text = render(found)
     for part in (
-        "colour pictures",
-        "JSON",
-        "labelTrainIds",
+        "holds colours",
+        "no COCO file",
+        "TrainIds",
         "tar",
         "JPEGImages: is missing",
         "39 unlabelled images, 40",
@@ -397,18 +344,6 @@ def test_wrong_names_and_folders_are_one_sentence(tmp_path: Path) -> None:
         check("sample", tmp_path)
     for dataset in ("coco", "voc", "cityscapes", "imagenet", "folders"):
         assert has_errors(check(dataset, tmp_path, progress=False))
-
-
-@pytest.mark.parametrize("dataset", ["imagenet", "folders", "voc", "cityscapes"])
-def test_each_file_is_counted_once(healthy: Path, dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
-    root = healthy / "imagenet" if dataset in ("imagenet", "folders") else healthy
-    check(dataset, root)
-    (counted,) = re.findall(rf"check {dataset}: (\d+) files", capsys.readouterr().err)
-    parts = {
-        "voc": ("*/JPEGImages/*", "*/Annotations/*", "VOC2012/SegmentationClass*/*"),
-        "cityscapes": ("cityscapes/**/*.*",),
-    }
-    assert int(counted) == sum(len(list(root.glob(part))) for part in parts.get(dataset, ("*/*/*.jpg",)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -452,10 +387,10 @@ def overwrite(root: Path, pattern: str, count: int, content: bytes) -> None:
         (lambda root: [path.unlink() for path in root.glob("val/class_1/*")],
          "^1 class folders hold no images: class_1$"),
         (lambda root: overwrite(root, "val/class_1/*", 2, b""),
-         r"^2 files are empty: class_1/val_1_000\.png, class_1/val_1_001\.png$"),
+         r"^2 files are empty or links to nothing: class_1/val_1_000\.png, class_1/val_1_001\.png$"),
         (lambda root: overwrite(root, "train/class_1/*", 7, b"no picture"),
-         r"^7 of 24 pictures cannot be decoded: class_1/train_1_000\.png, .*_004\.png and 2 more$"),
-        (icon_called_png, r"^1 of 9 pictures hold ICO, which a run does not read, .*: class_2/val_2_000\.png$"),
+         r"^7 of 24 pictures .*: class_1/train_1_000\.png, .*_004\.png and 2 more"),
+        (icon_called_png, r"^1 of 9 pictures .*: class_2/val_2_000\.png"),
     ],
 )  # fmt: skip
 def test_each_break_of_class_folders_is_the_one_error(folders: Path, break_it, message: str) -> None:
@@ -467,19 +402,12 @@ def test_each_break_of_class_folders_is_the_one_error(folders: Path, break_it, m
 
 def test_what_a_run_leaves_out_without_a_word_is_a_warning(folders: Path) -> None:
     shutil.copy(folders / "train" / "class_0" / "train_0_000.png", folders / "train" / "stray.png")
-    for name in ("val.tar.gz", "val/class_0/more.zip", "val/class_0/photo.heic"):
+    for name in ("val/class_0/more.zip", "val/class_0/photo.heic"):
         (folders / name).write_bytes(b"x")
     found = [finding for finding in check("folders", folders, progress=False) if finding.severity != "fine"]
-    assert [(Path(finding.where).name, finding.severity) for finding in found] == [
-        *(("mine", "warning"), ("train", "warning"), ("val", "warning"), ("val", "warning"))
-    ]
-    said = " | ".join(finding.message for finding in found)
-    for part in (
-        "archives are not unpacked: val.tar.gz",
-        "no class folder: stray.png",
-        "a run reads: class_0/photo.heic",
-    ):
-        assert part in said
+    assert [(Path(one.where).name, one.severity) for one in found] == [("train", "warning"), ("val", "warning")]
+    assert "stray.png" in found[0].message
+    assert "left out: class_0/more.zip, class_0/photo.heic" in found[1].message
     read_split(folders / "train")  # it does go
 
 
@@ -502,6 +430,11 @@ def test_root_comes_from_the_option_or_the_environment(tmp_path: Path, monkeypat
 
 
 def test_all_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
+    make_voc_detection(tmp_path)
+    assert require(tmp_path, "voc2007", "voc2012", task="detection") is None
+    first(tmp_path, "VOC2007/JPEGImages/*").unlink()
+    with pytest.raises(UserError, match=r"lacks 1 of the 3 \*\.jpg of t.*`twist data check voc "):
+        require(tmp_path, "voc2007", "voc2012", task="detection")
     (tmp_path / "coco").mkdir()
     with pytest.raises(UserError) as caught:
         require(tmp_path, "coco", task="detection")
@@ -511,19 +444,13 @@ def test_all_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
         require(tmp_path, "coco", task="detection", scale="sample")
 
 
-def test_a_sample_is_not_taken_for_real_data(healthy: Path) -> None:
+def test_a_sample_is_not_taken_for_real_data(healthy: Path, tmp_path: Path) -> None:
+    make_coco(tmp_path)
+    assert require(tmp_path, "coco", task="instance-segmentation") is None
     assert require(healthy, "voc2012-aug", scale="sample") == tiny_sample().info
     with pytest.raises(UserError, match="needs the real data"):
         require(healthy, "voc2012-aug")
     assert require(healthy, "imagenet", task="classification") is not None
-
-
-def test_half_extracted_voc_is_named(tmp_path: Path) -> None:
-    make_voc_detection(tmp_path)
-    assert require(tmp_path, "voc2007", "voc2012", task="detection") is None
-    first(tmp_path, "VOC2007/JPEGImages/*").unlink()
-    with pytest.raises(UserError, match=r"lacks 1 of the 3 \*\.jpg of t.*`twist data check voc "):
-        require(tmp_path, "voc2007", "voc2012", task="detection")
 
 
 @pytest.mark.parametrize("place", ["", "VOCdevkit"])
@@ -534,43 +461,28 @@ def test_damaged_masks_are_named(tmp_path: Path, place: str) -> None:
     derived = sorted((tmp_path / place).glob("VOC2012/SegmentationClassAug/*"))[1]
     kept = derived.read_bytes()
     for change, said in (
-        (lambda mask: mask.convert("RGB"), "not maps of class numbers"),
-        (lambda mask: mask.point(lambda _: 33), "hold 33, where 0–20 and 255 are allowed"),
+        (lambda mask: mask.convert("RGB"), "holds colours"),
+        (lambda mask: mask.point(lambda _: 33), "holds the value 33: classes are 0 to 20"),
     ):
         edit_masks(derived.parent, derived.name, change)
         with pytest.raises(UserError, match=rf"{said}.*remove SegmentationClassAug/.*`twist data prepare voc"):
             require(tmp_path, "voc2012-aug")
         derived.write_bytes(kept)
     edit_masks(tmp_path / place, "VOC2012/SegmentationClass/*", lambda mask: mask.convert("RGB"), 2)
-    with pytest.raises(UserError, match=r"not maps of class numbers.*unpack SegmentationClass again"):
+    with pytest.raises(UserError, match=r"holds colours.*unpack SegmentationClass again"):
         require(tmp_path, "voc2012-aug")
-
-
-def test_healthy_trees_pass_for_every_task(tmp_path: Path) -> None:
-    make_coco(tmp_path)
-    make_voc_detection(tmp_path)
-    make_voc_segmentation(tmp_path)
-    make_cityscapes(tmp_path)
-    for names, task in (
-        (("coco",), "instance-segmentation"),
-        (("voc2007", "voc2012"), "detection"),
-        (("voc2012-aug",), "segmentation"),
-        (("cityscapes",), "segmentation"),
-        (("cityscapes",), "instance-segmentation"),
-    ):
-        assert require(tmp_path, *names, task=task) is None
 
 
 def test_cityscapes_without_its_derived_masks_and_with_the_wrong_ones(tmp_path: Path) -> None:
     make_cityscapes(tmp_path)
     path = first(tmp_path, "cityscapes/gtFine/train/*/*_labelTrainIds.png")
     shutil.copy(str(path).replace("labelTrainIds", "labelIds"), path)
-    with pytest.raises(UserError, match=r"hold 26, .*remove .*labelTrainIds.png, and `twist data prepare cityscapes"):
+    with pytest.raises(UserError, match=r"holds the value 26.*remove gtFine/train.*`twist data prepare cityscapes"):
         require(tmp_path, "cityscapes")
     path.unlink()
     with pytest.raises(UserError, match=r"lacks 1 of the 2 .* of train.*twist data prepare cityscapes"):
         require(tmp_path, "cityscapes")
-    prepare_cityscapes(tmp_path, progress=False)
+    prepare("cityscapes", tmp_path, progress=False)
     assert require(tmp_path, "cityscapes") is None  # the remedy is one
     first(tmp_path, VAL_POLYGONS).unlink()
     assert require(tmp_path, "cityscapes") is None

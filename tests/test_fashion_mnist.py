@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from twist.catalog.class_folders import open_tree, read_subset
+from twist.catalog.class_folders import open_tree
 from twist.contracts.errors import UserError
 from twist.contracts.images import read_image
 
@@ -52,31 +52,6 @@ def test_tree_holds_every_image_padded_and_its_label(prepare: ModuleType, source
     expected = prepare.read_idx(source / "train-images-idx3-ubyte.gz")[21]
     assert all(np.array_equal(channel[2:-2, 2:-2], expected) for channel in pixels.numpy())
     assert pixels.sum() == 3 * int(expected.sum()), "the border is black"
-
-
-def test_subsets_are_balanced_and_nested(prepare: ModuleType, source: Path, tmp_path: Path) -> None:
-    prepare.write_tree(source, tmp_path / "root", package={})
-    train, _ = open_tree(tmp_path / "root")
-    one, ten = (read_subset(train, tmp_path / "root" / "imagenet" / f"{n}percent.txt") for n in (1, 10))
-    assert np.bincount(one.labels).tolist() == [1] * 10
-    assert np.bincount(ten.labels).tolist() == [6] * 10
-    assert set(one.paths.tolist()) <= set(ten.paths.tolist())
-
-
-def test_second_call_writes_nothing_and_other_settings_are_refused(
-    prepare: ModuleType, source: Path, tmp_path: Path
-) -> None:
-    root = tmp_path / "root"
-    prepare.write_tree(source, root, package={}, images_per_class=2)
-    times = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    prepare.write_tree(source, root, package={}, images_per_class=2)
-    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == times
-    with pytest.raises(UserError, match="other settings"):
-        prepare.write_tree(source, root, package={}, images_per_class=3)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not empty"):
-        prepare.write_tree(source, tmp_path / "full", package={})
 
 
 def test_damaged_package_leaves_nothing_behind(prepare: ModuleType, source: Path, tmp_path: Path) -> None:

@@ -12,10 +12,18 @@ from torch import Tensor
 
 from twist.contracts.networks import build_backbone
 from twist.contracts.weights import Backbone
-from twist.measure import discovery
 from twist.measure.dense import DenseExtractor, DenseFile, Layers, dense_network
 from twist.measure.knn import Blocks, nearest
-from twist.measure.segmentation import VOID, Confusion, patch_labels, predict, retrieved_labels, sample_patches
+from twist.measure.segmentation import (
+    VOID,
+    Box,
+    Confusion,
+    lost_box,
+    patch_labels,
+    predict,
+    retrieved_labels,
+    sample_patches,
+)
 from twist.transfer.engines.frozen import linear_seg
 from twist.transfer.engines.frozen.classify import average_precision, draw_shots
 from twist.transfer.engines.frozen.recipes import LinearRecipe, load_recipe
@@ -56,19 +64,14 @@ def test_retrieval_is_open_hummingbirds() -> None:
     ("seed", "expected"),
     enumerate([(0.0, 0.0, 64.0, 64.0), (0.0, 32.0, 64.0, 96.0), (32.0, 0.0, 140.0, 64.0), (0.0, 0.0, 80.0, 80.0)]),
 )
-def test_boxes_are_losts(seed: int, expected: discovery.Box) -> None:
+def test_boxes_are_losts(seed: int, expected: Box) -> None:
     """Expected: `lost` of valeoai/LOST @fcedbec on these features, patches of 16 pixels, an image of 105 × 140."""
     generator = np.random.default_rng(seed)
     features = generator.normal(size=(12, 7, 9)) + 0.9
     top, left = generator.integers(0, 3), generator.integers(0, 4)
     features[:6, top : top + 3, left : left + 4] -= 2.4
-    box = discovery.lost_box(torch.tensor(features), image_size=(105, 140), scale=(16, 16), candidates=20)
+    box = lost_box(torch.tensor(features), image_size=(105, 140), scale=(16, 16), candidates=20)
     assert box == expected
-
-
-def test_overlaps() -> None:
-    truth = np.array([[0, 0, 10, 10], [5, 5, 15, 15], [20, 20, 30, 30]])
-    assert discovery.overlaps((0.0, 0.0, 10.0, 10.0), truth) == pytest.approx([1, 25 / 175, 0])
 
 
 # ── Labels and IoU ────────────────────────────────────────────────────────────────────────────────────────────────────

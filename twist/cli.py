@@ -306,8 +306,8 @@ def data_prepare(
 ) -> None:
     """Build what derives from the originals. Never downloads, never touches them.
 
-    voc: trainaug (sbd=FOLDER). cityscapes: the trainIds. imagenet: the 1 % and 10 % lists (lists=FOLDER or seed=N).
-    detectron2: one tree of links (coco=, VOC2007=, VOC2012=, cityscapes=, imagenet=FOLDER). coco, ade20k: nothing.
+    voc: trainaug (sbd=FOLDER). cityscapes: the trainIds. imagenet: the 1 % and 10 % lists (lists=FOLDER). coco, ade20k:
+    nothing.
     A data card: lists that take a part of its training images as val (split=0.2 seed=0).
     """
     require("transfer", "PIL")
@@ -351,10 +351,8 @@ def data_check(dataset: str, root: DataRoot = None, as_json: AsJson = False) -> 
     """
     require("transfer", "PIL")
     from twist.catalog.card import find_card
-    from twist.catalog.card_check import check_card, check_images
-    from twist.catalog.check import check
+    from twist.catalog.check import check, check_card, check_images, has_errors, render
     from twist.catalog.data_sets import find_root
-    from twist.catalog.report import has_errors, render
 
     if (card := find_card(Path(dataset))) is not None:
         findings = check_card(card)

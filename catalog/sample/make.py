@@ -19,11 +19,15 @@ from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
 import numpy as np
+from cityscapesscripts.helpers.annotation import Annotation
+from cityscapesscripts.helpers.labels import name2label
+from cityscapesscripts.preparation.json2instanceImg import createInstanceImage
+from cityscapesscripts.preparation.json2labelImg import createLabelImage
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from twist.catalog.annotations import voc_palette
 from twist.catalog.data_sets import SAMPLE_JSON, VOID, read_sample
+from twist.catalog.masks import voc_palette
 from twist.catalog.sample.scene import (
     Instance,
     Scene,
@@ -66,24 +70,10 @@ SIZES = {
     "small": Size(2000, 128, 240, 80, 192, 60, 30),
     "medium": Size(10000, 128, 1200, 400, 192, 300, 100),
 }
-# name → (id, trainId, has instances), the rows of cityscapesScripts' labels.py that a sample uses: what belongs to no
-# class, the ground, and the names of the sample's ten classes, two of stuff and eight of things.
-CITYSCAPES_LABELS = {
-    "static": (4, 255, False),
-    "road": (7, 0, False),
-    "traffic light": (19, 6, False),
-    "traffic sign": (20, 7, False),
-    "person": (24, 11, True),
-    "rider": (25, 12, True),
-    "car": (26, 13, True),
-    "truck": (27, 14, True),
-    "bus": (28, 15, True),
-    "train": (31, 16, True),
-    "motorcycle": (32, 17, True),
-    "bicycle": (33, 18, True),
-}
-CITYSCAPES_NAMES = tuple(CITYSCAPES_LABELS)[2:]
-CITYSCAPES_KINDS = ("labelIds", "labelTrainIds", "instanceIds")
+# Cityscapes' names of the sample's ten classes, two of stuff and eight of things.
+CITYSCAPES_NAMES = (
+    "traffic light", "traffic sign", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+)  # fmt: skip
 CITIES = {"train": ("aachen", "bochum"), "val": ("frankfurt", "lindau")}
 # Instances with fewer visible pixels are not annotated, those with a smaller visible share are `difficult` in VOC.
 SMALLEST_AREA = 16
@@ -338,10 +328,17 @@ def _write_cityscapes(world: World, rng: np.random.Generator, folder: str, part:
     stem = f"{city}_{index // len(cities):06d}_000019"
     picture = world.file(folder, "leftImg8bit", part, city, f"{stem}_leftImg8bit.png")
     Image.fromarray(scene.image).save(picture, compress_level=1)
-    objects = cityscapes_objects(scene)
     annotated = world.file(folder, "gtFine", part, city, f"{stem}_gtFine_polygons.json")
-    annotated.write_text(json.dumps({"imgHeight": frame[0], "imgWidth": frame[1], "objects": objects}))
-    for kind, values in cityscapes_masks(frame, objects).items():
+    content = {"imgHeight": frame[0], "imgWidth": frame[1], "objects": _cityscapes_objects(scene)}
+    annotated.write_text(json.dumps(content))
+    annotation = Annotation()
+    annotation.fromJsonText(annotated.read_text())
+    for kind, paint, names, dtype in (
+        ("labelIds", createLabelImage, "ids", np.uint8),
+        ("labelTrainIds", createLabelImage, "trainIds", np.uint8),
+        ("instanceIds", createInstanceImage, "ids", np.uint16),
+    ):
+        values = np.asarray(paint(annotation, names)).astype(dtype)
         Image.fromarray(values).save(annotated.with_name(f"{stem}_gtFine_{kind}.png"))
 
 
@@ -356,7 +353,7 @@ def _write_ade20k(world: World, rng: np.random.Generator, folder: str, part: str
     Image.fromarray(labels).save(world.file(folder, "annotations", part, f"{name}.png"))
 
 
-def cityscapes_objects(scene: Scene) -> list[dict[str, Any]]:
+def _cityscapes_objects(scene: Scene) -> list[dict[str, Any]]:
     """`objects` of a polygons.json, back to front: later polygons cover earlier ones, holes are painted over."""
     height, width, _ = scene.image.shape
     frame = [[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]]
@@ -365,7 +362,7 @@ def cityscapes_objects(scene: Scene) -> list[dict[str, Any]]:
         if instance.visible.sum() < SMALLEST_AREA:
             continue
         label = "static" if instance.class_index == DISTRACTOR else CITYSCAPES_NAMES[instance.class_index]
-        if instance.crowd and CITYSCAPES_LABELS[label][2]:
+        if instance.crowd and name2label[label].hasInstances:
             label += "group"
         border = outline(instance.whole)
         # Their coordinates are pixel centres, ours pixel corners: half a pixel towards the middle.
@@ -373,28 +370,6 @@ def cityscapes_objects(scene: Scene) -> list[dict[str, Any]]:
         points = np.clip(np.floor(border + inwards), 0, (width - 1, height - 1)).astype(int).tolist()
         objects.append({"label": label, "polygon": points})
     return objects
-
-
-def cityscapes_masks(frame: tuple[int, int], objects: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:
-    """labelIds, labelTrainIds (uint8) and instanceIds (uint16) of (H, W), painted as cityscapesScripts paints them.
-
-    A thing's instance number is id × 1000 + its count in the image; stuff and groups keep the id.
-    """
-    size = (frame[1], frame[0])
-    images = [Image.new("L", size, 0), Image.new("L", size, 255), Image.new("I", size, 0)]
-    counts: dict[str, int] = {}
-    for item in objects:
-        name = item["label"].removesuffix("group")
-        label_id, train_id, has_instances = CITYSCAPES_LABELS[name]
-        instance_id = label_id
-        if has_instances and name == item["label"]:
-            instance_id = label_id * 1000 + counts.get(name, 0)
-            counts[name] = counts.get(name, 0) + 1
-        points = [tuple(point) for point in item["polygon"]]
-        for image, value in zip(images, (label_id, train_id, instance_id)):
-            ImageDraw.Draw(image).polygon(points, fill=value)
-    types = (np.uint8, np.uint8, np.uint16)
-    return {kind: np.asarray(image).astype(dtype) for kind, image, dtype in zip(CITYSCAPES_KINDS, images, types)}
 
 
 WRITERS = {

@@ -23,7 +23,7 @@ import numpy as np
 
 from twist.catalog.card import find_card
 from twist.catalog.card_data import pretraining_images
-from twist.catalog.tables import READERS, TableImages
+from twist.catalog.class_folders import READERS, TableImages
 from twist.contracts import files
 from twist.contracts.errors import UsageError, UserError, require
 from twist.contracts.images import EXTENSIONS, MAX_PIXELS, UnreadableImage, image_bytes, image_names

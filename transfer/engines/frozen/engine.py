@@ -12,19 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twist.catalog.annotations import voc_palette
 from twist.catalog.card import Role
 from twist.catalog.class_folders import open_tree
 from twist.catalog.data_sets import find_data_set, read_sample
+from twist.catalog.masks import voc_palette
 from twist.contracts.curves import CURVES, Curves
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.failures import explained
 from twist.contracts.networks import network_of
 from twist.contracts.progress import Progress
-from twist.measure import discovery, segmentation
+from twist.measure import segmentation
 from twist.measure.dense import DenseExtractor, DenseFile, dense_network
 from twist.measure.features import Extractor, frozen
-from twist.measure.segmentation import VOID, Confusion, patch_labels, retrieved_labels, sample_patches
+from twist.measure.segmentation import (
+    VOID,
+    Box,
+    Confusion,
+    layer_normalised,
+    lost_box,
+    overlaps,
+    patch_labels,
+    retrieved_labels,
+    sample_patches,
+)
 from twist.transfer.engines import plain
 from twist.transfer.engines.frozen import classify, linear_seg, recipes
 from twist.transfer.engines.frozen.images import OwnPictures, Pictures, open_split, squashed
@@ -277,7 +287,7 @@ def _corloc(setup: Setup, extractor: DenseExtractor) -> Result:
             truth = setup.val.boxes(index, hard_objects=config.hard_objects)
             if len(truth):
                 box, scale = lost_of(extractor, setup.val.read(index), config)
-                found += int(discovery.overlaps(box, truth * scale).max() >= config.overlap)
+                found += int(overlaps(box, truth * scale).max() >= config.overlap)
                 counted += 1
             progress.advance()
     if not counted:
@@ -286,7 +296,7 @@ def _corloc(setup: Setup, extractor: DenseExtractor) -> Result:
     return Result({"corloc_percent": 100.0 * found / counted}, setup.recipe, notes=notes)
 
 
-def lost_of(extractor: DenseExtractor, image: Tensor, config: recipes.DiscoveryRecipe) -> tuple[discovery.Box, float]:
+def lost_of(extractor: DenseExtractor, image: Tensor, config: recipes.DiscoveryRecipe) -> tuple[Box, float]:
     """LOST's box in a picture (3, H, W) uint8, and the scale at which the picture was looked at."""
     longest, scale = max(image.shape[1:]), 1.0
     if config.longest_side and longest > config.longest_side:
@@ -304,7 +314,7 @@ def lost_of(extractor: DenseExtractor, image: Tensor, config: recipes.DiscoveryR
     padded[:, :height, :width] = image
     features = extractor.maps(padded[None])[0]
     if extractor.is_resnet:
-        features = discovery.layer_normalised(features)
+        features = layer_normalised(features)
     places = (padded.shape[1] / features.shape[1], padded.shape[2] / features.shape[2])
-    box = discovery.lost_box(features, image_size=(height, width), scale=places, candidates=config.candidates)
+    box = lost_box(features, image_size=(height, width), scale=places, candidates=config.candidates)
     return box, scale

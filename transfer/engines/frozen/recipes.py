@@ -96,7 +96,7 @@ class ClustersRecipe(DenseRecipe):
 
 
 class DiscoveryRecipe(Recipe):
-    """LOST: see `twist.measure.discovery`. Pictures keep their size, a ViT's are padded to whole patches."""
+    """LOST: see `twist.measure.segmentation`. Pictures keep their size, a ViT's are padded to whole patches."""
 
     kind: Literal["corloc"]
     candidates: int = Field(gt=0)
