@@ -402,7 +402,7 @@ def test_check_images_counts_each_kind(tmp_path: Path) -> None:
     findings = check_images(folder, sheet=tmp_path / "sheet.png", progress=False)
     said = "\n".join(finding.message for finding in findings)
     for part in (
-        "1 .heic", "broken.jpg", "giant.png", "tiny.png", "flat.png", "copies", "16 bits, up to 4095", "7 readable pictures",
+        "1 .heic", "broken.jpg", "giant.png", "tiny.png", "flat.png", "copies", "16 bits, up to 4095", "7 readable",
     ):  # fmt: skip
         assert part in said
     assert not has_errors(findings)
