@@ -6,9 +6,7 @@ input's sides, `h` `w` those of the map, `D` features.
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +20,6 @@ from twist.contracts.config import Config
 from twist.contracts.errors import UserError
 from twist.contracts.files import sha256_json
 from twist.contracts.networks import ResNet, network_of, normalise
-from twist.contracts.progress import Progress
 from twist.contracts.weights import Backbone
 from twist.measure.features import RowFile, autocast, state_digest
 
@@ -163,27 +160,12 @@ class DenseExtractor:
                 f"The features of {images} images need {needed:.1f} GB of disk in {folder}, and machine.max_disk_gb is "
                 f"{max_disk_gb:g}: allow more, or take a smaller size."
             )
-        self._write(file, batches, title)
-        return file
 
-    def _write(self, file: DenseFile, batches: Callable[[int], Iterable[Tensor]], title: str) -> None:
-        part, image_bytes = file.path.with_suffix(".part"), file.patches * file.dimension * 4
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("ab") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)  # a second run that wants the same waits for the first
-            if file.complete:
-                return
-            done = os.fstat(stream.fileno()).st_size // image_bytes
-            stream.truncate(done * image_bytes)
-            with Progress(title, total=file.images, start=done, unit="image") as progress:
-                for images in batches(done):
-                    rows = self.maps(images).permute(0, 2, 3, 1).contiguous()
-                    stream.write(rows.cpu().numpy().tobytes())
-                    progress.advance(len(images))
-            stream.flush()
-            os.fsync(stream.fileno())
-            part.replace(file.path)
-            file.seal()
+        def rows(start: int) -> Iterator[Tensor]:
+            return (self.maps(one).permute(0, 2, 3, 1).flatten(0, 2) for one in batches(start))
+
+        file.fill(rows, title, each=file.patches, resume=True)
+        return file
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ Rows are float32, written as they are computed. `N` images, `B` of a batch, `S` 
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import fcntl
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-from twist.contracts import files, states
+from twist.contracts import states
 from twist.contracts.files import sha256_json
 from twist.contracts.networks import normalise
 from twist.contracts.progress import Progress
-from twist.contracts.run_folder import alone
 from twist.contracts.weights import Backbone, tensors_digest
 
 # Images (B, 3, S, S) uint8 RGB or features (B, D), and labels (B,).
@@ -54,9 +55,28 @@ class RowFile:
         except (OSError, ValueError):
             return False
 
-    def seal(self) -> None:
-        """Note size and digest of the rows, which are all there now."""
-        states.write_manifest(states.manifest_of(self.path), states.description(self.path))
+    def fill(self, rows: Callable[[int], Iterable[Tensor]], title: str, *, each: int = 1, resume: bool = False) -> None:
+        """Write the rows of all images, `each` of one, unless they are there: `rows(n)` gives blocks from image n on.
+
+        A second process that wants the same waits for the first. `resume` keeps what one that was killed has written.
+        """
+        part, image_bytes = self.path.with_suffix(".part"), each * self.dimension * 4
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("ab") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if self.complete:
+                return
+            done = os.fstat(stream.fileno()).st_size // image_bytes if resume else 0
+            stream.truncate(done * image_bytes)
+            with Progress(title, total=len(self) // each, start=done, unit="image") as progress:
+                for block in rows(done):
+                    stream.write(block.cpu().numpy().tobytes())
+                    progress.advance(len(block) // each)
+            stream.flush()
+            os.fsync(stream.fileno())
+            part.replace(self.path)
+            # Size and digest of the rows, which are all there now.
+            states.write_manifest(states.manifest_of(self.path), states.description(self.path))
 
 
 @dataclass(frozen=True)
@@ -165,18 +185,6 @@ class Extractor:
             "last_blocks": self.last_blocks,
         }
         target = FeatureFile(folder / f"{sha256_json(key)[:24]}.f32", torch.from_numpy(labels), self.dimension)
-        with alone(target.path.with_suffix(".lock")):
-            if not target.complete:
-                self._write(target, decoded, title)
+        if not target.complete:
+            target.fill(lambda _: (rows for rows, _ in self.batches(decoded)), title)
         return target
-
-    def _write(self, target: FeatureFile, decoded: Iterable[Batch], title: str) -> None:
-        with (
-            files.atomic_path(target.path) as temporary,
-            temporary.open("wb") as file,
-            Progress(title, total=len(target), unit="image") as progress,
-        ):
-            for rows, _ in self.batches(decoded):
-                file.write(rows.cpu().numpy().tobytes())
-                progress.advance(len(rows))
-        target.seal()
