@@ -213,7 +213,7 @@ def coco_boxes(file: Path, folder: Path, classes: Sequence[str] = (), *, remedy:
         fault, count = error.errors(include_url=False)[0], error.error_count()
         place = ".".join(map(str, fault["loc"]))
         raise UserError(f"{file} is no COCO file ({count} faults; {place}: {fault['msg']}): {remedy}.") from None
-    categories = sorted(content.get("categories", []), key=lambda one: one["id"])
+    categories = sorted(content.get("categories", []), key=lambda one: (isinstance(one["id"], str), one["id"]))
     names = tuple(one["name"] for one in categories) or tuple(classes)
     if not names:
         raise UserError(f"{file} has no categories: write their names as classes in [detection] of a data card.")
@@ -223,7 +223,9 @@ def coco_boxes(file: Path, folder: Path, classes: Sequence[str] = (), *, remedy:
             "splits must be the same."
         )
     order = list(classes or names)
-    index = {one["id"]: order.index(one["name"]) for one in categories} or dict(enumerate(range(len(order)), 1))
+    index: dict[Any, int] = {one["id"]: order.index(one["name"]) for one in categories} or dict(
+        enumerate(range(len(order)), 1)
+    )
     by_image: dict[Any, list[_Annotation]] = {one["id"]: [] for one in content["images"]}
     strange = [
         one for one in content["annotations"] if one["image_id"] not in by_image or one["category_id"] not in index

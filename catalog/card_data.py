@@ -123,15 +123,14 @@ def _read_labelled(card: Card) -> dict[Role, LabelledImages]:
     section = card.classification
     assert section is not None
     found: dict[Role, LabelledImages] = {}
-    for role, place in {"train": section.train, "val": section.val}.items():
-        if place is not None:
+    for role in ROLES:
+        if (place := getattr(section, role)) is not None:
             sources = _files_at(card.place(place), card)
-            found[role] = read_files(sources, image=section.image_column, label=section.label_column)  # type: ignore[index]
+            found[role] = read_files(sources, image=section.image_column, label=section.label_column)
     if "val" in found:
         refuse_other_classes(card.path, found["train"].classes, found["val"].classes)
     elif card.list_file("classification", "val").is_file():
-        found = {role: _listed(found["train"], card, role) for role in ("val", "train")}
-        found = {role: found[role] for role in ROLES}
+        found = {role: _listed(found["train"], card, role) for role in ROLES}
     return found
 
 
@@ -202,9 +201,10 @@ def prepare_card(card: Card, **options: Any) -> list[Path]:
         held_out = max(1, round(share * len(images)))
         if held_out >= len(images):
             raise UserError(f"[{section}] of {card.path} has {len(images)} images: too few to split.")
-        for role, part in (("train", order[held_out:]), ("val", order[:held_out])):
-            path = card.list_file(section, role)  # type: ignore[arg-type]
-            text = "".join(f"{images[index]}\n" for index in sorted(part))
+        parts: dict[Role, Any] = {"train": order[held_out:], "val": order[:held_out]}
+        for role in ROLES:
+            path = card.list_file(section, role)
+            text = "".join(f"{images[index]}\n" for index in sorted(parts[role]))
             if path.exists() and files.read_text(path) != text:
                 raise UserError(f"{path} exists and holds another split: remove it to have it made again.")
             files.write_text(path, text)

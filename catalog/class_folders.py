@@ -220,7 +220,7 @@ def _open(files: list[Path], image: str, label: str) -> tuple[Any, str, str]:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{files[0]} cannot be opened as a table ({str(error).splitlines()[0]}).") from None
-    return rows, *columns
+    return rows, columns[0], columns[1]
 
 
 def refuse_other_classes(folder: Path, train: Collection[str], val: Collection[str]) -> None:

@@ -49,7 +49,7 @@ def file_entries(
     Links are followed, but not in a circle. Files are known from folders without a stat for each, which on a network
     file system is most of the time.
     """
-    pending = [("", os.fspath(root), (_identity(root),))]
+    pending: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [("", os.fspath(root), (_identity(root),))]
     while pending:
         prefix, folder, above = pending.pop()
         try:

@@ -24,6 +24,7 @@ from tests.tiny_cards import (
     write_voc,
     write_yolo,
 )
+from twist.catalog.before_run import identify_data
 from twist.catalog.boxes import read_boxes
 from twist.catalog.card import find_card
 from twist.catalog.card_data import (
@@ -35,6 +36,7 @@ from twist.catalog.card_data import (
 )
 from twist.catalog.card_guess import write_card as guess_card
 from twist.catalog.check import check, check_card, check_images, has_errors
+from twist.catalog.class_folders import open_tree
 from twist.catalog.data_sets import VOID
 from twist.catalog.masks import read_mask
 from twist.compare.table import build_table
@@ -453,3 +455,20 @@ def test_plain_folders_say_that_val_is_trained_on_and_exclude_leaves_it_out(tmp_
     kept = open_images(DataConfig(root=str(tmp_path), exclude=("val/*",)))
     assert len(kept) * 2 == len(everything)
     assert not any("trained on" in line for line in kept.remarks)  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["parquet", "tar", "arrow"])
+def test_tables_without_a_card_are_read_as_class_folders(tmp_path: Path, form: str) -> None:
+    write_tables(tmp_path, form=form).unlink()
+    root = tmp_path / "saved" if form == "arrow" else tmp_path
+    train, val = open_tree(root)
+    assert (len(train), len(val), len(train.classes)) == (24, 24, 2)
+    assert abs(train.read(0)[0].float().mean() - COLOURS[0][0]) < 5
+    assert not has_errors(check("folders", root, progress=False))
+    before = identify_data(("imagenet",), root)
+    assert before is not None
+    shutil.rmtree(root / "val") if form == "arrow" else next(root.glob("val.*")).unlink()
+    assert identify_data(("imagenet",), root) is None
+    with pytest.raises(UserError, match="no ImageNet-like tree"):
+        open_tree(root)
