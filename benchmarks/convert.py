@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.side_by_side import Times, heading, table, write
-from twist.contracts.shapes import meta_tensors
+from twist.contracts.shapes import shapes_of
 
 TARGETS = ("detectron2", "mmseg")
 # Peak and current resident memory in bytes; Linux's own counters, as `resource` cannot be reset.
@@ -80,7 +80,7 @@ def figures(*, rounds: int, proof_rounds: int) -> dict[str, Any]:
 def _write_resnet50(file: Path) -> int:
     generator = torch.Generator().manual_seed(0)
     state = {}
-    for name, empty in meta_tensors("resnet50").items():
+    for name, empty in shapes_of("resnet50").items():
         shape = empty.shape
         if name.endswith("num_batches_tracked"):
             state[name] = torch.tensor(1)

@@ -5,6 +5,7 @@ place that knows them: the pretrainer trains them, the converters' proof runs th
 protocols read their features. `B` images, `D` features.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
@@ -16,7 +17,7 @@ from torchvision.models import resnet as tv
 from twist.contracts import rename
 from twist.contracts.errors import UserError, check_names
 from twist.contracts.rename import Table
-from twist.contracts.weights import ARCHITECTURES, RESNETS, Backbone, Vit, difference, is_vit, stem_of, usual_vit
+from twist.contracts.weights import ARCHITECTURES, RESNETS, Backbone, Vit, difference, is_vit
 
 
 class ResNet(tv.ResNet):
@@ -104,37 +105,38 @@ def build_backbone(
     if architecture in ARCHITECTURES and is_vit(architecture):
         from twist.contracts.vit import VisionTransformer  # timm: two seconds that a ResNet need not pay
 
-        patch = int(stem_of(architecture).removeprefix("patch"))
-        return VisionTransformer(
-            vit or usual_vit(architecture), patch_size=patch, image_size=image_size or 224, drop_path=drop_path
-        )
+        whole = vit and vit.model_dump()
+        return VisionTransformer.described(architecture, image_size=image_size or 224, vit=whole, drop_path=drop_path)
     raise UserError(f"Unknown architecture {architecture}: known are {', '.join(ARCHITECTURES)}.")
 
 
-def network_of(header: Backbone, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+def network_of(header: Backbone, tensors: Mapping[str, Tensor] | None = None, *, share: bool = False) -> nn.Module:
     """The network an artefact describes, strides and padding included, in eval mode, with `tensors` when given.
+
+    With `share` the network holds these very tensors, and neither draws nor copies any.
 
     Raises:
         UserError: `tensors` are not exactly this architecture's (every missing, extra or misshapen name is counted).
     """
-    network = build_backbone(header.architecture, width=header.width, image_size=header.image_size, vit=header.vit)
-    if header.stride_in == "1x1":
-        _move_strides_to_1x1(network)
-    if header.padding == "same":
-        _pad_as_tensorflow(network)
+    with torch.device("meta") if share else contextlib.nullcontext():
+        network = build_backbone(header.architecture, width=header.width, image_size=header.image_size, vit=header.vit)
+        if header.stride_in == "1x1":
+            _move_strides_to_1x1(network)
+        if header.padding == "same":
+            _pad_as_tensorflow(network)
     if tensors is not None:
-        load_exactly(network, tensors, name=header.display_name)
+        load_exactly(network, tensors, name=header.display_name, assign=share)
     return network.eval()
 
 
-def load_exactly(network: nn.Module, tensors: Mapping[str, Tensor], *, name: str) -> None:
+def load_exactly(network: nn.Module, tensors: Mapping[str, Tensor], *, name: str, assign: bool = False) -> None:
     """Load `tensors` into `network`; `UserError` unless names and shapes agree one to one."""
     reason = difference(network.state_dict(), tensors, values=False)
     if reason is not None:
         raise UserError(
             f"These weights are not {name}: {reason}. `twist inspect` says which architecture a file holds."
         )
-    network.load_state_dict(dict(tensors), strict=True)
+    network.load_state_dict(dict(tensors), strict=True, assign=assign)
 
 
 def stage_features(network: nn.Module, images: Tensor) -> dict[str, Tensor]:

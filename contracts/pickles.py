@@ -2,12 +2,10 @@
 
 Unpicklers believe what a file says: a memo index makes a table of that length, nested tuples as a key overflow the C
 stack, `bytearray(2**31)` or a storage of 2**31 numbers is allocated, and 8 MB can be copied a thousand times by their
-name in the memo. `check_pickle` reads the opcodes alone and keeps three numbers for each object on the stack, so its
-memory and time are those of the file's length. `pickletools` gives the table of opcodes but not the reader, which
-decodes all that it passes. A child process with limits was the alternative: it costs seconds of imports for each file,
-its tensors have to come back, and not every system has such limits.
+name in the memo. `check_pickle` reads the opcodes alone, in memory and time of the file's length.
 """
 
+import io
 import mmap
 import os
 import pickle
@@ -16,16 +14,16 @@ import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from twist.contracts import files
 from twist.contracts.errors import UserError
 
 # Far above those of real checkpoints: a ResNet-50 with its optimiser has 20,000 opcodes, 12 levels, no long number.
-MOST_OPCODES, MOST_DEPTH, MOST_NUMBER_BYTES = 5_000_000, 500, 128
+MOST_OPCODES, MOST_DEPTH, MOST_NUMBER_BITS = 5_000_000, 500, 1024
 # Bytes that calls are given, for each byte of the file: an array's pass through two or three of them.
 MOST_COPIES: Final = 8
-ENDS_EARLY: Final = "it ends too early"
+ENDS_EARLY: Final = "it ends too early, or has a byte that is no opcode"
 SMALL: Final = 64 * 2**20
 _ZIP = b"PK\x03\x04"
 # torch's format before 1.6 begins with a magic number: five pickles (that, protocol, system, value, names of storages),
@@ -33,39 +31,23 @@ _ZIP = b"PK\x03\x04"
 STREAM_MAGIC: Final = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 _PICKLES_OF_STREAM = 5
 # What allocates as much as a number says.
-_ALLOCATORS = re.compile(rb"(__builtin__|builtins)\nbytearray\n|torch\n\w*(Tensor|Storage)\n")
-# Opcodes that add to the object below what they take, which they leave.
+_ALLOCATORS = re.compile(r"(__builtin__|builtins) bytearray|torch \w*(Tensor|Storage)")
+# Opcodes that add to the object below what they take, which they leave; and those that call.
 _ADDING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
-_NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
-
-
-class _Opcode(NamedTuple):
-    """`width` bytes of argument, which for a `counted` one say its length, or `lines`; what it takes and leaves."""
-
-    name: str
-    width: int
-    counted: bool
-    lines: int
-    marked: bool  # takes all above the last mark
-    takes: int
-    gives: int
-
-
-def _opcode(info: pickletools.OpcodeInfo) -> _Opcode:
-    length = info.arg.n if info.arg else 0
-    counted = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT8U: 8}.get(length, 4)
-    lines = 0 if length != pickletools.UP_TO_NEWLINE else 2 if info.name in ("GLOBAL", "INST") else 1
-    before = [one for one in info.stack_before if one not in (pickletools.markobject, pickletools.stackslice)]
-    marked = pickletools.markobject in info.stack_before
-    takes = 0 if info.name == "OBJ" else len(before)  # its class lies above the mark, with the rest
-    width = length if length >= 0 else 0 if lines else counted
-    return _Opcode(info.name, width, length < 0 and not lines, lines, marked, takes, len(info.stack_after))
-
-
-_OPCODES = {ord(info.code): _opcode(info) for info in pickletools.opcodes}
+_CALLING = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ"}
 # Of an object: its depth, the largest number in it, the bytes in it.
 _Seen = tuple[int, int, int]
 _ALLOCATOR: _Seen = (-1, 0, 0)
+
+
+def _takes(opcode: pickletools.OpcodeInfo) -> int:
+    """Objects that an opcode takes from the stack, besides all above the last mark."""
+    beside = (pickletools.markobject, pickletools.stackslice)
+    # The class of OBJ lies above the mark, with the rest.
+    return 0 if opcode.name == "OBJ" else sum(one not in beside for one in opcode.stack_before)
+
+
+_TAKES = {opcode.name: _takes(opcode) for opcode in pickletools.opcodes}
 
 
 def check_pickle(data: bytes | mmap.mmap, start: int = 0, *, room: int | None = None) -> int:
@@ -74,94 +56,72 @@ def check_pickle(data: bytes | mmap.mmap, start: int = 0, *, room: int | None = 
     Raises:
         pickle.UnpicklingError: it is damaged, or asks for more than a file of its length can mean.
     """
-    size = len(data)
-    room = size if room is None else room
+    room, file = len(data) if room is None else room, io.BytesIO(data) if isinstance(data, bytes) else data
+    file.seek(start)
     stack: list[_Seen] = []
     marks: list[int] = []
     memo: dict[int, _Seen] = {}
-    at, given = start, 0
+    given = at = 0
 
-    def refuse(reason: str) -> pickle.UnpicklingError:
-        return pickle.UnpicklingError(f"{reason}, at byte {at}")
+    def require(fine: bool, reason: str) -> None:
+        if not fine:
+            raise pickle.UnpicklingError(f"{reason}, at byte {at}")
 
-    for _ in range(MOST_OPCODES):
-        opcode = _OPCODES.get(data[at]) if at < size else None
-        if opcode is None:
-            raise refuse(ENDS_EARLY if at >= size else "it has a byte that is no opcode")
-        name, begin = opcode.name, at + 1
-        end = begin + opcode.width
-        if opcode.counted:
-            begin, end = end, end + int.from_bytes(data[begin:end], "little")
-        for _ in range(opcode.lines):
-            end = data.find(b"\n", end) + 1 or size + 1
-        if end > size:
-            raise refuse(ENDS_EARLY)
+    opcodes = pickletools.genops(file)
+    for count in range(MOST_OPCODES + 1):
+        try:
+            opcode, argument, at = next(opcodes)  # type: ignore[assignment]
+        except (StopIteration, ValueError):
+            break
+        name = opcode.name
+        require(count < MOST_OPCODES, f"it has more than {MOST_OPCODES:,} opcodes")
         if name == "STOP":
-            if len(stack) != 1 or marks:
-                raise refuse("it does not leave one object")
-            return end
-        if name in _NUMBERS:
-            if end - begin > MOST_NUMBER_BYTES * (3 if opcode.lines else 1):
-                raise refuse("it has an endless number")
-            stack.append((0, _number(data[begin:end], as_text=bool(opcode.lines)), 0))
-        elif name == "MARK":
+            require(len(stack) == 1 and not marks, "it does not leave one object")
+            return at + 1
+        if name == "MARK":
             marks.append(len(stack))
+            require(len(marks) <= MOST_DEPTH, f"it nests more than {MOST_DEPTH} objects")
         elif name.endswith("GET"):
-            index = _number(data[begin:end], as_text=bool(opcode.lines))
-            if index not in memo:
-                raise refuse("it takes from its memo what is not there")
-            stack.append(memo[index])
+            require(argument in memo, "it takes from its memo what is not there")
+            stack.append(memo[argument])
         elif name.endswith("PUT") or name == "MEMOIZE":
-            index = len(memo) if name == "MEMOIZE" else _number(data[begin:end], as_text=bool(opcode.lines))
-            if index > 2 * len(memo) + 1000 or not stack:
-                raise refuse("its memo has places without objects")
+            index = len(memo) if argument is None else argument
+            require(0 <= index <= 2 * len(memo) + 1000 and bool(stack), "its memo has places without objects")
             memo[index] = stack[-1]
         elif name == "FRAME":
-            if int.from_bytes(data[begin:end], "little") > size - end:
-                raise refuse(ENDS_EARLY)
+            require(argument <= len(data) - at, ENDS_EARLY)
         elif name == "GLOBAL":
-            stack.append(_ALLOCATOR if _ALLOCATORS.fullmatch(data[begin:end]) else (0, 0, 0))
+            stack.append(_ALLOCATOR if _ALLOCATORS.fullmatch(argument) else (0, 0, 0))
+        elif type(argument) is int and name != "PROTO" and not name.startswith("EXT"):
+            require(argument.bit_length() <= MOST_NUMBER_BITS, "it has an endless number")
+            # A negative one is as large as its bytes, and so refused where size matters.
+            stack.append((0, argument if argument >= 0 else 2**62, 0))
         elif name == "POP" and marks and marks[-1] == len(stack):
             marks.pop()
         else:
-            if opcode.marked and not marks:
-                raise refuse("it lacks a mark")
-            floor = marks.pop() if opcode.marked else len(stack)
-            floor -= opcode.takes
-            if floor < (marks[-1] if marks else 0):
-                raise refuse("it takes more than there is")
+            marked = pickletools.markobject in opcode.stack_before
+            require(not marked or bool(marks), "it lacks a mark")
+            floor = (marks.pop() if marked else len(stack)) - _TAKES[name]
+            require(floor >= (marks[-1] if marks else 0), "it takes more than there is")
             taken = stack[floor:]
             del stack[floor:]
-            if not opcode.gives:
-                at = end
+            if not opcode.stack_after:
                 continue
             first, others = (taken[:1], taken[1:]) if name in _ADDING else ([], taken)
             depth = max([one[0] for one in first] + [one[0] + 1 for one in others], default=0)
             largest = max([one[1] for one in taken], default=0)
             # Capped: an object that holds itself twice, sixty times over, would have endless ones.
-            held = min(sum(one[2] for one in taken) + (end - begin), 2**62)
-            if depth > MOST_DEPTH:
-                raise refuse(f"it nests more than {MOST_DEPTH} objects")
-            if name == "BINPERSID" and largest > room:
-                raise refuse(f"it names a storage of {largest:,} numbers, which the file does not have")
-            if name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ"):
+            own = len(argument) if isinstance(argument, (str, bytes, bytearray)) else 0
+            held = min(sum(one[2] for one in taken) + own, 2**62)
+            require(depth <= MOST_DEPTH, f"it nests more than {MOST_DEPTH} objects")
+            fits = name != "BINPERSID" or largest <= room
+            require(fits, f"it names a storage of {largest:,} numbers, which the file does not have")
+            if name in _CALLING:
                 given += held
-                if given > MOST_COPIES * size + SMALL:
-                    raise refuse("it has the same bytes copied again and again")
-                if taken and taken[0] == _ALLOCATOR and largest:
-                    raise refuse("it asks for memory by a number")
-            stack.extend([(depth, largest, held)] * opcode.gives)
-        if len(marks) > MOST_DEPTH:
-            raise refuse(f"it nests more than {MOST_DEPTH} objects")
-        at = end
-    raise refuse(f"it has more than {MOST_OPCODES:,} opcodes")
-
-
-def _number(data: bytes, *, as_text: bool) -> int:
-    if not as_text:
-        return int.from_bytes(data, "little")  # a negative one is large, and so refused where size matters
-    text = data.strip().removesuffix(b"L")
-    return int(text) if text.isdigit() else 0
+                require(given <= MOST_COPIES * len(data) + SMALL, "it has the same bytes copied again and again")
+                require(not largest or taken[:1] != [_ALLOCATOR], "it asks for memory by a number")
+            stack.extend([(depth, largest, held)] * len(opcode.stack_after))
+    raise pickle.UnpicklingError(f"{ENDS_EARLY}, after byte {at}")
 
 
 def check_file(path: Path) -> None:
@@ -194,26 +154,20 @@ def _check_archive(archive: zipfile.ZipFile, path: Path) -> None:
             check_pickle(archive.read(member), room=room)
 
 
-def load_torch(path: Path, *, allowed: Sequence[Any] = (), device: Any = "cpu", mapped: bool = False) -> Any:
-    """`torch.load` of tensors and plain values, and of the classes that are `allowed`, after `check_file`.
-
-    What is wrong with a damaged file is raised as torch, zipfile or pickle say it.
-    """
-    import torch
-
-    check_file(path)
-    with torch.serialization.safe_globals(list(allowed)):
-        return torch.load(path, map_location=device, weights_only=True, mmap=mapped)
-
-
-def read_state(path: Path, *keys: str, remedy: str, **options: Any) -> dict[str, Any]:
-    """The dictionary in one of our own torch files, with the entries `keys`; `options` are those of `load_torch`.
+def read_state(
+    path: Path, *keys: str, remedy: str, allowed: Sequence[Any] = (), device: Any = "cpu", mapped: bool = False
+) -> dict[str, Any]:
+    """The dictionary of tensors, plain values and `allowed` classes in one of our own torch files, with these entries.
 
     Raises:
         UserError: absent, damaged, or something else; the sentence ends with `remedy`.
     """
+    import torch
+
     try:
-        state = load_torch(path, **options)
+        check_file(path)
+        with torch.serialization.safe_globals(list(allowed)):
+            state = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except (OSError, MemoryError, UserError):  # described where errors are
         raise
     except Exception as error:  # torch's own texts advise to read the file without its safe unpickler

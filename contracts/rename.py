@@ -1,9 +1,7 @@
 """The rename engine: a table of anchored rows, checked to be total, injective and invertible on every use.
 
-A row pairs a module's path in some layout with its path in the artefact; `{}` stands for one block index. Which
-tensors a module has depends on its kind (a convolution has a weight, a norm has five), so 34 rows cover the 318
-tensors of a ResNet-50. A row matches a whole name or not at all, and a name that no row or more than one row matches is
-an error: chains of `str.replace` lose weights silently.
+A row pairs a module's path in some layout with its path in the artefact; `{}` stands for one block index. A row matches
+a whole name or not at all, and a name without exactly one row is an error: chains of `str.replace` lose weights.
 """
 
 from __future__ import annotations
@@ -12,19 +10,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal, NamedTuple
 
 from twist.contracts.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Kind = Literal["conv", "norm", "linear", "scale", "tensor"]
 Change = Literal["same", "hwio", "flat"]
 # kind → (ending in the layout, ending in the artefact, change of the value from the layout to the artefact)
 Leaves = Mapping[Kind, tuple[tuple[str, str, Change], ...]]
-# name, with `{}` for a block index → its names on the other side
-Index = dict[str, list[tuple[str, Change]]]
 
 
 def _unchanged(*leaves: str) -> tuple[tuple[str, str, Change], ...]:
@@ -44,6 +37,17 @@ class RenameError(UserError):
     """Names that a table does not cover one to one."""
 
 
+class Step(NamedTuple):
+    """The new name of a tensor, and the change of its value."""
+
+    name: str
+    change: Change
+
+
+# name, with `{}` for a block index → its places on the other side
+Index = dict[str, list[Step]]
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows (kind, path in the layout, path in the artefact) and the tensors of each kind of module."""
@@ -55,54 +59,39 @@ class Table:
     absent: tuple[str, ...] = ()
 
     @cached_property
-    def inwards(self) -> Index:
-        return self._index(inwards=True)
-
-    @cached_property
-    def outwards(self) -> Index:
-        return self._index(inwards=False)
+    def indices(self) -> tuple[Index, Index]:
+        """Layout → artefact, and back."""
+        there: Index = {}
+        back: Index = {}
+        for kind, old, new in self.rows:
+            for ending, ending_there, change in self.leaves[kind]:
+                there.setdefault(old + ending, []).append(Step(new + ending_there, change))
+                back.setdefault(new + ending_there, []).append(Step(old + ending, change))
+        return there, back
 
     @cached_property
     def anchors(self) -> tuple[str, ...]:
-        """Names that show that a state dict follows this table: those of the first row, in block 0."""
+        """Names that show that a state dict follows this table: those of the first row."""
         return self.leaves_of(0)
 
     def leaves_of(self, index: int) -> tuple[str, ...]:
         """The names in the layout that one row covers, in block 0."""
-        kind, here, _ = self.rows[index]
-        return tuple(here.replace("{}", "0") + ending for ending, _, _ in self.leaves[kind])
-
-    def _index(self, *, inwards: bool) -> Index:
-        index: Index = {}
-        for kind, here, there in self.rows:
-            for ending_here, ending_there, change in self.leaves[kind]:
-                old, new = here + ending_here, there + ending_there
-                if not inwards:
-                    old, new = new, old
-                index.setdefault(old, []).append((new, change))
-        return index
-
-
-@dataclass(frozen=True)
-class Step:
-    """The new name of a tensor, and the change of its value."""
-
-    name: str
-    change: Change
+        kind, path, _ = self.rows[index]
+        return tuple(path.replace("{}", "0") + ending for ending, _, _ in self.leaves[kind])
 
 
 def inwards(table: Table, names: Iterable[str]) -> dict[str, Step]:
     """Layout names → artefact names. `RenameError` unless the table covers all, each once, and back again."""
-    return _checked(table.name, list(names), table.inwards, table.outwards)
+    return _checked(table.name, list(names), *table.indices)
 
 
 def outwards(table: Table, names: Iterable[str]) -> dict[str, Step]:
     """Artefact names → layout names, with the same checks."""
-    return _checked(table.name, list(names), table.outwards, table.inwards)
+    return _checked(table.name, list(names), *reversed(table.indices))
 
 
-def apply(steps: Mapping[str, Step], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` with the names and values that `inwards` gave."""
+def apply(steps: Mapping[str, Step], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """`tensors` with the names and values that `inwards` gave; what is changed must be numpy's arrays."""
     return {step.name: _CHANGES[step.change](tensors[name]) for name, step in steps.items()}
 
 
@@ -131,7 +120,7 @@ def _matches(index: Index, name: str) -> list[Step]:
     """Every place of `name`: rows that are the name itself, and rows that are the name with one number left open."""
     if "{" in name:
         return []
-    found = [Step(new, change) for new, change in index.get(name, ())]
+    found = list(index.get(name, ()))
     for number in _NUMBER.finditer(name):
         template = f"{name[: number.start()]}{{}}{name[number.end() :]}"
         found += [Step(new.replace("{}", number[0]), change) for new, change in index.get(template, ())]
@@ -139,8 +128,8 @@ def _matches(index: Index, name: str) -> list[Step]:
 
 
 # TensorFlow and haiku keep kernels as (height, width, in, out) and norms as (1, 1, 1, C).
-_CHANGES: dict[Change, Callable[[Tensor], Tensor]] = {
+_CHANGES: dict[Change, Callable[[Any], Any]] = {
     "same": lambda value: value,
-    "hwio": lambda value: value.permute(3, 2, 0, 1),
+    "hwio": lambda value: value.transpose(3, 2, 0, 1),
     "flat": lambda value: value.reshape(-1),
 }

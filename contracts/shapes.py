@@ -1,52 +1,49 @@
-"""Names and shapes of the tensors of every architecture, by formula.
+"""Names, shapes and types of the tensors of every architecture, by formula, in the state dict's order.
 
-Looking into a checkpoint needs no more, and then not the libraries that build networks, which take seconds to import. A
-test compares each formula with the network itself. The order is the state dict's.
+Looking into a checkpoint needs no more, and then neither torch nor the libraries that build networks, which take
+seconds to import. A test compares each formula with the network itself.
 """
-
-from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
 
 from twist.contracts.weights import RESNETS, Backbone, Vit, stem_of, usual_vit
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Shape = tuple[int, ...]
-Named = Iterator[tuple[str, Shape]]
+Named = Iterator[tuple[str, tuple[int, ...]]]
 
 
 @functools.cache
-def meta_tensors(
+def shapes_of(
     architecture: str, *, width: int = 1, image_size: int | None = None, vit: Vit | None = None
-) -> dict[str, Tensor]:
-    """A backbone's state dict on torch's meta device: every name and shape, in order, without values."""
-    import torch
-
+) -> dict[str, np.ndarray[Any, Any]]:
+    """A backbone's state dict as arrays of zeros that take no memory."""
     if architecture in RESNETS:
         named = _resnet(architecture, width)
     else:
         patch = int(stem_of(architecture).removeprefix("patch"))
         named = _vit(vit or usual_vit(architecture), patch, (image_size or 224) // patch)
-    whole = {True: torch.int64, False: torch.float32}
-    return {
-        name: torch.empty(shape, device="meta", dtype=whole[name.endswith("num_batches_tracked")])
-        for name, shape in named
-    }
+    zeros: dict[bool, Any] = {True: np.int64(0), False: np.float32(0)}
+    return {name: np.broadcast_to(zeros[name.endswith("num_batches_tracked")], shape) for name, shape in named}
 
 
-def tensors_of(header: Backbone) -> dict[str, Tensor]:
-    """`meta_tensors` of the network that a header describes."""
-    return meta_tensors(header.architecture, width=header.width, image_size=header.image_size, vit=header.vit)
+def tensors_of(header: Backbone) -> dict[str, np.ndarray[Any, Any]]:
+    """The same for the network that a header describes."""
+    return shapes_of(header.architecture, width=header.width, image_size=header.image_size, vit=header.vit)
 
 
 def _resnet(architecture: str, width: int) -> Named:
     blocks, bottleneck = RESNETS[architecture]
     channels = 64 * width
-    yield from _convolution("conv1", "bn1", (channels, 3, 7, 7))
+
+    def convolution(name: str, norm: str, shape: tuple[int, ...]) -> Named:
+        yield f"{name}.weight", shape
+        yield from ((f"{norm}.{part}", shape[:1]) for part in ("weight", "bias", "running_mean", "running_var"))
+        yield f"{norm}.num_batches_tracked", ()
+
+    yield from convolution("conv1", "bn1", (channels, 3, 7, 7))
     for stage, count in enumerate(blocks):
         planes = 64 * width * 2**stage
         out = planes * 4 if bottleneck else planes
@@ -54,25 +51,17 @@ def _resnet(architecture: str, width: int) -> Named:
         for index in range(count):
             block, inputs = f"layer{stage + 1}.{index}", channels
             for number, (side, made) in enumerate(zip(sides, outputs), start=1):
-                yield from _convolution(f"{block}.conv{number}", f"{block}.bn{number}", (made, inputs, side, side))
+                yield from convolution(f"{block}.conv{number}", f"{block}.bn{number}", (made, inputs, side, side))
                 inputs = made
             if index == 0 and (stage > 0 or channels != out):
-                yield from _convolution(f"{block}.downsample.0", f"{block}.downsample.1", (out, channels, 1, 1))
+                yield from convolution(f"{block}.downsample.0", f"{block}.downsample.1", (out, channels, 1, 1))
             channels = out
-
-
-def _convolution(name: str, norm: str, shape: Shape) -> Named:
-    yield f"{name}.weight", shape
-    for part in ("weight", "bias", "running_mean", "running_var"):
-        yield f"{norm}.{part}", shape[:1]
-    yield f"{norm}.num_batches_tracked", ()
 
 
 def _vit(vit: Vit, patch: int, side: int) -> Named:
     dim, halves = vit.embed_dim, 2 if vit.mlp == "swiglu" else 1
-    prefix = vit.class_token + vit.registers
 
-    def layer(name: str, shape: Shape, *, bias: bool = True) -> Named:
+    def layer(name: str, *shape: int, bias: bool = True) -> Named:
         yield f"{name}.weight", shape
         if bias:
             yield f"{name}.bias", shape[:1]
@@ -81,21 +70,20 @@ def _vit(vit: Vit, patch: int, side: int) -> Named:
         yield "cls_token", (1, 1, dim)
     if vit.registers:
         yield "reg_token", (1, vit.registers, dim)
-    yield "pos_embed", (1, side**2 + prefix * vit.prefix_positions, dim)
-    yield from layer("patch_embed.proj", (dim, 3, patch, patch), bias=not vit.pre_norm)
+    yield "pos_embed", (1, side**2 + (vit.class_token + vit.registers) * vit.prefix_positions, dim)
+    yield from layer("patch_embed.proj", dim, 3, patch, patch, bias=not vit.pre_norm)
     if vit.pre_norm:
-        yield from layer("norm_pre", (dim,))
-    for index in range(vit.depth):
-        block = f"blocks.{index}"
-        yield from layer(f"{block}.norm1", (dim,))
-        yield from layer(f"{block}.attn.qkv", (3 * dim, dim), bias=vit.qkv_bias)
-        yield from layer(f"{block}.attn.proj", (dim, dim))
+        yield from layer("norm_pre", dim)
+    for block in (f"blocks.{index}" for index in range(vit.depth)):
+        yield from layer(f"{block}.norm1", dim)
+        yield from layer(f"{block}.attn.qkv", 3 * dim, dim, bias=vit.qkv_bias)
+        yield from layer(f"{block}.attn.proj", dim, dim)
         if vit.layer_scale:
             yield f"{block}.ls1.gamma", (dim,)
-        yield from layer(f"{block}.norm2", (dim,))
-        yield from layer(f"{block}.mlp.fc1", (halves * vit.mlp_features, dim))
-        yield from layer(f"{block}.mlp.fc2", (dim, vit.mlp_features))
+        yield from layer(f"{block}.norm2", dim)
+        yield from layer(f"{block}.mlp.fc1", halves * vit.mlp_features, dim)
+        yield from layer(f"{block}.mlp.fc2", dim, vit.mlp_features)
         if vit.layer_scale:
             yield f"{block}.ls2.gamma", (dim,)
     if vit.final_norm:
-        yield from layer("norm", (dim,))
+        yield from layer("norm", dim)

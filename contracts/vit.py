@@ -3,7 +3,7 @@
 `B` images, `D` features; a grid has `H` × `W` patches, its table `N` × `N` positions behind the prefix tokens' rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ from timm.models import vision_transformer as timm
 from torch import Tensor, nn
 
 from twist.contracts.errors import check_names
-from twist.contracts.weights import Resize, Vit
+from twist.contracts.weights import Resize, Vit, stem_of, usual_vit
 
 # The tenth of a patch that DINO adds to the grid, so that the scale gives the size (facebookresearch/dino, issue 8).
 OFFSET: Final = 0.1
@@ -50,6 +50,22 @@ class VisionTransformer(timm.VisionTransformer):
             drop_path_rate=drop_path,
         )
         self.resize: Resize = vit.resize
+
+    @classmethod
+    def described(
+        cls, architecture: str, *, image_size: int = 224, vit: Mapping[str, Any] | None = None, drop_path: float = 0.0
+    ) -> "VisionTransformer":
+        """The network that a header's fields of these names describe; `ValueError` where `vit` is no description."""
+        whole = usual_vit(architecture) if vit is None else Vit.model_validate(dict(vit))
+        patch = int(stem_of(architecture).removeprefix("patch"))
+        return cls(whole, patch_size=patch, image_size=image_size, drop_path=drop_path)
+
+    def chosen(self, blocks: Sequence[int]) -> tuple[int, ...]:
+        """Blocks in order, counted from 0; negative ones from the end. `ValueError` for one that is not there."""
+        depth = len(self.blocks)
+        if not blocks or any(not -depth <= block < depth for block in blocks):
+            raise ValueError(f"blocks {list(blocks)} of a ViT with {depth}: choose from 0 to {depth - 1}.")
+        return tuple(sorted({block % depth for block in blocks}))
 
     def features(self, images: Tensor, names: Sequence[str] = (), *, final_norm: bool = True) -> dict[str, Tensor]:
         """Maps (B, D, H/p, W/p) of the patches after `block0`, … by name (default: the last block); of the last block

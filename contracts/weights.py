@@ -197,6 +197,12 @@ class Backbone(Config):
         """Tokens before a ViT's patches: the class token and the registers."""
         return self.transformer.class_token + self.transformer.registers
 
+    @property
+    def vit_arguments(self) -> dict[str, Any]:
+        """Arguments by which `twist.integrations` builds this ViT."""
+        vit = self.vit and self.vit.model_dump()
+        return {"architecture": self.architecture, "image_size": self.image_size, "vit": vit}
+
     def pixels(self, input_range: int) -> tuple[list[float], list[float]]:
         """Mean and std for images from 0 to `input_range`."""
         scale = input_range / self.input_range
@@ -238,13 +244,14 @@ def check_written(path: Path, written: Mapping[str, Tensor], reread: Mapping[str
         raise OSError(f"{path}: what was written does not read back equal; the disk may be full or failing.")
 
 
-def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, values: bool = True) -> str | None:
+def difference(expected: Mapping[str, Any], found: Mapping[str, Any], *, values: bool = True) -> str | None:
     """How two state dicts differ in names, shapes and, with `values`, bits: one clause, or None where they do not."""
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
     both = [name for name in expected if name in found]
     misshapen = [name for name in both if found[name].shape != expected[name].shape]
-    changed = [name for name in both if values and name not in misshapen and not _same(found[name], expected[name])]
+    plain = [name for name in both if values and name not in misshapen]
+    changed = [name for name in plain if _bits(found[name]) != _bits(expected[name])]
     counts = {"tensors missing": missing, "extra": extra, "of another shape": misshapen, "with other values": changed}
     first = next((names[0] for names in counts.values() if names), None)
     if first is None:
@@ -256,13 +263,10 @@ def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, v
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of a state dict: names, types, shapes and bytes."""
-    import torch
-
     state = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        plain = tensor.detach().cpu().contiguous()
-        state.update(f"{name} {plain.dtype} {tuple(plain.shape)};".encode())
-        state.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+        dtype, values = _bits(tensor)
+        state.update(f"{name} {dtype} {tuple(tensor.shape)};".encode() + values)
     return state.hexdigest()
 
 
@@ -312,10 +316,9 @@ def read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Back
     return load_file(path), header
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _bits(tensor: Tensor) -> tuple[Any, bytes]:
     # Bytes, not values: NaN must equal NaN, and -0.0 differ from 0.0.
     import torch
 
-    if a.dtype != b.dtype:
-        return False
-    return torch.equal(a.cpu().reshape(-1).view(torch.uint8), b.cpu().reshape(-1).view(torch.uint8))
+    plain = tensor.detach().cpu().contiguous()
+    return plain.dtype, plain.reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -17,7 +17,7 @@ from twist.contracts.weights import Backbone
 from twist.converters.proof import TOLERANCE, Proof, prove
 from twist.converters.read import Source, assumed, counts_by_module, load_source
 from twist.converters.sources import Reading
-from twist.converters.targets import TARGETS, Target
+from twist.converters.targets import TARGETS, Target, pixel_text
 from twist.converters.zoo import located
 
 REPORT, TENSORS, DROPPED, CARD = "report.json", "tensors.txt", "dropped.txt", "README.md"
@@ -71,12 +71,16 @@ def convert(
     if pkl and into.write_pickle is None:
         raise UsageError(f"--pkl has no meaning with --to {to}: Detectron2 reads such a file.")
     output = Path(output or f"{name_of(checkpoint)}-{to}")
-    _check_folder(output, checkpoint)
+    earlier = _earlier(output, checkpoint)
     source = load_source(checkpoint, allow_nan=allow_nan, **how)
-    backbone = source.backbone
-    _check_same_source(
-        output, checkpoint, sha256=source.sha256, layout=backbone.source_layout, branch=backbone.source_branch
-    )
+    backbone, said = source.backbone, _origin(source, checkpoint)
+    for what in ("sha256", "layout", "branch") if earlier else ():
+        if earlier.get(what) != said[what]:
+            raise UserError(
+                f"{output} holds the conversion of another network ({what} {earlier.get(what)}, file "
+                f"{earlier.get('file')}; {checkpoint.name} has {said[what]}): choose another --output, or remove that "
+                "one."
+            )
     reason = into.refuse(backbone)
     if reason:
         raise UserError(
@@ -85,31 +89,54 @@ def convert(
         )
     if into.extra:
         require(into.extra)
-    settings = into.settings(backbone)
+    settings, names = into.settings(backbone), into.names(backbone)
     with replaced_whole(output) as folder:
         into.write(folder / into.weights, source.tensors, backbone)
         if pkl and into.write_pickle:
             into.write_pickle(folder / "weights.pkl", source.tensors, backbone)
-        for name, text in settings.items():
-            files.write_text(folder / name, text)
-        names = into.names(backbone)
-        files.write_text(folder / TENSORS, _listing(source, names))
-        dropped = _dropped(source, names)
-        if dropped:
-            files.write_text(folder / DROPPED, "\n".join(dropped) + "\n")
+        # Tensors beside the backbone, and those that the target has no place for.
+        dropped = [*source.dropped, *(source.names.get(name, name) for name in source.arrays if name not in names)]
+        texts = {**settings, TENSORS: _listing(source, names), DROPPED: "".join(f"{name}\n" for name in dropped)}
+        for name, text in texts.items():
+            if text:
+                files.write_text(folder / name, text)
         proof = prove(into, folder, backbone, source.tensors) if verify else Proof("none", "nothing: --no-verify")
-        files.write_json(folder / REPORT, _report(into, source, checkpoint, names, proof))
+        notes = (*source.notes, *proof.notes)
+        report = {
+            "source": {
+                **said,
+                "dtype": source.dtype,
+                "tensors": source.count,
+                "used": source.count - len(dropped),
+                # Tensors that were left out, by the module they are in; their names are in dropped.txt.
+                "dropped": counts_by_module(dropped, used=source.used_modules),
+                "entries_left_aside": source.unused_entries,
+            },
+            "target": {
+                "name": into.name,
+                "weights": into.weights,
+                "tensors": len(names),
+                "filled_from_source": sum(name in source.names for name in names),
+                "filled_by_rule": [names[name] for name in source.filled if name in names],
+            },
+            # What no tensor says: the proof compares the target with this reading of the file.
+            "assumed": list(assumed(backbone)),
+            "backbone": backbone.model_dump(mode="json"),
+            "proof": proof.to_json(),
+            "notes": list(notes),
+            "software": software(),
+        }
+        files.write_json(folder / REPORT, report)
         if into.library:
             files.write_text(folder / CARD, _model_card(into, source, checkpoint, proof))
-    return Conversion(
-        target=into,
-        output=output,
-        weights=output / into.weights,
-        overlay=next((output / name for name in settings), None),
-        backbone=backbone,
-        proof=proof,
-        notes=(*source.notes, *proof.notes),
-    )
+    overlay = next((output / name for name in settings), None)
+    return Conversion(into, output, output / into.weights, overlay, backbone, proof, notes)
+
+
+def _origin(source: Source, checkpoint: Path) -> dict[str, str]:
+    header = source.backbone
+    place = {"layout": header.source_layout, "branch": header.source_branch}
+    return {"file": checkpoint.name, "sha256": source.sha256, **place}
 
 
 def conversion_text(conversion: Conversion) -> str:
@@ -139,7 +166,6 @@ def _proven(proof: Proof) -> str:
 def _model_card(into: Target, source: Source, checkpoint: Path, proof: Proof) -> str:
     """`README.md` as the hubs read it. The licence is left to who publishes: no checkpoint says it."""
     backbone, usage = source.backbone, into.usage(Path("FOLDER"), source.backbone)
-    mean, std = (", ".join(f"{value:g}" for value in values) for values in backbone.pixels(1))
     rows = {
         "method": backbone.method + (f", {backbone.epochs} epochs" if backbone.epochs else ""),
         "architecture": backbone.display_name,
@@ -147,7 +173,7 @@ def _model_card(into: Target, source: Source, checkpoint: Path, proof: Proof) ->
         "licence": "that of the source; it is not stated in the file",
         "source": f"`{checkpoint.name}`, SHA-256 `{source.sha256}`, layout {backbone.source_layout}, branch "
         f"{backbone.source_branch}",
-        "pixels": f"{backbone.channel_order} from 0 to 1, mean {mean}, std {std}",
+        "pixels": pixel_text(backbone, 1),
         "converted": f"by twist-suite; {_proven(proof)} ({proof.by})",
         "assumed": "; ".join(assumed(backbone)),
     }
@@ -160,47 +186,16 @@ def _model_card(into: Target, source: Source, checkpoint: Path, proof: Proof) ->
     )
 
 
-def _report(into: Target, source: Source, checkpoint: Path, names: Mapping[str, str], proof: Proof) -> dict[str, Any]:
-    dropped = _dropped(source, names)
-    return {
-        "source": {
-            "file": checkpoint.name,
-            "sha256": source.sha256,
-            "layout": source.backbone.source_layout,
-            "branch": source.backbone.source_branch,
-            "dtype": source.dtype,
-            "tensors": source.count,
-            "used": source.count - len(dropped),
-            # Tensors that were left out, by the module they are in; their names are in dropped.txt.
-            "dropped": counts_by_module(dropped, used=source.used_modules),
-            "entries_left_aside": source.unused_entries,
-        },
-        "target": {
-            "name": into.name,
-            "weights": into.weights,
-            "tensors": len(names),
-            "filled_from_source": sum(name in source.names for name in names),
-            "filled_by_rule": [names[name] for name in source.filled if name in names],
-        },
-        # What no tensor says: the proof compares the target with this reading of the file.
-        "assumed": list(assumed(source.backbone)),
-        "backbone": source.backbone.model_dump(mode="json"),
-        "proof": proof.to_json(),
-        "notes": [*source.notes, *proof.notes],
-        "software": software(),
-    }
-
-
-def _dropped(source: Source, names: Mapping[str, str]) -> list[str]:
-    """Names in the file of tensors beside the backbone, and of those that the target has no place for."""
-    return [*source.dropped, *(source.names.get(name, name) for name in source.tensors if name not in names)]
-
-
 def _listing(source: Source, names: Mapping[str, str]) -> str:
     """`tensors.txt`: source name, target name and shape of every tensor; a blank line between blocks of the network."""
+
+    def block(name: str) -> str:
+        first, second, *_ = (*name.split("."), "")
+        return f"{first}.{second}" if second.isdigit() else "around"
+
     rows = [
-        (_block(name), source.names.get(name, "(filled)"), names.get(name, "(dropped)"), str(tuple(tensor.shape)))
-        for name, tensor in source.tensors.items()
+        (block(name), source.names.get(name, "(filled)"), names.get(name, "(dropped)"), str(tuple(array.shape)))
+        for name, array in source.arrays.items()
     ]
     # The dropped are many (a second encoder, a queue): one group for each top-level module.
     rows += [(name.split(".")[0].split("/")[0], name, "(dropped)", "") for name in source.dropped]
@@ -210,15 +205,6 @@ def _listing(source: Source, names: Mapping[str, str]) -> str:
         groups.append("\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for _, a, b, c in group))
     unused = "".join(f"\nleft aside: {entry} ({count} tensors)" for entry, count in source.unused_entries.items())
     return "\n\n".join(groups) + "\n" + unused + ("\n" if unused else "")
-
-
-def _block(name: str) -> str:
-    """The residual or transformer block that a tensor of the artefact is in; all others make one group."""
-    first, second, *_ = (*name.split("."), "")
-    return f"{first}.{second}" if second.isdigit() else "around"
-
-
-# ---- The folder: what it is called, and that it replaces nothing but an older one of the same network ----------------
 
 
 def name_of(checkpoint: Path) -> str:
@@ -232,41 +218,27 @@ def name_of(checkpoint: Path) -> str:
     return folder or name if name in _COMMON_NAMES else name
 
 
-def _check_folder(output: Path, checkpoint: Path) -> None:
-    """`UserError` unless `output` is free, empty, or an earlier conversion that does not hold `checkpoint` itself."""
+def _earlier(output: Path, checkpoint: Path) -> dict[str, Any]:
+    """What the report of an earlier conversion in `output` says of its source; {} where there is none.
+
+    Raises:
+        UserError: `output` is anything but free, empty, or an earlier conversion without `checkpoint` in it.
+    """
     if not output.exists() and not output.is_symlink():
-        return
-    ours = FILES | {target.weights for target in TARGETS.values()}
-    wrong = None
+        return {}
+    wrong, source = None, dict[str, Any]()
     if output.is_symlink() or not output.is_dir():
         wrong = "is no folder of its own"
     elif output.resolve() in (Path.cwd(), *Path.cwd().parents):
         wrong = "is the folder you are in, or one above it"
     elif output.resolve() in checkpoint.resolve().parents:
         wrong = f"would be replaced, and {checkpoint} lies in it"
-    elif others := sorted(path.name for path in output.iterdir() if path.name not in ours):
-        wrong = f"exists and is no earlier conversion (it holds {others[0]})"
-    elif any(output.iterdir()) and not _source_of(output):
-        wrong = "exists and is no earlier conversion"
+    elif found := {path.name for path in output.iterdir()}:
+        others = sorted(found - FILES - {target.weights for target in TARGETS.values()})
+        report = files.read_json(output / REPORT) if REPORT in found else {}
+        source = report.get("source", {}) if "proof" in report else {}
+        if others or not {"sha256", "layout"} <= set(source):
+            wrong = "exists and is no earlier conversion" + (f" (it holds {others[0]})" if others else "")
     if wrong is not None:
         raise UserError(f"{output} {wrong}: choose another --output.")
-
-
-def _check_same_source(output: Path, checkpoint: Path, **source: str | None) -> None:
-    """`UserError` when `output` is the conversion of another network: its sha256, layout and branch are compared."""
-    earlier = _source_of(output)
-    for what, ours in source.items() if earlier else ():
-        if earlier.get(what) != ours:
-            raise UserError(
-                f"{output} holds the conversion of another network ({what} {earlier.get(what)}, file "
-                f"{earlier.get('file')}; {checkpoint.name} has {ours}): choose another --output, or remove that one."
-            )
-
-
-def _source_of(output: Path) -> dict[str, Any]:
-    """What the report of an earlier conversion in `output` says of its source; empty when there is no such report."""
-    try:
-        report = files.read_json(output / REPORT)
-        return report["source"] if {"sha256", "layout"} <= set(report["source"]) and "proof" in report else {}
-    except (ValueError, KeyError, TypeError):
-        return {}
+    return source

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 from twist.contracts.errors import UsageError, UserError, printable
-from twist.converters.detect import state_dicts
+from twist.converters.evidence import HeadsUnknownError
+from twist.converters.find import Candidate, networks, state_dicts
 from twist.converters.open import Contents, read_contents
 from twist.converters.read import Source, assumed, check_values, counts_by_module, read_source
-from twist.converters.search import Network, networks
 from twist.converters.sources import Reading
 from twist.converters.targets import TARGETS
-from twist.converters.vit import HeadsUnknownError
 from twist.converters.zoo import located
+
+_STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
+_OF_HEADER = ("method", "image_size", "epochs", "channel_order", "mean", "std", "input_range", "padding")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Inspection:
     source: Source | None
     problems: tuple[str, ...]
     targets: tuple[str, ...] = ()  # that can hold the backbone
-    networks: tuple[Network, ...] = ()  # every whole one in the file, wherever it lies
+    networks: tuple[Candidate, ...] = ()  # every whole one in the file, wherever it lies
 
     def to_json(self) -> dict[str, Any]:
         """All of it; None for what the file does not give."""
@@ -33,9 +35,7 @@ class Inspection:
         for path, state in state_dicts(value):
             entries[path[0] if path else ""] += len(state)
         epoch = value.get("epoch") if isinstance(value, dict) else None
-        tensors = source.tensors if source else {}
-        statistics = (".running_mean", ".running_var", ".num_batches_tracked")
-        of_header = ("method", "image_size", "epochs", "channel_order", "mean", "std", "input_range", "padding")
+        arrays = source.arrays if source else {}
         return {
             "file": str(self.contents.path),
             "size_bytes": self.contents.path.stat().st_size,
@@ -46,25 +46,17 @@ class Inspection:
             "architecture": header and header.display_name,
             "branch": header and header.source_branch,
             "branches": source.branches if source else (),
-            **{name: getattr(header, name, None) for name in of_header},
+            **{name: getattr(header, name, None) for name in _OF_HEADER},
             "stride_in": header.stride_in if header and not header.is_vit else None,
             "epoch_entry": epoch if type(epoch) is int else None,
             "dtype": source and source.dtype,
             "backbone_tensors": len(source.names) if source else 0,
-            "backbone_parameters": sum(t.numel() for name, t in tensors.items() if not name.endswith(statistics)),
+            "backbone_parameters": sum(a.size for name, a in arrays.items() if not name.endswith(_STATISTICS)),
             "dropped": source.dropped if source else (),
             "used": source.used_modules if source else (),
             "notes": source.notes if source else (),
             "assumed": assumed(header) if header else (),
-            "networks": [
-                {
-                    "architecture": net.architecture,
-                    "entry": "/".join(net.entry),
-                    "prefix": net.prefix,
-                    "tensors": len(net.tensors),
-                }
-                for net in self.networks
-            ],
+            "networks": [net.to_json() for net in self.networks],
             "targets": self.targets,
             "problems": self.problems,
         }
@@ -82,8 +74,7 @@ def inspect(checkpoint: str | os.PathLike[str], **reading: Unpack[Reading]) -> I
     """
     file, how = located(checkpoint, **reading)
     contents = read_contents(file)
-    whole = isinstance(contents.value, dict)
-    found = tuple(net for net in networks(contents.value) if not net.reason) if whole else ()
+    found = tuple(net for net in networks(contents.value) if not net.reason)
     problems, targets = [], list(TARGETS.values())
     try:
         source = read_source(contents, allow_nan=True, **how)
@@ -96,7 +87,7 @@ def inspect(checkpoint: str | os.PathLike[str], **reading: Unpack[Reading]) -> I
     except UserError as error:
         return Inspection(contents, None, (str(error),), networks=found)
     try:
-        check_values(source.tensors, str(contents.path))
+        check_values(source.arrays, str(contents.path))
     except UserError as error:
         problems.append(str(error))
     refusals = {target: target.refuse(source.backbone) for target in targets}
@@ -116,20 +107,22 @@ def inspection_text(inspection: Inspection) -> str:
     if inspection.source is not None:
         mean, std = (", ".join(f"{value:g}" for value in seen[key]) for key in ("mean", "std"))
         size = f", images of {seen['image_size']}" if seen["image_size"] else ""
-        parameters = f"{seen['backbone_parameters']:,} parameters"
+        counts = counts_by_module(seen["dropped"], used=seen["used"])
+        dropped = ", ".join(module + (f" ({count})" if count > 1 else "") for module, count in counts.items())
         rows += [
             ("method", f"{seen['method']} (layout {seen['layout']})"),
             ("architecture", f"{seen['architecture']}{size}"),
             ("branch", f"{seen['branch']} (present: {', '.join(seen['branches'])})"),
-            ("backbone", f"{seen['backbone_tensors']} tensors, {parameters}, {seen['dtype']}"),
+            (
+                "backbone",
+                f"{seen['backbone_tensors']} tensors, {seen['backbone_parameters']:,} parameters, {seen['dtype']}",
+            ),
             ("pixels", f"{seen['channel_order']}, range {seen['input_range']}, mean {mean}, std {std}"),
+            ("would drop", dropped or "nothing"),
+            ("converts to", ", ".join(seen["targets"])),
         ]
         if seen["padding"] == "same" or seen["stride_in"] == "1x1":
             rows.append(("network", f"padding {seen['padding']}, stride in the {seen['stride_in']} convolution"))
-        counts = counts_by_module(seen["dropped"], used=seen["used"])
-        dropped = ", ".join(module + (f" ({count})" if count > 1 else "") for module, count in counts.items())
-        rows.append(("would drop", dropped or "nothing"))
-        rows.append(("converts to", ", ".join(seen["targets"])))
     if seen["epochs"] is not None:
         rows.append(("epochs", f"{seen['epochs']}"))
     elif seen["epoch_entry"] is not None:

@@ -1,35 +1,37 @@
-"""Opening a checkpoint file without running anything from it: bytes → nested plain values with tensors.
+"""Opening a checkpoint without running anything from it: bytes → nested plain values with numpy's arrays.
 
-torch files (zip and the older stream) are read by torch's `weights_only` unpickler, Detectron2's and haiku's pickles by
-a restricted one, both after a look at their opcodes (contracts/pickles.py); safetensors and npz hold no code. The first
-bytes decide, never the file's ending.
-
-A pickle names classes and functions and says how to call them. Here each allowed name stands for one of the inert
-objects below, which store what they are given: no code of a library or of the file runs, and none of those libraries
-has to be installed. numpy's arrays are rebuilt from shape, dtype and bytes, too, because numpy's own `__setstate__`
-trusts a hostile file's flags.
+The first bytes decide what a file is, never its ending. A pickle names classes and functions and says how to call them:
+each allowed name stands for one of the inert objects below, which store what they are given (after a look at the
+opcodes, contracts/pickles.py). Neither torch nor another library is imported; the arrays are mapped onto the file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import json
 import math
+import mmap
+import os
 import pickle
 import re
 import tarfile
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from twist.contracts import files
 from twist.contracts.errors import UserError
-from twist.contracts.files import sha256_file
-from twist.contracts.pickles import ENDS_EARLY, STREAM_MAGIC, check_file, load_torch
+from twist.contracts.pickles import ENDS_EARLY, STREAM_MAGIC, check_file
+
+if TYPE_CHECKING:
+    import torch
 
 Container = Literal["torch", "torch-stream", "pickle", "safetensors", "npz"]
 # More than any published checkpoint; a file that claims more is damaged or meant to exhaust the machine.
@@ -43,16 +45,36 @@ MOST_NODES, MOST_DEPTH = 2_000_000, 64
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds: nested dictionaries and lists of tensors, numbers and strings."""
+    """What a file holds: nested dictionaries and lists of arrays, numbers and strings."""
 
     path: Path
     container: Container
     sha256: str
     value: Any
     metadata: dict[str, str] = field(default_factory=dict)  # safetensors' own
-    hub: dict[str, Any] = field(default_factory=dict)  # timm's config.json in the same folder
     # Settings beside the file, by name: solo-learn's args.json, a model hub's config.json.
     beside: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """The config.json that timm writes next to a weights file; {} when there is none."""
+        config = self.beside.get("config.json", {})
+        sound = isinstance(config.get("architecture"), str) and isinstance(config.get("pretrained_cfg", {}), dict)
+        return config if sound else {}
+
+
+def as_torch(arrays: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Arrays as torch's tensors, which share their memory; bfloat16 becomes float32."""
+    import torch
+
+    return {name: torch.from_numpy(np.require(widened(array), requirements="A")) for name, array in arrays.items()}
+
+
+def widened(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """bfloat16, which numpy has not (a field of that name), as float32; others as they are."""
+    if array.dtype.names != ("bfloat16",):
+        return array
+    return (array["bfloat16"].astype(np.uint32) << 16).view(np.float32)
 
 
 def read_contents(path: Path) -> Contents:
@@ -68,31 +90,25 @@ def read_contents(path: Path) -> Contents:
     metadata: dict[str, str] = {}
     try:
         if container == "safetensors":
-            from safetensors import safe_open
-            from safetensors.torch import load_file
-
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-            value = load_file(path)
+            value, metadata = _read_safetensors(path)
         elif container == "npz":
             _check_arrays(path)
             with np.load(path, allow_pickle=False) as arrays:
                 value = {name: arrays[name] for name in arrays.files}
-        elif container == "pickle":
+        else:
             check_file(path)
             with path.open("rb") as file:
-                # Latin-1, as numpy arrays of Python 2 need it (Caffe2's and Detectron's files).
-                value = _Unpickler(file, encoding="latin1").load()
-        else:
-            # Mapped, not read: of a checkpoint with two encoders and an optimiser only what is used is read.
-            allowed = [(stand_in, name) for name, stand_in in TORCH_GLOBALS.items()]
-            value = load_torch(path, allowed=allowed, mapped=container == "torch")
+                if container == "pickle":
+                    # Latin-1, as numpy arrays of Python 2 need it (Caffe2's and Detectron's files).
+                    value = _Unpickler(file, encoding="latin1").load()
+                else:
+                    value = (_read_zip if container == "torch" else _read_stream)(file, _mapped(path))
         value = _plain(value, path)
     except UserError:
         raise
     except Exception as error:  # a damaged file makes a reader raise anything: it becomes one sentence
         raise _refusal(path, container, error) from None
-    return Contents(path, container, sha256_file(path), value, metadata, _hub_settings(path), _settings_beside(path))
+    return Contents(path, container, files.sha256_file(path), value, metadata, _settings_beside(path))
 
 
 def _file_in(path: Path) -> Path:
@@ -121,44 +137,47 @@ def _read_shards(index: Path) -> Contents:
         raise UserError(f"{index} names files outside its own folder: they are not read.")
     parts = [read_contents(index.parent / file) for file in sorted(set(shards.values()))]
     value = {name: tensor for part in parts for name, tensor in part.value.items()}
-    missing = [name for name in shards if name not in value]
-    if missing:
-        raise UserError(
-            f"{index.parent} lacks {len(missing)} tensors of its index (first: {missing[0]}): download it again."
-        )
     digest = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
-    return Contents(index, parts[0].container, digest, value, {}, {}, _settings_beside(index))
+    return Contents(index, parts[0].container, digest, value, {}, _settings_beside(index))
 
+
+# Names of weights files whose folder holds nothing but one model, as the hubs have it.
+_HUB_FILES = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+
+
+def _settings_beside(path: Path) -> dict[str, Any]:
+    """What programs write beside their checkpoints, by file name; a config.json only where the file is a hub's."""
+    found = {}
+    names = ("args.json", "config.json", "preprocessor_config.json")
+    for name in names if _HUB_FILES.fullmatch(path.name) else names[:1]:
+        with contextlib.suppress(UserError):  # of another program, or none
+            found[name] = files.read_json(path.parent / name)
+    return found
+
+
+# ---- Which kind of file it is ----------------------------------------------------------------------------------------
 
 # First bytes (lower case, after white space) of files that are mistaken for checkpoints, and what to do about them.
-_NOT_CHECKPOINTS = (
-    (b"version https://git-lfs", "is a git-lfs pointer, not the file itself: run `git lfs pull` where it came from"),
-    (b"<!doctype", "is an HTML page, not a checkpoint: the download went to a web page, fetch the file itself"),
-    (b"<html", "is an HTML page, not a checkpoint: the download went to a web page, fetch the file itself"),
-    (b"<?xml", "is an XML document (often a server's error message), not a checkpoint: download it again"),
-    (b"\x1f\x8b", "is compressed with gzip: unpack it first"),
-    (b"\xfd7zxz", "is compressed with xz: unpack it first"),
-    (b"\x89hdf", "is an HDF5 file (Keras): save its arrays as .npz or a PyTorch state dict first"),
-)
+_NOT_CHECKPOINTS = {
+    b"version https://git-lfs": "is a git-lfs pointer, not the file itself: run `git lfs pull` where it came from",
+    b"<!doctype": "is an HTML page, not a checkpoint: the download went to a web page, fetch the file itself",
+    b"<html": "is an HTML page, not a checkpoint: the download went to a web page, fetch the file itself",
+    b"\x1f\x8b": "is compressed with gzip: unpack it first",
+    b"\xfd7zxz": "is compressed with xz: unpack it first",
+    b"\x89hdf": "is an HDF5 file (Keras): save its arrays as .npz or a PyTorch state dict first",
+}
 
 
 def _container(path: Path) -> Container:
     """The container by its first bytes; `UserError` for anything that is no checkpoint."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no regular file: copy its contents into one first.")
-    try:
-        with path.open("rb") as file:
-            head = file.read(512)
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise UserError(f"There is no checkpoint at {path}: check the path.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be opened ({error.strerror}): check its permissions.") from None
+    files.require_regular(path)
+    with path.open("rb") as file:
+        head, size = file.read(512), os.fstat(file.fileno()).st_size
     if not head:
         raise UserError(f"{path} is empty: download it again.")
     if size > MOST_BYTES:
         raise UserError(f"{path} is larger than {MOST_BYTES // 2**30} GiB, more than any checkpoint: check the file.")
-    for magic, sentence in _NOT_CHECKPOINTS:
+    for magic, sentence in _NOT_CHECKPOINTS.items():
         if head.lstrip()[: len(magic)].lower() == magic:
             raise UserError(f"{path} {sentence}.")
     if head.startswith(b"PK\x03\x04"):
@@ -204,24 +223,11 @@ def _zip_container(path: Path, size: int) -> Container:
     )
 
 
-def _check_arrays(path: Path) -> None:
-    """`ValueError` where an array of an npz claims more numbers than it has: numpy allocates them first."""
-    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            with archive.open(member) as file:
-                shape, _, dtype = read[min(np.lib.format.read_magic(file)[0], 2)](file)
-                if math.prod(shape) * dtype.itemsize > member.file_size:
-                    raise ValueError(f"an array of shape {shape} has {member.file_size} bytes")
-
-
 def _refusal(path: Path, container: Container, error: Exception) -> UserError:
     text = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
-    asked = re.search(r"unsupported global: GLOBAL (\S+)|unsupported GLOBAL (\S+)", str(error), re.IGNORECASE)
-    if asked:
-        name = (asked[1] or asked[2]).rstrip(".,")
+    if isinstance(error, AskedError):
         return UserError(
-            f"{path} asks for {name} to be loaded when it is read, which is not a harmless part of a checkpoint: "
+            f"{path} asks for {text} to be loaded when it is read, which is not a harmless part of a checkpoint: "
             "nothing was run; if you trust its origin, save its state dict alone with torch.save."
         )
     if isinstance(error, MemoryError):
@@ -236,49 +242,124 @@ def _refusal(path: Path, container: Container, error: Exception) -> UserError:
     return UserError(f"{path} is truncated or damaged ({text}): download it again.")
 
 
-def _hub_settings(path: Path) -> dict[str, Any]:
-    """The config.json that timm writes next to a weights file; {} when there is none."""
-    config = _settings_beside(path).get("config.json", {})
-    sound = isinstance(config.get("architecture"), str) and isinstance(config.get("pretrained_cfg", {}), dict)
-    return config if sound else {}
+# ---- The readers -----------------------------------------------------------------------------------------------------
+
+# torch's types of storages, and safetensors' types, by the name of the numbers in them.
+_STORAGES = {
+    "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
+    "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool", "ComplexFloat": "complex64",
+    "ComplexDouble": "complex128", "QInt8": "qint8", "QUInt8": "quint8", "QInt32": "qint32", "Untyped": "uint8",
+}  # fmt: skip
+_SAFE = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+# Numbers that numpy has not, and their bytes: an array of them has one field of that name.
+_OTHERS = {"bfloat16": 2, "qint32": 4} | dict.fromkeys(
+    (
+        "sparse",
+        "qint8",
+        "quint8",
+        "float8_e4m3fn",
+        "float8_e4m3fnuz",
+        "float8_e5m2",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+    ),
+    1,
+)
 
 
-# Names of weights files whose folder holds nothing but one model, as the hubs have it.
-_HUB_FILES = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+def _dtype(name: str) -> np.dtype[Any]:
+    return np.dtype([(name, f"<u{_OTHERS[name]}")]) if name in _OTHERS else np.dtype(name)
 
 
-def _settings_beside(path: Path) -> dict[str, Any]:
-    """What programs write beside their checkpoints, by file name; a config.json only where the file is a hub's."""
-    found = {}
-    names = ("args.json", "config.json", "preprocessor_config.json")
-    for name in names if _HUB_FILES.fullmatch(path.name) else names[:1]:
-        with contextlib.suppress(UserError):  # of another program, or none
-            found[name] = files.read_json(path.parent / name)
-    return found
+def _mapped(path: Path) -> np.ndarray[Any, Any]:
+    """The bytes of a file; what is written there stays in memory."""
+    with path.open("rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:  # which checks every place and shape
+        metadata = file.metadata() or {}
+    whole = _mapped(path)
+    begin = 8 + int.from_bytes(whole[:8].tobytes(), "little")
+    header = json.loads(whole[8:begin].tobytes())
+    header.pop("__metadata__", None)
+    places = {name: [begin + at for at in entry["data_offsets"]] for name, entry in header.items()}
+    return {
+        name: whole[slice(*places[name])].view(_dtype(_SAFE[entry["dtype"]])).reshape(entry["shape"])
+        for name, entry in header.items()
+    }, metadata
+
+
+def _check_arrays(path: Path) -> None:
+    """`ValueError` where an array of an npz claims more numbers than it has: numpy allocates them first."""
+    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                shape, _, dtype = read[min(np.lib.format.read_magic(file)[0], 2)](file)
+                if math.prod(shape) * dtype.itemsize > member.file_size:
+                    raise ValueError(f"an array of shape {shape} has {member.file_size} bytes")
+
+
+def _read_zip(file: Any, whole: np.ndarray[Any, Any]) -> Any:
+    """torch's format since 1.6: a pickle, and a member for each storage."""
+    with zipfile.ZipFile(file) as archive:
+        members = {member.filename: member for member in archive.infolist()}
+        name = next(name for name in members if name.endswith("data.pkl"))
+        folder = name.removesuffix("data.pkl")
+        if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder") != b"little":
+            raise ValueError("its numbers are big-endian")
+        unpickler = _Unpickler(io.BytesIO(archive.read(name)))
+        value = unpickler.load()
+        for key, storage in unpickler.storages.items():
+            member = members[f"{folder}data/{key}"]
+            if member.compress_type == zipfile.ZIP_STORED:
+                # The lengths of name and extra field stand in the member's own header.
+                lengths = whole[member.header_offset + 26 : member.header_offset + 30].view("<u2")
+                begin = member.header_offset + 30 + int(lengths.sum())
+                storage.bytes = whole[begin : begin + member.file_size]
+            else:
+                storage.bytes = np.frombuffer(bytearray(archive.read(member)), np.uint8)
+    return value
+
+
+def _read_stream(file: Any, whole: np.ndarray[Any, Any]) -> Any:
+    """torch's format of before: five pickles (magic, protocol, system, value, keys), then each storage's bytes."""
+    for _ in range(3):
+        _Unpickler(file).load()
+    unpickler = _Unpickler(file)
+    value = unpickler.load()
+    keys = _Unpickler(file).load()
+    begin = file.tell()
+    for storage in (unpickler.storages[key] for key in keys):
+        end = begin + 8 + storage.count * _dtype(storage.dtype).itemsize
+        storage.bytes = whole[begin + 8 : end]
+        begin = end
+    return value
 
 
 def _plain(value: Any, path: Path) -> Any:
-    """Stand-in arrays become tensors, bounded in depth and size; objects of settings keep their simple values."""
-    import torch
-
+    """Stand-ins become arrays, bounded in depth and size; objects of settings keep their simple values."""
     nodes = 0
-    # One tensor for all names of an array: a copy for each of a thousand would fill the memory.
-    copies: dict[int, torch.Tensor | None] = {}
+    # One array for all its names: a copy for each of a thousand would fill the memory.
+    arrays: dict[int, np.ndarray[Any, Any] | None] = {}
 
     def walk(value: Any, depth: int) -> Any:
         nonlocal nodes
         nodes += 1
         if nodes > MOST_NODES or depth > MOST_DEPTH:
             raise UserError(f"{path} nests its contents too deeply or too widely to be a checkpoint: it is not read.")
-        if isinstance(value, torch.Tensor):
-            return value.detach()
-        if isinstance(value, (Array, np.ndarray)):
-            if id(value) not in copies:
-                array = value.numpy() if isinstance(value, Array) else value
-                # A copy: the array lies in the pickle's own read-only bytes.
-                plain = array is not None and array.dtype.kind in "biuf"
-                copies[id(value)] = torch.from_numpy(np.array(array)) if plain else None
-            return copies[id(value)]
+        if isinstance(value, (Array, Tensor)):
+            if id(value) not in arrays:
+                arrays[id(value)] = value.array()
+            return arrays[id(value)]
         if isinstance(value, dict):
             return {key: walk(item, depth + 1) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
@@ -296,16 +377,59 @@ def _plain(value: Any, path: Path) -> Any:
 # ---- What a pickle may build -----------------------------------------------------------------------------------------
 
 
+class AskedError(pickle.UnpicklingError):
+    """A pickle names something that is not harmless."""
+
+
 class _Unpickler(pickle.Unpickler):
     """Builds dictionaries, lists, numbers, strings and the stand-ins below; every other global is an error."""
 
+    def __init__(self, file: Any, **options: Any) -> None:
+        super().__init__(file, **options)
+        self.storages: dict[Any, Storage] = {}
+
     def find_class(self, module: str, name: str) -> Any:
-        # The module of BYOL's state depends on how its authors started the program; the stand-in is inert anyway.
-        if name == "_ByolExperimentState":
-            return ByolState
-        if f"{module}.{name}" not in PICKLE_GLOBALS:
-            raise pickle.UnpicklingError(f"unsupported GLOBAL {module}.{name}")
-        return PICKLE_GLOBALS[f"{module}.{name}"]
+        whole = f"{module}.{name}".replace("__builtin__.", "builtins.")  # as protocol 2 has it
+        if module == "torch" and (name in _OTHERS or name in _STORAGES.values()):
+            return name
+        if module in ("torch", "torch.storage") and name.removesuffix("Storage") in _STORAGES:
+            return _STORAGES[name.removesuffix("Storage")]
+        for pattern, stand_in in STAND_INS.items():
+            if re.fullmatch(pattern, whole):
+                return stand_in
+        raise AskedError(whole)
+
+    def persistent_load(self, saved: Any) -> Storage:
+        kind, dtype, key, _location, count, *_view = saved
+        if kind != "storage":
+            raise ValueError(f"a {kind} in the place of a storage")
+        return self.storages.setdefault(key, Storage(dtype, count))
+
+
+@dataclass
+class Storage:
+    """The numbers of a tensor, or of several."""
+
+    dtype: str
+    count: int
+    bytes: Any = None
+
+
+class Tensor:
+    """torch.Tensor: a storage, and where in it the values lie."""
+
+    def __init__(self, storage: Any, offset: Any, size: Any, stride: Any, dtype: str | None = None) -> None:
+        self.storage, self.offset, self.size, self.stride = storage, offset, tuple(size), tuple(stride)
+        self.dtype = dtype or storage.dtype
+
+    def array(self) -> np.ndarray[Any, Any]:
+        dtype, data = _dtype(self.dtype), self.storage.bytes
+        values = data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)
+        reach = self.offset + sum((side - 1) * step for side, step in zip(self.size, self.stride, strict=True)) + 1
+        if min((self.offset, *self.size, *self.stride)) < 0 or (all(self.size) and reach > len(values)):
+            raise ValueError(f"a tensor of shape {self.size} has {len(data)} bytes")
+        steps = [step * dtype.itemsize for step in self.stride]
+        return np.lib.stride_tricks.as_strided(values[self.offset :], self.size, steps)
 
 
 class Opaque:
@@ -346,7 +470,7 @@ class Dtype:
 
 
 class Array:
-    """numpy.ndarray: shape, dtype and bytes; `numpy()` is the real array, or None when it does not hold numbers."""
+    """numpy.ndarray by shape, dtype and bytes (numpy's own `__setstate__` trusts a hostile file's flags)."""
 
     def __init__(self, state: Any = None) -> None:
         self.state: tuple[Any, ...] = ()
@@ -356,7 +480,8 @@ class Array:
         # numpy: (version, shape, dtype, is_fortran, bytes); before numpy 1.0 without the version.
         self.state = state[-4:] if isinstance(state, tuple) else ()
 
-    def numpy(self) -> np.ndarray[Any, Any] | None:
+    def array(self) -> np.ndarray[Any, Any] | None:
+        """The real array, or None when it does not hold numbers."""
         if len(self.state) != 4:
             return None
         shape, dtype, fortran, data = self.state
@@ -365,25 +490,15 @@ class Array:
         data = data.encode("latin1") if isinstance(data, str) else data
         if dtype is None or not isinstance(data, (bytes, bytearray)):
             return None
-        if not all(isinstance(side, int) and side >= 0 for side in shape):
-            raise ValueError(f"an array has the impossible shape {shape}")
-        count = int(np.prod(shape, dtype=object)) if shape else 1
-        if count * dtype.itemsize != len(data):
+        if any(not isinstance(side, int) or side < 0 for side in shape) or math.prod(shape) * dtype.itemsize != len(
+            data
+        ):
             raise ValueError(f"an array of shape {shape} comes with {len(data)} bytes")
         array = np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if fortran else "C")
-        return array.astype(dtype.newbyteorder("="), copy=False)
+        return array.astype(dtype.newbyteorder("="))  # a copy: the bytes are the pickle's own, and read-only
 
 
-class ByolState:
-    """DeepMind's `_ByolExperimentState`, a named tuple of five fields."""
-
-    FIELDS = ("online_params", "target_params", "online_state", "target_state", "opt_state")
-
-    def __new__(cls, *values: Any) -> dict[str, Any]:  # type: ignore[misc]
-        return dict(zip(cls.FIELDS, values))
-
-
-class Mapping:
+class Dictionary:
     """A dictionary class: `defaultdict(factory)`, haiku's FlatMapping(dict), or one that is filled later (addict)."""
 
     def __new__(cls, *arguments: Any) -> dict[Any, Any]:  # type: ignore[misc]
@@ -391,8 +506,34 @@ class Mapping:
         return OrderedDict(given)
 
 
+class ByolState:
+    """DeepMind's `_ByolExperimentState`, a named tuple of five fields."""
+
+    def __new__(cls, *values: Any) -> dict[str, Any]:  # type: ignore[misc]
+        return dict(zip(("online_params", "target_params", "online_state", "target_state", "opt_state"), values))
+
+
 def _sequence(items: Any = (), *_: Any) -> list[Any]:
     return list(items) if isinstance(items, (list, tuple)) else []
+
+
+def _rebuilt(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
+    dtype = next((one for one in rest if isinstance(one, str)), None)  # of untyped storages
+    return Tensor(storage, offset, size, stride, dtype)
+
+
+def _rebuilt_from(function: Any, _type: Any, arguments: Any, *_: Any) -> Any:
+    if function not in (_rebuilt, _first):
+        raise ValueError("a tensor is not built from torch's parts")
+    return function(*arguments)
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value  # a parameter is its tensor
+
+
+def _no_values(*_: Any) -> Tensor:
+    return Tensor(Storage("sparse", 0, np.zeros(0, np.uint8)), 0, (0,), (1,))  # or quantised, or on the meta device
 
 
 def _reconstruct(*_: Any) -> Array:
@@ -404,7 +545,7 @@ def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> Array:
 
 
 def _scalar(dtype: Any, data: Any = b"", *_: Any) -> Any:
-    value = Array(((), dtype, False, data)).numpy()
+    value = Array(((), dtype, False, data)).array()
     return None if value is None else value.item()
 
 
@@ -425,63 +566,28 @@ def _latin1_bytes(text: Any, encoding: Any = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _names(stand_in: Any, text: str) -> dict[str, Any]:
-    return dict.fromkeys(text.split(), stand_in)
-
-
-# Qualified name → stand-in. numpy 2 moved `numpy.core` to `numpy._core`.
-_NUMPY: dict[str, Any] = {
-    **_names(_reconstruct, "numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct"),
-    **_names(_scalar, "numpy.core.multiarray.scalar numpy._core.multiarray.scalar"),
-    **_names(_from_buffer, "numpy.core.numeric._frombuffer numpy._core.numeric._frombuffer"),
-    "numpy.ndarray": Array,
-    "numpy.dtype": Dtype,
-}
-
-# Of torch files: harmless things that training programs save next to their tensors.
-TORCH_GLOBALS: dict[str, Any] = {
-    **_NUMPY,
-    **_names(
-        Opaque,
-        "argparse.Namespace typing.Any builtins.dict builtins.list builtins.int builtins.str builtins.float "
-        "builtins.bool builtins.complex builtins.set omegaconf.dictconfig.DictConfig omegaconf.listconfig.ListConfig "
-        "builtins.getattr "  # mmengine's histories name their methods with it
-        "omegaconf.base.ContainerMetadata omegaconf.base.Metadata omegaconf.nodes.AnyNode omegaconf.nodes.IntegerNode "
-        "omegaconf.nodes.StringNode omegaconf.nodes.FloatNode omegaconf.nodes.BooleanNode "
-        "mmengine.logging.history_buffer.HistoryBuffer mmengine.logging.message_hub.MessageHub "
-        "pathlib.PosixPath pathlib.Path pathlib.PurePosixPath datetime.datetime datetime.timedelta "
-        "numpy.random.mtrand.RandomState",
-    ),
-    **_names(_sequence, "collections.deque"),
-    **_names(
-        Mapping,
-        "collections.defaultdict addict.addict.Dict mmengine.config.config.ConfigDict mmcv.utils.config.ConfigDict "
-        "yacs.config.CfgNode fvcore.common.config.CfgNode detectron2.config.config.CfgNode "
-        "vissl.config.attr_dict.AttrDict pytorch_lightning.utilities.parsing.AttributeDict "
-        "lightning.pytorch.utilities.parsing.AttributeDict lightning.fabric.utilities.data.AttributeDict "
-        "lightning_fabric.utilities.data.AttributeDict",
-    ),
-}
-
-# Of plain pickles: numpy's data, and DeepMind's BYOL (haiku mappings, jax arrays, optimiser states).
-PICKLE_GLOBALS: dict[str, Any] = {
-    **_NUMPY,
-    "_codecs.encode": _latin1_bytes,
-    **_names(_no_bytes, "__builtin__.bytes builtins.bytes"),
-    **_names(
-        Mapping,
-        "collections.OrderedDict haiku._src.data_structures.FlatMapping haiku._src.data_structures.FlatMap "
-        "haiku._src.data_structures.frozendict",
-    ),
-    **_names(
-        _from_jax,
-        "jax._src.array._reconstruct_array jax._src.device_array.reconstruct_device_array "
-        "jax.interpreters.xla._reconstruct_array",
-    ),
-    **_names(
-        Opaque,
-        "byol.utils.optimizers.ScaleByLarsState byol.utils.optimizers.AddWeightDecayState "
-        "optax._src.base.EmptyState optax._src.transform.EmptyState optax._src.transform.ScaleState "
-        "optax._src.base.IdentityState optax._src.transform.IdentityState optax.EmptyState",
-    ),
+# Qualified names (a regular expression) → what each stands for.
+STAND_INS: dict[str, Any] = {
+    r"torch\._utils\._rebuild_tensor(_v[23])?": _rebuilt,
+    r"torch\._tensor\._rebuild_from_type_v2": _rebuilt_from,
+    r"torch\._utils\._rebuild_parameter(_with_state)?|torch\.nn\.parameter\.Parameter": _first,
+    r"torch\._utils\._rebuild_(sparse_tensor|sparse_csr_tensor|qtensor|meta_tensor_no_storage)": _no_values,
+    r"numpy\._?core\.multiarray\._reconstruct": _reconstruct,
+    r"numpy\._?core\.multiarray\.scalar": _scalar,
+    r"numpy\._?core\.numeric\._frombuffer": _from_buffer,
+    r"numpy\.ndarray": Array,
+    r"numpy\.dtype": Dtype,
+    r"_codecs\.encode": _latin1_bytes,
+    r"builtins\.bytes": _no_bytes,
+    r"collections\.deque|torch\.Size": _sequence,
+    # The module of BYOL's state depends on how its authors started the program.
+    r"([\w.]+\.)?_ByolExperimentState": ByolState,
+    r"jax[\w.]*\.(_reconstruct_array|reconstruct_device_array)": _from_jax,
+    # Settings and other dictionaries of mmengine, detectron2, fvcore, yacs, addict, vissl, Lightning and haiku.
+    r"collections\.(OrderedDict|Counter|defaultdict)|addict\.addict\.Dict|haiku\._src\.data_structures\.\w+"
+    r"|[a-z0-9_.]+\.(ConfigDict|CfgNode|AttrDict|AttributeDict)": Dictionary,
+    # What programs keep beside their weights; mmengine's histories name their methods with `getattr`.
+    r"argparse\.Namespace|typing\.Any|builtins\.(dict|list|int|long|str|float|bool|complex|set|getattr)|omegaconf\.[\w.]+"
+    r"|mmengine\.logging\.[\w.]+|pathlib\.\w+|datetime\.\w+|numpy\.random\.mtrand\.RandomState|optax\.[\w.]+"
+    r"|byol\.utils\.optimizers\.\w+|torch\.(device|Tensor|nn\.parameter\.Buffer|serialization\._get_layout)": Opaque,
 }

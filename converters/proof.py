@@ -2,15 +2,15 @@
 
 One side is the reference network with the artefact's tensors (`contracts.networks`); the other is the written file and
 settings in the framework's loader, image reader, normalisation and network (`targets/`). Where the framework is not
-installed, the file is read back into the reference network. Compared are the features of every stage. The measure is
-max|Δ| / max|feature|, because a trained network's features reach into the hundreds, where 1e-5 absolute is below
-float32's own step.
+installed, the file is read back into the reference network. The measure is max|Δ| / max|feature| of a stage, because a
+trained network's features reach into the hundreds, where 1e-5 absolute is below float32's own step.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import io
 import logging
@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from twist.contracts.errors import UserError
+from twist.contracts.shapes import tensors_of
 from twist.contracts.weights import Backbone, difference
-from twist.converters.open import read_contents
+from twist.converters.find import state_dicts
+from twist.converters.open import as_torch, read_contents
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -103,12 +105,17 @@ def prove(target: Target, folder: Path, backbone: Backbone, tensors: Mapping[str
     import torch
 
     kind, run, by = runner(target, backbone)
-    sizes = _sizes(backbone)[: 1 if target.fixed_size and backbone.is_vit else None]
+    sizes: tuple[tuple[int, int], ...] = SIZES
+    if backbone.image_size is not None:  # of a ViT, those of its position table and another
+        sizes = ((backbone.image_size,) * 2, (GRID[0] * backbone.patch_size, GRID[1] * backbone.patch_size))
+        sizes = sizes[: 1 if target.fixed_size else 2]
+    computed, notes = _computed(target, backbone)
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        files = write_images(Path(scratch), sizes)
-        ours, drift, notes = _reference(target, backbone, tensors, files)
+        images = write_images(Path(scratch), sizes)
+        ours = _features_of(computed, tensors, images, target)
+        drift = () if computed == backbone else compare(_features_of(backbone, tensors, images, target), ours)
         with quiet():
-            theirs = run(folder, backbone, files)
+            theirs = run(folder, backbone, images)
     stages = compare(ours, theirs)
     worst = max(stages, key=lambda stage: stage.relative)
     if not worst.relative <= TOLERANCE:
@@ -131,8 +138,7 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            # mmcv says at import that its compiled operators are missing; no backbone here needs one.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # mmcv says that its compiled operators are missing; none is needed here
             yield
     finally:
         logging.disable(logging.NOTSET)
@@ -149,7 +155,9 @@ def runner(target: Target, backbone: Backbone) -> tuple[Kind, ProofRun, str]:
     if installed(target.package):
         framework = target.framework(backbone)
         if not isinstance(framework, str):
-            return "framework", *framework
+            run, package = framework
+            distributions = importlib.metadata.packages_distributions().get(package, [package])
+            return "framework", run, f"{package} {importlib.metadata.version(distributions[0])}"
         lack = framework
     by = f"a recorded manifest of names and shapes, and our reference network ({lack})"
     return "manifest", functools.partial(_read_back, target), by
@@ -175,7 +183,7 @@ def compare(ours: list[Stages], theirs: list[Stages]) -> tuple[Difference, ...]:
     return tuple(result)
 
 
-def check_loaded(written: Mapping[str, Tensor], loaded: Mapping[str, Tensor], *, values: bool = True) -> None:
+def check_loaded(written: Mapping[str, Any], loaded: Mapping[str, Any], *, values: bool = True) -> None:
     """`ProofError` unless the network that was loaded holds exactly the written tensors, bit for bit."""
     reason = difference(written, loaded, values=values)
     if reason is not None:
@@ -184,9 +192,7 @@ def check_loaded(written: Mapping[str, Tensor], loaded: Mapping[str, Tensor], *,
 
 def written_tensors(path: Path) -> dict[str, Tensor]:
     """The state dict of a weights file that a target wrote."""
-    from twist.converters.detect import state_dicts
-
-    return next(tensors for _, tensors in state_dicts(read_contents(path).value))
+    return as_torch(next(arrays for _, arrays in state_dicts(read_contents(path).value)))
 
 
 def block_outputs(network: nn.Module, blocks: Iterable[nn.Module], images: Tensor) -> Stages:
@@ -204,7 +210,7 @@ def block_outputs(network: nn.Module, blocks: Iterable[nn.Module], images: Tenso
     return stages
 
 
-def write_images(folder: Path, sizes: tuple[tuple[int, int], ...]) -> list[Path]:
+def write_images(folder: Path, sizes: Iterable[tuple[int, int]]) -> list[Path]:
     """Deterministic PNGs of these (height, width): smooth and sharp parts, and three channels that differ."""
     import numpy as np
     from PIL import Image
@@ -216,46 +222,9 @@ def write_images(folder: Path, sizes: tuple[tuple[int, int], ...]) -> list[Path]
         red = (x * 255) // max(width - 1, 1)
         green = (y * y * 7 + x * 13 + 31 * index) % 256
         blue = np.where(((x // 16) + (y // 16)) % 2 == 0, 40 + 3 * index, 220) + (x * y) % 17
-        path = folder / f"proof{height}x{width}.png"
-        Image.fromarray(np.stack([red, green, blue], axis=-1).clip(0, 255).astype(np.uint8)).save(path)
-        files.append(path)
+        files.append(folder / f"proof{height}x{width}.png")
+        Image.fromarray(np.stack([red, green, blue], axis=-1).clip(0, 255).astype(np.uint8)).save(files[-1])
     return files
-
-
-def _sizes(backbone: Backbone) -> tuple[tuple[int, int], ...]:
-    """Height and width of the proof's images: of a ViT, those of its position table and another."""
-    if backbone.image_size is None:
-        return SIZES
-    patch = backbone.patch_size
-    return (backbone.image_size, backbone.image_size), (GRID[0] * patch, GRID[1] * patch)
-
-
-def _reference(
-    target: Target, backbone: Backbone, tensors: Mapping[str, Tensor], files: list[Path]
-) -> tuple[list[Stages], tuple[Difference, ...], tuple[str, ...]]:
-    """Our features as the target can compute them, the drift from the network as trained, and a note about it."""
-    trained = _features_of(backbone, tensors, files, target)
-    if backbone.padding == "same" and not target.keeps_padding:
-        plain = _features_of(backbone.model_copy(update={"padding": "symmetric"}), tensors, files, target)
-        note = (
-            "the source pads as TensorFlow ('same'), the target symmetrically: the proof compares with the symmetric "
-            "network, and `drift` is how far that network is from the one that was trained; --to torchvision keeps "
-            "'same'"
-        )
-        return plain, compare(trained, plain), (note,)
-    changed = _changed(target, backbone)
-    if changed != backbone:
-        others = _features_of(changed, tensors, files, target)
-        fields = backbone.transformer.model_dump().items() - changed.transformer.model_dump().items()
-        said = " and ".join(
-            f"{_SAYS[field].format(new=getattr(changed.transformer, field))} ({old} in the source's code)"
-            for field, old in sorted(fields)
-        )
-        note = (
-            f"{target.title} {said}: the proof compares with its network, and `drift` is how far the source's is away"
-        )
-        return others, compare(trained, others), (note,)
-    return trained, (), ()
 
 
 # What a target does with a field of a ViT's description that it changes.
@@ -265,41 +234,47 @@ _SAYS = {
 }
 
 
-def _changed(target: Target, backbone: Backbone) -> Backbone:
-    """The header of the ViT that the target runs."""
-    if not backbone.is_vit or not (changes := target.changes(backbone)):
-        return backbone
-    vit = backbone.transformer.model_copy(update=changes)
-    return backbone if vit == backbone.transformer else backbone.model_copy(update={"vit": vit})
+def _computed(target: Target, backbone: Backbone) -> tuple[Backbone, tuple[str, ...]]:
+    """The header of the network that the target can run, and a note where that is not the one that was trained."""
+    said = []
+    changes: dict[str, Any] = {}
+    if backbone.padding == "same" and not target.keeps_padding:
+        changes["padding"] = "symmetric"
+        said.append("pads symmetrically ('same' as TensorFlow in the source's code; --to torchvision keeps it)")
+    if backbone.is_vit:
+        old = backbone.transformer
+        new = old.model_copy(update=target.changes(backbone))
+        if new != old:
+            changes["vit"] = new
+            fields = [name for name in sorted(_SAYS) if getattr(new, name) != getattr(old, name)]
+            values = {name: (getattr(new, name), getattr(old, name)) for name in fields}
+            said += [
+                f"{_SAYS[name].format(new=now)} ({was} in the source's code)" for name, (now, was) in values.items()
+            ]
+    if not said:
+        return backbone, ()
+    note = f"{target.title} {' and '.join(said)}: the proof compares with its network, and `drift` is how far the "
+    return backbone.model_copy(update=changes), (note + "source's is away",)
 
 
 def _read_back(target: Target, folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
     """Without the framework: names and shapes of the written file, and its tensors in our network."""
     import torch
 
-    from twist.contracts.shapes import tensors_of
-
     expected = tensors_of(backbone)
     names, written = target.names(backbone), written_tensors(folder / target.weights)
     check_loaded({new: expected[old] for old, new in names.items()}, written, values=False)
     # What the target has no place for takes no part in what is compared.
     tensors = {
-        name: written[names[name]] if name in names else torch.ones_like(tensor, device="cpu")
-        for name, tensor in expected.items()
+        name: written[names[name]] if name in names else torch.ones(array.shape) for name, array in expected.items()
     }
-    header = backbone.model_copy(update={} if target.keeps_padding else {"padding": "symmetric"})
-    return _features_of(_changed(target, header), tensors, files, target)
+    return _features_of(_computed(target, backbone)[0], tensors, files, target)
 
 
 def _features_of(backbone: Backbone, tensors: Mapping[str, Tensor], files: list[Path], target: Target) -> list[Stages]:
     """The stages of each image in the reference network with `tensors`."""
-    import torch
-
     from twist.contracts.images import read_image
     from twist.contracts.networks import network_of, normalise, stage_features
 
-    with torch.device("meta"):  # no random initialisation, and no second copy of the tensors
-        network = network_of(backbone)
-    network.load_state_dict(dict(tensors), strict=True, assign=True)
-    stages = target.stages or stage_features
-    return [stages(network.eval(), normalise(read_image(file)[None], backbone)) for file in files]
+    network, stages = network_of(backbone, tensors, share=True), target.stages or stage_features
+    return [stages(network, normalise(read_image(file)[None], backbone)) for file in files]

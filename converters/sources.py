@@ -1,14 +1,15 @@
-"""The checkpoint layouts of `sources.toml` as typed rows: where the backbone is, which branch to take, what is dropped.
+"""The checkpoint layouts of `sources.toml` as typed rows; a new source is a new `[layout.NAME]` table there.
 
-A new source is a new `[layout.NAME]` table there. Where two sources with the same tensors want other pixels or another
-padding, nothing is guessed and the user is asked (`AMBIGUOUS`, `NAMED`).
+Where two sources with the same tensors want other pixels or another padding, nothing is guessed and the user is asked
+(`AMBIGUOUS`, `NAMED`).
 """
 
+import fnmatch
+import functools
+import re
 import tomllib
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from twist.contracts.config import Config
 from twist.contracts.rename import Table
@@ -46,13 +47,7 @@ class Pixels(Config):
     label: str = ""
 
 
-def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a name fits one of the globs (`a|b`: either)."""
-    return any(fnmatchcase(name, part) for pattern in patterns for part in pattern.split("|"))
-
-
-@dataclass(frozen=True)
-class Branch:
+class Branch(NamedTuple):
     """One network in a file: the path of entries to its state dict, and the prefix of its names there."""
 
     name: str
@@ -91,21 +86,19 @@ class Layout(Config):
     note: str = ""
 
 
-class Ambiguous(Config):
+class Ambiguous(NamedTuple):
     """A kind of file that may have any of the layouts `choices`, and why they differ."""
 
     entry: tuple[str, ...]
     evidence: tuple[str, ...]
-    absent: tuple[str, ...] = ()
     choices: tuple[str, ...]
     why: str
+    absent: tuple[str, ...] = ()
 
 
-class Dense(Config):
-    """A trained detector or segmentor: a regular expression for names that only it has, and how its backbone ran.
-
-    `axes` is the number of axes that such a tensor has, where names alone would also fit a classifier.
-    """
+class Dense(NamedTuple):
+    """A trained detector or segmentor: a regular expression for names that only it has (of tensors with so many `axes`,
+    where names alone would also fit a classifier), and how its backbone ran."""
 
     title: str
     names: str
@@ -113,23 +106,33 @@ class Dense(Config):
     axes: int | None = None
 
 
-class Foreign(Config):
+class Foreign(NamedTuple):
     """Another network: expressions that each match one of its names (`lacks`: that match none), what it is, and what
     to do about it."""
 
     has: tuple[str, ...]
-    lacks: str | None = None
     says: str
+    lacks: str | None = None
     do: str = "ResNets and plain ViTs are converted"
 
 
-class Named(Config):
+class Named(NamedTuple):
     """A word in a file's name, the layouts with the same names in the file, the one that is meant, the difference."""
 
     word: str
     layouts: tuple[str, ...]
     meant: str
     difference: str
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a name fits one of the globs (`a|b`: either)."""
+    return bool(patterns) and _expression(patterns).match(name) is not None
+
+
+@functools.cache
+def _expression(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(fnmatch.translate(part) for pattern in patterns for part in pattern.split("|")))
 
 
 def layout_of(name: str, row: dict[str, Any]) -> Layout:
@@ -145,10 +148,10 @@ def layout_of(name: str, row: dict[str, Any]) -> Layout:
 _ROWS = tomllib.loads(Path(__file__).with_name("sources.toml").read_text())
 PIXELS = {name: Pixels(**row) for name, row in _ROWS["pixels"].items()}
 LAYOUTS = tuple(layout_of(name, row) for name, row in _ROWS["layout"].items())
-# A backbone in no layout's place (search.py); its `heads` are the field's names of what comes after a backbone.
+# A backbone in no layout's place (find.py); its `heads` are the field's names of what comes after a backbone.
 ANYWHERE = layout_of("anywhere", _ROWS["anywhere"])
 BY_NAME = {layout.name: layout for layout in (*LAYOUTS, ANYWHERE)}
-AMBIGUOUS = tuple(Ambiguous(**row) for row in _ROWS["ambiguous"])
+AMBIGUOUS = tuple(Ambiguous(**{**row, "entry": tuple(row["entry"])}) for row in _ROWS["ambiguous"])
 NAMED = tuple(Named(word=word, **row) for word, row in _ROWS["named"].items())
 DENSE = tuple(Dense(title=title, **row) for title, row in _ROWS["dense"].items())
 FOREIGN = tuple(Foreign(**row) for row in _ROWS["foreign"].values())
@@ -157,11 +160,9 @@ TIMM_METHODS: dict[str, str] = _ROWS["timm_methods"]
 # Hugging Face's `model_type` → method of a network that is read, or why another is not.
 HUGGINGFACE: dict[str, str] = _ROWS["huggingface"]
 HUGGINGFACE_OTHERS: dict[str, str] = _ROWS["huggingface_others"]
-# Entry of a network's state dict → branch name and entry of the copy that its program keeps beside it.
-COPIES: dict[str, list[tuple[str, str]]] = _ROWS["copies"]
 TRAINING_ENTRIES: tuple[str, ...] = tuple(_ROWS["training_entries"])
 
 
 def copies_of(entry: tuple[str, ...]) -> list[tuple[str, str]]:
     """Branch name and last entry of each copy that programs keep beside the state dict at `entry`."""
-    return [(name, copy) for name, copy in COPIES.get(entry[-1], ())] if entry else []
+    return [(name, copy) for name, copy in _ROWS["copies"].get(entry[-1], ())] if entry else []

@@ -83,7 +83,7 @@ SIMCLR_V2 = _resnet(
     """,
 )
 
-# DeepMind's BYOL: haiku module paths without their `~` segments and leading scopes (detect.py removes those).
+# DeepMind's BYOL: haiku module paths without their `~` segments and leading scopes (find.py removes those).
 HAIKU = _resnet(
     "haiku",
     """
@@ -161,7 +161,7 @@ DINOV2_SWIGLU = Table(
     ),
 )
 
-# Hugging Face transformers @v5.24 (and the files of before it): query, key and value apart, which `vit.joined` makes
+# Hugging Face transformers @v5.24 (and files of before it): query, key and value apart, which `joined` makes
 # one. Its ViT, DeiT, ViT-MAE, ViT-MSN and I-JEPA; DeiT's distillation token is a register with a position of its own.
 _HUGGINGFACE: Rows = (
     ("linear", "embeddings.patch_embeddings.projection", "patch_embed.proj"),

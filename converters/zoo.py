@@ -15,12 +15,9 @@ import time
 import tomllib
 from collections.abc import Iterable
 from functools import cache
-from http.client import HTTPException
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from pydantic import Field, model_validator
 
@@ -140,7 +137,7 @@ def fetch(row: Weights) -> Path:
         except UserError:
             part.unlink()
             raise
-        except (OSError, HTTPException) as error:
+        except OSError as error:
             raise UserError(
                 f"{row.name} cannot be fetched ({getattr(error, 'reason', None) or error}): try again later, or "
                 f"download {row.url} elsewhere and save it as {file}."
@@ -153,37 +150,36 @@ def _download(url: str, part: Path, *, title: str) -> None:
 
     Proxies are those of the environment (`https_proxy`).
     """
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
     while True:
         have = part.stat().st_size if part.exists() else 0
+        headers = {"User-Agent": "twist-suite"} | ({"Range": f"bytes={have}-"} if have else {})
         try:
-            return _append(url, part, have, title=title)
+            with urlopen(Request(url, headers=headers), timeout=TIMEOUT_S) as answer:
+                if answer.headers.get_content_type() == "text/html":
+                    raise OSError("a web page came instead of the file")
+                begin = have if answer.status == 206 else 0  # other servers send the whole file again
+                length = answer.headers.get("Content-Length")
+                total = None if length is None else begin + int(length)
+                size = None if total is None else -(-total // MIB)
+                bar = Progress(title, total=size, unit="mebibyte", start=begin // MIB)
+                with part.open("ab" if begin else "wb") as output, bar:
+                    while block := answer.read(MIB):
+                        output.write(block)
+                        bar.advance(1)
+            if total is None or (got := part.stat().st_size) == total:
+                return
+            raise OSError(f"the connection ended after {got} of {total} bytes")
         except HTTPError as error:
             if not (error.code == 416 and have):  # the part is no beginning of the file that is there now
                 raise
             part.unlink()
-        except (OSError, HTTPException):
+        except (OSError, HTTPException) as error:
             if not part.exists() or part.stat().st_size <= have:
-                raise
-
-
-def _append(url: str, part: Path, have: int, *, title: str) -> None:
-    headers = {"User-Agent": "twist-suite"} | ({"Range": f"bytes={have}-"} if have else {})
-    with urlopen(Request(url, headers=headers), timeout=TIMEOUT_S) as answer:
-        if answer.headers.get_content_type() == "text/html":
-            raise OSError("a web page came instead of the file")
-        have = have if answer.status == 206 else 0  # other servers send the whole file again
-        length = answer.headers.get("Content-Length")
-        total = None if length is None else have + int(length)
-        size = None if total is None else -(-total // MIB)
-        with (
-            part.open("ab" if have else "wb") as output,
-            Progress(title, total=size, unit="mebibyte", start=have // MIB) as bar,
-        ):
-            while block := answer.read(MIB):
-                output.write(block)
-                bar.advance(1)
-    if total is not None and (got := part.stat().st_size) != total:
-        raise OSError(f"the connection ended after {got} of {total} bytes")
+                raise OSError(getattr(error, "reason", None) or error) from None
 
 
 def _check_digest(row: Weights, file: Path) -> None:

@@ -16,7 +16,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 from torch import Tensor
 
-from twist.integrations.features import build_vit, chosen
+from twist.contracts import vit as networks
 
 
 class VisionTransformer(Backbone):  # type: ignore[misc]
@@ -33,8 +33,10 @@ class VisionTransformer(Backbone):  # type: ignore[misc]
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.network = build_vit(architecture, image_size=image_size, vit=vit, drop_path=drop_path_rate)
-        self.blocks = chosen(out_blocks, len(self.network.blocks))
+        self.network = networks.VisionTransformer.described(
+            architecture, image_size=image_size, vit=vit, drop_path=drop_path_rate
+        )
+        self.blocks = self.network.chosen(out_blocks)
         self.final_norm = final_norm
         self.patch = self.network.patch_embed.patch_size[0]
         self._out_features = [f"block{block}" for block in self.blocks]

@@ -16,26 +16,31 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twist.contracts import rename
-from twist.contracts.shapes import meta_tensors
+from twist.contracts.shapes import shapes_of
 from twist.converters.sources import Branch, Layout, matches
 from twist.converters.tables import CAFFE2, HAIKU
 
 
 def flat_tensors(architecture: str = "resnet18", *, seed: int = 1, **geometry: Any) -> dict[str, Tensor]:
     """An artefact with every shape in place and one distinct number a tensor."""
-    tensors = {}
-    for index, (name, empty) in enumerate(meta_tensors(architecture, **geometry).items()):
-        value = torch.tensor(seed * 1000 + index, dtype=empty.dtype)
-        tensors[name] = value.reshape((1,) * empty.ndim).expand(empty.shape)
-    return tensors
+    return numbered(meta_tensors(architecture, **geometry), seed)
+
+
+def meta_tensors(architecture: str, **geometry: Any) -> dict[str, Tensor]:
+    """The names, shapes and types of an architecture, without values."""
+    shapes = shapes_of(architecture, **geometry).items()
+    return {name: torch.empty(a.shape, dtype=getattr(torch, a.dtype.name), device="meta") for name, a in shapes}
 
 
 def flat_state(network: torch.nn.Module, *, seed: int = 1) -> dict[str, Tensor]:
     """The state dict of any network (built on the meta device) with one distinct number a tensor."""
-    numbered = enumerate(network.state_dict().items())
+    return numbered(network.state_dict(), seed)
+
+
+def numbered(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     return {
         name: torch.tensor(seed * 1000 + index, dtype=empty.dtype).reshape((1,) * empty.ndim).expand(empty.shape)
-        for index, (name, empty) in numbered
+        for index, (name, empty) in enumerate(state.items())
     }
 
 

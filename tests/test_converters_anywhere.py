@@ -268,6 +268,10 @@ def test_every_float_is_read_and_what_is_rounded_is_said(tmp_path: Path) -> None
     source = load_source(saved(tmp_path / "o2.pth", mixed), allow_nan=True)
     assert source.dtype == "float16 and float32"
     assert any("every value is exact" in note for note in source.notes)
+    brain = {name: t.bfloat16() if t.is_floating_point() else t for name, t in flat_tensors(seed=0).items()}
+    source = load_source(saved(tmp_path / "brain.pth", brain))
+    assert source.dtype == "bfloat16"
+    assert all(torch.equal(source.tensors[name].flatten()[:1], t.float().flatten()[:1]) for name, t in brain.items())
     double = {name: t.double() if t.is_floating_point() else t for name, t in RESNET.items()}
     source = load_source(saved(tmp_path / "double.pth", double), allow_nan=True)
     assert source.tensors["conv1.weight"].dtype is torch.float32
@@ -295,6 +299,9 @@ def test_a_timm_folders_tag_names_the_method(architecture: str, tag: str, method
     (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture, "pretrained_cfg": pretrained}))
     header = load_source(tmp_path / "model.safetensors", allow_nan=True).backbone
     assert (header.method, header.std) == (method, (0.5, 0.5, 0.5))
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnetaa18", "pretrained_cfg": pretrained}))
+    with pytest.raises(UserError, match="calls it resnetaa18, which is not the resnet18"):
+        load_source(tmp_path / "model.safetensors", allow_nan=True)
 
 
 # ---- No false word --------------------------------------------------------------------------------------------------

@@ -164,11 +164,11 @@ VALUES: dict[str, tuple[Any, str]] = {
     "missing tensor": (changed("layer3.1.bn2.bias"), "1 tensors missing"),
     "one missing counter": (changed("bn1.num_batches_tracked"), "1 tensors missing"),
     "extra tensor": (changed("layer3.1.bn9.bias", torch.ones(3)), "no single place"),
-    "8 bits": (changed("bn1.weight", torch.ones(64).to(torch.float8_e4m3fn)), "holds weights as float8_e4m3fn"),
+    "8 bits": (changed("bn1.weight", torch.ones(64).to(torch.float8_e4m3fn)), "float32 and float8_e4m3fn"),
     "NaN": (changed("bn1.weight", torch.full((64,), float("nan"))), "NaN or infinite"),
     "negative variance": (changed("bn1.running_var", torch.full((64,), -1.0)), "negative variances"),
-    "sparse": (changed("bn1.bias", torch.ones(64).to_sparse()), "bn1.bias is a sparse tensor"),
-    "without values": (changed("bn1.bias", torch.ones(64, device="meta")), "or one without values"),
+    "sparse": (changed("bn1.bias", torch.ones(64).to_sparse()), "float32 and sparse"),
+    "without values": (changed("bn1.bias", torch.ones(64, device="meta")), "float32 and sparse"),
     "C4 detector": ({"model": {"backbone.stem.conv1.weight": ONE, "roi_heads.res5.0.conv1.weight": ONE}}, "trained C4"),
     "infinite": (changed("bn1.bias", torch.full((64,), float("inf"))), "NaN or infinite"),
     "same name twice": ({**RESNET, "module.conv1.weight": torch.ones(64, 3, 7, 7)}, "the same name"),
@@ -205,11 +205,12 @@ def test_bad_input_gets_one_sentence(name: str, tmp_path: Path, monkeypatch: pyt
     assert not PROOF_OF_RUN.exists()
 
 
-def test_a_safetensors_file_may_begin_as_json_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [0x7B20, 640])
+def test_a_safetensors_file_may_begin_as_json_or_a_pickle_does(length: int, tmp_path: Path) -> None:
     entries = {"__metadata__": {"note": ""}, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
-    entries["__metadata__"]["note"] = "n" * (0x7B20 - len(json.dumps(entries)))
+    entries["__metadata__"]["note"] = "n" * (length - len(json.dumps(entries)))
     header = json.dumps(entries).encode()
-    assert len(header).to_bytes(8, "little").lstrip()[:1] == b"{"
+    assert len(header).to_bytes(8, "little").lstrip()[:1] in b"{\x80"
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     assert read_contents(tmp_path / "x.safetensors").container == "safetensors"
 
@@ -224,7 +225,7 @@ def test_a_run_folder_stands_for_its_result(tmp_path: Path) -> None:
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="There is no checkpoint"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_source(tmp_path / "none.pth")
     with pytest.raises(UserError, match="is a folder"):
         load_source(tmp_path)
@@ -303,11 +304,11 @@ def test_numpy_pickles_of_every_protocol(protocol: int, tmp_path: Path) -> None:
     read = read_contents(tmp_path / "x.pkl").value["model"]
     assert (read["number"], read["objects"]) == (2.5, None)
     for name in ("c", "fortran", "big", "half", "empty"):
-        assert np.array_equal(read[name].numpy(), arrays[name].astype(arrays[name].dtype.newbyteorder("="))), name
+        assert np.array_equal(read[name], arrays[name].astype(arrays[name].dtype.newbyteorder("="))), name
 
 
 def test_stand_ins_never_lead_to_the_real_thing() -> None:
-    for name, stand_in in {**opened.TORCH_GLOBALS, **opened.PICKLE_GLOBALS}.items():
+    for name, stand_in in opened.STAND_INS.items():
         assert stand_in.__module__ == "twist.converters.open", name
 
 

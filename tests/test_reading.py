@@ -105,7 +105,7 @@ TENSORS = {"a": torch.ones(3, 4), "b": [torch.ones(2)] * 3, "c": (1, "two", None
         (b"\x80\x02}h\x05.", "memo"),
         (b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"a.", "too early"),
         (b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"}.", "too early"),
-        (b"\x80\x02I" + b"9" * 5000 + b"\n.", "endless number"),
+        (b"\x80\x02I" + b"9" * 4000 + b"\n.", "endless number"),
         (b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x01\x85R.", "memory by a number"),
         (b"\x80\x02(X\x07\0\0\0storage\x8a\x05\0\0\0\0\x01tQ.", "storage of 4,294,967,296"),
         (b"\x80\x02(X\x07\0\0\0storageJ\xff\xff\xff\xfftQ.", "storage of"),
@@ -117,7 +117,7 @@ TENSORS = {"a": torch.ones(3, 4), "b": [torch.ones(2)] * 3, "c": (1, "two", None
     ],
 )
 def test_a_pickle_is_refused_before_it_is_read(data: bytes, says: str) -> None:
-    with pytest.raises(pickle.UnpicklingError, match=rf"{says}.*at byte \d+"):
+    with pytest.raises(pickle.UnpicklingError, match=rf"{says}.*(at|after) byte \d+"):
         check_pickle(data)
 
 
@@ -162,7 +162,7 @@ def test_an_array_with_many_names_is_one_tensor(tmp_path: Path) -> None:
     array = np.ones(1000, np.float32)
     path.write_bytes(pickle.dumps({"model": {f"a{i}": array for i in range(10)}}, protocol=2))
     tensors = read_contents(path).value["model"]
-    assert len({tensor.data_ptr() for tensor in tensors.values()}) == 1
+    assert len({id(array) for array in tensors.values()}) == 1
 
 
 def test_an_npz_is_believed_to_the_size_of_its_parts(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from twist.contracts.config import SHIPPED, identity_of, load_config
 from twist.contracts.errors import UsageError
 from twist.contracts.networks import build_backbone, network_of, stage_features
-from twist.contracts.vit import resized
 from twist.contracts.weights import Backbone, Resize, Vit, usual_vit, write_backbone
 from twist.converters.convert import convert
 from twist.converters.read import load_source
@@ -68,36 +67,6 @@ def test_the_usual_networks_have_the_headers_of_before() -> None:
 def test_a_header_that_contradicts_itself_is_refused(vit: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         header(**vit)
-
-
-def test_tables_are_resized_as_the_published_code_does() -> None:
-    """DINO's and TWIST's interpolate_pos_encoding: the scale is (n + 0.1) / N, and the sampling points follow it."""
-    table = torch.randn(1, 1 + 14 * 14, 8, generator=torch.Generator().manual_seed(0))
-    found = resized(table, (6, 6), prefix_rows=1, rule="offset")
-    assert torch.equal(found[:, :1], table[:, :1])
-    square = table[0, 1:].reshape(14, 14, 8).permute(2, 0, 1)
-    # Bicubic by hand (Keys' kernel with a = -0.75, torch's) at the point of row 2, column 3.
-    weights = {size: cubic((place + 0.5) * 14 / 6.1 - 0.5) for size, place in (("row", 2), ("column", 3))}
-    expected = sum(
-        weights["row"][y] * weights["column"][x] * square[:, y, x] for y in weights["row"] for x in weights["column"]
-    )
-    torch.testing.assert_close(found[0, 1 + 2 * 6 + 3], expected, rtol=1e-4, atol=1e-5)
-    plain = resized(table, (6, 6), prefix_rows=1, rule="plain")
-    smooth = resized(table, (6, 6), prefix_rows=1, rule="antialias")
-    assert (found - plain).abs().max() > 0.01, "the scale is another than 14 / 6"
-    assert (smooth - plain).abs().max() > 0.5
-    assert resized(table, (14, 14), prefix_rows=1, rule="offset") is table
-
-
-def cubic(point: float) -> dict[int, float]:
-    """Weights of the four places around a point."""
-    first = int(point // 1)
-    distances = {place: abs(point - place) for place in range(first - 1, first + 3)}
-    a = -0.75
-    return {
-        place: (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * (d**3 - 5 * d**2 + 8 * d - 4)
-        for place, d in distances.items()
-    }
 
 
 @pytest.mark.parametrize("rule", ["antialias", "plain", "offset"])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twist.contracts.files import atomic_path
+from twist.contracts.shapes import tensors_of
 from twist.contracts.weights import Backbone, check_written
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ Stages = dict[str, "Tensor"]
 ProofRun = Callable[[Path, Backbone, list[Path]], list[Stages]]
 
 
+def own_names(backbone: Backbone) -> dict[str, str]:
+    """The artefact's names as they are, in the order of the network's state dict."""
+    return {name: name for name in tensors_of(backbone)}
+
+
 @dataclass(frozen=True)
 class Target:
     """One target; `framework` is called only where `package` is installed."""
@@ -33,14 +39,14 @@ class Target:
     title: str  # as messages call it
     weights: str  # name of the weights file
     package: str  # what has to be importable for the proof in the framework itself
-    # Artefact name → name in the file, for every tensor that the target has a place for.
-    names: Callable[[Backbone], dict[str, str]]
     # Writes tensors (artefact names) to a path.
     write: Callable[[Path, Mapping[str, Tensor], Backbone], object]
-    # The proof run and who does it ("timm 1.0"), or the reason why the framework has no such network.
+    # The proof run and the package that does it, or the reason why the framework has no such network.
     framework: Callable[[Backbone], tuple[ProofRun, str] | str]
     # Python lines that load what lies in a folder.
     usage: Callable[[Path, Backbone], str]
+    # Artefact name → name in the file, for every tensor that the target has a place for.
+    names: Callable[[Backbone], dict[str, str]] = own_names
     # Why the target cannot hold such a network, or None.
     refuse: Callable[[Backbone], str | None] = lambda _: None
     # Name → text of the files with the settings that the weights imply, the first of which is the overlay.
@@ -56,13 +62,6 @@ class Target:
     # Our extra without which it cannot be proven, nor written; other targets are then read back into our network.
     extra: str | None = None
     library: str | None = None  # what model hubs call it: the folder then has a model card
-
-
-def own_names(backbone: Backbone) -> dict[str, str]:
-    """The artefact's names as they are, in the order of the network's state dict."""
-    from twist.contracts.shapes import tensors_of
-
-    return {name: name for name in tensors_of(backbone)}
 
 
 def write_torch(path: Path, tensors: Mapping[str, Tensor], *, entry: str, extras: Mapping[str, Any]) -> None:
@@ -85,6 +84,13 @@ def write_torch(path: Path, tensors: Mapping[str, Tensor], *, entry: str, extras
             file.flush()
             os.fsync(file.fileno())
         check_written(path, plain, torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)[entry])
+
+
+def pixel_text(backbone: Backbone, input_range: int | None = None) -> str:
+    """`RGB from 0 to 1, mean 0.485, …, std 0.229, …`"""
+    input_range = input_range or backbone.input_range
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in backbone.pixels(input_range))
+    return f"{backbone.channel_order} from 0 to {input_range}, mean {mean}, std {std}"
 
 
 def quoted(path: Path, prefix: str = "") -> str:

@@ -8,7 +8,6 @@ names are `stem`, `res2` … `res5` with Detectron2's flag for matching heuristi
 
 from __future__ import annotations
 
-import importlib.metadata
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from twist.contracts.files import atomic_path
 from twist.contracts.weights import METADATA_KEY, Backbone, check_written, depth_of
 from twist.converters import tables
 from twist.converters.proof import block_outputs, check_loaded, written_tensors
-from twist.converters.targets import ProofRun, Stages, Target, own_names, quoted, write_torch
+from twist.converters.targets import Stages, Target, own_names, quoted, write_torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,8 +42,7 @@ def config_file(name: str) -> str:
     return model_zoo.get_config_file(named)
 
 
-def refuse(backbone: Backbone) -> str | None:
-    """Why Detectron2 has no such network, or None."""
+def _refuse(backbone: Backbone) -> str | None:
     if backbone.architecture == "resnet200":
         return "Detectron2 builds ResNets of depth 18, 34, 50, 101 and 152, not 200"
     if backbone.width > 1 and backbone.architecture in ("resnet18", "resnet34"):
@@ -52,8 +50,7 @@ def refuse(backbone: Backbone) -> str | None:
     return None
 
 
-def names(backbone: Backbone) -> dict[str, str]:
-    """Artefact name → name in the file, for every tensor that Detectron2 has a place for."""
+def _names(backbone: Backbone) -> dict[str, str]:
     ours = own_names(backbone)
     if backbone.is_vit:
         return ours
@@ -65,12 +62,7 @@ def detectron2_overlay(backbone: Backbone) -> dict[str, Any]:
     mean, std = ([round(value, 6) for value in values] for values in backbone.pixels(255))
     if backbone.is_vit:
         return {
-            "backbone": {
-                "architecture": backbone.architecture,
-                "image_size": backbone.image_size,
-                "vit": backbone.vit and backbone.vit.model_dump(),
-                "out_blocks": (-1,),
-            },
+            "backbone": {**backbone.vit_arguments, "out_blocks": (-1,)},
             "model": {"pixel_mean": mean, "pixel_std": std, "input_format": backbone.channel_order},
             "train": {"init_checkpoint": WEIGHTS},
         }
@@ -96,41 +88,50 @@ def detectron2_overlay(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def overlay_text(backbone: Backbone) -> str:
-    """The overlay as a file: YAML for `cfg.merge_from_file`, or a lazy config that defines the same objects."""
+def _settings(backbone: Backbone) -> dict[str, str]:
+    """YAML for `cfg.merge_from_file`, or a lazy config that defines the same objects."""
     overlay = detectron2_overlay(backbone)
     origin = f"{backbone.method}, {backbone.display_name}, from the layout {backbone.source_layout}"
-    if not backbone.is_vit:
-        import yaml
+    if backbone.is_vit:
+        arguments = "".join(f"    {key}={value!r},\n" for key, value in overlay["backbone"].items())
+        text = f"""\
+# Settings that these weights imply ({origin}), as a lazy config. Detectron2's own
+# ViT can load the same file, and computes something else: it has no class token.
+from detectron2.config import LazyCall as L
 
-        return (
-            f"# Settings that these weights imply ({origin}).\n# Merge over any R-CNN config: "
-            "cfg.merge_from_file(base); cfg.merge_from_file(this file);\n"
-            "# then set MODEL.WEIGHTS to the full path of the weights. Norms are the recipe's: the zoo freezes them,\n"
-            "# which does not go with self-supervised weights, so set MODEL.RESNETS.NORM: SyncBN.\n"
-        ) + yaml.safe_dump(overlay, sort_keys=False)
-    arguments = "".join(f"    {key}={value!r},\n" for key, value in overlay["backbone"].items())
-    return (
-        f"# Settings that these weights imply ({origin}), as a lazy config. Detectron2's own\n# ViT can load the same "
-        "file, and computes something else: it has no class token.\nfrom detectron2.config import LazyCall as L\n\n"
-        f"from twist.integrations.detectron2 import VisionTransformer\n\nbackbone = L(VisionTransformer)(\n{arguments}"
-        f")\nmodel = {overlay['model']!r}\ntrain = {overlay['train']!r}\n"
-    )
+from twist.integrations.detectron2 import VisionTransformer
+
+backbone = L(VisionTransformer)(
+{arguments})
+model = {overlay["model"]!r}
+train = {overlay["train"]!r}
+"""
+        return {"overlay.py": text}
+    import yaml
+
+    text = f"""\
+# Settings that these weights imply ({origin}).
+# Merge over any R-CNN config: cfg.merge_from_file(base); cfg.merge_from_file(this file);
+# then set MODEL.WEIGHTS to the full path of the weights. Norms are the recipe's: the zoo freezes them,
+# which does not go with self-supervised weights, so set MODEL.RESNETS.NORM: SyncBN.
+"""
+    return {"overlay.yaml": text + yaml.safe_dump(overlay, sort_keys=False)}
 
 
-def _overlay(backbone: Backbone) -> str:
-    return "overlay.py" if backbone.is_vit else "overlay.yaml"
+def _extras(backbone: Backbone) -> dict[str, Any]:
+    # The author and the flag are Detectron2's; the header is ours, so that the way back is exact.
+    return {"__author__": AUTHOR, "matching_heuristics": True, METADATA_KEY: backbone.model_dump_json()}
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
-    """`tensors` (artefact names) as a file that DetectionCheckpointer loads, in our and its safe mode."""
-    renamed = {new: tensors[old] for old, new in names(backbone).items()}
+def _write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
+    """A file that DetectionCheckpointer loads, in our and its safe mode."""
+    renamed = {new: tensors[old] for old, new in _names(backbone).items()}
     write_torch(path, renamed, entry="model", extras=_extras(backbone))
 
 
-def write_pickle(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
+def _write_pickle(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
     """The same as the `.pkl` of plain numpy arrays that some tools insist on; read back by our restricted reader."""
-    renamed = {new: tensors[old].detach().cpu().contiguous() for old, new in names(backbone).items()}
+    renamed = {new: tensors[old].detach().cpu().contiguous() for old, new in _names(backbone).items()}
     arrays = {name: tensor.numpy() for name, tensor in renamed.items()}
     with atomic_path(path) as temporary:
         with temporary.open("wb") as file:
@@ -138,8 +139,7 @@ def write_pickle(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) 
         check_written(path, renamed, written_tensors(temporary))
 
 
-def usage(folder: Path, backbone: Backbone) -> str:
-    """Lines that load the weights and the settings."""
+def _usage(folder: Path, backbone: Backbone) -> str:
     if backbone.is_vit:
         return f"""\
 from detectron2.checkpoint import DetectionCheckpointer
@@ -160,12 +160,7 @@ cfg.MODEL.RESNETS.NORM = "SyncBN"  # the zoo freezes its norms, which does not g
 """
 
 
-def framework(backbone: Backbone) -> tuple[ProofRun, str]:
-    """The proof run by Detectron2."""
-    return _run_vit if backbone.is_vit else _run_resnet, f"Detectron2 {importlib.metadata.version('detectron2')}"
-
-
-def _run_resnet(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
+def _run_resnet(folder: Path, _backbone: Backbone, files: list[Path]) -> list[Stages]:
     """res2 … res5 of each image in an R-CNN with a feature pyramid that is configured by the overlay alone."""
     from detectron2 import model_zoo
     from detectron2.checkpoint import DetectionCheckpointer
@@ -174,7 +169,7 @@ def _run_resnet(folder: Path, backbone: Backbone, files: list[Path]) -> list[Sta
 
     cfg = get_cfg()
     cfg.merge_from_file(model_zoo.get_config_file("Base-RCNN-FPN.yaml"))
-    cfg.merge_from_file(str(folder / _overlay(backbone)))
+    cfg.merge_from_file(str(folder / "overlay.yaml"))
     cfg.MODEL.WEIGHTS = str(folder / cfg.MODEL.WEIGHTS)
     cfg.MODEL.DEVICE = "cpu"
     # SyncBN, the recipes' norm, computes the same in eval mode but does not exist on a CPU.
@@ -189,25 +184,22 @@ def _run_resnet(folder: Path, backbone: Backbone, files: list[Path]) -> list[Sta
     return [dict(bottom_up(image)) for image in images]
 
 
-def _run_vit(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
+def _run_vit(folder: Path, _backbone: Backbone, files: list[Path]) -> list[Stages]:
     """All blocks' tokens of each image in the ViT of the lazy config."""
     import torch
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import LazyConfig, instantiate
     from torch import nn
 
-    config = LazyConfig.load(str(folder / _overlay(backbone)))
+    config = LazyConfig.load(str(folder / "overlay.py"))
     network = instantiate(config.backbone).eval()
     # Where ViTDet's feature pyramid has it: backbone.net.
     holder = nn.ModuleDict({"backbone": nn.ModuleDict({"net": network})})
     DetectionCheckpointer(holder).load(str(folder / config.train.init_checkpoint))
     check_loaded(written_tensors(folder / WEIGHTS), network.network.state_dict())
     mean, std = (torch.tensor(list(config.model[key])).view(-1, 1, 1) for key in ("pixel_mean", "pixel_std"))
-    result = []
-    for file in files:
-        image = (_read(file, config.model.input_format) - mean) / std
-        result.append(block_outputs(network, network.network.blocks, image[None]))
-    return result
+    images = [(_read(file, config.model.input_format) - mean) / std for file in files]
+    return [block_outputs(network, network.network.blocks, image[None]) for image in images]
 
 
 def _read(file: Path, channel_order: str) -> Tensor:
@@ -218,21 +210,16 @@ def _read(file: Path, channel_order: str) -> Tensor:
     return torch.as_tensor(read_image(str(file), format=channel_order).transpose(2, 0, 1).copy()).float()
 
 
-def _extras(backbone: Backbone) -> dict[str, Any]:
-    # The author and the flag are Detectron2's; the header is ours, so that the way back is exact.
-    return {"__author__": AUTHOR, "matching_heuristics": True, METADATA_KEY: backbone.model_dump_json()}
-
-
 TARGET = Target(
     name="detectron2",
     title="Detectron2",
     weights=WEIGHTS,
     package="detectron2",
-    names=names,
-    write=write,
-    framework=framework,
-    usage=usage,
-    refuse=refuse,
-    settings=lambda backbone: {_overlay(backbone): overlay_text(backbone)},
-    write_pickle=write_pickle,
+    names=_names,
+    write=_write,
+    framework=lambda backbone: (_run_vit if backbone.is_vit else _run_resnet, "detectron2"),
+    usage=_usage,
+    refuse=_refuse,
+    settings=_settings,
+    write_pickle=_write_pickle,
 )

@@ -7,7 +7,6 @@ source's pixels. Dilations, strides, norms and heads stay the recipe's.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,21 +15,16 @@ from twist.contracts import rename
 from twist.contracts.weights import METADATA_KEY, Backbone, Vit, depth_of
 from twist.converters import tables
 from twist.converters.proof import block_outputs, check_loaded, written_tensors
-from twist.converters.targets import ProofRun, Stages, Target, own_names, quoted, write_torch
+from twist.converters.targets import Stages, Target, own_names, quoted, write_torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHTS = "weights.pth"
-# What mmengine replaces by the overlay's own folder when it reads it.
-_BESIDE = "{{ fileDirname }}/" + WEIGHTS
-OVERLAY = "overlay.py"
-PREFIX = "backbone."
+WEIGHTS, OVERLAY, PREFIX = "weights.pth", "overlay.py", "backbone."
 OURS = "TwistVisionTransformer"  # twist.integrations.mmseg
 
 
-def refuse(backbone: Backbone) -> str | None:
-    """Why MMSegmentation has no such network, or None."""
+def _refuse(backbone: Backbone) -> str | None:
     if backbone.architecture == "resnet200":
         return "MMSegmentation builds ResNets of depth 18, 34, 50, 101 and 152, not 200"
     return None
@@ -40,18 +34,15 @@ def is_mmsegs(backbone: Backbone) -> bool:
     """Whether MMSegmentation's own VisionTransformer computes what this ViT does, its table resized alike."""
     vit = backbone.transformer
     says = {"embed_dim", "depth", "heads", "mlp_features", "qkv_bias", "norm_eps", "positions"}
-    plain = Vit(**vit.model_dump(include=says), resize="plain")
-    return vit == plain and vit.mlp_features % vit.embed_dim == 0
+    return vit == Vit(**vit.model_dump(include=says), resize="plain") and vit.mlp_features % vit.embed_dim == 0
 
 
-def names(backbone: Backbone) -> dict[str, str]:
-    """Artefact name → name in the file. VisionTransformer's own loader knows no prefix, so its ViTs have none."""
+def _names(backbone: Backbone) -> dict[str, str]:
+    """VisionTransformer's own loader knows no prefix, so its ViTs have none."""
     ours = own_names(backbone)
-    if backbone.is_vit and not is_mmsegs(backbone):
-        return {name: f"{PREFIX}network.{name}" for name in ours}
-    if backbone.is_vit:
+    if backbone.is_vit and is_mmsegs(backbone):
         return {name: step.name for name, step in rename.outwards(tables.MMSEG_VIT, ours).items()}
-    return {name: PREFIX + name for name in ours}
+    return {name: f"{PREFIX}{'network.' * backbone.is_vit}{name}" for name in ours}
 
 
 def mmseg_overlay(backbone: Backbone) -> dict[str, Any]:
@@ -64,42 +55,91 @@ def mmseg_overlay(backbone: Backbone) -> dict[str, Any]:
         "bgr_to_rgb": backbone.channel_order == "RGB",  # its images are read as BGR
         "rgb_to_bgr": False,
     }
-    return {"model": {"data_preprocessor": preprocessor, "pretrained": None, "backbone": _backbone(backbone)}}
+    # mmengine replaces the braces by the overlay's own folder when it reads it.
+    init: dict[str, Any] = {"type": "Pretrained", "checkpoint": "{{ fileDirname }}/" + WEIGHTS, "prefix": PREFIX}
+    settings = _resnet(backbone)
+    if backbone.is_vit:
+        depth = backbone.transformer.depth
+        settings = {
+            "_delete_": True,  # a ResNet's settings in the base would not fit a transformer's constructor
+            **(_mmsegs_vit(backbone) if is_mmsegs(backbone) else {"type": OURS, **backbone.vit_arguments}),
+            "out_indices": tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)),
+            "final_norm": True,
+        }
+        if is_mmsegs(backbone):
+            del init["prefix"]
+    backbone_settings = {**settings, "init_cfg": init}
+    return {"model": {"data_preprocessor": preprocessor, "pretrained": None, "backbone": backbone_settings}}
 
 
-def overlay_text(backbone: Backbone) -> str:
-    """The overlay as a config file, to be merged: bases that both define `model` are refused by mmengine."""
+def _mmsegs_vit(backbone: Backbone) -> dict[str, Any]:
+    vit = backbone.transformer
+    return {
+        "type": "VisionTransformer",
+        "img_size": (backbone.image_size, backbone.image_size),
+        "patch_size": backbone.patch_size,
+        "patch_bias": True,
+        "embed_dims": vit.embed_dim,
+        "num_layers": vit.depth,
+        "num_heads": vit.heads,
+        "mlp_ratio": vit.mlp_features // vit.embed_dim,
+        "qkv_bias": vit.qkv_bias,
+        "with_cls_token": True,
+        "norm_cfg": {"type": "LN", "eps": vit.norm_eps},
+        "act_cfg": {"type": "GELU"},
+        "interpolate_mode": "bicubic",
+    }
+
+
+def _resnet(backbone: Backbone) -> dict[str, Any]:
+    if backbone.is_vit:
+        return {}
+    return {
+        "type": "ResNet",
+        "depth": depth_of(backbone.architecture),
+        "stem_channels": 64 * backbone.width,
+        "base_channels": 64 * backbone.width,
+        "style": "caffe" if backbone.stride_in == "1x1" else "pytorch",
+        "deep_stem": False,
+        "avg_down": False,
+        "frozen_stages": -1,
+        "norm_eval": False,
+    }
+
+
+def _settings(backbone: Backbone) -> dict[str, str]:
+    """A config file, to be merged: bases that both define `model` are refused by mmengine."""
     model = mmseg_overlay(backbone)["model"]
     ours = model["backbone"]["type"] == OURS
     imports = 'custom_imports = dict(imports=["twist.integrations.mmseg"])\n' if ours else ""
-    return (
+    text = (
         f"# Settings that these weights imply ({backbone.method}, {backbone.display_name}, from the layout "
         f"{backbone.source_layout}).\n# Merge over any config (config.merge_from_dict(Config.fromfile(this "
         f"file).to_dict())).\n{imports}model = {_literal(model)}\n"
     )
+    return {OVERLAY: text}
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
-    """`tensors` (artefact names) as a checkpoint that `init_cfg` loads."""
-    renamed = {new: tensors[old] for old, new in names(backbone).items()}
+def _literal(value: Any, indent: int = 0) -> str:
+    if not isinstance(value, dict):
+        return repr(value)
+    margin = " " * (indent + 4)
+    items = "".join(f"{margin}{key}={_literal(item, indent + 4)},\n" for key, item in value.items())
+    return f"dict(\n{items}{' ' * indent})"
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
+    renamed = {new: tensors[old] for old, new in _names(backbone).items()}
     write_torch(path, renamed, entry="state_dict", extras={METADATA_KEY: backbone.model_dump_json()})
 
 
-def usage(folder: Path, backbone: Backbone) -> str:  # noqa: ARG001 (the same for every network)
-    """Lines that merge the settings, which name the weights beside them."""
+def _usage(folder: Path, _backbone: Backbone) -> str:
     return f"""\
 from mmengine.config import Config
 
 config = Config.fromfile("your_config.py")
 config.merge_from_dict(Config.fromfile({quoted(folder / OVERLAY)}).to_dict())
 """
-
-
-def framework(backbone: Backbone) -> tuple[ProofRun, str]:  # noqa: ARG001 (the same for every network)
-    """The proof run by MMSegmentation, the maintained line or the original."""
-    installed = importlib.metadata.packages_distributions().get("mmseg", [])
-    version = importlib.metadata.version(installed[0]) if installed else "of unknown version"
-    return _run, f"MMSegmentation {version}"
 
 
 def _run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
@@ -136,72 +176,15 @@ def _run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
     return result
 
 
-def _backbone(backbone: Backbone) -> dict[str, Any]:
-    if backbone.is_vit:
-        vit = backbone.transformer
-        out_indices = tuple(vit.depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
-        if not is_mmsegs(backbone):
-            return {
-                "_delete_": True,
-                "type": OURS,
-                "architecture": backbone.architecture,
-                "image_size": backbone.image_size,
-                "vit": backbone.vit and backbone.vit.model_dump(),
-                "out_indices": out_indices,
-                "final_norm": True,
-                "init_cfg": {"type": "Pretrained", "checkpoint": _BESIDE, "prefix": PREFIX},
-            }
-        return {
-            # A ResNet's settings in the base would not fit a transformer's constructor.
-            "_delete_": True,
-            "type": "VisionTransformer",
-            "img_size": (backbone.image_size, backbone.image_size),
-            "patch_size": backbone.patch_size,
-            "patch_bias": True,
-            "embed_dims": vit.embed_dim,
-            "num_layers": vit.depth,
-            "num_heads": vit.heads,
-            "mlp_ratio": vit.mlp_features // vit.embed_dim,
-            "out_indices": out_indices,
-            "qkv_bias": vit.qkv_bias,
-            "with_cls_token": True,
-            "final_norm": True,
-            "norm_cfg": {"type": "LN", "eps": vit.norm_eps},
-            "act_cfg": {"type": "GELU"},
-            "interpolate_mode": "bicubic",
-            "init_cfg": {"type": "Pretrained", "checkpoint": _BESIDE},
-        }
-    return {
-        "type": "ResNet",
-        "depth": depth_of(backbone.architecture),
-        "stem_channels": 64 * backbone.width,
-        "base_channels": 64 * backbone.width,
-        "style": "caffe" if backbone.stride_in == "1x1" else "pytorch",
-        "deep_stem": False,
-        "avg_down": False,
-        "frozen_stages": -1,
-        "norm_eval": False,
-        "init_cfg": {"type": "Pretrained", "checkpoint": _BESIDE, "prefix": PREFIX},
-    }
-
-
-def _literal(value: Any, indent: int = 0) -> str:
-    if not isinstance(value, dict):
-        return repr(value)
-    margin = " " * (indent + 4)
-    items = "".join(f"{margin}{key}={_literal(item, indent + 4)},\n" for key, item in value.items())
-    return f"dict(\n{items}{' ' * indent})"
-
-
 TARGET = Target(
     name="mmseg",
     title="MMSegmentation",
     weights=WEIGHTS,
     package="mmseg",
-    names=names,
-    write=write,
-    framework=framework,
-    usage=usage,
-    refuse=refuse,
-    settings=lambda backbone: {OVERLAY: overlay_text(backbone)},
+    names=_names,
+    write=_write,
+    framework=lambda _: (_run, "mmseg"),
+    usage=_usage,
+    refuse=_refuse,
+    settings=_settings,
 )

@@ -7,13 +7,12 @@ are those of its position table.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twist.contracts.weights import METADATA_KEY, Backbone
-from twist.converters.targets import ProofRun, Stages, Target, own_names, quoted
+from twist.converters.targets import Stages, Target, pixel_text, quoted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,14 +22,13 @@ WEIGHTS = "model.onnx"
 _MOST_BYTES = 2 * 10**9
 
 
-def stages(network: nn.Module, images: Tensor) -> Stages:
-    """What the graph gives: the stages, and `features`."""
+def _stages(network: nn.Module, images: Tensor) -> Stages:
     from twist.contracts.networks import stage_features
 
     return {**stage_features(network, images), "features": network(images)}
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
+def _write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
     """The network with `tensors` as an ONNX file; the header stands in its metadata under `twist`."""
     import torch
 
@@ -42,15 +40,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None
             self.network = network
 
         def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-            return tuple(stages(self.network, images).values())
+            return tuple(_stages(self.network, images).values())
 
-    side = backbone.image_size or 64
-    with torch.device("meta"):
-        network = network_of(backbone)
-    network.load_state_dict(dict(tensors), strict=True, assign=True)
+    side, network = backbone.image_size or 64, network_of(backbone, tensors, share=True)
     images, axes = torch.zeros(2, 3, side, side), {0: "batch"} if backbone.is_vit else {0: "batch", 2: "H", 3: "W"}
     with torch.no_grad():
-        names = list(stages(network, images))
+        names = list(_stages(network, images))
         program: Any = torch.onnx.export(
             Graph(network).eval(), (images,), input_names=["images"], output_names=names,
             dynamic_shapes={"images": axes}, dynamo=True, verbose=False, optimize=True,
@@ -61,28 +56,16 @@ def write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> None
     program.save(path, external_data=sum(tensor.nbytes for tensor in tensors.values()) > _MOST_BYTES)
 
 
-def refuse(backbone: Backbone) -> str | None:
-    """Why there is no graph of such a network, or None."""
-    return "padding that depends on the image's size is not exported" if backbone.padding == "same" else None
-
-
-def usage(folder: Path, backbone: Backbone) -> str:
-    """Lines that run the graph."""
-    mean, std = (", ".join(f"{value:g}" for value in values) for values in (backbone.mean, backbone.std))
+def _usage(folder: Path, backbone: Backbone) -> str:
     size = f"{backbone.image_size}, {backbone.image_size}" if backbone.is_vit else "H, W"
     return f"""\
 import onnxruntime
 
 session = onnxruntime.InferenceSession({quoted(folder / WEIGHTS)})
 names = [output.name for output in session.get_outputs()]
-# images: float32 (B, 3, {size}), {backbone.channel_order} from 0 to {backbone.input_range}, mean {mean}, std {std}
+# images: float32 (B, 3, {size}), {pixel_text(backbone)}
 # features, = session.run(["features"], {{"images": images}})
 """
-
-
-def framework(backbone: Backbone) -> tuple[ProofRun, str]:  # noqa: ARG001 (the same for every network)
-    """The proof run by onnxruntime."""
-    return _run, f"onnxruntime {importlib.metadata.version('onnxruntime')}"
 
 
 def _run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
@@ -94,12 +77,9 @@ def _run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
 
     session = onnxruntime.InferenceSession(str(folder / WEIGHTS), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    result = []
-    for file in files:
-        images = normalise(read_image(file)[None], backbone)
-        values = session.run(names, {"images": images.numpy()})
-        result.append({name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)})
-    return result
+    inputs = [normalise(read_image(file)[None], backbone).numpy() for file in files]
+    outputs = [session.run(names, {"images": images}) for images in inputs]
+    return [{name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)} for values in outputs]
 
 
 TARGET = Target(
@@ -108,11 +88,10 @@ TARGET = Target(
     weights=WEIGHTS,
     package="onnxruntime",
     extra="onnx",
-    names=own_names,
-    write=write,
-    framework=framework,
-    usage=usage,
-    refuse=refuse,
-    stages=stages,
+    write=_write,
+    framework=lambda _: (_run, "onnxruntime"),
+    usage=_usage,
+    refuse=lambda net: "padding that depends on the image's size is not exported" if net.padding == "same" else None,
+    stages=_stages,
     fixed_size=True,
 )

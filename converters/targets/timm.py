@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twist.contracts.weights import RESNETS, Backbone, usual_vit, write_safetensors
-from twist.converters.targets import ProofRun, Stages, Target, own_names, quoted
+from twist.contracts.weights import METADATA_KEY, RESNETS, Backbone, usual_vit, write_safetensors
+from twist.converters.targets import Stages, Target, quoted
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# timm's names for the usual ViTs; other ViTs are one of these with arguments.
+_USUAL = (
+    "vit_tiny_patch16", "vit_small_patch8", "vit_small_patch16", "vit_small_patch32", "vit_base_patch8",
+    "vit_base_patch16", "vit_base_patch32", "vit_large_patch14", "vit_large_patch16", "vit_large_patch32",
+    "vit_huge_patch14",
+)  # fmt: skip
 
 
 def refuse(backbone: Backbone) -> str | None:
@@ -26,66 +32,6 @@ def refuse(backbone: Backbone) -> str | None:
     if backbone.channel_order == "BGR":
         return "timm reads RGB images and has no setting for BGR"
     return None
-
-
-def settings(backbone: Backbone) -> dict[str, str]:
-    """`config.json` of timm's hub layout, with architecture and pixels, and our header for the way back."""
-    text = json.dumps(_config(backbone), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return {"config.json": text + "\n"}
-
-
-def usage(folder: Path, backbone: Backbone) -> str:  # noqa: ARG001 (the same for every network)
-    """Lines that build the network from the folder."""
-    name = quoted(folder, "local-dir:")
-    return f"""\
-import timm
-
-network = timm.create_model({name}, pretrained=True, num_classes=10)  # a new classifier; 0: none
-"""
-
-
-def framework(backbone: Backbone) -> tuple[ProofRun, str]:  # noqa: ARG001 (the same for every network)
-    """The proof run by timm."""
-    return run, f"timm {importlib.metadata.version('timm')}"
-
-
-def run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
-    """The stages of each image in timm's network; a folder without `config.json` has the header's settings."""
-    import timm
-    import torch
-    from safetensors.torch import load_file
-
-    from twist.contracts.networks import stage_features
-
-    config_file = folder / "config.json"
-    config = json.loads(config_file.read_text()) if config_file.exists() else _config(backbone)
-    options = {**config.get("model_args", {}), **({"dynamic_img_size": True} if backbone.is_vit else {})}
-    with torch.device("meta"):  # no random initialisation
-        network: Any = timm.create_model(config["architecture"], pretrained=False, num_classes=0, **options)
-    network.load_state_dict(load_file(next(folder.glob("*.safetensors"))), strict=True, assign=True)
-    network.eval()
-    mean, std = config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["std"]
-    images = [pil_input(file, mean, std) for file in files]
-    if backbone.is_vit:
-        return [stage_features(network, image) for image in images]
-    maps = [network.forward_intermediates(image, intermediates_only=True) for image in images]
-    return [{f"res{index + 1}": maps_[index] for index in (1, 2, 3, 4)} for maps_ in maps]
-
-
-def pil_input(file: Path, mean: list[float], std: list[float]) -> Tensor:
-    """(1, 3, H, W): an image file read as torchvision and timm do: PIL, [0, 1], mean and std."""
-    from PIL import Image
-    from torchvision.transforms import functional as transforms
-
-    return transforms.normalize(transforms.to_tensor(Image.open(file).convert("RGB")), mean, std)[None]
-
-
-# timm's names for the usual ViTs; other ViTs are one of these with arguments.
-_USUAL = (
-    "vit_tiny_patch16", "vit_small_patch8", "vit_small_patch16", "vit_small_patch32", "vit_base_patch8",
-    "vit_base_patch16", "vit_base_patch32", "vit_large_patch14", "vit_large_patch16", "vit_large_patch32",
-    "vit_huge_patch14",
-)  # fmt: skip
 
 
 def _changes(backbone: Backbone) -> dict[str, Any]:
@@ -125,6 +71,7 @@ def _vit_arguments(backbone: Backbone) -> tuple[str, dict[str, Any]]:
 
 
 def _config(backbone: Backbone) -> dict[str, Any]:
+    """timm's hub layout with architecture and pixels, and our header for the way back."""
     architecture, arguments = _vit_arguments(backbone) if backbone.is_vit else (backbone.architecture, {})
     side = backbone.image_size or 224
     mean, std = backbone.pixels(1)
@@ -143,8 +90,53 @@ def _config(backbone: Backbone) -> dict[str, Any]:
             "classifier": "head" if backbone.is_vit else "fc",
             "license": "as the source",
         },
-        "twist": json.loads(backbone.model_dump_json()),
+        METADATA_KEY: json.loads(backbone.model_dump_json()),
     }
+
+
+def _settings(backbone: Backbone) -> dict[str, str]:
+    text = json.dumps(_config(backbone), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return {"config.json": text + "\n"}
+
+
+def _usage(folder: Path, _backbone: Backbone) -> str:
+    name = quoted(folder, "local-dir:")
+    return f"""\
+import timm
+
+network = timm.create_model({name}, pretrained=True, num_classes=10)  # a new classifier; 0: none
+"""
+
+
+def run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
+    """The stages of each image in timm's network; a folder without `config.json` has the header's settings."""
+    import timm
+    import torch
+    from safetensors.torch import load_file
+
+    from twist.contracts.networks import stage_features
+
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text()) if config_file.exists() else _config(backbone)
+    options = {**config.get("model_args", {}), **({"dynamic_img_size": True} if backbone.is_vit else {})}
+    with torch.device("meta"):  # no random initialisation
+        network: Any = timm.create_model(config["architecture"], pretrained=False, num_classes=0, **options)
+    network.load_state_dict(load_file(next(folder.glob("*.safetensors"))), strict=True, assign=True)
+    network.eval()
+    mean, std = config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["std"]
+    images = [pil_input(file, mean, std) for file in files]
+    if backbone.is_vit:
+        return [stage_features(network, image) for image in images]
+    maps = [network.forward_intermediates(image, intermediates_only=True) for image in images]
+    return [{f"res{index + 1}": maps_[index] for index in (1, 2, 3, 4)} for maps_ in maps]
+
+
+def pil_input(file: Path, mean: list[float], std: list[float]) -> Tensor:
+    """(1, 3, H, W): an image file read as torchvision and timm do: PIL, [0, 1], mean and std."""
+    from PIL import Image
+    from torchvision.transforms import functional as transforms
+
+    return transforms.normalize(transforms.to_tensor(Image.open(file).convert("RGB")), mean, std)[None]
 
 
 TARGET = Target(
@@ -152,12 +144,11 @@ TARGET = Target(
     title="timm",
     weights="model.safetensors",
     package="timm",
-    names=own_names,
     write=lambda path, tensors, _: write_safetensors(path, tensors, {"format": "pt"}),  # as timm does
-    framework=framework,
-    usage=usage,
+    framework=lambda _: (run, "timm"),
+    usage=_usage,
     refuse=refuse,
-    settings=settings,
+    settings=_settings,
     changes=_changes,
     library="timm",
 )

@@ -1,19 +1,22 @@
 """The artefact itself, `backbone.safetensors`: torchvision's names (timm's for ViTs) and the header of every stage."""
 
-import importlib.metadata
 from pathlib import Path
 
 from twist.contracts.weights import Backbone, write_backbone
-from twist.converters.targets import ProofRun, Stages, Target, own_names, quoted, timm
+from twist.converters.targets import ProofRun, Stages, Target, pixel_text, quoted, timm
 
 WEIGHTS = "backbone.safetensors"
 
 
-def usage(folder: Path, backbone: Backbone) -> str:
-    """Lines that build the network: torchvision's own, or this suite's where torchvision builds no such network."""
-    mean, std = (", ".join(f"{value:g}" for value in values) for values in (backbone.mean, backbone.std))
-    pixels = f"# images: {backbone.channel_order} from 0 to {backbone.input_range}, mean {mean}, std {std}\n"
-    file = quoted(folder / WEIGHTS)
+def _is_torchvisions(backbone: Backbone) -> bool:
+    """Whether torchvision itself builds this network, and not only one with the same names."""
+    changed = backbone.width > 1 or backbone.stride_in == "1x1" or backbone.padding == "same"
+    return not (backbone.is_vit or changed or backbone.channel_order == "BGR" or backbone.architecture == "resnet200")
+
+
+def _usage(folder: Path, backbone: Backbone) -> str:
+    """torchvision's own network, or this suite's where torchvision builds no such one."""
+    file, pixels = quoted(folder / WEIGHTS), f"# images: {pixel_text(backbone)}\n"
     if _is_torchvisions(backbone):
         name = backbone.architecture
         return f"""\
@@ -33,15 +36,12 @@ network.load_state_dict(tensors)
 {pixels}"""
 
 
-def framework(backbone: Backbone) -> tuple[ProofRun, str] | str:
-    """The proof run by torchvision, or by timm for ViTs; the reason where neither has such a network."""
+def _framework(backbone: Backbone) -> tuple[ProofRun, str] | str:
     if backbone.is_vit:
         vit = backbone.transformer
         same = vit == vit.model_copy(update=timm.TARGET.changes(backbone))
-        return timm.framework(backbone) if same and not timm.refuse(backbone) else "timm has no such network"
-    if _is_torchvisions(backbone):
-        return _run, f"torchvision {importlib.metadata.version('torchvision')}"
-    return "torchvision has no such network"
+        return (timm.run, "timm") if same and not timm.refuse(backbone) else "timm has no such network"
+    return (_run, "torchvision") if _is_torchvisions(backbone) else "torchvision has no such network"
 
 
 def _run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
@@ -58,20 +58,13 @@ def _run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
     return [stages(timm.pil_input(file, *backbone.pixels(1))) for file in files]
 
 
-def _is_torchvisions(backbone: Backbone) -> bool:
-    """Whether torchvision itself builds this network, and not only one with the same names."""
-    changed = backbone.width > 1 or backbone.stride_in == "1x1" or backbone.padding == "same"
-    return not (backbone.is_vit or changed or backbone.channel_order == "BGR" or backbone.architecture == "resnet200")
-
-
 TARGET = Target(
     name="torchvision",
     title="the artefact (torchvision's names, timm's for ViTs)",
     weights=WEIGHTS,
     package="torchvision",
-    names=own_names,
     write=write_backbone,
-    framework=framework,
-    usage=usage,
+    framework=_framework,
+    usage=_usage,
     keeps_padding=True,
 )

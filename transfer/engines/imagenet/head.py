@@ -14,7 +14,8 @@ from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.networks import Head, own_names
 from twist.contracts.weights import difference
-from twist.converters.open import read_contents
+from twist.converters.find import state_at
+from twist.converters.open import as_torch, read_contents
 
 Activation = Literal["relu", "gelu"]
 
@@ -27,17 +28,17 @@ def read_head(path: Path, backbone: Mapping[str, Tensor], *, activation: Activat
     """
     value = read_contents(path).value
     entries = value if isinstance(value, dict) else {}
-    networks = [entries[name] for name in ("model", "teacher") if isinstance(entries.get(name), dict)]
+    networks = [as_torch(state) for name in ("model", "teacher") if (state := state_at(entries, (name,)))]
     if not networks:
         raise UserError(
             f"{path} holds no TWIST network with its head: name a training checkpoint (checkpoints/step_….pt of "
             "our run folder, or the published full checkpoint)."
         )
     for network in networks:
-        state = own_names(network)
-        theirs = {name: state[f"backbone.{name}"] for name in backbone if f"backbone.{name}" in state}
+        named = own_names(network)
+        theirs = {name: named[f"backbone.{name}"] for name in backbone if f"backbone.{name}" in named}
         if difference(backbone, {name: t.to(backbone[name].dtype) for name, t in theirs.items()}) is None:
-            head = {name.removeprefix("head."): t for name, t in state.items() if name.startswith("head.")}
+            head = {name.removeprefix("head."): t for name, t in named.items() if name.startswith("head.")}
             return _build(head, activation or _activation(entries, path), path)
     raise UserError(
         f"The head in {path} belongs to another backbone than the weights given: its backbone tensors differ; name "

@@ -31,10 +31,9 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.failures import explained
-from twist.contracts.pickles import read_state
 from twist.contracts.progress import Progress
 from twist.contracts.trackers import Logger
-from twist.converters.open import TORCH_GLOBALS
+from twist.converters.open import as_torch, read_contents
 from twist.transfer.engines import framework
 from twist.transfer.engines.framework import TrainingLog, collect, frameworks_quiet
 from twist.transfer.engines.mmseg.config import resolve
@@ -227,11 +226,10 @@ def predict(run: Path, pictures: Iterable[Picture], output: Path) -> dict[str, A
     config = _registered(run)
     model = MODELS.build(config.model).eval()
     # mmengine's own loader falls back to unpickling whatever the file names.
-    allowed = [(stand_in, name) for name, stand_in in TORCH_GLOBALS.items()]
     checkpoint = framework.newest_checkpoint(run, "iter") or last_checkpoint(run)
     assert checkpoint is not None, "a finished run has one"
-    state = read_state(checkpoint, "state_dict", "meta", remedy="run the protocol again", allowed=allowed)
-    model.load_state_dict(state["state_dict"])
+    state = read_contents(checkpoint).value
+    model.load_state_dict(as_torch(state["state_dict"]))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     names = {key: list(state["meta"]["dataset_meta"][key]) for key in ("classes", "palette")}
     steps = [step for step in config.val_dataloader.dataset.pipeline if not step["type"].startswith("Load")]
