@@ -12,7 +12,7 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,7 +56,8 @@ def check_pickle(data: bytes | mmap.mmap, start: int = 0, *, room: int | None = 
     Raises:
         pickle.UnpicklingError: it is damaged, or asks for more than a file of its length can mean.
     """
-    room, file = len(data) if room is None else room, io.BytesIO(data) if isinstance(data, bytes) else data
+    file: Any = io.BytesIO(data) if isinstance(data, bytes) else data
+    room = len(data) if room is None else room
     file.seek(start)
     stack: list[_Seen] = []
     marks: list[int] = []
@@ -67,10 +68,10 @@ def check_pickle(data: bytes | mmap.mmap, start: int = 0, *, room: int | None = 
         if not fine:
             raise pickle.UnpicklingError(f"{reason}, at byte {at}")
 
-    opcodes = pickletools.genops(file)
+    opcodes: Iterator[Any] = pickletools.genops(file)
     for count in range(MOST_OPCODES + 1):
         try:
-            opcode, argument, at = next(opcodes)  # type: ignore[assignment]
+            opcode, argument, at = next(opcodes)
         except (StopIteration, ValueError):
             break
         name = opcode.name
