@@ -105,7 +105,7 @@ def build_backbone(
     if architecture in ARCHITECTURES and is_vit(architecture):
         from twist.contracts.vit import VisionTransformer  # timm: two seconds that a ResNet need not pay
 
-        whole = vit and vit.model_dump()
+        whole = vit.model_dump() if vit else None
         return VisionTransformer.described(architecture, image_size=image_size or 224, vit=whole, drop_path=drop_path)
     raise UserError(f"Unknown architecture {architecture}: known are {', '.join(ARCHITECTURES)}.")
 
