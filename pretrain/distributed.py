@@ -74,7 +74,7 @@ def of_this_start(store: dist.Store, number: int, ranks: int) -> dist.Store:
     mine, end = secrets.token_hex(8), time.monotonic() + TIMEOUT.total_seconds()
     if number == 0:
         store.set("leader", mine)
-        store.set(f"{mine}/seen", b" ".join(store.get(f"{mine}/{other}") for other in range(1, ranks)))
+        store.set(f"{mine}/seen", " ".join(store.get(f"{mine}/{other}").decode() for other in range(1, ranks)))
         return dist.PrefixStore(mine, store)
     while time.monotonic() < end:
         leader = store.get("leader").decode()

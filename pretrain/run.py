@@ -185,8 +185,13 @@ class Run:
             checkpoint.move(self._saved[0], self.position)
             return
         plan = self.plan
-        digests = {"images_sha256": plan.images_sha256, "names_sha256": plan.names_sha256}
-        manifest = Manifest(self.position, plan.images, plan.world_size, **digests)
+        manifest = Manifest(
+            self.position,
+            plan.images,
+            plan.world_size,
+            images_sha256=plan.images_sha256,
+            names_sha256=plan.names_sha256,
+        )
         folder, keep = self.output / "checkpoints", self.config.run.keep_checkpoints
         self._saved = checkpoint.save(folder, self.state(), manifest, keep=keep), self.position.steps
 

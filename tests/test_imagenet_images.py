@@ -9,7 +9,7 @@ from imagenet_tree import write_tree
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
-from twist.catalog.class_folders import draw_subset, list_lines, open_tree, read_split, read_subset
+from twist.catalog.class_folders import draw_subset, open_tree, read_split, read_subset
 from twist.contracts.errors import UserError
 from twist.contracts.images import read_image
 from twist.contracts.weights import Backbone
@@ -252,7 +252,7 @@ def test_a_written_list_is_read_as_the_same_subset(tree: Path, tmp_path: Path) -
     for root, first in ((tree, "train_0_"), (other, "class_0/train_")):
         train = read_split(root / "train")
         subset = draw_subset(train, 0.5, seed=0)
-        lines = list_lines(train, subset)
+        lines = subset.lines()
         assert lines[0].startswith(first)
         (tmp_path / "list.txt").write_text("".join(f"{line}\n" for line in lines))
         assert read_subset(train, tmp_path / "list.txt").digest() == subset.digest()

@@ -271,7 +271,8 @@ def draw_cutout(rng: np.random.Generator, class_index: int, size: int, light: tu
     bright = (0.7, 1.0) if rng.random() < 0.6 else (0.35, 0.8)
     worn = MATERIALS.get(name) if rng.random() < TYPICAL else None
     material = worn or draw_material(rng, contrast=(0.6, 1.0))
-    albedo = surface(rng, *inside.shape, [material, material], bright, saturation=(0.3, 0.9))
+    height, width = inside.shape
+    albedo = surface(rng, height, width, [material, material], bright, saturation=(0.3, 0.9))
     return Cutout(np.clip(albedo * _relief(rng, inside, size, light)[..., None], 0, 1), alpha)
 
 
