@@ -188,7 +188,7 @@ def test_empty_class_and_unequal_classes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train/zebra holds no images"):
         open_tree(root)
     (root / "train" / "class_0" / "train_0_000.png").rename(root / "train" / "zebra" / "a.png")
-    with pytest.raises(UserError, match="1 only in train/, 0 only in val/; zebra is only in train/"):
+    with pytest.raises(UserError, match="zebra is only in train/"):
         open_tree(root)
     (root / "train" / "zebra").rename(root / "val" / "zebra")
     with pytest.raises(UserError, match="zebra is only in val/"):
@@ -245,15 +245,10 @@ def test_drawn_subset_is_balanced_and_of_its_seed(tree: Path) -> None:
     assert half.digest() != draw_subset(train, 0.5, seed=1).digest()
 
 
-def test_a_written_list_is_read_as_the_same_subset(tree: Path, tmp_path: Path) -> None:
-    """By bare file names where they are unique, as SimCLR's lists; else with the class folder."""
-    other = write_tree(tmp_path / "other")
-    (other / "train" / "class_0" / "train_0_000.png").rename(other / "train" / "class_0" / "train_1_000.png")
-    for root, first in ((tree, "train_0_"), (other, "class_0/train_")):
-        train = read_split(root / "train")
-        subset = draw_subset(train, 0.5, seed=0)
-        lines = subset.lines()
-        assert lines[0].startswith(first)
+def test_a_list_is_read_by_file_names_or_with_the_class_folder(tree: Path, tmp_path: Path) -> None:
+    train = read_split(tree / "train")
+    subset = draw_subset(train, 0.5, seed=0)
+    for lines in (subset.lines(), [line.rpartition("/")[2] for line in subset.lines()]):
         (tmp_path / "list.txt").write_text("".join(f"{line}\n" for line in lines))
         assert read_subset(train, tmp_path / "list.txt").digest() == subset.digest()
 
