@@ -110,6 +110,27 @@ def test_protocols_on_frozen_features_and_few_labels_run_on_cards(
     assert [column.data for column in table.columns] == [record.data] * len(table.columns)
 
 
+@pytest.mark.parametrize(
+    ("protocol", "form", "overrides"),
+    [
+        ("sample-knn", "parquet", ()),
+        ("sample-cluster", "tar", ("clusters=2",)),
+        ("sample-linear", "tar", ("epochs=1",)),
+        ("sample-semi-10pct", "parquet", ("epochs=1",)),
+        ("sample-fewshot", "tar", ("draws=1",)),
+        ("knn", "parquet", ("neighbours=5", "size=32", "resize=36")),
+    ],
+)
+def test_shards_are_read_without_a_card(tmp_path: Path, protocol: str, form: str, overrides: tuple[str, ...]) -> None:
+    shards = tmp_path / "shards"
+    write_tables(shards, form=form).unlink()
+    record = run(protocol, shards, tmp_path / "run", "architecture=resnet18", "machine.workers=0", *overrides)
+    assert (record.data or "").startswith("imagenet ")
+    assert all(
+        0 <= value <= 100 for name, value in record.metrics.items() if name not in ("ami_percent", "ari_percent")
+    )
+
+
 # Of voc12aug-fcn-d8-20k, what a CPU does in a moment.
 TINY_FCN = (
     "architecture=resnet18", "train_dataloader.num_workers=0", "val_dataloader.num_workers=0",

@@ -12,7 +12,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from twist.catalog.class_folders import SUBSETS, LabelledImages, draw_subset, find_subset, open_tree, read_subset
+from twist.catalog.class_folders import (
+    SUBSETS,
+    LabelledImages,
+    TableImages,
+    draw_subset,
+    find_subset,
+    open_tree,
+    read_subset,
+)
 from twist.contracts import files
 from twist.contracts.curves import CURVES
 from twist.contracts.errors import UsageError, UserError
@@ -77,7 +85,8 @@ def resolve(request: Request, weights: Weights) -> Setup:
     labelled, warnings = train, []
     trained = isinstance(config, recipes.ClassifierRecipe)
     if trained:
-        if own is not None and listed_labels(train, config) is None:
+        # The published lists name files: of a card's images without them, and of rows in tables, a subset is drawn.
+        if isinstance(train, TableImages) or (own is not None and listed_labels(train, config) is None):
             config = config.model_copy(update={"labels_from": "seed"} if config.labels != "all" else {})
         labelled = labelled_subset(train, config)
         warnings = batch_warnings(config, len(labelled), processes=processes)
