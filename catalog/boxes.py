@@ -190,7 +190,7 @@ class _Annotation(TypedDict):
 
 class _Category(TypedDict):
     id: Id
-    name: str
+    name: str | int
 
 
 class _CocoFile(TypedDict):
@@ -214,7 +214,7 @@ def coco_boxes(file: Path, folder: Path, classes: Sequence[str] = (), *, remedy:
         place = ".".join(map(str, fault["loc"]))
         raise UserError(f"{file} is no COCO file ({count} faults; {place}: {fault['msg']}): {remedy}.") from None
     categories = sorted(content.get("categories", []), key=lambda one: (isinstance(one["id"], str), one["id"]))
-    names = tuple(one["name"] for one in categories) or tuple(classes)
+    names = tuple(str(one["name"]) for one in categories) or tuple(classes)
     if not names:
         raise UserError(f"{file} has no categories: write their names as classes in [detection] of a data card.")
     if classes and (other := sorted(set(names) - set(classes))):
@@ -223,7 +223,7 @@ def coco_boxes(file: Path, folder: Path, classes: Sequence[str] = (), *, remedy:
             "splits must be the same."
         )
     order = list(classes or names)
-    index: dict[Any, int] = {one["id"]: order.index(one["name"]) for one in categories} or dict(
+    index: dict[Any, int] = {one["id"]: order.index(str(one["name"])) for one in categories} or dict(
         enumerate(range(len(order)), 1)
     )
     by_image: dict[Any, list[_Annotation]] = {one["id"]: [] for one in content["images"]}
