@@ -242,16 +242,15 @@ class PretrainConfig(Config):
                 "self-labelling needs a network that has learnt classes: with run.mutual_information_epochs = 0 set "
                 "run.warm_start to a whole checkpoint, as RUN/checkpoints/first_stage.pt"
             )
-        if first and (optim.warmup_epochs or 0) >= first:
-            yield (
-                f"optim.warmup_epochs = {optim.warmup_epochs} is not less than run.mutual_information_epochs = "
-                f"{first}: pass optim.warmup_epochs={first // 2}"
-            )
-        if 0 < second <= self.self_label.warmup_epochs:
-            yield (
-                f"self_label.warmup_epochs = {self.self_label.warmup_epochs} is not less than the {second} epochs of "
-                f"self-labelling: pass self_label.warmup_epochs={second // 2}"
-            )
+        for table, warmup, epochs in (
+            ("optim", optim.warmup_epochs or 0, first),
+            ("self_label", self.self_label.warmup_epochs, second),
+        ):
+            if 0 < epochs <= warmup:
+                yield (
+                    f"{table}.warmup_epochs = {warmup} is not less than the {epochs} epochs of its stage: pass "
+                    f"{table}.warmup_epochs={epochs // 2}"
+                )
         patch = model.patch_size if is_vit else 1
         if views.global_size % patch or views.local_size % patch:
             yield f"a ViT with {patch}-pixel patches needs view sizes that are multiples of {patch}"
