@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from gloo import run_on_ranks
 from imagenet_tree import write_tree
+from tiny_run import tiny_config
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
-from twist.contracts.config import validate
 from twist.contracts.errors import UserError
 from twist.contracts.failures import sentence_of
 from twist.contracts.ranks import failing_together
@@ -137,17 +137,10 @@ def test_alone_it_is_torchs_own() -> None:
 VIEWS = 4
 
 
-def step_config(world_size: int, *, bunch: int = 0, stage_epochs: int = 1) -> PretrainConfig:
-    return validate(
-        {
-            "data": {"root": "x"},
-            "views": {"global_size": 32, "local_count": VIEWS - 2, "local_size": 16},
-            "model": {"backbone": "resnet18", "hidden_dim": 16, "classes": 12, "bunch_size": bunch},
-            "run": {"epochs": 1, "mutual_information_epochs": stage_epochs, "batch_size": 8 // world_size},
-        },
-        PretrainConfig,
-        where="test",
-    )
+def step_config(world_size: int, *, bunch: int = 0) -> PretrainConfig:
+    views = {"global_size": 32, "local_count": VIEWS - 2, "local_size": 16}
+    run = {"epochs": 1, "mutual_information_epochs": 1, "batch_size": 8 // world_size}
+    return tiny_config(Path("x"), views=views, model={"bunch_size": bunch}, run=run)
 
 
 def views_of(images: slice) -> list[Tensor]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import tiny_config
 from torch import nn
 
 from twist.contracts.config import validate
@@ -17,17 +18,8 @@ CPU = torch.device("cpu")
 
 
 def config(**model) -> PretrainConfig:
-    settings = {"backbone": "resnet18", "hidden_dim": 16, "classes": 12, "bunch_size": 0, **model}
-    return validate(
-        {
-            "data": {"root": "x"},
-            "views": {"global_size": 32, "local_count": 2, "local_size": 16},
-            "model": settings,
-            "run": {"epochs": 1, "mutual_information_epochs": 1, "batch_size": 4},
-        },
-        PretrainConfig,
-        where="test",
-    )
+    run = {"epochs": 1, "mutual_information_epochs": 1}
+    return tiny_config(Path("x"), views={"global_size": 32, "local_size": 16}, model=model, run=run)
 
 
 def views(images: int = 4) -> list[torch.Tensor]:

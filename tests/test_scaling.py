@@ -1,17 +1,18 @@
 """What `benchmarks/scaling.py` counts on paper is what a step on two ranks really sends; its times are NCCL's."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from gloo import run_on_ranks
+from tiny_run import tiny_config
 from torch import Tensor
 
 from benchmarks.nccl_time import Cluster, all_gather_s, all_reduce_s
 from benchmarks.scaling import BUCKET, FIRST_BUCKET, buckets, lost, model_ms, traffic
-from twist.contracts.config import validate
 from twist.contracts.errors import UserError
 from twist.pretrain import distributed
 from twist.pretrain.config import PretrainConfig
@@ -23,17 +24,9 @@ BATCH = 4
 
 
 def config(*, bunch: int = 0, local: int = 2) -> PretrainConfig:
-    return validate(
-        {
-            "data": {"root": "x"},
-            "views": {"global_size": 32, "local_size": 16, "local_count": local},
-            # A hidden matrix of 36 MB is more than a bucket, the last stage's convolutions of 9 MB are less.
-            "model": {"backbone": "resnet18", "hidden_dim": 3000, "classes": 12, "bunch_size": bunch},
-            "run": {"epochs": 1, "mutual_information_epochs": 1, "batch_size": BATCH},
-        },
-        PretrainConfig,
-        where="test",
-    )
+    views = {"global_size": 32, "local_size": 16, "local_count": local}
+    # A hidden matrix of 36 MB is more than a bucket, the last stage's convolutions of 9 MB are less.
+    return tiny_config(Path("x"), views=views, model={"hidden_dim": 3000, "bunch_size": bunch})
 
 
 def sent_by_a_step(rank: int, local: int) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ def test_blur_and_greyscale_can_be_changed_for_small_views_and_nothing_else_chan
     plain = plan_views(ViewsConfig(local_count=1))
     changed = plan_views(ViewsConfig(local_count=1, blur_sigma=(0.1, 0.4), grey_probability=0.5))
     for before, after in zip(plain, changed, strict=True):
-        assert after == replace(before, pipeline=replace(before.pipeline, sigma=(0.1, 0.4), grey_probability=0.5))
+        assert after == replace(before, sigma=(0.1, 0.4), grey_probability=0.5)
     records = ViewSampler(changed).draw(0, epoch=0, indices=np.arange(500)).records
     assert records["sigma"][:, 0].min() >= 0.1
     assert 0.1 < records["sigma"].max() <= 0.4
@@ -144,8 +144,7 @@ def test_no_fitting_try_takes_torchvisions_central_crop(height: int, width: int)
 
 
 def test_flips_greys_blurs_and_solarisations_have_their_probabilities(drawn: np.ndarray) -> None:
-    for view, plan in enumerate(plan_views(ViewsConfig())):
-        numbers = plan.pipeline
+    for view, numbers in enumerate(plan_views(ViewsConfig())):
         assert share(drawn["flip"][:, view], 0.5), view
         assert share(drawn["grey"][:, view], 0.2), view
         assert share(drawn["sigma"][:, view] > 0, numbers.blur_probability), view

@@ -47,8 +47,9 @@ ASPECT, CROP_TRIES = (3 / 4, 4 / 3), 10  # torchvision RandomResizedCrop
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """The probabilities and ranges of one view's photometric part; what is not listed is the same everywhere."""
+class View:
+    """One of the V views: its side in pixels, its share of the image's area, and the probabilities and ranges of its
+    photometric part; what is not listed is the same everywhere."""
 
     blur_probability: float
     solarise_probability: float = 0.0
@@ -57,27 +58,19 @@ class Pipeline:
     flip_probability: float = 0.5
     grey_probability: float = 0.2
     sigma: tuple[float, float] = (0.1, 2.0)
+    size: int = 0
+    scale: tuple[float, float] = (0.0, 0.0)
 
 
-# kind → the two global pipelines, and the local one where it has local views. Source: bytedance/TWIST, commit 796d36e.
-_GLOBAL_1 = Pipeline(blur_probability=1.0)
-_GLOBAL_2 = Pipeline(blur_probability=0.1, solarise_probability=0.2)
-_LOCAL = Pipeline(blur_probability=0.5)
-_MOCO = Pipeline(blur_probability=0.5, jitter=(0.4, 0.4, 0.4, 0.1))
-KINDS: dict[str, tuple[Pipeline, ...]] = {
-    "multicrop": (_GLOBAL_1, _GLOBAL_2, _LOCAL),
+# kind → the two global views, and the local one where it has such. Source: bytedance/TWIST, commit 796d36e.
+_GLOBAL_1 = View(blur_probability=1.0)
+_GLOBAL_2 = View(blur_probability=0.1, solarise_probability=0.2)
+_MOCO = View(blur_probability=0.5, jitter=(0.4, 0.4, 0.4, 0.1))
+KINDS: dict[str, tuple[View, ...]] = {
+    "multicrop": (_GLOBAL_1, _GLOBAL_2, View(blur_probability=0.5)),
     "barlow": (_GLOBAL_1, _GLOBAL_2),
     "moco": (_MOCO, _MOCO),
 }
-
-
-@dataclass(frozen=True)
-class View:
-    """One of the V views: its side in pixels, its share of the image's area, its photometric numbers."""
-
-    size: int
-    scale: tuple[float, float]
-    pipeline: Pipeline
 
 
 def plan_views(config: ViewsConfig, stage: Stage = "mutual_information") -> tuple[View, ...]:
@@ -85,12 +78,12 @@ def plan_views(config: ViewsConfig, stage: Stage = "mutual_information") -> tupl
     assert stage in STAGES, stage
     given = {"sigma": config.blur_sigma, "grey_probability": config.grey_probability}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    pipelines = [replace(pipeline, **changes) for pipeline in KINDS[config.kind]]
     global_scale, local_scale = config.global_scale, config.local_scale
     if stage == "self_label":
         global_scale, local_scale = config.self_label_global_scale, config.self_label_local_scale
-    globals_ = [View(config.global_size, global_scale, pipeline) for pipeline in pipelines[:2]]
-    locals_ = [View(config.local_size, local_scale, pipeline) for pipeline in pipelines[2:]]
+    kind = KINDS[config.kind]
+    globals_ = [replace(view, size=config.global_size, scale=global_scale, **changes) for view in kind[:2]]
+    locals_ = [replace(view, size=config.local_size, scale=local_scale, **changes) for view in kind[2:]]
     return (*globals_, *locals_ * config.local_count)
 
 
@@ -137,17 +130,16 @@ class ViewSampler:
     """Draws the records of images' V views; holds the numbers of the plan as arrays, nothing that changes."""
 
     def __init__(self, views: tuple[View, ...]) -> None:
-        pipelines = [view.pipeline for view in views]
         self._count, self._philox = len(views), Philox()
         self._area = np.array([view.scale for view in views])  # (V, 2): low, high
-        self._sigma = np.array([p.sigma for p in pipelines])
-        jitter = np.array([p.jitter for p in pipelines])  # (V, 4)
+        self._sigma = np.array([p.sigma for p in views])
+        jitter = np.array([p.jitter for p in views])  # (V, 4)
         # Factors of brightness, contrast and saturation are around 1 and never below 0, hue's around 0.
         low, high = np.maximum(1 - jitter, 0), 1 + jitter
         low[:, HUE], high[:, HUE] = -jitter[:, HUE], jitter[:, HUE]
         self._factor_low, self._factor_span = low, high - low
         self._probability = {
-            name: np.array([getattr(p, f"{name}_probability") for p in pipelines])  # (V,)
+            name: np.array([getattr(p, f"{name}_probability") for p in views])  # (V,)
             for name in ("flip", "jitter", "grey", "blur", "solarise")
         }
 
