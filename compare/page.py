@@ -202,7 +202,7 @@ def _conclusions(table: Table, records: Sequence[RunRecord]) -> list[str]:
 def _listed(values: Iterable[Any]) -> str:
     """Each value with the number of runs, the most frequent first."""
     counted = Counter(str(value or "not said") for value in values)
-    return ", ".join(f"{value} ({n})" if len(counted) > 1 else value for value, n in counted.most_common())
+    return ", ".join(f"{value} ({n} runs)" if len(counted) > 1 else value for value, n in counted.most_common())
 
 
 def _images_of(record: RunRecord) -> str:

@@ -1,8 +1,7 @@
 """Run records and published numbers → one table as plain data: rows are methods, columns protocol and metric.
 
-What may stand in one column is decided here and nowhere else: the same protocol, metric, recipe hash and scale.
-A published number has no recipe hash. It joins the measured column of its protocol only where that column is at full
-scale, is the protocol's only one, and was measured on the same architecture; else it has a column of its own.
+What may stand in one column is decided here: the same protocol, metric, recipe hash and scale. A published number
+has no recipe hash; it joins the measured column of its protocol only at full scale and of the same architecture.
 """
 
 from collections import defaultdict

@@ -1,8 +1,6 @@
 """A table as text: terminal, Markdown and LaTeX for readers, CSV and JSON for programs.
 
-Measured cells read `mean ± sd (n)`; published ones stand in another style with a footnote that names their source;
-absent is a dash. Wide tables are cut into blocks of whole protocols, so that they fit a page. Notes that explain all
-blocks stand once, below the last; sources stand below their own.
+Wide tables are cut into blocks of whole protocols. Sources stand below their block, notes once below the last.
 """
 
 import csv
@@ -82,10 +80,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(table: Table, *, widest: int = PAGE_COLUMNS, apart: bool = False) -> list[Block]:
-    """Whole protocols of one task, as many as fit `widest` columns; a protocol with more has a block of its own.
-
-    `apart`: each protocol has its own, cut where it is wider.
-    """
+    """Whole protocols of one task, as many as fit `widest` columns; `apart`: each alone, cut where it is wider."""
     cut: list[list[int]] = []
     for group in column_groups(table):
         same_task = cut and table.columns[cut[-1][0]].task == table.columns[group[0]].task
@@ -158,10 +153,7 @@ def footnote_mark(index: int) -> str:
 def notes_under(
     table: Table, blocks: Sequence[Block], write: Callable[[str], str] = str, *, where: str = "In brackets"
 ) -> list[str]:
-    """The sentences under some blocks: what their cells, differences (which stand `where`) and marks mean.
-
-    `write` makes names of the user's harmless in the format that is written.
-    """
+    """What the cells, differences (which stand `where`) and marks of some blocks mean; `write` as in `Style`."""
     shown = {(row, column) for block in blocks for row in block.rows for column in block.columns}
     cells = {place: cell for place, cell in sorted(table.cells.items()) if place in shown}
     notes = ["Measured: mean ± standard deviation (n), percent."] if any(c.measured for c in cells.values()) else []
@@ -210,7 +202,7 @@ def count(number: int, thing: str) -> str:
 
 
 class Style(NamedTuple):
-    """How a format writes names, differences and published values."""
+    """How a format writes names (harmless in it, whatever they hold), differences and published values."""
 
     write: Callable[[str], str]
     gap: str
@@ -267,10 +259,7 @@ def cost_text(table: Table, row: int, columns: Sequence[int]) -> str:
 
 
 def plain(table: Table, *, width: int | None = None) -> str:
-    """Aligned columns, a protocol over its metrics; `width` in characters, None for the terminal's own.
-
-    What is wider goes on below, methods first again.
-    """
+    """Aligned columns; what is wider than `width` characters (None: the terminal) goes on below, methods again."""
     width = width or shutil.get_terminal_size((LINE, 24)).columns
     blocks = blocks_of(table)
     parts = []

@@ -1,8 +1,6 @@
 """`twist demo`: every stage on the built-in sample, at a size that a laptop runs in minutes.
 
-Sample → TWIST pretraining → conversion with proof → detection, segmentation, k-NN and a linear probe, of images and of
-frozen dense features, each for the TWIST weights and for random ones → records → table and page. Every step is a
-`twist` command, which is printed before it runs and can be typed again.
+Every step is a `twist` command, which is printed before it runs and can be typed again.
 """
 
 from __future__ import annotations
@@ -63,11 +61,7 @@ class Step:
 
 
 def run_demo(output: Path, *, twist: Callable[[list[str]], object], fast: bool = False) -> Path:
-    """Run every step into `output` and return the path of the HTML page. Finished steps are not repeated.
-
-    Args:
-        twist: runs the command line with these arguments.
-    """
+    """Run every step that is not done into `output`, by `twist`, which takes arguments; returns the page's path."""
     output.mkdir(parents=True, exist_ok=True)
     steps, began, log = plan_steps(output, fast=fast), time.monotonic(), output / "log.txt"
     display = Display(steps, scale=FAST_SHARE if fast else 1.0)
@@ -144,10 +138,7 @@ def _print_results(output: Path, *, elapsed_s: float) -> None:
 
 
 class Display:
-    """Three lines a step on stderr, and one below while it runs: for how long, and how long remains in all.
-
-    On a terminal that line is written in place, elsewhere again every half a minute (`every_s`).
-    """
+    """Three lines a step on stderr, and one while it runs: how long remains, in place or each `every_s` seconds."""
 
     def __init__(self, steps: list[Step], *, scale: float, every_s: float | None = None) -> None:
         self._scale, self._total_s, self._done_s = scale, sum(step.expected_s for step in steps), 0.0
