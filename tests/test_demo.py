@@ -83,7 +83,7 @@ def test_what_the_demo_prints_is_what_it_does(
         config = by_name[name]["config"]
         assert Path(config.data.root) == output / "sample" / "unlabelled"
         assert config.run.epochs == (2 if fast else 20)
-    shorter = [values["overrides"] for name, values in made if name == "transfer"]
+    shorter = [values["options"]["overrides"] for name, values in made if name == "transfer"]
     assert sum(list(one) == ["iterations=20"] for one in shorter) == (6 if fast else 0)
     config_file = shlex.split(commands[1])[2]
     assert Path(config_file).is_file()
