@@ -123,10 +123,7 @@ FACTS = {
         hidden={"INPUT.FORMAT": "BGR", "MODEL.PIXEL_MEAN": [0.0, 0.0, 0.0], "INPUT.CROP.ENABLED": True},
         unchanged="INPUT.FORMAT=RGB",
         refused={
-            "SOLVER.BASE_LRR=1": r'has no key SOLVER\.BASE_LRR .* Did you mean "BASE_LR"',
             "BASE_LR=1": r'has no key BASE_LR .* Did you mean "SOLVER\.BASE_LR"',
-            "arch=resnet50": r'has no key arch .* Did you mean "architecture"',
-            "SOLVER=1": r"SOLVER is a section",
             "SEED=1": r"takes SEED from --seed alone",
             "SOLVER.BASE_LR=fast": r"SOLVER\.BASE_LR is .*a number",
             "SOLVER.STEPS=true": r"does not fit",
@@ -155,15 +152,11 @@ FACTS = {
         },
         unchanged="model.backbone.style=pytorch",
         refused={
-            "optim_wrapper.optimizer.lrr=1": r'has no key optim_wrapper\.optimizer\.lrr .* Did you mean "lr"',
             "lr=0.1": r'has no key lr .* Did you mean "optim_wrapper\.optimizer\.lr"\?',
-            "arch=resnet50": r'has no key arch .* Did you mean "architecture"',
-            "model.decode_head=1": r"model\.decode_head is a section",
             "val_dataloader.dataset.data_root=/elsewhere": r"takes val_\S+data_root from --data alone",
             "optim_wrapper.optimizer.lr=fast": r"optimizer\.lr is .* a number",
             "train_dataloader.dataset.pipeline.99.scale=1": r"has no key train_dataloader\.dataset\.pipeline\.99",
             "model.decode_head.concat_input=no": r"concat_input is True; write true or false",
-            "model.decode_head.concat_input=0": r"concat_input is True; write true or false",
             "train_cfg.max_iters=0": "at least one iteration",
             "model.backbone.norm_eval=true": FROZEN,
             "model.backbone.frozen_stages=1": FROZEN,
@@ -227,18 +220,6 @@ def test_an_override_of_what_the_recipe_leaves_out_enters_it(name: str, user: En
     plain = user.resolve(facts.protocol).recipe
     assert other.recipe == {**plain, "overrides": facts.hidden}
     assert user.resolve(facts.protocol, facts.unchanged).recipe == plain, "as it was already"
-
-
-@pytest.mark.slow
-@frameworks
-def test_recipe_knows_the_protocol_and_not_the_weights(name: str, user: EngineUser) -> None:
-    facts = FACTS[name]
-    first = user.resolve(facts.protocol, seed=0).recipe
-    assert first == user.resolve(facts.protocol, f"{facts.workers}=1", seed=5, method="random").recipe
-    assert first != user.resolve(facts.protocol, facts.rate).recipe
-    assert first != user.resolve(facts.protocol, architecture="resnet50").recipe
-    text = json.dumps(first).lower().replace("bbox_reg_weights", "")
-    assert not any(word in text for word in ("pixel_mean", "init_cfg", "weights", "run"))
 
 
 @pytest.mark.slow

@@ -243,12 +243,6 @@ def test_plan_says_what_is_done_and_how_long_the_rest_takes(world: World, monkey
     assert "4 runs: 3 done, 1 to run, 1 at a time on the CPU" in text
 
 
-def test_a_metric_of_another_protocol_stops_the_suite(world: World) -> None:
-    path = write_record(make_record("twist", "sample-knn", metrics={"top1_percent": 50.0}), world.results)
-    with pytest.raises(UserError, match=f"{path}: sample-knn does not measure top1_percent"):
-        world.run()
-
-
 def test_grids_seeds_and_overrides_make_jobs(world: World) -> None:
     world.file.write_text(
         """
@@ -273,6 +267,9 @@ def test_grids_seeds_and_overrides_make_jobs(world: World) -> None:
         (3, ("epochs=5", "architecture=resnet18", "lr=0.1", 'head.kind="mlp"')),
         (3, ("epochs=5", "architecture=resnet18", "lr=1", 'head.kind="mlp"')),
     ]
+    assert linear[0].title == 'sample-linear · random · seed 3 [lr=0.1, head.kind="mlp"]', (
+        "what tells it from the others"
+    )
     assert {job.seed for job in jobs if job.weights.name == "other"} == {7}
     assert len({job.key for job in jobs}) == len(jobs) == 5 + 3
 

@@ -116,17 +116,10 @@ def test_two_weights_meet_under_one_recipe_and_records_are_whole(tree, trained, 
     err = capsys.readouterr().err
     assert "linear rule" in err
     assert "not comparable with published numbers" in err
-
-    # A changed recipe is refused, the same one continues, and the folder is not taken by another run.
-    again = {"weights": str(trained), "output": tmp_path / "twist", **common}
-    with pytest.raises(UserError, match=r"holds this run, done \(its record is .*\.json\): pass --resume"):
-        transfer(PROTOCOL, overrides=QUICK, **again)
+    again = {"weights": str(trained), "output": tmp_path / "twist", "overrides": QUICK, **common}
     with pytest.raises(UserError, match=r"optimizer\.lr was .* and is 1\.0"):
-        transfer(PROTOCOL, overrides=[*QUICK, "optim_wrapper.optimizer.lr=1.0"], resume=True, **again)
-    with pytest.raises(UserError, match="seed was 0 and is 1"):
-        transfer(PROTOCOL, overrides=QUICK, resume=True, seed=1, **again)
-    once_more = transfer(PROTOCOL, overrides=QUICK, eval_only=True, **again)
-    assert once_more.metrics == ours.metrics
+        transfer(PROTOCOL, resume=True, **{**again, "overrides": [*QUICK, "optim_wrapper.optimizer.lr=1.0"]})
+    assert transfer(PROTOCOL, eval_only=True, **again).metrics == ours.metrics
 
 
 @pytest.mark.slow
@@ -331,12 +324,6 @@ def test_two_processes_do_not_continue_one_run(knn, tmp_path) -> None:
         other.stdin.write("\n")
     assert (out / folder.RUN_FILE).read_bytes() == account
     assert knn("architecture=resnet18", output=out, resume=True) == first
-
-
-def test_a_refused_start_leaves_no_lock(knn, tmp_path) -> None:
-    with pytest.raises(UserError, match="holds no run to evaluate"):
-        knn("architecture=resnet18", output=tmp_path / "new", eval_only=True)
-    assert not (tmp_path / "new").exists()
 
 
 def test_random_weights_of_another_network_are_another_run(knn, tmp_path) -> None:

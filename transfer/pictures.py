@@ -56,8 +56,8 @@ def save_pairs(folder: Path, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> 
 def _save(canvas: Image.Image, path: Path) -> Path:
     """In 256 colours, which at these sizes look like all."""
     with files.atomic_path(path) as temporary:
-        small = canvas.quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
-        small.save(temporary, format="PNG", optimize=True)
+        # An octree takes a hundredth of the time of a median cut, half a second of which is a quarter of a k-NN run.
+        canvas.quantize(256, Image.Quantize.FASTOCTREE).save(temporary, format="PNG", optimize=True)
     return path
 
 
