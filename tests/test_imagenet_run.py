@@ -48,6 +48,7 @@ def stopped(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training.Trainer, "_save", save_then_stop)
+        patch.setattr(training, "SAVE_EVERY_S", 0.0)
         go(tree, tmp_path / "run")
     return tmp_path / "run"
 

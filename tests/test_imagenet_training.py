@@ -44,9 +44,20 @@ RATES = [0.2 * 0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)]
 
 
 @pytest.fixture(autouse=True)
-def quick_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No ResNet is built only to say which weights a run has."""
-    monkeypatch.setattr(training, "network_of", lambda _, tensors: nn.ParameterDict({"w": tensors.get("w", ROWS)}))
+def every_epoch_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SAVE_EVERY_S", 0.0)
+
+
+def test_quick_epochs_are_saved_every_few_seconds_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = []
+    monkeypatch.setattr(Trainer, "_save", lambda _, history: saved.append(len(history)))
+    for interval, expected in ((0.0, [1, 2, 3, 4]), (60.0, [4])):
+        monkeypatch.setattr(training, "SAVE_EVERY_S", interval)
+        fit(tmp_path / str(interval))
+        assert saved == expected
+        saved.clear()
 
 
 def rows(batches: Sequence[np.ndarray], _epoch: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""Linear and fine-tuning protocols: one training loop, SGD on cross-entropy, cosine by epoch, a checkpoint an epoch.
+"""Linear and fine-tuning protocols: one training loop, SGD on cross-entropy, cosine by epoch.
 
 linear: on a frozen backbone, as TWIST's evaluate.py (ResNets) and DINO's probe (ViTs). finetune: at two rates, as
 evaluate.py `--weights finetune`, with batch norm over groups of the size that its eight GPUs had.
@@ -31,11 +31,11 @@ from twist.contracts.curves import CURVES, Curves
 from twist.contracts.errors import UserError
 from twist.contracts.failures import explained, raise_reported
 from twist.contracts.files import sha256_json
-from twist.contracts.networks import network_of
 from twist.contracts.pickles import read_state
 from twist.contracts.progress import Progress
 from twist.contracts.run_folder import refuse_other_run, refuse_second_start
-from twist.measure.features import Batch, FeatureFile, autocast, frozen, network_inputs, state_digest
+from twist.contracts.weights import tensors_digest
+from twist.measure.features import Batch, FeatureFile, autocast, frozen, network_inputs
 from twist.measure.knn import label_ranks
 from twist.transfer.engines.imagenet.recipes import START, TRAINING, ClassifierRecipe
 from twist.transfer.engines.plain import FEATURES, Rank, decoded, epoch_batches, ordered_batches
@@ -47,6 +47,8 @@ CHECKPOINT, LOG = "checkpoint.pth", "log.txt"
 STATE = ("identity", "history", "model", "optimizer")
 AGAIN = "start again in another folder (--output)"
 METRICS = ("top1_percent", "top5_percent")
+# Epochs on few features take milliseconds: at most so many seconds of them are trained again after a kill.
+SAVE_EVERY_S = 10.0
 # Validation images that are shown beside what was predicted for them.
 PICTURED = 24
 
@@ -192,8 +194,9 @@ class Trainer:
             weight_decay=self.recipe.weight_decay,
         )
         # What a checkpoint must agree with to be continued.
-        weights = state_digest(network_of(setup.weights.header, setup.weights.tensors))
+        weights = tensors_digest(setup.weights.tensors)
         self.identity = {"recipe": sha256_json(setup.recipe), "seed": setup.request.seed, "weights": weights}
+        self.saved = time.monotonic()
 
     def run(self) -> dict[str, Any]:
         """Train to the last epoch, from the checkpoint where there is one; `eval_only` measures the stored model."""
@@ -243,7 +246,9 @@ class Trainer:
                     log(request.output, f"epoch {epoch + 1}: {numbers}")
                     curves.add(step, {"epoch": epoch, **values})
                     curves.plot(step, values)
-                    self._save(history)
+                    if epoch + 1 == recipe.epochs or time.monotonic() - self.saved >= SAVE_EVERY_S:
+                        self._save(history)
+                        self.saved = time.monotonic()
 
     def _train_epoch(self, model: nn.Module, epoch: int, progress: Progress) -> dict[str, float]:
         model.train()
