@@ -27,6 +27,34 @@ ROOT = Path(__file__).resolve().parent.parent
 Written = tuple[Path, Path, Backbone]
 
 
+# Two steps on small images, few proposals; models, losses, heads, pipelines and evaluators are the protocol's.
+QUICK_OF = {
+    "detectron2": (
+        "iterations=2",
+        "SOLVER.IMS_PER_BATCH=2",
+        "INPUT.MIN_SIZE_TRAIN=[64]",
+        "INPUT.MAX_SIZE_TRAIN=128",
+        "INPUT.MIN_SIZE_TEST=64",
+        "INPUT.MAX_SIZE_TEST=128",
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN=50",
+        "MODEL.RPN.POST_NMS_TOPK_TEST=10",
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE=8",
+        "TEST.PRECISE_BN.NUM_ITER=1",
+        "DATALOADER.NUM_WORKERS=0",
+    ),
+    "mmseg": (
+        "iterations=2",
+        "train_dataloader.batch_size=2",
+        "train_dataloader.num_workers=0",
+        "val_dataloader.num_workers=0",
+        "train_dataloader.dataset.pipeline.2.scale=[128, 80]",
+        "train_dataloader.dataset.pipeline.3.crop_size=[65, 65]",
+        "model.data_preprocessor.size=[65, 65]",
+        "val_dataloader.dataset.pipeline.1.scale=[128, 80]",
+    ),
+}
+
+
 def weights_maker(folder: Path, target: str) -> Callable[[str], Written]:
     """architecture → (weights, overlay, header) of a seeded random network, converted to `target` once."""
 

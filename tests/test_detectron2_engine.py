@@ -3,14 +3,13 @@
 import contextlib
 import io
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from engine_requests import EngineUser, flip_a_bit, track, value_at, weights_maker
+from engine_requests import QUICK_OF, EngineUser, track, value_at, weights_maker
 from tiny_trees import COCO_IDS, COCO_NAMES, HEIGHT, WIDTH, make_cityscapes, make_coco, make_voc_detection
 
 from twist.contracts.errors import UserError
@@ -21,20 +20,7 @@ from twist.transfer.request import Request
 
 pytestmark = pytest.mark.slow
 FULL = [row for row in PROTOCOLS.values() if row.engine == "detectron2" and row.scale == "full"]
-# Two steps on two images of at most 128 pixels, few proposals; losses, heads, norms and evaluators are the protocol's.
-QUICK = (
-    "iterations=2",
-    "SOLVER.IMS_PER_BATCH=2",
-    "INPUT.MIN_SIZE_TRAIN=[64]",
-    "INPUT.MAX_SIZE_TRAIN=128",
-    "INPUT.MIN_SIZE_TEST=64",
-    "INPUT.MAX_SIZE_TEST=128",
-    "MODEL.RPN.POST_NMS_TOPK_TRAIN=50",
-    "MODEL.RPN.POST_NMS_TOPK_TEST=10",
-    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE=8",
-    "TEST.PRECISE_BN.NUM_ITER=1",
-    "DATALOADER.NUM_WORKERS=0",
-)
+QUICK = QUICK_OF["detectron2"]
 LSJ = ("INPUT.LSJ_SIZE=128", "MODEL.VITDET.WINDOW=4")
 
 
@@ -306,36 +292,6 @@ def test_weights_that_do_not_arrive_are_found(user, weights) -> None:
         torch.save(loaded, changed)
         with pytest.raises(UserError, match=r"model: 1 extra \(first: .*res5\.1\.conv2\.weight"):
             outcome.prove_loaded(model, changed)
-
-
-def test_an_interrupted_run_continues_from_its_checkpoint(user, monkeypatch, capsys) -> None:
-    """Stopped in its fourth step of four, and the newest state damaged: it goes on from the one before, and says so."""
-    options = (*QUICK, "iterations=4", "SOLVER.CHECKPOINT_PERIOD=1")
-    trainer = user.engine.Trainer
-    step = trainer.run_step
-
-    def stops(self) -> None:
-        if self.iter == 3:
-            raise KeyboardInterrupt
-        step(self)
-
-    monkeypatch.setattr(trainer, "run_step", stops)
-    with pytest.raises(KeyboardInterrupt):
-        user.run("voc-frcnn-fpn-24k", *options)
-    monkeypatch.undo()
-    with pytest.raises(UserError, match=r"stands at iteration 3 of 4: .* --resume"):
-        user.run("voc-frcnn-fpn-24k", *options, eval_only=True)
-    flip_a_bit(user.output / "model_0000002.pth")
-    (user.output / "last_checkpoint").write_text("model_!.pth")
-    result = user.run("voc-frcnn-fpn-24k", *options, resume=True)
-    assert re.search(
-        r"_0000002\.pth is not valid \(.*SHA-256.* the state before, model_0000001", capsys.readouterr().err
-    )
-    assert [json.loads(line)["step"] for line in result.curves.read_text().splitlines()] == [1, 2, 3, 4]
-    log = (user.output / "log.txt").read_text()
-    assert "Starting training from iteration 2" in log
-    # Evaluating the finished run again gives the same numbers.
-    assert user.run("voc-frcnn-fpn-24k", *options, eval_only=True).metrics == result.metrics
 
 
 def _worker_on_cpu(request: Request, weights: Path, dumped: str) -> None:

@@ -1,6 +1,7 @@
 """What holds for every engine: found by its name, and, of both frameworks, what overrides do to plan and record."""
 
 import json
+import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,13 +10,23 @@ from typing import Any
 
 import pytest
 import yaml
-from engine_requests import EngineUser, committed, flip_a_bit, own_part, sample_root, sweep, value_at, weights_maker
+from engine_requests import (
+    QUICK_OF,
+    EngineUser,
+    committed,
+    flip_a_bit,
+    own_part,
+    sample_root,
+    sweep,
+    value_at,
+    weights_maker,
+)
 from gloo import run_on_ranks
 from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_segmentation
 
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.record import read_record
-from twist.transfer.engines import Engine, all_engines
+from twist.transfer.engines import Engine, all_engines, framework
 from twist.transfer.engines.framework import processes_of, require_one_run, seal
 from twist.transfer.protocols import PROTOCOLS, Protocol
 from twist.transfer.request import Controls, Request, Resolved, Result, Weights
@@ -330,6 +341,43 @@ def test_whatever_an_override_changes_is_recorded_by_mmseg(name: str, user: Engi
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The frameworks' checkpoints
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "protocol", "often", "damaged", "taken", "said", "again"),
+    [
+        ("detectron2", "voc-frcnn-fpn-24k", "SOLVER.CHECKPOINT_PERIOD=1", "model_0000002.pth", "model_0000001",
+         "Starting training from iteration 2", "eval_only"),
+        ("mmseg", "voc12aug-fcn-d16-30k", "default_hooks.checkpoint.interval=1", "iter_3.pth", "iter_2",
+         "resumed epoch: 0, iter: 2", "resume"),
+    ],
+)  # fmt: skip
+def test_an_interrupted_run_continues_from_its_checkpoint(
+    name: str, protocol: str, often: str, damaged: str, taken: str, said: str, again: str, user: EngineUser,
+    monkeypatch, capsys,
+) -> None:  # fmt: skip
+    """Stopped in its fourth step of four, and the newest state damaged: it goes on from the one before, and says so."""
+    options, step = (*QUICK_OF[name], "iterations=4", often), framework.TrainingLog.step
+
+    def stops(self: Any, done: int, values: Any) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+        step(self, done, values)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(framework.TrainingLog, "step", stops)
+        user.run(protocol, *options)
+    with pytest.raises(UserError, match=r"stands at iteration 3 of 4: .* --resume"):
+        user.run(protocol, *options, eval_only=True)
+    flip_a_bit(user.output / damaged)
+    (user.output / "last_checkpoint").write_text("gone.pth")
+    result = user.run(protocol, *options, resume=True)
+    assert re.search(rf"{damaged}.*SHA-256.*{taken}", capsys.readouterr().err)
+    assert [json.loads(line)["step"] for line in result.curves.read_text().splitlines()] == [1, 2, 3, 4]
+    assert said in (user.output / "log.txt").read_text()
+    # The finished run evaluated again, or continued once more with nothing to train, gives the same numbers.
+    assert user.run(protocol, *options, **{again: True}).metrics == result.metrics
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,13 @@
 """MMSegmentation for real: every full protocol on trees in the real layouts, its IoU against a hand-computed case."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from engine_requests import EngineUser, flip_a_bit, track, value_at, weights_maker
+from engine_requests import QUICK_OF, EngineUser, track, value_at, weights_maker
 from PIL import Image
 from tiny_trees import make_ade20k, make_cityscapes, make_voc_segmentation
 
@@ -21,17 +20,7 @@ from twist.transfer.request import Request
 
 pytestmark = pytest.mark.slow
 FULL = [row for row in PROTOCOLS.values() if row.engine == "mmseg" and row.scale == "full"]
-# Two steps on two crops of 65 pixels; model, losses, pipelines and metric are the protocol's.
-QUICK = (
-    "iterations=2",
-    "train_dataloader.batch_size=2",
-    "train_dataloader.num_workers=0",
-    "val_dataloader.num_workers=0",
-    "train_dataloader.dataset.pipeline.2.scale=[128, 80]",
-    "train_dataloader.dataset.pipeline.3.crop_size=[65, 65]",
-    "model.data_preprocessor.size=[65, 65]",
-    "val_dataloader.dataset.pipeline.1.scale=[128, 80]",
-)
+QUICK = QUICK_OF["mmseg"]
 
 
 @pytest.fixture(scope="module")
@@ -229,36 +218,6 @@ def test_weights_that_do_not_arrive_are_found(user, weights) -> None:
         outcome.prove_loaded(deep, file)
 
 
-def test_an_interrupted_run_continues_from_its_checkpoint(user, monkeypatch, capsys) -> None:
-    """Stopped in its fourth step of four, and the newest state damaged: it goes on from the one before, and says so."""
-    options = (*QUICK, "iterations=4", "default_hooks.checkpoint.interval=1")
-    watch = user.engine._Watch
-    after = watch.after_train_iter
-
-    def stops(self, runner, **more) -> None:
-        if runner.iter == 3:
-            raise KeyboardInterrupt
-        after(self, runner, **more)
-
-    monkeypatch.setattr(watch, "after_train_iter", stops)
-    with pytest.raises(KeyboardInterrupt):
-        user.run("voc12aug-fcn-d16-30k", *options)
-    monkeypatch.undo()
-    with pytest.raises(UserError, match=r"stands at iteration 3 of 4: .* --resume"):
-        user.run("voc12aug-fcn-d16-30k", *options, eval_only=True)
-    flip_a_bit(user.output / "iter_3.pth")
-    (user.output / "last_checkpoint").write_text("iter_!.pth")
-    result = user.run("voc12aug-fcn-d16-30k", *options, resume=True)
-    assert re.search(
-        r"iter_3\.pth is not valid \(.*SHA-256.*from the state before, iter_2\.pth", capsys.readouterr().err
-    )
-    assert [json.loads(line)["step"] for line in result.curves.read_text().splitlines()] == [1, 2, 3, 4]
-    assert "resumed epoch: 0, iter: 2" in (user.output / "log.txt").read_text()
-    # The finished run continued once more has nothing to train and is evaluated.
-    assert user.run("voc12aug-fcn-d16-30k", *options, resume=True).metrics == result.metrics
-    _predictions_have_the_evaluations_iou(user, result.metrics["miou_percent"])
-
-
 def _predictions_have_the_evaluations_iou(user, miou: float) -> None:
     """Masks of a finished run for its validation pictures, given as anyone's, against the data set's own."""
     voc = next(user._tree.rglob("VOC2012"))
@@ -330,6 +289,7 @@ def test_two_processes_train_and_evaluate_together(user) -> None:
             assert not torch.equal(value, moved[name]), f"{name} was not trained"
     assert [json.loads(line)["step"] for line in together.curves.read_text().splitlines()] == [1, 2]
     assert user.run("voc12aug-fcn-d16-30k", *QUICK, eval_only=True).metrics == together.metrics
+    _predictions_have_the_evaluations_iou(user, together.metrics["miou_percent"])
 
 
 def test_iou_by_hand(user) -> None:

@@ -30,7 +30,7 @@ def publish(record: RunRecord, results: Path, *, media: Iterable[Path], curves: 
 
 
 def print_end(record: RunRecord, row: Protocol, backbone: Backbone, path: Path) -> None:
-    """Print `render_end`, where the record, its pictures and its curves are, and the command that shows it."""
+    """Print the numbers, where the record, its pictures and its curves are, and the command that shows it."""
     lines = [render_end(record, row, backbone), f"  record    {typed(path)}"]
     for what, names in (("pictures", record.media), ("curves", (record.curves,) if record.curves else ())):
         lines += [f"  {what:8}  {', '.join(typed(path.parent / name) for name in names)}"] if names else []

@@ -33,12 +33,8 @@ def find_images(path: Path) -> list[Path]:
 def features(weights: str | Path, images: Sequence[str | Path], *, size: int = SIZE) -> list[Tensor]:
     """(D, h, w) float32 of each image: the last stage of a ResNet with stride 16, the last patch tokens of a ViT.
 
-    Args:
-        weights: any checkpoint that `twist inspect` reads.
-        size: pixels of the longer side; both sides are rounded to whole patches of the map.
-
-    Raises:
-        UserError: the checkpoint or an image cannot be read.
+    `weights` is any checkpoint that `twist inspect` reads. `size` are the pixels of the longer side; both sides are
+    rounded to whole patches of the map.
     """
     extractor = _extractor(Path(weights))
     return [extractor.maps(_input(read_image(image), size, extractor))[0].cpu() for image in images]

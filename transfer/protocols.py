@@ -20,13 +20,9 @@ from twist.transfer.engines import Engine, all_engines
 
 @dataclass(frozen=True)
 class Protocol:
-    """One row. `engine` is a folder of `transfer/engines/`; `data` are rows of `catalog/data_sets.toml`.
-
-    `gpus` is the recipe's count (0: one process, CPU will do). `networks` are the kinds that it is made for.
-
-    `hours` is wall time on these `gpus` where we measured it, None where nobody here did. `tolerance` is the spread
-    from run to run, in percent points of the metrics.
-    """
+    """One row. `engine` is a folder of `transfer/engines/`; `data` are rows of `catalog/data_sets.toml`; `gpus` the
+    recipe's count (0: a CPU will do); `tolerance` the spread from run to run, in percent points of the metrics; `hours`
+    wall time where we measured it."""
 
     name: str
     engine: str

@@ -62,11 +62,9 @@ class Controls(Config):
 class Request:
     """A run as it is asked for; `gpus` is a node's, 0 means one process on the CPU.
 
-    `checkpoint` is None for random weights, whose header `random` is; `name` is what the record calls the weights, and
-    `method` what it calls the method, None to take what the weights say; `epochs` are those of a file that says none.
-    `overrides` are `key=value` on the engine's own config. `own` are the data of a card, which `data` then is the file
-    of; None on a data root. `data_name` says which data these are, wherever they lie (`catalog/before_run.py`), and
-    `sample` what sample they are. Records go to `results`.
+    `checkpoint` is None for random weights, whose header `random` is; `name` and `method` are the record's, None to
+    take what the weights say; `epochs` are those of a file that says none. `own` are the data of a card, whose file
+    `data` then is. `data_name` says which data these are, wherever they lie, and `sample` what sample.
     """
 
     protocol: Protocol
@@ -113,11 +111,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What will run: the engine's final config, the record's recipe, the plan's text.
-
-    `recipe` is JSON-able and holds what decides the number but no weights, path or seed. A run is `reduced` when it is
-    not the protocol's own: published numbers are no peers of it.
-    """
+    """What will run. `recipe` is JSON-able and holds what decides the number but no weights, path or seed; what is
+    `reduced` is not the protocol's own, and published numbers are no peers of it."""
 
     config: Any
     recipe: dict[str, Any]
@@ -141,10 +136,7 @@ class Result:
 
 
 def split_overrides(overrides: Sequence[str], *, in_epochs: bool = False) -> tuple[Controls, tuple[str, ...]]:
-    """Our controls, and what remains for the engine's own config, in order.
-
-    `epochs` is the engine's own key where its recipes are counted `in_epochs`.
-    """
+    """Our controls, and what remains for the engine's own config, to which `epochs` belongs where it is `in_epochs`."""
     ours: dict[str, Any] = {}
     theirs = []
     for override in overrides:

@@ -45,12 +45,8 @@ def run_suite(
 ) -> tuple[list[RunRecord], UserError | None]:
     """Run what is missing of the suite at `path`; the records of all jobs, and an error where runs failed twice.
 
-    `gpus` are the devices to use as torch numbers them: within CUDA_VISIBLE_DEVICES, where that is set (None: all there
-    are; empty: the CPU). With `dry_run` the plan is printed, for SLURM each job's script too, and nothing runs.
-
-    Raises:
-        UsageError: the file is wrong in any way; every problem at once, before anything starts.
-        UserError: runs under `results` or `output` were made on other data; the disk is full; SLURM or Ray is not here.
+    `gpus` are the devices to use as torch numbers them (None: all there are; empty: the CPU). With `dry_run` the plan
+    is printed, for SLURM each job's script too, and nothing runs. `UsageError` has every problem of the file at once.
     """
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # a suite has lines of its own
     suite = config.load_suite(path, data=data, download=not dry_run)
