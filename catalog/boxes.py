@@ -5,6 +5,7 @@ COCO: cocodataset.org/#format-data. VOC: the development kit's annotations (pixe
 one line an object, `class x y width height` (centre, shares of the image) or `class x1 y1 x2 y2 …` (an outline).
 """
 
+import math
 import os
 import re
 import xml.etree.ElementTree as ElementTree
@@ -170,13 +171,14 @@ def _boxes(images: list[dict[str, Any]], classes: Iterable[str], found: Counter[
 
 Id = int | float | str
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Side = Annotated[int, Field(ge=0, le=2**31)]
 
 
 class _Image(TypedDict):
     id: Id
     file_name: str
-    width: NotRequired[int | None]
-    height: NotRequired[int | None]
+    width: NotRequired[Side | None]
+    height: NotRequired[Side | None]
 
 
 class _Annotation(TypedDict):
@@ -342,7 +344,7 @@ def yolo_names(file: Path) -> tuple[str, ...]:
     import yaml
 
     try:
-        names = yaml.safe_load(files.read_text(file))["names"]
+        names = yaml.safe_load(files.read_yaml(file))["names"]
         return tuple(str(names[key]) for key in sorted(names)) if isinstance(names, dict) else tuple(map(str, names))
     except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
@@ -367,6 +369,8 @@ def _yolo_boxes(pairs: Iterable[tuple[Path, Path]], names: tuple[str, ...]) -> B
 def _yolo_object(line: str, path: Path, names: Sequence[str], size: tuple[int, int]) -> dict[str, Any]:
     try:
         values = [float(word) for word in line.split()]
+        if not all(map(math.isfinite, values)):
+            raise ValueError("a number is not finite")
         category = int(values[0])
         if category != values[0] or not 0 <= category < len(names) or len(values) < 5:
             raise ValueError(f"classes are 0 to {len(names) - 1}, and 4 or more numbers follow")

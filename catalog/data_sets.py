@@ -152,8 +152,8 @@ class _SampleFile(BaseModel):
     model_config = ConfigDict(strict=True)
     classes: list[str] = Field(min_length=1)
     counts: dict[str, int] = Field(default={})
-    source: str = ""
-    size: str = ""
+    source: str = Field(default="", pattern=r"^[\w .-]*$", max_length=100)
+    size: str = Field(default="", pattern=r"^[\w .-]*$", max_length=100)
     seed: int = Field(default=0, ge=0, le=MOST_SEED)
     format_version: int = 1
 

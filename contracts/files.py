@@ -7,8 +7,10 @@ parsed by pydantic's parser, which bounds the depth (200) and the digits of a nu
 import codecs
 import contextlib
 import hashlib
+import itertools
 import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from twist.contracts.errors import UserError
 # Bytes of a text that people or programs write; annotations, curves and lists of images may have more.
 MOST_TEXT: Final = 256 * 2**20
 MOST_DATA: Final = 4 * 2**30
+MOST_LEVELS, MOST_ALIASES = 64, 20
 
 
 def read_bytes(path: str | os.PathLike[str], *, remedy: str = "check the path", most: int = MOST_TEXT) -> bytes:
@@ -66,6 +69,15 @@ def read_text(
         return data.decode(errors=errors).replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no text in UTF-8 (from byte {error.start} on): {remedy}.") from None
+
+
+def read_yaml(path: str | os.PathLike[str], *, remedy: str = "check it") -> str:
+    """The text of a YAML file that its parser can read: aliases of aliases multiply, and each level is a call."""
+    text = read_text(path, remedy=remedy)
+    depth = max(itertools.accumulate(1 if mark in "[{" else -1 for mark in re.findall(r"[][{}]", text)), default=0)
+    if depth > MOST_LEVELS or len(re.findall(r"(?<![\w*])\*\w", text)) > MOST_ALIASES:
+        raise UserError(f"{path} has more than {MOST_LEVELS} levels or {MOST_ALIASES} aliases: write it plainly.")
+    return text
 
 
 def read_json(
