@@ -189,7 +189,7 @@ def find_card(data: Path | None, *, root: str | None = None) -> Card | None:
     path = data / CARD if data.is_dir() else data
     if data.parent == Path() and not data.exists() and (OURS / f"{data.stem}.toml").is_file():
         path = OURS / f"{data.stem}.toml"
-    if path.suffix != ".toml" or (data.is_dir() and not path.is_file()):
+    if path.suffix != ".toml" or (data.is_dir() and not (path.exists() or path.is_symlink())):
         if root is not None:
             raise UsageError(f"root={root} belongs to a data card, and {data} is none: name the card's .toml file.")
         return None

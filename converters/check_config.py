@@ -115,7 +115,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
         @classmethod
         def _open_cfg(cls, filename: str) -> io.StringIO:
             # Old configs compute anchor sizes with `!!python/object/apply:eval`; no setting that is checked is such.
-            text = files.read_text(config_file(filename), remedy="check the config")
+            text = files.read_yaml(config_file(filename), remedy="check the config")
             return io.StringIO(re.sub(r"!!python/\S+", "", text))
 
     return Reader.load_yaml_with_base(str(path))

@@ -266,10 +266,15 @@ def _join_haiku(value: dict[str, Any]) -> dict[str, Any]:
     networks: dict[str, Any] = {"online": {}, "target": {}}
     for network, state in networks.items():
         for part in ("params", "state"):
-            for module, leaves in (experiment.get(f"{network}_{part}") or {}).items():
+            modules = experiment.get(f"{network}_{part}")
+            for module, leaves in modules.items() if isinstance(modules, dict) else ():
                 # `hidden` and `counter` belong to the running mean's own bookkeeping; `average` is the statistic.
-                kept = {leaf: tensor for leaf, tensor in leaves.items() if leaf not in ("hidden", "counter")}
-                state |= {_haiku_name(module, leaf): tensor for leaf, tensor in kept.items()}
+                kept = leaves.items() if isinstance(leaves, dict) else ()
+                state |= {
+                    _haiku_name(str(module), str(leaf)): tensor
+                    for leaf, tensor in kept
+                    if leaf not in ("hidden", "counter")
+                }
     return {**value, "experiment_state": networks}
 
 
