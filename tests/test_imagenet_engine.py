@@ -18,7 +18,7 @@ from twist.contracts.files import sha256_json
 from twist.contracts.metrics import check_metrics
 from twist.contracts.networks import build_backbone
 from twist.contracts.weights import Backbone
-from twist.measure.features import Extractor
+from twist.measure.features import FeatureFile
 from twist.transfer.engines.imagenet import engine
 from twist.transfer.engines.imagenet.engine import (
     Setup,
@@ -157,10 +157,8 @@ def test_runs_with_a_shared_folder_compute_features_once(
     tree: Path, weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed = []
-    write = Extractor._write
-    monkeypatch.setattr(
-        Extractor, "_write", lambda self, target, *how: (computed.append(target), write(self, target, *how))
-    )
+    fill = FeatureFile.fill
+    monkeypatch.setattr(FeatureFile, "fill", lambda self, *how: (computed.append(self), fill(self, *how)))
     shared = {"controls": Controls(shared=str(tmp_path / "shared"))}
     first, second = (measure("sample-knn", tree, weights, tmp_path / f"{seed}", seed=seed, **shared) for seed in (0, 1))
     assert len(computed) == 2  # train and val, by the first run alone

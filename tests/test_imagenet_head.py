@@ -100,5 +100,5 @@ def test_what_is_no_head_of_this_backbone_is_refused(trained: Trained, tmp_path:
     refuse({"model": network(backbone, {}, "head.")}, "holds the backbone but no head")
     shallow = {k: v for k, v in ours(head).items() if not k.startswith("hidden.3")}
     refuse({"model": network(backbone, shallow, "head.")}, "is not Linear–BN–act")
-    with pytest.raises(UserError, match="There is no checkpoint at"):
+    with pytest.raises(UserError, match="check the path"):
         read_head(tmp_path / "absent.pt", backbone, activation="relu")
