@@ -103,10 +103,11 @@ def build_backbone(
     if architecture in RESNETS:
         return ResNet(architecture, width)
     if architecture in ARCHITECTURES and is_vit(architecture):
-        from twist.contracts.vit import VisionTransformer  # timm: two seconds that a ResNet need not pay
+        from twist.contracts.vit import build_vit  # timm: two seconds that a ResNet need not pay
 
         whole = vit.model_dump() if vit else None
-        return VisionTransformer.described(architecture, image_size=image_size or 224, vit=whole, drop_path=drop_path)
+        network: nn.Module = build_vit(architecture, image_size=image_size or 224, vit=whole, drop_path=drop_path)
+        return network
     raise UserError(f"Unknown architecture {architecture}: known are {', '.join(ARCHITECTURES)}.")
 
 
@@ -118,7 +119,8 @@ def network_of(header: Backbone, tensors: Mapping[str, Tensor] | None = None, *,
     Raises:
         UserError: `tensors` are not exactly this architecture's (every missing, extra or misshapen name is counted).
     """
-    with torch.device("meta") if share else contextlib.nullcontext():
+    rotary = header.is_vit and header.transformer.rope_base is not None  # whose periods are in no state dict
+    with torch.device("meta") if share and not rotary else contextlib.nullcontext():
         network = build_backbone(header.architecture, width=header.width, image_size=header.image_size, vit=header.vit)
         if header.stride_in == "1x1":
             _move_strides_to_1x1(network)

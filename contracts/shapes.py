@@ -59,7 +59,9 @@ def _resnet(architecture: str, width: int) -> Named:
 
 
 def _vit(vit: Vit, patch: int, side: int) -> Named:
-    dim, halves = vit.embed_dim, 2 if vit.mlp == "swiglu" else 1
+    dim, halves, rope = vit.embed_dim, 2 if vit.mlp == "swiglu" else 1, vit.rope_base is not None
+    # Of the networks with rotary positions timm has other names, and no bias of the keys.
+    scales = ("gamma_1", "gamma_2") if rope else ("ls1.gamma", "ls2.gamma")
 
     def layer(name: str, *shape: int, bias: bool = True) -> Named:
         yield f"{name}.weight", shape
@@ -70,20 +72,25 @@ def _vit(vit: Vit, patch: int, side: int) -> Named:
         yield "cls_token", (1, 1, dim)
     if vit.registers:
         yield "reg_token", (1, vit.registers, dim)
-    yield "pos_embed", (1, side**2 + (vit.class_token + vit.registers) * vit.prefix_positions, dim)
+    if not rope:
+        yield "pos_embed", (1, side**2 + (vit.class_token + vit.registers) * vit.prefix_positions, dim)
     yield from layer("patch_embed.proj", dim, 3, patch, patch, bias=not vit.pre_norm)
     if vit.pre_norm:
         yield from layer("norm_pre", dim)
     for block in (f"blocks.{index}" for index in range(vit.depth)):
+        if rope and vit.layer_scale:
+            yield from ((f"{block}.{scale}", (dim,)) for scale in scales)
         yield from layer(f"{block}.norm1", dim)
-        yield from layer(f"{block}.attn.qkv", 3 * dim, dim, bias=vit.qkv_bias)
+        if rope and vit.qkv_bias:
+            yield from ((f"{block}.attn.{part}_bias", (dim,)) for part in "qv")
+        yield from layer(f"{block}.attn.qkv", 3 * dim, dim, bias=vit.qkv_bias and not rope)
         yield from layer(f"{block}.attn.proj", dim, dim)
-        if vit.layer_scale:
-            yield f"{block}.ls1.gamma", (dim,)
+        if vit.layer_scale and not rope:
+            yield f"{block}.{scales[0]}", (dim,)
         yield from layer(f"{block}.norm2", dim)
         yield from layer(f"{block}.mlp.fc1", halves * vit.mlp_features, dim)
         yield from layer(f"{block}.mlp.fc2", dim, vit.mlp_features)
-        if vit.layer_scale:
-            yield f"{block}.ls2.gamma", (dim,)
+        if vit.layer_scale and not rope:
+            yield f"{block}.{scales[1]}", (dim,)
     if vit.final_norm:
         yield from layer("norm", dim)

@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm, Mlp, SwiGLUPacked
+from timm.models import eva
 from timm.models import vision_transformer as timm
 from torch import Tensor, nn
 
@@ -20,45 +21,11 @@ from twist.contracts.weights import Resize, Vit, stem_of, usual_vit
 OFFSET: Final = 0.1
 
 
-class VisionTransformer(timm.VisionTransformer):
-    """timm's network without a classifier; `forward(images (B, 3, H, W))` gives (B, D), for images of any size."""
+class PatchFeatures:
+    """What the networks of this suite have beside timm's: patch features by the names of blocks."""
 
-    def __init__(self, vit: Vit, *, patch_size: int, image_size: int, drop_path: float = 0.0) -> None:
-        halves = 2 if vit.mlp == "swiglu" else 1
-        super().__init__(
-            img_size=image_size,
-            patch_size=patch_size,
-            num_classes=0,
-            global_pool=vit.pooling,
-            fc_norm=False,
-            embed_dim=vit.embed_dim,
-            depth=vit.depth,
-            num_heads=vit.heads,
-            # timm takes the integer part of ratio × dimension: the half keeps rounding away from it.
-            mlp_ratio=(halves * vit.mlp_features + 0.5) / vit.embed_dim,
-            mlp_layer=SwiGLUPacked if vit.mlp == "swiglu" else Mlp,  # type: ignore[arg-type]
-            act_layer=nn.SiLU if vit.mlp == "swiglu" else nn.GELU,
-            qkv_bias=vit.qkv_bias,
-            init_values=1e-5 if vit.layer_scale else None,  # DINOv2's (dinov2/configs/ssl_default_config.yaml)
-            class_token=vit.class_token,
-            reg_tokens=vit.registers,
-            no_embed_class=not vit.prefix_positions,
-            pre_norm=vit.pre_norm,
-            final_norm=vit.final_norm,
-            norm_layer=partial(LayerNorm, eps=vit.norm_eps),
-            dynamic_img_size=True,
-            drop_path_rate=drop_path,
-        )
-        self.resize: Resize = vit.resize
-
-    @classmethod
-    def described(
-        cls, architecture: str, *, image_size: int = 224, vit: Mapping[str, Any] | None = None, drop_path: float = 0.0
-    ) -> "VisionTransformer":
-        """The network that a header's fields of these names describe; `ValueError` where `vit` is no description."""
-        whole = usual_vit(architecture) if vit is None else Vit.model_validate(dict(vit))
-        patch = int(stem_of(architecture).removeprefix("patch"))
-        return cls(whole, patch_size=patch, image_size=image_size, drop_path=drop_path)
+    blocks: nn.Sequential
+    norm: nn.Module
 
     def chosen(self, blocks: Sequence[int]) -> tuple[int, ...]:
         """Blocks in order, counted from 0; negative ones from the end. `ValueError` for one that is not there."""
@@ -74,13 +41,79 @@ class VisionTransformer(timm.VisionTransformer):
         names = names or known[-1:]
         check_names(names, known)
         indices = sorted({known.index(name) for name in names})
-        maps: Any = self.forward_intermediates(
+        maps: Any = self.forward_intermediates(  # type: ignore[attr-defined]
             images, indices=indices, norm=False, stop_early=True, output_fmt="NCHW", intermediates_only=True
         )
         found: dict[str, Tensor] = {known[index]: map_ for index, map_ in zip(indices, maps, strict=True)}
         if final_norm and known[-1] in found:
             found[known[-1]] = self.norm(found[known[-1]].permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
         return {name: found[name] for name in names}
+
+
+def build_vit(
+    architecture: str, *, image_size: int = 224, vit: Mapping[str, Any] | None = None, drop_path: float = 0.0
+) -> Any:
+    """The network that a header's fields of these names describe, without a classifier, randomly initialised.
+
+    `forward(images (B, 3, H, W))` gives (B, D), for images of any size; `ValueError` where `vit` is no description.
+    """
+    whole = usual_vit(architecture) if vit is None else Vit.model_validate(dict(vit))
+    halves = 2 if whole.mlp == "swiglu" else 1
+    arguments: dict[str, Any] = {
+        "img_size": image_size,
+        "patch_size": int(stem_of(architecture).removeprefix("patch")),
+        "num_classes": 0,
+        "global_pool": whole.pooling,
+        "embed_dim": whole.embed_dim,
+        "depth": whole.depth,
+        "num_heads": whole.heads,
+        # timm takes the integer part of ratio × dimension: the half keeps rounding away from it.
+        "mlp_ratio": (halves * whole.mlp_features + 0.5) / whole.embed_dim,
+        "qkv_bias": whole.qkv_bias,
+        "init_values": 1e-5 if whole.layer_scale else None,  # DINOv2's (dinov2/configs/ssl_default_config.yaml)
+        "class_token": whole.class_token,
+        "norm_layer": partial(LayerNorm, eps=whole.norm_eps),
+        "dynamic_img_size": True,
+        "drop_path_rate": drop_path,
+    }
+    if whole.rope_base is not None:
+        return RotaryVisionTransformer(
+            **arguments
+            | {
+                "mlp_ratio": (whole.mlp_features + 0.5) / whole.embed_dim,
+                "swiglu_mlp": whole.mlp == "swiglu",
+                "num_reg_tokens": whole.registers,
+                "use_abs_pos_emb": False,
+                "use_rot_pos_emb": True,
+                "rope_type": "dinov3",
+                "rope_temperature": whole.rope_base,
+                "rope_rotate_half": True,
+                "use_post_transformer_norm": whole.final_norm,
+                "use_fc_norm": False,
+            }
+        )
+    network = VisionTransformer(
+        **arguments,
+        mlp_layer=SwiGLUPacked if whole.mlp == "swiglu" else Mlp,  # type: ignore[arg-type]
+        act_layer=nn.SiLU if whole.mlp == "swiglu" else nn.GELU,
+        reg_tokens=whole.registers,
+        no_embed_class=not whole.prefix_positions,
+        pre_norm=whole.pre_norm,
+        final_norm=whole.final_norm,
+        fc_norm=False,
+    )
+    network.resize = whole.resize
+    return network
+
+
+class RotaryVisionTransformer(PatchFeatures, eva.Eva):  # type: ignore[misc]
+    """timm's network of DINOv3."""
+
+
+class VisionTransformer(PatchFeatures, timm.VisionTransformer):  # type: ignore[misc]
+    """timm's network whose position table is resized as the header says."""
+
+    resize: Resize = "antialias"
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Patches (B, H, W, D) → tokens with their positions (B, prefix + H·W, D)."""

@@ -69,6 +69,13 @@ class Vit(Config):
     # How the position table is interpolated (bicubic) for other image sizes: with antialiasing (timm), without (MAE,
     # MMSegmentation, Detectron2), or without and by the scale (n + 0.1) / N (DINO, iBOT, DINOv2, TWIST as published).
     resize: Resize = "antialias"
+    # DINOv3: rotary positions on patch centres from -1 to 1 with this longest period, and no table.
+    rope_base: float | None = Field(default=None, gt=0)
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Descriptions without rotary positions are those of before the field, byte for byte.
+        return {key: value for key, value in dump(self).items() if key != "rope_base" or value is not None}
 
     @model_validator(mode="after")
     def _consistent(self) -> Vit:
@@ -214,6 +221,8 @@ class Backbone(Config):
         name = self.architecture + (f"w{self.width}" if self.width > 1 else "")
         if self.vit is None:
             return name
+        if self.vit.rope_base:
+            return name + "_rope" + (f"_reg{self.vit.registers}" if self.vit.registers else "")
         if self.vit.heads != usual_vit(name).heads:
             name += f"_heads{self.vit.heads}"
         return name + (f"_reg{self.vit.registers}" if self.vit.registers else "")

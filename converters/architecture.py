@@ -19,7 +19,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 PATCHES = (8, 14, 16, 32)
 # Fields of a ViT's description that no shape gives.
-UNSEEN = {"heads", "positions", "norm_eps", "resize", "pooling"}
+UNSEEN = {"heads", "positions", "norm_eps", "resize", "pooling", "rope_base"}
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,7 @@ def _vit_of(arrays: Arrays, where: str) -> dict[str, Any]:
     """
     axes = arrays["patch_embed.proj.weight"].shape
     dimension, patch = (axes[0], axes[2]) if len(axes) == 4 else (0, 0)
+    rope = "pos_embed" not in arrays and "blocks.0.gamma_1" in arrays  # DINOv3, as timm names it
     size = VIT_SIZES.get(dimension)
     if size is None or patch not in PATCHES:
         sizes = ", ".join(f"{name} ({features})" for features, name in VIT_SIZES.items())
@@ -144,25 +145,27 @@ def _vit_of(arrays: Arrays, where: str) -> dict[str, Any]:
         )
     class_token = "cls_token" in arrays
     registers = arrays["reg_token"].shape[1] if "reg_token" in arrays else 0
-    side, prefix_positions = _table(arrays, class_token, registers, where)
+    side, prefix_positions = (14, False) if rope else _table(arrays, class_token, registers, where)
     first, second = (arrays.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
     features = second.shape[1] if second is not None and second.ndim == 2 else 4 * dimension
     usual = usual_vit(f"vit_{size}_patch{patch}")
     vit = Vit(
         embed_dim=dimension,
         depth=max(_blocks(arrays, "blocks."), 1),
-        heads=usual.heads if dimension == usual.embed_dim else 16,  # 1408: Zhai et al. 2022
+        # 1408: Zhai et al. 2022; 64 features a head: dinov3/models/vision_transformer.py
+        heads=dimension // 64 if rope else usual.heads if dimension == usual.embed_dim else 16,
         mlp_features=features,
         mlp="swiglu" if first is not None and first.shape[0] == 2 * features else "gelu",
         class_token=class_token,
         registers=registers,
-        layer_scale="blocks.0.ls1.gamma" in arrays,
-        qkv_bias="blocks.0.attn.qkv.bias" in arrays,
-        positions="learned" if sincos(arrays["pos_embed"]) is None else "sincos",
+        layer_scale="blocks.0.ls1.gamma" in arrays or rope,
+        qkv_bias="blocks.0.attn.qkv.bias" in arrays or "blocks.0.attn.q_bias" in arrays,
+        positions="learned" if rope or sincos(arrays["pos_embed"]) is None else "sincos",
         prefix_positions=prefix_positions,
         pre_norm="norm_pre.weight" in arrays,
         final_norm="norm.weight" in arrays,
         pooling="token" if class_token else "avg",
+        **({"norm_eps": 1e-5, "rope_base": 100.0} if rope else {}),  # type: ignore[arg-type]
     )
     named = {"architecture": f"vit_{size}_patch{patch}", "width": 1, "stem": f"patch{patch}"}
     return {**named, "image_size": patch * side, "vit": vit}
@@ -208,35 +211,52 @@ def sincos(table: np.ndarray[Any, Any]) -> Literal["moco-v3", "mae"] | None:
     return "mae" if np.abs(square - np.concatenate([across, down], axis=2)).max() < 5e-3 else None
 
 
-# ---- Query, key and value: three matrices, or timm's one ------------------------------------------------------------
+# ---- Matrices that are apart in some files and one in timm's ---------------------------------------------------------
 
-_PARTS = re.compile(r"\.attn\.[qkv]\.")
+# Ending of a part, ending of the whole, and all parts in their order.
+_PARTS = {
+    f".{place}{part}.": (f".{place}{whole}.", tuple(f".{place}{one}." for one in parts))
+    for place, whole, parts in (("attn.", "qkv", "qkv"), ("mlp.", "fc1", ("fc1_g", "fc1_x")))
+    for part in parts
+}
+# A bias of query, key and value at once, of which DINOv3's networks have no key's (it is masked).
+_BIAS = ".attn.qkv_bias"
 
 
-def joined_name(name: str) -> str:
+def joined_names(name: str) -> tuple[str, ...]:
     """`blocks.0.attn.qkv.weight` for that of the query, key or value alone; other names as they are."""
-    return _PARTS.sub(".attn.qkv.", name)
+    if name.endswith(_BIAS):
+        return tuple(name.replace(_BIAS, f".attn.{part}_bias") for part in "qv")
+    whole = next((name.replace(part, whole) for part, (whole, _) in _PARTS.items() if part in name), name)
+    return (whole,)
 
 
 def joined(arrays: Mapping[str, Any]) -> Arrays:
-    """The same with query, key and value of each block in timm's one matrix; what lacks one of them stays apart."""
+    """The same with each block's parts in timm's one matrix; what lacks one of them stays apart."""
     whole = {}
     for name, array in arrays.items():
-        parts = [arrays.get(_PARTS.sub(f".attn.{part}.", name)) for part in "qkv"]
-        if joined_name(name) == name or any(part is None for part in parts):
+        if name.endswith(_BIAS):
+            third = len(array) // 3
+            whole |= dict(zip(joined_names(name), (array[:third], array[2 * third :])))
+            continue
+        part = next((part for part in _PARTS if part in name), None)
+        pieces = [arrays.get(name.replace(part, other)) for other in _PARTS[part][1]] if part else []
+        if not part or any(piece is None for piece in pieces):
             whole[name] = array
-        elif array is parts[0]:
-            whole[joined_name(name)] = np.concatenate(parts)  # type: ignore[arg-type]
+        elif array is pieces[0]:
+            whole[joined_names(name)[0]] = np.concatenate(pieces)  # type: ignore[arg-type]
     return whole
 
 
-def split(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `joined`, of arrays or tensors."""
+def split(arrays: Mapping[str, Any], *, gates: bool = False) -> dict[str, Any]:
+    """The inverse of `joined` for query, key and value, and with `gates` for SwiGLU's; of arrays or tensors."""
     apart: dict[str, Any] = {}
+    wholes = {whole: parts for whole, parts in _PARTS.values() if gates or "attn" in whole}
     for name, array in arrays.items():
-        third = len(array) // 3 if ".attn.qkv." in name else 0
-        for index, part in enumerate("qkv") if third else ():
-            apart[name.replace(".attn.qkv.", f".attn.{part}.")] = array[index * third : (index + 1) * third]
-        if not third:
-            apart[name] = array
+        whole = next((whole for whole in wholes if whole in name), None)
+        parts = wholes[whole] if whole else ("",)
+        size = len(array) // len(parts) if whole else 0
+        for index, part in enumerate(parts):
+            piece = array[index * size : (index + 1) * size] if whole else array
+            apart[name.replace(whole, part) if whole else name] = piece
     return apart

@@ -43,7 +43,7 @@ _METHODS = (
 )
 _DATA = r"(reg\d*|imagenet\w*|in\d+k?|cifar\d*|coco|pretrain(ed|ing)?|[rs]gb|\d+e(p|pochs?)?)"
 _HARMLESS = re.compile(
-    rf"(tv|gluon|torchvision|timm|facebookresearch|facebook|microsoft|backbone|encoder|v1b|{_METHODS}|{_DATA})"
+    rf"(tv|gluon|torchvision|timm|facebookresearch|facebook|microsoft|backbone|encoder|v1b|qkvb|{_METHODS}|{_DATA})"
 )
 _DENSE_WORDS = re.compile(
     r"(fcn|deeplab(v3)?(plus)?|lraspp|(mask|faster|keypoint|cascade)_?rcnn|retinanet|fpn|unet|upernet|pspnet|r)"
@@ -51,7 +51,7 @@ _DENSE_WORDS = re.compile(
 _RESNET = re.compile(r"resnet[-_]?(\d+)?(?:[-_]?(?:w|x)[124]|[-_]?[124]x)?")
 _VIT = re.compile(
     r"(vit|deit|vision_?transformer)[-_]?"
-    r"((t|ti|tiny|s|small|b|base|l|large|h|huge|g|giant)(?![a-z]))?[-_]?((patch|p)?[-_]?\d+)?([-_]?\d+)*"
+    r"((t|ti|tiny|s|small|b|base|l|large|h|huge|g|giant)(?![a-z]))?([-_]plus)?[-_]?((patch|p)?[-_]?\d+)?([-_]?\d+)*"
 )
 
 
@@ -173,7 +173,9 @@ def huggingface(contents: Contents) -> dict[str, Any]:
             f"{', '.join(sources.HUGGINGFACE)} are converted."
         )
     for key, values in _HUGGINGFACE.items():
-        if config.get(key, values[0]) not in values:
+        if config.get(key, values[0]) not in (
+            ("silu",) if config.get("use_gated_mlp") and key == "hidden_act" else values
+        ):
             raise UserError(
                 f"{contents.path}: its config.json sets {key} to {config[key]}, another network than the plain {kind} "
                 "that is built here; it is not converted."
@@ -197,6 +199,10 @@ _MOCO_V3 = re.compile(r"moco[-_]?v3", re.IGNORECASE)
 _USUAL = re.compile(r"\b(?:mae_)?(?:vit|deit3?)_(tiny|small|base|large|huge)_patch\d+")
 # In mmengine's text of a config: what our backbone for MMSegmentation was built with.
 _VIT_TEXT = re.compile(r"\bvit=(dict\([^()]*\))")
+
+
+# Fields of a network with rotary positions, and Hugging Face's names.
+_ROPE = {"rope_base": "rope_theta", "norm_eps": "layer_norm_eps"}
 
 
 class HeadsUnknownError(UserError):
@@ -227,13 +233,16 @@ def described(
     if own is not None and own.model_dump(exclude=UNSEEN) == vit.model_dump(exclude=UNSEEN):
         return own
     if heads is None:
-        said = _evidence(contents, layout, vit, table)
-        if len(said) != 1:
-            raise HeadsUnknownError(_question(str(contents.path), vit, said), vit.heads)
-        heads = next(iter(said))
-    epsilon = contents.beside.get("config.json", {}).get("layer_norm_eps", layout.norm_eps)
+        evidence = _evidence(contents, layout, vit, table)
+        if len(evidence) != 1:
+            raise HeadsUnknownError(_question(str(contents.path), vit, evidence), vit.heads)
+        heads = next(iter(evidence))
+    config = contents.beside.get("config.json", {})
+    said = {"resize": layout.resize, "norm_eps": config.get("layer_norm_eps", layout.norm_eps)}
+    if vit.rope_base:
+        said = {key: config.get(name, getattr(vit, key)) for key, name in _ROPE.items()}
     try:
-        vit = Vit.model_validate({**vit.model_dump(), "heads": heads, "resize": layout.resize, "norm_eps": epsilon})
+        vit = Vit.model_validate({**vit.model_dump(), **said, "heads": heads})
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"{contents.path}: {reason}: say another number of --heads, or mend config.json.") from None
@@ -260,20 +269,23 @@ def _evidence(contents: Contents, layout: Layout, vit: Vit, table: Any) -> dict[
     def named(settings: str) -> set[int]:
         if _MOCO_V3.search(settings) and vit.embed_dim in _MOCO_V3_SIZES:
             return {MOCO_V3_HEADS}
+        if vit.rope_base:
+            return {vit.heads} if "dinov3" in settings else set()
         usual = {VITS[size] for size in _USUAL.findall(settings)}
         return {heads for dimension, _, heads, _ in usual if dimension == vit.embed_dim}
 
     inside = {"its settings": _text(contents.value), "config.json": _text(contents.hub)}
     beside = {place: _text(settings) for place, settings in contents.beside.items()}
     by_layout = {layout.vit_heads or vit.heads: f"the layout {layout.name}"}
+    known = layout.heads_known or layout.vit_heads or (vit.rope_base and layout.method == "dinov3")
     kinds = [
         {heads: place for place, settings in inside.items() for heads in numbers(settings)},
-        by_layout if layout.heads_known or layout.vit_heads else {},
+        by_layout if known else {},
         {heads: place for place, settings in inside.items() for heads in named(settings)},
         {heads: place for place, settings in beside.items() for heads in numbers(settings)},
         {heads: place for place, settings in beside.items() for heads in named(settings)},
     ]
-    if vit.embed_dim in _MOCO_V3_SIZES and sincos(table) == "moco-v3":
+    if table is not None and vit.embed_dim in _MOCO_V3_SIZES and sincos(table) == "moco-v3":
         kinds.append({MOCO_V3_HEADS: "the position table"})
     return next(filter(None, kinds), {})
 

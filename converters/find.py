@@ -21,7 +21,7 @@ from twist.converters.architecture import Arrays, Network, assemble, known_netwo
 from twist.converters.evidence import hub_pixels, trained_for
 from twist.converters.open import Contents
 from twist.converters.sources import ANYWHERE, Branch, Layout, matches
-from twist.converters.tables import DETECTRON2, MMSEG_VIT, TABLES, TIMM_VIT, TORCHVISION, VIT_TABLES
+from twist.converters.tables import DETECTRON2, MMSEG_VIT, TABLES, TIMM_ROPE, TIMM_VIT, TORCHVISION, VIT_TABLES
 
 Entry = tuple[str, ...]
 # This suite's own files: the header travels inside, so that the way back is exact.
@@ -36,7 +36,7 @@ CONVERTED = Layout(
             (("state_dict",), ""),
         )
     ),
-    tables=(DETECTRON2, TORCHVISION, MMSEG_VIT, TIMM_VIT),
+    tables=(DETECTRON2, TORCHVISION, MMSEG_VIT, TIMM_ROPE, TIMM_VIT),
 )  # fmt: skip
 
 

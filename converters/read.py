@@ -21,7 +21,7 @@ from twist.contracts.errors import UsageError, UserError, did_you_mean
 from twist.contracts.record import check_label
 from twist.contracts.weights import METADATA_KEY, Backbone, read_header
 from twist.converters import sources
-from twist.converters.architecture import UNSEEN, Arrays, Network, assemble, joined_name
+from twist.converters.architecture import UNSEEN, Arrays, Network, assemble, joined_names
 from twist.converters.evidence import (
     contradiction,
     described,
@@ -134,8 +134,9 @@ def read_source(
         check_values(arrays, where)
     names: dict[str, str] = {}
     for name, step in network.steps.items():
-        whole, name = joined_name(step.name), found.branch.prefix + name
-        names[whole] = f"{names[whole]} + {name}" if whole in names else name
+        for whole in joined_names(step.name):
+            place = found.branch.prefix + name
+            names[whole] = f"{names[whole]} + {place}" if whole in names else place
     return Source(
         arrays=arrays,
         backbone=header if method is None else header.model_copy(update={"method": method}),
@@ -205,7 +206,7 @@ def _header(contents: Contents, found: Found, network: Network, heads: int | Non
             raise UserError(f"{where} says that it has {header.transformer.heads} heads: leave --heads away.")
         own = layout is CONVERTED or in_config is not None
         return header if own else header.model_copy(update=place)
-    vit = shape["vit"] and described(shape, heads, contents, layout, network.arrays["pos_embed"])
+    vit = shape["vit"] and described(shape, heads, contents, layout, network.arrays.get("pos_embed"))
     pixels = (hub_pixels(contents) if layout.name == "timm" else None) or layout.pixels
     epoch = contents.value.get("epoch")
     fields: dict[str, Any] = {"stride_in": layout.stride_in, "method": method_of(contents, layout)}

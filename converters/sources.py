@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 from twist.contracts.config import Config
 from twist.contracts.rename import Table
 from twist.contracts.weights import IMAGENET_MEAN, IMAGENET_STD, Resize
-from twist.converters.tables import TABLES, TIMM_VIT, TORCHVISION
+from twist.converters.tables import TABLES, TIMM_ROPE, TIMM_VIT, TORCHVISION
 
 
 class Place(TypedDict, total=False):
@@ -68,7 +68,7 @@ class Layout(Config):
     heads: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     entries: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = (TORCHVISION, TIMM_VIT)
+    tables: tuple[Table, ...] = (TORCHVISION, TIMM_ROPE, TIMM_VIT)
     pixels: Pixels = Pixels()
     stride_in: Literal["3x3", "1x1"] = "3x3"
     padding: Literal["symmetric", "same"] = "symmetric"

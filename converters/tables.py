@@ -210,8 +210,80 @@ HUGGINGFACE_DINOV2_SWIGLU = Table(
 DEIT_DISTILLED = Table(
     "deit-distilled", (*(row for row in TIMM_VIT.rows if row[1] != "reg_token"), ("tensor", "dist_token", "reg_token"))
 )
+# DINOv3: timm's names, which are EVA's (the first row is what only these networks have), its authors' (dinov3
+# models/vision_transformer.py @6876159, whose bias of the keys is masked), and transformers' (5.24).
+_DINOV3 = tuple(row for row in _TIMM if row[1] not in ("pos_embed", "blocks.{}.attn.qkv"))
+_ROPE: Rows = (
+    *_DINOV3,
+    ("tensor", "blocks.{}.attn.qkv.weight", "blocks.{}.attn.qkv.weight"),
+)
+TIMM_ROPE = Table(
+    "timm-rope",
+    (
+        *(("tensor", f"blocks.{{}}.gamma_{n}", f"blocks.{{}}.gamma_{n}") for n in (1, 2)),
+        *_ROPE,
+        ("tensor", "reg_token", "reg_token"),
+        *(("tensor", f"blocks.{{}}.attn.{part}_bias", f"blocks.{{}}.attn.{part}_bias") for part in "qv"),
+        *(("linear", f"blocks.{{}}.mlp.fc1_{part}", f"blocks.{{}}.mlp.fc1_{part}") for part in "gx"),
+    ),
+)
+DINOV3 = Table(
+    "dinov3",
+    (
+        ("tensor", "storage_tokens", "reg_token"),
+        *(("tensor", f"blocks.{{}}.ls{n}.gamma", f"blocks.{{}}.gamma_{n}") for n in (1, 2)),
+        *(row for row in _ROPE if ".mlp.fc2" not in row[1]),
+        ("linear", "blocks.{}.mlp.fc2", "blocks.{}.mlp.fc2"),
+        ("tensor", "blocks.{}.attn.qkv.bias", "blocks.{}.attn.qkv_bias"),
+    ),
+)
+DINOV3_SWIGLU = Table(
+    "dinov3-swiglu",
+    (
+        *(("linear", f"blocks.{{}}.mlp.w{n}", f"blocks.{{}}.mlp.{ours}") for n, ours in ((1, "fc1_g"), (2, "fc1_x"))),
+        ("linear", "blocks.{}.mlp.w3", "blocks.{}.mlp.fc2"),
+        *(row for row in DINOV3.rows if ".mlp." not in row[1]),
+    ),
+)
+_HUGGINGFACE_DINOV3: Rows = (
+    ("linear", "embeddings.patch_embeddings", "patch_embed.proj"),
+    ("tensor", "embeddings.cls_token", "cls_token"),
+    ("tensor", "embeddings.register_tokens", "reg_token"),
+    *(("scale", f"layer.{{}}.norm{n}", f"blocks.{{}}.norm{n}") for n in (1, 2)),
+    *(("tensor", f"layer.{{}}.layer_scale{n}.lambda1", f"blocks.{{}}.gamma_{n}") for n in (1, 2)),
+    *(("tensor", f"layer.{{}}.attention.{part}_proj.weight", f"blocks.{{}}.attn.{part}.weight") for part in "qkv"),
+    *(("tensor", f"layer.{{}}.attention.{part}_proj.bias", f"blocks.{{}}.attn.{part}_bias") for part in "qv"),
+    ("linear", "layer.{}.attention.o_proj", "blocks.{}.attn.proj"),
+    ("linear", "layer.{}.mlp.down_proj", "blocks.{}.mlp.fc2"),
+    ("scale", "norm", "norm"),
+)
+
+HUGGINGFACE_DINOV3 = Table(
+    "huggingface-dinov3", (*_HUGGINGFACE_DINOV3, ("linear", "layer.{}.mlp.up_proj", "blocks.{}.mlp.fc1"))
+)
+HUGGINGFACE_DINOV3_SWIGLU = Table(
+    "huggingface-dinov3-swiglu",
+    (
+        ("linear", "layer.{}.mlp.gate_proj", "blocks.{}.mlp.fc1_g"),
+        ("linear", "layer.{}.mlp.up_proj", "blocks.{}.mlp.fc1_x"),
+        *_HUGGINGFACE_DINOV3,
+    ),
+)
 
 _RESNETS = (TORCHVISION, DETECTRON2, SEQUENTIAL, HUGGINGFACE_RESNET, SIMCLR_V2, HAIKU, CAFFE2)
 _HUGGINGFACE_VITS = (HUGGINGFACE_VIT, HUGGINGFACE_DINOV2, HUGGINGFACE_DINOV2_SWIGLU)
-VIT_TABLES = (MMSEG_VIT, MMPRETRAIN_VIT, TIMM_VIT, DINOV2, DINOV2_SWIGLU, DEIT_DISTILLED, *_HUGGINGFACE_VITS)
+VIT_TABLES = (
+    TIMM_ROPE,
+    DINOV3_SWIGLU,
+    DINOV3,
+    HUGGINGFACE_DINOV3_SWIGLU,
+    HUGGINGFACE_DINOV3,
+    MMSEG_VIT,
+    MMPRETRAIN_VIT,
+    TIMM_VIT,
+    DINOV2,
+    DINOV2_SWIGLU,
+    DEIT_DISTILLED,
+    *_HUGGINGFACE_VITS,
+)
 TABLES = {table.name: table for table in (*_RESNETS, *VIT_TABLES)}

@@ -16,7 +16,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 from torch import Tensor
 
-from twist.contracts import vit as networks
+from twist.contracts.vit import build_vit
 
 
 class VisionTransformer(Backbone):  # type: ignore[misc]
@@ -33,9 +33,7 @@ class VisionTransformer(Backbone):  # type: ignore[misc]
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.network = networks.VisionTransformer.described(
-            architecture, image_size=image_size, vit=vit, drop_path=drop_path_rate
-        )
+        self.network = build_vit(architecture, image_size=image_size, vit=vit, drop_path=drop_path_rate)
         self.blocks = self.network.chosen(out_blocks)
         self.final_norm = final_norm
         self.patch = self.network.patch_embed.patch_size[0]

@@ -16,7 +16,7 @@ from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from twist.contracts import vit as networks
+from twist.contracts.vit import build_vit
 
 
 @MODELS.register_module(name="TwistVisionTransformer")
@@ -35,9 +35,7 @@ class VisionTransformer(BaseModule):  # type: ignore[misc]
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        self.network = networks.VisionTransformer.described(
-            architecture, image_size=image_size, vit=vit, drop_path=drop_path_rate
-        )
+        self.network = build_vit(architecture, image_size=image_size, vit=vit, drop_path=drop_path_rate)
         self.out_indices = self.network.chosen(out_indices)
         self.final_norm = final_norm
 

@@ -98,7 +98,6 @@ def test_joined_and_split_are_inverse() -> None:
         ({"model_type": "regnet"}, "is a regnet of Hugging Face transformers, a RegNet; of that library resnet, vit"),
         ({"model_type": "beit"}, "relative positions"),
         ({"model_type": "data2vec-vision"}, "relative positions"),
-        ({"model_type": "dinov3_vit"}, "rotary positions"),
         ({"model_type": "convnext"}, "ConvNeXt"),
         ({"model_type": "clip"}, "norm before its blocks"),
         ({"model_type": "somebodys"}, "not described here"),
@@ -152,6 +151,13 @@ OWN: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "DINOv2": ("Dinov2Model", {"patch_size": 14, "image_size": 56}, "dinov2", "vit_tiny_patch14"),
     "SwiGLU": ("Dinov2Model", {"use_swiglu_ffn": True}, "dinov2", "vit_tiny_patch16"),
     "registers": ("Dinov2WithRegistersModel", {}, "dinov2", "vit_tiny_patch16_reg4"),
+    "DINOv3": ("DINOv3ViTModel", {"num_register_tokens": 4}, "dinov3", "vit_tiny_patch16_rope_reg4"),
+    "DINOv3+": (
+        "DINOv3ViTModel",
+        {"num_register_tokens": 4, "use_gated_mlp": True, "hidden_act": "silu", "rope_theta": 50.0},
+        "dinov3",
+        "vit_tiny_patch16_rope_reg4",
+    ),
 }
 
 
@@ -171,9 +177,11 @@ def test_transformers_own_vit_computes_what_is_read_of_it(case: str, tmp_path: P
     source = load_source(tmp_path / "hf")
     assert (source.backbone.method, source.backbone.display_name) == (method, name)
     base, patch = getattr(network, network.base_model_prefix, network), source.backbone.patch_size
+    if "DINOv3" in kind:
+        base = network
     for grid in ((network.config.image_size // patch,) * 2, (20, 12)):
         images = torch.randn(1, 3, grid[0] * patch, grid[1] * patch)
-        more: dict[str, Any] = {} if "Dinov2" in kind else {"interpolate_pos_encoding": True}
+        more: dict[str, Any] = {} if "Din" in kind or "DIN" in kind else {"interpolate_pos_encoding": True}
         if case == "MAE":  # in the order of the noise
             more["noise"] = torch.arange(grid[0] * grid[1])[None].float()
         with torch.inference_mode():
@@ -204,6 +212,8 @@ def test_transformers_own_resnet_computes_what_is_read_of_it(kind: str, tmp_path
 
 # ---- Targets ---------------------------------------------------------------------------------------------------------
 
+ROPE = {"rope_base": 100.0, "registers": 4, "layer_scale": True, "prefix_positions": False, "norm_eps": 1e-5}
+ROTARY = header(**ROPE, side=14)
 GIANT = header(layer_scale=True, mlp="swiglu", mlp_features=512)
 TO_HUB = {
     "ViT": (header(resize="plain"), "vit"),
@@ -213,6 +223,8 @@ TO_HUB = {
     "SwiGLU": (GIANT, "dinov2"),
     "registers": (header(registers=4, layer_scale=True, prefix_positions=False), "dinov2_with_registers"),
     "registers with positions": (header(registers=4, layer_scale=True), "dinov2_with_registers"),
+    "DINOv3": (ROTARY, "dinov3_vit"),
+    "DINOv3+": (header(**{**ROPE, "mlp": "swiglu", "qkv_bias": False}, side=14), "dinov3_vit"),
     "ResNet": (SMALL, "resnet"),
     "bottlenecks": (Backbone(architecture="resnet50", method="m", stride_in="1x1"), "resnet"),
 }

@@ -157,6 +157,53 @@ def test_the_published_recipes_resize_as_published() -> None:
     assert default.vit is None
 
 
+ROPE: dict[str, Any] = {
+    "rope_base": 100.0, "registers": 4, "layer_scale": True, "prefix_positions": False, "norm_eps": 1e-5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_dinov3s_own_files(mlp: str, tmp_path: Path) -> None:
+    """dinov3 models/vision_transformer.py: the bias of the keys is masked, and constants lie in the file."""
+    backbone = header(**ROPE, mlp=mlp, side=14)
+    state = drawn(backbone)
+    file: dict[str, Tensor] = {"mask_token": torch.zeros(1, 192), "rope_embed.periods": torch.ones(16)}
+    names = {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+    for name, tensor in state.items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        if mlp == "swiglu" and "mlp.fc1" in name:
+            file |= dict(zip((name.replace("fc1", "w1"), name.replace("fc1", "w2")), tensor.chunk(2)))
+        elif name.endswith("q_bias"):
+            value = state[name.replace("q_bias", "v_bias")]
+            file[name.replace("q_bias", "qkv.bias")] = torch.cat([tensor, torch.full((192,), float("nan")), value])
+            file[name.replace("q_bias", "qkv.bias_mask")] = torch.ones(576)
+        elif not name.endswith("v_bias"):
+            file[name.replace("fc2", "w3") if mlp == "swiglu" else name] = tensor
+    torch.save(file, tmp_path / "x.pth")
+    source = load_source(tmp_path / "x.pth")
+    assert (source.backbone.vit, source.backbone.method) == (backbone.vit, "dinov3")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in source.tensors.items())
+    assert source.names["blocks.0.attn.v_bias"] == "blocks.0.attn.qkv.bias"
+
+
+def test_timms_dinov3(tmp_path: Path) -> None:
+    import timm
+    from timm.models import save_for_hf
+
+    sizes = {"embed_dim": 192, "depth": 2, "num_heads": 3, "img_size": 64}
+    for name in ("vit_small_patch16_dinov3", "vit_small_plus_patch16_dinov3_qkvb"):
+        network = timm.create_model(name, num_classes=0, global_pool="token", **sizes).eval()
+        save_for_hf(network, str(tmp_path / name), safe_serialization=True)
+        source = load_source(tmp_path / name)
+        assert (source.backbone.method, source.backbone.transformer.heads) == ("dinov3", 3)
+        for size in ((64, 64), (320, 192)):
+            images = torch.randn(1, 3, *size)
+            with torch.inference_mode():
+                ours, theirs = network_of(source.backbone, source.tensors)(images), network(images)
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
 NETWORKS = {
     "twelve heads": header(heads=12),
     "registers": header(patch=14, registers=4, prefix_positions=False, layer_scale=True),
@@ -165,6 +212,8 @@ NETWORKS = {
     "no class token": header(patch=8, class_token=False, prefix_positions=True, pooling="avg"),
     "Hugging Face": header(norm_eps=1e-12, resize="plain"),
     "CLIP": header(pre_norm=True, norm_eps=1e-5, qkv_bias=False),
+    "rotary": header(**ROPE),
+    "rotary, gated": header(**{**ROPE, "mlp": "swiglu", "qkv_bias": False}),
 }
 
 

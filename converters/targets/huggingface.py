@@ -15,7 +15,7 @@ from twist.contracts import rename
 from twist.contracts.shapes import tensors_of
 from twist.contracts.weights import METADATA_KEY, RESNETS, Backbone, write_safetensors
 from twist.converters import tables
-from twist.converters.architecture import joined_name, split
+from twist.converters.architecture import joined_names, split
 from twist.converters.proof import ProofError
 from twist.converters.targets import Stages, Target, quoted
 
@@ -29,6 +29,7 @@ _CLASSES = {
     "ijepa": "IJepaModel",
     "dinov2": "Dinov2Model",
     "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "dinov3_vit": "DINOv3ViTModel",
 }
 _REGISTERS = "dinov2_with_registers"
 _POOLED = ("vit", "deit", "ijepa")  # come with a pooling layer that no backbone fills, unless they are told
@@ -41,6 +42,8 @@ def _kind(backbone: Backbone) -> str | None:
     vit = backbone.transformer
     if vit.pre_norm or not vit.final_norm:
         return None
+    if vit.rope_base:
+        return "dinov3_vit" if vit.class_token and vit.registers and vit.layer_scale else None
     if vit.layer_scale:
         # Features of the MLP that transformers' DINOv2 makes of the ratio (models/dinov2/modeling_dinov2.py).
         features = vit.embed_dim * _ratio(backbone)
@@ -71,15 +74,24 @@ def _steps(backbone: Backbone, tensors: Mapping[str, Any]) -> dict[str, rename.S
     table = tables.HUGGINGFACE_RESNET
     if backbone.is_vit:
         swiglu = backbone.transformer.mlp == "swiglu"
+        if backbone.transformer.rope_base:
+            table = tables.HUGGINGFACE_DINOV3_SWIGLU if swiglu else tables.HUGGINGFACE_DINOV3
+            return rename.outwards(table, tensors)
         dinov2 = tables.HUGGINGFACE_DINOV2_SWIGLU if swiglu else tables.HUGGINGFACE_DINOV2
         table = dinov2 if backbone.transformer.layer_scale else tables.HUGGINGFACE_VIT
     return rename.outwards(table, tensors)
 
 
+def _apart(backbone: Backbone, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors as transformers has them: query, key and value apart, and DINOv3's gate."""
+    rotary = backbone.is_vit and backbone.transformer.rope_base is not None
+    return split(tensors, gates=rotary and backbone.transformer.mlp == "swiglu")
+
+
 def _names(backbone: Backbone) -> dict[str, str]:
     found: dict[str, str] = {}
-    for name, step in _steps(backbone, split(tensors_of(backbone))).items():
-        whole = joined_name(name)
+    for name, step in _steps(backbone, _apart(backbone, tensors_of(backbone))).items():
+        (whole,) = joined_names(name)
         found[whole] = f"{found[whole]} + {step.name}" if whole in found else step.name
     return found
 
@@ -94,10 +106,13 @@ def _write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> Non
         first = table[:, :1] if rows else torch.zeros_like(table[:, :1])
         whole["reg_token"] = whole["reg_token"] + (table[:, 1:rows] if rows else 0)
         whole["pos_embed"] = torch.cat([first, table[:, rows:]], dim=1)
-    apart = split(whole)
+    apart = _apart(backbone, whole)
     file = {step.name: apart[name] for name, step in _steps(backbone, apart).items()}
     if backbone.is_vit and backbone.transformer.layer_scale:  # DINOv2's networks have one, unused without masks
-        file["embeddings.mask_token"] = torch.zeros(1, backbone.transformer.embed_dim)
+        dimension = backbone.transformer.embed_dim
+        file["embeddings.mask_token"] = torch.zeros(1, 1, dimension)[
+            0 if not backbone.transformer.rope_base else slice(1)
+        ]
     write_safetensors(path, file, {"format": "pt"})
 
 
@@ -135,6 +150,14 @@ def _settings(backbone: Backbone) -> dict[str, str]:
 def _vit_config(backbone: Backbone) -> dict[str, Any]:
     vit = backbone.transformer
     dinov2 = {"mlp_ratio": _ratio(backbone), "use_swiglu_ffn": vit.mlp == "swiglu"}
+    rope = {
+        "rope_theta": vit.rope_base,
+        "num_register_tokens": vit.registers,
+        "query_bias": vit.qkv_bias,
+        "value_bias": vit.qkv_bias,
+        "use_gated_mlp": vit.mlp == "swiglu",
+        "hidden_act": "silu" if vit.mlp == "swiglu" else "gelu",
+    }
     return {
         "hidden_size": vit.embed_dim,
         "num_hidden_layers": vit.depth,
@@ -144,9 +167,10 @@ def _vit_config(backbone: Backbone) -> dict[str, Any]:
         "layer_norm_eps": vit.norm_eps,
         "image_size": backbone.image_size,
         "patch_size": backbone.patch_size,
-        "qkv_bias": vit.qkv_bias,
-        **(dinov2 if vit.layer_scale else {}),
+        **({} if vit.rope_base else {"qkv_bias": vit.qkv_bias}),
+        **(dinov2 if vit.layer_scale and not vit.rope_base else {}),
         **({"num_register_tokens": vit.registers} if vit.layer_scale and vit.registers else {}),
+        **(rope if vit.rope_base else {}),
     }
 
 

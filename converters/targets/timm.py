@@ -23,7 +23,7 @@ _USUAL = (
 def refuse(backbone: Backbone) -> str | None:
     """Why timm has no such network, or None."""
     vit = backbone.transformer if backbone.is_vit else None
-    if vit and vit.norm_eps > 1e-6 and (vit.mlp == "swiglu" or vit.norm_eps != 1e-5):
+    if vit and not vit.rope_base and vit.norm_eps > 1e-6 and (vit.mlp == "swiglu" or vit.norm_eps != 1e-5):
         return f"timm has no name for a ViT with {vit.mlp.upper()} whose norms have an epsilon of {vit.norm_eps:g}"
     if backbone.width > 1:
         return "timm has no ResNet with every width multiplied (its wide_resnet50_2 is another network)"
@@ -36,7 +36,8 @@ def refuse(backbone: Backbone) -> str | None:
 
 def _changes(backbone: Backbone) -> dict[str, Any]:
     """timm resizes with antialiasing; its names have no epsilon below 1e-6 (Hugging Face's is 1e-12)."""
-    return {"resize": "antialias", "norm_eps": max(backbone.transformer.norm_eps, 1e-6)}
+    vit = backbone.transformer
+    return {"resize": "antialias", "norm_eps": 1e-5 if vit.rope_base else max(vit.norm_eps, 1e-6)}
 
 
 def _vit_arguments(backbone: Backbone) -> tuple[str, dict[str, Any]]:
@@ -47,6 +48,23 @@ def _vit_arguments(backbone: Backbone) -> tuple[str, dict[str, Any]]:
     vit = vit.model_copy(update={"norm_eps": _changes(backbone)["norm_eps"]})
     if backbone.architecture in _USUAL and vit == usual_vit(backbone.architecture).model_copy(update=same):
         return f"{backbone.architecture}_224", size if backbone.image_size != 224 else {}
+    if vit.rope_base:
+        return "vit_small_patch16_dinov3", {
+            **size,
+            "patch_size": backbone.patch_size,
+            "embed_dim": vit.embed_dim,
+            "depth": vit.depth,
+            "num_heads": vit.heads,
+            "mlp_ratio": (vit.mlp_features + 0.5) / vit.embed_dim,
+            "swiglu_mlp": vit.mlp == "swiglu",
+            "qkv_bias": vit.qkv_bias,
+            "init_values": 1e-5 if vit.layer_scale else None,
+            "class_token": vit.class_token,
+            "num_reg_tokens": vit.registers,
+            "rope_temperature": vit.rope_base,
+            "use_post_transformer_norm": vit.final_norm,
+            "global_pool": vit.pooling,
+        }
     # These have what no argument in a file can say: SwiGLU, and an epsilon of 1e-5.
     swiglu, clip = vit.mlp == "swiglu", vit.norm_eps == 1e-5
     name = "vit_giant_patch14_dinov2" if swiglu else f"vit_base_patch16{'_clip' * clip}_224"
@@ -119,7 +137,8 @@ def run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text()) if config_file.exists() else _config(backbone)
     options = {**config.get("model_args", {}), **({"dynamic_img_size": True} if backbone.is_vit else {})}
-    with torch.device("meta"):  # no random initialisation
+    rotary = backbone.is_vit and backbone.transformer.rope_base  # its periods are in no file
+    with torch.device("cpu" if rotary else "meta"):  # no random initialisation
         network: Any = timm.create_model(config["architecture"], pretrained=False, num_classes=0, **options)
     network.load_state_dict(load_file(next(folder.glob("*.safetensors"))), strict=True, assign=True)
     network.eval()
