@@ -58,49 +58,20 @@ def build_vit(
     `forward(images (B, 3, H, W))` gives (B, D), for images of any size; `ValueError` where `vit` is no description.
     """
     whole = usual_vit(architecture) if vit is None else Vit.model_validate(dict(vit))
-    halves = 2 if whole.mlp == "swiglu" else 1
     arguments: dict[str, Any] = {
+        **whole.timm_arguments(),
         "img_size": image_size,
         "patch_size": int(stem_of(architecture).removeprefix("patch")),
         "num_classes": 0,
-        "global_pool": whole.pooling,
-        "embed_dim": whole.embed_dim,
-        "depth": whole.depth,
-        "num_heads": whole.heads,
-        # timm takes the integer part of ratio × dimension: the half keeps rounding away from it.
-        "mlp_ratio": (halves * whole.mlp_features + 0.5) / whole.embed_dim,
-        "qkv_bias": whole.qkv_bias,
-        "init_values": 1e-5 if whole.layer_scale else None,  # DINOv2's (dinov2/configs/ssl_default_config.yaml)
-        "class_token": whole.class_token,
         "norm_layer": partial(LayerNorm, eps=whole.norm_eps),
         "dynamic_img_size": True,
         "drop_path_rate": drop_path,
     }
     if whole.rope_base is not None:
-        return RotaryVisionTransformer(
-            **arguments
-            | {
-                "mlp_ratio": (whole.mlp_features + 0.5) / whole.embed_dim,
-                "swiglu_mlp": whole.mlp == "swiglu",
-                "num_reg_tokens": whole.registers,
-                "use_abs_pos_emb": False,
-                "use_rot_pos_emb": True,
-                "rope_type": "dinov3",
-                "rope_temperature": whole.rope_base,
-                "rope_rotate_half": True,
-                "use_post_transformer_norm": whole.final_norm,
-                "use_fc_norm": False,
-            }
-        )
+        return RotaryVisionTransformer(**arguments)
+    gated = whole.mlp == "swiglu"
     network = VisionTransformer(
-        **arguments,
-        mlp_layer=SwiGLUPacked if whole.mlp == "swiglu" else Mlp,  # type: ignore[arg-type]
-        act_layer=nn.SiLU if whole.mlp == "swiglu" else nn.GELU,
-        reg_tokens=whole.registers,
-        no_embed_class=not whole.prefix_positions,
-        pre_norm=whole.pre_norm,
-        final_norm=whole.final_norm,
-        fc_norm=False,
+        **arguments, mlp_layer=SwiGLUPacked if gated else Mlp, act_layer=nn.SiLU if gated else nn.GELU
     )
     network.resize = whole.resize
     return network

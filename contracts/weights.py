@@ -77,6 +77,37 @@ class Vit(Config):
         # Descriptions without rotary positions are those of before the field, byte for byte.
         return {key: value for key, value in dump(self).items() if key != "rope_base" or value is not None}
 
+    def timm_arguments(self) -> dict[str, Any]:
+        """What the constructor of timm's VisionTransformer (of its Eva, with rotary positions) takes of it, as JSON."""
+        rotary = self.rope_base is not None
+        packed = self.mlp == "swiglu" and not rotary  # whose ratio counts both halves
+        common = {
+            "embed_dim": self.embed_dim,
+            "depth": self.depth,
+            "num_heads": self.heads,
+            # timm takes the integer part of ratio × dimension: the half keeps rounding away from it.
+            "mlp_ratio": ((2 if packed else 1) * self.mlp_features + 0.5) / self.embed_dim,
+            "qkv_bias": self.qkv_bias,
+            "init_values": 1e-5 if self.layer_scale else None,  # DINOv2's (dinov2/configs/ssl_default_config.yaml)
+            "class_token": self.class_token,
+            "global_pool": self.pooling,
+        }
+        if not rotary:
+            norms = {"pre_norm": self.pre_norm, "final_norm": self.final_norm, "fc_norm": False}
+            return {**common, **norms, "reg_tokens": self.registers, "no_embed_class": not self.prefix_positions}
+        return {
+            **common,
+            "num_reg_tokens": self.registers,
+            "swiglu_mlp": self.mlp == "swiglu",
+            "use_abs_pos_emb": False,
+            "use_rot_pos_emb": True,
+            "rope_type": "dinov3",
+            "rope_temperature": self.rope_base,
+            "rope_rotate_half": True,
+            "use_post_transformer_norm": self.final_norm,
+            "use_fc_norm": False,
+        }
+
     @model_validator(mode="after")
     def _consistent(self) -> Vit:
         if self.embed_dim % self.heads:

@@ -48,44 +48,11 @@ def _vit_arguments(backbone: Backbone) -> tuple[str, dict[str, Any]]:
     vit = vit.model_copy(update={"norm_eps": _changes(backbone)["norm_eps"]})
     if backbone.architecture in _USUAL and vit == usual_vit(backbone.architecture).model_copy(update=same):
         return f"{backbone.architecture}_224", size if backbone.image_size != 224 else {}
-    if vit.rope_base:
-        return "vit_small_patch16_dinov3", {
-            **size,
-            "patch_size": backbone.patch_size,
-            "embed_dim": vit.embed_dim,
-            "depth": vit.depth,
-            "num_heads": vit.heads,
-            "mlp_ratio": (vit.mlp_features + 0.5) / vit.embed_dim,
-            "swiglu_mlp": vit.mlp == "swiglu",
-            "qkv_bias": vit.qkv_bias,
-            "init_values": 1e-5 if vit.layer_scale else None,
-            "class_token": vit.class_token,
-            "num_reg_tokens": vit.registers,
-            "rope_temperature": vit.rope_base,
-            "use_post_transformer_norm": vit.final_norm,
-            "global_pool": vit.pooling,
-        }
-    # These have what no argument in a file can say: SwiGLU, and an epsilon of 1e-5.
-    swiglu, clip = vit.mlp == "swiglu", vit.norm_eps == 1e-5
-    name = "vit_giant_patch14_dinov2" if swiglu else f"vit_base_patch16{'_clip' * clip}_224"
-    return name, {
-        **size,
-        "patch_size": backbone.patch_size,
-        "embed_dim": vit.embed_dim,
-        "depth": vit.depth,
-        "num_heads": vit.heads,
-        # timm takes the integer part of the product.
-        "mlp_ratio": ((2 if swiglu else 1) * vit.mlp_features + 0.5) / vit.embed_dim,
-        "qkv_bias": vit.qkv_bias,
-        "init_values": 1e-5 if vit.layer_scale else None,
-        "class_token": vit.class_token,
-        "reg_tokens": vit.registers,
-        "no_embed_class": not vit.prefix_positions,
-        "pre_norm": vit.pre_norm,
-        "final_norm": vit.final_norm,
-        "fc_norm": False,
-        "global_pool": vit.pooling,
-    }
+    # These have what no argument in a file can say: rotary positions, SwiGLU, and an epsilon of 1e-5.
+    name = f"vit_base_patch16{'_clip' * (vit.norm_eps == 1e-5)}_224"
+    name = "vit_giant_patch14_dinov2" if vit.mlp == "swiglu" else name
+    name = "vit_small_patch16_dinov3" if vit.rope_base else name
+    return name, {**size, "patch_size": backbone.patch_size, **vit.timm_arguments()}
 
 
 def _config(backbone: Backbone) -> dict[str, Any]:
