@@ -4,6 +4,8 @@ import io
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torchvision.models import resnet18
 
 from twist.contracts import files
 from twist.contracts.config import parse_toml
@@ -19,7 +23,7 @@ from twist.contracts.curves import read_rows
 from twist.contracts.errors import UserError, printable
 from twist.contracts.images import TooManyPixels, UnreadableImage, open_picture, read_image
 from twist.contracts.pickles import check_file, check_pickle, read_state
-from twist.converters.open import read_contents
+from twist.converters.open import as_torch, read_contents
 
 
 @pytest.mark.parametrize("read", [files.read_bytes, files.read_text, files.read_json, read_image])
@@ -155,6 +159,68 @@ def test_honest_torch_files_pass_and_bombs_in_them_do_not(zipped: bool, tmp_path
         check_file(path)
     with pytest.raises(UserError, match=r"x\.pth cannot be read safely.*: name another"):
         read_state(path, remedy="name another")
+
+
+def equal(ours: object, theirs: object) -> bool:
+    """Whether our reading is torch's: tensors by shape, type and bits, and all that is around them."""
+    if isinstance(theirs, torch.Tensor):
+        (found,) = as_torch({"": ours}).values()
+        same = theirs.float() if theirs.dtype is torch.bfloat16 else theirs
+        return found.dtype == same.dtype and found.shape == same.shape and torch.equal(found, same)
+    if isinstance(theirs, dict):
+        return list(ours) == list(theirs) and all(equal(ours[key], item) for key, item in theirs.items())
+    if isinstance(theirs, (list, tuple)):
+        return len(ours) == len(theirs) and all(map(equal, ours, theirs))
+    return ours == theirs
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_our_reading_of_torchs_files_is_torchs(zipped: bool, tmp_path: Path) -> None:
+    table = torch.randn(6, 5, 4)
+    kinds = (
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.uint8,
+        torch.bool,
+    )
+    value = {
+        "network": torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).state_dict(),
+        "kinds": [table.to(kind) for kind in kinds],
+        "views": (table[2:4, 1], table.transpose(0, 2), table[..., ::2], torch.ones(1).expand(3, 4), table[:0]),
+        "parameter": torch.nn.Parameter(table), "number": torch.tensor(3), "plain": [1, 2.5, "x", None, True, (1, 2)],
+        "shared": [table, table], "size": torch.Size([2, 3]),
+    }  # fmt: skip
+    path = tmp_path / "x.pth"
+    torch.save(value, path, _use_new_zipfile_serialization=zipped)
+    before = path.read_bytes()
+    found = read_contents(path).value
+    assert equal(found, torch.load(path, weights_only=True))
+    found["shared"][0][:] = 0  # what is written there stays in memory
+    assert path.read_bytes() == before
+
+
+def test_our_reading_of_safetensors_is_theirs(tmp_path: Path) -> None:
+    kinds = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+    save_file({str(kind): torch.randn(3, 4).to(kind) for kind in kinds}, tmp_path / "x.safetensors")
+    theirs = load_file(tmp_path / "x.safetensors")
+    found = read_contents(tmp_path / "x.safetensors").value
+    assert all(equal(found[name], tensor) for name, tensor in theirs.items())
+
+
+def test_a_look_into_a_checkpoint_imports_no_torch(tmp_path: Path) -> None:
+    torch.save({"state_dict": resnet18().state_dict(), "arch": "resnet18", "optimizer": {}}, tmp_path / "x.pth")
+    program = (
+        "import sys; from twist.converters.inspect import inspect, inspection_text; "
+        f"text = inspection_text(inspect({str(tmp_path / 'x.pth')!r})); "
+        "assert 'torch' not in sys.modules; print(text)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "resnet18" in done.stdout
 
 
 def test_an_array_with_many_names_is_one_tensor(tmp_path: Path) -> None:
