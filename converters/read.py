@@ -229,7 +229,8 @@ def _earlier_header(text: str, shape: Mapping[str, Any], where: str) -> Backbone
             f"{where}: the header that came with it is not valid ({error.errors()[0]['msg']}): convert the original "
             "again."
         ) from None
-    same = all(getattr(header, key) == value for key, value in shape.items() if key != "vit")
+    unseen = {"vit"} | ({"image_size"} if shape["vit"] and shape["vit"].rope_base else set())  # no table, no size
+    same = all(getattr(header, key) == value for key, value in shape.items() if key not in unseen)
     if same and shape["vit"]:
         same = header.transformer.model_dump(exclude=UNSEEN) == shape["vit"].model_dump(exclude=UNSEEN)
     if not same:
