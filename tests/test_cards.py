@@ -24,7 +24,6 @@ from tests.tiny_cards import (
     write_voc,
     write_yolo,
 )
-from twist.catalog.before_run import identify_data
 from twist.catalog.boxes import read_boxes
 from twist.catalog.card import find_card
 from twist.catalog.card_data import (
@@ -35,7 +34,7 @@ from twist.catalog.card_data import (
     require_card_data,
 )
 from twist.catalog.card_guess import write_card as guess_card
-from twist.catalog.check import check, check_card, check_images, has_errors
+from twist.catalog.check import check, check_card, check_images, has_errors, identify_data
 from twist.catalog.class_folders import open_tree
 from twist.catalog.data_sets import VOID
 from twist.catalog.masks import read_mask

@@ -14,8 +14,7 @@ from PIL import Image
 from tiny_sample import tiny_sample
 from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_segmentation
 
-from twist.catalog.before_run import require_data
-from twist.catalog.check import Finding, check, has_errors, render
+from twist.catalog.check import Finding, check, has_errors, render, require_data
 from twist.catalog.class_folders import read_split
 from twist.catalog.data_sets import find_data_set, find_root
 from twist.catalog.prepare import prepare

@@ -12,7 +12,7 @@ from imagenet_tree import write_tree
 from made_records import make_record
 from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_segmentation
 
-from twist.catalog.before_run import data_of, identify_data
+from twist.catalog.check import data_of, identify_data
 
 SETS = [("coco",), ("voc2007", "voc2012"), ("voc2012-aug",), ("cityscapes",), ("imagenet",)]
 

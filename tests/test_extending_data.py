@@ -10,8 +10,7 @@ import pytest
 from engine_requests import ROOT, EngineUser, weights_maker
 from PIL import Image
 
-from twist.catalog.before_run import identify_data, require_data
-from twist.catalog.check import check, has_errors, render
+from twist.catalog.check import check, has_errors, identify_data, render, require_data
 from twist.catalog.data_sets import DATA_SETS, DataSet
 from twist.contracts.errors import UserError
 from twist.transfer import protocols

@@ -16,7 +16,7 @@ from imagenet_tree import write_tree
 from PIL import Image
 from tiny_trees import make_voc_segmentation
 
-from twist.catalog.before_run import identify_data
+from twist.catalog.check import identify_data
 from twist.contracts import run_folder as folder
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.networks import build_backbone

@@ -16,9 +16,9 @@ from typing import Any, Required, Unpack
 
 import torch
 
-from twist.catalog.before_run import identify_data, require_data
 from twist.catalog.card import find_card
 from twist.catalog.card_data import require_card_data
+from twist.catalog.check import identify_data, require_data
 from twist.catalog.data_sets import find_root
 from twist.contracts import files, run_folder, states
 from twist.contracts.errors import UsageError, UserError, require

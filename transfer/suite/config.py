@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from twist.catalog.before_run import data_of, identify_data
 from twist.catalog.card import find_card
 from twist.catalog.card_data import require_card_data
+from twist.catalog.check import data_of, identify_data
 from twist.catalog.data_sets import find_root
 from twist.contracts.config import Config, problems, read_toml, validate
 from twist.contracts.errors import UsageError, UserError, did_you_mean
