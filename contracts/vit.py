@@ -70,9 +70,8 @@ def build_vit(
     if whole.rope_base is not None:
         return RotaryVisionTransformer(**arguments)
     gated = whole.mlp == "swiglu"
-    network = VisionTransformer(
-        **arguments, mlp_layer=SwiGLUPacked if gated else Mlp, act_layer=nn.SiLU if gated else nn.GELU
-    )
+    arguments |= {"mlp_layer": SwiGLUPacked if gated else Mlp, "act_layer": nn.SiLU if gated else nn.GELU}
+    network = VisionTransformer(**arguments)
     network.resize = whole.resize
     return network
 

@@ -233,7 +233,7 @@ def joined_names(name: str) -> tuple[str, ...]:
 
 def joined(arrays: Mapping[str, Any]) -> Arrays:
     """The same with each block's parts in timm's one matrix; what lacks one of them stays apart."""
-    whole = {}
+    whole: dict[str, Any] = {}
     for name, array in arrays.items():
         if name.endswith(_BIAS):
             third = len(array) // 3
