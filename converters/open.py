@@ -19,7 +19,8 @@ import re
 import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,28 +88,16 @@ def read_contents(path: Path) -> Contents:
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     container = _container(path)
-    metadata: dict[str, str] = {}
-    try:
-        if container == "safetensors":
-            value, metadata = _read_safetensors(path)
-        elif container == "npz":
-            _check_arrays(path)
-            with np.load(path, allow_pickle=False) as arrays:
-                value = {name: arrays[name] for name in arrays.files}
-        else:
-            check_file(path)
-            with path.open("rb") as file:
-                if container == "pickle":
-                    # Latin-1, as numpy arrays of Python 2 need it (Caffe2's and Detectron's files).
-                    value = _Unpickler(file, encoding="latin1").load()
-                else:
-                    value = (_read_zip if container == "torch" else _read_stream)(file, _mapped(path))
-        value = _plain(value, path)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file makes a reader raise anything: it becomes one sentence
-        raise _refusal(path, container, error) from None
-    return Contents(path, container, files.sha256_file(path), value, metadata, _settings_beside(path))
+    with ThreadPoolExecutor(1) as pool:  # hashing takes as long as the rest
+        digest = pool.submit(files.sha256_file, path)
+        try:
+            value, metadata = _READERS[container](path)
+            value = _plain(value, path)
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file makes a reader raise anything: it becomes one sentence
+            raise _refusal(path, container, error) from None
+    return Contents(path, container, digest.result(), value, metadata, _settings_beside(path))
 
 
 def _file_in(path: Path) -> Path:
@@ -297,20 +286,31 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     }, metadata
 
 
-def _check_arrays(path: Path) -> None:
-    """`ValueError` where an array of an npz claims more numbers than it has: numpy allocates them first."""
+def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             with archive.open(member) as file:
                 shape, _, dtype = read[min(np.lib.format.read_magic(file)[0], 2)](file)
+                # An array may claim more numbers than it has, and numpy allocates them first.
                 if math.prod(shape) * dtype.itemsize > member.file_size:
                     raise ValueError(f"an array of shape {shape} has {member.file_size} bytes")
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}, {}
 
 
-def _read_zip(file: Any, whole: np.ndarray[Any, Any]) -> Any:
+def _read_pickle(path: Path) -> tuple[Any, dict[str, str]]:
+    check_file(path)
+    with path.open("rb") as file:
+        # Latin-1, as numpy arrays of Python 2 need it (Caffe2's and Detectron's files).
+        return _Unpickler(file, encoding="latin1").load(), {}
+
+
+def _read_zip(path: Path) -> tuple[Any, dict[str, str]]:
     """torch's format since 1.6: a pickle, and a member for each storage."""
-    with zipfile.ZipFile(file) as archive:
+    check_file(path)
+    whole = _mapped(path)
+    with zipfile.ZipFile(path) as archive:
         members = {member.filename: member for member in archive.infolist()}
         name = next(name for name in members if name.endswith("data.pkl"))
         folder = name.removesuffix("data.pkl")
@@ -327,22 +327,32 @@ def _read_zip(file: Any, whole: np.ndarray[Any, Any]) -> Any:
                 storage.bytes = whole[begin : begin + member.file_size]
             else:
                 storage.bytes = np.frombuffer(bytearray(archive.read(member)), np.uint8)
-    return value
+    return value, {}
 
 
-def _read_stream(file: Any, whole: np.ndarray[Any, Any]) -> Any:
+def _read_stream(path: Path) -> tuple[Any, dict[str, str]]:
     """torch's format of before: five pickles (magic, protocol, system, value, keys), then each storage's bytes."""
-    for _ in range(3):
-        _Unpickler(file).load()
-    unpickler = _Unpickler(file)
-    value = unpickler.load()
-    keys = _Unpickler(file).load()
-    begin = file.tell()
+    check_file(path)
+    whole = _mapped(path)
+    with path.open("rb") as file:
+        for _ in range(3):
+            _Unpickler(file).load()
+        unpickler = _Unpickler(file)
+        value, keys, begin = unpickler.load(), _Unpickler(file).load(), file.tell()
     for storage in (unpickler.storages[key] for key in keys):
         end = begin + 8 + storage.count * _dtype(storage.dtype).itemsize
         storage.bytes = whole[begin + 8 : end]
         begin = end
-    return value
+    return value, {}
+
+
+_READERS: dict[Container, Callable[[Path], tuple[Any, dict[str, str]]]] = {
+    "safetensors": _read_safetensors,
+    "npz": _read_npz,
+    "pickle": _read_pickle,
+    "torch": _read_zip,
+    "torch-stream": _read_stream,
+}
 
 
 def _plain(value: Any, path: Path) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import importlib.util
 import io
 import logging
@@ -155,9 +154,11 @@ def runner(target: Target, backbone: Backbone) -> tuple[Kind, ProofRun, str]:
     if installed(target.package):
         framework = target.framework(backbone)
         if not isinstance(framework, str):
+            from importlib import metadata
+
             run, package = framework
-            distributions = importlib.metadata.packages_distributions().get(package, [package])
-            return "framework", run, f"{package} {importlib.metadata.version(distributions[0])}"
+            distributions = metadata.packages_distributions().get(package, [package])
+            return "framework", run, f"{package} {metadata.version(distributions[0])}"
         lack = framework
     by = f"a recorded manifest of names and shapes, and our reference network ({lack})"
     return "manifest", functools.partial(_read_back, target), by

@@ -18,7 +18,6 @@ import numpy as np
 from pydantic import ValidationError
 
 from twist.contracts.errors import UsageError, UserError, did_you_mean
-from twist.contracts.record import check_label
 from twist.contracts.weights import METADATA_KEY, Backbone, read_header
 from twist.converters import sources
 from twist.converters.architecture import UNSEEN, Arrays, Network, assemble, joined_names
@@ -114,6 +113,8 @@ def read_source(
     if layout is not None and layout not in sources.BY_NAME:
         raise UsageError(f'There is no layout "{layout}".{did_you_mean(layout, sources.BY_NAME)}')
     if method is not None:
+        from twist.contracts.record import check_label
+
         check_label(method)
     where = str(contents.path)
     if (entry, prefix) != (None, None) and is_converted(contents):

@@ -183,7 +183,7 @@ def of_transformers(kind: str, **settings: Any) -> Callable[[Path], Peer]:
     return make
 
 
-def of_timm(prefix: str, heads: int, rule: str, **reading: Any) -> Callable[[Path], Peer]:
+def of_timm(prefix: str, count: int, rule: str, **reading: Any) -> Callable[[Path], Peer]:
     """MoCo v3 and TWIST train timm's network; what differs is the table at other sizes, here resized by hand."""
 
     def make(folder: Path) -> Peer:
@@ -191,7 +191,7 @@ def of_timm(prefix: str, heads: int, rule: str, **reading: Any) -> Callable[[Pat
 
         def build(grid: tuple[int, int]) -> nn.Module:
             return VisionTransformer(
-                img_size=(16 * grid[0], 16 * grid[1]), embed_dim=384, depth=4, num_heads=heads, num_classes=0
+                img_size=(16 * grid[0], 16 * grid[1]), embed_dim=384, depth=4, num_heads=count, num_classes=0
             ).eval()
 
         state = moved(build((4, 4))).state_dict()
