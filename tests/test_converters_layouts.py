@@ -65,7 +65,7 @@ def test_tables_are_total_injective_and_invertible(table: rename.Table) -> None:
         rotary = "rope" in table.name or "dinov3" in table.name
         changes = {"rope_base": 100.0, "registers": 4, "layer_scale": True, "mlp": "swiglu" if gated else "gelu"}
         tensors = shapes_of(architecture, vit=usual_vit(architecture).model_copy(update=changes) if rotary else None)
-        tensors = split(tensors, gates=gated) if table.name.startswith("huggingface-") and vit else tensors
+        tensors = split(tensors, gates=gated and rotary) if table.name.startswith("huggingface-") and vit else tensors
         names = [name for name in tensors if not name.endswith(lacking)]
         if table.name.startswith("dinov3"):  # one bias of query, key and value, and the gate apart
             parts = ("mlp.fc1_g.", "mlp.fc1_x.") if gated else ("mlp.fc1.",)
