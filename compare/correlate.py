@@ -9,10 +9,12 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from twist.compare.grouping import architecture_of, device_hours
+from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.files import sha256_json
 from twist.contracts.published import display_name
@@ -25,11 +27,12 @@ LEAST = 5
 
 
 class Correlation(NamedTuple):
-    """Two columns, `protocol (recipe)`, the cheaper first, over `n` backbones; `low`, `high` bound ρ at 95 %. ρ is NaN
-    where a column ranks nothing."""
+    """Two columns, `protocol (recipe)`, the cheaper first, over `n` backbones, the index of `points`; `low`, `high`
+    bound ρ at 95 %. ρ is NaN where a column ranks nothing."""
 
     cheap: str
     dear: str
+    points: pandas.DataFrame
     n: int
     rho: float
     low: float
@@ -84,12 +87,11 @@ def _correlation(pair: pandas.DataFrame) -> Correlation:
     half = 1.959964 * math.sqrt((1 + rho**2 / 2) / (len(pair) - 3))
     low, high = math.tanh(z - half), math.tanh(z + half)
     cheap, dear = pair.columns
-    return Correlation(cheap, dear, len(pair), rho, min(low, rho), max(high, rho))
+    return Correlation(cheap, dear, pair, len(pair), rho, min(low, rho), max(high, rho))
 
 
-def render_correlations(records: Iterable[RunRecord]) -> str:
+def render_correlations(found: Sequence[Correlation], costs: Mapping[str, float]) -> str:
     """A table of the pairs, the strongest first, and the cost of each protocol."""
-    found, costs = correlate(records)
     lines = ["Which protocol ranks backbones as which (Spearman's ρ, 95 % interval; n backbones)"]
     for one in sorted(found, key=lambda one: -2.0 if math.isnan(one.rho) else one.rho, reverse=True):
         rho = "nothing to rank" if math.isnan(one.rho) else f"{one.rho:+.2f} [{one.low:+.2f}, {one.high:+.2f}]"
@@ -98,3 +100,21 @@ def render_correlations(records: Iterable[RunRecord]) -> str:
     lines += [f"  {name:72} {cost:.3g} h" for name, cost in costs.items()]
     lines.append("Backbones of one method are no independent samples: read the interval as the least uncertainty.")
     return "\n".join(lines)
+
+
+def draw_correlations(found: Sequence[Correlation], path: Path) -> None:
+    """The points of every pair as a PNG at `path`, a panel each."""
+    from matplotlib.figure import Figure
+
+    across = min(3, len(found))
+    down = -(-len(found) // across)
+    figure = Figure(figsize=(4.2 * across, 3.6 * down), dpi=100, layout="constrained")
+    for number, one in enumerate(found, start=1):
+        axes = figure.add_subplot(down, across, number)
+        for name, (x, y) in zip(one.points.index, one.points.to_numpy()):
+            axes.plot([x], [y], "o", label=name)
+        title = f"ρ = {one.rho:.2f} [{one.low:.2f}, {one.high:.2f}], n = {one.n}"
+        axes.set(xlabel=one.cheap, ylabel=one.dear, title=title)
+        axes.legend(fontsize=5, frameon=False)
+    with files.atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})

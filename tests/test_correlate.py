@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from made_records import make_record
+from PIL import Image
 from scipy.stats import spearmanr
 
 from twist.cli import app
@@ -38,7 +39,7 @@ def test_rank_correlation_over_resnets_and_vits_is_scipys() -> None:
     assert one.n == 6
     assert -1 <= one.low < one.rho < one.high <= 1
     assert hours == {one.cheap: pytest.approx(1 / 60), one.dear: 8}  # two hours on four devices
-    text = render_correlations(measured())
+    text = render_correlations(*correlate(measured()))
     assert "n = 6" in text
     assert " 8 h" in text
 
@@ -75,11 +76,13 @@ def test_a_column_that_ranks_nothing_says_so() -> None:
         else record
         for record in measured()
     ]
-    assert "nothing to rank" in render_correlations(flat)
+    assert "nothing to rank" in render_correlations(*correlate(flat))
 
 
-def test_the_command_line_correlates_the_study(capsys: pytest.CaptureFixture[str]) -> None:
-    app(["compare", str(ROOT / "results" / "study"), "--correlate"], standalone_mode=False)
+def test_the_command_line_correlates_the_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    drawn = tmp_path / "points.png"
+    app(["compare", str(ROOT / "results" / "study"), "--correlate", "--output", str(drawn)], standalone_mode=False)
+    assert min(Image.open(drawn).size) > 300
     shown = capsys.readouterr().out
     assert "sample-knn" in shown
     assert "n = 8" in shown

@@ -410,7 +410,9 @@ def compare(
     note: Annotated[Path | None, Option(help="HTML: a text file, your own words about the numbers.")] = None,
     picture: Annotated[list[str] | None, Option(metavar="CAPTION=FILE", help="HTML: one more picture.")] = None,
     published_only: Annotated[bool, Option("--published-only", help="Published numbers, no records.")] = False,
-    correlate: Annotated[bool, Option("--correlate", help="Which protocol ranks backbones as which.")] = False,
+    correlate: Annotated[
+        bool, Option("--correlate", help="Which protocol ranks backbones as which; --output FILE.png draws it.")
+    ] = False,
     check: Annotated[Path | None, Option(help="Fail when this file's tables are stale.")] = None,
     update: Annotated[Path | None, Option(help="Rewrite this file's tables.")] = None,
 ) -> None:
@@ -426,7 +428,7 @@ def compare(
     if readme := check or update:
         raise typer.Exit(comparing.refresh_tables(readme, write=check is None))
     if correlate:
-        comparing.correlate(records or [])
+        comparing.correlate(records or [], output)
         return
     choice = Choice(baseline, strict, cost, published, published_only, same_methods, tuple(metric or ()))
     pictures = [_captioned(text) for text in picture or []]

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from twist.compare.comparison import Choice
 from twist.compare.comparison import compare as compare_records
-from twist.compare.correlate import render_correlations
+from twist.compare.correlate import correlate as correlations
+from twist.compare.correlate import draw_correlations, render_correlations
 from twist.compare.page import PLAIN, PageOptions, render_page
 from twist.compare.table import build_table
 from twist.compare.writers import format_for, render, render_all
@@ -51,9 +52,15 @@ def compare(
     print(output)
 
 
-def correlate(paths: Sequence[Path]) -> None:
-    """Print which protocol ranks the backbones of the records as which."""
-    print(render_correlations(record for _, record in read_records(_given(paths))))
+def correlate(paths: Sequence[Path], output: Path | None) -> None:
+    """Print which protocol ranks the backbones of the records as which; `output`, a .png, gets the points drawn."""
+    if output is not None and output.suffix != ".png":
+        raise UsageError(f"--correlate draws its points into a .png, and {output} is none.")
+    found, costs = correlations(record for _, record in read_records(_given(paths)))
+    print(render_correlations(found, costs))
+    if output is not None:
+        draw_correlations(found, output)
+        print(output)
 
 
 def _given(paths: Sequence[Path]) -> Sequence[Path]:
