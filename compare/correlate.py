@@ -17,6 +17,7 @@ from twist.compare.grouping import architecture_of, device_hours
 from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.files import sha256_json
+from twist.contracts.metrics import METRICS
 from twist.contracts.published import display_name
 from twist.contracts.record import RunRecord
 
@@ -51,7 +52,8 @@ def correlate(records: Iterable[RunRecord]) -> tuple[list[Correlation], dict[str
     for record in records:
         recipe = {key: value for key, value in record.recipe.items() if key != "architecture"}
         column = f"{record.protocol} ({sha256_json([recipe, record.data])[:8]})"
-        value = next(iter(record.metrics.values()))  # of the protocol's main metric
+        # A protocol's main metric is the first of its metrics in the table's order; records are in the alphabet's.
+        value = next(record.metrics[name] for name in METRICS if name in record.metrics)
         rows.append((column, _backbone(record), value, device_hours(record)))
     frame = pandas.DataFrame(rows, columns=["column", "backbone", "value", "hours"])
     hours = frame.groupby("column").hours.mean().sort_values(kind="stable")
