@@ -17,7 +17,7 @@ from twist.catalog.data_sets import read_sample
 from twist.catalog.masks import voc_palette
 from twist.catalog.sample import scene, shapes
 from twist.catalog.sample.make import Sample, make_sample
-from twist.contracts.errors import UsageError, UserError
+from twist.contracts.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +77,6 @@ def test_a_sample_is_reused_and_another_refused(sample: Sample, tmp_path: Path) 
     with pytest.raises(UserError, match="is no sample"):
         make_sample(tmp_path, size="tiny", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
-
-
-def test_wrong_names_get_the_near_match(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r'no sample size "smal".* "small"'):
-        make_sample(tmp_path / "x", size="smal")
 
 
 def test_nothing_is_left_of_a_sample_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
