@@ -173,7 +173,7 @@ def of_transformers(kind: str, **settings: Any) -> Callable[[Path], Peer]:
         asked: dict[str, Any] = {} if "v2" in kind or "v3" in kind else {"interpolate_pos_encoding": True}
 
         def tokens(images: Tensor) -> Tensor:
-            patches = images.shape[2] * images.shape[3] // 256
+            patches = images.shape[2] * images.shape[3] // settings.get("patch_size", 16) ** 2
             order = {"noise": torch.arange(patches)[None].float()} if kind == "ViTMAEModel" else {}
             states: Tensor = network(images, **asked, **order).last_hidden_state
             return states[:, -patches:]
