@@ -388,6 +388,7 @@ def test_a_record_that_does_not_say_its_data_stays_valid(world: World) -> None:
         ("configs/suites/study-longer.toml", "study-longer", 1),
         ("configs/suites/photos.toml", "photos", 0),
         ("benchmarks/fashion_mnist/suite.toml", "fashion-mnist", None),
+        ("configs/suites/real.toml", "real", None),
     ],
 )
 def test_committed_records_are_those_of_their_suites(
