@@ -123,7 +123,12 @@ def _markdown(arguments: str, readme: Path) -> str:
     """What `twist compare ARGUMENTS --format markdown` prints in the folder of `readme`."""
     from twist.cli import app
 
-    words = shlex.split(arguments)
+    try:
+        words = shlex.split(arguments)
+    except ValueError as error:
+        raise UserError(
+            f"{readme}: <!-- twist compare{arguments}--> cannot be read ({error}): close the quotation."
+        ) from None
     if others := [word for word in words if word.split("=")[0] in ("--format", "--output", "--check", "--update")]:
         raise UsageError(f"twist compare{arguments.rstrip()}: a table in a text takes no {others[0]}; remove it.")
     with contextlib.chdir(readme.parent), contextlib.redirect_stdout(io.StringIO()) as printed:

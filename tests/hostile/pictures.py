@@ -153,7 +153,7 @@ def data_sets() -> Iterator[Case]:
         f"cityscapes/gtFine/train/{street}_gtFine_labelTrainIds.png",
     ):  # fmt: skip
         command = ("data", "check", file.partition("/")[0].lower().removesuffix("2012"), "tree")
-        named = (Path(file).stem, file.split("/")[-2])
+        named = (Path(file).stem, *Path(file).parts[1:-1])  # where one is no file, the folder that lacks it is named
         case = partial(Case, file=f"tree/{file}", command=command, tree="sample", named=named)
         yield from starmap(case, chosen.items())
 
