@@ -4,7 +4,7 @@
 #   make demo           the whole chain on the built-in sample (FAST=1: a quarter of the time)
 #   make check          format, lint, types, fast tests, tables that are not stale (100 seconds on two cores)
 #   make test           every test of a clone, with an end-to-end run through both frameworks (twelve minutes)
-#   make test-all       what needs more: the wheel in empty environments, 2,500 hostile files
+#   make test-all       what needs more: the wheel in empty environments, 2,500 hostile files, the README played (half an hour)
 #   make docs           the documentation site, in build/docs
 #   make bench          the programs behind every performance figure
 #   make lock           requirements.lock again, from pyproject.toml
@@ -22,9 +22,7 @@ export MPLBACKEND ?= Agg
 # Two pytest workers with one thread each: two threads each would fight for the cores.
 check test test-all: export OMP_NUM_THREADS ?= 1
 # Marks of the tests that need more than a clone; `make test-all` alone runs them.
-MORE := install or hostile
-# Not yet seen to pass as a whole: the README played from top to bottom. `make open` runs it.
-OPEN := readme
+MORE := install or hostile or readme
 
 # mypy does not follow setuptools' package-dir, so it gets a folder in which the rooms lie as they are imported.
 ROOMS := contracts measure catalog pretrain converters transfer compare integrations
@@ -34,7 +32,7 @@ endef
 
 LOCKED := pretrain convert compare hub onnx zoo ray wandb mlflow transfer dev docs
 
-.PHONY: install demo check test test-all open docs bench lock format clean
+.PHONY: install demo check test test-all docs bench lock format clean
 
 install: $(INSTALLED)
 
@@ -61,14 +59,14 @@ check: install
 	$(BIN)/ruff check .
 	$(types)
 	MYPYPATH=.types $(BIN)/mypy -p twist
-	$(BIN)/pytest -n 2 -m "not (slow or $(MORE) or $(OPEN))"
+	$(BIN)/pytest -n 2 -m "not (slow or $(MORE))"
 	$(BIN)/python -m twist compare --check README.md
 	$(BIN)/python -m twist compare --check results/README.md
 	$(BIN)/python -m benchmarks.summary --check README.md
 	$(BIN)/python -m benchmarks.summary --check benchmarks/README.md
 
 test: install
-	$(BIN)/pytest -n 2 -m "not ($(MORE) or $(OPEN))"
+	$(BIN)/pytest -n 2 -m "not ($(MORE))"
 
 test-all: install
 	$(BIN)/pytest -n 2 -m "$(MORE)"
@@ -76,9 +74,6 @@ test-all: install
 docs: install
 	$(types)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-
-open: install
-	$(BIN)/pytest -n 2 -m "$(OPEN)"
 
 bench: install
 	$(BIN)/python -m benchmarks

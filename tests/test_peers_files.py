@@ -130,8 +130,10 @@ def test_mmengines_hooks(tmp_path: Path) -> None:
     )  # fmt: skip
     runner.train()
     value = read_contents(tmp_path / "iter_2.pth").value
-    places = {"backbone": value["state_dict"]["net.conv1.weight"]}
-    places["raw"] = value["ema_state_dict"]["module.net.conv1.weight"]
+    places = {
+        "backbone": torch.from_numpy(value["state_dict"]["net.conv1.weight"]),
+        "raw": torch.from_numpy(value["ema_state_dict"]["module.net.conv1.weight"]),
+    }
     assert not torch.equal(*places.values())
     check(tmp_path / "iter_2.pth", places)
 
@@ -230,7 +232,8 @@ def built(target: str, folder: Path, backbone: Backbone) -> Callable[[Tensor], T
         with DefaultScope.overwrite_default_scope("mmseg"):
             network = MODELS.build({key: value for key, value in settings.items() if key != "_delete_"})
             network.init_weights()
-        return lambda images: network.eval()(images)[-1]
+            network.eval()  # returns nothing there
+        return lambda images: network(images)[-1]
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import get_cfg
     from detectron2.modeling import build_backbone
@@ -272,7 +275,9 @@ def test_a_peers_network_is_the_frameworks(peer: str, target: str, tmp_path: Pat
         with torch.inference_mode():
             ours, theirs = network(images).flatten(2).transpose(1, 2), tokens(images)
         assert ours.shape == theirs.shape
-        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+        # timm's names have no epsilon as small as Hugging Face's 1e-12; with 1e-6 small features differ by 1.4e-5.
+        limit = 3e-5 if (peer, target) == ("HF ViT", "timm") else 1e-5
+        assert (ours - theirs).abs().max() <= limit * theirs.abs().max()
 
 
 # ---- Back again ------------------------------------------------------------------------------------------------------
