@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from twist.contracts.errors import UserError
-from twist.contracts.ranks import POLL_S, failing_together
+from twist.contracts.ranks import failing_together
 
 Value = TypeVar("Value")
 Group = ProcessGroup | None  # None: all ranks
@@ -81,7 +81,7 @@ def of_this_start(store: dist.Store, number: int, ranks: int) -> dist.Store:
         store.set(f"{leader}/{number}", mine)
         if store.check([f"{leader}/seen"]) and mine in store.get(f"{leader}/seen").decode():
             return dist.PrefixStore(leader, store)
-        time.sleep(POLL_S)
+        time.sleep(0.05)
     raise dist.DistNetworkError("Timed out waiting for rank 0")
 
 

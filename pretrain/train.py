@@ -55,9 +55,10 @@ def pretrain(config: PretrainConfig, *, output: Path, resume: bool = False) -> P
     refuse_bare_tasks()
     end_with_torchrun()
     with contextlib.ExitStack() as stack:
+        # First: a rank that ended at a signal while the others wait for it to join would keep them waiting.
+        stop = stack.enter_context(stop_flag())
         device = stack.enter_context(distributed.process_group(config.run.device))
         stack.enter_context(_reproducible(config, device))
-        stop = stack.enter_context(stop_flag())
         loader, plan = _plan(config, device=device)  # before the folder: a run that cannot start leaves nothing behind
         stack.enter_context(contextlib.closing(loader))
         distributed.on_main_rank(lambda: _take_folder(stack, output, config, resume=resume))
