@@ -24,7 +24,7 @@ from tests.tiny_cards import (
     write_voc,
     write_yolo,
 )
-from twist.catalog.boxes import read_boxes
+from twist.catalog.boxes import mask_format, read_boxes
 from twist.catalog.card import find_card
 from twist.catalog.card_data import (
     labelled_images,
@@ -83,6 +83,17 @@ def test_float_ids_empty_outlines_and_boxes_without_area_are_counted(tmp_path: P
     assert {one["category_id"] for one in kept} == {1, 2}
     assert len(kept) == len(content["annotations"]) - 1  # of an object without a mask no mask can be learnt
     assert errors_of(card) == []
+
+
+@pytest.mark.parametrize(("crowds", "expected"), [((0, 0), "bitmask"), ((1, 0), "bitmask"), ((1, 1), "polygon")])
+def test_run_lengths_in_coco_own_layout_are_bitmaps_unless_all_are_crowds(
+    tmp_path: Path, crowds: tuple[int, ...], expected: str
+) -> None:
+    mask = {"size": [4, 4], "counts": [0, 16]}
+    annotations = [{"segmentation": mask, "iscrowd": crowd} for crowd in crowds]
+    annotations.append({"segmentation": [[0, 0, 3, 0, 3, 3]], "iscrowd": 0})
+    (tmp_path / "instances.json").write_text(json.dumps({"annotations": annotations}))
+    assert mask_format(tmp_path / "instances.json") == expected
 
 
 def test_mask_format_follows_the_file(tmp_path: Path) -> None:
