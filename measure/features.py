@@ -64,7 +64,8 @@ class RowFile:
         part.parent.mkdir(parents=True, exist_ok=True)
         with part.open("ab") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
-            if self.complete:
+            if self.complete:  # by the process that was waited for
+                part.unlink(missing_ok=True)
                 return
             done = os.fstat(stream.fileno()).st_size // image_bytes if resume else 0
             stream.truncate(done * image_bytes)
