@@ -230,8 +230,9 @@ def test_sigterm_leaves_nothing_behind_and_ends_a_suites_runs(command: str, begu
     assert not [path for path in inputs.rglob(".*") if path.name != ".suite-lock"]
     assert not [path for path in (inputs / "disk").iterdir() if not path.name.startswith("torchinductor")]
     for lock in inputs.rglob(".suite-lock"):
-        descriptor = try_lock(lock, inherited=True)
-        assert descriptor is not None, "a run of the suite is still there"
+        before = time.monotonic()
+        while (descriptor := try_lock(lock, inherited=True)) is None:  # data workers of a killed run may still end
+            assert time.monotonic() < before + 20, "a run of the suite is still there"
         os.close(descriptor)
 
 

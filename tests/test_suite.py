@@ -778,6 +778,21 @@ def test_a_second_interruption_leaves_no_local_run(tmp_path: Path, monkeypatch: 
             process.kill()
 
 
+def test_a_run_that_is_starting_when_the_suite_is_told_to_end_is_stopped(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[None] = []
+
+    def start(*_: Any, **__: Any) -> launch.Run:
+        signal.raise_signal(signal.SIGINT)
+        return launch.Run(lambda: None, lambda: left.append(None))
+
+    monkeypatch.setattr(launch.LocalLauncher, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        world.run()
+    assert left == [None]
+
+
 def test_a_preempted_slurm_job_queues_the_same_command(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     command = launch.SlurmCommand(["true"], tmp_path / "log")

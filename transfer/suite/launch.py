@@ -85,7 +85,7 @@ def stop(process: BaseProcess) -> None:
         process.join(PATIENCE_S)
     finally:
         send(signal.SIGKILL)
-    process.join()
+        process.join()
 
 
 class LocalLauncher(Launcher):

@@ -9,9 +9,11 @@ again is made once: conversions, and frozen features while such runs are to come
 import contextlib
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,8 +227,9 @@ class _Runs:
                 attempt = 2 if job.key in self._tried else 1
                 self._tried.add(job.key)
                 log, slot = job.folder(self._output) / f"log-{attempt}.txt", free.pop(0)
-                run = self._launcher.start(self._command(job), log=log, slot=slot)
-                self.running.append(_Started(job, run, slot, log, attempt, time.monotonic()))
+                with _signals_wait():  # a run that starts is in the list of those to stop
+                    run = self._launcher.start(self._command(job), log=log, slot=slot)
+                    self.running.append(_Started(job, run, slot, log, attempt, time.monotonic()))
                 self._print(f"started  {self.running[-1].title}")
             finally:
                 os.close(lock)
@@ -287,6 +290,24 @@ class _Runs:
         for one in self.running:
             table.add_row(Text(one.title), duration(time.monotonic() - one.began), Text(last_line(one.log)))
         return table
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Ctrl-C and SIGTERM that arrive inside take effect at the end."""
+    if threading.current_thread() is not threading.main_thread():  # only the main one has handlers
+        yield
+        return
+    arrived: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda sent, _: arrived.append(sent)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+        for number in arrived:
+            signal.raise_signal(number)
 
 
 def _turn(job: Job, work: Workload) -> tuple[bool, int, float, int]:
