@@ -26,12 +26,15 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from twist.contracts.errors import UserError
+from twist.contracts.progress import duration
 from twist.contracts.ranks import failing_together
 
 Value = TypeVar("Value")
 Group = ProcessGroup | None  # None: all ranks
 # Rank 0 may hash a large checkpoint, and loaders may start slowly, while the others wait in a collective.
 TIMEOUT = datetime.timedelta(minutes=30)
+# One that dies before the ranks have met is noticed by nothing else, where no torchrun watches.
+JOINING = datetime.timedelta(minutes=10)
 
 
 @contextlib.contextmanager
@@ -52,10 +55,21 @@ def process_group(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[t
         torch.cuda.set_device(chosen)
     ours = "WORLD_SIZE" in os.environ and "RANK" in os.environ and not dist.is_initialized()
     if ours:
-        store, number, ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
         on = chosen if chosen.type == "cuda" else None
-        store = of_this_start(store, number, ranks)
-        dist.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=TIMEOUT, device_id=on)
+        try:
+            store, number, ranks = next(dist.rendezvous("env://", timeout=JOINING))
+            store = of_this_start(store, number, ranks)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            me, time_limit = (
+                f"Rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}",
+                duration(JOINING.total_seconds()),
+            )
+            raise UserError(
+                f"{me} waited {time_limit} for the others ({str(error).splitlines()[0]}): start them all with one "
+                "MASTER_ADDR and MASTER_PORT, as torchrun does."
+            ) from error
+        dist.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=JOINING, device_id=on)
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT)
     try:
         with failing_together() if ours else contextlib.nullcontext():
             yield chosen
@@ -71,7 +85,7 @@ def of_this_start(store: dist.Store, number: int, ranks: int) -> dist.Store:
     killed one listened ("connectFullMesh … Connection refused"), and why it failed. Each node counts its own restarts,
     so the ranks agree on a name: rank 0's, which counts once it says to have seen mine.
     """
-    mine, end = secrets.token_hex(8), time.monotonic() + TIMEOUT.total_seconds()
+    mine, end = secrets.token_hex(8), time.monotonic() + JOINING.total_seconds()
     if number == 0:
         store.set("leader", mine)
         store.set(f"{mine}/seen", " ".join(store.get(f"{mine}/{other}").decode() for other in range(1, ranks)))

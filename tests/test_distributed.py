@@ -1,5 +1,6 @@
 """Several gloo ranks against one process on all their rows: batch norms, groups, the vote, a whole training step."""
 
+import datetime
 import errno
 import json
 import os
@@ -327,6 +328,14 @@ def test_ten_starts_after_a_kill_meet_in_the_store_that_torchrun_keeps(tmp_path:
         for one in ranks.processes:
             one.kill()
             one.join()
+
+
+def test_a_rank_that_nobody_joins_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "JOINING", datetime.timedelta(seconds=1))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"Rank 0 of 2 .*MASTER_ADDR"), distributed.process_group("cpu"):
+        pass
 
 
 def test_without_a_process_group_everything_is_one_rank() -> None:

@@ -1,18 +1,20 @@
 """Pretraining runs of seconds for tests: real loader, real loop, real files; a backbone of two layers, with dropout."""
 
 import contextlib
+import datetime
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from twist.contracts.config import Config, validate
-from twist.pretrain import checkpoint, train
+from twist.pretrain import checkpoint, distributed, train
 from twist.pretrain import model as networks
 from twist.pretrain.config import PretrainConfig
 from twist.pretrain.train import pretrain
@@ -79,13 +81,12 @@ def tiny_backbone(*_: Any, **__: Any) -> nn.Module:
 
 @contextlib.contextmanager
 def tiny_networks() -> Iterator[None]:
-    original = networks.build_backbone, train.draw_curves
-    # A picture takes longer than the run that it is of.
-    networks.build_backbone, train.draw_curves = tiny_backbone, lambda folder, **_: folder / "curves.png"
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(networks, "build_backbone", tiny_backbone)
+        # A picture takes longer than the run that it is of.
+        patch.setattr(train, "draw_curves", lambda folder, **_: folder / "curves.png")
+        patch.setattr(distributed, "JOINING", datetime.timedelta(seconds=20))  # of a peer that was killed before
         yield
-    finally:
-        networks.build_backbone, train.draw_curves = original
 
 
 def run(config: PretrainConfig, folder: Path, *, resume: bool = False) -> Path:
