@@ -13,7 +13,7 @@ from pathlib import Path
 
 PROGRAMS = (
     "command_line", "loss", "lars", "small_views", "data", "data_peers", "features", "convert", "engine_overhead",
-    "knn", "linear_grid", "data_check", "compare", "scaling",
+    "knn", "linear_grid", "data_check", "compare", "scaling", "first_numbers",
 )  # fmt: skip
 
 

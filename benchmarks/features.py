@@ -5,8 +5,8 @@
 k-NN and clustering, and the frozen features of the linear probe, take the test-time image (resize 256, centre crop
 224); the linear probe's training and fine-tuning take random crops of 224. Both sides read the same made photographs of
 ImageNet's size, with one thread and without workers, and end in a batch of bytes; they take turns, round by round. The
-figure is images over CPU seconds. With `--network` the features themselves as well, beside timm's network of that name
-in a plain loop; both have the same weights.
+figure is images over CPU seconds. Then the features themselves, of `--network`, beside timm's network of that name in a
+plain loop; both have the same weights.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def figures(root: Path, *, count: int, rounds: int, network: str = "") -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--network", default="", help="a ResNet that timm has by the same name")
+    parser.add_argument("--network", default="resnet18", help="a ResNet that timm has by the same name")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -80,6 +80,16 @@ def _features(images: str) -> Callable[[Found], str]:
     return read
 
 
+def _network(found: Found) -> str | None:
+    rates, low_high = found["images_per_s_core"], found["spread"]
+    names = [name for name in rates if name.startswith("features of ")]
+    if not names:
+        return None
+    ours, theirs = ("{:.0f}–{:.0f}".format(*low_high[name]) for name in names)
+    times = rates[names[0]] / rates[names[1]]
+    return f"{times:.2f} × ({ours} against {theirs} images/s a core, n = {found['rounds']} each)"
+
+
 def _help(found: Found) -> str:
     times = found["help_s"]
     return f"{times['median']} s ({times['min']}–{times['max']} s, n = {times['n']})"
@@ -138,6 +148,44 @@ def _overhead(engine: str) -> Callable[[Found], str]:
     return read
 
 
+def _grid(found: Found) -> str:
+    times = found["times"]
+    return f"{found['ratio']:.2f} × ({spread(times['linear-grid'])} against {spread(times['linear'])})"
+
+
+def _retrieval(found: Found) -> str | None:
+    runs = found["runs"]
+    if "FAISS" not in runs:
+        return None
+    (ours,) = (run["wall_s"] for name, run in runs.items() if name != "FAISS")
+    theirs = runs["FAISS"]["wall_s"]
+    spans = " against ".join(f"{min(times):.1f}–{max(times):.1f} s" for times in (ours, theirs))
+    return f"{statistics.median(theirs) / statistics.median(ours):.2f} × its speed ({spans}, n = {len(ours)} each)"
+
+
+def _first(found: Found) -> str | None:
+    parts = found["first"]["parts_s"] if "first" in found else {}
+    listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+    return f"{found['first']['wall_s']:.1f} s ({listed}; n = 1)" if parts else None
+
+
+def _suite(found: Found) -> str | None:
+    part = found.get("suite")
+    return (
+        None
+        if part is None
+        else f"{part['wall_s']:.0f} s (own time of {part['runs']} runs {part['own_s']:.0f} s; n = 1)"
+    )
+
+
+def _dense(found: Found) -> str | None:
+    part = found.get("dense")
+    if part is None:
+        return None
+    minutes = [f"{part[name] / 60:.1f} min" for name in ("wall_s", "apart_s")]
+    return f"{minutes[0]}, {part['peak_mib'] / 1024:.1f} GiB, against {minutes[1]} (n = 1)"
+
+
 def _outside(case: str) -> Title:
     step = f"of the step with {gpu_summary.VIEWS[case]}"
     head = "outside backbone and head"
@@ -166,6 +214,14 @@ FIGURES = (
     Figure("images of the ImageNet protocols, test time (resize 256, crop 224), over `ImageFolder` with Pillow", "",
            "features", _features("test images")),
     Figure("the same, random crops for training", "", "features", _features("training crops")),
+    Figure("features of a ResNet-18, test images, over timm's network in a plain loop", "≥ 1 ×", "features", _network),
+    Figure("a linear probe's step with 13 rates, over one rate", "≤ 1.3 ×", "linear_grid", _grid),
+    Figure("k-NN among 1 M × 384 features, beside FAISS (flat)", "≥ 0.8 ×", "retrieval", _retrieval),
+    Figure("a ResNet-50's first number: `inspect`, `convert` with proof, k-NN on the sample", "≤ 25 s", "first_numbers",
+           _first, headline=True),
+    Figure("a suite of twelve runs on the sample", "≤ 80 s", "first_numbers", _suite),
+    Figure("k-NN and linear segmentation of CamVid and object discovery on 200 COCO pictures, of a ResNet-50, over "
+           "features anew for each protocol and rate", "", "first_numbers", _dense, headline=True),
     Figure("`twist --help`", "< 0.3 s", "command_line", _help),
     Figure("`twist inspect`, a 100 MB file, beyond the import of torch", "< 2 s", "command_line", _inspect),
     Figure("`twist demo --fast`", "2 min, 4 GB", "command_line", _demo),
