@@ -10,7 +10,7 @@ from twist.contracts.metrics import METRICS
 from twist.transfer.protocols import PROTOCOLS, Protocol
 
 ROOT = Path(__file__).resolve().parent.parent
-_LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
+_LINK = re.compile(r"\[(?P<text>!\[[^\]]*\]\([^)]*\)|[^\]]*)\]\((?P<target>[^)\s]+)\)")  # a badge is an image in a link
 _SITE = {"README.md": "index.md", "results/README.md": "results.md"}
 
 
