@@ -32,7 +32,7 @@ def config(root: Path, **views: Any) -> PretrainConfig:
     )
 
 
-@pytest.mark.parametrize("method", ["moco-v2", "byol"])
+@pytest.mark.parametrize("method", ["moco-v2", "byol", "simsiam"])
 def test_a_peer_goes_on_and_is_converted(peers: Any, method: str, tmp_path: Path, monkeypatch) -> None:
     images = make_images(tmp_path / "images", 12)
     run = config(images)
@@ -62,18 +62,16 @@ def test_a_peer_goes_on_and_is_converted(peers: Any, method: str, tmp_path: Path
 
     source = load_source(whole)
     assert (source.backbone.source_layout, source.backbone.method) == (f"lightly-{method.split('-')[0]}", method)
-    assert source.backbone.source_branch in ("query", "online")
+    assert source.backbone.source_branch in ("query", "online", "backbone")
     assert torch.equal(source.tensors["layer4.1.conv2.weight"], one["backbone.layer4.1.conv2.weight"])
-    trained, averaged = one["backbone.conv1.weight"], one["backbone_momentum.conv1.weight"]
-    assert not torch.equal(trained, averaged), "the moving average is not what is trained"
+    averaged = one.get("backbone_momentum.conv1.weight")
+    assert averaged is None or not torch.equal(one["backbone.conv1.weight"], averaged), "it is not what is trained"
     assert convert(whole, to="torchvision", output=tmp_path / "out").proof
 
 
 def test_views_do_not_depend_on_workers(peers: Any, tmp_path: Path) -> None:
-    from lightly.data import LightlyDataset
-
     run = config(make_images(tmp_path / "images", 12))
-    images = peers._Views(LightlyDataset(run.data.root, transform=peers.transform_of("byol", run)), 0)
+    images = peers._Views(run, peers.transform_of("byol", run))
     seen = []
     for workers in (0, 2):
         config_of = run.model_copy(update={"data": run.data.model_copy(update={"workers": workers})})

@@ -1,11 +1,12 @@
-"""MoCo v2 and BYOL on the budget of a TWIST config: lightly's own modules, losses and transforms, one small loop.
+"""MoCo v2, BYOL and SimSiam on the budget of a TWIST config: lightly's modules, losses and transforms, one small loop.
 
-    python -m benchmarks.study.peers moco-v2|byol CONFIG.toml [section.key=value …] --output FOLDER
+    python -m benchmarks.study.peers moco-v2|byol|simsiam CONFIG.toml [section.key=value …] --output FOLDER
         [--optimizer adamw|sgd] [--lr LR]
 
-CONFIG is a `twist pretrain` config. From it come what a comparison must hold equal: images, epochs, batch, network,
-sizes and scales of the crops, blur, greyscale, precision, warm-up, seed. From lightly come views, heads, losses and the
-momentum update, put together as its benchmark for small data sets does (lightly @0068ac35,
+CONFIG is a `twist pretrain` config. Its images are read as that reads them, and from it comes also what a comparison
+must hold equal: images, epochs, batch, network, sizes and scales of the crops, blur, greyscale, precision, warm-up,
+seed. From lightly come views, heads, losses and the momentum update, put together as its benchmark for small data sets
+does (lightly @0068ac35,
 `docs/source/getting_started/benchmarks/imagenette_benchmark.py`); what differs from there is said where it stands.
 
 FOLDER/checkpoint.pth holds a `state_dict` with the names of that benchmark, which `twist convert` reads. At the end the
@@ -16,20 +17,33 @@ run's does: so that seeds of one recipe are known as repeats. A run that was sto
 
 import argparse
 import hashlib
+import io
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightly.data import LightlyDataset
 from lightly.loss import NegativeCosineSimilarity, NTXentLoss
-from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead, MoCoProjectionHead
+from lightly.models.modules import (
+    BYOLPredictionHead,
+    BYOLProjectionHead,
+    MoCoProjectionHead,
+    SimSiamPredictionHead,
+    SimSiamProjectionHead,
+)
 from lightly.models.utils import batch_shuffle, batch_unshuffle, deactivate_requires_grad, update_momentum
-from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform, MoCoV2Transform
+from lightly.transforms import (
+    BYOLTransform,
+    BYOLView1Transform,
+    BYOLView2Transform,
+    MoCoV2Transform,
+    SimSiamTransform,
+)
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -120,7 +134,24 @@ class BYOL(nn.Module):
         return [(online[0], target[1]), (online[1], target[0])]  # each (B, 256)
 
 
-METHODS: dict[str, type[MoCoV2 | BYOL]] = {"moco-v2": MoCoV2, "byol": BYOL}
+class SimSiam(nn.Module):
+    """One network with lightly's heads and loss; the other view's projection is taken without its gradient."""
+
+    def __init__(self, architecture: str) -> None:
+        super().__init__()
+        self.backbone = build_backbone(architecture)
+        features: int = self.backbone.num_features  # type: ignore[assignment]
+        self.projection_head = SimSiamProjectionHead(features, 2048, 2048)
+        self.prediction_head = SimSiamPredictionHead(2048, 512, 2048)
+        self.criterion = NegativeCosineSimilarity()
+
+    def forward(self, first: Tensor, second: Tensor) -> Pairs:
+        projected = [self.projection_head(self.backbone(view)) for view in (first, second)]
+        online = [self.prediction_head(one) for one in projected]
+        return [(online[0], projected[1].detach()), (online[1], projected[0].detach())]  # each (B, 2048)
+
+
+METHODS: dict[str, type[MoCoV2 | BYOL | SimSiam]] = {"moco-v2": MoCoV2, "byol": BYOL, "simsiam": SimSiam}
 
 
 def _start_as_copy(target: nn.Module, source: nn.Module) -> None:
@@ -132,7 +163,7 @@ def _in_groups(network: nn.Module, views: Tensor) -> Tensor:
     return torch.cat([network(group) for group in views.chunk(SHUFFLED_GROUPS)])
 
 
-def transform_of(method: str, config: PretrainConfig) -> MoCoV2Transform | BYOLTransform:
+def transform_of(method: str, config: PretrainConfig) -> Callable[[Image.Image], list[Tensor]]:
     """lightly's views of the method, with the crops, blur and greyscale of `config` where that states them."""
     views = config.views
     if views.local_count or views.global_scale[1] != 1:
@@ -142,9 +173,12 @@ def transform_of(method: str, config: PretrainConfig) -> MoCoV2Transform | BYOLT
         shared["sigmas"] = views.blur_sigma
     if views.grey_probability is not None:
         shared["random_gray_scale"] = views.grey_probability
-    if method == "moco-v2":
-        return MoCoV2Transform(**shared)
-    return BYOLTransform(BYOLView1Transform(**shared), BYOLView2Transform(**shared))
+    transform: Callable[[Image.Image], list[Tensor]] = {
+        "moco-v2": lambda: MoCoV2Transform(**shared),
+        "byol": lambda: BYOLTransform(BYOLView1Transform(**shared), BYOLView2Transform(**shared)),
+        "simsiam": lambda: SimSiamTransform(**shared),
+    }[method]()
+    return transform
 
 
 def train(
@@ -167,7 +201,7 @@ def train(
     _seed(config.run.seed)
     model = METHODS[method](config.model.backbone).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     learner = _optimizer(optimizer, [p for p in model.parameters() if p.requires_grad], settings["weight_decay"])
-    images = _Views(LightlyDataset(config.data.root, transform=transform_of(method, config)), config.run.seed)
+    images = _Views(config, transform_of(method, config))
     batch = config.run.batch_size
     steps_per_epoch = len(images) // batch
     if not steps_per_epoch:
@@ -205,16 +239,16 @@ class _Views(Dataset[list[Tensor]]):
     """The views of (epoch, image), drawn from these two and the seed alone: the same with any number of workers, and
     in a run that goes on."""
 
-    def __init__(self, images: LightlyDataset, seed: int) -> None:
-        self.images, self.seed = images, seed
+    def __init__(self, config: PretrainConfig, transform: Callable[[Image.Image], list[Tensor]]) -> None:
+        self.images, self.transform, self.seed = open_images(config.data), transform, config.run.seed
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, key: tuple[int, int]) -> list[Tensor]:
         _seed(int.from_bytes(hashlib.sha256(repr((self.seed, *key)).encode()).digest()[:8]))
-        views: list[Tensor] = self.images[key[1]][0]
-        return views
+        with Image.open(io.BytesIO(self.images.encoded(key[1]))) as image:
+            return self.transform(image.convert("RGB"))
 
 
 def _loader(images: _Views, config: PretrainConfig, *, first_epoch: int) -> DataLoader[list[Tensor]]:

@@ -1,7 +1,8 @@
 """The study's pretrainings, several beside each other: every method, every seed, as the commands of the suite say.
 
-    python -m benchmarks.study.pretrain --data sample-study --output runs/study [--methods twist moco-v2 byol]
-        [--seeds 0 1 2] [--epochs 100] [--at-once 2] [--workers N] [--within SECONDS]
+    python -m benchmarks.study.pretrain --data sample-study/unlabelled --output runs/study [--config FILE]
+        [--methods twist moco-v2 byol simsiam] [--seeds 0 1 2] [--epochs 100] [--at-once 2] [--workers N]
+        [--within SECONDS]
 
 Each is a process of its own with a log beside its folder, OUTPUT/METHOD-seedN (with --epochs METHOD-EPOCHSep-seedN),
 and ends in a backbone.safetensors there; those that have one are left alone, those that were stopped go on. Seeds come
@@ -21,13 +22,15 @@ from pathlib import Path
 from twist.pretrain.slurm import Requeue
 
 CONFIG = Path(__file__).with_name("config.toml")
-METHODS = ("twist", "moco-v2", "byol")
+METHODS = ("twist", "moco-v2", "byol", "simsiam")
 POLL_S = 0.5
 
 
-def command(method: str, *, data: Path, folder: Path, seed: int, epochs: int | None, workers: int) -> list[str]:
+def command(
+    method: str, *, config: Path, data: str, folder: Path, seed: int, epochs: int | None, workers: int
+) -> list[str]:
     """The command of one pretraining; the config's own values where nothing else is asked for."""
-    changed = [f"data.root={data / 'unlabelled'}", f"run.seed={seed}"]
+    changed = [f"data.root={data}", f"run.seed={seed}"]
     if workers:
         changed.append(f"data.workers={-(-workers // 3) if method == 'twist' else workers}")
     if epochs is not None:
@@ -35,9 +38,9 @@ def command(method: str, *, data: Path, folder: Path, seed: int, epochs: int | N
     if method == "twist":
         resume = ["--resume"] if (folder / "config.json").exists() else []
         changed.append("run.checkpoint_every_epochs=10")
-        return [sys.executable, "-m", "twist", "pretrain", str(CONFIG), *changed, "--output", str(folder), *resume]
+        return [sys.executable, "-m", "twist", "pretrain", str(config), *changed, "--output", str(folder), *resume]
     return [
-        sys.executable, "-m", "benchmarks.study.peers", method, str(CONFIG), *changed, "--output", str(folder)
+        sys.executable, "-m", "benchmarks.study.peers", method, str(config), *changed, "--output", str(folder)
     ]  # fmt: skip
 
 
@@ -47,9 +50,10 @@ def folder_of(output: Path, method: str, *, seed: int, epochs: int | None) -> Pa
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", required=True, help="images as data.root takes them: a folder, shards, a card")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="of `twist pretrain`; its budget is everyone's")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS[:3]))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="instead of the config's")
     parser.add_argument("--at-once", type=int, default=2)
@@ -62,7 +66,7 @@ def main() -> int:
     for seed, method in itertools.product(given.seeds, given.methods):
         folder = folder_of(given.output, method, seed=seed, epochs=given.epochs)
         if not (folder / "backbone.safetensors").exists():
-            asked = {"data": given.data, "folder": folder, "seed": seed, "epochs": given.epochs}
+            asked = {"config": given.config, "data": given.data, "folder": folder, "seed": seed, "epochs": given.epochs}
             waiting.append((folder.name, command(method, **asked, workers=given.workers)))
     signal.signal(signal.SIGTERM, _interrupt)
     return 0 if _run(waiting, given) else 1
