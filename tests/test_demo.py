@@ -125,7 +125,7 @@ def test_a_slow_step_is_never_silent(capsys: pytest.CaptureFixture[str]) -> None
     assert demo.Display(steps, scale=1.0).every_s <= 60
 
 
-@pytest.mark.slow
+@pytest.mark.readme
 def test_demo_end_to_end(tmp_path: Path) -> None:
     output = tmp_path / "demo"
     done = run_demo(output)

@@ -7,7 +7,7 @@ import pytest
 TOUR = Path(__file__).resolve().parent.parent / "docs" / "tour.ipynb"
 
 
-@pytest.mark.slow
+@pytest.mark.readme
 def test_the_tour_is_executed_and_keeps_its_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
