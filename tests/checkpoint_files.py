@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twist.contracts import rename
+from twist.contracts.networks import network_of
 from twist.contracts.shapes import shapes_of
+from twist.contracts.weights import Backbone, Vit, write_backbone
 from twist.converters.sources import Branch, Layout, matches
 from twist.converters.tables import CAFFE2, HAIKU
 
@@ -32,16 +34,52 @@ def meta_tensors(architecture: str, **geometry: Any) -> dict[str, Tensor]:
     return {name: torch.empty(a.shape, dtype=getattr(torch, a.dtype.name), device="meta") for name, a in shapes}
 
 
-def flat_state(network: torch.nn.Module, *, seed: int = 1) -> dict[str, Tensor]:
-    """The state dict of any network (built on the meta device) with one distinct number a tensor."""
-    return numbered(network.state_dict(), seed)
-
-
-def numbered(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+def numbered(state: dict[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
+    """A state dict (of the meta device, say) with one distinct number a tensor."""
     return {
         name: torch.tensor(seed * 1000 + index, dtype=empty.dtype).reshape((1,) * empty.ndim).expand(empty.shape)
         for index, (name, empty) in enumerate(state.items())
     }
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def saved(path: Path, value: Any) -> Path:
+    torch.save(value, path)
+    return path
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equality of tensors that hold one number each: shape, and the number in the first and in the last place."""
+    return a.shape == b.shape and all(bool(a[place] == b[place]) for place in ((0,) * a.ndim, (-1,) * a.ndim))
+
+
+TINY: dict[str, Any] = {"embed_dim": 192, "depth": 2, "heads": 3, "mlp_features": 192}
+
+
+def tiny_vit(patch: int = 16, side: int = 4, **vit: Any) -> Backbone:
+    """The header of a ViT of two blocks of 192 features; nothing that is tested depends on the size."""
+    size: dict[str, Any] = {
+        "architecture": f"vit_tiny_patch{patch}",
+        "stem": f"patch{patch}",
+        "image_size": patch * side,
+    }
+    return Backbone(**size, method="any", vit=Vit(**{**TINY, **vit}))
+
+
+def drawn(backbone: Backbone) -> dict[str, Tensor]:
+    """Weights of which none is zero or the same as its neighbour."""
+    if not backbone.is_vit:
+        return random_tensors(backbone.architecture, width=backbone.width)
+    torch.manual_seed(3)
+    state = network_of(backbone).state_dict()
+    return {name: tensor + 0.2 * torch.randn_like(tensor) for name, tensor in state.items()}
+
+
+def write_drawn(folder: Path, backbone: Backbone) -> Path:
+    return write_backbone(folder / "backbone.safetensors", drawn(backbone), backbone)
 
 
 def random_tensors(architecture: str = "resnet18", *, seed: int = 0, **geometry: Any) -> dict[str, Tensor]:

@@ -2,11 +2,11 @@
 
 import argparse
 import collections
+import functools
 import io
 import json
 import os
 import pickle
-import struct
 import sys
 import tarfile
 import types
@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import flat_tensors
-from safetensors.torch import save_file
+from checkpoint_files import flat_tensors, saved, under
+from safetensors.torch import save, save_file
 
 from twist.contracts.errors import UsageError, UserError
 from twist.contracts.weights import Backbone, write_backbone
-from twist.converters import open as opened
 from twist.converters.check_config import check_config
 from twist.converters.convert import convert
 from twist.converters.inspect import inspect, inspection_text
@@ -91,13 +90,6 @@ def script() -> bytes:
     return buffer.getvalue()
 
 
-def deep() -> dict[str, Any]:
-    value: Any = {}
-    for _ in range(200):
-        value = {"a": value}
-    return {**RESNET, "nested": value}
-
-
 def npz_of_objects() -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, a=np.array([{}], dtype=object))
@@ -121,48 +113,33 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "truncated zip": (lambda: torch_bytes(RESNET)[:-4000], "truncated or damaged"),
     "truncated stream": (lambda: torch_bytes(RESNET, zipped=False)[:-4000], "truncated or damaged"),
     "truncated pickle": (lambda: pickle.dumps({"a": np.ones(9)}, protocol=2)[:-20], "truncated or damaged"),
-    "truncated safetensors": (
-        lambda: struct.pack("<Q", 60) + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}',
-        "damaged",
-    ),
+    "truncated safetensors": (lambda: save({"a": ONE})[:-4], "damaged"),
     "zip of something": (lambda: zip_of("readme.txt"), "without PyTorch's or numpy's parts"),
     "zip bomb": (lambda: zip_of("archive/data.pkl", 300), "do not compress like that"),
     "TorchScript": (script, "TorchScript program"),
     "reduce payload, stream": (lambda: torch_bytes({"x": Payload()}, zipped=False), "asks for posix.system"),
     "pickle with a payload": (lambda: pickle.dumps({"model": Payload()}, protocol=2), "asks for posix.system"),
-    "pickle with an eval": (lambda: pickle.dumps({"model": EVAL}, protocol=4), "asks for builtins.eval"),
     "array that lies": (lying_array, "an array of shape"),
     "npz with objects": (npz_of_objects, "pickled objects"),
 }
 
 
+CLIP = {name: tensor for name, tensor in vit().items() if name != "patch_embed.proj.bias"}
+CLIP |= {"norm_pre.weight": torch.ones(384), "norm_pre.bias": torch.ones(384)}
 # What torch.save was given.
-def clip() -> dict[str, torch.Tensor]:
-    norm = {"norm_pre.weight": torch.ones(384), "norm_pre.bias": torch.ones(384)}
-    return {name: tensor for name, tensor in (vit() | norm).items() if name != "patch_embed.proj.bias"}
-
-
 VALUES: dict[str, tuple[Any, str]] = {
-    "nested too deeply": (deep(), "too deeply"),
+    "nested too deeply": (functools.reduce(lambda inner, _: {"a": inner}, range(200), {}), "too deeply"),
     "reduce payload": ({"state_dict": RESNET, "x": Payload()}, "asks for posix.system"),
     "eval payload": ({"x": EVAL}, "nothing was run"),
     "whole network": (torch.nn.Linear(2, 2), "asks for torch.nn.modules.linear.Linear"),
     "a list": ([torch.ones(2)], "holds a list"),
     "no tensors": ({"epoch": 3}, "holds no tensors"),
     "only an optimiser": ({"state": {0: {"exp_avg": ONE}}, "param_groups": [{"lr": 0.1}]}, "only an optimiser's state"),
-    "only an optimiser entry": ({"optimizer": {"state": {0: {"m": ONE}}}}, "only an optimiser's"),
-    "deep stem": ({**changed("conv1.weight"), "conv1.0.weight": ONE, "conv1.3.weight": ONE}, "deep stem of ResNet-D"),
-    "EfficientNet": ({"_conv_stem.weight": ONE, "_blocks.0._depthwise_conv.weight": ONE}, "EfficientNet or MobileNet"),
     "CMC": ({"model": {"encoder1.conv1.weight": ONE}, "contrast": {"m": ONE}}, "half-width networks"),
     "CIFAR stem": (changed("conv1.weight", torch.ones(64, 3, 3, 3)), "no 3×3 stem for small images"),
     "transposed": (changed("layer2.0.conv1.weight", torch.ones(64, 128, 3, 3)), "1 of another shape"),
-    "grouped": (
-        {**flat_tensors("resnet50"), "layer1.0.conv2.weight": torch.ones(128, 4, 3, 3)},
-        "wide_resnet",
-    ),
     "a block too few": ({name: t for name, t in RESNET.items() if not name.startswith("layer4.1.")}, "is none of"),
     "missing tensor": (changed("layer3.1.bn2.bias"), "1 tensors missing"),
-    "one missing counter": (changed("bn1.num_batches_tracked"), "1 tensors missing"),
     "extra tensor": (changed("layer3.1.bn9.bias", torch.ones(3)), "no single place"),
     "8 bits": (changed("bn1.weight", torch.ones(64).to(torch.float8_e4m3fn)), "float32 and float8_e4m3fn"),
     "NaN": (changed("bn1.weight", torch.full((64,), float("nan"))), "NaN or infinite"),
@@ -170,16 +147,13 @@ VALUES: dict[str, tuple[Any, str]] = {
     "sparse": (changed("bn1.bias", torch.ones(64).to_sparse()), "float32 and sparse"),
     "without values": (changed("bn1.bias", torch.ones(64, device="meta")), "float32 and sparse"),
     "C4 detector": ({"model": {"backbone.stem.conv1.weight": ONE, "roi_heads.res5.0.conv1.weight": ONE}}, "trained C4"),
-    "infinite": (changed("bn1.bias", torch.full((64,), float("inf"))), "NaN or infinite"),
     "same name twice": ({**RESNET, "module.conv1.weight": torch.ones(64, 3, 7, 7)}, "the same name"),
     "ViT with any number of heads": (vit(), "--heads 6"),
     "oblong ViT": (vit(positions=1 + 14 * 15), "and a square grid"),
     "ViT-S/10": (vit(patch=10), "patches of 10 pixels"),
     "layer scale in one block": (vit() | {"blocks.0.ls1.gamma": torch.ones(384)}, "tensors missing"),
-    "BEiT": (vit() | {"blocks.0.attn.relative_position_bias_table": ONE}, "relative positions"),
     "DINOv3": (vit() | {"rope_embed.periods": ONE}, "rotary positions"),
-    "CLIP": (clip(), "quick GELU"),
-    "ViT with LoRA": (vit() | {"blocks.0.attn.qkv.lora_A": ONE}, "LoRA"),
+    "CLIP": (CLIP, "quick GELU"),
 }
 
 
@@ -205,16 +179,6 @@ def test_bad_input_gets_one_sentence(name: str, tmp_path: Path, monkeypatch: pyt
     assert not PROOF_OF_RUN.exists()
 
 
-@pytest.mark.parametrize("length", [0x7B20, 640])
-def test_a_safetensors_file_may_begin_as_json_or_a_pickle_does(length: int, tmp_path: Path) -> None:
-    entries = {"__metadata__": {"note": ""}, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
-    entries["__metadata__"]["note"] = "n" * (length - len(json.dumps(entries)))
-    header = json.dumps(entries).encode()
-    assert len(header).to_bytes(8, "little").lstrip()[:1] in b"{\x80"
-    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    assert read_contents(tmp_path / "x.safetensors").container == "safetensors"
-
-
 def test_a_run_folder_stands_for_its_result(tmp_path: Path) -> None:
     header = Backbone(architecture="resnet18", method="twist")
     student = write_backbone(tmp_path / "run" / "backbone.safetensors", RESNET, header)
@@ -235,26 +199,24 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 
 def test_damaged_archives_are_one_sentence(tmp_path: Path) -> None:
-    """Every byte of a small npz changed in turn, as a failing disk would."""
+    """Every third byte of a small npz changed in turn, as a failing disk would."""
     np.savez(tmp_path / "x.npz", **{"conv1.weight": np.ones((2, 2), np.float32)})
     good = (tmp_path / "x.npz").read_bytes()
-    read, sentences = 0, []
-    for position in range(len(good)):
+    sentences = []
+    for position in range(0, len(good), 3):
         (tmp_path / "y.npz").write_bytes(good[:position] + bytes([good[position] ^ 0xFF]) + good[position + 1 :])
         try:
             read_contents(tmp_path / "y.npz")
-            read += 1
         except UserError as error:
             sentences.append(str(error))
-    assert read
-    assert sentences
+    assert 0 < len(sentences) < len(good) // 3
     assert not any("\n" in sentence for sentence in sentences)
 
 
 def test_nan_can_be_allowed(tmp_path: Path) -> None:
-    torch.save(changed("bn1.weight", torch.full((64,), float("nan"))), tmp_path / "nan.pth")
-    assert load_source(tmp_path / "nan.pth", allow_nan=True).tensors["bn1.weight"].isnan().all()
-    assert convert(tmp_path / "nan.pth", to="timm", output=tmp_path / "x", allow_nan=True, verify=False).weights
+    file = saved(tmp_path / "nan.pth", changed("bn1.weight", torch.full((64,), float("nan"))))
+    assert load_source(file, allow_nan=True).tensors["bn1.weight"].isnan().all()
+    assert convert(file, to="timm", output=tmp_path / "x", allow_nan=True, verify=False).weights
 
 
 def test_harmless_company_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,14 +269,15 @@ def test_numpy_pickles_of_every_protocol(protocol: int, tmp_path: Path) -> None:
         assert np.array_equal(read[name], arrays[name].astype(arrays[name].dtype.newbyteorder("="))), name
 
 
-def test_stand_ins_never_lead_to_the_real_thing() -> None:
-    for name, stand_in in opened.STAND_INS.items():
-        assert stand_in.__module__ == "twist.converters.open", name
-
-
 def test_the_first_bytes_decide_what_a_file_is(tmp_path: Path) -> None:
     plain = {name: tensor.contiguous() for name, tensor in RESNET.items()}
     save_file(plain, tmp_path / "x.bin")
+    # Its length makes a header begin as JSON or as a pickle does.
+    for length in (0x7B20, 640):
+        note = {"note": "n" * (length - len(json.dumps({"__metadata__": {"note": ""}})))}
+        save_file({}, tmp_path / f"{length}.pth", metadata=note)
+        assert (tmp_path / f"{length}.pth").read_bytes().lstrip(b"\0 ")[:1] in b"{\x80"
+        assert read_contents(tmp_path / f"{length}.pth").container == "safetensors"
     with (tmp_path / "y.pth").open("wb") as file:
         np.savez(file, **{name: tensor.numpy() for name, tensor in plain.items()})
     for name, container in (("x.bin", "safetensors"), ("y.pth", "npz")):
@@ -322,44 +285,35 @@ def test_the_first_bytes_decide_what_a_file_is(tmp_path: Path) -> None:
         assert torch.equal(load_source(tmp_path / name).tensors["conv1.weight"], plain["conv1.weight"])
 
 
-def test_inspect_names_what_is_there(tmp_path: Path) -> None:
+def test_inspect_names_what_is_there_and_what_is_wrong(tmp_path: Path) -> None:
     state = {f"module.encoder_{branch}.{name}": tensor for branch in "qk" for name, tensor in RESNET.items()}
     heads = dict.fromkeys(("module.encoder_q.fc.0.weight", "module.encoder_q.fc.2.weight", "module.queue"), ONE)
     value = {"epoch": 200, "state_dict": state | heads, "optimizer": {"state": {0: {"m": ONE}}}}
-    torch.save(value, tmp_path / "m.pth")
-    found = inspect(tmp_path / "m.pth")
+    found = inspect(saved(tmp_path / "m.pth", value))
     seen = json.loads(json.dumps(found.to_json()))
     assert [seen[key] for key in ("layout", "method", "architecture", "epochs")] == ["moco", "moco-v2", "resnet18", 200]
-    assert seen["branches"] == ["query", "key"]
-    assert seen["entries"] == {"state_dict": 243, "optimizer": 1}
+    assert (seen["branches"], seen["entries"]) == (["query", "key"], {"state_dict": 243, "optimizer": 1})
     assert seen["problems"] == []
     assert {name.split(".")[0] for name in seen["dropped"]} == {"encoder_k", "encoder_q", "queue"}
     assert "encoder_k (120), encoder_q.fc (2), queue" in inspection_text(found)
-
-
-def test_inspect_says_what_is_wrong(tmp_path: Path) -> None:
-    torch.save({"features.1.conv.0.0.weight": torch.ones(3)}, tmp_path / "m.pth")
-    found = inspect(tmp_path / "m.pth")
+    found = inspect(saved(tmp_path / "m.pth", {"features.1.conv.0.0.weight": torch.ones(3)}))
     assert found.source is None
     assert "MobileNet" in found.problems[0]
     assert "problem" in inspection_text(found)
 
 
 def test_what_has_to_be_named_is_inspected_and_checked_by_that_name(tmp_path: Path) -> None:
-    file, config = tmp_path / "weights.pth", tmp_path / "mine.yaml"
-    torch.save({"state_dict": {**RESNET, "fc.weight": torch.ones(2, 512)}}, file)
+    config = tmp_path / "mine.yaml"
+    file = saved(tmp_path / "weights.pth", {"state_dict": {**RESNET, "fc.weight": torch.ones(2, 512)}})
     config.write_text("MODEL:\n  RESNETS:\n    DEPTH: 18\n")
     assert "say --from simclr-torch" in inspect(file).problems[0]
     with pytest.raises(UserError, match="say --from simclr-torch"):
         check_config(config, file)
     found = inspect(file, layout="simclr-torch")
     assert found.source is not None
-    assert (found.source.backbone.source_layout, found.source.backbone.std) == ("simclr-torch", (1, 1, 1))
-    assert found.problems == ()
+    assert (found.source.backbone.source_layout, found.problems) == ("simclr-torch", ())
     wanted = {mismatch.key: mismatch.wanted for mismatch in check_config(config, file, layout="simclr-torch")}
     assert wanted["MODEL.PIXEL_STD"] == [255.0, 255.0, 255.0]
-    with pytest.raises(UsageError, match="There is no layout"):
-        inspect(file, layout="simklr")
 
 
 def test_an_artefact_passes_through_and_is_checked(tmp_path: Path) -> None:
@@ -378,13 +332,11 @@ def test_an_artefact_passes_through_and_is_checked(tmp_path: Path) -> None:
 
 
 def test_a_header_that_does_not_belong_is_refused(tmp_path: Path) -> None:
-    for text in ("hello", "[1]", "null"):
+    for text in ("hello", "[1]"):
         save_file({"conv1.weight": ONE}, tmp_path / "x.safetensors", metadata={"twist": text})
         with pytest.raises(UserError, match="the header is not valid"):
             load_source(tmp_path / "x.safetensors")
     header = Backbone(architecture="resnet34", method="twist").model_dump_json()
-    names = {f"backbone.{name}": tensor for name, tensor in RESNET.items()}
     for text, says in (("{}", "is not valid"), ("no json", "is not valid"), (header, "the header says resnet34")):
-        torch.save({"state_dict": names, "twist": text}, tmp_path / "weights.pth")
         with pytest.raises(UserError, match=says):
-            load_source(tmp_path / "weights.pth")
+            load_source(saved(tmp_path / "w.pth", {"state_dict": under("backbone.", RESNET), "twist": text}))

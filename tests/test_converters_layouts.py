@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from checkpoint_files import (
     checkpoint_value,
     flat_tensors,
     renamed_back,
+    same,
+    saved,
     source_names,
+    under,
     write_checkpoint,
 )
 from hypothesis import given, settings
@@ -31,19 +35,11 @@ from twist.converters.read import load_artefact, load_source
 from twist.converters.sources import BY_NAME, LAYOUTS, Branch, Layout, matches
 from twist.converters.tables import CAFFE2, DETECTRON2, TABLES, TORCHVISION, VIT_TABLES
 
-RESNET18 = flat_tensors()
-RESNET50 = flat_tensors("resnet50")
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equality of tensors that hold one number each: shape, and the number in the first and in the last place."""
-    return a.shape == b.shape and all(bool(a[place] == b[place]) for place in ((0,) * a.ndim, (-1,) * a.ndim))
-
-
+RESNET18, RESNET50 = flat_tensors(), flat_tensors("resnet50")
+SHAPES18, SHAPES50 = shapes_of("resnet18"), shapes_of("resnet50")
 # Files of DINOv2 hold ViTs alone (tests/test_vit.py).
 OF_RESNETS = [layout for layout in LAYOUTS if layout.tables[0] not in VIT_TABLES]
 PLACES = [(layout, branch) for layout in OF_RESNETS for branch in layout.branches]
-SHAPES18, SHAPES50 = shapes_of("resnet18"), shapes_of("resnet50")
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])
@@ -134,14 +130,6 @@ def test_layouts_are_told_apart_by_content(layout: Layout, tmp_path: Path) -> No
         assert matches(name, (*layout.drop, *(f"{b.prefix}*" for b in layout.branches))), name
 
 
-def test_detectrons_pickles_are_known_by_caffe2s_names(tmp_path: Path) -> None:
-    layout = BY_NAME["detectron2-caffe2"]
-    file = write_checkpoint(tmp_path / "R.pkl", layout, layout.branches[1], RESNET18)  # under `blobs`
-    header = load_source(file, allow_nan=True).backbone
-    assert header.source_layout == "detectron2-caffe2"
-    assert (header.channel_order, header.input_range, header.std) == ("BGR", 255, (1, 1, 1))
-
-
 def test_deepmind_byol_without_jax(tmp_path: Path) -> None:
     layout = BY_NAME["byol-deepmind"]
     file = write_checkpoint(tmp_path / "pretrain.pkl", layout, layout.branches[0], RESNET18)
@@ -172,26 +160,9 @@ def test_haiku_axes_are_permuted() -> None:
     assert there[4, 3, 1, 2] == kernel[1, 2, 3, 4]
 
 
-MIXED = "moco moco-v3 slotcon dino twist lightly-dino lightly-moco lightly-moco-query openselfsup-byol solo-learn"
-
-
-@pytest.mark.parametrize("name", MIXED.split())
-def test_branches_are_not_mixed_up(name: str, tmp_path: Path) -> None:
-    layout = BY_NAME[name]
-    other = next(branch for branch in layout.branches if branch.name != layout.branches[0].name)
-    file = tmp_path / "model.bin"
-    torch.save(checkpoint_value(layout, layout.branches[0], RESNET18), file)
-    mine, header = load_artefact(file)
-    theirs, second = load_artefact(file, branch=other.name)
-    assert (header.source_branch, second.source_branch) == (layout.branches[0].name, other.name)
-    assert all(same(mine[key], RESNET18[key]) for key in RESNET18)
-    assert not any(same(mine[key], theirs[key]) for key in RESNET18)
-
-
 @pytest.mark.parametrize("wrap", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."])
 def test_wrappers_are_taken_off(wrap: str, tmp_path: Path) -> None:
-    torch.save({wrap + name: tensor for name, tensor in RESNET18.items()}, tmp_path / "x.pth")
-    assert list(load_artefact(tmp_path / "x.pth")[0]) == list(RESNET18)
+    assert list(load_artefact(saved(tmp_path / "x.pth", under(wrap, RESNET18)))[0]) == list(RESNET18)
 
 
 @pytest.mark.parametrize(
@@ -209,125 +180,126 @@ def test_a_file_that_is_called_another_method_is_asked_for(layout: str, name: st
     assert any("SeLa v2" in note for note in source.notes) == (layout == "deepcluster-v2")
 
 
-@pytest.mark.parametrize("architecture", ["vit_small_patch16", "vit_base_patch16"])
 @pytest.mark.parametrize(
-    ("table", "layout"), [("timm-vit", "dino"), ("mmpretrain-vit", "mmselfsup"), ("mmseg-vit", "mmseg")]
-)
+    ("architecture", "table", "layout"),
+    [
+        ("vit_small_patch16", "timm-vit", "dino"), ("vit_base_patch16", "timm-vit", "dino"),
+        ("vit_small_patch16", "mmpretrain-vit", "mmselfsup"), ("vit_base_patch16", "mmseg-vit", "mmseg"),
+    ],
+)  # fmt: skip
 def test_vits(architecture: str, table: str, layout: str, tmp_path: Path) -> None:
     tensors = flat_tensors(architecture, image_size=384)
-    state = {f"backbone.{name}": tensor for name, tensor in renamed_back(TABLES[table], tensors).items()}
-    value = {
-        "dino": {"teacher": {f"module.{name}": tensor for name, tensor in state.items()}, "student": {"a": 1}},
+    state = under("backbone.", renamed_back(TABLES[table], tensors))
+    value: dict[str, Any] = {
+        "dino": {"teacher": under("module.", state), "student": {"a": 1}},
         "mmselfsup": {"state_dict": state, "meta": {}},
         "mmseg": {"state_dict": {**state, "decode_head.w": torch.ones(1)}},
     }[layout]
-    torch.save(value, tmp_path / "x.pth")
     heads = None if layout == "dino" else 12  # DINO's file says that they are the usual ones
     # A segmentor's backbone has to be asked for.
-    found, header = load_artefact(tmp_path / "x.pth", layout="mmseg" if layout == "mmseg" else None, heads=heads)
+    told = {"layout": "mmseg" if layout == "mmseg" else None, "heads": heads}
+    found, header = load_artefact(saved(tmp_path / "x.pth", value), **told)
     assert (header.architecture, header.image_size, header.source_layout) == (architecture, 384, layout)
     assert header.transformer.heads == (heads or tensors["norm.bias"].numel() // 64)
     assert all(same(found[name], tensors[name]) for name in tensors)
 
 
-def test_absent_branch_and_unknown_layout(tmp_path: Path) -> None:
-    torch.save({"state_dict": {f"module.encoder_q.{name}": t for name, t in RESNET18.items()}}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="holds no branch key: it holds query"):
-        load_artefact(tmp_path / "x.pth", branch="key")
-    with pytest.raises(UsageError, match='Did you mean "moco"'):
-        load_artefact(tmp_path / "x.pth", layout="mocco")
-    with pytest.raises(UserError, match="does not have the layout dino"):
-        load_artefact(tmp_path / "x.pth", layout="dino")
+PROBE = {"fc.weight": torch.ones(10, 512), "fc.bias": torch.ones(10)}
+IN_DETECTRON2 = {"model": under("backbone.bottom_up.", renamed_back(DETECTRON2, RESNET50))}
 
 
-def test_what_content_cannot_tell_is_asked(tmp_path: Path) -> None:
-    heads = {"fc.weight": torch.ones(10, 512), "fc.bias": torch.ones(10)}
-    torch.save({"state_dict": {**RESNET18, **heads}}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="--from simclr-torch or --from byol-torch or --from torchvision-training"):
-        load_artefact(tmp_path / "x.pth")
-    header = load_artefact(tmp_path / "x.pth", layout="simclr-torch")[1]
+@pytest.mark.parametrize(
+    ("value", "told", "says"),
+    [
+        ({"state_dict": under("module.encoder_q.", RESNET18)}, {"branch": "key"}, "no branch key: it holds query"),
+        ({"state_dict": under("module.encoder_q.", RESNET18)}, {"layout": "mocco"}, 'Did you mean "moco"'),
+        ({"state_dict": under("module.encoder_q.", RESNET18)}, {"layout": "dino"}, "does not have the layout dino"),
+        # What content cannot tell is asked.
+        ({"state_dict": RESNET18 | PROBE}, {}, "--from simclr-torch or --from byol-torch or --from torchvision-tra"),
+        (RESNET18 | PROBE, {}, "is called simclr but looks like torchvision"),
+        (IN_DETECTRON2, {}, "--from detectron2-model or --from detectron2-msra"),
+    ],
+)
+def test_what_is_not_there_or_not_certain_has_to_be_said(value: Any, told: dict, says: str, tmp_path: Path) -> None:
+    with pytest.raises((UserError, UsageError), match=says):
+        load_artefact(saved(tmp_path / ("simclr.pth" if "simclr but" in says else "x.pth"), value), **told)
+
+
+def test_what_a_layout_says_of_its_pixels_is_in_the_header(tmp_path: Path) -> None:
+    header = load_artefact(saved(tmp_path / "x.pth", {"state_dict": RESNET18 | PROBE}), layout="simclr-torch")[1]
     assert (header.mean, header.std, header.method) == ((0, 0, 0), (1, 1, 1), "simclr")
-    torch.save({**RESNET18, **heads}, tmp_path / "resnet50-simclr.pth")
-    with pytest.raises(UserError, match="is called simclr but looks like torchvision"):
-        load_artefact(tmp_path / "resnet50-simclr.pth")
-    torch.save(
-        {"model": {f"backbone.bottom_up.{n}": t for n, t in renamed_back(DETECTRON2, RESNET50).items()}},
-        tmp_path / "d2.pth",
-    )
-    with pytest.raises(UserError, match="--from detectron2-model or --from detectron2-msra"):
-        load_artefact(tmp_path / "d2.pth")
-    header = load_artefact(tmp_path / "d2.pth", layout="detectron2-msra")[1]
+    header = load_artefact(saved(tmp_path / "d2.pth", IN_DETECTRON2), layout="detectron2-msra")[1]
     assert (header.channel_order, header.stride_in, header.input_range) == ("BGR", "1x1", 255)
+    layout = BY_NAME["detectron2-caffe2"]
+    file = write_checkpoint(tmp_path / "R.pkl", layout, layout.branches[1], RESNET18)  # under `blobs`
+    header = load_source(file, allow_nan=True).backbone
+    assert (header.source_layout, header.channel_order, header.std) == ("detectron2-caffe2", "BGR", (1, 1, 1))
 
 
 def test_what_lies_outside_a_backbones_names_is_left_aside_and_what_lies_inside_is_not(tmp_path: Path) -> None:
     """Heads have any name: PixPro's instance branch, MAE's decoder, VICRegL's maps. Inside, every tensor counts."""
-    for name, prefix in (("moco", "encoder_q."), ("barlow-twins", "backbone."), ("vicreg", "backbone.")):
+    for name, prefix in (("moco", "encoder_q."), ("barlow-twins", "backbone."), ("swav", "")):
         value = checkpoint_value(BY_NAME[name], BY_NAME[name].branches[0], RESNET18)
-        state = value.get("state_dict") or value["model"]
+        state = value.get("state_dict") or value.get("model") or value
         state["module.surprise.weight"] = torch.ones(2, 2)
-        torch.save(value, tmp_path / "x.pth")
-        assert "surprise.weight" in load_source(tmp_path / "x.pth", allow_nan=True).dropped
-        state[f"module.{prefix}layer1.0.surprise.weight"] = torch.ones(2, 2)
-        torch.save(value, tmp_path / "x.pth")
-        with pytest.raises(UserError, match=r"layer1\.0\.surprise\.weight"):
-            load_source(tmp_path / "x.pth", allow_nan=True)
-    value = checkpoint_value(BY_NAME["swav"], BY_NAME["swav"].branches[0], RESNET18)
-    torch.save({**value, "module.surprise.weight": torch.ones(2, 2)}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match=r"surprise\.weight"):
-        load_artefact(tmp_path / "x.pth")
+        if prefix:
+            source = load_source(saved(tmp_path / "x.pth", value), allow_nan=True)
+            assert "surprise.weight" in source.dropped
+            state[f"module.{prefix}layer1.0.surprise.weight"] = torch.ones(2, 2)
+        with pytest.raises(UserError, match=r"surprise\.weight"):
+            load_source(saved(tmp_path / "x.pth", value), allow_nan=True)
 
 
 def vit_small(**settings: object) -> dict[str, object]:
     """solo-learn's file of a ViT-S with these hyper-parameters."""
-    state = {f"backbone.{name}": tensor for name, tensor in flat_tensors("vit_small_patch16", image_size=224).items()}
     probe = {"classifier.weight": torch.ones(2, 2), "classifier.bias": torch.ones(2)}
-    return {"state_dict": {**state, **probe}, "hyper_parameters": settings}
+    state = under("backbone.", flat_tensors("vit_small_patch16", image_size=224))
+    return {"state_dict": state | probe, "hyper_parameters": settings}
 
 
-HEADS = {
+HEADS: dict[str, tuple[dict[str, object], int | None]] = {
     "the method": ({"method": "mocov3"}, 12),
     "keyword arguments": ({"backbone": {"name": "vit_small", "kwargs": {"num_heads": 12}}}, 12),
     "a config's text": ({"cfg": "backbone=dict(type='VisionTransformer', num_heads=12)"}, 12),
     "an architecture": ({"cfg": "backbone=dict(type='MoCoV3ViT', arch='mocov3-small')"}, 12),
+    "args.json": ({"method": "mocov3"}, 12),
     "the usual": ({"backbone": {"num_heads": 6}}, 6),
     "timm's name": ({"model": "deit_small_patch16_224"}, 6),
     "a decoder's": ({"decoder_num_heads": 16}, None),
-    "nothing": ({"lr": 0.1}, None),
     "two numbers": ({"a": {"num_heads": 6}, "b": {"num_heads": 12}}, None),
 }
 
 
-@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("case", HEADS)
-def test_the_settings_say_how_many_heads_a_vit_has(case: str, beside: bool, tmp_path: Path) -> None:
+def test_the_settings_say_how_many_heads_a_vit_has(case: str, tmp_path: Path) -> None:
     """Twelve heads have the names and shapes of six, and other features (8 % of them, measured on random weights)."""
     settings, heads = HEADS[case]
-    torch.save(vit_small(**({} if beside else settings)), tmp_path / "x.ckpt")
-    if beside:
-        (tmp_path / "args.json").write_text(json.dumps(settings))
+    if case == "args.json":
+        (tmp_path / case).write_text(json.dumps(settings))
+        settings = {}
+    file = saved(tmp_path / "x.ckpt", vit_small(**settings))
     if heads is None:
         with pytest.raises(HeadsUnknownError, match=r"--heads 6 .* or --heads 12"):
-            load_source(tmp_path / "x.ckpt")
-        assert "--heads" in inspect(tmp_path / "x.ckpt").problems[0]
+            load_source(file)
+        assert "--heads" in inspect(file).problems[0]
     else:
-        header = load_source(tmp_path / "x.ckpt").backbone
+        header = load_source(file).backbone
         assert (header.transformer.heads, header.vit is None) == (heads, heads == 6)
 
 
 def test_told_heads_are_taken_and_impossible_ones_refused(tmp_path: Path) -> None:
-    torch.save(vit_small(), tmp_path / "x.ckpt")
-    header = load_source(tmp_path / "x.ckpt", heads=12).backbone
-    assert header.display_name == "vit_small_patch16_heads12"
-    with pytest.raises(UserError, match="cannot be shared by 5 heads"):
-        load_source(tmp_path / "x.ckpt", heads=5)
-    write_backbone(tmp_path / "x.safetensors", load_source(tmp_path / "x.ckpt", heads=12).tensors, header)
-    assert load_source(tmp_path / "x.safetensors", heads=12).backbone == header
-    with pytest.raises(UserError, match="12 heads: leave --heads away"):
-        load_source(tmp_path / "x.safetensors", heads=6)
-    torch.save({**RESNET18}, tmp_path / "r.pth")
-    with pytest.raises(UserError, match="no attention heads"):
-        load_source(tmp_path / "r.pth", heads=6)
+    file = saved(tmp_path / "x.ckpt", vit_small())
+    source = load_source(file, heads=12)
+    assert source.backbone.display_name == "vit_small_patch16_heads12"
+    converted = write_backbone(tmp_path / "x.safetensors", source.tensors, source.backbone)
+    assert load_source(converted, heads=12).backbone == source.backbone
+    for path, heads, says in (
+        (file, 5, "cannot be shared by 5 heads"),
+        (converted, 6, "12 heads: leave --heads away"),
+        (saved(tmp_path / "r.pth", RESNET18), 6, "no attention heads"),
+    ):
+        with pytest.raises(UserError, match=says):
+            load_source(path, heads=heads)
 
 
 @pytest.mark.parametrize(("source", "heads"), [("moco-v3", 12), ("mae", None), ("learned", None)])
@@ -341,20 +313,20 @@ def test_the_fixed_table_of_moco_v3_says_twelve_heads(source: str, heads: int | 
     ]
     if source != "learned":
         state["pos_embed"] = torch.tensor([[[0.0] * 384, *waves]])
-    torch.save({"model": state}, tmp_path / "x.pth")
+    file = saved(tmp_path / "x.pth", {"model": state})
     if heads is None:
         with pytest.raises(HeadsUnknownError):
-            load_source(tmp_path / "x.pth")
+            load_source(file)
     else:
-        vit = load_source(tmp_path / "x.pth").backbone.transformer
+        vit = load_source(file).backbone.transformer
         assert (vit.heads, vit.positions) == (heads, "sincos")
 
 
 def lightly(*parts: str, **more: torch.Tensor) -> dict[str, object]:
     """A module of lightly's: these backbones, its projection head, and other tensors (dots are written as `__`)."""
     state = {f"{part}.{name}": tensor for part in parts for name, tensor in RESNET18.items()}
-    state |= {"projection_head.layers.0.weight": torch.ones(2, 2)}
-    return {"state_dict": {**state, **{name.replace("__", "."): tensor for name, tensor in more.items()}}}
+    more = {"projection_head__layers__0__weight": torch.ones(2, 2), **more}
+    return {"state_dict": state | {name.replace("__", "."): tensor for name, tensor in more.items()}}
 
 
 @pytest.mark.parametrize(
@@ -371,17 +343,15 @@ def lightly(*parts: str, **more: torch.Tensor) -> dict[str, object]:
     ],
 )
 def test_a_method_is_named_only_where_the_file_is_its_own(value: dict, method: str, tmp_path: Path) -> None:
-    torch.save(value, tmp_path / "x.pth")
-    assert load_source(tmp_path / "x.pth", allow_nan=True).backbone.method == method
+    assert load_source(saved(tmp_path / "x.pth", value), allow_nan=True).backbone.method == method
 
 
 def test_mae_and_deit_lie_under_model(tmp_path: Path) -> None:
     vit = flat_tensors("vit_base_patch16", image_size=224)
     decoder = {"mask_token": torch.ones(1, 1, 512), "decoder_pos_embed": torch.ones(1, 197, 512)}
-    torch.save({"model": vit | decoder}, tmp_path / "mae.pth")
-    torch.save({"model": vit | {"head.weight": torch.ones(2, 768)}}, tmp_path / "deit.pth")
-    mae = load_source(tmp_path / "mae.pth", allow_nan=True)
+    mae = load_source(saved(tmp_path / "mae.pth", {"model": vit | decoder}), allow_nan=True)
     assert (mae.backbone.method, mae.backbone.transformer.heads, set(mae.dropped)) == ("mae", 12, {*decoder})
-    deit = load_source(tmp_path / "deit.pth", heads=12, allow_nan=True)
+    file = saved(tmp_path / "deit.pth", {"model": vit | {"head.weight": torch.ones(2, 768)}})
+    deit = load_source(file, heads=12, allow_nan=True)
     assert (deit.backbone.method, deit.backbone.vit, deit.dropped) == ("unknown", None, ("head.weight",))
-    assert load_source(tmp_path / "deit.pth", layout="mae", allow_nan=True).backbone.method == "mae"
+    assert load_source(file, layout="mae", allow_nan=True).backbone.method == "mae"
