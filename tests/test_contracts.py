@@ -4,7 +4,6 @@ import contextlib
 import os
 import pty
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,12 +57,10 @@ def test_overrides_are_toml_and_reach_into_sections(tmp_path: Path) -> None:
     [
         ('name = "a"\n[inner]\nlearnin_rate = 1\n', [], 'inner.learnin_rate. Did you mean "learning_rate"?'),
         ('name = "a"\n', ["learning_rate=1"], 'unknown key learning_rate. Did you mean "inner.learning_rate"?'),
-        ('name = "a"\n', ["inner.learn=1"], 'unknown key inner.learn. Did you mean "learning_rate"?'),
         ("[inner]\n", [], "name is missing"),
         ('name = "a"\n[inner]\nlearning_rate = "fast"\n', [], "inner.learning_rate = 'fast' does not fit"),
         ("name = ", [], "not valid TOML"),
         ('name = "a"\n', ["inner.learning_rate=inf"], "inner.learning_rate = inf does not fit"),
-        ('name = "a"\n', ["inner.scales=[0.1, nan]"], "inner.scales.1 = nan does not fit"),
         ('name = "a"\n', ["inner.learning_rate"], "not an override"),
         ('name = "a"\n', ["name.x=1"], "name is a value, not a section"),
     ],
@@ -75,16 +72,12 @@ def test_config_mistakes_are_one_sentence(tmp_path: Path, text: str, overrides: 
     assert "\n" not in str(error.value)
 
 
-def test_missing_config_and_wrong_ending(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "says"), [("absent.toml", "cannot be read"), ("c.yaml", "TOML"), ("", "is a folder")])
+def test_missing_config_and_wrong_ending(name: str, says: str, tmp_path: Path) -> None:
     write(tmp_path / "c.yaml", "")
     (tmp_path / "folder.toml").mkdir()
-    for name, said in (
-        ("absent.toml", r"absent\.toml cannot be read"),
-        ("c.yaml", "TOML"),
-        ("folder.toml", "is a folder"),
-    ):
-        with pytest.raises(UsageError, match=said):
-            load_config(tmp_path / name, Outer)
+    with pytest.raises(UsageError, match=says):
+        load_config(tmp_path / (name or "folder.toml"), Outer)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**53), 2**53))
@@ -122,11 +115,8 @@ def test_a_write_is_beside_its_target_on_the_disk_before_it_counts_and_as_readab
     finally:
         os.umask(before)
     assert synced == [str(temporary), str(tmp_path / "new")]
-
-
-def test_equal_values_are_equal_bytes(tmp_path: Path) -> None:
     files.write_json(tmp_path / "x.json", {"b": 1, "a": "é"})
-    assert (tmp_path / "x.json").read_text() == '{\n  "a": "é",\n  "b": 1\n}\n'
+    assert (tmp_path / "x.json").read_text() == '{\n  "a": "é",\n  "b": 1\n}\n', "equal values are equal bytes"
 
 
 # The artefact
@@ -149,6 +139,9 @@ def test_artefact_round_trip_is_exact_and_reproducible(tmp_path: Path, resnet18:
     reread, header = read_backbone(first)
     assert header == read_header(first) == HEADER
     assert all(torch.equal(reread[name], tensors[name]) for name in tensors)
+    written = HEADER.model_dump(mode="json")
+    del written["images_sha256"]
+    assert Backbone.model_validate(written) == HEADER, "headers of earlier versions stay readable"
 
 
 def test_pixels_are_normalised_as_torchvisions_weights_want_them() -> None:
@@ -174,20 +167,14 @@ def test_what_is_no_artefact_is_refused_in_a_sentence(tmp_path: Path, resnet18: 
         network_of(Backbone(architecture="resnet50", method="x"), resnet18.state_dict())
     with pytest.raises(ValueError, match="does not belong"):
         Backbone(architecture="vit_small_patch16", method="x", image_size=224)
-    for lacking in ({"image_size": 224, "width": 2}, {}):
-        with pytest.raises(ValueError, match="a ViT has width 1 and states the image size"):
-            Backbone(architecture="vit_small_patch16", stem="patch16", method="x", **lacking)
+    with pytest.raises(ValueError, match="a ViT has width 1 and states the image size"):
+        Backbone(architecture="vit_small_patch16", stem="patch16", method="x")
 
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        lambda tensors: {**tensors, "a": tensors["a"] + 1},
-        lambda tensors: {**tensors, "a": tensors["a"].view(torch.int32)},
-        lambda tensors: {**tensors, "a": tensors["a"][None]},
-        lambda tensors: {"a": tensors["a"]},
-    ],
-    ids=["a value", "a number format", "a shape", "a tensor less"],
+    [lambda tensors: {**tensors, "a": tensors["a"].view(torch.int32)}, lambda tensors: {"a": tensors["a"]}],
+    ids=["a number format", "a tensor less"],
 )
 def test_an_artefact_that_does_not_read_back_is_not_written(
     damage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -228,11 +215,8 @@ def test_networks_are_the_libraries_own(architecture: str) -> None:
 
 def test_width_two_doubles_every_width() -> None:
     with torch.device("meta"):
-        narrow, wide = build_backbone("resnet50").state_dict(), build_backbone("resnet50", width=2).state_dict()
-    for name, tensor in narrow.items():
-        expected = tuple(n if n in (1, 3, 7) else 2 * n for n in tensor.shape)
-        assert tuple(wide[name].shape) == expected or name == "conv1.weight", name
-    assert wide["conv1.weight"].shape == (128, 3, 7, 7)
+        wide = build_backbone("resnet50", width=2).state_dict()
+    assert (wide["conv1.weight"].shape, wide["layer4.2.conv3.weight"].shape) == ((128, 3, 7, 7), (4096, 1024, 1, 1))
     # 94M parameters: the size that the TWIST README states for R50w2.
     assert round(sum(v.numel() for k, v in wide.items() if "running" not in k) / 1e6) == 94
 
@@ -265,29 +249,23 @@ def test_variants_compute_something_else(resnet18: nn.Module) -> None:
 # Images
 
 
-def test_images_are_found_at_any_depth_and_bad_ones_named(tmp_path: Path) -> None:
+def test_images_are_found_at_any_depth_and_nothing_else(tmp_path: Path) -> None:
+    """Notes of other programs are no images, and a link leads round no circle."""
     from PIL import Image
 
-    for name in ("a/b/1.jpg", "a/2.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (5, 4), (255, 0, 0)).save(tmp_path / name)
-    bad = write(tmp_path / "a" / "bad.jpg", "no image")
-    assert image_names(tmp_path) == ["a/2.png", "a/b/1.jpg", "a/bad.jpg"]
-    assert read_image(tmp_path / "a/2.png").shape == (3, 4, 5)
-    with pytest.raises(UnreadableImage, match=r"bad\.jpg"):
-        read_image(bad)
-
-
-def test_notes_of_other_programs_are_no_images_and_a_link_leads_round_no_circle(tmp_path: Path) -> None:
+    root = tmp_path / "train"
     for name in ("a/1.jpg", "a/._1.jpg", "a/.ipynb_checkpoints/1-checkpoint.jpg", ".cache/2.jpg", "a/1.jpg.txt"):
-        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
-        write(tmp_path / "train" / name, "")
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        write(root / name, "no image")
     (tmp_path / "elsewhere").mkdir()
-    write(tmp_path / "elsewhere" / "3.PNG", "")
-    (tmp_path / "train/a/linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "train/a/round").symlink_to(tmp_path / "train")
-    (tmp_path / "train/itself").symlink_to(tmp_path / "train/itself")
-    assert image_names(tmp_path / "train") == ["a/1.jpg", "a/linked/3.PNG"]
+    Image.new("RGB", (5, 4), (255, 0, 0)).save(tmp_path / "elsewhere" / "3.PNG")
+    (root / "a/linked").symlink_to(tmp_path / "elsewhere")
+    (root / "a/round").symlink_to(root)
+    (root / "itself").symlink_to(root / "itself")
+    assert image_names(root) == ["a/1.jpg", "a/linked/3.PNG"]
+    assert read_image(root / "a/linked/3.PNG").shape == (3, 4, 5)
+    with pytest.raises(UnreadableImage, match=r"1\.jpg"):
+        read_image(root / "a/1.jpg")
 
 
 def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,18 +282,6 @@ def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path: Path, monkeypatc
         image_names(tmp_path)
 
 
-def test_headers_of_earlier_versions_stay_readable() -> None:
-    header = HEADER.model_dump(mode="json")
-    del header["images_sha256"]
-    assert Backbone.model_validate(header) == HEADER
-
-
-def test_no_torch_at_import() -> None:
-    modules = ["config", "weights", "record", "metrics", "errors", "files", "images", "progress", "machine"]
-    code = f"import sys; {'; '.join(f'import twist.contracts.{m}' for m in modules)}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 BAR = """
 import fcntl, struct, termios, time
 fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack("HHHH", 40, {width}, 0, 0))
@@ -328,7 +294,7 @@ with Progress("pretrain r50_multicrop_850ep", total=123456, unit="step") as prog
 """
 
 
-@pytest.mark.parametrize("width", [60, 80, 120, 200])
+@pytest.mark.parametrize("width", [60, 120])
 def test_the_bar_keeps_count_rate_and_time_left_on_a_terminal_of_any_width(width: int) -> None:
     child, terminal = pty.fork()
     if child == 0:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import random_tensors
+from checkpoint_files import random_tensors, saved
 from torch import nn
 
 from twist.contracts.errors import UserError
@@ -24,13 +24,10 @@ from twist.converters.targets import TARGETS, detectron2, mmseg
 pytestmark = pytest.mark.slow
 SMALL = Backbone(architecture="resnet18", method="twist")
 VIT = Backbone(architecture="vit_small_patch16", stem="patch16", image_size=224, method="dino")
-WIDE = Backbone(architecture="resnet18", width=2, method="simclr", mean=(0, 0, 0), std=(1, 1, 1))
 NETWORKS = [
-    *(SMALL.model_copy(update={"architecture": f"resnet{depth}"}) for depth in (18, 34, 50, 101)),
-    *(SMALL.model_copy(update={"architecture": "resnet50", "width": width}) for width in (2, 4)),
-    WIDE,
+    SMALL,
+    *(SMALL.model_copy(update={"architecture": "resnet50", "width": width}) for width in (1, 2)),
     VIT,
-    VIT.model_copy(update={"architecture": "vit_base_patch16", "image_size": 384}),
     VIT.model_copy(update={"vit": usual_vit("vit_small_patch16").model_copy(update={"heads": 12, "resize": "plain"})}),
 ]
 
@@ -211,14 +208,14 @@ def test_bgr_and_caffe_stride_are_carried(tmp_path: Path) -> None:
 
 
 def test_torchvision_for_real(tmp_path: Path) -> None:
-    from torchvision.models import resnet50
+    from torchvision.models import resnet18
 
     torch.manual_seed(0)
-    torch.save(resnet50().state_dict(), tmp_path / "r50.pth")
-    done = convert(tmp_path / "r50.pth", to="torchvision", output=tmp_path / "out")
-    header = done.backbone
-    assert (header.method, header.architecture, done.proof.kind) == ("supervised", "resnet50", "framework")
-    assert load_source(tmp_path / "r50.pth").dropped == ("fc.weight", "fc.bias")
+    file = saved(tmp_path / "r18.pth", resnet18().state_dict())
+    done = convert(file, to="torchvision", output=tmp_path / "out")
+    assert (done.backbone.method, done.backbone.architecture) == ("supervised", "resnet18")
+    assert done.proof.kind == "framework"
+    assert load_source(file).dropped == ("fc.weight", "fc.bias")
 
 
 @pytest.mark.parametrize(("name", "mean"), [("resnet18", 0.485), ("vit_small_patch16_224", 0.5)])
@@ -274,15 +271,12 @@ def test_lightly_for_real(tmp_path: Path) -> None:
             "state_dict": network.state_dict(), "epoch": 99, "pytorch-lightning_version": "2.1", "loops": {},
             "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(1.0)}}, "optimizer_states": [],
         }  # fmt: skip
-        torch.save(value, tmp_path / f"{layout}.ckpt")
-        source = load_source(tmp_path / f"{layout}.ckpt")
+        source = load_source(saved(tmp_path / f"{layout}.ckpt", value))
         assert source.backbone.source_layout == layout
         assert torch.equal(source.tensors["conv1.weight"], next(iter(network["backbone"].state_dict().values())))
         if layout == "lightly-dino":
             other = load_source(tmp_path / f"{layout}.ckpt", branch="student")
             assert torch.equal(other.tensors["conv1.weight"], network["student_backbone"].conv1.weight)
-    done = convert(tmp_path / "lightly-swav.ckpt", to="mmseg", output=tmp_path / "out")
-    assert done.proof.kind == "framework"
 
 
 def test_a_real_network_of_another_kind_is_refused() -> None:
@@ -296,21 +290,16 @@ def test_check_config_of_detectron2(written: dict[str, Path], tmp_path: Path) ->
     from detectron2 import model_zoo
 
     weights = written["r50-detectron2"] / "weights.pth"
+
+    def wrong(config: Path) -> set[str]:
+        return {mismatch.key for mismatch in check_config(config, weights)}
+
     stock = Path(model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"))
-    found = check_config(stock, weights)
-    assert {mismatch.key for mismatch in found} == {
-        "INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1", "MODEL.RESNETS.NORM",
-        "MODEL.BACKBONE.FREEZE_AT", "MODEL.ROI_HEADS.NAME", "MODEL.WEIGHTS",
-    }  # fmt: skip
-    assert "Res5ROIHeadsExtraNorm" in mismatch_text(found)
+    recipe = {"INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1", "MODEL.WEIGHTS"}
+    assert wrong(stock) == recipe | {"MODEL.RESNETS.NORM", "MODEL.BACKBONE.FREEZE_AT", "MODEL.ROI_HEADS.NAME"}
+    assert "Res5ROIHeadsExtraNorm" in mismatch_text(check_config(stock, weights))
     # Our recipe, whose base is named by `model_zoo://`: the overlay's settings and the weights are missing.
-    ours = {
-        mismatch.key
-        for mismatch in check_config(
-            Path(__file__).resolve().parent.parent / "configs/detectron2/voc_frcnn_c4_24k.yaml", weights
-        )
-    }
-    assert ours == {m.key for m in found} - {"MODEL.RESNETS.NORM", "MODEL.BACKBONE.FREEZE_AT", "MODEL.ROI_HEADS.NAME"}
+    assert wrong(Path(__file__).resolve().parent.parent / "configs/detectron2/voc_frcnn_c4_24k.yaml") == recipe
     # With the overlay and the recipe's norms nothing is left.
     overlay = (written["r50-detectron2"] / "overlay.yaml").read_text()
     text = (
@@ -319,27 +308,25 @@ def test_check_config_of_detectron2(written: dict[str, Path], tmp_path: Path) ->
         + "X: !!python/object/apply:os.system ['touch ran.txt']\n"
     )
     (tmp_path / "mine.yaml").write_text(text)
-    assert check_config(tmp_path / "mine.yaml", weights) == []
+    assert wrong(tmp_path / "mine.yaml") == set()
     assert not Path("ran.txt").exists()
     changed = tmp_path / "changed.yaml"
-    changed.write_text(text.replace("STEM_OUT_CHANNELS: 64", "STEM_OUT_CHANNELS: 128"))
-    assert {mismatch.key for mismatch in check_config(changed, weights)} == {"MODEL.RESNETS.STEM_OUT_CHANNELS"}
-    for norm in ("GN", '""', "LN"):
-        changed.write_text(text.replace("NORM: SyncBN", f"NORM: {norm}"))
-        assert {mismatch.key for mismatch in check_config(changed, weights)} == {"MODEL.RESNETS.NORM"}
+    for before, after, key in (
+        ("STEM_OUT_CHANNELS: 64", "STEM_OUT_CHANNELS: 128", "MODEL.RESNETS.STEM_OUT_CHANNELS"),
+        ("NORM: SyncBN", "NORM: GN", "MODEL.RESNETS.NORM"),
+        ("NORM: SyncBN", 'NORM: ""', "MODEL.RESNETS.NORM"),
+    ):
+        changed.write_text(text.replace(before, after))
+        assert wrong(changed) == {key}
     # Several bases, and a tuple in the place of a list, are Detectron2's own ways of writing.
     changed.write_text("_BASE_: [mine.yaml, tuple.yaml]\n")
-    for mean, wrong in (("123.675, 116.28, 103.53", set()), ("103.53, 116.28, 123.675", {"MODEL.PIXEL_MEAN"})):
+    for mean, found in (("123.675, 116.28, 103.53", set()), ("103.53, 116.28, 123.675", {"MODEL.PIXEL_MEAN"})):
         (tmp_path / "tuple.yaml").write_text(f"MODEL:\n  PIXEL_MEAN: ({mean})\n")
-        assert {mismatch.key for mismatch in check_config(changed, weights)} == wrong
+        assert wrong(changed) == found
     for mean in ("-" * 5000 + "1", '["a", "b", "c"]', "[{}, {}, {}]"):
         changed.write_text(f"_BASE_: mine.yaml\nMODEL:\n  PIXEL_MEAN: {mean}\n")
-        assert {mismatch.key for mismatch in check_config(changed, weights)} == {"MODEL.PIXEL_MEAN"}
-    for text, says in (
-        ("_BASE_: absent.yaml", "absent.yaml"),
-        ("[1", "cannot be read"),
-        ("1", "cannot be read"),
-    ):
+        assert wrong(changed) == {"MODEL.PIXEL_MEAN"}
+    for text, says in (("_BASE_: absent.yaml", "absent.yaml"), ("[1", "cannot be read"), ("1", "cannot be read")):
         changed.write_text(text)
         with pytest.raises(UserError, match=says):
             check_config(changed, weights)
@@ -347,6 +334,7 @@ def test_check_config_of_detectron2(written: dict[str, Path], tmp_path: Path) ->
 
 def test_check_config_of_mmseg(written: dict[str, Path], tmp_path: Path) -> None:
     import mmseg
+    from mmengine.config import Config
 
     weights = written["r18-mmseg"] / "weights.pth"
     base = Path(mmseg.__file__).parent / ".mim" / "configs" / "_base_" / "models" / "fcn_r50-d8.py"
@@ -355,24 +343,17 @@ def test_check_config_of_mmseg(written: dict[str, Path], tmp_path: Path) -> None
         "model.backbone.type", "model.pretrained", "model.backbone.depth", "model.backbone.init_cfg.prefix",
     }  # fmt: skip
     assert "deep 3×3 stem" in mismatch_text(found)
-    mine = tmp_path / "mine.py"
-    shutil.copy(written["r18-mmseg"] / "overlay.py", tmp_path / "overlay.py")
-    mine.write_text(f"_base_ = ['{base}']\n" + (tmp_path / "overlay.py").read_text())
+    mine, own = tmp_path / "mine.py", tmp_path / "own.py"
+    overlay = shutil.copy(written["r18-mmseg"] / "overlay.py", tmp_path)
+    mine.write_text(f"_base_ = ['{base}']\n" + Path(overlay).read_text())
     assert check_config(mine, weights) == []
     for change in ("deep_stem=True", "avg_down=True", "norm_cfg=dict(type='GN', num_groups=32)"):
-        own = tmp_path / "own.py"
         own.write_text(f"_base_ = ['mine.py']\nmodel = dict(backbone=dict({change}))\n")
         (mismatch,) = check_config(own, weights)
         assert mismatch.key.startswith(f"model.backbone.{change.partition('=')[0]}")
-    assert mismatch_text([]) == "The config fits the weights."
-    # And the merged config builds: the recipe's own settings stay.
-    from mmengine.config import Config
-    from mmseg.registry import MODELS
-
+    # The recipe's own settings stay.
     backbone = Config.fromfile(str(mine)).model.backbone
     assert (backbone.dilations, backbone.strides, backbone.type) == ((1, 1, 2, 4), (1, 2, 1, 1), "ResNet")
-    with torch.device("meta"):
-        MODELS.build(backbone)
 
 
 # --- the lines that are printed ---------------------------------------------------------------------------------------
@@ -404,7 +385,7 @@ def network_of_lines(names: dict[str, Any]) -> nn.Module:
     [
         (name, header)
         for name, target in TARGETS.items()
-        for header in (SMALL, VIT, WIDE)
+        for header in (SMALL, VIT)
         if name not in ("huggingface", "onnx") and not target.refuse(header)
     ],
     ids=lambda value: value if isinstance(value, str) else value.display_name,
@@ -413,7 +394,7 @@ def test_the_printed_lines_load_every_tensor(
     target: Any, header: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tensors = random_tensors(header.architecture, width=header.width, image_size=header.image_size)
+    tensors = random_tensors(header.architecture, image_size=header.image_size)
     file = write_backbone(tmp_path / "backbone.safetensors", tensors, header)
     done = convert(file, to=target, output=Path('my "weights"'), verify=False)
     text = TARGETS[target].usage(done.output, header)

@@ -8,15 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from twist.contracts import networks
 from twist.contracts.networks import Conv3x3, build_backbone
 from twist.contracts.shapes import shapes_of
 from twist.contracts.weights import RESNETS, usual_vit
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "stride"), [(1, 1, 1), (1, 1, 2), (2, 2, 2), (1, 2, 2), (2, 1, 2), (2, 2, 1), (3, 2, 2)]
-)
+@pytest.mark.parametrize(("height", "width", "stride"), [(1, 1, 1), (1, 1, 2), (2, 2, 2), (2, 1, 2), (2, 2, 1)])
 def test_a_small_map_gives_the_numbers_of_a_convolution(height: int, width: int, stride: int) -> None:
     torch.manual_seed(0)
     ours = Conv3x3(5, 7, 3, stride=stride, padding=1).double()
@@ -63,12 +60,6 @@ def test_the_weights_are_torchvisions() -> None:
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_tensorflows_padding_replaces_it() -> None:
-    network = build_backbone("resnet18")
-    networks._pad_as_tensorflow(network)
-    assert not any(type(module) is Conv3x3 for module in network.modules())
-
-
 VITS = {
     "usual": {},
     "no class token": {"class_token": False, "pooling": "avg"},
@@ -79,22 +70,20 @@ VITS = {
 }
 
 
-@pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("architecture", RESNETS)
-def test_names_and_shapes_of_a_resnet_are_the_networks(architecture: str, width: int) -> None:
-    with torch.device("meta"):
-        built = build_backbone(architecture, width=width).state_dict()
-    assert _described(shapes_of(architecture, width=width)) == _described(built)
+def test_names_and_shapes_of_a_resnet_are_the_networks(architecture: str) -> None:
+    for width in (1, 2):
+        with torch.device("meta"):
+            built = build_backbone(architecture, width=width).state_dict()
+        assert _described(shapes_of(architecture, width=width)) == _described(built)
 
 
-@pytest.mark.parametrize("size", ["tiny_patch16", "giant_patch14", "small_patch8"])
 @pytest.mark.parametrize("kind", VITS)
-def test_names_and_shapes_of_a_vit_are_the_networks(kind: str, size: str) -> None:
-    architecture, pixels = f"vit_{size}", 112
-    vit = usual_vit(architecture).model_copy(update={"depth": 2, **VITS[kind]})
+def test_names_and_shapes_of_a_vit_are_the_networks(kind: str) -> None:
+    vit = usual_vit("vit_small_patch8").model_copy(update={"depth": 2, **VITS[kind]})
     with torch.device("meta"):
-        built = build_backbone(architecture, image_size=pixels, vit=vit).state_dict()
-    assert _described(shapes_of(architecture, image_size=pixels, vit=vit)) == _described(built)
+        built = build_backbone("vit_small_patch8", image_size=112, vit=vit).state_dict()
+    assert _described(shapes_of("vit_small_patch8", image_size=112, vit=vit)) == _described(built)
 
 
 def _described(state: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,8 +47,6 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
         ({"data": "imagenet b", "protocol": "linear"}, "protocol was 'knn' and is 'linear' now (and 1 more)"),
         ({"weights": {"name": "r50", "sha256": "ab"}}, "weights.name was 'random' and is 'r50' now"),
         ({"weights": {"name": "random", "architecture": "resnet50"}}, "weights.architecture was 'resnet18'"),
-        ({"weights": {**RUN["weights"], "name": "renamed.pth"}}, "weights.name was 'random' and is 'renamed.pth'"),
-        ({"seed": 1}, "seed was 0 and is 1"),
     ],
 )
 def test_the_first_difference_to_another_run_is_named(tmp_path: Path, change: dict, sentence: str) -> None:
@@ -55,10 +54,8 @@ def test_the_first_difference_to_another_run_is_named(tmp_path: Path, change: di
     with pytest.raises(UserError) as caught:
         run_folder.refuse_other_transfer(tmp_path, run, {**run, **change})
     assert sentence in str(caught.value)
-
-
-def test_what_an_early_kill_left_out_and_a_renamed_file_are_no_differences(tmp_path: Path) -> None:
-    run_folder.refuse_other_transfer(tmp_path, RUN, {**RUN, "recipe": {"k": 20}})
+    # What an early kill left out and a renamed file are no differences.
+    run_folder.refuse_other_transfer(tmp_path, RUN, run)
     before, after = ({"weights": {"name": name, "sha256": "5e1"}} for name in ("before.pth", "renamed.pth"))
     run_folder.refuse_other_transfer(tmp_path, before, after)
 
@@ -80,30 +77,28 @@ def test_a_finished_run_says_where_its_record_is(tmp_path: Path) -> None:
     assert run_folder.record_of(moved, earlier) is None
 
 
-def test_a_failed_start_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("state", [None, STARTED, RUNNING])
+def test_a_failed_start_leaves_nothing_behind(state: str | None, tmp_path: Path) -> None:
     target = tmp_path / "run"
+    if state is None:
+        target.mkdir()  # the user's own
     with pytest.raises(UserError), run_folder.removed_on_failure(target):
-        run_folder.write_run(target, RUN, state=STARTED)
+        if state:
+            run_folder.write_run(target, RUN, state=state)
         (target / "weights").mkdir()
         raise UserError("no")
-    assert not target.exists()
-    target.mkdir()
-    with pytest.raises(UserError), run_folder.removed_on_failure(target):
-        (target / "weights").mkdir()
-        raise UserError("no")
-    assert list(target.iterdir()) == []
-    with pytest.raises(UserError), run_folder.removed_on_failure(target):
-        run_folder.write_run(target, RUN, state=RUNNING)
-        raise UserError("no")
-    assert (target / RUN_FILE).exists(), "a run under way can be resumed"
+    assert target.exists() == (state != STARTED)
+    assert (target / RUN_FILE).exists() == (state == RUNNING), "a run under way can be resumed"
+    assert state == RUNNING or not list(tmp_path.rglob("weights"))
 
 
 def test_lists_are_compared_by_item_where_they_hold_tables() -> None:
-    assert list(differences({"a": [1, 2]}, {"a": [1, 3]})) == [("a", [1, 2], [1, 3])]
-    assert list(differences({"a": [[1], [2]]}, {"a": [[1], [3]]})) == [("a.1", [2], [3])]
-    assert list(differences({"a": [{"b": 1}]}, {"a": [{"b": 1}, {"b": 2}]})) == [
-        ("a", [{"b": 1}], [{"b": 1}, {"b": 2}])
-    ]
+    for before, after, found in (
+        ([1, 2], [1, 3], ("a", [1, 2], [1, 3])),
+        ([[1], [2]], [[1], [3]], ("a.1", [2], [3])),
+        ([{"b": 1}], [{"b": 1}, {"b": 2}], ("a", [{"b": 1}], [{"b": 1}, {"b": 2}])),
+    ):
+        assert list(differences({"a": before}, {"a": after})) == [found]
 
 
 def test_an_inherited_lock_belongs_to_the_open_file(tmp_path: Path) -> None:
@@ -189,20 +184,16 @@ def test_what_is_nobodys_bug_is_one_sentence_with_its_remedy(tmp_path: Path, err
     [
         "[../third_party/gloo/gloo/transport/tcp/pair.cc:554] Connection closed by peer [127.0.0.1]:3123",
         "[gloo/transport/tcp/pair.cc:534] Read error [127.0.0.1]:9: Connection reset by peer",
-        "Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:150] connect: Connection refused",
         "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete",
-        "[gloo/transport/tcp/pair.cc:446] writev [127.0.0.1]:9: Broken pipe",
         "Application timeout caused pair closure",
         "NCCL error in: x.cpp:2251, remote process exited or there was a network error, NCCL version 2.21.5",
         "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4, OpType=ALLREDUCE)",
-        "NCCL communicator was aborted on rank 1.",
         "The client socket has timed out after 60000ms while trying to connect to (10.0.0.1, 29500).",
     ],
 )
 def test_all_ways_of_losing_a_peer_are_one_sentence_with_the_rank(text: str, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "3")
-    sentence = describe(RuntimeError(text))
-    assert sentence is not None
+    sentence = str(describe(RuntimeError(text)))
     assert sentence.startswith("Rank 3 lost another process of the run")
     assert "--resume" in sentence
     assert describe(BrokenPipeError(32, "Broken pipe")) is None, "a reader that went away is no rank"
@@ -220,28 +211,26 @@ def test_only_the_kinds_asked_for_are_explained_and_a_bug_stays_what_it_is(tmp_p
     assert describe(RuntimeError("shape mismatch")) is None
 
 
-def _die(_rank: int) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _break(_rank: int, output: Path) -> None:
+def _end(_rank: int, output: Path, error: Exception | None) -> None:
+    if error is None:
+        os.kill(os.getpid(), signal.SIGKILL)
     with explained(report=output):
-        raise ValueError("deep in the framework")
-
-
-def _complain(_rank: int, output: Path) -> None:
-    with explained(report=output):
-        raise UsageError("This key is wrong.")
+        raise error
 
 
 @pytest.mark.slow
-def test_what_happens_in_a_worker_reaches_the_user(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"Worker 0 died \(SIGKILL\)"), raise_reported(tmp_path):
-        torch.multiprocessing.start_processes(_die, nprocs=1)
-    with pytest.raises(UsageError, match=r"^This key is wrong\.$"), raise_reported(tmp_path):
-        torch.multiprocessing.start_processes(_complain, args=(tmp_path,), nprocs=1)
-    with pytest.raises(RuntimeError, match=r"^ValueError: deep in the framework$"), raise_reported(tmp_path):
-        torch.multiprocessing.start_processes(_break, args=(tmp_path,), nprocs=1)
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (None, UserError, r"Worker 0 died \(SIGKILL\)"),
+        (UsageError("This key is wrong."), UsageError, r"^This key is wrong\.$"),
+        (ValueError("deep in the framework"), RuntimeError, "^ValueError: deep in the framework$"),
+    ],
+)
+def test_what_happens_in_a_worker_reaches_the_user(error: Any, kind: Any, says: str, tmp_path: Path) -> None:
+    # Forked, which spares each the imports of a spawned one.
+    with pytest.raises(kind, match=says), raise_reported(tmp_path):
+        torch.multiprocessing.start_processes(_end, args=(tmp_path, error), nprocs=1, start_method="fork")
     assert list(tmp_path.iterdir()) == []
 
 

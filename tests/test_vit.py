@@ -1,7 +1,4 @@
-"""ViTs beyond DeiT's: what a header says of them, their position table at other sizes, DINOv2's files, every target.
-
-Networks have two blocks of 192 features; nothing that is tested depends on the size.
-"""
+"""ViTs beyond DeiT's: what a header says of them, their position table at other sizes, DINOv2's files, every target."""
 
 import json
 from pathlib import Path
@@ -10,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoint_files import TINY, drawn, saved, tiny_vit, under, write_drawn
 from pydantic import ValidationError
 from torch import Tensor
 
 from twist.contracts.config import SHIPPED, identity_of, load_config
 from twist.contracts.errors import UsageError
 from twist.contracts.networks import build_backbone, network_of, stage_features
-from twist.contracts.weights import Backbone, Resize, Vit, usual_vit, write_backbone
+from twist.contracts.weights import Backbone, Resize, Vit, usual_vit
 from twist.converters.convert import convert
 from twist.converters.read import load_source
 from twist.converters.targets import TARGETS, mmseg
@@ -26,32 +24,13 @@ from twist.transfer.request import Controls, Request
 from twist.transfer.run import default_output, describe_run, find_weights
 from twist.transfer.suite.config import SuiteConfig, WeightsEntry, jobs_of
 
-TINY: dict[str, Any] = {"embed_dim": 192, "depth": 2, "heads": 3, "mlp_features": 192}
-
-
-def header(patch: int = 16, side: int = 4, **vit: Any) -> Backbone:
-    return Backbone(
-        architecture=f"vit_tiny_patch{patch}",  # type: ignore[arg-type]
-        stem=f"patch{patch}",  # type: ignore[arg-type]
-        image_size=patch * side,
-        method="any",
-        vit=Vit(**{**TINY, **vit}),
-    )
-
-
-def drawn(backbone: Backbone) -> dict[str, Tensor]:
-    """Weights of which none is zero or the same as its neighbour."""
-    torch.manual_seed(3)
-    state = network_of(backbone).state_dict()
-    return {name: tensor + 0.2 * torch.randn_like(tensor) for name, tensor in state.items()}
-
 
 def test_the_usual_networks_have_the_headers_of_before() -> None:
     old = Backbone(architecture="vit_small_patch16", stem="patch16", image_size=224, method="x")
     assert "vit" not in json.loads(old.model_dump_json())
     assert old.transformer == Vit(embed_dim=384, depth=12, heads=6, mlp_features=1536)
     assert (old.patch_size, old.prefix_tokens) == (16, 1)
-    new = header(registers=4, prefix_positions=False, heads=2)
+    new = tiny_vit(registers=4, prefix_positions=False, heads=2)
     assert Backbone.model_validate_json(new.model_dump_json()) == new
     assert (new.display_name, new.prefix_tokens) == ("vit_tiny_patch16_heads2_reg4", 5)
 
@@ -66,21 +45,19 @@ def test_the_usual_networks_have_the_headers_of_before() -> None:
 )
 def test_a_header_that_contradicts_itself_is_refused(vit: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
-        header(**vit)
+        tiny_vit(**vit)
 
 
 @pytest.mark.parametrize("rule", ["antialias", "plain", "offset"])
 @pytest.mark.parametrize("prefix_positions", [True, False])
 def test_a_network_resizes_its_table_by_its_rule(rule: Resize, prefix_positions: bool) -> None:
     """Registers included, and not square: the table resized by hand and put into a network of that grid."""
-    backbone = header(registers=4, prefix_positions=prefix_positions, resize=rule)
+    backbone = tiny_vit(registers=4, prefix_positions=prefix_positions, resize=rule)
     state = drawn(backbone)
     images = torch.randn(1, 3, 20 * 16, 12 * 16)
     rows = 5 if prefix_positions else 0
-    prefix, square = (
-        state["pos_embed"][:, :rows],
-        state["pos_embed"][:, rows:].reshape(1, 4, 4, 192).permute(0, 3, 1, 2),
-    )
+    table = state["pos_embed"]
+    prefix, square = table[:, :rows], table[:, rows:].reshape(1, 4, 4, 192).permute(0, 3, 1, 2)
     scale = {"scale_factor": (20.1 / 4, 12.1 / 4)} if rule == "offset" else {"size": (20, 12)}
     grid = F.interpolate(square, mode="bicubic", antialias=rule == "antialias", **scale)  # type: ignore[arg-type]
     from timm.models.vision_transformer import VisionTransformer
@@ -114,12 +91,10 @@ def dinov2_state(backbone: Backbone, *, chunked: bool) -> dict[str, Tensor]:
     return file
 
 
-@pytest.mark.parametrize("chunked", [True, False])
-@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+@pytest.mark.parametrize(("mlp", "chunked"), [("gelu", False), ("swiglu", True)])
 def test_dinov2_with_registers(mlp: str, chunked: bool, tmp_path: Path) -> None:
-    backbone = header(patch=14, registers=4, prefix_positions=False, layer_scale=True, mlp=mlp)
-    torch.save(dinov2_state(backbone, chunked=chunked), tmp_path / "x.pth")
-    source = load_source(tmp_path / "x.pth")
+    backbone = tiny_vit(patch=14, registers=4, prefix_positions=False, layer_scale=True, mlp=mlp)
+    source = load_source(saved(tmp_path / "x.pth", dinov2_state(backbone, chunked=chunked)))
     assert (source.backbone.vit, source.backbone.method) == (backbone.vit, "dinov2")
     assert (source.backbone.source_layout, source.dropped) == ("dinov2-registers", ("mask_token",))
     images = torch.randn(1, 3, 280, 168)
@@ -130,11 +105,9 @@ def test_dinov2_with_registers(mlp: str, chunked: bool, tmp_path: Path) -> None:
 
 
 def test_dinov2_without_registers_resizes_by_its_offset(tmp_path: Path) -> None:
-    backbone = header(patch=14, layer_scale=True)
-    file = {**drawn(backbone), "mask_token": torch.zeros(1, 192)}
-    teacher = {f"backbone.{name}": tensor for name, tensor in file.items()}
-    torch.save({"teacher": {**teacher, "dino_head.w": torch.ones(2)}}, tmp_path / "x.pth")
-    source = load_source(tmp_path / "x.pth")
+    file = {**drawn(tiny_vit(patch=14, layer_scale=True)), "mask_token": torch.zeros(1, 192)}
+    teacher = under("backbone.", file) | {"dino_head.w": torch.ones(2)}
+    source = load_source(saved(tmp_path / "x.pth", {"teacher": teacher}))
     assert (source.backbone.source_layout, source.backbone.source_branch) == ("dinov2", "teacher")
     assert source.backbone.transformer.resize == "offset"
     assert torch.equal(source.tensors["pos_embed"], file["pos_embed"])
@@ -152,9 +125,7 @@ def test_the_published_recipes_resize_as_published() -> None:
     for name in ("deit_s_300ep", "vit_b_300ep"):
         config = load_config(SHIPPED / "pretrain" / f"{name}.toml", PretrainConfig)
         assert config.model.vit == usual_vit(config.model.backbone).model_copy(update={"resize": "offset"})
-    default = ModelConfig(backbone="vit_small_patch16")
-    assert "resize" not in identity_of(default), "recipes of before the key keep their hash"
-    assert default.vit is None
+    assert "resize" not in identity_of(ModelConfig(backbone="vit_small_patch16")), "older recipes keep their hash"
 
 
 ROPE: dict[str, Any] = {
@@ -165,7 +136,7 @@ ROPE: dict[str, Any] = {
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 def test_dinov3s_own_files(mlp: str, tmp_path: Path) -> None:
     """dinov3 models/vision_transformer.py: the bias of the keys is masked, and constants lie in the file."""
-    backbone = header(**ROPE, mlp=mlp, side=14)
+    backbone = tiny_vit(**ROPE, mlp=mlp, side=14)
     state = drawn(backbone)
     file: dict[str, Tensor] = {"mask_token": torch.zeros(1, 192), "rope_embed.periods": torch.ones(16)}
     names = {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
@@ -180,8 +151,7 @@ def test_dinov3s_own_files(mlp: str, tmp_path: Path) -> None:
             file[name.replace("q_bias", "qkv.bias_mask")] = torch.ones(576)
         elif not name.endswith("v_bias"):
             file[name.replace("fc2", "w3") if mlp == "swiglu" else name] = tensor
-    torch.save(file, tmp_path / "x.pth")
-    source = load_source(tmp_path / "x.pth")
+    source = load_source(saved(tmp_path / "x.pth", file))
     assert (source.backbone.vit, source.backbone.method) == (backbone.vit, "dinov3")
     assert all(torch.equal(tensor, state[name]) for name, tensor in source.tensors.items())
     assert source.names["blocks.0.attn.v_bias"] == "blocks.0.attn.qkv.bias"
@@ -205,15 +175,14 @@ def test_timms_dinov3(tmp_path: Path) -> None:
 
 
 NETWORKS = {
-    "twelve heads": header(heads=12),
-    "registers": header(patch=14, registers=4, prefix_positions=False, layer_scale=True),
-    "swiglu, offset": header(patch=14, mlp="swiglu", layer_scale=True, resize="offset"),
-    "plain": header(resize="plain"),
-    "no class token": header(patch=8, class_token=False, prefix_positions=True, pooling="avg"),
-    "Hugging Face": header(norm_eps=1e-12, resize="plain"),
-    "CLIP": header(pre_norm=True, norm_eps=1e-5, qkv_bias=False),
-    "rotary": header(**ROPE),
-    "rotary, gated": header(**{**ROPE, "mlp": "swiglu", "qkv_bias": False}),
+    "twelve heads": tiny_vit(heads=12),
+    "registers": tiny_vit(patch=14, registers=4, prefix_positions=False, layer_scale=True),
+    "swiglu, offset": tiny_vit(patch=14, mlp="swiglu", layer_scale=True, resize="offset"),
+    "no class token": tiny_vit(patch=8, class_token=False, prefix_positions=True, pooling="avg"),
+    "Hugging Face": tiny_vit(norm_eps=1e-12, resize="plain"),
+    "CLIP": tiny_vit(pre_norm=True, norm_eps=1e-5, qkv_bias=False),
+    "rotary": tiny_vit(**ROPE),
+    "rotary, gated": tiny_vit(**{**ROPE, "mlp": "swiglu", "qkv_bias": False}),
 }
 
 
@@ -229,8 +198,7 @@ NETWORKS = {
 )
 def test_every_target_computes_the_features_at_two_sizes(name: str, target: str, tmp_path: Path) -> None:
     backbone = NETWORKS[name]
-    file = write_backbone(tmp_path / "vit.safetensors", drawn(backbone), backbone)
-    done = convert(file, to=target, output=tmp_path / "out")
+    done = convert(write_drawn(tmp_path, backbone), to=target, output=tmp_path / "out")
     vit = backbone.transformer
     same = vit == vit.model_copy(update=TARGETS[target].changes(backbone))
     assert len(done.proof.stages) == 2
@@ -238,7 +206,7 @@ def test_every_target_computes_the_features_at_two_sizes(name: str, target: str,
         assert done.proof.kind == "framework"
         assert bool(done.proof.drift) != same
     if target == "mmseg":
-        assert mmseg.is_mmsegs(backbone) == (name in ("plain", "Hugging Face"))
+        assert mmseg.is_mmsegs(backbone) == (name == "Hugging Face")
     assert load_source(done.weights).backbone == backbone
 
 
@@ -279,7 +247,7 @@ def test_the_frameworks_registries_build_patch_features() -> None:
     with pytest.raises(ValueError, match="choose from 0 to 1"):
         MODELS.build({"type": "mmseg.TwistVisionTransformer", **described, "out_indices": (2,)})
     cfg.MODEL.BACKBONE.NAME = "build_twist_vit_pyramid_backbone"
-    keys.ARCHITECTURE, keys.IMAGE_SIZE, keys.VIT = "vit_tiny_patch16", 64, header().vit.model_dump_json()  # type: ignore[union-attr]
+    keys.ARCHITECTURE, keys.IMAGE_SIZE, keys.VIT = "vit_tiny_patch16", 64, tiny_vit().vit.model_dump_json()  # type: ignore[union-attr]
     keys.OUT_BLOCKS = [-1]
     pyramid = build_detectron2(cfg)
     shapes = {name: tuple(map_.shape) for name, map_ in pyramid(torch.randn(1, 3, 64, 32)).items()}
@@ -290,19 +258,16 @@ def test_the_frameworks_registries_build_patch_features() -> None:
 
 def test_a_transfer_run_and_a_suite_pass_the_heads_on(tmp_path: Path) -> None:
     """Another number of heads is another run: other key, other folder, other `run.json`."""
-    torch.save(drawn(header()), tmp_path / "x.pth")
+    file = str(saved(tmp_path / "x.pth", drawn(tiny_vit())))
     row = find_protocol("sample-knn")
-    given = {
-        heads: find_weights(str(tmp_path / "x.pth"), row, Controls(), heads=heads, method="m", seed=0)
-        for heads in (None, 2)
-    }
+    given = {heads: find_weights(file, row, Controls(), heads=heads, method="m", seed=0) for heads in (None, 2)}
     assert given[2]["reading"]["heads"] == 2
     assert "heads2" in default_output(row, given[2], 0).name
     requests = [Request(row, tmp_path, tmp_path, **fields) for fields in given.values()]
     assert [describe_run(request)["weights"].get("heads") for request in requests] == [None, 2]
     with pytest.raises(UsageError, match="--heads"):
         find_weights("random", row, Controls(), heads=2)
-    entries = [WeightsEntry(name="w", file=str(tmp_path / "x.pth"), heads=heads) for heads in (None, 2)]
+    entries = [WeightsEntry(name="w", file=file, heads=heads) for heads in (None, 2)]
     suites = [SuiteConfig(weights=(entry,), protocols=("sample-knn",), seeds=(0,)) for entry in entries]
     keys = [next(jobs_of(suite, "sample-knn", entry)).key for suite, entry in zip(suites, entries, strict=True)]
     assert keys[0] != keys[1]
