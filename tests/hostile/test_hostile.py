@@ -15,7 +15,6 @@ import archives
 import pickles
 import pictures
 import pytest
-import tables
 import texts
 from cases import NEVER_RUN, Case
 from forked import Command, Ended, Server
@@ -53,7 +52,6 @@ KINDS: dict[str, Callable[[], Iterator[Case]]] = {
     "pretraining-picture": pictures.pretraining_pictures,
     "data-set-picture": pictures.data_sets,
     "sbd-mat": pictures.label_files,
-    "table": tables.tables,
 }
 # No message of ours has these words unless something went wrong that should have been refused before.
 NEVER_SAID = re.compile(
