@@ -11,7 +11,7 @@ import torch
 from checkpoint_files import saved, tiny_vit, write_drawn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.models import resnet18
 
 from twist.contracts.errors import UserError
@@ -26,14 +26,7 @@ SMALL = Backbone(architecture="resnet18", method="twist", stride_in="3x3")
 
 # The file, what its own code makes of images (the patches after the last norm), and what has to be told.
 Peer = tuple[Path, Callable[[Tensor], Tensor], dict[str, Any]]
-
-
-class Pictures(Dataset[Tensor]):
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(index))
+PICTURES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def stem(network: Any) -> Tensor:
@@ -94,7 +87,7 @@ def test_lightnings_checkpoint_with_an_average(tmp_path: Path) -> None:
         max_steps=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[EMAWeightAveraging(decay=0.5), save],
     )  # fmt: skip
-    trainer.fit(Module(), DataLoader(Pictures(), batch_size=2))
+    trainer.fit(Module(), DataLoader(PICTURES, batch_size=2))
     file = tmp_path / "x.ckpt"
     value = torch.load(file, weights_only=True)
     names = {"backbone": "state_dict", "raw": "current_model_state"}
@@ -121,7 +114,7 @@ def test_mmengines_hooks(tmp_path: Path) -> None:
             return {"loss": loss.detach()}
 
     runner = Runner(
-        Model(), work_dir=str(tmp_path), train_dataloader=DataLoader(Pictures(), batch_size=2),
+        Model(), work_dir=str(tmp_path), train_dataloader=DataLoader(PICTURES, batch_size=2),
         optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}}, train_cfg={"by_epoch": False, "max_iters": 2},
         default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 2, "by_epoch": False}},
         custom_hooks=[{"type": "EMAHook", "momentum": 0.5}], experiment_name="x", log_level="ERROR",

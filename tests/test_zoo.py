@@ -99,12 +99,10 @@ def test_a_download_goes_on_where_it_broke_off(server: Server, breaks, ranges, a
 def test_what_an_earlier_process_left_is_used_or_replaced(server: Server) -> None:
     wanted = row(url=server.url, md5=hashlib.md5(BYTES).hexdigest())
     wanted.file.parent.mkdir(parents=True)
-    part = wanted.file.with_name(".tiny-moco.pth.tar.part")
-    part.write_bytes(BYTES[:1000])
-    assert zoo.fetch(wanted).read_bytes() == BYTES
-    wanted.file.unlink()
-    part.write_bytes(BYTES + b"more")  # no beginning of the file
-    assert zoo.fetch(wanted).read_bytes() == BYTES
+    for left in (BYTES[:1000], BYTES + b"more"):  # the second is no beginning of the file
+        wanted.file.with_name(".tiny-moco.pth.tar.part").write_bytes(left)
+        assert zoo.fetch(wanted).read_bytes() == BYTES
+        wanted.file.unlink()
     assert server.seen == ["bytes=1000-", f"bytes={len(BYTES) + 4}-", None]
 
 

@@ -39,7 +39,6 @@ KINDS: dict[str, Callable[[], Iterator[Case]]] = {
     "curves": texts.pages_of_curves,
     "run-json": texts.run_accounts,
     "manifest": texts.manifests,
-    "sample-json": texts.samples,
     "coco": texts.coco_files,
     "voc-xml": texts.voc_files,
     "lists-and-polygons": texts.lists_of_names,
@@ -47,7 +46,6 @@ KINDS: dict[str, Callable[[], Iterator[Case]]] = {
     "toml": texts.configs,
     "suite": texts.suites,
     "detectron2-yaml": texts.detectron2_configs,
-    "markers": texts.readmes,
     "class-folder-picture": pictures.class_folders,
     "pretraining-picture": pictures.pretraining_pictures,
     "data-set-picture": pictures.data_sets,
@@ -119,7 +117,7 @@ def test_hostile_files_are_refused(kind: str, server: Server, trees: Trees, tmp_
 
 def test_there_are_enough_files() -> None:
     """At least ten a kind, 300 in all; a name twice would hide one."""
-    quick = ("pickle", "record", "curves", "run-json", "manifest", "sample-json", "coco", "voc-xml", "toml", "markers")
+    quick = ("pickle", "record", "curves", "run-json", "manifest", "coco", "voc-xml", "toml", "suite")
     names = {kind: [(case.name, case.file, case.command) for case in KINDS[kind]()] for kind in quick}
     assert all(len(set(found)) == len(found) >= 10 for found in names.values())
     assert sum(map(len, names.values())) >= 300

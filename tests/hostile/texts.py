@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain, product, starmap
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
@@ -135,23 +135,6 @@ def manifests() -> Iterator[Case]:
         yield case(name, with_changes(changes), refused=True)
     config = partial(resumed, file="tree/run/config.json", named=("tree/run",))
     yield from starmap(config, broken_json('{"run": {"epochs": 2}}').items())
-
-
-def samples() -> Iterator[Case]:
-    """sample.json, which decides what a sample must hold."""
-    counts = {"coco/train2017": 24}
-    good = {"classes": ["a"], "counts": counts, "format_version": 2, "seed": 0, "size": "tiny", "source": "shapes"}
-    case = partial(Case, file="tree/sample.json", tree="sample", named=("tree",))
-    check, run = (
-        partial(case, command=("data", "check", "sample", "tree")),
-        partial(case, command=transfer("sample-knn")),
-    )
-    broken, changes = (
-        broken_json(json.dumps(good)),
-        edited(good, "classes", "counts", "counts.coco/train2017", "source"),
-    )
-    yield from starmap(check, (broken | changes).items())
-    yield from starmap(run, (broken | edited(good, "classes", "source", "format_version")).items())
 
 
 # --- annotations ------------------------------------------------------------------------------------------------------
@@ -377,23 +360,3 @@ def detectron2_configs() -> Iterator[Case]:
     named = ("MODEL.", "fifo", "zero", "passwd")
     case = partial(Case, file="x.yaml", command=command, tree="weights", named=named, others=around(""))
     yield from starmap(case, contents.items())
-
-
-def readmes() -> Iterator[Case]:
-    """A Markdown file whose tables are checked: its markers hold arguments."""
-    arguments = ("'records", "--evil", "--help", "records --output evil.txt", "/etc", "/dev/zero", "a\0b",
-                 f"records --metric {ESCAPES}", "records --baseline ../../evil")  # fmt: skip
-    one = "<!-- twist compare {} -->\n<!-- end -->\n"
-    contents: dict[str, Content] = {
-        **broken_text("<!-- twist compare records -->\n\n<!-- end -->\n"),
-        **{f"compare {given[:30]!r}": one.format(given) for given in arguments},
-        "no end": "<!-- twist compare records -->\n",
-        "two in one": "<!-- twist compare records -->\n<!-- twist compare records -->\n<!-- end -->\n",
-        "20 tables": one.format("--published-only --metric ap") * 20,
-    }
-    others: tuple[tuple[str, Content], ...] = ((RECORD_FILE, json.dumps(RECORD)),)
-    for option, (name, content) in product(("--check", "--update"), contents.items()):
-        named = ("marker", "/etc", "/dev/zero", "evil", "metric")
-        yield Case(name, content, "x.md", ("compare", option, "x.md"), named=named, others=others)
-    picture = partial(Case, file="x.png", command=(*PAGE, "--picture", "A=x.png"), others=others)
-    yield from starmap(picture, NO_FILES.items())
