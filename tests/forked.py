@@ -31,20 +31,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 # Imported inside functions of the rooms; a child would pay for each of them.
 LAZY = (
-    "torchvision.io",
-    "safetensors.torch",
-    "PIL.ImageDraw",
-    "PIL.PngImagePlugin",
-    "PIL.JpegImagePlugin",
-    "matplotlib.pyplot",
-    "scipy.io",
-    "scipy.stats",
-    "sklearn.cluster",
-    "torch.utils.tensorboard",
-    "torch._dynamo",
-    "cityscapesscripts.preparation.json2labelImg",
-    "yaml",
-)
+    "torchvision.io", "safetensors.torch", "PIL.ImageDraw", "PIL.PngImagePlugin", "PIL.JpegImagePlugin",
+    "matplotlib.pyplot", "scipy.io", "scipy.stats", "sklearn.cluster", "torch.utils.tensorboard", "torch._dynamo",
+    "cityscapesscripts.preparation.json2labelImg", "yaml",
+)  # fmt: skip
 FRAMEWORKS = ("engines.detectron2", "engines.mmseg")
 # Above what the server itself maps: what is left of a machine whatever a file asks for.
 ADDRESS_SPACE = 6 * 2**30
@@ -173,48 +163,45 @@ def _peak_of_a_fork() -> int:
 def _run(command: Command, own: int) -> list[Ended]:
     outputs = [tempfile.TemporaryFile() for _ in range(command.ranks)]  # noqa: SIM115
     began = time.monotonic()
-    pids = []
+    running: dict[int, int] = {}
     for rank, output in enumerate(outputs):
         pid = os.fork()
         if pid == 0:
             _child(command, rank, output.fileno())
-        pids.append(pid)
-    ended: dict[int, tuple[int, float, float, int, bool]] = {}
+        running[rank] = pid
+    pids = dict(running)
+    ended: dict[int, Ended] = {}
     killing, out_of_time = command.kill_after_s is not None or bool(command.kill_when), False
     clock: float | None = None  # when what the kill waits for was there
-    while len(ended) < len(pids):
-        for rank, pid in enumerate(pids):
-            if rank in ended:
-                continue
+    while running:
+        for rank, pid in list(running.items()):
             found, status, usage = os.wait4(pid, os.WNOHANG)
             if found:
-                peak = max(0, usage.ru_maxrss * 1024 - own)
-                cpu = usage.ru_utime + usage.ru_stime
-                ended[rank] = os.waitstatus_to_exitcode(status), time.monotonic() - began, cpu, peak, out_of_time
+                del running[rank]
+                output = outputs[rank]
+                output.seek(max(0, output.seek(0, os.SEEK_END) - LONGEST_OUTPUT))
+                ended[rank] = Ended(
+                    os.waitstatus_to_exitcode(status), output.read().decode("utf-8", "replace"),
+                    time.monotonic() - began, usage.ru_utime + usage.ru_stime,
+                    max(0, usage.ru_maxrss * 1024 - own), out_of_time,
+                )  # fmt: skip
+                output.close()
         elapsed = time.monotonic() - began
         if killing and clock is None and _holds(command):
             clock = elapsed
         if killing and clock is not None and elapsed - clock >= (command.kill_after_s or 0.0):
             killing = False
-            if command.kill_rank not in ended:
-                os.kill(pids[command.kill_rank], command.kill_signal)
+            if command.kill_rank in running:
+                os.kill(running[command.kill_rank], command.kill_signal)
         if elapsed > command.seconds and not out_of_time:
             out_of_time = True
-            for rank, pid in enumerate(pids):
-                if rank not in ended:
-                    os.kill(pid, signal.SIGKILL)
+            for pid in running.values():
+                os.kill(pid, signal.SIGKILL)
         time.sleep(POLL_S)
-    for pid in pids:  # workers that outlive their process
+    for pid in pids.values():  # workers that outlive their process
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
-    answers = []
-    for rank, output in enumerate(outputs):
-        output.seek(max(0, output.seek(0, os.SEEK_END) - LONGEST_OUTPUT))
-        said = output.read().decode("utf-8", "replace")
-        output.close()
-        status, *measured = ended[rank]
-        answers.append(Ended(status, said, *measured))
-    return answers
+    return [ended[rank] for rank in pids]
 
 
 def _holds(command: Command) -> bool:
