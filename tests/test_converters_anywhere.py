@@ -99,19 +99,6 @@ def test_a_network_is_named_wherever_settings_stand(settings: dict[str, Any], tm
     assert load_source(saved(tmp_path / "y.pth", place | said), allow_nan=True).backbone.architecture == "resnet18"
 
 
-def test_settings_beside_a_file_are_read(tmp_path: Path) -> None:
-    """solo-learn writes its method and its network into args.json beside the checkpoint."""
-    probe = {"classifier.weight": torch.ones(2, 512), "classifier.bias": torch.ones(2)}
-    file = saved(tmp_path / "x.ckpt", {"state_dict": under("backbone.", RESNET) | probe})
-    assert load_source(file, allow_nan=True).backbone.method == "unknown"
-    (tmp_path / "args.json").write_text(json.dumps({"method": "vicreg", "backbone": {"name": "resnet18"}}))
-    source = load_source(file, allow_nan=True)
-    assert (source.backbone.source_layout, source.backbone.method) == ("solo-learn", "vicreg")
-    (tmp_path / "args.json").write_text(json.dumps({"method": "vicreg", "backbone": {"name": "wide_resnet18"}}))
-    with pytest.raises(UserError, match=r"args\.json\.backbone\.name calls it wide_resnet18"):
-        load_source(file, allow_nan=True)
-
-
 # ---- Detectors and segmentors ---------------------------------------------------------------------------------------
 
 

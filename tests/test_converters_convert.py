@@ -77,19 +77,6 @@ def test_outputs_hold_no_code(artefact: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_frameworks")
-@pytest.mark.parametrize("target", ["detectron2", "mmseg"])
-def test_without_frameworks_the_manifest_proves(target: str, artefact: Path, tmp_path: Path) -> None:
-    done = convert(artefact, to=target, output=tmp_path / "out")
-    assert (done.proof.kind, done.proof.max_difference) == ("manifest", 0)
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert "is not installed" in report["proof"]["by"]
-    assert report["source"]["tensors"] == report["source"]["used"] == 120
-    assert report["target"]["tensors"] == report["target"]["filled_from_source"] == 120
-    assert "no framework ran" in conversion_text(done)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_frameworks")
 @pytest.mark.parametrize("change", ["drop", "add", "transpose", "scale", "exchange"])
 def test_a_wrong_writer_is_caught_and_leaves_nothing(
     change: str, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -139,16 +126,6 @@ def test_an_earlier_conversion_is_replaced_and_nothing_else(artefact: Path, tmp_
     with pytest.raises(UserError, match=r"out would be replaced, and .*lies in it"):
         convert(done.weights, to="torchvision", output=tmp_path / "out", verify=False)
     assert done.weights.is_file()
-
-
-def test_another_branchs_conversion_is_not_replaced(tmp_path: Path) -> None:
-    states = {name: under("backbone.", random_tensors(seed=seed)) for seed, name in enumerate(("student", "teacher"))}
-    file = saved(tmp_path / "dino.pth", states)
-    done = convert(file, to="torchvision", output=tmp_path / "out", verify=False)
-    before = done.weights.read_bytes()
-    with pytest.raises(UserError, match=r"another network \(branch teacher, .* has student\)"):
-        convert(file, to="torchvision", branch="student", output=tmp_path / "out", verify=False)
-    assert done.weights.read_bytes() == before
 
 
 @pytest.mark.slow

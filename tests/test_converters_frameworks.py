@@ -132,18 +132,16 @@ def test_bgr_and_caffe_stride_are_carried(tmp_path: Path) -> None:
     assert "bgr_to_rgb=False" in overlay
 
 
-@pytest.mark.parametrize(("name", "mean"), [("resnet18", 0.485), ("vit_small_patch16_224", 0.5)])
-def test_timm_for_real(name: str, mean: float, tmp_path: Path) -> None:
+def test_timm_for_real(tmp_path: Path) -> None:
     import timm
     from timm.models import save_for_hf
 
     torch.manual_seed(0)
-    network = timm.create_model(name, pretrained=False)
+    network = timm.create_model("vit_tiny_patch16_224", pretrained=False)
     save_for_hf(network, str(tmp_path / "hub"), safe_serialization=True)
-    source = load_source(tmp_path / "hub" / "model.safetensors")
-    assert source.backbone.source_layout == "timm"
-    assert source.backbone.mean[0] == pytest.approx(mean)  # read from timm's own config.json
     done = convert(tmp_path / "hub" / "model.safetensors", to="timm", output=tmp_path / "out")
+    assert done.backbone.source_layout == "timm"
+    assert done.backbone.mean[0] == pytest.approx(0.5)  # read from timm's own config.json
     assert done.proof.kind == "framework"
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu, gpu_compiled, gpu_memory, summary
+from benchmarks import gpu, gpu_memory, summary
 from benchmarks.naive_step import NaiveStep
 from benchmarks.side_by_side import Times
 
@@ -105,24 +105,6 @@ def test_the_largest_batch_is_one_that_ran(usable_gib: int, largest: int | None)
     assert found["largest_batch_run"] == largest
     assert asked == [32, 64, *map(int, found["tried"])]
     assert all(batch % gpu_memory.MULTIPLE == 0 for batch in asked)
-
-
-# --- compiled and plain -----------------------------------------------------------------------------------------------
-
-
-def test_the_comparison_notices_a_wrong_gradient_and_a_wrong_feature() -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    truth = gpu_compiled.Passed(drawn(4, 8), [drawn(6, 5), drawn(6), drawn(3, 6)], drawn(6))
-    assert set(gpu_compiled.apart(truth, truth).values()) == {0.0}
-    one_wrong = truth._replace(gradients=[*truth.gradients[:2], -truth.gradients[2]])
-    found = gpu_compiled.apart(one_wrong, truth)
-    assert found["worst_convolution"] == pytest.approx(2.0)
-    assert (found["features"], found["statistics"]) == (0.0, 0.0)
-    assert gpu_compiled.apart(truth._replace(features=1.1 * truth.features), truth)["features"] == pytest.approx(0.1)
 
 
 # --- the naive step ---------------------------------------------------------------------------------------------------

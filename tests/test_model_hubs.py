@@ -27,23 +27,14 @@ PIXELS = {"do_normalize": True, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2
 VIT = {"model_type": "vit", "hidden_act": "gelu", "num_attention_heads": 3, "layer_norm_eps": 1e-12}
 
 
-def folder(path: Path, tensors: dict[str, torch.Tensor], *, shards: int = 1, **settings: Any) -> Path:
+def folder(path: Path, tensors: dict[str, torch.Tensor], **settings: Any) -> Path:
     """What transformers' `save_pretrained` writes, here of a ResNet unless the settings say another `model_type`."""
     path.mkdir()
     config = {"model_type": "resnet", "hidden_act": "relu", "downsample_in_first_stage": False, **settings}
     (path / "config.json").write_text(json.dumps(config))
     (path / "preprocessor_config.json").write_text(json.dumps(PIXELS))
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    if shards == 1:
-        save_file(plain, path / "model.safetensors", metadata={"format": "pt"})
-        return path
-    weight_map = {}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        part = dict(list(plain.items())[shard::shards])
-        save_file(part, path / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    save_file(plain, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 
@@ -51,34 +42,15 @@ def vit_file(backbone: Backbone) -> dict[str, torch.Tensor]:
     return renamed_back(HUGGINGFACE_VIT, split(drawn(backbone)))
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-def test_a_resnets_folder_is_read_with_its_settings(shards: int, tmp_path: Path) -> None:
+def test_a_resnets_folder_is_read_with_its_settings(tmp_path: Path) -> None:
     tensors = under("resnet.", renamed_back(HUGGINGFACE_RESNET, RESNET50))
     tensors["classifier.1.weight"] = torch.ones(2, 2048)
-    source = load_source(folder(tmp_path / "hf", tensors, shards=shards, downsample_in_bottleneck=True), allow_nan=True)
+    source = load_source(folder(tmp_path / "hf", tensors, downsample_in_bottleneck=True), allow_nan=True)
     found = source.backbone
     assert (found.source_layout, found.method, found.stride_in) == ("huggingface-resnet", "supervised", "1x1")
     assert (found.mean, found.std) == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     assert torch.equal(source.tensors["layer4.2.bn3.bias"], RESNET50["layer4.2.bn3.bias"])
     assert source.dropped == ("classifier.1.weight",)
-
-
-@pytest.mark.parametrize("prefix", ["", "model.backbone."])
-def test_a_vits_query_key_and_value_become_one(prefix: str, tmp_path: Path) -> None:
-    """At any place in a file, with the heads and the epsilon of config.json."""
-    backbone = tiny_vit(norm_eps=1e-12, resize="plain")
-    file = under(prefix, vit_file(backbone))
-    file["pooler.dense.weight"] = torch.ones(192, 192)
-    source = load_source(folder(tmp_path / "hf", file, **VIT))
-    expected = drawn(backbone)
-    assert source.backbone.vit == backbone.vit
-    assert (source.backbone.mean, source.backbone.source_layout) == ((0.4, 0.5, 0.6), "huggingface-vit")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in source.tensors.items())
-    assert source.names["blocks.1.attn.qkv.bias"].count(" + ") == 2
-    assert source.count == len(file)
-    del file[f"{prefix}encoder.layer.1.attention.attention.key.bias"]
-    with pytest.raises(UserError, match=r"tensors missing|query, key and value apart"):
-        load_source(folder(tmp_path / "less", file, **VIT))
 
 
 @pytest.mark.parametrize(
@@ -150,6 +122,7 @@ def test_transformers_own_vit_computes_what_is_read_of_it(case: str, tmp_path: P
     for parameter in network.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     network.save_pretrained(tmp_path / "hf", max_shard_size="2MB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
     source = load_source(tmp_path / "hf")
     assert (source.backbone.method, source.backbone.display_name) == (method, name)
     base, patch = getattr(network, network.base_model_prefix, network), source.backbone.patch_size

@@ -2,21 +2,19 @@
 
 import io
 import json
-import pickle
 import struct
 import zipfile
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain, product, starmap
+from itertools import chain, starmap
 from typing import Any
 
 import numpy as np
 import torch
-from cases import ESCAPES, NO_FILES, Case, Content, broken_json, damaged, edited
+from cases import ESCAPES, NO_FILES, Case, broken_json, damaged, edited
 from checkpoint_files import flat_tensors
 from pickles import Payload, bombs, in_torch, inspected, raw, rebuilt, saved, shared_array, strange_names, table, text
-from safetensors.torch import save
-from texts import resumed, transfer
+from texts import transfer
 
 RESNET = flat_tensors()
 ONE = struct.pack("<f", 1.0)
@@ -217,46 +215,3 @@ def npz_files() -> Iterator[Case]:
         **damaged(sound.getvalue(), 12, 0.5, 0.99),
     }
     yield from starmap(partial(Case, file="x.npz", command=("inspect", "x.npz")), files.items())
-
-
-def hub_folders() -> Iterator[Case]:
-    """The config.json that timm and the model hubs put beside the weights."""
-    good = {"architecture": "resnet18", "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}, "twist": GOOD_HEADER}
-    changes = edited(
-        good, "architecture", "pretrained_cfg", "pretrained_cfg.mean", "twist", "twist.method",
-        *({"pretrained_cfg": {"mean": [value] * 3, "std": [value] * 3}} for value in (0, "nan", 10**400)),
-        {"pretrained_cfg.mean": [0.5] * 10**6}, {"twist.architecture": "resnet50"},
-    )  # fmt: skip
-    weights: Content = save({name: value.contiguous() for name, value in RESNET.items()})
-    name = "model.safetensors"
-    case = partial(Case, file="config.json", command=("inspect", name), named=(name,), others=((name, weights),))
-    yield from starmap(case, (broken_json(json.dumps(good)) | changes).items())
-
-
-# --- the same bombs where our own files are expected ------------------------------------------------------------------
-
-
-def resumed_states() -> Iterator[Case]:
-    """States that a run goes on from, of the right name in the right place, with bombs or nonsense in them."""
-    chosen = ("key of 200,000 tuples", "memo of 2^27", "2,000 tuples", "bytearray of 2^35", "eval", "2^60 leaves",
-              "200,000 lists", "os.system", "unsound b'Ka)R'")  # fmt: skip
-    values: tuple[Any, ...] = ([1, 2], {}, {"identity": {}, "history": 1, "model": {}, "optimizer": {}},
-                               {"identity": 1, "history": [], "model": 2, "optimizer": 3})  # fmt: skip
-    files: dict[str, Content] = {
-        **{name: torch_zip(raw(bombs()[name])) for name in chosen},
-        **{str(value): saved(value) for value in values},
-        "empty": b"",
-        "cut": saved({"identity": {}, "history": []})[:200],
-        "a bare pickle": pickle.dumps({"identity": {}}, protocol=2),
-        "text": b"evil",
-    }
-    linear = (*transfer("sample-linear", "epochs=4", data="tree/data", output="tree/run"), "--resume")
-    doors = (
-        partial(Case, file="tree/run/checkpoint.pth", command=linear, tree="linear", named=("tree/run",)),
-        partial(
-            resumed, file="warm.pt", command=("pretrain", "tree/tiny.toml", "run.warm_start=warm.pt", "--output", "out")
-        ),
-        partial(Case, file="head.pt", command=transfer("sample-cluster", "by=head", "head=head.pt"), tree="sample"),
-    )
-    yield from (door(name, content) for door, (name, content) in product(doors, files.items()))
-    yield from starmap(doors[0], NO_FILES.items())

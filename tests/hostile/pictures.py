@@ -1,4 +1,4 @@
-"""Pictures that are none, or far larger than their file, wherever a reader takes pictures; and SBD's label files."""
+"""Pictures that are none, or far larger than their file, wherever a reader takes pictures."""
 
 import io
 import os
@@ -10,10 +10,8 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from cases import ESCAPES, NO_FILES, Case, Content, damaged
 from PIL import Image
-from scipy.io import savemat
 from texts import transfer
 
 
@@ -156,27 +154,3 @@ def data_sets() -> Iterator[Case]:
         named = (Path(file).stem, *Path(file).parts[1:-1])  # where one is no file, the folder that lacks it is named
         case = partial(Case, file=f"tree/{file}", command=command, tree="sample", named=named)
         yield from starmap(case, chosen.items())
-
-
-def label_files() -> Iterator[Case]:
-    """SBD's .mat files, from which VOC's augmented maps are made."""
-
-    def mat(labels: object, **options: Any) -> bytes:
-        buffer = io.BytesIO()
-        savemat(buffer, {"GTcls": {"Segmentation": labels}}, **options)
-        return buffer.getvalue()
-
-    contents: dict[str, Content] = {
-        "10,000 pixels a side": mat(np.zeros((10_000, 10_000), np.uint8), do_compression=True),
-        "text": mat("evil"),
-        "objects": mat(np.array([[{"a": 1}]], dtype=object)),
-        **{f"classes of {value}": mat(np.full((34, 40), value)) for value in (200, -1, np.nan)},
-        "three sides": mat(np.zeros((2, 2, 2), np.uint8)),
-        "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(1000),
-        "version 4": struct.pack("<iiiii", 0, 2**30, 2**30, 0, 2) + b"a\0",
-        **damaged(mat(np.zeros((34, 40), np.uint8)), 10, 0.3, 0.9),
-        **NO_FILES,
-    }
-    command = ("data", "prepare", "voc", "tree", "sbd=tree/sbd", "expected=25")
-    file = "tree/sbd/cls/2020_000001.mat"
-    yield from starmap(partial(Case, file=file, command=command, tree="sbd", named=("sbd",)), contents.items())

@@ -234,13 +234,10 @@ def lists_of_names() -> Iterator[Case]:
         yield from starmap(case, contents.items())
 
 
-def laughs(first: str, following: str, levels: int = 12) -> str:
-    """YAML that repeats a part ten times in each of `levels` rows; the last is `*a` and its number."""
-    return first + "".join(following.format(i=i, all=", ".join([f"*a{i - 1}"] * 10)) + "\n" for i in range(1, levels))
-
-
 def cards() -> Iterator[Case]:
     """A data card, and what YOLO's files say beside it."""
+    rows = (f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
+    laughs = "a0: &a0 [x, x]\n" + "".join(rows)
     card = '[detection]\nformat = "yolo"\ntrain = { images = "images/train" }\nval = { images = "images/val" }\n'
     names, line = "names:\n  0: egg\n  1: nest\n", "0 0.5 0.5 0.2 0.2\n"
     paths = ("/dev/zero", "../../../../etc", "a\\u0000b", "\\u001b[2J", "card.toml", "")
@@ -259,7 +256,7 @@ def cards() -> Iterator[Case]:
         "data.yaml": {
             **broken_text(names),
             **{f"names {value[:9]}": f"names: {value}\n" for value in values},
-            "a billion laughs": laughs("a0: &a0 [x, x]\n", "a{i}: &a{i} [{all}]") + "names: [*a11]\n",
+            "a billion laughs": laughs + "names: [*a11]\n",
         },
         "labels/train/1_000.txt": {**broken_text(line), **{f"the line {text[:20]!r}": text for text in lines}},
     }  # fmt: skip
@@ -311,52 +308,3 @@ def configs() -> Iterator[Case]:
         yield case(command=(*run, override), named=("optim", "data", "=", "a."))
         knn = transfer("sample-knn", override.replace("optim.lr", "temperature"))
         yield case(command=knn, tree="sample", named=("temperature", "data", "=", "a.", "optim"))
-
-
-def suites() -> Iterator[Case]:
-    good = 'protocols = ["sample-knn"]\nseeds = [0]\n[[weights]]\nname = "a"\nfile = "random"\n'
-    axes = "\n".join(f"k{axis} = [{', '.join(map(str, range(10)))}]" for axis in range(9))
-    weights = ("zero.png", "fifo.png", "a\\u0000b", "/dev/zero")
-    contents: dict[str, Content] = {
-        **broken_text(good),
-        **{f"weights {name}": good.replace('"random"', f'"{name}"') for name in weights},
-        **{f"seeds {str(seeds)[:9]}": good.replace("[0]", str(seeds)) for seeds in ([10**30], [-1], [*range(200_000)])},
-        "10^9 runs": good + f"[grid.sample-knn]\n{axes}",
-        "a name above": good.replace('"a"', '"../../a"'),
-        "an override of nothing": good + 'overrides = ["="]\n',
-        "a grid of a number": good + "[grid]\nsample-knn = 5",
-        "a protocol of escape sequences": good.replace("sample-knn", "\\u001b[2J"),
-        "10,000 lists": "seeds = " + "[" * 10_000 + "]" * 10_000,
-    }
-    command = ("suite", "x.toml", "--data", "tree", "--dry-run", "--output", "out", "--results", "results")
-    named = ("zero", "fifo", "overrides", "protocol", "=")
-    case = partial(Case, file="x.toml", command=command, tree="sample", named=named, others=around(""))
-    yield from starmap(case, contents.items())
-
-
-def detectron2_configs() -> Iterator[Case]:
-    """A Detectron2 config that is checked against weights."""
-    good = "MODEL:\n  RESNETS:\n    DEPTH: 18\n"
-    calls = ("!!python/object/apply:os.system", "!!python/object/new:subprocess.Popen",
-             "!<tag:yaml.org,2002:python/object/apply:os.system>", "!evil")  # fmt: skip
-    means = ('"' + "(" * 5000 + '"', '"' + "-" * 200_000 + '1"', f"\"__import__('os').system('{TOUCH}')\"",
-             '["a", "b", "c"]', "[{}, {}, {}]", "[.nan, .inf, -.inf]", '"\\e[2J"', '"\\ud800"')  # fmt: skip
-    bases = ("x.yaml", "../../../../../etc/passwd", "fifo.png", "zero.png", "5", "[x.yaml, x.yaml]")
-    contents: dict[str, Content] = {
-        **broken_text(good),
-        **{f"a call {call}": f'a: {call} ["{TOUCH}"]\n{good}' for call in calls},
-        **{f"a mean of {mean[:9]}": f"MODEL:\n  PIXEL_MEAN: {mean}\n" for mean in means},
-        **{f"the base {base}": f"_BASE_: {base}\n{good}" for base in bases},
-        "a call, renamed": f'%TAG !e! tag:yaml.org,2002:python/\n---\na: !e!object/apply:os.system ["{TOUCH}"]\n{good}',
-        "a billion laughs": laughs("a0: &a0 [x, x]\n", "a{i}: &a{i} [{all}]") + "MODEL:\n  PIXEL_MEAN: *a11\n",
-        "merged laughs": laughs("a0: &a0 {x: 1}\n", "a{i}: &a{i} {{<<: [{all}]}}", 10) + good,
-        "10,000 lists": "a: " + "[" * 10_000 + "]" * 10_000,
-        "a list in itself": "MODEL: &a\n  PIXEL_MEAN: [*a]\n",
-        "5,000 digits": "MODEL:\n  RESNETS:\n    DEPTH: " + "9" * 5000,
-        "a model of a number": "MODEL: 5\n",
-    }
-    command = ("convert", "--check-config", "x.yaml", "--weights", "tree/weights.safetensors")
-    # Status 1 is also the answer that config and weights do not fit, which names the keys.
-    named = ("MODEL.", "fifo", "zero", "passwd")
-    case = partial(Case, file="x.yaml", command=command, tree="weights", named=named, others=around(""))
-    yield from starmap(case, contents.items())
