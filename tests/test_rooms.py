@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,23 +26,20 @@ FRAMEWORKS = {"detectron2": "detectron2", "mmseg": "mmseg", "mmcv": "mmseg", "mm
 CATCH_ALL = {"utils.py", "misc.py", "helpers.py", "common.py"}
 
 
-def sources() -> list[Path]:
-    return sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
+SOURCES = {path: ast.parse(path.read_text()) for room in MAY_IMPORT for path in sorted((ROOT / room).rglob("*.py"))}
 
 
-def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
-    for node in ast.walk(tree):
+def imports(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, ast.stmt]]:
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from ((alias.name, node) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module or "", node
 
 
-def module_level(tree: ast.Module) -> Iterator[str]:
+def module_level(tree: ast.Module) -> list[str]:
     """Modules imported when the file is imported: not those inside functions or under TYPE_CHECKING."""
-    for node in tree.body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            yield from (name for name, _ in imports(ast.Module([node], [])))
+    return [name for name, _ in imports(tree.body)]
 
 
 def room_of(name: str) -> str:
@@ -53,9 +50,9 @@ def room_of(name: str) -> str:
 
 
 def test_imports_run_downwards() -> None:
-    for path in sources():
+    for path, tree in SOURCES.items():
         room = path.relative_to(ROOT).parts[0]
-        for name, node in imports(ast.parse(path.read_text())):
+        for name, node in imports(ast.walk(tree)):
             where = f"{path}:{node.lineno}"
             assert not (isinstance(node, ast.ImportFrom) and node.level), f"{where}: relative import"
             names = [name]
@@ -63,38 +60,24 @@ def test_imports_run_downwards() -> None:
                 names = [f"twist.{alias.name}" for alias in node.names]
             for other in map(room_of, names):
                 assert other in MAY_IMPORT[room] | {room, ""}, f"{where} imports {name}: {room} may not know {other}"
+            # It has one home.
+            distributed = room == "pretrain" and name.startswith("torch.distributed")
+            assert not distributed or path.name == "distributed.py", where
 
 
-def test_frameworks_stay_in_their_engine_and_writer() -> None:
-    for path in sources():
-        for name in module_level(ast.parse(path.read_text())):
-            family = FRAMEWORKS.get(name.split(".")[0])
-            here = "/".join(path.relative_to(ROOT).parts[1:])
-            assert family is None or family in here, f"{path} imports {name} at module level"
-
-
-def test_distributed_has_one_home() -> None:
-    for path in sources():
-        if path == ROOT / "pretrain" / "distributed.py":
-            continue
-        for name, node in imports(ast.parse(path.read_text())):
-            assert not (path.parts[-2] == "pretrain" and name.startswith("torch.distributed")), f"{path}:{node.lineno}"
-
-
-def test_no_catch_all_modules() -> None:
-    assert [path for path in sources() if path.name in CATCH_ALL] == []
-
-
-def test_ground_floor_needs_no_torch() -> None:
-    for path in sorted((ROOT / "contracts").glob("*.py")):
-        if path.name not in ("networks.py", "vit.py"):
-            tree = ast.parse(path.read_text())
-            assert not any(module.split(".")[0] == "torch" for module in module_level(tree)), path
+def test_frameworks_stay_in_their_engine_and_writer_and_the_ground_floor_needs_no_torch() -> None:
+    for path, tree in SOURCES.items():
+        room, *here = path.relative_to(ROOT).parts
+        assert path.name not in CATCH_ALL
+        for name in {module.split(".")[0] for module in module_level(tree)}:
+            family = FRAMEWORKS.get(name)
+            assert family is None or family in "/".join(here), f"{path} imports {name} at module level"
+            assert (room, name) != ("contracts", "torch") or path.name in ("networks.py", "vit.py"), path
 
 
 def test_every_folder_of_a_room_is_a_package_of_the_wheel() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in sources()}
+    folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in SOURCES}
     packages = {"twist" if name == "twist" else f"twist.{name}" for name in folders}
     assert packages <= set(settings["packages"])
     rooms = {f"twist.{room}" for room in MAY_IMPORT if room != "twist" and (ROOT / room).is_dir()}
