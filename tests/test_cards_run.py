@@ -1,102 +1,71 @@
 """Every kind of engine on a data card, from weights to one table: own classes, a record each, its own scale."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.tiny_cards import write_classes, write_coco, write_masks, write_tables, write_voc, write_yolo
+from tests.tiny_cards import run_lengths, write_classes, write_coco, write_masks, write_tables, write_voc, write_yolo
 from twist.compare.table import build_table
 from twist.contracts.record import RunRecord, read_records
 from twist.transfer.run import transfer
 
 pytestmark = pytest.mark.slow
 
-SMALL = ("iterations=2", "SOLVER.IMS_PER_BATCH=2", "DATALOADER.NUM_WORKERS=0", "MODEL.RPN.POST_NMS_TOPK_TEST=20")
+SMALL = (
+    "architecture=resnet18", "iterations=2", "SOLVER.IMS_PER_BATCH=2", "DATALOADER.NUM_WORKERS=0",
+    "MODEL.RPN.POST_NMS_TOPK_TEST=20", "INPUT.MIN_SIZE_TRAIN=[64]", "INPUT.MIN_SIZE_TEST=64",
+)  # fmt: skip
 
 
 def run(protocol: str, card: Path, output: Path, *overrides: str) -> RunRecord:
     return transfer(protocol, weights="random", data=card, gpus=0, output=output, overrides=overrides)
 
 
-@pytest.mark.parametrize("form", ["polygon", "rle", "mixed"])
-def test_mask_rcnn_learns_own_classes_from_coco_files(tmp_path: Path, form: str) -> None:
-    card = write_coco(tmp_path / "nests", form="polygon" if form == "mixed" else form)
-    if form == "mixed":
-        from json import dumps, loads
-
-        from tests.tiny_cards import run_lengths
-
-        file = card.parent / "train.json"
-        content = loads(file.read_text())
-        first = content["annotations"][0]
-        first["segmentation"] = run_lengths(*first["bbox"])
-        file.write_text(dumps(content))
+def test_mask_rcnn_learns_own_classes_from_a_coco_file_of_polygons_and_run_lengths(tmp_path: Path) -> None:
+    card = write_coco(tmp_path / "nests")
+    content = json.loads((card.parent / "train.json").read_text())
+    first = content["annotations"][0]
+    first["segmentation"] = run_lengths(*first["bbox"])
+    (card.parent / "train.json").write_text(json.dumps(content))
     record = run("sample-coco-mrcnn-fpn", card, tmp_path / "run", *SMALL)
     assert record.scale == "own"
     assert record.data is not None
     assert record.data.startswith("nests ")
     assert record.recipe["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 2
-    assert record.recipe["INPUT"]["MASK_FORMAT"] == ("polygon" if form == "polygon" else "bitmask")
+    assert record.recipe["INPUT"]["MASK_FORMAT"] == "bitmask"
     assert {"coco_box_ap_percent", "coco_mask_ap_percent"} <= record.metrics.keys()
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "egg" in log
     assert "nest" in log
 
 
-@pytest.mark.parametrize("write", [write_voc, write_yolo])
-def test_boxes_alone_are_learnt_from_voc_and_yolo(tmp_path: Path, write: object) -> None:
-    card = write(tmp_path / "nests")  # type: ignore[operator]
-    record = run("sample-coco-mrcnn-fpn", card, tmp_path / "run", *SMALL)
+def test_boxes_alone_are_learnt_from_voc(tmp_path: Path) -> None:
+    record = run("sample-coco-mrcnn-fpn", write_voc(tmp_path / "nests"), tmp_path / "run", *SMALL)
     assert record.metrics.keys() == {"coco_box_ap_percent", "coco_box_ap50_percent", "coco_box_ap75_percent"}
     assert any("boxes alone" in note for note in record.notes)
 
 
 def test_voc_protocol_measures_own_boxes_as_voc_does(tmp_path: Path) -> None:
-    card = write_yolo(tmp_path / "nests")
-    record = run("sample-voc-frcnn-fpn", card, tmp_path / "run", *SMALL)
+    record = run("sample-voc-frcnn-fpn", write_yolo(tmp_path / "nests"), tmp_path / "run", *SMALL)
     assert "voc07_box_ap50_percent" in record.metrics
-
-
-@pytest.mark.parametrize("form", ["palette", "rgb"])
-def test_fcn_learns_own_masks_in_every_form(tmp_path: Path, form: str) -> None:
-    card = write_masks(tmp_path / "nests", form=form)  # the other forms: test_cards.py
-    record = run(
-        "sample-voc-fcn-d8",
-        card,
-        tmp_path / "run",
-        "iterations=2",
-    )
-    assert record.scale == "own"
-    assert 0 <= record.metrics["miou_percent"] <= 100
-    assert record.recipe["model"]["decode_head"]["num_classes"] == 3
-
-
-FROZEN = ("size=64",)
 
 
 @pytest.mark.parametrize(
     ("protocol", "write", "form", "overrides", "metric"),
     [
         ("sample-knn", write_classes, {}, (), "knn_top1_percent"),
-        ("sample-linear", write_tables, {"form": "parquet"}, ("epochs=1",), "top1_percent"),
         ("sample-linear", write_tables, {"form": "arrow"}, ("epochs=1",), "top1_percent"),
-        ("semi-10pct", write_classes, {}, ("epochs=1", "size=32", "resize=36", "batch_size=2"), "top1_percent"),
         ("sample-semi-10pct", write_tables, {"form": "tar"}, ("epochs=1",), "top1_percent"),
         ("sample-fewshot", write_tables, {"form": "parquet"}, ("draws=1",), "top1_percent"),
-        ("sample-voc-knn-seg", write_masks, {"form": "rgb"}, FROZEN, "miou_percent"),
-        (
-            "sample-voc-linear-seg",
-            write_masks,
-            {"form": "zero"},
-            (*FROZEN, "iterations=2", "holdout_every=3"),
-            "miou_percent",
-        ),
-        ("sample-voc-cluster-seg", write_masks, {"form": "gaps"}, FROZEN, "miou_percent"),
+        ("sample-voc-knn-seg", write_masks, {"form": "rgb"}, ("size=64",), "miou_percent"),
+        ("sample-voc-linear-seg", write_masks, {"form": "zero"}, ("size=64", "iterations=2", "holdout_every=3"),
+         "miou_percent"),
         ("sample-voc-corloc", write_voc, {}, (), "corloc_percent"),
         ("sample-voc-svm", write_tables, {"form": "parquet"}, (), "voc07_svm_map_percent"),
     ],
-)
+)  # fmt: skip
 def test_protocols_on_frozen_features_and_few_labels_run_on_cards(
     tmp_path: Path, protocol: str, write: Any, form: dict[str, Any], overrides: tuple[str, ...], metric: str
 ) -> None:
@@ -113,12 +82,8 @@ def test_protocols_on_frozen_features_and_few_labels_run_on_cards(
 @pytest.mark.parametrize(
     ("protocol", "form", "overrides"),
     [
-        ("sample-knn", "parquet", ()),
-        ("sample-cluster", "tar", ("clusters=2",)),
-        ("sample-linear", "tar", ("epochs=1",)),
         ("sample-semi-10pct", "parquet", ("epochs=1",)),
         ("sample-fewshot", "tar", ("draws=1",)),
-        ("knn", "parquet", ("neighbours=5", "size=32", "resize=36")),
     ],
 )
 def test_shards_are_read_without_a_card(tmp_path: Path, protocol: str, form: str, overrides: tuple[str, ...]) -> None:
@@ -126,9 +91,7 @@ def test_shards_are_read_without_a_card(tmp_path: Path, protocol: str, form: str
     write_tables(shards, form=form).unlink()
     record = run(protocol, shards, tmp_path / "run", "architecture=resnet18", "machine.workers=0", *overrides)
     assert (record.data or "").startswith("imagenet ")
-    assert all(
-        0 <= value <= 100 for name, value in record.metrics.items() if name not in ("ami_percent", "ari_percent")
-    )
+    assert all(0 <= value <= 100 for value in record.metrics.values())
 
 
 # Of voc12aug-fcn-d8-20k, what a CPU does in a moment.
@@ -140,9 +103,10 @@ TINY_FCN = (
 
 
 def test_epochs_of_a_full_protocol_are_passes_over_the_cards_images(tmp_path: Path) -> None:
-    card = write_masks(tmp_path / "nests", count=6)
+    card = write_masks(tmp_path / "nests", form="palette", count=6)
     record = run("voc12aug-fcn-d8-20k", card, tmp_path / "run", *TINY_FCN, "epochs=2")
     assert record.recipe["iterations"] * record.recipe["images_per_step"] == 2 * 6
+    assert record.recipe["model"]["decode_head"]["num_classes"] == 3
     assert record.scale == "own"
 
 

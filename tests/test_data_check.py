@@ -98,7 +98,7 @@ def test_a_healthy_tree_is_fine(healthy: Path, dataset: str) -> None:
 
 
 SEGMENTATION = "VOC2012/ImageSets/Segmentation"
-DERIVED, INSTANCES = "VOC2012/SegmentationClassAug/*", "cityscapes/gtFine/val/*/*_instanceIds.png"
+DERIVED = "VOC2012/SegmentationClassAug/*"
 VAL_POLYGONS = "cityscapes/gtFine/val/*/*_polygons.json"
 
 
@@ -106,21 +106,10 @@ def first(root: Path, pattern: str) -> Path:
     return min(root.glob(pattern))
 
 
-def drop_images(root: Path) -> None:
-    for name in (root / "VOC2007/ImageSets/Main/test.txt").read_text().split()[:2]:
-        (root / f"VOC2007/JPEGImages/{name}.jpg").unlink()
-
-
 def leak_val(root: Path) -> None:
     stranger = (root / SEGMENTATION / "val.txt").read_text().split()[0]
     shutil.copy(root / f"VOC2012/SegmentationClass/{stranger}.png", root / "VOC2012/SegmentationClassAug")
     edit_lines(root / SEGMENTATION / "trainaug.txt", lambda names: [*names[1:], stranger])
-
-
-def leak_test(root: Path) -> None:
-    lists = root / "VOC2007/ImageSets/Main"
-    stranger = (lists / "trainval.txt").read_text().split()[0]
-    edit_lines(lists / "test.txt", lambda names: [*names[1:], stranger])
 
 
 def rotate_boxes(root: Path) -> None:
@@ -141,8 +130,10 @@ def smaller_picture(root: Path) -> None:
     save(path, Image.open(path).resize((50, 50)))
 
 
-def flat_val(root: Path) -> None:
-    shutil.copy(first(root, "imagenet/val/*/*.jpg"), root / "imagenet/val/ILSVRC2012_val_00000001.JPEG")
+def dangling(root: Path) -> None:
+    path = first(root, "coco/val2017/*.jpg")
+    path.unlink()
+    path.symlink_to(root / "nowhere")
 
 
 def a_train_image(root: Path) -> Path:
@@ -168,12 +159,9 @@ def damage(pattern: str, content: Callable[[bytes], bytes | str]) -> Callable[[P
 
 
 BREAKS: list[tuple[str, Callable[[Path], object], str]] = [
-    ("voc", drop_images, r"lacks 2 of the 16 \*\.jpg of test"),
     ("voc", leak_val, "1 images of val are in it"),
-    ("voc", leak_test, "1 images of test are in it"),
     ("voc", rotate_boxes, r"(?:[6-9]|1\d) of 16 pictures .* of another size than its annotation"),
     ("voc", unknown_class, "the unknown class 'unicorn'"),
-    ("voc", damage("VOC2012/Annotations/*.xml", lambda _: b""), r"1 files are empty .*\.xml"),
     ("voc", damage("VOC2012/Annotations/*.xml", lambda text: text[:90]), "is no VOC annotation"),
     ("voc", lambda root: (root / SEGMENTATION / "trainaug.txt").unlink(), "is missing"),
     ("voc", lambda root: edit_lines(root / SEGMENTATION / "val.txt", lambda n: [*n[1:], n[1]]), "1 names .* twice"),
@@ -190,18 +178,13 @@ BREAKS: list[tuple[str, Callable[[Path], object], str]] = [
     ("coco", smaller_picture, "1 of 16 pictures .* of another size than its annotation"),
     ("cityscapes", lambda root: [path.unlink() for path in root.glob("cityscapes/gtFine/train/*/*_labelTrainIds.png")],
      r"lacks 24 of the 24 \*_gtFine_labelTrainIds.png of train"),
-    ("cityscapes", lambda root: edit_masks(root, "cityscapes/gtFine/val/*/*TrainIds*", lambda i: i.point(
-        lambda v: 26 if v == 13 else v)), "holds the value 26: classes are 0 to 18"),
     ("ade20k", lambda root: edit_masks(root, "ADEChallengeData2016/annotations/validation/*", lambda i:
         i.point(lambda v: 77 if v else 0)), "holds the value 77: classes are 0 to 10"),
-    ("cityscapes", damage(INSTANCES, lambda _: b""), "1 files are empty .*instanceIds"),
-    ("cityscapes", damage(INSTANCES, lambda data: data[:60]), "1 of 16 pictures looked at are damaged"),
     ("imagenet", lambda root: (root / "imagenet/train/n01440764.tar").write_text("x"), "1 files .*n01440764.tar"),
-    ("imagenet", flat_val, "1 files are no images in a class folder"),
     ("imagenet", lambda root: replace(a_train_image(root), b""), "1 files are empty .*/.*_00001.jpg"),
+    ("coco", dangling, "1 files are empty or links to nothing: .*jpg$"),
     ("imagenet", lambda root: a_train_image(root).rename(root / "kept"), "39 train images, 40 expected"),
     ("imagenet", lambda root: add_line(root, lambda _: "n99_1.JPEG"), "names 1 files that are not in .*n99_1"),
-    ("imagenet", lambda root: add_line(root, lambda n: f"{n} 7"), r"names 1 files that are not in .*jpg 7\)"),
     ("imagenet", lambda root: add_line(root, lambda n: f"{n.rpartition('_')[0]}/{n}"), "names 1 files twice"),
     ("imagenet", same_name_twice, "several classes hold a file"),
 ]  # fmt: skip
@@ -233,27 +216,6 @@ def test_pictures_lying_on_their_side_by_exif_are_errors_of_each_layout(
     assert any(re.search(message, finding.message) for finding in errors(dataset, tree))
 
 
-def test_a_link_to_nothing_is_one_finding_and_no_crash(tree: Path) -> None:
-    for dataset, pictures in (
-        ("coco", "coco/val2017/*.jpg"),
-        ("voc", "VOC2012/JPEGImages/*.jpg"),
-        ("voc", "VOC2012/SegmentationClassAug/*.png"),
-        ("cityscapes", "cityscapes/leftImg8bit/val/*/*.png"),
-        ("imagenet", "imagenet/train/*/*.jpg"),
-        ("sample", "unlabelled/*.jpg"),
-    ):
-        path = min(tree.glob(pictures))
-        kept = path.rename(tree / "kept")
-        path.symlink_to(tree / "nowhere")
-        assert re.search(f"1 files are empty or links to nothing: .*{path.name}$", only_error(dataset, tree).message)
-        # Negative control: a link to the picture is as good as the picture.
-        path.unlink()
-        path.symlink_to(kept)
-        assert errors(dataset, tree) == []
-        path.unlink()
-        kept.rename(path)
-
-
 def test_images_in_folders_of_a_class_are_images(tree: Path) -> None:
     """The engine reads any depth and these endings."""
     path = a_train_image(tree)
@@ -266,12 +228,8 @@ def test_images_in_folders_of_a_class_are_images(tree: Path) -> None:
     ("break_it", "message"),
     [
         (lambda c: c["annotations"][0].pop("image_id"), r"annotations\.0\.image_id"),
-        (lambda c: c["annotations"][0].update(image_id=1), "1 annotations .* image_id 1,"),
         (lambda c: c["annotations"][0].update(category_id=99), "1 annotations .* category_id 99"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, None, 4]), r"1 faults; annotations\.0\.bbox\.2"),
-        (lambda c: c["annotations"][0].update(bbox=[9, 9, float("nan"), 4]), r"annotations\.0\.bbox\.2"),
-        (lambda c: c["annotations"][0].update(bbox=[50, 50, 4, 900]), "1 of .* a box that reaches outside its image"),
-        (lambda c: c["annotations"][0].update(segmentation=7), r"annotations\.0\.segmentation"),
         (lambda c: c["images"].append(None), r"1 faults; images\.16"),
         (lambda c: c["categories"][2].update(name="unicorn"), "categories are not those of training"),
     ],
@@ -385,8 +343,6 @@ def overwrite(root: Path, pattern: str, count: int, content: bytes) -> None:
         (lambda root: shutil.rmtree(root / "val/class_1"), "class_1 is only in train/"),
         (lambda root: [path.unlink() for path in root.glob("val/class_1/*")],
          "^1 class folders hold no images: class_1$"),
-        (lambda root: overwrite(root, "val/class_1/*", 2, b""),
-         r"^2 files are empty or links to nothing: class_1/val_1_000\.png, class_1/val_1_001\.png$"),
         (lambda root: overwrite(root, "train/class_1/*", 7, b"no picture"),
          r"^7 of 24 pictures .*: class_1/train_1_000\.png, .*_004\.png and 2 more"),
         (icon_called_png, r"^1 of 9 pictures .*: class_2/val_2_000\.png"),

@@ -104,14 +104,11 @@ def drop_last(path: Path) -> None:
 
 CHANGES: list[tuple[str, Callable[[Path], object]]] = [
     ("coco", lambda root: grow(root / "coco" / "annotations" / "instances_train2017.json")),
-    ("coco", lambda root: grow(root / "coco" / "annotations" / "instances_val2017.json")),
     ("coco", lambda root: grow(first(root / "coco" / "val2017", "*.jpg"))),
     ("voc2007", lambda root: grow(first(root / "VOC2007" / "Annotations", "*.xml"))),
     ("voc2012", lambda root: grow(first(root / "VOC2012" / "JPEGImages", "2008*.jpg"))),
     ("voc2012-aug", lambda root: drop_last(root / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt")),
     ("cityscapes", lambda root: grow(first(root / "cityscapes" / "leftImg8bit" / "val", "*/*.png"))),
-    ("cityscapes", lambda root: first(root / "cityscapes" / "leftImg8bit" / "train", "*/*.png").unlink()),
-    ("imagenet", lambda root: grow(first(root / "imagenet" / "train" / "class_1", "*.png"))),
     ("imagenet", lambda root: first(root / "imagenet" / "val" / "class_2", "*.png").unlink()),
     ("imagenet", lambda root: (root / "imagenet" / "val" / "class_2").rename(root / "imagenet" / "val" / "class_9")),
 ]

@@ -112,13 +112,9 @@ def _of(labels: object) -> bytes:
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
         b"no matlab file at all",
-        b"MATLAB 5.0 MAT-file" + bytes(109),
         bytes(MOST_MAT + 1),
-        _of("text"),
         _of(np.array([[{"a": 1}]], dtype=object)),
-        _of(np.full((4, 4), -1)),
         _of(np.full((4, 4), np.nan)),
     ],
 )
@@ -166,10 +162,8 @@ def test_a_damaged_polygon_file_leaves_no_half_map(healthy: Path, tmp_path: Path
     triangle = [[0, 0], [3, 0], [3, 3]]
     for text, why in (
         ('{"imgHeight": 4', "JSON"),
-        ("[]", "no JSON object"),
         (one("car", triangle).replace("4", "1000000"), "1000000 × 1000000"),
         (one("car", [[10**400, 0]] * 3), "coordinate"),
-        ("{}", "imgWidth"),
         (one("zebra", triangle), "a label that Cityscapes does not have"),
         (one("car", None), "not iterable"),
     ):

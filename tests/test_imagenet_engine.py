@@ -30,7 +30,7 @@ from twist.transfer.engines.imagenet.engine import (
     run,
 )
 from twist.transfer.engines.imagenet.recipes import ENGINE, FinetuneRecipe, LinearRecipe, load_recipe
-from twist.transfer.pictures import prediction_sheet, sheet, tile
+from twist.transfer.pictures import prediction_sheet
 from twist.transfer.protocols import PROTOCOLS
 from twist.transfer.request import Controls, Result
 
@@ -138,7 +138,7 @@ def measure(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["knn", "sample-knn", "cluster", "sample-cluster"])
+@pytest.mark.parametrize("name", ["knn", "sample-cluster"])
 def test_knn_and_clusters(name: str, tree: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:
     keep = "sample" not in name
     result = measure(name, tree, weights, tmp_path, f"machine.keep_features={str(keep).lower()}")
@@ -193,11 +193,7 @@ def test_cluster_by_the_head_of_a_checkpoint(tree: Path, weights: dict[str, Tens
         ("semi-1pct", ("batch_size=3", "epochs=2")),
         ("semi-10pct", ("batch_size=3", "epochs=1")),
         ("finetune-100pct", ("batch_size=9", "epochs=1")),
-        ("sample-linear", ("epochs=2",)),
         ("linear-grid", ("epochs=1", "batch_size=9", "holdout_every=4")),
-        ("sample-linear-grid", ("epochs=2",)),
-        ("sample-semi-1pct", ("epochs=2",)),
-        ("sample-semi-10pct", ("epochs=2",)),
     ],
 )
 def test_two_steps_of_each_classifier(
@@ -211,7 +207,6 @@ def test_two_steps_of_each_classifier(
     assert any(key.startswith("lr_classifier") for key in rows[-1])
     assert any("held-out training images" in note for note in result.notes) == ("grid" in name)
     assert [path.name for path in result.media] == ["predictions.png", "losses.png"]
-    assert all(path.stat().st_size < 200_000 for path in result.media)
     # The run folder says what ran and how it went.
     written = json.loads((tmp_path / "recipe.json").read_text())
     assert written.pop("machine")["workers"] == 0
@@ -227,7 +222,7 @@ def test_two_steps_of_each_classifier(
 
 @pytest.mark.slow
 def test_linear_probe_learns_the_stripes(tree: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:
-    result = measure("sample-linear", tree, weights, tmp_path, "batch_size=6", "epochs=30")
+    result = measure("sample-linear", tree, weights, tmp_path, "batch_size=6", "epochs=15")
     assert result.metrics["top1_percent"] >= 60.0, "chance is 33.3"
 
 
@@ -327,16 +322,6 @@ def test_predictions_are_framed_by_whether_they_are_right(tree: Path, tmp_path: 
     assert 1.5 * orange < blue < 6 * orange, "two whole frames and one broken one"
 
 
-@pytest.mark.parametrize("columns", [1, 7])
-def test_a_sheet_has_room_for_its_heading(columns: int, tree: Path) -> None:
-    """What is written to the right edge of the picture would be cut off in it."""
-    _, val = open_tree(tree)
-    legend = "left the query, then its nearest: blue frame of its class, broken orange frame of another"
-    heading = np.asarray(sheet([[tile(val.read(0), ("x",))] * columns], heading=legend).convert("L"))[:16]
-    assert (heading < 128).any(), "it is written"
-    assert (heading[:, -6:] > 128).all(), "and not to the very edge"
-
-
 def test_plan_says_what_will_be_done(tree: Path) -> None:
     def plan(name: str, *overrides: str, **how: Any) -> str:
         return resolve(*ask(name, RESNET, tree, *SMALL, *overrides, **how)).plan
@@ -358,8 +343,6 @@ FEATURES = "twist.measure.features.Extractor.features"
     ("name", "place", "sentence"),
     [
         ("sample-knn", FEATURES, "a lower machine.feature_batch_size"),
-        ("sample-cluster", FEATURES, "a lower machine.feature_batch_size"),
-        ("sample-linear", FEATURES, "a lower machine.feature_batch_size"),
         ("sample-knn", "twist.transfer.engines.plain.nearest", "a lower machine.max_memory_mb"),
         ("sample-knn", "twist.transfer.engines.imagenet.engine.network_of", "free the device of other processes"),
         ("sample-semi-1pct", "twist.measure.features.normalise", "lower batch_size and every lr_*"),

@@ -108,24 +108,6 @@ def test_workers_change_neither_pixels_nor_the_sentence(workers: int, tmp_path: 
         list(decoded(train, helped, batches))
 
 
-def test_no_more_processes_decode_than_there_are_cores(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 5}, raising=False)
-    used: list[int] = []
-
-    class Loader:
-        def __init__(self, *_: object, num_workers: int, **__: object) -> None:
-            used.append(num_workers)
-
-        def __iter__(self) -> object:
-            return iter(())
-
-    monkeypatch.setattr("twist.transfer.engines.plain.DataLoader", Loader)
-    val = read_split(tree / "val")
-    for asked in (8, 1, 0):
-        list(decoded(val, small_recipe(f"machine.workers={asked}"), ordered_batches(len(val), batch_size=4)))
-    assert used == [2, 1, 0]
-
-
 class Means(nn.Module):
     """A network whose features are the means of the channels."""
 
@@ -165,69 +147,6 @@ def test_tree_is_found_directly_and_below_imagenet(tree: Path, tmp_path: Path) -
         assert train.labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
 
 
-def test_digest_is_of_the_images_not_of_the_folder(tree: Path, tmp_path: Path) -> None:
-    other = write_tree(tmp_path / "elsewhere")
-    assert read_split(tree / "train").digest() == read_split(other / "train").digest()
-    (other / "train" / "class_0" / "train_0_000.png").rename(other / "train" / "class_0" / "train_0_999.png")
-    assert read_split(tree / "train").digest() != read_split(other / "train").digest()
-
-
-def test_missing_tree_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    with pytest.raises(UserError, match=r"no ImageNet-like tree at .*train/<class>/ and val/<class>/"):
-        open_tree(tmp_path)
-
-
-def test_empty_class_and_unequal_classes_are_named(tmp_path: Path) -> None:
-    root = write_tree(tmp_path)
-    with pytest.raises(UserError, match="no class folder at"):
-        read_split(root / "absent")
-    with pytest.raises(UserError, match="holds no class folders"):
-        read_split(root / "train" / "class_0")
-    (root / "train" / "zebra").mkdir()
-    with pytest.raises(UserError, match=r"train/zebra holds no images"):
-        open_tree(root)
-    (root / "train" / "class_0" / "train_0_000.png").rename(root / "train" / "zebra" / "a.png")
-    with pytest.raises(UserError, match="zebra is only in train/"):
-        open_tree(root)
-    (root / "train" / "zebra").rename(root / "val" / "zebra")
-    with pytest.raises(UserError, match="zebra is only in val/"):
-        open_tree(root)
-
-
-def test_list_names_images_with_or_without_class_folder(tree: Path, tmp_path: Path) -> None:
-    train = read_split(tree / "train")
-    names = tmp_path / "1percent.txt"
-    names.write_text("train_2_001.png\nclass_0/train_0_004.png\n\n")
-    subset = read_subset(train, names)
-    assert [subset.path(i).name for i in range(2)] == ["train_2_001.png", "train_0_004.png"]
-    assert subset.labels.tolist() == [2, 0]
-
-
-@pytest.mark.parametrize(
-    ("lines", "sentence"),
-    [
-        ("train_0_000.png\nn01440764_1.JPEG\nn01440764_2.JPEG\n", r"names 2 files that are not in .*n01440764_1\.JPEG"),
-        ("train_0_000.png\ntrain_0_000.png\n", "names 1 files twice"),
-        ("\n", "is empty"),
-    ],
-)
-def test_wrong_list_is_refused(tree: Path, tmp_path: Path, lines: str, sentence: str) -> None:
-    (tmp_path / "1percent.txt").write_text(lines)
-    with pytest.raises(UserError, match=sentence):
-        read_subset(read_split(tree / "train"), tmp_path / "1percent.txt")
-
-
-def test_ambiguous_file_name_is_refused(tmp_path: Path) -> None:
-    root = write_tree(tmp_path)
-    for label in (0, 1):
-        folder = root / "train" / f"class_{label}"
-        (folder / f"train_{label}_000.png").rename(folder / "same.png")
-    (tmp_path / "1percent.txt").write_text("same.png\n")
-    with pytest.raises(UserError, match=r"several classes hold a file same\.png"):
-        read_subset(read_split(root / "train"), tmp_path / "1percent.txt")
-
-
 def test_missing_list_says_how_to_get_one_and_the_seed_needs_none(tree: Path) -> None:
     train = read_split(tree / "train")
     with pytest.raises(
@@ -243,6 +162,8 @@ def test_drawn_subset_is_balanced_and_of_its_seed(tree: Path) -> None:
     assert np.bincount(half.labels).tolist() == [3, 3, 3]
     assert half.digest() == draw_subset(train, 0.5, seed=0).digest()
     assert half.digest() != draw_subset(train, 0.5, seed=1).digest()
+    small, large = (set(draw_subset(train, share, seed=2).paths.tolist()) for share in (0.2, 0.6))
+    assert small < large
 
 
 def test_a_list_is_read_by_file_names_or_with_the_class_folder(tree: Path, tmp_path: Path) -> None:
@@ -251,9 +172,3 @@ def test_a_list_is_read_by_file_names_or_with_the_class_folder(tree: Path, tmp_p
     for lines in (subset.lines(), [line.rpartition("/")[2] for line in subset.lines()]):
         (tmp_path / "list.txt").write_text("".join(f"{line}\n" for line in lines))
         assert read_subset(train, tmp_path / "list.txt").digest() == subset.digest()
-
-
-def test_a_smaller_share_of_a_seed_lies_within_a_larger_one(tree: Path) -> None:
-    train = read_split(tree / "train")
-    small, large = (set(draw_subset(train, share, seed=2).paths.tolist()) for share in (0.2, 0.6))
-    assert small < large

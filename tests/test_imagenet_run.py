@@ -79,7 +79,7 @@ def test_resume_takes_another_machine_and_no_other_recipe(
 
 @pytest.mark.slow
 def test_evaluation_alone_of_a_finished_run_replaces_its_record(
-    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = go(tree, tmp_path / "run")
     capsys.readouterr()
@@ -95,11 +95,19 @@ def test_evaluation_alone_of_a_finished_run_replaces_its_record(
     assert [Path(name).name for name in record.media] == ["predictions.png", "losses.png"]
     assert all((path.parent / name).is_file() for name in (*record.media, record.curves))
 
+    def run_out(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("twist.measure.features.Extractor.features", run_out)
+    with pytest.raises(UserError, match=r"lower machine\.feature_batch_size\.$"):
+        go(tree, tmp_path / "run", eval_only=True)
+    assert state_of(tmp_path / "run") == folder.DONE, "an evaluation that fails leaves it finished"
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("protocol", "overrides"),
-    [("linear", ()), ("linear-grid", ("holdout_every=4",)), ("semi-10pct", ("labels_from=seed", "batch_size=3"))],
+    [("linear-grid", ("holdout_every=4",)), ("semi-10pct", ("labels_from=seed", "batch_size=3"))],
 )
 def test_predictions_of_a_finished_run_are_as_often_right_as_it_measured(
     protocol: str, overrides: tuple[str, ...], tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -120,7 +128,7 @@ def test_predictions_of_a_finished_run_are_as_often_right_as_it_measured(
     (tmp_path / "own" / "letter.txt").touch()
     with pytest.raises(UserError, match=r"holds letter\.txt"):
         predict(run, tree / "val", tmp_path / "own")
-    if protocol == "linear":  # fine-tuning has its own backbone
+    if protocol == "linear-grid":  # fine-tuning has its own backbone
         (run / "weights" / "random.safetensors").unlink()
         with pytest.raises(UserError, match=r"random\.safetensors.* put it back"):
             predict(run, tree / "val", output)
@@ -140,21 +148,6 @@ def test_runs_that_cannot_predict_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="knn trains no classifier"):
         predict(tmp_path / "knn", tmp_path / "p.png", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_an_evaluation_that_fails_leaves_the_run_finished(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    go(tree, tmp_path / "run")
-
-    def run_out(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr("twist.measure.features.Extractor.features", run_out)
-    with pytest.raises(UserError, match=r"lower machine\.feature_batch_size\.$"):
-        go(tree, tmp_path / "run", eval_only=True)
-    assert state_of(tmp_path / "run") == folder.DONE
 
 
 def test_a_start_that_is_refused_takes_no_folder(tree: Path, tmp_path: Path) -> None:

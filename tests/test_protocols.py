@@ -32,11 +32,6 @@ def test_a_row_is_consistent(row) -> None:
         assert "expected" in text or "no verified published" in text or "none is published" in text or "twin of" in text
 
 
-def test_a_misspelt_protocol_is_a_sentence_with_the_near_match() -> None:
-    with pytest.raises(UsageError, match='Did you mean "voc-frcnn-c4-24k"'):
-        find_protocol("voc-frcnn-c4-24")
-
-
 def test_the_list_shows_every_row_with_data_hardware_and_published_neighbours() -> None:
     for name, row in PROTOCOLS.items():
         block = list_protocols([name])
@@ -86,7 +81,6 @@ def test_linear_rule_in_numbers() -> None:
     assert linear_rule(COCO, processes=8, reference=8) == COCO
     assert linear_rule(COCO, processes=3, reference=8) == Schedule(6, 0.0075, 240000, 2667, (160000, 213333))
     assert linear_rule(COCO, processes=29, reference=16) == Schedule(29, 0.03625, 49655, 552, (33103, 44138))
-    assert linear_rule(COCO, processes=23, reference=16).iterations == 62609
     assert linear_rule(Schedule(100, 1.0, 100, 0), processes=29, reference=100).images_per_step == 29
     with pytest.raises(UsageError, match="do not divide"):
         linear_rule(Schedule(15, 0.02, 10, 0), processes=1, reference=8)
@@ -120,10 +114,6 @@ def test_stretch_keeps_the_form_and_drops_what_falls_together() -> None:
         (
             Schedule(16, 0.02, 90000, 1000, (60000, 81000)),
             ["the rate drops at 67%, 90% of the run, and in the protocol at 67%, 89%"],
-        ),
-        (
-            Schedule(16, 0.02, 90000, 1000, (60000,)),
-            ["the rate drops at 67% of the run, and in the protocol at 67%, 89%"],
         ),
         (Schedule(16, 0.02, 90000, 1000), ["the rate drops at never of the run, and in the protocol at 67%, 89%"]),
     ],

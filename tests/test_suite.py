@@ -6,7 +6,6 @@ import errno
 import fcntl
 import io
 import json
-import multiprocessing
 import os
 import re
 import shlex
@@ -17,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,7 +43,7 @@ from twist.transfer.suite.config import (
     load_suite,
     makespan_s,
 )
-from twist.transfer.suite.run import last_line, run_suite, transfer_command
+from twist.transfer.suite.run import run_suite, transfer_command
 
 ROOT = Path(__file__).resolve().parent.parent
 SIMPLE = """
@@ -345,13 +343,8 @@ def test_what_was_measured_on_other_data_is_never_shown_for_these(world: World) 
     describe(world.data, seed=0)
     assert len(world.run()) == 4
     other = describe(world.root / "other", seed=7)
-    for dry_run in (True, False):
-        with pytest.raises(UserError) as caught:
-            world.run(data=other, dry_run=dry_run)
-        assert str(caught.value).startswith(
-            f"{world.results} holds sample-knn · random · seed 0, measured on other data (sample of photos, small, "
-            "seed 0, format 2; --data holds sample of photos, small, seed 7, format 2): choose another --output"
-        )
+    with pytest.raises(UserError, match=r"results holds sample-knn .* other data .* seed 0, .* seed 7, .*--output"):
+        world.run(data=other)
     # Nor where only the run folders know of it.
     with pytest.raises(UserError, match=r"sample-knn/random-seed0-\w+/record holds .* measured on other data"):
         world.run(data=other, results=world.root / "empty", dry_run=True)
@@ -432,11 +425,6 @@ def test_pictures_curves_and_the_key_of_the_job_come_with_the_record(world: Worl
     ("script", "starts", "said"),
     [
         ("[ -e {flag} ] || {{ touch {flag}; echo Boom; exit 1; }}", 5, "trying once more: Boom"),
-        (
-            "echo 'twist: CUDA out of memory, lower the batch.'; exit 1",
-            5,
-            "trying once more: twist: CUDA out of memory",
-        ),
         ("exit 2", 4, "failed"),  # wrong usage
         ("exit 0", 5, "failed"),  # a run that leaves no record has failed whatever its status
     ],
@@ -473,10 +461,8 @@ def test_a_full_disk_is_one_sentence_and_stops_nothing_else(world: World, monkey
     [
         (None, [4, 6], 1, [["4"], ["6"]]),
         ("4,5", None, 1, [["4"], ["5"]]),
-        ("7, 2,5", [1, 2], 1, [["2"], ["5"]]),
-        ("GPU-aa,GPU-bb", [1], 1, [["GPU-bb"]]),
+        ("7, GPU-aa,5", [1, 2], 1, [["GPU-aa"], ["5"]]),
         ("7,6,5,4", [0, 1, 2, 3], 2, [["7", "6"], ["5", "4"]]),
-        ("4,5", [2], 1, "--gpus 2: CUDA_VISIBLE_DEVICES=4,5 shows 2 GPUs"),
         ("4,5,-1,6", [2], 1, "shows 2 GPUs"),
         ("", [2], 1, "shows 0 GPUs"),
         ("", [0, 1], 4, "wants 4 GPUs a run and 2 are"),
@@ -748,36 +734,6 @@ def test_slurm_jobs_outlive_their_suite(
     assert world.starts() == 2
 
 
-def test_a_second_interruption_leaves_no_local_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of two runs ignores TERM; Ctrl-C while it is waited for ends both."""
-    launcher, running = launch.LocalLauncher([["0"], ["1"]]), []
-    for slot in (0, 1):
-        folder = tmp_path / str(slot)
-        script = shell("trap '' TERM; echo ready; while :; do sleep 0.05; done")
-        folder.mkdir()
-        running.append(launcher.start(script, log=folder / "log", slot=slot))
-        until(lambda folder=folder: (folder / "log").exists() and (folder / "log").read_text())
-    processes = multiprocessing.active_children()
-    join = BaseProcess.join
-
-    def interrupted(process: BaseProcess, timeout: float | None = None) -> None:
-        if timeout is not None:
-            raise KeyboardInterrupt
-        join(process)
-
-    monkeypatch.setattr(BaseProcess, "join", interrupted)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            suite_module.leave(running)
-        monkeypatch.undo()
-        for process in processes:
-            process.join(10)
-        assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2
-    finally:
-        for process in processes:
-            process.kill()
-
-
 def test_a_run_that_is_starting_when_the_suite_is_told_to_end_is_stopped(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -867,13 +823,3 @@ def test_a_terminal_shows_what_runs_and_keeps_what_happened(world: World, monkey
     assert f"[0/2] failed   {knn}, trying once more: k-NN: 3/10 images" in said
     assert any(line.endswith("failed   sample-linear · random · seed 0: out of memory") for line in said)
     assert said[-1].startswith("[2/2] ")
-
-
-@pytest.mark.parametrize(
-    ("written", "last"),
-    [(None, ""), (b"", ""), (b"x" * 5000 + b"\nthe end \xff \n\n", "the end \ufffd"), (b"a" * 5000, "a" * 2048)],
-)
-def test_the_last_line_of_a_log(tmp_path: Path, written: bytes | None, last: str) -> None:
-    if written is not None:
-        (tmp_path / "log.txt").write_bytes(written)
-    assert last_line(tmp_path / "log.txt") == last
