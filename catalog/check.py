@@ -45,7 +45,7 @@ from twist.catalog.data_sets import (
     read_sample,
     spread,
 )
-from twist.catalog.masks import Pair, check_pair, summary, voc_palette
+from twist.catalog.masks import Pair, check_pair, mask_values, summary, voc_palette
 from twist.contracts.errors import UsageError, UserError, did_you_mean, printable
 from twist.contracts.files import atomic_path, sha256_file, sha256_json
 from twist.contracts.images import (
@@ -385,12 +385,9 @@ class _Look:
 
     def _look_at_masks(self, masks: Paths, images: Paths) -> None:
         row, folder = self.row, self.split.truth["masks"].folder
-        classes = row.label_names(self.sample)
-        assert classes is not None, f"{row.name} has masks and no number of classes"
-        names = tuple(map(str, range(classes))) if isinstance(classes, int) else classes
         pairs = [Pair(images[name], path) for name, path in masks.items() if name in images]
         palette = voc_palette() if row.voc_palette and not self.report.quick else None
-        values = MaskValues(classes=names, reduce_zero_label=row.reduce_zero_label)
+        values = mask_values(row, self.sample)
         again = f"unpack {folder} again, and do not open and save masks with a picture program"
         origin, self.report.origin = (
             self.report.origin,
@@ -664,7 +661,7 @@ def _facts(row: DataSet, place: Path, subset: str | None) -> Iterator[Any]:
         yield (place / split.names).stat().st_size
     # Where the annotation files name all images, the smaller split stands for both.
     for split in described[-1:] or splits:
-        names = read_names(place / split.names) if split.names.endswith(".txt") else _images_of(split, place)
+        names = split.image_names(place)
         for files in (split.images, split.truth.get("boxes")):
             if files is not None:
                 yield _names_and_sizes(place, files, names)
@@ -682,11 +679,5 @@ def _names_and_sizes(place: Path, files: Files, names: Sequence[str]) -> list[An
     """Digest of the file names, and the sizes of some files."""
     if not names:
         raise FileNotFoundError(place / files.folder)
-    ends = [f"{name}{files.suffix}" for name in names]
-    return [sha256_json(ends), [(place / files.folder / name).stat().st_size for name in spread(ends, SIZED)]]
-
-
-def _images_of(split: Split, place: Path) -> list[str]:
-    suffix = split.images.suffix
-    entries = file_entries(place / split.images.folder, lambda name: name.endswith(suffix))
-    return sorted(name.removesuffix(suffix) for name, _ in entries)
+    sizes = [files.of(name, place).stat().st_size for name in spread(names, SIZED)]
+    return [sha256_json([f"{name}{files.suffix}" for name in names]), sizes]

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from twist.contracts import files
 from twist.contracts.config import MOST_SEED, Config, read_toml, validate
 from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.images import file_entries
 
 SAMPLE_JSON = "sample.json"
 # The label value of pixels that belong to no class.
@@ -29,6 +30,10 @@ class Files(NamedTuple):
 
     folder: str
     suffix: str
+
+    def of(self, name: str, place: Path) -> Path:
+        """The file of an image, in the folder `place` of its data set."""
+        return place / self.folder / f"{name}{self.suffix}"
 
 
 class Split(Config):
@@ -49,6 +54,14 @@ class Split(Config):
     origin: str = ""
     # Its name in Detectron2's DatasetCatalog.
     detectron2: str = ""
+
+    def image_names(self, place: Path) -> list[str]:
+        """The names of its images by its list; without one, or with COCO's, of the files that are there, sorted."""
+        if self.names.endswith(".txt"):
+            return read_names(place / self.names)
+        suffix = self.images.suffix
+        found = file_entries(place / self.images.folder, lambda name: name.endswith(suffix))
+        return sorted(name.removesuffix(suffix) for name, _ in found)
 
     def images_expected(self, sample: dict[str, Any] | None) -> int | None:
         """How many images it has: of the published data, or of a built-in sample as its sample.json says."""

@@ -6,13 +6,13 @@ without a palette, 8 or 16 bits), or colours with a table. Pixels that belong to
 
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twist.catalog.card import Card, MaskSplit, MaskValues, Role, Segmentation, chosen
-from twist.catalog.data_sets import VOID, named
+from twist.catalog.data_sets import VOID, DataSet, named
 from twist.contracts.errors import UserError
 from twist.contracts.images import UnreadableImage, file_entries, image_names, open_picture, picture_size
 
@@ -66,6 +66,14 @@ def _stem(name: str, suffix: str) -> str:
     return name.rpartition(".")[0].removesuffix(suffix)
 
 
+def mask_values(row: DataSet, sample: dict[str, Any] | None) -> MaskValues:
+    """What the numbers in the masks of a data set mean, at a root whose sample.json, if any, is `sample`."""
+    names = row.label_names(sample)
+    assert names is not None, f"{row.name} has masks and no number of classes"
+    classes = tuple(map(str, range(names))) if isinstance(names, int) else names
+    return MaskValues(classes=classes, reduce_zero_label=row.reduce_zero_label)
+
+
 def read_mask(path: Path, values: MaskValues) -> NDArray[np.uint8]:
     """The class of every pixel (H, W): 0, 1, … in the order of `values.names`, and `VOID` for none.
 
@@ -85,7 +93,10 @@ def read_mask(path: Path, values: MaskValues) -> NDArray[np.uint8]:
             f"take the original mask, or write classes = {{ {written} }} into a data card."
         )
     numbers = pixels @ np.array([1 << 16, 1 << 8, 1]) if colours else pixels
-    found, places = np.unique(numbers, return_inverse=True)
+    if numbers.dtype == np.uint8:  # the usual mask, without sorting its pixels
+        found, places = np.flatnonzero(np.bincount(numbers.ravel())), None
+    else:
+        found, places = np.unique(numbers, return_inverse=True)
     # A table says which values count; the others are no class.
     strange = [] if isinstance(values.classes, dict) else [value for value in found.tolist() if value not in table]
     if strange:
@@ -95,8 +106,12 @@ def read_mask(path: Path, values: MaskValues) -> NDArray[np.uint8]:
             f"{', '.join(map(str, values.ignored))} is no class; take the original mask, or correct classes or ignore "
             "in the card."
         )
-    looked_up = np.array([table.get(value, VOID) for value in found.tolist()], dtype=np.uint8)
-    return looked_up[places.reshape(numbers.shape)]
+    classes = [table.get(value, VOID) for value in found.tolist()]
+    if places is not None:
+        return np.array(classes, dtype=np.uint8)[places.reshape(numbers.shape)]
+    looked_up = np.full(256, VOID, dtype=np.uint8)
+    looked_up[found] = classes
+    return looked_up[numbers]
 
 
 def _first_colour(pixels: NDArray[np.uint8]) -> str:

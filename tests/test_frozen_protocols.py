@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from tiny_sample import tiny_sample
-from tiny_trees import make_ade20k, make_cityscapes, make_voc_detection, make_voc_segmentation
+from tiny_trees import boxes_of, make_ade20k, make_cityscapes, make_voc_detection, make_voc_segmentation
 
 from twist.catalog.data_sets import find_data_set
 from twist.contracts.errors import UsageError, UserError
@@ -59,9 +59,8 @@ def test_each_choice_that_moves_numbers_is_another_recipe(recipe: str, overrides
 
 def test_boxes_of_voc(tmp_path: Path) -> None:
     make_voc_detection(tmp_path)
-    boxes = open_split(find_data_set("voc2007"), tmp_path, "train", None).boxes(0)
-    assert boxes.shape == (2, 4)
-    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    found = open_split(find_data_set("voc2007"), tmp_path, "train", None).objects(0)
+    assert [tuple(one["bbox"]) for one in found] == [(x, y, x1 - x, y1 - y) for x, y, x1, y1 in boxes_of(2007)]
 
 
 def test_a_label_that_the_data_set_does_not_have_is_named(tmp_path: Path) -> None:
@@ -69,11 +68,11 @@ def test_a_label_that_the_data_set_does_not_have_is_named(tmp_path: Path) -> Non
 
     make_voc_segmentation(tmp_path)
     pictures = open_split(find_data_set("voc2012-aug"), tmp_path, "val", None)
-    Image.new("L", (96, 72), 77).save(pictures.truth("masks", 0))
-    with pytest.raises(UserError, match="holds 77"):
+    Image.new("L", (96, 72), 77).save(pictures.masks[0])
+    with pytest.raises(UserError, match="holds the value 77"):
         pictures.label_map(0, size=0)
-    Image.new("RGB", (96, 72)).save(pictures.truth("masks", 0))
-    with pytest.raises(UserError, match="colour picture"):
+    Image.new("RGB", (96, 72)).save(pictures.masks[0])
+    with pytest.raises(UserError, match="holds colours"):
         pictures.label_map(0, size=0)
 
 
@@ -81,11 +80,11 @@ def test_value_0_of_ade20k_is_no_class_and_1_the_first(tmp_path: Path) -> None:
     from PIL import Image
 
     pictures = open_split(find_data_set("ade20k"), make_ade20k(tmp_path), "val", None)
-    assert (len(pictures), pictures.class_count) == (3, 150)
+    assert (len(pictures), len(pictures.classes)) == (3, 150)
     found = [set(pictures.label_map(image, size=0).unique().tolist()) for image in range(3)]
     assert set.union(*found) == {0, 149, 76, 255}  # of 1, 150, 77 and 0 in the files
-    Image.new("L", (96, 72), 151).save(pictures.truth("masks", 0))
-    with pytest.raises(UserError, match="holds 150"):
+    Image.new("L", (96, 72), 151).save(pictures.masks[0])
+    with pytest.raises(UserError, match="holds the value 151"):
         pictures.label_map(0, size=0)
 
 

@@ -103,8 +103,8 @@ def image_labels(pictures: Pictures | LabelledImages, names: list[str]) -> np.nd
         return labels
     for index in range(len(pictures)):
         for one in sorted(pictures.objects(index), key=lambda one: not one.get("difficult")):
-            if one["name"] in names:
-                labels[index, names.index(one["name"])] = 0 if one.get("difficult") else 1
+            if (name := pictures.classes[one["category"]]) in names:
+                labels[index, names.index(name)] = 0 if one.get("difficult") else 1
     return labels
 
 

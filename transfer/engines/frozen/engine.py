@@ -37,7 +37,7 @@ from twist.measure.segmentation import (
 )
 from twist.transfer.engines import plain
 from twist.transfer.engines.frozen import classify, linear_seg, recipes
-from twist.transfer.engines.frozen.images import OwnPictures, Pictures, open_split, squashed
+from twist.transfer.engines.frozen.images import Pictures, open_card_split, open_split, squashed
 from twist.transfer.engines.plain import BIT_EQUAL, FEATURES, extract, search
 from twist.transfer.pictures import PICTURES, plot_losses, save_pairs
 from twist.transfer.recipe import departures
@@ -79,9 +79,9 @@ def resolve(request: Request, weights: Weights) -> Setup:
     notes = departures(published.recorded(), config.recorded(), free=())
     if protocol.scale == "full" and own is None:
         notes += [
-            f"{one.row.name} has {len(one)} images here and {one.split.count} as published"
+            f"{one.data} has {len(one)} images here and {one.published} as published"
             for one in (train, val)
-            if isinstance(one, Pictures) and one.split.count not in (None, len(one))
+            if isinstance(one, Pictures) and one.published not in (None, len(one))
         ]
     counts = {"train": len(train) if train is not None else 0, "val": len(val)}
     where = "1 GPU" if request.gpus else "1 process on the CPU"
@@ -105,7 +105,7 @@ def _open(request: Request, config: recipes.AnyRecipe) -> tuple[Any, Any]:
 
     def split(role: Role) -> Pictures:
         if own is not None:
-            return OwnPictures.of(own, role)
+            return open_card_split(own, role)
         return open_split(find_data_set(request.protocol.data[0]), request.data, role, read_sample(request.data))
 
     if config.kind == "corloc":  # nothing is trained: LOST is measured on the trainval pictures
@@ -161,7 +161,7 @@ def _knn(setup: Setup, extractor: DenseExtractor) -> Result:
     config: recipes.NeighboursRecipe = setup.config
     features, labels = _memory(setup, _dense(setup, extractor, "train"))
     val = _dense(setup, extractor, "val")
-    confusion = Confusion(setup.val.class_count)
+    confusion = Confusion(len(setup.val.classes))
     shown: list[tuple[Tensor, Tensor]] = []
     together = max(1, QUERIES // val.patches)
     with Progress("retrieval", total=len(setup.val), unit="image") as progress:
@@ -191,7 +191,7 @@ def _memory(setup: Setup, train: DenseFile) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(setup.request.seed)
     each = max(1, config.memory_size // len(setup.train))
     features, labels = [], []
-    how: dict[str, Any] = {"classes": setup.train.class_count, "void": config.memory_void}
+    how: dict[str, Any] = {"classes": len(setup.train.classes), "void": config.memory_void}
     with Progress("memory", total=train.images, unit="image") as progress:
         for image in range(train.images):
             truth = setup.train.label_map(image, size=config.label_size)
@@ -203,14 +203,14 @@ def _memory(setup: Setup, train: DenseFile) -> tuple[Tensor, Tensor]:
             labels.append(shares[chosen])
             progress.advance()
     if not sum(map(len, features)):
-        raise UserError(f"No patch of {setup.train.title}'s training images has a class: check its label maps.")
+        raise UserError(f"No patch of {setup.train.data}'s training images has a class: check its label maps.")
     return torch.cat(features).to(setup.device), torch.cat(labels).to(setup.device)
 
 
 def _linear(setup: Setup, extractor: DenseExtractor) -> Result:
     """Heads for every rate and decay, trained together; the best by the chosen split is reported."""
     config: recipes.LinearRecipe = setup.config
-    request, classes, device = setup.request, setup.val.class_count, setup.device
+    request, classes, device = setup.request, len(setup.val.classes), setup.device
     train, val = _dense(setup, extractor, "train"), _dense(setup, extractor, "val")
     chosen, held = linear_seg.split_holdout(config, train.images)
     train_labels, val_labels = (partial(one.label_map, size=config.label_size) for one in (setup.train, setup.val))
@@ -257,7 +257,7 @@ def _clusters(setup: Setup, extractor: DenseExtractor) -> Result:
         max_passes=config.max_passes, step_size=config.step_size, normalise=True, seed=setup.request.seed,
     )  # fmt: skip
     maps = torch.from_numpy(assigned.astype(np.int64)).view(val.images, val.height, val.width)
-    confusion = Confusion(setup.val.class_count, config.clusters)
+    confusion = Confusion(len(setup.val.classes), config.clusters)
     for image, one in enumerate(maps):
         truth = setup.val.label_map(image, size=config.label_size)
         enlarged = F.interpolate(one[None, None].float(), size=tuple(truth.shape), mode="nearest-exact")[0, 0].long()
@@ -284,14 +284,15 @@ def _corloc(setup: Setup, extractor: DenseExtractor) -> Result:
     found = counted = 0
     with Progress("object discovery", total=len(setup.val), unit="image") as progress:
         for index in range(len(setup.val)):
-            truth = setup.val.boxes(index, hard_objects=config.hard_objects)
-            if len(truth):
+            truth = [one["bbox"] for one in setup.val.objects(index, hard=config.hard_objects)]
+            if truth:
                 box, scale = lost_of(extractor, setup.val.read(index), config)
-                found += int(overlaps(box, truth * scale).max() >= config.overlap)
+                boxes = scale * np.array([[x, y, x + width, y + height] for x, y, width, height in truth])
+                found += int(overlaps(box, boxes).max() >= config.overlap)
                 counted += 1
             progress.advance()
     if not counted:
-        raise UserError(f"{setup.val.title} has no object: corloc needs boxes.")
+        raise UserError(f"{setup.val.data} has no object: corloc needs boxes.")
     notes = [f"{found} of {counted} images; {len(setup.val) - counted} without an object are left out."]
     return Result({"corloc_percent": 100.0 * found / counted}, setup.recipe, notes=notes)
 

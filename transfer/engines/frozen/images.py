@@ -1,11 +1,9 @@
 """Images and their annotations of the frozen protocols, by the catalog's rows or a data card: label maps and boxes.
 
-`N` images, `S` the input's side.
+`N` images, `S` the input's side. Both are read by the catalog's readers of masks and of boxes, as the check reads them.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,59 +14,48 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from twist.catalog.boxes import VOC_FLAGS, read_voc_xml
-from twist.catalog.card import Role
+from twist.catalog.boxes import VOC_FLAGS, BoxSet, voc_boxes
+from twist.catalog.card import MaskValues, Role
 from twist.catalog.card_data import CardData
-from twist.catalog.data_sets import DataSet, Split, read_names
-from twist.catalog.masks import read_mask
+from twist.catalog.data_sets import DataSet
+from twist.catalog.masks import mask_values, read_mask
 from twist.contracts.errors import UserError
 from twist.contracts.files import sha256_json
-from twist.contracts.images import UnreadableImage, file_entries, open_picture, read_image
-from twist.measure.segmentation import VOID
+from twist.contracts.images import read_image
 from twist.transfer.engines.plain import loaded, ordered_batches
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """The images of one split, in the order of its list, and where their annotations are."""
+    """The images of one split, in order, with their masks or boxes.
 
-    row: DataSet
-    split: Split
-    place: Path
-    names: tuple[str, ...]
-    classes: tuple[str, ...] | int | None
+    `data` is what the data are called, `names` which images these are wherever they lie, and `published` how many the
+    published split has.
+    """
+
+    data: str
+    names: Sequence[str]
+    images: Sequence[Path]
+    classes: Sequence[str]
+    masks: Sequence[Path] = ()
+    values: MaskValues | None = None
+    boxes: BoxSet | None = None
+    published: int | None = None
 
     def __len__(self) -> int:
-        return len(self.names)
-
-    def path(self, index: int) -> Path:
-        files = self.split.images
-        return self.place / files.folder / f"{self.names[index]}{files.suffix}"
-
-    def truth(self, kind: str, index: int) -> Path:
-        files = self.split.truth[kind]  # type: ignore[index]
-        return self.place / files.folder / f"{self.names[index]}{files.suffix}"
+        return len(self.images)
 
     def read(self, index: int) -> Tensor:
-        return read_image(self.path(index))
-
-    @property
-    def title(self) -> str:
-        """What messages call the data."""
-        return f"{self.row.name} below {self.place}"
+        return read_image(self.images[index])
 
     @property
     def labels(self) -> np.ndarray:
         """Of a feature file, which has a number an image: these have label maps or boxes instead."""
         return np.zeros(len(self), dtype=np.int64)
 
-    @property
-    def class_count(self) -> int:
-        return len(self.classes) if isinstance(self.classes, tuple) else int(self.classes or 0)
-
     def stamp(self) -> str:
         """Digest of names, sizes and times of the image files: changes when a picture may have."""
-        status = [self.path(index).stat() for index in range(len(self))]
+        status = [path.stat() for path in self.images]
         return sha256_json([list(self.names), [(one.st_size, one.st_mtime_ns) for one in status]])
 
     def digest(self) -> str:
@@ -78,92 +65,42 @@ class Pictures:
     def label_map(self, index: int, *, size: int) -> Tensor:
         """(H, W) int64 class numbers and VOID, reduced to `size` × `size` (nearest) where it is not 0.
 
-        `UserError` where the file is no map of class numbers, or holds a class that the data set does not have.
+        `UserError` where the file is no mask of the data's classes.
         """
-        path = self.truth("masks", index)
-        try:
-            with open_picture(path) as image:
-                if image.mode not in ("L", "P"):
-                    raise UserError(f"{path} is a colour picture ({image.mode}), not a map of class numbers.")
-                reduced = image.resize((size, size), Image.Resampling.NEAREST) if size else image
-                labels = torch.from_numpy(np.array(reduced, dtype=np.int64))
-        except UnreadableImage as error:
-            raise UserError(f"{error}: copy or unpack the label map again.") from None
-        if self.row.reduce_zero_label:
-            labels = torch.where((labels == 0) | (labels == VOID), VOID, labels - 1)
-        strange = labels[(labels >= self.class_count) & (labels != VOID)]
-        if len(strange):
-            raise UserError(
-                f"{path} holds {int(strange[0])}, where 0–{self.class_count - 1} and {VOID} are allowed: `twist data "
-                f"check {self.row.group}` says what is wrong."
-            )
-        return labels
-
-    def objects(self, index: int) -> list[dict[str, Any]]:
-        """An image's objects but crowds: name, bbox (x0, y0, x1, y1, right and lower edge outside), VOC's flags."""
-        _, found = read_voc_xml(self.truth("boxes", index))
-        return [  # pixels are counted from 1, inclusive
-            {**one, "bbox": [x0 - 1, y0 - 1, x1, y1]} for one in found for x0, y0, x1, y1 in [one["bbox"]]
-        ]
-
-    def boxes(self, index: int, *, hard_objects: bool = True) -> np.ndarray:
-        """(n, 4) boxes of an image's objects, as `objects` gives them."""
-        found = self.objects(index)
-        kept = [one["bbox"] for one in found if hard_objects or not any(one.get(flag) for flag in VOC_FLAGS)]
-        return np.array(kept, dtype=np.float64).reshape(-1, 4)
-
-
-@dataclass(frozen=True)
-class OwnPictures(Pictures):
-    """One split of a data card, read as the other engines read it. `row`, `split` and `place` are not used."""
-
-    own: CardData
-    role: Role
-
-    @classmethod
-    def of(cls, own: CardData, role: Role) -> OwnPictures:
-        unused: Any = None
-        names = tuple(path.name for path in own.images(role))
-        return cls(unused, unused, own.card.folder, names, own.classes, own, role)
-
-    @property
-    def title(self) -> str:
-        return f"{self.own.card.name} below {self.place}"
-
-    def path(self, index: int) -> Path:
-        return self.own.images(self.role)[index]
-
-    def label_map(self, index: int, *, size: int) -> Tensor:
-        assert self.own.pairs is not None
-        assert self.own.card.segmentation is not None
-        labels = read_mask(self.own.pairs[self.role][index].mask, self.own.card.segmentation)
+        assert self.values is not None
+        labels = read_mask(self.masks[index], self.values)
         if size:
             labels = np.array(Image.fromarray(labels).resize((size, size), Image.Resampling.NEAREST))
         return torch.from_numpy(labels.astype(np.int64))
 
-    def objects(self, index: int) -> list[dict[str, Any]]:
-        assert self.own.boxes is not None
-        found = []
-        for one in self.own.boxes[self.role].images[index]["objects"]:
-            x, y, width, height = one["bbox"]
-            if not one["iscrowd"]:
-                found.append({**one, "name": self.own.classes[one["category"]], "bbox": [x, y, x + width, y + height]})
-        return found
+    def objects(self, index: int, *, hard: bool = True) -> list[dict[str, Any]]:
+        """An image's objects but crowds, as in a `BoxSet`; without the `hard` ones, VOC's difficult or truncated."""
+        assert self.boxes is not None
+        found = [one for one in self.boxes.images[index]["objects"] if not one["iscrowd"]]
+        return found if hard else [one for one in found if not any(one.get(flag) for flag in VOC_FLAGS)]
 
 
-def open_split(row: DataSet, root: Path, role: str, sample: dict[str, Any] | None) -> Pictures:
+def open_card_split(own: CardData, role: Role) -> Pictures:
+    """One split of a data card."""
+    images = own.images(role)
+    masks = [pair.mask for pair in (own.pairs or {}).get(role, ())]
+    boxes = own.boxes[role] if own.boxes else None
+    names = [path.name for path in images]
+    return Pictures(own.card.name, names, images, own.classes, masks, own.card.segmentation, boxes)
+
+
+def open_split(row: DataSet, root: Path, role: Role, sample: dict[str, Any] | None) -> Pictures:
     """The split of `row` below `root` that runs train on (`role` "train") or measure on ("val")."""
     split, place = next(split for split in row.run_splits().values() if split.role == role), row.place(root)
-    suffix, folder = split.images.suffix, place / split.images.folder
-    if split.names:
-        names = read_names(place / split.names)
-    else:
-        names = sorted(
-            name.removesuffix(suffix) for name, _ in file_entries(folder, lambda name: name.endswith(suffix))
-        )
+    names = split.image_names(place)
     if not names:
-        raise UserError(f"{folder} holds no image that ends in {suffix}.")
-    return Pictures(row, split, place, tuple(names), row.label_names(sample))
+        raise UserError(f"{place / split.images.folder} holds no image that ends in {split.images.suffix}.")
+    images = [split.images.of(name, place) for name in names]
+    files = {kind: [one.of(name, place) for name in names] for kind, one in split.truth.items()}
+    values, boxes = mask_values(row, sample), None
+    if "boxes" in files:
+        boxes = voc_boxes(zip(images, files["boxes"], strict=True), values.names)
+    return Pictures(row.name, names, images, values.names, files.get("masks", ()), values, boxes, split.count)
 
 
 def squashed(pictures: Pictures, size: int, batch_size: int, workers: int, start: int) -> Iterator[Tensor]:
