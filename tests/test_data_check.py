@@ -12,7 +12,7 @@ import pytest
 from imagenet_tree import write_tree
 from PIL import Image
 from tiny_sample import tiny_sample
-from tiny_trees import make_cityscapes, make_coco, make_voc_detection, make_voc_segmentation
+from tiny_trees import make_cityscapes, make_coco, make_voc_detection
 
 from twist.catalog.check import Finding, check, has_errors, render, require_data
 from twist.catalog.class_folders import read_split
@@ -406,26 +406,6 @@ def test_a_sample_is_not_taken_for_real_data(healthy: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match="needs the real data"):
         require(healthy, "voc2012-aug")
     assert require(healthy, "imagenet", task="classification") is not None
-
-
-@pytest.mark.parametrize("place", ["", "VOCdevkit"])
-def test_damaged_masks_are_named(tmp_path: Path, place: str) -> None:
-    make_voc_segmentation(tmp_path / place)
-    assert require(tmp_path, "voc2012-aug") is None
-    assert find_data_set("voc2012-aug").place(tmp_path) == tmp_path / place / "VOC2012"
-    derived = sorted((tmp_path / place).glob("VOC2012/SegmentationClassAug/*"))[1]
-    kept = derived.read_bytes()
-    for change, said in (
-        (lambda mask: mask.convert("RGB"), "holds colours"),
-        (lambda mask: mask.point(lambda _: 33), "holds the value 33: classes are 0 to 20"),
-    ):
-        edit_masks(derived.parent, derived.name, change)
-        with pytest.raises(UserError, match=rf"{said}.*remove SegmentationClassAug/.*`twist data prepare voc"):
-            require(tmp_path, "voc2012-aug")
-        derived.write_bytes(kept)
-    edit_masks(tmp_path / place, "VOC2012/SegmentationClass/*", lambda mask: mask.convert("RGB"), 2)
-    with pytest.raises(UserError, match=r"holds colours.*unpack SegmentationClass again"):
-        require(tmp_path, "voc2012-aug")
 
 
 def test_cityscapes_without_its_derived_masks_and_with_the_wrong_ones(tmp_path: Path) -> None:
