@@ -1,11 +1,10 @@
 """`twist data check`: everything that is missing or wrong in data, at once, with the remedy. It changes nothing.
 
-Lists, counts and file names are looked at completely, pictures and masks by a sample spread evenly over each split:
-mistakes of conversion hit every file. Expected counts are those of the published data sets; a built-in sample is
-checked against its own sample.json. A run asks the same walk in short (`require_data`), and which data it is.
+Lists, counts and file names are looked at completely, pictures and masks by a sample spread evenly over each split. A
+run asks the same walk in short (`require_data`), and which data it is (`identify_data`).
 """
 
-import hashlib
+import contextlib
 import itertools
 import os
 from collections import Counter, defaultdict
@@ -13,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -115,6 +114,14 @@ class Report:
     def fine(self, where: Path | str, message: str) -> None:
         self.findings.append(Finding("fine", str(where), message))
 
+    @contextlib.contextmanager
+    def refusals(self, where: Path | str, remedy: str = "") -> Iterator[None]:
+        """What is refused inside is an error."""
+        try:
+            yield
+        except UserError as error:
+            self.error(where, str(error), remedy)
+
     def has_folder(self, folder: Path, remedy: str = "") -> bool:
         if not folder.is_dir():
             self.error(folder, "is missing", remedy)
@@ -129,11 +136,11 @@ class Report:
             entries = [*file_entries(folder, lambda _: True)] if self.has_folder(folder, remedy) else []
             listed = self._listed[folder] = {name: size for (name, _), size in self.each(self._size, entries)}
             self.bar.advance(len(listed))
-            if hollow := sorted(name for name, size in listed.items() if size == 0):
-                remedy = (
+            if empty := sorted(name for name, size in listed.items() if size == 0):
+                again = (
                     "the disk was full, the archive torn, or what they point to was moved: unpack or link them again"
                 )
-                self.error(folder, f"{len(hollow)} files are empty or links to nothing: {named(hollow)}", remedy)
+                self.error(folder, f"{len(empty)} files are empty or links to nothing: {named(empty)}", again)
         return self._listed[folder]
 
     def _size(self, item: tuple[str, os.DirEntry[str]]) -> int:
@@ -183,7 +190,10 @@ class Report:
             said = f"{len(bad)} of {len(chosen)} pictures looked at are damaged or do not fit: {names} ({first})"
             self.error(folder, said, f"replace them, or unpack them again. {self.origin}")
 
-    def masks(self, where: str, pairs: Sequence[Pair], values: MaskValues, *, palette: list[int] | None = None) -> None:
+    def masks(
+        self, where: str, pairs: Sequence[Pair], values: MaskValues, *, palette: list[int] | None = None,
+        remedy: str = "",
+    ) -> None:  # fmt: skip
         """Look at some masks: form, values, size, and the palette where it tells."""
         chosen = spread(pairs, self.sampled)
         pixels: Counter[int] = Counter()
@@ -192,9 +202,10 @@ class Report:
             pixels += found
             faults += [fault] if fault else []
         if faults:
-            self.error(where, f"{len(faults)} of {len(chosen)} masks looked at do not fit: {faults[0]}")
+            self.error(where, f"{len(faults)} of {len(chosen)} masks looked at do not fit: {faults[0]}", remedy)
         elif chosen and not any(count for value, count in pixels.items() if value != VOID):
-            self.error(where, "the masks show no class at all", "take the originals, or correct classes or ignore")
+            again = "take the originals, or correct classes or ignore"
+            self.error(where, "the masks show no class at all", remedy or again)
         elif chosen:
             self.fine(where, f"{summary(pixels, values)} in {len(chosen)} masks")
 
@@ -240,11 +251,7 @@ def render(findings: Sequence[Finding]) -> str:
 
 
 def check(group: str, root: str | os.PathLike[str], *, progress: bool = True) -> list[Finding]:
-    """Look at the data sets of a group below `root` and report everything: errors, warnings, and what is fine.
-
-    Args:
-        group: of rows of the table ("voc": 2007, 2012 and trainaug), or "sample" for everything in a built-in sample.
-        root: the folder that holds `coco/`, `VOC2007/`, …, or for ImageNet also its own folder.
+    """Look at the data sets of `group` (of the table, or "sample") below `root` and report everything.
 
     `UsageError`: no such data set. `UserError`: there is no folder `root`, or a damaged sample.json.
     """
@@ -272,12 +279,7 @@ def check(group: str, root: str | os.PathLike[str], *, progress: bool = True) ->
 def look_at(
     row: DataSet, root: Path, sample: dict[str, Any] | None, report: Report, truth: Collection[Truth] | None = None
 ) -> None:
-    """Add to `report` what is missing or wrong in one data set below `root`.
-
-    Args:
-        sample: the sample.json of `root` where it is a built-in sample: classes and counts are then its own.
-        truth: the kinds of annotation that matter; None for all.
-    """
+    """Add to `report` what is missing or wrong in one data set below `root`; `truth`: annotations that matter (None: all)."""
     place, report.origin = row.place(root), row.origin()
     if not report.has_folder(place):
         return
@@ -319,28 +321,20 @@ class _Look:
         if "boxes" in found:
             classes = row.label_names(sample)
             pairs = [(images[one], path) for one, path in found["boxes"].items() if one in images]
-            self.boxes = self._read(lambda: voc_boxes(pairs, classes if isinstance(classes, tuple) else ()), "boxes")
+            with report.refusals("boxes"):
+                self.boxes = voc_boxes(pairs, classes if isinstance(classes, tuple) else ())
         if self.boxes:
             report.boxes(f"{place / split.images.folder} ({name})", self.boxes, published=True)
         known = self.boxes.images if self.boxes else []
         sizes = {image["file"]: (image["width"], image["height"]) for image in known}
 
         def fault(path: Path, image: Image.Image) -> str:
-            size = upright(image)
-            return (
-                "" if sizes.get(path, size) == size else "seen upright (EXIF), of another size than its annotation says"
-            )
+            fits = sizes.get(path, size := upright(image)) == size
+            return "" if fits else "seen upright (EXIF), of another size than its annotation says"
 
         report.pictures(place / split.images.folder, [*images.values()], fault)
         if "instances" in found:
             report.pictures(place / split.truth["instances"].folder, [*found["instances"].values()])
-
-    def _read(self, read: Callable[[], BoxSet], where: Path | str) -> BoxSet | None:
-        try:
-            return read()
-        except UserError as error:
-            self.report.error(where, str(error))
-            return None
 
     def remake(self, text: str) -> str:
         """`text` with the command that makes the split's masks and list, "" where they are part of the download."""
@@ -350,12 +344,13 @@ class _Look:
         split, report, images = self.split, self.report, self.place / self.split.images.folder
         where = self.place / split.names if split.names else images
         if where.suffix == ".json":
-            if report.quick or not where.is_file():  # the engine reads the file anyway, which may take a minute
-                if not where.is_file():
-                    report.error(where, "is missing")
+            if not where.is_file():
+                report.error(where, "is missing")
                 return []
-            remedy = "take instances_*.json from its archive again"
-            self.boxes = self._read(lambda: coco_boxes(where, images, remedy=remedy), where)
+            if report.quick:  # the engine reads the file anyway, which may take a minute
+                return []
+            with report.refusals(where):
+                self.boxes = coco_boxes(where, images, remedy="take instances_*.json from its archive again")
             if self.boxes is None:
                 return []
             remedy = f"classes of your own go with a data card: `twist data card {self.place}` writes one"
@@ -388,13 +383,9 @@ class _Look:
         pairs = [Pair(images[name], path) for name, path in masks.items() if name in images]
         palette = voc_palette() if row.voc_palette and not self.report.quick else None
         values = mask_values(row, self.sample)
-        again = f"unpack {folder} again, and do not open and save masks with a picture program"
-        origin, self.report.origin = (
-            self.report.origin,
-            self.remake(f"remove {folder}/…, and `{{}}` makes it again") or again,
-        )
-        self.report.masks(f"{self.place / folder} ({self.name})", pairs, values, palette=palette)
-        self.report.origin = origin
+        remedy = self.remake(f"remove {folder}/…, and `{{}}` makes it again")
+        remedy = remedy or f"unpack {folder} again, and do not open and save masks with a picture program"
+        self.report.masks(f"{self.place / folder} ({self.name})", pairs, values, palette=palette, remedy=remedy)
 
 
 def _look_at_classes(row: DataSet, place: Path, sample: dict[str, Any] | None, report: Report) -> None:
@@ -421,10 +412,8 @@ def _look_at_classes(row: DataSet, place: Path, sample: dict[str, Any] | None, r
             remedy = "`twist data prepare imagenet ROOT lists=FOLDER` takes it from SimCLR's published lists"
             report.warning(place / name, "is missing: semi-supervised runs need it", remedy)
             continue
-        try:
+        with report.refusals(path, "write one <file> or <class>/<file> a line, and complete train"):
             report.expect(path, "lines", len(read_subset(train, path)), None if sample else count)
-        except UserError as error:  # what a run would say
-            report.error(path, str(error), "write one <file> or <class>/<file> a line, and complete train")
 
 
 def _look_at_split(
@@ -457,10 +446,8 @@ def check_card(card: Card, *, progress: bool = True) -> list[Finding]:
     with Progress(f"check {card.name}", total=None, unit="file", quiet=not progress) as bar:
         report = Report(bar)
         for section in card.sections():
-            try:
+            with report.refusals(f"[{section}]"):
                 _look_at_section(card, section, open_card(card, section), report)
-            except UserError as error:
-                report.error(f"[{section}]", str(error))
         if card.pretraining is not None and report.has_folder(folder := card.place(card.pretraining.images)):
             held_out = set() if has_errors(report.findings) else pretraining_images(card)[1]
             found = sum((folder / name).resolve() not in held_out for name in image_names(folder))
@@ -494,17 +481,6 @@ def _look_at_section(card: Card, section: Section, data: CardData, report: Repor
 # ── Pictures without labels ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Picture(NamedTuple):
-    """What one picture is: its fault, or its shortest side, spread of grey values, bits and content's digest."""
-
-    fault: str = ""
-    side: int = 0
-    spread: float = 0.0
-    bits: int = 8
-    largest: int = 0
-    digest: str = ""
-
-
 def check_images(folder: Path, *, sheet: Path | None = None, progress: bool = True) -> list[Finding]:
     """Pictures without labels, as pretraining would read them; `sheet` gets a contact sheet of some.
 
@@ -523,45 +499,46 @@ def check_images(folder: Path, *, sheet: Path | None = None, progress: bool = Tr
         looks = dict(report.each(lambda name: _look(folder / name), pictures))
     _report_pictures(folder, looks, report)
     if sheet is not None and pictures:
-        shown = spread([name for name in pictures if not looks[name].fault], SHEET_PICTURES)
+        shown = spread([name for name in pictures if looks[name][0]], SHEET_PICTURES)
         _contact_sheet([folder / name for name in shown], sheet)
         report.fine(sheet, f"a contact sheet of {len(shown)} of them")
     return report.findings
 
 
-def _look(path: Path) -> _Picture:
+def _look(path: Path) -> tuple[str, list[tuple[str, str]]]:
+    """The digest of a picture, "" where it cannot be read, and what is unusual in it, each with a remedy."""
     try:
         with open_picture(path) as image:
             deep = image.mode.startswith("I")
             values = np.asarray(image if deep else image.convert("L"))
-    except UnreadableImage as error:
-        return _Picture(str(error))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return _Picture("", min(values.shape), float(values.std()), 16 if deep else 8, int(values.max()), digest)
+    except UnreadableImage:
+        return "", [("cannot be read, or are too large (data.max_pixels)", "replace or remove them")]
+    said = []
+    if min(values.shape) < TINY:
+        said.append((f"have a side below {TINY} pixels", "views of them are enlarged"))
+    if deep:
+        remedy = "each is scaled by the bits it uses (8, 10, 12, 14 or 16)"
+        said.append((f"have values of 16 bits, up to {values.max()}", remedy))
+    elif values.std() < FLAT:
+        said.append(("are of nearly one colour", "two views of them show nothing to agree on"))
+    return sha256_file(path), said
 
 
-def _report_pictures(folder: Path, looks: dict[str, _Picture], report: Report) -> None:
+def _report_pictures(folder: Path, looks: dict[str, tuple[str, list[tuple[str, str]]]], report: Report) -> None:
     same: dict[str, list[str]] = defaultdict(list)
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for name, look in looks.items():
-        if look.fault:
-            groups["cannot be read, or are too large (data.max_pixels)", "replace or remove them"].append(name)
-            continue
-        same[look.digest].append(name)
-        if look.side < TINY:
-            groups[f"have a side below {TINY} pixels", "views of them are enlarged"].append(name)
-        if look.bits == 8 and look.spread < FLAT:
-            groups["are of nearly one colour", "two views of them show nothing to agree on"].append(name)
-        if look.bits == 16:
-            text = f"have values of 16 bits, up to {look.largest}"
-            groups[text, "each is scaled by the bits it uses (8, 10, 12, 14 or 16)"].append(name)
-    for (said, remedy), names in groups.items():
-        report.warning(folder, f"{len(names)} pictures {said}: {named(names)}", remedy)
+    for name, (digest, unusual) in looks.items():
+        same[digest].append(name)
+        for said in unusual:
+            groups[said].append(name)
+    for (text, remedy), names in groups.items():
+        report.warning(folder, f"{len(names)} pictures {text}: {named(names)}", remedy)
+    unreadable = same.pop("", [])
     if doubled := [names for names in same.values() if len(names) > 1]:
         extra = sum(len(names) - 1 for names in doubled)
-        said = f"{extra} pictures are copies of others, byte for byte: {' = '.join(doubled[0][:3])}"
-        report.warning(folder, said, "remove them, or they count more than once")
-    readable = sum(not look.fault for look in looks.values())
+        text = f"{extra} pictures are copies of others, byte for byte: {' = '.join(doubled[0][:3])}"
+        report.warning(folder, text, "remove them, or they count more than once")
+    readable = len(looks) - len(unreadable)
     report.expect(folder, "readable pictures", readable, readable or 1)
 
 
@@ -587,11 +564,7 @@ def require_data(
 ) -> dict[str, Any] | None:
     """The sample.json of `root` (None when it is no sample), once what a run of `task` reads there is whole.
 
-    Args:
-        names: of data sets, rows of the table.
-        scale: whether the run is of the built-in sample or of the real data.
-
-    `UserError`: something is missing or not what it should be.
+    `UserError`: something of the data sets `names` is missing or not what it should be.
     """
     rows = [find_data_set(name) for name in names]
     sample = read_sample(root)
