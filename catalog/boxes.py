@@ -1,6 +1,6 @@
 """Boxes and masks of objects, read from COCO's JSON, VOC's XML or YOLO's text files into one form, COCO's own.
 
-The checks, the engines and the evaluator of a data card read through here, so what passes one is what the others get.
+The checks, the engines and the evaluators read through here, so what passes one is what the others get.
 COCO: cocodataset.org/#format-data. VOC: the development kit's annotations (pixels from 1, both corners inside). YOLO:
 one line an object, `class x y width height` (centre, shares of the image) or `class x1 y1 x2 y2 …` (an outline).
 """

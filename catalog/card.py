@@ -1,9 +1,7 @@
 """A data card: one TOML file beside a user's own data that says where boxes, masks, classes and pictures lie.
 
-`--data`, `twist data check`, suites and pretraining take a card wherever they take a data root; a folder that holds a
-`card.toml` stands for that card. Paths are relative to the card, or to its `root`. Each section has a `train` and a
-`val` split; where a card has no `val`, the lists that `twist data prepare CARD split=0.2` writes beside it divide
-`train`.
+It stands wherever a data root does, and a folder that holds a `card.toml` stands for it. Paths are relative to the
+card, or to its `root`. Without a `val` the lists that `twist data prepare CARD split=0.2` writes divide `train`.
 """
 
 from pathlib import Path
@@ -181,7 +179,6 @@ def find_card(data: Path | None, *, root: str | None = None) -> Card | None:
     """The card that `data` is or, as a folder, holds; None where `data` is a data root. `root` overrides the card's.
 
     A name alone, as `camvid`, may stand for one of ours.
-
     `UsageError`: the file is no TOML or no card. `UserError`: there is no such file.
     """
     if data is None:

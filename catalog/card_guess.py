@@ -1,7 +1,6 @@
 """`twist data card FOLDER`: the card that a folder of data suggests, with what cannot be known as comments.
 
-Boxes and masks are known also as CVAT, labelme's own converters and Roboflow export them. Nothing is written but the
-card.
+Boxes and masks are known also as CVAT, labelme's own converters and Roboflow export them.
 """
 
 import json

@@ -279,7 +279,7 @@ def check(group: str, root: str | os.PathLike[str], *, progress: bool = True) ->
 def look_at(
     row: DataSet, root: Path, sample: dict[str, Any] | None, report: Report, truth: Collection[Truth] | None = None
 ) -> None:
-    """Add to `report` what is missing or wrong in a data set below `root`; `truth`: the annotations that matter, or all."""
+    """Add to `report` what is missing or wrong in a data set below `root`; `truth`: what matters, or all."""
     place, report.origin = row.place(root), row.origin()
     if not report.has_folder(place):
         return

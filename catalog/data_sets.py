@@ -1,8 +1,7 @@
 """THE table of data sets, `data_sets.toml`: what each one is called, how it lies below a data root, what is in it.
 
 The data root is the tree that `DETECTRON2_DATASETS` names (`coco/`, `VOC2007/`, …); paths of a row are relative to the
-folder of its data set. A name of a split stands for one image, with the folders that lie between: `000012` is
-`JPEGImages/000012.jpg` of `Files("JPEGImages", ".jpg")`.
+folder of its data set. `000012` is the image `JPEGImages/000012.jpg` of `Files("JPEGImages", ".jpg")`.
 """
 
 import os

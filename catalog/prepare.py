@@ -32,11 +32,7 @@ TRAINAUG = DATA_SETS["voc2012-aug"].splits["trainaug"].count or 0
 def prepare(
     dataset: str, root: str | os.PathLike[str] | None = None, *, progress: bool = True, **options: Any
 ) -> list[Path]:
-    """Make the files that derive from `dataset` below `root`; returns those that were written, in order.
-
-    Args:
-        dataset: a key of `PREPARATIONS`, whose functions take the `options`.
-        root: the folder that holds `VOC2012/`, `cityscapes/`, …; None takes `DETECTRON2_DATASETS`.
+    """Make the files that derive from `dataset`, a key of `PREPARATIONS`, below `root`; returns what was written.
 
     `UsageError`: no such data set or option. `UserError`: originals are missing or not what they should be.
     """

@@ -1,7 +1,6 @@
 """The built-in sample: a small drawn world in the on-disk layouts of the real data sets, made from a seed.
 
-It serves as Detectron2's `DETECTRON2_DATASETS` and as MMSegmentation's data root. Every image is a pure function of
-(seed, set, index): any number of processes writes the same bytes with equal versions of numpy and Pillow. Layouts:
+Every image is a pure function of (seed, set, index): any number of processes writes the same bytes. Layouts:
 cocodataset.org/#format-data, the VOC development kits, cityscapesScripts, Detectron2's `datasets/README.md`.
 """
 

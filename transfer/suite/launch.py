@@ -1,10 +1,8 @@
 """Starting the command of one run: as a child process here, as a SLURM job, or as a task of Ray.
 
-On CPUs the children are forked from one process that has the engines imported, so a run costs its own work and no
-imports; a run on GPUs is a fresh process, because CUDA does not survive a fork. A run holds a lock on its folder for as
-long as it lives, by an open file that it inherits, even when its suite was killed; a task of Ray takes it on its own
-machine, and a SLURM job leaves its number in the folder. A second suite therefore never starts a run twice. A suite
-that ends early stops its local runs and those of Ray, and leaves those of SLURM in their queue.
+On CPUs the children are forked from one process that has the engines imported; CUDA does not survive a fork. A run
+holds a lock on its folder for as long as it lives, even when its suite was killed, and a SLURM job leaves its number
+there, so a second suite never starts a run twice. A suite that ends early leaves its SLURM jobs in their queue.
 """
 
 import contextlib

@@ -1,9 +1,8 @@
 """A suite: weights × protocols × seeds (× overrides), run until every job has its record.
 
-What is done is known from the records alone: each carries the key of its job, so a suite that was killed, or whose run
-folders were cleared away, goes on where it was. Every run is a process of its own (`twist transfer … --resume`), so
-that a crash in one framework ends one run, and that one is tried once more. What runs of the same weights would make
-again is made once: conversions, and frozen features while such runs are to come.
+What is done is known from the records alone: each carries the key of its job. Every run is a process of its own
+(`twist transfer … --resume`), so that a crash in one framework ends one run, and that one is tried once more. What runs
+of the same weights would make again is made once: conversions, and frozen features while such runs are to come.
 """
 
 import contextlib
