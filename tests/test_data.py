@@ -35,8 +35,6 @@ from twist.pretrain.data.loader import (
     ViewMaker,
     decode_reduced,
     divisor,
-    shrink_boxes,
-    upright_size,
 )
 from twist.pretrain.data.photometric import denormalise
 from twist.pretrain.data.source import ImageFiles, Images, ImageStream, RankShare, Request, image_number, open_images
@@ -398,28 +396,6 @@ def test_a_large_jpeg_is_decoded_smaller_when_all_crops_allow_it() -> None:
     assert decode_reduced(data, 2).shape == (3, 450, 600)  # type: ignore[union-attr]
     cut = ViewMaker(_OneFile(data[: len(data) // 2]), VIEWS, seed=0, pipeline="device")
     assert "truncated" in str(cut[Request(0, "mutual_information", np.array([0]))].failure)
-
-
-def test_the_divisor_keeps_two_pixels_for_one() -> None:
-    boxes = np.array([[0, 0, 900, 900], [5, 5, 400, 500]])
-    assert divisor(boxes, np.array([224, 96])) == 2
-    assert divisor(boxes, np.array([224, 101])) == 1
-    assert divisor(boxes, np.array([50, 20])) == 8
-    shrunk = shrink_boxes(np.array([[3, 5, 900, 893]]), (903, 899), (452, 450))
-    assert shrunk.tolist() == [[2, 3, 450, 446]]
-    assert (shrunk[:, :2] + shrunk[:, 2:] <= [452, 450]).all()
-
-
-def test_only_large_colour_jpegs_are_looked_at_twice() -> None:
-    assert upright_size(jpeg(0, height=48, width=64)) is None
-    assert upright_size(b"\xff\xd8\xff" + bytes(PROBE_FROM_BYTES)) is None
-    file = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 8
-    noise = np.random.default_rng(0).integers(0, 256, (500, 700, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(file, "JPEG", quality=95, exif=exif)
-    assert upright_size(file.getvalue()) == (700, 500)
-    assert decode_reduced(file.getvalue(), 4).shape == (3, 175, 125)  # type: ignore[union-attr]
 
 
 # Hugging Face datasets

@@ -124,18 +124,6 @@ def test_other_data_have_another_name(changed: str, change: Callable[[Path], Non
         assert (after != name) == (changed in names)
 
 
-def test_a_list_of_labels_is_of_the_run_that_reads_it(tree: Path) -> None:
-    def found() -> list[str | None]:
-        return [identify_data(("imagenet",), tree, subset=name) for name in (None, "10percent.txt", "1percent.txt")]
-
-    before = found()
-    (tree / "imagenet" / "1percent.txt").write_text("train_0_000.png\n")
-    one = found()
-    (tree / "imagenet" / "1percent.txt").write_text("train_0_001.png\n")
-    assert before[:2] == one[:2] == found()[:2]
-    assert len({before[2], one[2], found()[2]}) == 3
-
-
 @pytest.mark.parametrize("names", SETS)
 def test_half_a_tree_has_no_name(names: tuple[str, ...], tree: Path) -> None:
     for folder in ("coco/val2017", "VOC2012/JPEGImages", "cityscapes", "imagenet/val"):

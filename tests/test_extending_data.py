@@ -67,6 +67,7 @@ def test_a_new_row_is_trained_on(meadow: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(protocols.PROTOCOLS, row.name, row)
     user = EngineUser("mmseg", meadow, weights_maker(tmp_path, "mmseg"), tmp_path / "run")
     quick = ["iterations=2", "train_dataloader.batch_size=2", "model.data_preprocessor.size=[65, 65]"]
+    quick += [f"model.{head}_head.channels=16" for head in ("decode", "auxiliary")]
     quick += [f"{loader}_dataloader.num_workers=0" for loader in ("train", "val")]
     quick += [f"train_dataloader.dataset.pipeline.{part}" for part in ("2.scale=[128, 80]", "3.crop_size=[65, 65]")]
     resolved = user.resolve(row.name, *quick)

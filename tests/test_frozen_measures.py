@@ -180,13 +180,6 @@ def test_planted_patches_are_found_and_shuffled_labels_are_not(tmp_path: Path) -
     assert max(found["shuffled"]) < 30  # a guess of four equal classes has 14
 
 
-def test_void_does_not_train(tmp_path: Path) -> None:
-    features, masks = planted(6, 1)
-    masks[:, :32] = VOID
-    heads = fit(dense_file(tmp_path, features), masks, linear_recipe(learning_rates=[1e-2], weight_decays=[0.0]))
-    assert all(torch.isfinite(weight).all() for weight in heads.weights)
-
-
 # ── Few labels ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
