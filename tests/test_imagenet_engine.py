@@ -291,14 +291,6 @@ def test_batch_norm_of_fine_tuning_does_not_depend_on_the_number_of_gpus(name: s
     assert "batch_norm_images" not in load_recipe("sample-semi-1pct", architecture="resnet18").recorded()
 
 
-def test_what_overrides_changed_stands_in_plan_and_notes(tree: Path) -> None:
-    changed = resolve(*ask("knn", RESNET, tree, *SMALL, "neighbours=3"))
-    said = "changed from the protocol: neighbours 20 → 3"
-    assert said in changed.notes
-    assert said in changed.plan
-    assert not [note for note in resolve(*ask("knn", RESNET, tree)).notes if "neighbours" in note]
-
-
 def test_a_torn_imagenet_is_said_before_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def notes(name: str, train: int, *, classes: int = 1000) -> tuple[str, ...]:
         names = tuple(map(str, range(classes)))
