@@ -305,8 +305,8 @@ def _signals_wait() -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
-        for number in arrived:
-            signal.raise_signal(number)
+        for sent in arrived:
+            signal.raise_signal(sent)
 
 
 def _turn(job: Job, work: Workload) -> tuple[bool, int, float, int]:
