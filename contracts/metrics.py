@@ -1,8 +1,7 @@
 """The vocabulary of metrics: every name that a record may hold, its unit, and its definition.
 
-The unit stands in the name, and so does the definition where the field uses one word for two things: VOC07's
-11-point AP50 is not COCO's AP50. `transfer/protocols.toml` chooses from this list, and a record is checked against it
-where it is written and where it is read.
+The unit stands in the name, and so does the definition where the field uses one word for two things: VOC07's 11-point
+AP50 is not COCO's AP50.
 """
 
 import math
@@ -14,10 +13,8 @@ from twist.contracts.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: full name with unit, short label for a column head, definition in a sentence.
-
-    `lowest` is the least value it can take: AMI and ARI can be negative. All of them are percent.
-    """
+    """One metric: full name with unit, short label for a column head, definition in a sentence. `lowest` is the least
+    value it can take: AMI and ARI can be negative. All of them are percent."""
 
     name: str
     label: str

@@ -1,12 +1,10 @@
 """Progress of long work: a bar with rate and remaining time on a terminal, plain lines every few seconds elsewhere."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 
 def is_quiet() -> bool:
@@ -15,11 +13,9 @@ def is_quiet() -> bool:
 
 
 class Progress:
-    """`with Progress("pretrain", total=100, unit="step") as p: p.advance(1, loss=0.3)`.
-
-    On a terminal it draws a rich bar; elsewhere it prints a line at most every `every_s` seconds, so a log stays
-    readable. `quiet` prints nothing (ranks other than 0). `total=None` counts without an end.
-    """
+    """`with Progress("pretrain", total=100, unit="step") as p: p.advance(1, loss=0.3)`. On a terminal it draws a rich
+    bar; elsewhere it prints a line at most every `every_s` seconds, so a log stays readable. `quiet` prints nothing
+    (ranks other than 0). `total=None` counts without an end."""
 
     def __init__(
         self,
@@ -38,7 +34,7 @@ class Progress:
         self._values: list[str] = []
         self._bar: Any = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         self._began = self._printed = time.monotonic()
         if not self.quiet and sys.stderr.isatty():
             self._bar = _rich_bar(self)

@@ -4,13 +4,11 @@ A row's protocol is one of ours only where the source followed that recipe. Ever
 column of its own, and `beside` names the protocol of ours that it is shown next to.
 """
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import resources
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -24,11 +22,9 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 class PublishedRow(Config):
-    """One row of a published table. Values and standard deviations are in the units of their metrics' names.
-
-    `read`: in the primary source (the repository's file, the paper's text) or in a secondary copy. `variant` tells
-    weights of one method and length apart: other pretraining data, another code base.
-    """
+    """One row of a published table. Values and standard deviations are in the units of their metrics' names. `read`: in
+    the primary source (the repository's file, the paper's text) or in a secondary copy. `variant` tells weights of one
+    method and length apart: other pretraining data, another code base."""
 
     method: str
     architecture: str
@@ -68,7 +64,7 @@ class _SourceTable(Config):
     rows: tuple[_Row, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _fits(self) -> _SourceTable:
+    def _fits(self) -> Self:
         check_metrics(self.metrics, where=self.protocol)
         if self.beside is not None and not self.protocol.startswith(FOREIGN):
             raise ValueError(f"{self.protocol} has its own column: only foreign protocols stand beside another")
@@ -96,7 +92,7 @@ class Collection(Config):
     tables: tuple[_SourceTable, ...]
 
     @model_validator(mode="after")
-    def _named(self) -> Collection:
+    def _named(self) -> Self:
         unnamed = sorted({row.method for table in self.tables for row in table.rows} - self.names.keys())
         if unnamed:
             raise ValueError(f"no display name for {', '.join(unnamed)}: add it to [names]")
@@ -140,11 +136,9 @@ def select(rows: Iterable[PublishedRow], protocols: Iterable[str]) -> list[Publi
 
 
 def find_neighbours(protocol: str) -> list[PublishedRow]:
-    """The published rows that a run of `protocol` may be compared with, in the file's order.
-
-    Of each method, architecture and number of epochs: the authors' own weights, else others' (`variant`), under this
-    very protocol, else under the foreign ones beside it, which differ as their titles say.
-    """
+    """The published rows that a run of `protocol` may be compared with, in the file's order. Of each method,
+    architecture and number of epochs: the authors' own weights, else others' (`variant`), under this very protocol,
+    else under the foreign ones beside it, which differ as their titles say."""
     rows = select(load_published(), [protocol])
     nearest: dict[tuple[str, str, int | None], tuple[bool, bool]] = {}
     for row in rows:

@@ -4,8 +4,6 @@ A row pairs a module's path in some layout with its path in the artefact; `{}` s
 a whole name or not at all, and a name without exactly one row is an error: chains of `str.replace` lose weights.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

@@ -4,10 +4,8 @@ Defaults are the published ResNet-50 recipe (TWIST repository, commit 796d36e); 
 `batch_size` is images a rank; the total batch is that times the number of ranks, and learning rates scale with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -218,7 +216,7 @@ class PretrainConfig(Config):
     optim: OptimConfig = OptimConfig()
 
     @model_validator(mode="after")
-    def _together(self) -> PretrainConfig:
+    def _together(self) -> Self:
         for problem in self._problems():
             raise ValueError(problem)
         return self

@@ -1,15 +1,9 @@
 """All use of torch.distributed: ranks, groups, and the few collectives the method needs.
 
-Everything works without a process group, as one rank. `W` ranks.
-
-DistributedDataParallel *averages* the ranks' parameter gradients, so what flows backwards on a rank is W times the
-gradient of the common objective with respect to that rank's rows. An objective that every rank computes identically
-from a mean over ranks therefore passes its gradient through that mean unchanged (`mean_over_ranks`), and a layer whose
-output differs from rank to rank sums over ranks (`SynchronisedBatchNorm`).
-
-Batch norm is taken over the images of several ranks: the head's last norm over a bunch, every other one over all ranks;
-`N` rows a rank, the same on all, `C` channels, one collective each way. torch.nn.SyncBatchNorm runs on CUDA only, and
-there makes the host wait for the device in every forward pass, because it leaves out ranks without rows.
+DistributedDataParallel *averages* the parameter gradients of `W` ranks, so what flows backwards on a rank is W times
+the gradient of the common objective by that rank's rows. An objective that every rank computes identically from a mean
+over ranks therefore passes its gradient through that mean unchanged (`mean_over_ranks`), and a layer whose output
+differs from rank to rank sums over ranks (`SynchronisedBatchNorm`). Without a process group there is one rank.
 """
 
 import contextlib
@@ -79,12 +73,10 @@ def process_group(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[t
 
 
 def of_this_start(store: dist.Store, number: int, ranks: int) -> dist.Store:
-    """A part of `store` that rank `number` shares with the other ranks of this start alone.
-
-    torchrun's agent keeps one store over its restarts (torch 2.11), where a new rank would find the address at which a
-    killed one listened ("connectFullMesh … Connection refused"), and why it failed. Each node counts its own restarts,
-    so the ranks agree on a name: rank 0's, which counts once it says to have seen mine.
-    """
+    """A part of `store` that rank `number` shares with the other ranks of this start alone. torchrun's agent keeps one
+    store over its restarts (torch 2.11), where a new rank would find the address at which a killed one listened
+    ("connectFullMesh … Connection refused"), and why it failed. Each node counts its own restarts, so the ranks agree
+    on a name: rank 0's, which counts once it says to have seen mine."""
     mine, end = secrets.token_hex(8), time.monotonic() + JOINING.total_seconds()
     if number == 0:
         store.set("leader", mine)
@@ -299,8 +291,8 @@ class _OnCuda(torch.autograd.Function):
 
 
 class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """torch's batch norm, of any number of dimensions and with its names, with training statistics over the ranks of
-    `group` (None: all)."""
+    """torch's batch norm for (N, C, …), N the same on all ranks, with training statistics over the ranks of `group`
+    (None: all); one collective each way. torch.nn.SyncBatchNorm is for CUDA alone, where the host waits in it."""
 
     def __init__(self, channels: int, *, group: Group = None, **options: Any) -> None:
         super().__init__(channels, **options)

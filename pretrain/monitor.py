@@ -6,14 +6,12 @@ sent to the host together; they are written when the next ones are sent, so noth
 Shapes: `B` images a rank, `K` classes, `S` steps, `N` numbers of a step.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -112,7 +110,7 @@ class Monitor:
         self._progress = Progress("pretrain", total=steps, start=first_step, quiet=distributed.rank() != 0)
         self.nonfinite_streak = 0
 
-    def __enter__(self) -> Monitor:
+    def __enter__(self) -> Self:
         if distributed.rank() == 0:
             board = self._folder / "tensorboard"
             self._curves = Curves(self._folder / CURVES, start=self._first[0], board=board, logger=self._logger)

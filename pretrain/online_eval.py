@@ -1,9 +1,8 @@
 """A cheap look at a running backbone: weighted k-NN, NMI of the head's classes and RankMe, on labelled images.
 
-They are in an ImageNet-like folder (train/<class>/, val/<class>/), or a data card names them; where the card has masks,
-patch labels are retrieved, too (the frozen engine's knn-seg at the views' size). Features are those of eval mode at the
-global crops' size. The recipe of the k-NN is InstDist's (k = 20, temperature 0.07, arXiv 1805.01978); the transfer
-stage has the full one.
+They are in an ImageNet-like folder, or a data card names them; of the card's masks patch labels are retrieved (knn-seg
+at the views' size). Features are those of eval mode at the global crops' size. The recipe of the k-NN is InstDist's
+(k = 20, temperature 0.07, arXiv 1805.01978).
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,7 @@
 """What a run is going to do: the numbers that follow from its config, its images, its ranks and its device.
 
-Every quantity that changes during a run is a pure function of the step, which counts from 0 over the whole run. A stage
-is a linear warm-up from zero and a cosine, as in the published code (commit 796d36e, `utils.py`; golden arrays in
-`tests/goldens/schedules.npz`).
+What changes during a run is a pure function of the step, which counts from 0 over the whole run. A stage is a linear
+warm-up from zero and a cosine, as in the published code (commit 796d36e, `utils.py`).
 """
 
 import contextlib

@@ -5,8 +5,6 @@ a proof did not hold, 2 wrong usage, 75 stopped by a signal and ready to be star
 stopped at once by Ctrl-C and by SIGTERM.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.metadata
 import json

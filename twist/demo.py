@@ -3,8 +3,6 @@
 Every step is a `twist` command, which is printed before it runs and can be typed again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

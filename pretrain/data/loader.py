@@ -4,15 +4,12 @@ Which images, which views and which pixels are a pure function of (seed, epoch, 
 sample at once, with any number of workers. Streams promise less (`data/source.py`). An image that cannot be read is
 replaced by one that depends on (seed, epoch, index) alone, and named.
 
-Two pipelines make the same pictures: `device` sends uint8 crops and does the photometric part for the whole batch on
-the training device, on a CUDA stream of its own and one batch ahead; `cpu` does everything in workers. On CPU both give
-the same bits; on a GPU they differ by float rounding.
+Two pipelines: `device` sends uint8 crops and does the photometric part for the whole batch on the training device, on a
+CUDA stream of its own; `cpu` does everything in workers. On CPU both give the same bits.
 
 Shapes: `B` images a rank, `V` views, `L` local ones, `S` side of a view, `G` and `l` sides of a global and a local one;
 view-major: row v·B + b is view v of image b.
 """
-
-from __future__ import annotations
 
 import functools
 import gc
@@ -24,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -34,7 +31,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from twist.contracts.errors import UserError
 from twist.contracts.failures import describe
-from twist.contracts.images import UnreadableImage, decode, open_picture
+from twist.contracts.images import UnreadableImage, decode, open_picture, upright
 from twist.pretrain.config import PretrainConfig, ViewsConfig
 from twist.pretrain.data import photometric, source
 from twist.pretrain.data.source import Images, RankShare, Request, replacements
@@ -46,7 +43,6 @@ from twist.pretrain.data.views import STAGES, VIEW, Draw, Stage, ViewSampler, cu
 GAP = 2
 # JPEGs below this many bytes are hardly ever large enough; their header is not read twice.
 PROBE_FROM_BYTES = 150_000
-_ORIENTATION = 0x0112
 _JPEG = b"\xff\xd8\xff"
 # Batches that a worker may have made or in the making and not handed over.
 PREFETCH = 2
@@ -62,11 +58,9 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Made:
-    """A batch. `groups`: a tensor a resolution, uint8 crops (device mode) or finished float32 (CPU mode).
-
-    `records`: the views' parameters a resolution, (v·B,) of dtype VIEW. `indices` (B,): of the images shown. `failure`:
-    the sentence of a `UserError`, because an exception that crosses processes arrives with the worker's traceback.
-    """
+    """A batch. `groups`: a tensor a resolution, uint8 crops (device mode) or finished float32 (CPU mode). `records`:
+    the views' parameters a resolution, (v·B,) of dtype VIEW. `indices` (B,): of the images shown. `failure`: the
+    sentence of a `UserError`, because an exception that crosses processes arrives with the worker's traceback."""
 
     groups: list[Tensor]
     records: list[np.ndarray]
@@ -74,7 +68,7 @@ class Made:
     unreadable: dict[int, str] = field(default_factory=dict)
     failure: str | None = None
 
-    def pin_memory(self) -> Made:
+    def pin_memory(self) -> Self:
         """For the DataLoader's pinning thread."""
         self.groups = [group.pin_memory() for group in self.groups]
         return self
@@ -82,11 +76,8 @@ class Made:
 
 class ViewMaker:
     """The DataLoader's data set: `maker[request]` is the batch, in shared memory when a worker makes it, or when
-    `shared`.
-
-    With `recycled`, that memory is one of so many buffers in turn, because the kernel clears fresh pages, which takes
-    as long as writing them; a batch must then be copied before another `recycled` of them are asked for.
-    """
+    `shared`. With `recycled`, that memory is one of so many buffers in turn, because the kernel clears fresh pages,
+    which takes as long as writing them; a batch must then be copied before another `recycled` of them are asked for."""
 
     def __init__(
         self,
@@ -188,13 +179,9 @@ def upright_size(data: bytes) -> tuple[int, int] | None:
         return None
     try:
         with open_picture(data) as image:
-            if image.mode != "RGB":
-                return None
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION, 1) >= 5
+            return upright(image)[::-1] if image.mode == "RGB" else None
     except UnreadableImage:  # the full decode says what is wrong with the file
         return None
-    return (width, height) if turned else (height, width)
 
 
 def divisor(boxes: np.ndarray, sizes: np.ndarray) -> int:
@@ -257,11 +244,9 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, shared: bool) -> Tenso
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input of this rank.
-
-    `views`: a tensor a resolution, view-major: (2·B, 3, G, G), then (L·B, 3, l, l); float32, normalised, on the device.
-    `indices` (B,) int64, on the CPU. `bad_images`: unreadable ones that this loader has met so far.
-    """
+    """One step's input of this rank. `views`: a tensor a resolution, view-major: (2·B, 3, G, G), then (L·B, 3, l, l);
+    float32, normalised, on the device. `indices` (B,) int64, on the CPU. `bad_images`: unreadable ones that this loader
+    has met so far."""
 
     views: list[Tensor]
     indices: Tensor
@@ -306,7 +291,6 @@ class ViewLoader:
             ViewMaker(images, config.views, seed=config.run.seed, pipeline=data.pipeline, recycled=recycled),  # type: ignore[arg-type]
             batch_size=None,
             sampler=self._requests,
-            collate_fn=_unchanged,
             num_workers=data.workers,
             prefetch_factor=PREFETCH if data.workers else None,
             persistent_workers=data.workers > 0,
@@ -396,10 +380,6 @@ class ViewLoader:
             ready = torch.cuda.Event()
             ready.record(stream)
         return views, ready
-
-
-def _unchanged(made: Any) -> Any:
-    return made
 
 
 def _start_worker(_: int) -> None:

@@ -2,13 +2,10 @@
 
 From the paper's Section 4 and the published transforms (TWIST repository, commit 796d36e); boxes as torchvision's
 RandomResizedCrop draws them. A view is one small record (`VIEW`), drawn from (seed, epoch, image index, view) by a
-counter-based generator, so it does not depend on workers, ranks, batch or order. The same record drives the CPU mode,
-the device mode and the PIL chain (`tests/pil_reference.py`), so they can be compared.
+counter-based generator, so it does not depend on workers, ranks, batch or order.
 
 Shapes: `B` images a rank, `V` views of an image (globals first), `S` side of a view; `H W` the image's own size.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -126,6 +123,25 @@ class Philox:
         return self._generator
 
 
+@dataclass(frozen=True)
+class Draw:
+    """The views of B images before their sizes are known: records (B, V) whose boxes `place` fills in."""
+
+    records: np.ndarray
+    area: np.ndarray  # (B, V, tries), shares of the image's area
+    root_aspect: np.ndarray  # (B, V, tries)
+    corner: np.ndarray  # (B, V, 2) in [0, 1): where top and left lie in their range
+
+    def place(self, row: int, *, height: int, width: int) -> np.ndarray:
+        """The records (V,) of image `row`, an upright image of `height` × `width` pixels."""
+        records = self.records[row]
+        records["box"] = [
+            crop_box(*tries, height=height, width=width)
+            for tries in zip(self.area[row].tolist(), self.root_aspect[row].tolist(), self.corner[row].tolist())
+        ]
+        return records
+
+
 class ViewSampler:
     """Draws the records of images' V views; holds the numbers of the plan as arrays, nothing that changes."""
 
@@ -171,33 +187,12 @@ def _between(bounds: np.ndarray, u: np.ndarray) -> np.ndarray:
     return bounds[:, 0] + u * (bounds[:, 1] - bounds[:, 0])
 
 
-@dataclass(frozen=True)
-class Draw:
-    """The views of B images before their sizes are known: records (B, V) whose boxes `place` fills in."""
-
-    records: np.ndarray
-    area: np.ndarray  # (B, V, tries), shares of the image's area
-    root_aspect: np.ndarray  # (B, V, tries)
-    corner: np.ndarray  # (B, V, 2) in [0, 1): where top and left lie in their range
-
-    def place(self, row: int, *, height: int, width: int) -> np.ndarray:
-        """The records (V,) of image `row`, an upright image of `height` × `width` pixels."""
-        records = self.records[row]
-        records["box"] = [
-            crop_box(*tries, height=height, width=width)
-            for tries in zip(self.area[row].tolist(), self.root_aspect[row].tolist(), self.corner[row].tolist())
-        ]
-        return records
-
-
 def crop_box(
     areas: list[float], root_aspects: list[float], corner: list[float], *, height: int, width: int
 ) -> tuple[int, int, int, int]:
-    """torchvision's RandomResizedCrop: top, left, height, width.
-
-    Of ten tries of an area share and an aspect, log-uniform in (3/4, 4/3), the first that fits into the image, anywhere
-    in it; when none fits, the largest central crop whose aspect is within the bounds.
-    """
+    """torchvision's RandomResizedCrop: top, left, height, width. Of ten tries of an area share and an aspect,
+    log-uniform in (3/4, 4/3), the first that fits into the image, anywhere in it; when none fits, the largest central
+    crop whose aspect is within the bounds."""
     for area, root_aspect in zip(areas, root_aspects):
         side = math.sqrt(area * (height * width))
         box_height, box_width = round(side / root_aspect), round(side * root_aspect)
@@ -213,12 +208,10 @@ def crop_box(
 
 
 def cut(image: Tensor, box: Sequence[int], *, out: Tensor) -> Tensor:
-    """The crop `box` of `image` uint8 (3, H, W), resized bicubically with antialiasing into `out` (3, S, S).
-
-    Differs from Pillow's resize by at most two levels (fixed-point weights of another width), mostly by none. torch's
-    resize is vectorised for channels that are last in memory, as torchvision decodes them and as `out` should have
-    them. `F.interpolate` computes the same, but its result would have to be copied.
-    """
+    """The crop `box` of `image` uint8 (3, H, W), resized bicubically with antialiasing into `out` (3, S, S). Differs
+    from Pillow's resize by at most two levels (fixed-point weights of another width), mostly by none. torch's resize is
+    vectorised for channels that are last in memory, as torchvision decodes them and as `out` should have them.
+    `F.interpolate` computes the same, but its result would have to be copied."""
     top, left, height, width = box
     crop = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
     torch.ops.aten._upsample_bicubic2d_aa.out(crop, out.shape[1:], False, None, None, out=out[None])
