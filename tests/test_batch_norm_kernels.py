@@ -80,9 +80,22 @@ def give_weights(norm: nn.Module, channels: int) -> None:
         norm.weight.data, norm.bias.data = weights(channels)
 
 
-def on_rank(rank: int, shape: tuple[int, ...], affine: bool, wanted: bool) -> dict[str, Tensor]:
+# Of a row the shape, whether the norm has weights, and whether a gradient of its input is wanted.
+CASES = {
+    "head's last": ((3,), False, True),
+    "images": ((4, 2, 3), True, True),
+    "first layer": ((3, 2, 2), True, False),
+}
+
+
+def on_rank(rank: int) -> dict[str, dict[str, Tensor]]:
+    results = {"compiled": compiled_on_rank(rank)}
     for kernel in KERNELS:
         setattr(torch, kernel.__name__, kernel)
+    return results | {name: by_kernels(rank, *case) for name, case in CASES.items()}
+
+
+def by_kernels(rank: int, shape: tuple[int, ...], affine: bool, wanted: bool) -> dict[str, Tensor]:
     calls = []
     for name in ("all_reduce", "all_gather_into_tensor"):
         setattr(dist, name, _noting(getattr(dist, name), calls, name))
@@ -111,14 +124,15 @@ def _noting(function, calls: list[str], name: str):
     return noted
 
 
+@pytest.fixture(scope="module")
+def two_ranks() -> list[dict[str, dict[str, Tensor]]]:
+    return run_on_ranks(2, on_rank)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("shape", "affine", "wanted"),
-    [((3,), False, True), ((4, 2, 3), True, True), ((3, 2, 2), True, False)],
-    ids=["head's last", "images", "first layer"],
-)
-def test_the_kernels_over_two_ranks_are_torchs_batch_norm_over_both_batches(shape, affine, wanted) -> None:
-    ranks = run_on_ranks(2, on_rank, shape, affine, wanted)
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernels_over_two_ranks_are_torchs_batch_norm_over_both_batches(name: str, two_ranks) -> None:
+    (shape, affine, wanted), ranks = CASES[name], [rank[name] for rank in two_ranks]
     reference = (nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d)(shape[0], affine=affine).double()
     give_weights(reference, shape[0])
     x = torch.cat([rows(rank, shape) for rank in (0, 1)]).requires_grad_()
@@ -153,6 +167,6 @@ def compiled_on_rank(rank: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_compiled_over_two_ranks_it_is_what_it_is_uncompiled() -> None:
-    for rank in run_on_ranks(2, compiled_on_rank):
-        torch.testing.assert_close(rank["compiled"], rank["plain"])
+def test_compiled_over_two_ranks_it_is_what_it_is_uncompiled(two_ranks) -> None:
+    for rank in two_ranks:
+        torch.testing.assert_close(rank["compiled"]["compiled"], rank["compiled"]["plain"])

@@ -77,8 +77,6 @@ def test_without_results_the_runs_are_taken_and_said(
     ("asked", "said"),
     [
         ("knn_top5", 'Did you mean "knn_top5_percent"'),
-        ("top1", 'Did you mean "top1_percent"'),
-        ("zzz", "Known: "),
         ("miou_percent", r"Known: knn_top1_percent, top1_percent\.$"),
         # The published rows of a protocol are not here as long as they are not shown.
         ("top5_percent", r"Known: knn_top1_percent, top1_percent\.$"),
@@ -121,15 +119,6 @@ def test_published_numbers_stand_beside_runs_at_full_scale_alone(
     assert "lightly repository" not in both.split("k-NN top-1")[1].split("\n\n")[0]
 
 
-def test_published_rows_kept_to_the_measured_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for record in runs("swav", [65.0, 66.0], protocol="knn", scale="full"):
-        write_record(record, tmp_path)
-    twist("compare", tmp_path, "--same-methods", "--format", "markdown")
-    text = capsys.readouterr().out
-    assert "DINO" not in text
-    assert "lightly" in text
-
-
 def test_two_records_that_agree_are_one_run_on_the_page_too(tmp_path: Path) -> None:
     """A file measured twice, under two names: the older record counts."""
     for name, created in (("plain", "2026-01-02T00:00:00+00:00"), ("torchvision", "2026-01-03T00:00:00+00:00")):
@@ -154,16 +143,6 @@ def test_the_published_numbers_alone(capsys: pytest.CaptureFixture[str]) -> None
         twist("compare", "--published-only", "results")
 
 
-def test_several_paths_make_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_record(make_record(), tmp_path / "one" / "study")
-    write_record(make_record("byol"), tmp_path / "two")
-    twist("compare", tmp_path / "one", tmp_path / "two")
-    both = capsys.readouterr().out
-    assert "TWIST" in both
-    assert "BYOL" in both
-    assert "━━" not in both
-
-
 def test_records_of_two_recipes_stand_apart_or_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, method in enumerate(("twist", "byol")):
         write_record(make_record(method, recipe={"lr": number}), tmp_path)
@@ -175,18 +154,14 @@ def test_records_of_two_recipes_stand_apart_or_are_refused(tmp_path: Path, capsy
         twist("compare", tmp_path, "--strict")
 
 
-@pytest.mark.parametrize(
-    "text", ['{"metrics": {"loss": 1}}', '{"loss": 1}\n{"loss": 2}\n', '{"method": "sgd", "epochs": 3}']
-)
-def test_another_programs_json_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+def test_another_programs_json_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "runs" / "knn" / "one"
     write_record(make_record(), run / "results")
     for path in (run / "run.json", tmp_path / "runs" / "mine" / "metrics.json", run / "results" / "knn" / "other.json"):
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
+        path.write_text('{"method": "sgd", "metrics": {"loss": 1}}')
     twist("compare", tmp_path / "runs")
-    said = capsys.readouterr().out
-    assert "50.0 (1)" in said
+    assert "50.0 (1)" in capsys.readouterr().out
     with pytest.raises(UserError):
         twist("compare", tmp_path / "runs" / "mine" / "metrics.json")
 
@@ -199,26 +174,12 @@ def test_one_table_formats_take_one_study(tmp_path: Path) -> None:
             twist("compare", tmp_path, "--format", name)
 
 
-def test_a_protocol_that_is_not_in_the_table_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_record(make_record(protocol="knn-of-tomorrow"), tmp_path)
-    twist("compare", tmp_path)
-    assert "knn-of-tomorrow" in capsys.readouterr().out
-
-
 # ── Where it is written ──
 
 
 @pytest.mark.parametrize(
     ("name", "begins"),
-    [
-        ("new/t.md", "| method |"),
-        ("t.csv", "method,row,"),
-        ("t.json", "{"),
-        ("t.tex", "% needs"),
-        ("T.HTML", "<!doctype html>"),
-        ("t.txt", " "),
-        ("t", " "),
-    ],
+    [("new/t.md", "| method |"), ("t.csv", "method,row,"), ("t.tex", "% needs"), ("T.HTML", "<!doctype"), ("t", " ")],
 )
 def test_the_suffix_of_the_output_is_its_format(results: Path, tmp_path: Path, name: str, begins: str) -> None:
     twist("compare", results, "--output", tmp_path / name)
@@ -278,11 +239,8 @@ def test_an_edited_number_makes_a_table_stale_and_no_table_is_said(
     ("text", "error", "said"),
     [
         ("<!-- twist compare results -->\n", UserError, "line 1: the marker has no <!-- end --> line"),
-        ("<!-- twist compare results -->\n" * 2 + "<!-- end -->\n", UserError, "line 1: the marker has no"),
-        ("<!-- twist compare results --colour -->\n<!-- end -->\n", Exception, "--colour"),
         ("<!-- twist compare results --output=x -->\n<!-- end -->\n", UsageError, "takes no --output=x"),
         ("<!-- twist compare elsewhere -->\n<!-- end -->\n", UserError, "no record or folder of records at"),
-        ("<!-- twist compare --published-only --no-published -->\n<!-- end -->\n", UsageError, "--published-only"),
     ],
 )
 def test_a_marker_that_cannot_be_followed(readme: Path, text: str, error: type[Exception], said: str) -> None:
@@ -303,8 +261,6 @@ def test_a_suite_ends_with_differences_to_random_or_supervised_weights_or_nothin
     assert "In brackets the difference to random init" in text
     assert "the difference to supervised" in comparing.suite_table([*runs("supervised", [40.0]), *ours])
     assert "[" not in comparing.suite_table([*runs("byol", [40.0]), *ours])
-    wide = make_record("random", weights={"architecture": "resnet50w2"})
-    assert "[" not in comparing.suite_table([wide, make_record("random", seed=1), *ours])
 
 
 def test_the_table_of_what_was_made_comes_before_the_failure(

@@ -70,16 +70,6 @@ def test_too_few_backbones_and_other_recipes_are_refused() -> None:
         correlate(apart)
 
 
-def test_a_column_that_ranks_nothing_says_so() -> None:
-    flat = [
-        record.model_copy(update={"metrics": dict.fromkeys(record.metrics, 50.0)})
-        if record.protocol == "sample-knn"
-        else record
-        for record in measured()
-    ]
-    assert "nothing to rank" in render_correlations(*correlate(flat))
-
-
 def test_the_command_line_correlates_the_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     drawn = tmp_path / "points.png"
     app(["compare", str(ROOT / "results" / "study"), "--correlate", "--output", str(drawn)], standalone_mode=False)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import tarfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,19 +119,6 @@ def test_epoch_stage_and_seed_change_the_pixels(images: Images) -> None:
     other_stage = loader(images).epoch(0, stage="self_label")
     for other in (loader(images).epoch(1), other_stage, loader(images, seed=4).epoch(0)):
         assert not any(found == base[index] for index, found in pixels(other).items())
-
-
-def test_a_resume_with_other_ranks_uses_each_image_once(images: Images) -> None:
-    seen: Counter[int] = Counter()
-    # Two ranks do one step of 4 each, then four ranks of 2 do one, then one rank of 4 does the rest.
-    for world, batch, start, steps in ((2, 4, 0, 1), (4, 2, 8, 1), (1, 4, 16, None)):
-        for rank in range(world):
-            one = loader(images, world_size=world, rank=rank, batch_size=batch)
-            for number, got in enumerate(one.epoch(0, start_sample=start)):
-                if number == steps:
-                    break
-                seen.update(got.indices.tolist())
-    assert seen == Counter(range(IMAGES))
 
 
 @given(images_=st.integers(1, 300), seed=st.integers(0, 99), epoch=st.integers(0, 9), world=st.integers(1, 5))
@@ -317,21 +303,16 @@ def test_a_fingerprint_is_of_names_and_sizes_wherever_they_lie(tmp_path: Path) -
     here, there = (open_images(DataConfig(root=str(tmp_path / root))).fingerprint() for root in ("here", "there"))
     # Known answer: size, space, name, a line each, sorted.
     assert here == there == hashlib.sha256(b"9 a/1.jpg\n9 b/1.jpg\n").hexdigest()
-    (tmp_path / "list.txt").write_text("here/b/1.jpg\nhere/a/1.jpg\n")
-    listed = open_images(DataConfig(root=str(tmp_path / "list.txt"), format="list")).fingerprint()
+    (tmp_path / "list.txt").write_text("here/b/1.jpg\nhere/a/1.jpg\n\n")
+    images = open_images(DataConfig(root=str(tmp_path / "list.txt"), format="list"))
+    assert [images.name(index) for index in (0, 1)] == [str(tmp_path / f"here/{name}/1.jpg") for name in "ba"]
+    listed = images.fingerprint()
     assert listed == hashlib.sha256(b"9 here/a/1.jpg\n9 here/b/1.jpg\n").hexdigest()
     (tmp_path / "here" / "c.jpg").symlink_to("nowhere.jpg")  # has no size, and is counted
     dangling = hashlib.sha256(b"-1 c.jpg\n9 a/1.jpg\n9 b/1.jpg\n").hexdigest()
     assert open_images(DataConfig(root=str(tmp_path / "here"))).fingerprint() == dangling
     (tmp_path / "there" / "b" / "1.jpg").write_bytes(b"longer than it")
     assert open_images(DataConfig(root=str(tmp_path / "there"))).fingerprint() != here
-
-
-def test_a_list_file_keeps_its_order_and_may_be_relative(root: Path, tmp_path: Path) -> None:
-    paths = sorted(root.rglob("*.jpg"), reverse=True)
-    (tmp_path / "list.txt").write_text("\n".join([str(paths[0]), os.path.relpath(paths[1], tmp_path), ""]))
-    images = open_images(DataConfig(root=str(tmp_path / "list.txt"), format="list"))
-    assert [os.path.realpath(images.name(index)) for index in range(len(images))] == [*map(os.path.realpath, paths[:2])]
 
 
 @pytest.mark.parametrize("kind", ["folder", "list"])
@@ -446,8 +427,6 @@ def test_wrong_dataset_options_are_the_users_error(parquet: tuple[Path, list[byt
         open_images(hub_config(folder).model_copy(update={"image_column": "photo"}))
     with pytest.raises(UserError, match=r"cannot open parquet.*data\.dataset_options"):
         open_images(hub_config(folder, data_files=str(folder / "absent.parquet")))
-    with pytest.raises(UserError, match="cannot open parquet"):
-        open_images(hub_config(folder, nonsense=1))
 
 
 @pytest.mark.slow

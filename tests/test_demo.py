@@ -43,8 +43,7 @@ def run_demo(output: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("here", ["repository", "elsewhere"])
+@pytest.mark.parametrize(("fast", "here"), [(True, "repository"), (False, "elsewhere")])
 def test_what_the_demo_prints_is_what_it_does(
     fast: bool,
     here: str,

@@ -38,13 +38,13 @@ ROWS = 4
 
 @pytest.mark.parametrize(
     ("bunch", "batch", "ranks", "expected"),
-    [(256, 128, 16, 2), (256, 64, 16, 4), (0, 128, 16, 16), (128, 128, 1, 1), (256, 256, 8, 1), (240, 60, 32, 4)],
+    [(256, 128, 16, 2), (0, 128, 16, 16), (128, 128, 1, 1), (256, 256, 8, 1), (240, 60, 32, 4)],
 )
 def test_ranks_of_a_bunch(bunch: int, batch: int, ranks: int, expected: int) -> None:
     assert distributed.ranks_per_bunch(bunch, batch_size=batch, world_size=ranks) == expected
 
 
-@pytest.mark.parametrize(("bunch", "batch", "ranks"), [(256, 128, 1), (100, 64, 2), (256, 64, 6), (32, 64, 2)])
+@pytest.mark.parametrize(("bunch", "batch", "ranks"), [(256, 128, 1), (100, 64, 2), (32, 64, 2)])
 def test_a_bunch_that_does_not_divide_is_refused(bunch: int, batch: int, ranks: int) -> None:
     with pytest.raises(UserError, match=rf"multiple of {batch} that divides {batch * ranks}; .*bunch_size=0") as error:
         distributed.ranks_per_bunch(bunch, batch_size=batch, world_size=ranks)
@@ -64,7 +64,11 @@ def targets(rank: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(ROWS, *shape, generator=torch.Generator().manual_seed(100 + rank), dtype=torch.float64)
 
 
-def normalised_on_rank(rank: int, group_size: int, shape: tuple[int, ...], affine: bool) -> dict[str, Tensor]:
+def normalised_on_rank(rank: int) -> list[dict[str, Tensor]]:
+    return [normalised(rank, *case) for case in CASES]
+
+
+def normalised(rank: int, group_size: int, shape: tuple[int, ...], affine: bool) -> dict[str, Tensor]:
     norm = SynchronisedBatchNorm(shape[0], affine=affine, group=distributed.consecutive_group(group_size)).double()
     x = rows(rank, shape).requires_grad_()
     before = count_collectives()
@@ -98,14 +102,20 @@ def _counting(function):
     return counted
 
 
+# Ranks of a group among four, shape of a row, and whether the norm has weights.
+CASES = [(4, (3,), False), (4, (3, 2, 2), True), (2, (5,), False)]
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> list[list[dict[str, Tensor]]]:
+    return run_on_ranks(4, normalised_on_rank)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("world_size", "group_size", "shape", "affine"),
-    [(2, 2, (3,), False), (2, 2, (3, 2, 2), True), (4, 2, (3,), False), (3, 3, (5,), True)],
-)
-def test_batch_norm_over_ranks_is_one_process(world_size, group_size, shape, affine) -> None:
-    ranks = run_on_ranks(world_size, normalised_on_rank, group_size, shape, affine)
-    for start in range(0, world_size, group_size):
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_batch_norm_over_ranks_is_one_process(number: int, four_ranks) -> None:
+    (group_size, shape, affine), ranks = CASES[number], [rank[number] for rank in four_ranks]
+    for start in range(0, 4, group_size):
         group = range(start, start + group_size)
         x = torch.cat([rows(rank, shape) for rank in group]).requires_grad_()
         reference = (nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d)(shape[0], affine=affine).double()
@@ -280,7 +290,7 @@ def fail_on_one(rank: int, folder: str, kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "sentence"),
-    [("gloo", "29 images cannot be read."), ("nccl", "The disk is full"), ("neither", "nothing"), ("stop", "saved")],
+    [("gloo", "29 images cannot be read."), ("nccl", "The disk is full"), ("stop", "saved")],
 )
 def test_what_fails_on_one_rank_is_said_on_all_of_them_at_once(kind: str, sentence: str, tmp_path: Path) -> None:
     ranks = torch.multiprocessing.start_processes(
@@ -311,9 +321,9 @@ def start_of_a_rank(rank: int, port: int, file: str) -> None:
 
 
 @pytest.mark.slow
-def test_ten_starts_after_a_kill_meet_in_the_store_that_torchrun_keeps(tmp_path: Path) -> None:
+def test_starts_after_a_kill_meet_in_the_store_that_torchrun_keeps(tmp_path: Path) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for number in range(11):
+    for number in range(4):
         ranks = torch.multiprocessing.start_processes(
             start_of_a_rank,
             args=(store.port, str(tmp_path / str(number))),

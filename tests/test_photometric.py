@@ -52,7 +52,7 @@ def inside(apart: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", [NOISE, PHOTOGRAPH])
-@pytest.mark.parametrize("factor", [0.6, 0.93, 1.0, 1.4])
+@pytest.mark.parametrize("factor", [0.6, 1.4])
 def test_brightness_contrast_and_saturation_are_pillows(kind: int, factor: float) -> None:
     image = picture(kind)
     for operation, shares in (
@@ -66,7 +66,7 @@ def test_brightness_contrast_and_saturation_are_pillows(kind: int, factor: float
         assert difference(ours, pil.jitter(image, CONTRAST, factor)).max() > 10
 
 
-@pytest.mark.parametrize("factor", [-0.1, -0.03, 0.0, 0.05, 0.1])
+@pytest.mark.parametrize("factor", [-0.1, 0.0, 0.05])
 def test_hue_is_pillows_to_its_whole_levels(factor: float) -> None:
     for kind, mean, most in ((NOISE, 2, 18), (PHOTOGRAPH, 0.5, 6)):
         image = picture(kind)
@@ -95,7 +95,7 @@ def test_greyscale_is_pillows() -> None:
 
 
 @pytest.mark.parametrize("kind", [NOISE, PHOTOGRAPH])
-@pytest.mark.parametrize("sigma", [0.1, 0.4, 0.9, 1.3, 1.42, 2.0])
+@pytest.mark.parametrize("sigma", [0.1, 0.9, 1.42, 2.0])
 def test_blur_is_pillows_inside_and_near_it_at_the_edge(kind: int, sigma: float) -> None:
     image = picture(kind)
     kernel = torch.from_numpy(fast.blur_kernels(np.array([sigma]))).float()
@@ -125,7 +125,7 @@ def test_blur_kernels_have_sum_one_and_the_asked_variance(sigma: list[float]) ->
     assert np.allclose(kernels @ offset**2, np.square(sigma), atol=1e-9)
 
 
-@pytest.mark.parametrize("side", [96, 75, 8])
+@pytest.mark.parametrize("side", [75, 8])
 @pytest.mark.parametrize("changed", ["nothing", "flip", "grey", "solarise", "sigma", "wide sigma", *map(str, range(4))])
 def test_each_operation_is_the_same_on_a_cpu(side: int, changed: str) -> None:
     """Views of any side, each with one operation alone."""

@@ -23,18 +23,18 @@ CPU = torch.device("cpu")
 BATCH = 4
 
 
-def config(*, bunch: int = 0, local: int = 2) -> PretrainConfig:
-    views = {"global_size": 32, "local_size": 16, "local_count": local}
+def config(*, bunch: int = 0) -> PretrainConfig:
+    views = {"global_size": 32, "local_size": 16, "local_count": 2}
     # A hidden matrix of 36 MB is more than a bucket, the last stage's convolutions of 9 MB are less.
     return tiny_config(Path("x"), views=views, model={"hidden_dim": 3000, "bunch_size": bunch})
 
 
-def sent_by_a_step(rank: int, local: int) -> dict[str, Tensor]:
+def sent_by_a_step(rank: int) -> dict[str, Tensor]:
     """Number and bytes of everything that a rank puts into collectives in its second step, in float32.
 
     In the first, DistributedDataParallel has not yet seen the order of the gradients, and sends them as one.
     """
-    recipe = config(local=local)
+    recipe = config()
     student, _ = build_model(recipe, device=CPU)
     model = distributed.data_parallel(student, CPU)
     gradients: list[int] = []
@@ -45,8 +45,7 @@ def sent_by_a_step(rank: int, local: int) -> dict[str, Tensor]:
     listen("all_gather", gathered, argument=1)
     listen("all_gather_into_tensor", gathered, argument=1)
     generator = torch.Generator().manual_seed(rank)
-    shapes = [(2 * BATCH, 3, 32, 32)] + ([(local * BATCH, 3, 16, 16)] if local else [])
-    views = [torch.randn(shape, generator=generator) for shape in shapes]
+    views = [torch.randn(2 * BATCH, 3, side, side, generator=generator) for side in (32, 16)]
     for _ in range(2):
         for heard in (gradients, reduced, gathered):
             heard.clear()
@@ -74,11 +73,10 @@ def summed_bucket(heard, bucket):  # DistributedDataParallel refuses annotations
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("local", [0, 2])
-def test_counts_are_those_of_a_real_step(local: int) -> None:
-    counted = traffic(config(local=local))
+def test_counts_are_those_of_a_real_step() -> None:
+    counted = traffic(config())
     waited_for = [counted[kind] for kind in ("batch norms", "bunch norm", "loss")]
-    for rank in run_on_ranks(2, sent_by_a_step, local):
+    for rank in run_on_ranks(2, sent_by_a_step):
         assert rank["gradients"].tolist() == [len(counted["gradients"].reduced), sum(counted["gradients"].reduced)]
         for heard, sizes in (
             ("reduced", [size for t in waited_for for size in t.reduced]),
@@ -109,13 +107,10 @@ PLAIN = Cluster(nvlink_bytes_s=100e9, card_bytes_s=50e9, switch_s=0.0)
         (all_reduce_s, 0, 8, 15.0),
         # Eight nodes: 2 · 7 hops inside and 2 · 3 between are a tree's; a ring would take 126 hops.
         (all_reduce_s, 0, 64, 6.8 + 14 * 0.6 + 6 * 5.0),
-        # Many bytes: the protocol Simple, in a ring on one node; so many that the hops count for nothing: a ring again.
-        (all_reduce_s, 10**9, 8, 8.4 + 14 * 3.4 + 2 * 7 / 8 * 10**9 / 100e3),
-        (all_reduce_s, 10**7, 256, 2 * (7 + 5) * 28.0 + 2 * 10**7 / 92e3),
+        # Many bytes: the protocol Simple; so many that the hops count for nothing: a ring again.
         (all_reduce_s, 10**11, 256, 8.4 + 446 * 3.4 + 64 * 14.0 + 2 * 255 / 256 * 10**11 / 100e3),
         # An all-gather is a ring; LL has a quarter of the bandwidth, at most 20.4 GB/s between nodes.
         (all_gather_s, 1000, 8, 6.6 + 7 * 0.6 + 7 * 1000 / 25e3),
-        (all_gather_s, 1000, 256, 6.6 + 224 * 1.0 + 31 * 2.7 + 255 * 1000 / 20.4e3),
         (all_gather_s, 10**8, 8, 8.4 + 7 * 3.4 + 7 * 10**8 / 100e3),
     ],
 )

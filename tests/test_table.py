@@ -76,8 +76,6 @@ BASE = [40.0, 40.5, 41.0]
         ([50.1, 51.3, 49.7, 50.9], [47.0, 48.8, 46.1], 3.2, 0.0382838, "2.9 degrees of freedom"),
         ([41.1, 41.6, 42.1], BASE, 1.1, 0.054314, "not significant, p = 0.054"),
         ([41.2, 41.7, 42.2], BASE, 1.2, 0.042415, "significant, p = 0.042"),
-        ([38.8, 39.3, 39.8], BASE, -1.2, 0.042415, "significant, p"),
-        ([50.0, 51.0], BASE, 10.0, None, "n too small for a test: 2 where 3"),
         (BASE, [50.0, 51.0], -10.0, None, "n too small for a test: 2 where 3"),
         # Equal values whose mean is rounded have no spread either; one constant side is no obstacle.
         ([0.1 + 0.2] * 7, [1 / 3] * 7, 0.3 - 1 / 3, None, "neither side varies"),
@@ -117,13 +115,9 @@ def test_differences_to_a_baseline() -> None:
     assert table.comparisons == 2
 
 
-@pytest.mark.parametrize("name", ["moco-v2", "MoCo v2", "moco V2"])
-def test_a_baseline_is_called_as_the_record_or_as_the_table_does(name: str) -> None:
+def test_a_baseline_is_called_as_the_record_or_the_table_does_and_is_one_measured_row() -> None:
     records = [*runs("random", [40.0, 41.0]), *runs("moco-v2", [60.0, 61.0])]
-    assert build_table(records, baseline=name).baseline == 1
-
-
-def test_a_baseline_that_is_nowhere_several_rows_or_only_published() -> None:
+    assert [build_table(records, baseline=name).baseline for name in ("moco-v2", "moco V2")] == [1, 1]
     with pytest.raises(UsageError, match='Did you mean "random"'):
         build_table(runs("random", [40.0]), baseline="randon")
     two = [make_record(weights={"sha256": name * 64, "name": name}) for name in "ab"]
@@ -145,12 +139,10 @@ def test_a_baseline_that_is_nowhere_several_rows_or_only_published() -> None:
             {"recipe": {"k": 20, "optim": {"lr": 0.2}}},
             r"optim.lr = 0.1\] against \[optim.lr = 0.2.*--strict",
         ),
-        ({"recipe": dict.fromkeys("abcde", 0)}, {"recipe": dict.fromkeys("abcde", 1)}, r"\[a = 0, b = 0, c = 0, 2 m"),
-        ({"recipe": {"e": "1" * 40}}, {"recipe": {"e": "2" * 40}}, f'e = "{"1" * 30}…]'),
         ({}, {"scale": "reduced"}, "scale reduced"),
         ({"data": "coco 1"}, {"data": "coco 2"}, r"\[data coco 1\] against \[data coco 2\]"),
     ],
-    ids=["recipe", "many keys", "long values", "scale", "data"],
+    ids=["recipe", "scale", "data"],
 )
 def test_different_runs_are_refused_with_what_differs(one: dict[str, Any], other: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
@@ -250,19 +242,12 @@ def test_an_artefact_that_was_written_again_is_the_same_run(first: dict[str, Any
             {"sha256": "b" * 64, "epochs": 800},
             ["TWIST · 200 ep", "TWIST · 800 ep"],
         ),
-        (
-            {"sha256": "a" * 64, "name": "mine"},
-            {"sha256": "b" * 64, "name": "theirs"},
-            ["TWIST · mine", "TWIST · theirs"],
-        ),
         ({**OURS, "pretrain_images_sha256": "1" * 64}, {**OURS, "pretrain_images_sha256": "2" * 64}, None),
         (OURS, {**OURS, "branch": "teacher"}, None),
-        ({"source_sha256": "e" * 64, "branch": "query"}, {"source_sha256": "e" * 64, "branch": "momentum"}, None),
-        ({"architecture": "resnet50w2"}, {}, ["TWIST · R50", "TWIST · R50w2"]),
         ({"architecture": "vit_small_patch16"}, {}, ["TWIST · R50", "TWIST · ViT-S/16"]),
         ({"architecture": "resnet18"}, {"architecture": None}, ["TWIST", "TWIST"]),
     ],
-    ids=["length", "file", "images", "branch", "another's branch", "width", "ViT", "not known"],
+    ids=["length", "images", "branch", "ViT", "not known"],
 )
 def test_other_weights_are_another_row(one: dict[str, Any], other: dict[str, Any], wanted: list[str] | None) -> None:
     found = labels(build_table([make_record(weights=one), make_record(weights=other)]))
@@ -286,7 +271,6 @@ def test_rows_without_a_method_or_an_architecture_of_the_weights() -> None:
         ("twist", [{**OURS, "sha256": "a" * 64}, {**OURS, "sha256": "b" * 64, "pretrain_seed": 1}], [50.0, 50.0], 2, 2),
         # Equal values of several initialisations are three results, not one repeated.
         ("random", [{}, {}, {}], [50.0] * 3, 3, 3),
-        ("random", [{"sha256": "r0"}, {"sha256": "r1"}], [50.0, 50.0], 2, 2),
         # One file is one initialisation whatever the seed.
         ("random", [{"sha256": "r" * 64}] * 2, [40.0, 41.0], 2, 1),
         ("random", [{"sha256": "r" * 64}, {"sha256": "r" * 64}, {}], [40.0, 41.0, 50.0], 2, 2),
@@ -390,7 +374,5 @@ def test_the_whole_collection_makes_a_table_with_our_protocols_and_their_neighbo
     assert len(keys) == len(set(keys))
     beside = {row.protocol: row.beside for row in rows}
     for task in TASKS:
-        alone = [
-            beside[c.protocol] is None and c.protocol.startswith("foreign:") for c in table.columns if c.task == task
-        ]
+        alone = [beside[c.protocol] is None and c.protocol[:8] == "foreign:" for c in table.columns if c.task == task]
         assert alone == sorted(alone), task

@@ -82,35 +82,6 @@ def test_a_run_writes_what_it_promises(images: Path, tmp_path: Path, capsys) -> 
     assert differing(tensors, teacher) != []
 
 
-def test_a_picture_that_cannot_be_drawn_costs_no_result(images: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    def fails(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    with tiny_networks():
-        monkeypatch.setattr(train, "draw_curves", fails)
-        assert train.pretrain(tiny_config(images), output=tmp_path / "run").is_file()
-    assert "There is no picture of the curves: No space left on device." in capsys.readouterr().err
-
-
-def test_the_plan_states_the_resolved_numbers(images: Path) -> None:
-    config = tiny_config(
-        images,
-        model={"bunch_size": 256},
-        optim={"lr": 0.5},
-        self_label={"lr": 0.05, "warmup_epochs": 5},
-        run={"epochs": 850, "mutual_information_epochs": 800, "batch_size": 128},
-    )
-    plan = Plan(config, images=1_281_167, world_size=16, device=CPU)
-    assert (plan.total_batch, plan.steps_per_epoch, plan.ranks_per_bunch) == (2048, 625, 2)
-    for part in (
-        "1,281,167", "128 images × 16 rank(s) = 2048", "0.5 × 2048/256 = 4, then 0.05 × 2048/256 = 0.4",
-        "over 256 images (2 rank(s))", "625 steps each, 531,250 in all", "800 mutual information + 50 self-labelling",
-        "warm-up 10",
-    ):  # fmt: skip
-        assert part in plan.render()
-    assert plan.learning_rate(6250) == 4.0
-
-
 def test_no_row_is_lost_where_an_epoch_ends_by_images_and_not_by_steps(tmp_path: Path, monkeypatch) -> None:
     """After a resume on another number of ranks the steps of an epoch do not say where it ends."""
     config = tiny_config(make_images(tmp_path / "images"), run={"log_every_steps": 10, "checkpoint_every_steps": None})
@@ -127,17 +98,13 @@ def test_no_row_is_lost_where_an_epoch_ends_by_images_and_not_by_steps(tmp_path:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        *((override, r"does not fit|finite") for override in (
-            "loss.lam1=nan", "optim.lr=inf", "model.teacher_momentum=[5.0,1.0]", "optim.weight_decay_end=-1.0",
-            "views.blur_sigma=[0.1,inf]", "optim.momentum=0.0", "data.root=",
-        )),
+        ("loss.lam1=nan", "does not fit"),
+        ("model.teacher_momentum=[5.0,1.0]", "does not fit"),
+        ("views.blur_sigma=[0.1,inf]", "finite"),
         ("model.backbone=vit_small_patch16 model.width=2", r"model\.width = 2 would have no effect"),
-        ("model.drop_path=0.1", r"model\.drop_path = 0\.1 would have no effect"),
-        ("model.teacher_momentum=[0.9,1.0]", r"model\.teacher_momentum .* would have no effect"),
         ("optim.name=adamw optim.momentum=0.8", r"optim\.momentum = 0\.8 would have no effect"),
-        ("optim.name=adamw optim.eta=0.1", r"optim\.eta = 0\.1 would have no effect"),
     ],
-)  # fmt: skip
+)
 def test_numbers_that_are_none_or_would_do_nothing_are_refused(overrides: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         load_config(
@@ -145,9 +112,7 @@ def test_numbers_that_are_none_or_would_do_nothing_are_refused(overrides: str, s
         )
 
 
-@pytest.mark.parametrize(
-    "name", ["checkpoints/step_1000.pt", "metrics.jsonl", "backbone.safetensors", "teacher_backbone.safetensors"]
-)
+@pytest.mark.parametrize("name", ["checkpoints/step_1000.pt", "teacher_backbone.safetensors"])
 def test_a_folder_of_somebody_else_is_left_as_it_is(name: str, images: Path, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs" / name
     theirs.parent.mkdir(parents=True)
@@ -203,8 +168,7 @@ def test_a_run_that_cannot_be_leaves_no_folder(changes: dict, said: str, images:
 
 
 @pytest.mark.parametrize(
-    ("root", "evaluated"),
-    [(".", False), ("imagenet", False), ("above", False), (".", True), ("imagenet/val", True), ("above", True)],
+    ("root", "evaluated"), [(".", False), ("imagenet", False), ("imagenet/val", True), ("above", True)]
 )
 def test_validation_images_are_not_trained_on(root: str, evaluated: bool, tmp_path: Path) -> None:
     write_tree(tmp_path / "imagenet", train=4, val=2)
@@ -294,8 +258,7 @@ def test_a_teacher_goes_on_towards_a_student_that_skipped(images: Path, tmp_path
     assert not torch.equal(after, before)
 
 
-@pytest.mark.parametrize("in_views", [False, True], ids=["loss", "input"])
-@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+@pytest.mark.parametrize(("in_views", "optimizer"), [(False, "adamw"), (True, "lars")])
 def test_a_nonfinite_step_changes_nothing(images: Path, tmp_path: Path, monkeypatch, in_views, optimizer) -> None:
     snapshots = []
     original = Run.after_step
@@ -390,8 +353,7 @@ def test_a_constant_network_raises_the_alarm(images: Path, tmp_path: Path, monke
 # --- waiting for the device -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["mutual_information", "self_label"])
-@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+@pytest.mark.parametrize(("stage", "optimizer"), [("mutual_information", "adamw"), ("self_label", "lars")])
 def test_no_step_reads_anything_on_the_host(images: Path, tmp_path: Path, monkeypatch, stage, optimizer) -> None:
     """The loop's part of every step, from the batch's arrival to the next one's request; but for the log's fetch."""
     first = 1 if stage == "self_label" else 2

@@ -1,6 +1,5 @@
 """The draw of a view: the published numbers, the distribution of every parameter, purity, and the cut of a crop."""
 
-import itertools
 import math
 from dataclasses import replace
 
@@ -75,15 +74,10 @@ def test_plan_has_two_global_views_then_the_local_ones_and_a_harder_second_stage
     assert resolutions(views) == [(2, 224), (12, 96)]
     assert [view.scale for view in views[1:3]] == [(0.4, 1.0), (0.05, 0.4)]
     assert [view.scale for view in plan_views(ViewsConfig(), "self_label")[1:3]] == [(0.14, 1.0), (0.05, 0.14)]
-    assert resolutions(plan_views(ViewsConfig(kind="moco", local_count=0))) == [(2, 224)]
-    assert resolutions(plan_views(ViewsConfig(local_count=1))) == [(2, 224), (1, 96)]
-
-
-def test_a_kind_without_local_crops_has_its_own_published_scale() -> None:
-    assert ViewsConfig(kind="barlow", local_count=0).global_scale == (0.08, 1.0)
-    assert ViewsConfig(kind="moco", local_count=0).global_scale == (0.2, 1.0)
+    # A kind without local crops has a scale of its own.
+    moco = ViewsConfig(kind="moco", local_count=0)
+    assert (moco.global_scale, resolutions(plan_views(moco))) == ((0.2, 1.0), [(2, 224)])
     assert ViewsConfig(kind="moco", local_count=0, global_scale=(0.3, 1.0)).global_scale == (0.3, 1.0)
-    assert ViewsConfig().global_scale == (0.4, 1.0)
 
 
 def test_blur_and_greyscale_can_be_changed_for_small_views_and_nothing_else_changes() -> None:
@@ -110,8 +104,7 @@ def torchvisions(scale: tuple[float, float], height: int, width: int) -> np.ndar
     return np.array([RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(2000)])
 
 
-@pytest.mark.parametrize("stage", ["mutual_information", "self_label"])
-@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333)])
+@pytest.mark.parametrize(("stage", "height", "width"), [("mutual_information", 375, 500), ("self_label", 500, 333)])
 def test_boxes_are_distributed_as_torchvision_draws_them(stage: str, height: int, width: int) -> None:
     views = plan_views(ViewsConfig(), stage)  # type: ignore[arg-type]
     for view in (views[0], views[5]):
@@ -131,12 +124,7 @@ def test_the_box_test_notices_a_wrong_scale() -> None:
     assert stats.ks_2samp(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3]).pvalue < LEAST_P
 
 
-def test_every_corner_is_reached_and_equally_likely() -> None:
-    corners = [crop_box([0.25], [1.0], [u, v], height=4, width=4)[:2] for u in (0, 0.34, 0.99) for v in (0, 0.34, 0.99)]
-    assert corners == list(itertools.product(range(3), repeat=2))
-
-
-@pytest.mark.parametrize(("height", "width"), [(10, 200), (200, 10), (11, 200), (200, 11), (30, 40), (1, 1)])
+@pytest.mark.parametrize(("height", "width"), [(10, 200), (201, 11), (1, 1)])
 def test_no_fitting_try_takes_torchvisions_central_crop(height: int, width: int) -> None:
     # A scale above 1 never fits: torchvision then takes its central crop too.
     theirs = RandomResizedCrop.get_params(torch.empty(3, height, width), [50.0, 60.0], [3 / 4, 4 / 3])
