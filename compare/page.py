@@ -162,11 +162,13 @@ def _lede(table: Table, found: Found) -> str:
 def _facts(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
     """Heading and text: backbones, images, image size, hardware and budget, as far as `records` say."""
     lengths = sorted({(record.method, record.weights.epochs) for record in records if record.weights.epochs})
-    pretrained = ", ".join(f"{display_name(method)} {epochs} epochs" for method, epochs in lengths)
+    pretrained = ", ".join(
+        f"{display_name(method)} {writers.count(epochs or 0, 'epoch')}" for method, epochs in lengths
+    )
     budget = f"{len(records)} transfer runs, {sum(map(device_hours, records)):.2g} device hours"
     return [
         ("Backbones", _listed(architecture_of(record) for record in records)),
-        ("Images", _listed(map(_images_of, records))),
+        ("Images", _images(records)),
         ("Image size", _listed(_size_of(record.recipe) for record in records)),
         ("Hardware", _listed(record.hardware.get("gpu") or record.hardware.get("processor") for record in records)),
         ("Budget", f"{budget}; pretraining: {pretrained}" if pretrained else budget),
@@ -202,11 +204,20 @@ def _listed(values: Iterable[Any]) -> str:
     return ", ".join(f"{value} ({n} runs)" if len(counted) > 1 else value for value, n in counted.most_common())
 
 
-def _images_of(record: RunRecord) -> str:
-    counts = record.recipe.get("images") or record.recipe.get("data")
-    splits = counts if isinstance(counts, dict) else {}
-    counted = [f"{number} {name}" for name, number in splits.items() if name in ("train", "val", "test")]
-    return " + ".join(filter(None, [record.data, *counted])) or "not said"
+def _images(records: Sequence[RunRecord]) -> str:
+    """`cifar10: 500 to 50000 train, 10000 val` of each data set, where records say so."""
+    found: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for record in records:
+        counts = record.recipe.get("images") or record.recipe.get("data")
+        name = (record.data or "").partition(" ")[0]  # without its digest
+        for split in ("train", "val", "test"):
+            if isinstance(counts, dict) and isinstance(counts.get(split), int):
+                found[name][split].add(counts[split])
+    texts = []
+    for name, splits in found.items():
+        ranges = {split: f"{min(of)} to {max(of)}" if len(of) > 1 else str(min(of)) for split, of in splits.items()}
+        texts.append((f"{name}: " if name else "") + ", ".join(f"{count} {split}" for split, count in ranges.items()))
+    return "; ".join(texts) or "not said"
 
 
 def _size_of(recipe: dict[str, Any]) -> str:

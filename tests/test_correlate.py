@@ -1,5 +1,6 @@
 """`twist compare --correlate`: which protocol ranks backbones as which, and when it may not say so."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ from scipy.stats import spearmanr
 from twist.cli import app
 from twist.compare.correlate import correlate, render_correlations
 from twist.contracts.errors import UserError
-from twist.contracts.record import RunRecord
+from twist.contracts.record import RunRecord, write_record
 
-ROOT = Path(__file__).resolve().parent.parent
 KNN, MIOU = [40.0, 45.0, 52.0, 50.0, 61.0, 66.0], [20.0, 24.0, 23.0, 30.0, 35.0, 33.0]
 
 
@@ -70,10 +70,10 @@ def test_too_few_backbones_and_other_recipes_are_refused() -> None:
         correlate(apart)
 
 
-def test_the_command_line_correlates_the_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_line_correlates_records(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     drawn = tmp_path / "points.png"
-    app(["compare", str(ROOT / "results" / "study"), "--correlate", "--output", str(drawn)], standalone_mode=False)
+    for record in measured():
+        write_record(record, tmp_path / "records")
+    app(["compare", str(tmp_path / "records"), "--correlate", "--output", str(drawn)], standalone_mode=False)
     assert min(Image.open(drawn).size) > 300
-    shown = capsys.readouterr().out
-    assert "sample-knn" in shown
-    assert "n = 8" in shown
+    assert re.search(r"sample-knn .* n = 6", capsys.readouterr().out)

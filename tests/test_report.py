@@ -234,7 +234,7 @@ def test_what_the_numbers_are_stands_before_them(page: Path, tmp_path: Path) -> 
     (tmp_path / "note.txt").write_text("Mine <first>.\n\nSecond.")
     text = render_page(build_table(records), found, folder=tmp_path, options=PageOptions(note=tmp_path / "note.txt"))
     assert re.findall(r'<p class="own">(.*?)</p>', text) == ["Mine &lt;first&gt;.", "Second."]
-    for said in ("600 train + 300 val", "32 × 32", "Fewer than 3 results", '<td class="first">0.033</td>'):
+    for said in ("600 train, 300 val", "32 × 32", "Fewer than 3 results", '<td class="first">0.033</td>'):
         assert said in text
 
 
