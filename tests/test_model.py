@@ -198,18 +198,17 @@ def perturbed(*networks: Twist | None) -> None:
                 p.add_(torch.randn_like(p))
 
 
-@pytest.mark.parametrize("early", [False, True])
-def test_a_published_checkpoint_fills_student_and_teacher(tmp_path: Path, early: bool) -> None:
-    source = build_model(config(teacher=True), device=CPU)
-    perturbed(*source)
-    path = checkpoint_at(tmp_path / "full.pth", *source, early=early)
-    target = build_model(config(teacher=True), device=CPU)
-    warm_start(path, *target)
-    for theirs, ours in zip(source, target):
-        assert theirs is not None
-        assert ours is not None
-        for (name, a), b in zip(theirs.state_dict().items(), ours.state_dict().values()):
-            assert torch.equal(a, b), name
+@pytest.mark.slow
+def test_a_published_checkpoint_fills_student_and_teacher(tmp_path: Path) -> None:
+    source, target = (build_model(config(teacher=True), device=CPU) for _ in range(2))
+    for early in (False, True):
+        perturbed(*source)
+        warm_start(checkpoint_at(tmp_path / "full.pth", *source, early=early), *target)
+        for theirs, ours in zip(source, target):
+            assert theirs is not None
+            assert ours is not None
+            for (name, a), b in zip(theirs.state_dict().items(), ours.state_dict().values()):
+                assert torch.equal(a, b), name
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

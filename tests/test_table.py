@@ -209,19 +209,12 @@ def test_of_two_records_of_one_run_that_agree_the_older_is_kept() -> None:
     assert build_table(records * 2).notes[0].startswith("4 records left out: each repeats")
 
 
-PROVENANCES = {
-    "ours": OURS,
-    "ours, with its images": {**OURS, "pretrain_images_sha256": "d" * 64, "branch": "backbone"},
-    "another's": {"source_sha256": "e" * 64, "branch": "momentum"},
-    "ours, its seed not known": {"source_sha256": "e" * 64, "pretrain_config_hash": "c" * 64},
-}
-
-
 @pytest.mark.parametrize(
     ("first", "second"),
-    [*((one, one) for one in PROVENANCES.values()), ({}, {"source_sha256": "a" * 64})],
-    ids=[*PROVENANCES, "a checkpoint and its artefact"],
-)
+    [*[({**OURS, "pretrain_images_sha256": "d" * 64},) * 2, ({"source_sha256": "e" * 64, "branch": "momentum"},) * 2],
+     ({}, {"source_sha256": "a" * 64})],
+    ids=["ours", "another's", "a checkpoint and its artefact"],
+)  # fmt: skip
 def test_an_artefact_that_was_written_again_is_the_same_run(first: dict[str, Any], second: dict[str, Any]) -> None:
     records = [
         make_record(weights={**first, "sha256": "a" * 64}),
@@ -295,12 +288,6 @@ def test_a_result_that_no_seed_changes_counts_once_and_is_never_starred() -> Non
     assert (twist.measured.n, twist.measured.sd, len(twist.measured.records)) == (1, None, 3)
     assert twist.difference.value == pytest.approx(26.8)
     assert twist.difference.significant is None
-
-
-def test_one_metric_that_agrees_by_chance_is_no_repeat() -> None:
-    records = [make_record(seed=seed, metrics={KNN: 50.0, "knn_top5_percent": 80.0 + seed}) for seed in range(3)]
-    found = measured(records, metrics=[KNN])
-    assert (found.n, found.sd, found.repeated) == (3, 0.0, False)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ class Display:
     def _left(self, of_step_s: float) -> str:
         """The expected rest, times how much longer than expected this machine has taken for the steps so far."""
         done_s = self._done_s + of_step_s
-        pace = (time.monotonic() - self._began) / done_s if self._done_s * self._scale > 20 else self._scale
+        pace = (time.monotonic() - self._began) / done_s if self._done_s > 20 else self._scale
         return progress.duration((self._total_s - done_s) * pace)
 
 
