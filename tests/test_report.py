@@ -1,5 +1,6 @@
 """The HTML page: self-contained, escaped, and alive in a real browser."""
 
+import itertools
 import json
 import os
 import re
@@ -292,7 +293,7 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_page(page, build_table([], published=load_published()), [])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")  # it takes long to open
 def published_alone(browser: Any, collection: Path) -> Iterator[Any]:
     yield from shown(browser, collection)
 
@@ -381,7 +382,8 @@ def test_the_published_collection_opens_on_one_protocol_without_empty_rows(publi
     assert not any("COCO" in head or "foreign:" in head for head in heads)
     rows = published_alone.locator(".results tbody tr:visible")
     assert rows.count() > 0
-    assert all(row.locator(".printed:visible").count() for row in rows.all())
+    has_value = "row => [...row.querySelectorAll('.printed')].some(value => value.checkVisibility())"
+    assert rows.evaluate_all(f"rows => rows.every({has_value})")
     published_alone.get_by_label("protocol", exact=True).select_option("linear")
     assert published_alone.locator('.chips [aria-pressed="true"]').inner_text() == "Classification"
     assert groups.all_inner_texts()[0].startswith("linear")
@@ -394,19 +396,17 @@ def test_the_published_collection_opens_on_one_protocol_without_empty_rows(publi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [1400, 390])
-def test_a_table_without_room_becomes_one_for_each_protocol(opened: Any, published_alone: Any, width: int) -> None:
-    for sheet in (opened, published_alone):
+def test_a_table_without_room_becomes_one_for_each_protocol(opened: Any, published_alone: Any) -> None:
+    for sheet, width in itertools.product((opened, published_alone), (1400, 390)):
         sheet.set_viewport_size({"width": width, "height": 844})
         sheet.wait_for_timeout(200)
         assert sheet.evaluate("document.documentElement.scrollWidth") <= width
-    if width == 390:  # the panel lies below the cell that it speaks of, which stays in sight
-        opened.locator("td[tabindex]:visible").first.click()
-        opened.wait_for_timeout(500)
-        box = opened.locator("#provenance").bounding_box()
-        cell = opened.locator("td[tabindex]:visible").first.bounding_box()
-        assert (box["x"], box["y"] + box["height"]) == (0, pytest.approx(844, abs=1))
-        assert 0 < cell["y"] < cell["y"] + cell["height"] < box["y"]
+    # The panel lies below the cell that it speaks of, which stays in sight.
+    opened.locator("td[tabindex]:visible").first.click()
+    opened.wait_for_timeout(500)
+    box, cell = (opened.locator(of).first.bounding_box() for of in ("#provenance", "td[tabindex]:visible"))
+    assert (box["x"], box["y"] + box["height"]) == (0, pytest.approx(844, abs=1))
+    assert 0 < cell["y"] < cell["y"] + cell["height"] < box["y"]
     published_alone.get_by_label("protocol", exact=True).select_option("coco-mrcnn-fpn-1x")
     assert published_alone.locator(".scroll table.results").is_hidden()
     assert published_alone.locator(".apart table.results:visible").count() > 1

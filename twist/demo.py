@@ -24,12 +24,12 @@ CONFIG = SHIPPED / "pretrain" / "sample.toml"
 FAST = ("run.epochs=2", "run.batch_size=20", "optim.warmup_epochs=0")
 # What the demo compares: the overrides of `--fast`, and seconds on two cores.
 PROTOCOLS: dict[str, tuple[tuple[str, ...], float]] = {
-    "sample-coco-mrcnn-fpn": (("iterations=20",), 85),
-    "sample-voc-fcn-d8": (("iterations=20",), 60),
+    "sample-coco-mrcnn-fpn": (("iterations=8",), 85),
+    "sample-voc-fcn-d8": (("iterations=8",), 60),
     "sample-knn": ((), 5),
     "sample-linear": ((), 12),
     "sample-voc-knn-seg": ((), 8),
-    "sample-voc-linear-seg": (("iterations=20",), 12),
+    "sample-voc-linear-seg": (("iterations=8",), 12),
 }
 # Pretraining in seconds on two cores; in float32 where the processor has no bfloat16 instructions.
 PRETRAIN_BF16_S, PRETRAIN_FLOAT32_S = 200, 410
