@@ -109,16 +109,14 @@ def draw_correlations(found: Sequence[Correlation], path: Path) -> None:
     down = -(-len(found) // across)
     figure = Figure(figsize=(4.2 * across, 3.6 * down), dpi=100, layout="constrained")
     names = dict.fromkeys(name for one in found for name in one.points.index)
-    styles = {
-        name: {"color": f"C{number % 10}", "marker": "osDv^"[number // 10 % 5]} for number, name in enumerate(names)
-    }
+    styles = {name: f"C{number % 10}{'osDv^'[number // 10 % 5]}" for number, name in enumerate(names)}
     for number, one in enumerate(found, start=1):
         axes = figure.add_subplot(down, across, number)
         for name, (x, y) in zip(one.points.index, one.points.to_numpy()):
-            axes.plot([x], [y], linestyle="", label=name, **styles[name])
+            axes.plot([x], [y], styles[name], label=name)
         title = f"ρ = {one.rho:.2f} [{one.low:.2f}, {one.high:.2f}], n = {one.n}"
         axes.set(xlabel=one.cheap, ylabel=one.dear, title=title)
     drawn = {line.get_label(): line for axes in figure.axes for line in axes.lines}
-    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=across, fontsize=7)
+    figure.legend(handles=[*drawn.values()], loc="outside lower center", ncols=across, fontsize=7)
     with files.atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
