@@ -47,8 +47,11 @@ class Comparison:
 def compare(paths: Sequence[Path], choice: Choice) -> list[Comparison]:
     """The comparison of the records under `paths`: one, or, where a single folder holds several studies
     (`results/photos`, `results/study`), one each. Studies repeat each other's runs, so they never share a table.
-    `UsageError`: options that exclude each other, an unknown metric or baseline, a metric that nothing has.
-    `UserError`: a path without records, or records that may not meet."""
+
+    Raises:
+        UsageError: options that exclude each other, an unknown metric or baseline, a metric that nothing has.
+        UserError: a path without records, or records that may not meet.
+    """
     if choice.published_only:
         if paths or choice.published is False:
             raise UsageError("--published-only shows published numbers alone: leave out records and --no-published.")

@@ -42,7 +42,10 @@ class Correlation(NamedTuple):
 
 def correlate(records: Iterable[RunRecord]) -> tuple[list[Correlation], dict[str, float]]:
     """Every pair of columns that share at least five backbones, and the mean device hours of a run of each column.
-    `UserError`: no pair does."""
+
+    Raises:
+        UserError: no pair does.
+    """
     import pandas
 
     rows = []

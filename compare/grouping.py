@@ -70,7 +70,11 @@ def variant_names(records: Sequence[RunRecord]) -> dict[Key, str]:
 
 def find_copies(records: Sequence[RunRecord], paths: Sequence[Path] = ()) -> frozenset[int]:
     """The indexes of `records` (with their files, where they have any) that repeat an older record of the same run in
-    every metric. `UserError`: two records of one run that differ in a metric."""
+    every metric.
+
+    Raises:
+        UserError: two records of one run that differ in a metric.
+    """
     groups: dict[Key, list[int]] = defaultdict(list)
     for index, record in enumerate(records):
         groups[pretraining(record), record.protocol, record.seed, record.recipe_hash, record.data].append(index)
@@ -94,8 +98,12 @@ def find_copies(records: Sequence[RunRecord], paths: Sequence[Path] = ()) -> fro
 
 def recipe_differences(records: Sequence[RunRecord], *, strict: bool = False) -> list[str]:
     """How the recipe, scale or data of each record differ from the others of its protocol; empty where they agree.
+
     Records share a column when these agree. On a user's own data, by their card, each data set is a column by itself.
-    `UserError`: with `strict`, where any differ."""
+
+    Raises:
+        UserError: with `strict`, where any differ.
+    """
     # Older records do not name their data: they join those of one data set, and stand apart from those of two.
     known: dict[Key, set[str | None]] = defaultdict(set)
     for record in records:

@@ -68,8 +68,11 @@ PLAIN = PageOptions()
 
 
 def render_page(table: Table, found: Found, *, folder: Path, options: PageOptions = PLAIN) -> str:
-    """The page of `table`, whose records are `found` with their files, to be written into `folder`. `UserError`: a
-    curve file, a picture or a note that a record or an option names is absent or unreadable."""
+    """The page of `table`, whose records are `found` with their files, to be written into `folder`.
+
+    Raises:
+        UserError: a curve file, a picture or a note that a record or an option names is absent or unreadable.
+    """
     # Relative to the page: it may be published, and names no folder of the machine that wrote it.
     places = {id(record): os.path.relpath(place, folder) for place, record in found}
     rows = {id(r): row for (row, _), cell in table.cells.items() if cell.measured for r in cell.measured.records}
@@ -232,8 +235,10 @@ def _size_of(recipe: dict[str, Any]) -> str:
 
 
 def curve_groups(found: Found, rows: dict[int, int]) -> list[dict[str, Any]]:
-    """The training losses of transfer runs by protocol, at most `CURVE_RUNS` of a row. `rows` has the row of each
-    record by its `id`."""
+    """The training losses of transfer runs by protocol, at most `CURVE_RUNS` of a row.
+
+    `rows` has the row of each record by its `id`.
+    """
     groups: dict[str, dict[str, Any]] = {}
     drawn: dict[tuple[str, int], int] = defaultdict(int)
     for path, record in sorted(found, key=lambda pair: (pair[1].protocol, pair[1].seed, pair[1].run_name)):
@@ -294,7 +299,9 @@ def _pictures(
     found: Found, rows: dict[int, int], table: Table, extra: Sequence[tuple[str, Path]]
 ) -> dict[str, dict[int, list[dict[str, str]]]]:
     """Protocol → number of a picture → figures: the picture of that number of the first run of each row that has any.
-    Runs under one recipe draw the same images in the same order. Those of no protocol are `extra`."""
+
+    Runs under one recipe draw the same images in the same order. Those of no protocol are `extra`.
+    """
     figures: dict[str, dict[int, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
     for caption, file in extra:
         figures[""][0].append({"source": _data_url(file), "caption": caption, "alt": caption, "row": "", "task": ""})

@@ -16,8 +16,10 @@ FEWEST = 3
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean minus the baseline's mean, and the test's result in words. `p_value` is of this test alone, `p_holm`
-    corrected for the others of its table; both are None without a test."""
+    """A mean minus the baseline's mean, and the test's result in words.
+
+    `p_value` is of this test alone, `p_holm` corrected for the others of its table; both are None without a test.
+    """
 
     value: float
     p_value: float | None

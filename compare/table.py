@@ -63,10 +63,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
-    """The runs behind a cell and what of them counts, in the metric's unit. Runs of one pretraining are repeats of the
-    transfer alone, and count each. Where there are several pretrainings (or random initialisations) these are the
-    repeats: each counts once, by the mean of its runs, which are not independent of one another. Runs that repeat a
-    result exactly, in every metric and from the same weights, are one result."""
+    """The runs behind a cell and what of them counts, in the metric's unit.
+
+    Runs of one pretraining are repeats of the transfer alone, and count each. Where there are several pretrainings (or
+    random initialisations) these are the repeats: each counts once, by the mean of its runs, which are not independent
+    of one another. Runs that repeat a result exactly, in every metric and from the same weights, are one result.
+    """
 
     # The repeats, and the metric of each record.
     values: tuple[float, ...]
@@ -121,7 +123,9 @@ class Cell:
 @dataclass(frozen=True)
 class Table:
     """Rows × columns; `cells` holds only what exists. `baseline` is the row against which differences are taken.
-    `notes` are sentences about what is not in the table; `left_out` the indexes of records that repeat others."""
+
+    `notes` are sentences about what is not in the table; `left_out` the indexes of records that repeat others.
+    """
 
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
@@ -154,11 +158,17 @@ def build_table(
     metrics: Sequence[str] = (),
     paths: Sequence[Path] = (),
 ) -> Table:
-    """The table of `records` and `published`, with differences to the row of `baseline` (a method or row label). Of the
-    published rows those of the measured protocols, and the foreign ones beside them, are shown; all of them when there
-    are no records. `metrics` restricts the columns; empty shows every metric. `paths` are the records' files, for
-    messages. `UserError`: two records of one run that differ, or (with `strict`) a protocol with several recipes,
-    scales or data. `UsageError`: nothing in the table is called `baseline`, or several rows are."""
+    """The table of `records` and `published`, with differences to the row of `baseline` (a method or row label).
+
+    Of the published rows those of the measured protocols, and the foreign ones beside them, are shown; all of them
+    when there are no records. `metrics` restricts the columns; empty shows every metric. `paths` are the records'
+    files, for messages.
+
+    Raises:
+        UserError: two records of one run that differ, or (with `strict`) a protocol with several recipes, scales
+            or data.
+        UsageError: nothing in the table is called `baseline`, or several rows are.
+    """
     wanted = set(metrics) or METRICS.keys()
     copies = find_copies(records, paths)
     records = [record for index, record in enumerate(records) if index not in copies]

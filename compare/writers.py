@@ -35,8 +35,11 @@ SUFFIXES = {
 
 
 def format_for(output: Path | None, asked: str | None) -> str:
-    """The format that is asked for, else the one of the suffix of `output`, else the terminal's. `UsageError`: the two
-    contradict each other."""
+    """The format that is asked for, else the one of the suffix of `output`, else the terminal's.
+
+    Raises:
+        UsageError: the two contradict each other.
+    """
     named = None if output is None else SUFFIXES.get(output.suffix.lower())
     if asked and named and asked != named:
         raise UsageError(f"{output} is {named} by its name, and --format says {asked}: change one of the two.")
@@ -49,8 +52,11 @@ def render(table: Table, format: str) -> str:
 
 
 def render_all(comparisons: Sequence[Comparison], format: str) -> str:
-    """The tables of `comparisons` one after the other, each headed by its study's folder. `UsageError`: the format
-    holds a single table and there are several."""
+    """The tables of `comparisons` one after the other, each headed by its study's folder.
+
+    Raises:
+        UsageError: the format holds a single table and there are several.
+    """
     if len(comparisons) == 1:
         return render(comparisons[0].table, format)
     folders = [os.path.relpath(one.folder or "") for one in comparisons]

@@ -45,8 +45,10 @@ def file_entries(
     root: str | os.PathLike[str], wanted: Callable[[str], bool] = is_image
 ) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """(path below `root`, entry) of every file at any depth whose name is `wanted` (default: images), in no order.
+
     Links are followed, but not in a circle. Files are known from folders without a stat for each, which on a network
-    file system is most of the time."""
+    file system is most of the time.
+    """
     pending: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [("", os.fspath(root), (_identity(root),))]
     while pending:
         prefix, folder, above = pending.pop()
@@ -89,8 +91,10 @@ class TooManyPixels(UnreadableImage):
 
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """Decode one file to uint8 RGB (3, H, W), EXIF orientation applied. `UnreadableImage`: the file is missing, empty,
-    truncated, of no known format or too large."""
+    """Decode one file to uint8 RGB (3, H, W), EXIF orientation applied.
+
+    `UnreadableImage`: the file is missing, empty, truncated, of no known format or too large.
+    """
     return decode(image_bytes(path), name=str(path))
 
 
@@ -105,8 +109,10 @@ def image_bytes(path: str | os.PathLike[str]) -> bytes:
 @contextlib.contextmanager
 def open_picture(source: Path | bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """An image file, or its bytes, as Pillow opens it: nothing is decoded yet, and at most `max_pixels` will be.
-    Raises, for what is done inside as well, `UnreadableImage`: no regular file, none that Pillow knows, or damaged.
-    TooManyPixels: a larger one."""
+
+    Raises, for what is done with the image inside as well:
+        UnreadableImage: no regular file, none that Pillow knows, or damaged. TooManyPixels: a larger one.
+    """
     from PIL import Image
 
     name = name or str(source)
@@ -146,9 +152,12 @@ def picture_size(path: Path) -> tuple[int, int] | None:
 
 def decode(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode an image file's bytes to uint8 RGB (3, H, W), EXIF orientation applied; of a moving GIF the first frame.
+
     Values of 16 bits are scaled by the bits in use (8, 10, 12, 14 or 16): 12-bit pictures are not almost black.
+
     `UnreadableImage`: the bytes are empty, truncated, of no known format or of more than `max_pixels`; the message says
-    `name`."""
+    `name`.
+    """
     import torch
     from torchvision.io import ImageReadMode, decode_image
 

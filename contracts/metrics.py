@@ -13,8 +13,10 @@ from twist.contracts.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: full name with unit, short label for a column head, definition in a sentence. `lowest` is the least
-    value it can take: AMI and ARI can be negative. All of them are percent."""
+    """One metric: full name with unit, short label for a column head, definition in a sentence.
+
+    `lowest` is the least value it can take: AMI and ARI can be negative. All of them are percent.
+    """
 
     name: str
     label: str

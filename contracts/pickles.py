@@ -51,7 +51,10 @@ _TAKES = {opcode.name: _takes(opcode) for opcode in pickletools.opcodes}
 
 def check_pickle(data: bytes | mmap.mmap, start: int = 0, *, room: int | None = None) -> int:
     """Where the pickle that begins at `start` of `data` ends. `room` is how many bytes storages can have in the file.
-    `pickle.UnpicklingError`: it is damaged, or asks for more than a file of its length can mean."""
+
+    Raises:
+        pickle.UnpicklingError: it is damaged, or asks for more than a file of its length can mean.
+    """
     file: Any = io.BytesIO(data) if isinstance(data, bytes) else data
     room = len(data) if room is None else room
     file.seek(start)
@@ -122,8 +125,11 @@ def check_pickle(data: bytes | mmap.mmap, start: int = 0, *, room: int | None = 
 
 
 def check_file(path: Path) -> None:
-    """Look at every pickle that torch or `pickle` would read from the file at `path`. `pickle.UnpicklingError`: see
-    `check_pickle`. UserError: it is no regular file, or a part of it is too large."""
+    """Look at every pickle that torch or `pickle` would read from the file at `path`.
+
+    Raises:
+        pickle.UnpicklingError: see `check_pickle`. UserError: it is no regular file, or a part of it is too large.
+    """
     files.require_regular(path)
     with path.open("rb") as file:
         head, size = file.read(4), os.fstat(file.fileno()).st_size
@@ -152,7 +158,10 @@ def read_state(
     path: Path, *keys: str, remedy: str, allowed: Sequence[Any] = (), device: Any = "cpu", mapped: bool = False
 ) -> dict[str, Any]:
     """The dictionary of tensors, plain values and `allowed` classes in one of our own torch files, with these entries.
-    `UserError`: absent, damaged, or something else; the sentence ends with `remedy`."""
+
+    Raises:
+        UserError: absent, damaged, or something else; the sentence ends with `remedy`.
+    """
     import torch
 
     try:

@@ -13,9 +13,11 @@ def is_quiet() -> bool:
 
 
 class Progress:
-    """`with Progress("pretrain", total=100, unit="step") as p: p.advance(1, loss=0.3)`. On a terminal it draws a rich
-    bar; elsewhere it prints a line at most every `every_s` seconds, so a log stays readable. `quiet` prints nothing
-    (ranks other than 0). `total=None` counts without an end."""
+    """`with Progress("pretrain", total=100, unit="step") as p: p.advance(1, loss=0.3)`.
+
+    On a terminal it draws a rich bar; elsewhere it prints a line at most every `every_s` seconds, so a log stays
+    readable. `quiet` prints nothing (ranks other than 0). `total=None` counts without an end.
+    """
 
     def __init__(
         self,

@@ -22,9 +22,11 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 class PublishedRow(Config):
-    """One row of a published table. Values and standard deviations are in the units of their metrics' names. `read`: in
-    the primary source (the repository's file, the paper's text) or in a secondary copy. `variant` tells weights of one
-    method and length apart: other pretraining data, another code base."""
+    """One row of a published table. Values and standard deviations are in the units of their metrics' names.
+
+    `read`: in the primary source (the repository's file, the paper's text) or in a secondary copy. `variant` tells
+    weights of one method and length apart: other pretraining data, another code base.
+    """
 
     method: str
     architecture: str
@@ -136,9 +138,11 @@ def select(rows: Iterable[PublishedRow], protocols: Iterable[str]) -> list[Publi
 
 
 def find_neighbours(protocol: str) -> list[PublishedRow]:
-    """The published rows that a run of `protocol` may be compared with, in the file's order. Of each method,
-    architecture and number of epochs: the authors' own weights, else others' (`variant`), under this very protocol,
-    else under the foreign ones beside it, which differ as their titles say."""
+    """The published rows that a run of `protocol` may be compared with, in the file's order.
+
+    Of each method, architecture and number of epochs: the authors' own weights, else others' (`variant`), under this
+    very protocol, else under the foreign ones beside it, which differ as their titles say.
+    """
     rows = select(load_published(), [protocol])
     nearest: dict[tuple[str, str, int | None], tuple[bool, bool]] = {}
     for row in rows:

@@ -50,9 +50,11 @@ def require_equal(describe: Callable[[], dict[str, Any]]) -> None:
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
     """Inside, what fails on one rank is a `UserError` on every rank at once, whatever collective the others wait in.
+
     The rank leaves its sentence in the group's store. A thread of each rank looks there and aborts the group, which
     ends a wait in NCCL (torch's `_abort_process_group` calls ncclCommAbort; without it the wait lasts until its
-    timeout). A wait in gloo ends when the rank that failed closes its connections, once the others know why."""
+    timeout). A wait in gloo ends when the rank that failed closes its connections, once the others know why.
+    """
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -35,11 +35,13 @@ Real = Annotated[float, Strict()]
 
 
 class WeightsProvenance(Config):
-    """Which weights a run started from; all but `name` and `loaded_sha256` are None for random initialisation. `sha256`
-    is of the file that the run was given, which each conversion writes again. What stays the same is `source_sha256`
-    (the original checkpoint) with its `branch`, and for our own runs the pretraining's config, seed and images.
-    `loaded_sha256` is of the backbone's tensors as every process held them before its first step. Records of earlier
-    versions lack some of these."""
+    """Which weights a run started from; all but `name` and `loaded_sha256` are None for random initialisation.
+
+    `sha256` is of the file that the run was given, which each conversion writes again. What stays the same is
+    `source_sha256` (the original checkpoint) with its `branch`, and for our own runs the pretraining's config, seed
+    and images. `loaded_sha256` is of the backbone's tensors as every process held them before its first step. Records
+    of earlier versions lack some of these.
+    """
 
     name: str
     sha256: str | None = None
@@ -55,11 +57,13 @@ class WeightsProvenance(Config):
 
 
 class RunRecord(Config):
-    """One measured run. Metric names are those of `twist.contracts.metrics`; units are in the names. `recipe` is the
-    resolved recipe without weights, paths and seed; `recipe_hash` is derived from it and never given. `data` names what
-    the run read, wherever it lay (transfer/identity.py); `job` is the key of a suite's run. Records of earlier versions
-    lack both. `media` and `curves` are paths relative to the record's own folder (pictures for the page, a
-    `metrics.jsonl`)."""
+    """One measured run. Metric names are those of `twist.contracts.metrics`; units are in the names.
+
+    `recipe` is the resolved recipe without weights, paths and seed; `recipe_hash` is derived from it and never given.
+    `data` names what the run read, wherever it lay (transfer/identity.py); `job` is the key of a suite's run. Records
+    of earlier versions lack both. `media` and `curves` are paths relative to the record's own folder (pictures for the
+    page, a `metrics.jsonl`).
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     method: str
@@ -179,8 +183,10 @@ def read_record(path: str | os.PathLike[str]) -> RunRecord:
 
 
 def find_records(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
-    """The record files under `paths`: a file as it is, a folder searched as `*.json` and `<protocol>/*.json`. Other
-    JSON is skipped; a damaged record is yielded and is for `read_record` to refuse."""
+    """The record files under `paths`: a file as it is, a folder searched as `*.json` and `<protocol>/*.json`.
+
+    Other JSON is skipped; a damaged record is yielded and is for `read_record` to refuse.
+    """
     for path in map(Path, paths):
         if path.is_dir():
             yield from filter(_may_be_record, sorted([*path.glob("*.json"), *path.glob("*/*.json")]))
@@ -204,8 +210,11 @@ def _may_be_record(file: Path) -> bool:
 
 
 def read_records(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[Path, RunRecord]]:
-    """Every record under `paths` with its file, a file that several paths lead to once. `UserError`: a path is absent
-    or holds no record, or a record is not valid."""
+    """Every record under `paths` with its file, a file that several paths lead to once.
+
+    Raises:
+        UserError: a path is absent or holds no record, or a record is not valid.
+    """
     found: dict[str, Path] = {}
     for path in map(Path, paths):
         folders = [place for places in find_collections(path).values() for place in places] if path.is_dir() else [path]
@@ -219,9 +228,11 @@ def read_records(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[Path, Ru
 
 
 def find_collections(folder: Path) -> dict[Path, list[Path]]:
-    """For each table that the records at or below `folder` make: its folder → the folders of its records. That is
-    `folder` itself where it holds records. Else each study in it (an inner folder or its `results`), and `folder` again
-    where it holds runs of `twist transfer` or of a suite, which make one table."""
+    """For each table that the records at or below `folder` make: its folder → the folders of its records.
+
+    That is `folder` itself where it holds records. Else each study in it (an inner folder or its `results`), and
+    `folder` again where it holds runs of `twist transfer` or of a suite, which make one table.
+    """
 
     def is_run(place: Path) -> bool:
         return (place / RUN_FILE).is_file()

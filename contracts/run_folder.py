@@ -45,9 +45,11 @@ class _RunFile(BaseModel):
 
 
 def try_lock(path: Path, *, inherited: bool = False) -> int | None:
-    """An open descriptor that holds the lock file `path`, or None where another process holds it. The lock ends with
-    the process, however that dies. With `inherited` child processes that are given the descriptor hold the lock too;
-    without, they never do, so data workers that outlive a killed trainer do not block the next one."""
+    """An open descriptor that holds the lock file `path`, or None where another process holds it.
+
+    The lock ends with the process, however that dies. With `inherited` child processes that are given the descriptor
+    hold the lock too; without, they never do, so data workers that outlive a killed trainer do not block the next one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:

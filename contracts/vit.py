@@ -54,7 +54,9 @@ def build_vit(
     architecture: str, *, image_size: int = 224, vit: Mapping[str, Any] | None = None, drop_path: float = 0.0
 ) -> Any:
     """The network that a header's fields of these names describe, without a classifier, randomly initialised.
-    `forward(images (B, 3, H, W))` gives (B, D), for images of any size; `ValueError` where `vit` is no description."""
+
+    `forward(images (B, 3, H, W))` gives (B, D), for images of any size; `ValueError` where `vit` is no description.
+    """
     whole = usual_vit(architecture) if vit is None else Vit.model_validate(dict(vit))
     arguments: dict[str, Any] = {
         **whole.timm_arguments(),
@@ -99,8 +101,10 @@ class VisionTransformer(PatchFeatures, timm.VisionTransformer):  # type: ignore[
 
 
 def resized(table: Tensor, grid: tuple[int, int], *, prefix_rows: int, rule: Resize) -> Tensor:
-    """A position table (1, prefix + N², D) for a `grid` of (H, W) patches: (1, prefix + H·W, D). The first
-    `prefix_rows` rows stay. What each rule computes is said at `Vit.resize`."""
+    """A position table (1, prefix + N², D) for a `grid` of (H, W) patches: (1, prefix + H·W, D).
+
+    The first `prefix_rows` rows stay. What each rule computes is said at `Vit.resize`.
+    """
     prefix, patches = table[:, :prefix_rows], table[:, prefix_rows:]
     side = round(patches.shape[1] ** 0.5)
     if grid == (side, side):

@@ -73,10 +73,12 @@ def process_group(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[t
 
 
 def of_this_start(store: dist.Store, number: int, ranks: int) -> dist.Store:
-    """A part of `store` that rank `number` shares with the other ranks of this start alone. torchrun's agent keeps one
-    store over its restarts (torch 2.11), where a new rank would find the address at which a killed one listened
-    ("connectFullMesh … Connection refused"), and why it failed. Each node counts its own restarts, so the ranks agree
-    on a name: rank 0's, which counts once it says to have seen mine."""
+    """A part of `store` that rank `number` shares with the other ranks of this start alone.
+
+    torchrun's agent keeps one store over its restarts (torch 2.11), where a new rank would find the address at which a
+    killed one listened ("connectFullMesh … Connection refused"), and why it failed. Each node counts its own restarts,
+    so the ranks agree on a name: rank 0's, which counts once it says to have seen mine.
+    """
     mine, end = secrets.token_hex(8), time.monotonic() + JOINING.total_seconds()
     if number == 0:
         store.set("leader", mine)

@@ -49,10 +49,12 @@ def identity(x: Tensor) -> Tensor:
 def twist_loss(
     logits: Tensor, weights: LossConfig = UNWEIGHTED, *, mean_over_ranks: Callable[[Tensor], Tensor] = identity
 ) -> LossTerms:
-    """The objective of the mutual-information stage, of logits (V, B, K) after the head's last batch norm. Sharpness
-    and diversity are at temperature `tau`. Half precision is raised to float32. `mean_over_ranks` is called once, with
-    all that is averaged over ranks in one vector; the scalars are equal on every rank, and after DDP has averaged the
-    parameters' gradients, they are those of the objective over the rows of all ranks."""
+    """The objective of the mutual-information stage, of logits (V, B, K) after the head's last batch norm.
+
+    Sharpness and diversity are at temperature `tau`. Half precision is raised to float32. `mean_over_ranks` is called
+    once, with all that is averaged over ranks in one vector; the scalars are equal on every rank, and after DDP has
+    averaged the parameters' gradients, they are those of the objective over the rows of all ranks.
+    """
     logits = _at_least_float32(logits)
     if len(logits) < 2:
         raise ValueError(f"twist_loss compares views of one image and got {len(logits)}: give at least two.")
@@ -120,10 +122,12 @@ def teacher_loss(
     *,
     mean_over_ranks: Callable[[Tensor], Tensor] = identity,
 ) -> LossTerms:
-    """The objective with a momentum teacher (the ViT recipes), for student (V, B, K) and teacher (2, B, K). Consistency
-    is the mean over i ∈ {0, 1} and all student views j ≠ i of KL(teacherᵢ‖studentⱼ); sharpness and diversity are plain
-    means over the student's views. All three are at temperature `tau`. No gradient flows into the teacher. Otherwise as
-    `twist_loss`."""
+    """The objective with a momentum teacher (the ViT recipes), for student (V, B, K) and teacher (2, B, K).
+
+    Consistency is the mean over i ∈ {0, 1} and all student views j ≠ i of KL(teacherᵢ‖studentⱼ); sharpness and
+    diversity are plain means over the student's views. All three are at temperature `tau`. No gradient flows into the
+    teacher. Otherwise as `twist_loss`.
+    """
     student, teacher = _at_least_float32(student), _at_least_float32(teacher).detach()
     views, rows, _ = student.shape
     if views < 2 or len(teacher) != 2:

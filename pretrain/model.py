@@ -119,8 +119,11 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
 
 def warm_start(path: str | os.PathLike[str], student: Twist, teacher: Twist | None) -> None:
     """Load the checkpoint at `path` into `student` and, when there is one, `teacher`; `UserError` where it does not
-    fit. Ours and that of the published code (commit 796d36e, `train.py`) hold the state dicts `model` and `teacher`;
-    `args` of the latter is an argparse.Namespace, the one global that torch's safe unpickler is allowed here."""
+    fit.
+
+    Ours and that of the published code (commit 796d36e, `train.py`) hold the state dicts `model` and `teacher`; `args`
+    of the latter is an argparse.Namespace, the one global that torch's safe unpickler is allowed here.
+    """
     path = Path(path)
     remedy = f"a warm start needs the full checkpoint of a TWIST run; `twist inspect {path}` shows what this file holds"
     values = read_state(path, remedy=remedy, allowed=[argparse.Namespace])

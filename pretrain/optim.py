@@ -50,9 +50,12 @@ def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: floa
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rates with trust coefficient `eta`, without one wait for the device. Rate `lr` have groups
-    with `lars_exclude=True`, and tensors whose norm, or whose gradient's, is zero. `step` overwrites the gradients, and
-    changes nothing when the scalar tensor in the attribute `found_inf` (GradScaler's protocol) is 1."""
+    """Layer-wise adaptive rates with trust coefficient `eta`, without one wait for the device.
+
+    Rate `lr` have groups with `lars_exclude=True`, and tensors whose norm, or whose gradient's, is zero. `step`
+    overwrites the gradients, and changes nothing when the scalar tensor in the attribute `found_inf` (GradScaler's
+    protocol) is 1.
+    """
 
     # GradScaler then hands its flag over instead of reading it on the host.
     _step_supports_amp_scaling = True
@@ -113,9 +116,11 @@ def _flat(x: Tensor) -> Tensor:
 
 class NonFiniteGuard:
     """Skips steps whose loss or gradient is not finite, and counts them on the device: `total`, and `streak` in a row.
+
     They never reach weights, teacher, running statistics or disk, and no step waits for the device: the backward pass
     of a non-finite loss starts from NaN, which DDP spreads to every rank, and a gradient norm that is not finite makes
-    the optimiser skip (`found_inf`) and restores the running statistics of the batch norms."""
+    the optimiser skip (`found_inf`) and restores the running statistics of the batch norms.
+    """
 
     def __init__(self, networks: Iterable[nn.Module], *, device: torch.device) -> None:
         self._statistics = [b for network in networks for b in network.buffers() if b.is_floating_point()]

@@ -45,10 +45,12 @@ ROOMS = ("contracts", "measure", "catalog", "pretrain")
 
 
 def pretrain(config: PretrainConfig, *, output: Path, resume: bool = False) -> Path:
-    """Run `config` in the folder `output`, as one rank or as one of torchrun's; returns backbone.safetensors. `resume`
-    continues from the newest valid checkpoint in `output`; with none there, it starts and says so. A restart by
-    torchrun (--max-restarts) always resumes. `Requeue` when a signal asked to stop: the state is saved then.
-    `UserError` for a folder, images or numbers that do not fit, and for losses that stay non-finite."""
+    """Run `config` in the folder `output`, as one rank or as one of torchrun's; returns backbone.safetensors.
+
+    `resume` continues from the newest valid checkpoint in `output`; with none there, it starts and says so. A restart
+    by torchrun (--max-restarts) always resumes. `Requeue` when a signal asked to stop: the state is saved then.
+    `UserError` for a folder, images or numbers that do not fit, and for losses that stay non-finite.
+    """
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     refuse_bare_tasks()
     end_with_torchrun()

@@ -26,14 +26,7 @@ from twist.contracts.images import MAX_PIXELS, UnreadableImage, decode
 from twist.pretrain.config import DataConfig, PretrainConfig, RunConfig, ViewsConfig
 from twist.pretrain.data import loader as loader_module
 from twist.pretrain.data import source
-from twist.pretrain.data.loader import (
-    BUFFERS,
-    Batch,
-    ViewLoader,
-    ViewMaker,
-    decode_reduced,
-    divisor,
-)
+from twist.pretrain.data.loader import BUFFERS, Batch, ViewLoader, ViewMaker, decode_reduced, divisor, upright_size
 from twist.pretrain.data.photometric import denormalise
 from twist.pretrain.data.source import ImageFiles, Images, ImageStream, RankShare, Request, image_number, open_images
 from twist.pretrain.data.views import ViewSampler, plan_views

@@ -86,8 +86,12 @@ def suite_table(records: Sequence[RunRecord]) -> str:
 
 def refresh_tables(readme: Path, *, write: bool) -> int:
     """Print which tables of `readme` are stale, that is, would read otherwise if made today; `write`: make them again.
-    Returns the exit status: 1 where a table is stale and not rewritten, or where there is none to check. `UserError`:
-    the file is absent or a marker has no end."""
+
+    Returns the exit status: 1 where a table is stale and not rewritten, or where there is none to check.
+
+    Raises:
+        UserError: the file is absent or a marker has no end.
+    """
     before = files.read_text(readme, remedy="--check and --update take a Markdown file")
     tables, stale = 0, 0
 

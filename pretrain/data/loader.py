@@ -58,9 +58,11 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Made:
-    """A batch. `groups`: a tensor a resolution, uint8 crops (device mode) or finished float32 (CPU mode). `records`:
-    the views' parameters a resolution, (v·B,) of dtype VIEW. `indices` (B,): of the images shown. `failure`: the
-    sentence of a `UserError`, because an exception that crosses processes arrives with the worker's traceback."""
+    """A batch. `groups`: a tensor a resolution, uint8 crops (device mode) or finished float32 (CPU mode).
+
+    `records`: the views' parameters a resolution, (v·B,) of dtype VIEW. `indices` (B,): of the images shown. `failure`:
+    the sentence of a `UserError`, because an exception that crosses processes arrives with the worker's traceback.
+    """
 
     groups: list[Tensor]
     records: list[np.ndarray]
@@ -76,8 +78,11 @@ class Made:
 
 class ViewMaker:
     """The DataLoader's data set: `maker[request]` is the batch, in shared memory when a worker makes it, or when
-    `shared`. With `recycled`, that memory is one of so many buffers in turn, because the kernel clears fresh pages,
-    which takes as long as writing them; a batch must then be copied before another `recycled` of them are asked for."""
+    `shared`.
+
+    With `recycled`, that memory is one of so many buffers in turn, because the kernel clears fresh pages, which takes
+    as long as writing them; a batch must then be copied before another `recycled` of them are asked for.
+    """
 
     def __init__(
         self,
@@ -244,9 +249,11 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, shared: bool) -> Tenso
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input of this rank. `views`: a tensor a resolution, view-major: (2·B, 3, G, G), then (L·B, 3, l, l);
-    float32, normalised, on the device. `indices` (B,) int64, on the CPU. `bad_images`: unreadable ones that this loader
-    has met so far."""
+    """One step's input of this rank.
+
+    `views`: a tensor a resolution, view-major: (2·B, 3, G, G), then (L·B, 3, l, l); float32, normalised, on the device.
+    `indices` (B,) int64, on the CPU. `bad_images`: unreadable ones that this loader has met so far.
+    """
 
     views: list[Tensor]
     indices: Tensor

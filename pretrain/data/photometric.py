@@ -32,10 +32,12 @@ MAX_HUE = 1 / 6  # `shift_hue` unwraps the colour circle only this far, in turns
 
 @dataclass(frozen=True)
 class Photometric:
-    """Parameters of N views for the device. `numbers` (N, 13 + taps): for each of the four jitter slots gain, luma
-    share and mean share; the hue shift in sixths of a turn; the taps of the blur kernel. `rows` int64: which views
-    flip, shift hue in slot 0 … 3, are grey, are blurred, are solarised, one list after the other with `splits` entries
-    each."""
+    """Parameters of N views for the device.
+
+    `numbers` (N, 13 + taps): for each of the four jitter slots gain, luma share and mean share; the hue shift in
+    sixths of a turn; the taps of the blur kernel. `rows` int64: which views flip, shift hue in slot 0 … 3, are grey,
+    are blurred, are solarised, one list after the other with `splits` entries each.
+    """
 
     numbers: Tensor
     rows: Tensor
@@ -106,18 +108,22 @@ def luma(x: Tensor) -> Tensor:
 
 def mix(x: Tensor, gain: Tensor, luma_share: Tensor, mean_share: Tensor) -> Tensor:
     """One slot of the jitter of (N, 3, P), in place: gain·x + luma_share·luma + mean_share·mean(luma), in [0, 255].
-    Brightness b is (b, 0, 0), contrast c is (c, 0, 1 − c), saturation s is (s, 1 − s, 0), none is (1, 0, 0); each share
-    is (N, 1, 1)."""
+
+    Brightness b is (b, 0, 0), contrast c is (c, 0, 1 − c), saturation s is (s, 1 − s, 0), none is (1, 0, 0); each
+    share is (N, 1, 1).
+    """
     grey = luma(x)  # (N, 1, P)
     added = grey.mean(dim=-1, keepdim=True).mul_(mean_share)  # (N, 1, 1)
     return x.mul_(gain).add_(grey.mul_(luma_share).add_(added)).clamp_(0, WHITE)
 
 
 def shift_hue(x: Tensor, shift: Tensor | float) -> Tensor:
-    """Turn the hue of (…, 3, P) by `shift`, (…, 1, 1) or a number, in sixths of a turn, |shift| ≤ 1. With m the least
-    channel, C the chroma and n = (rgb − m)/C, the hue's distance from red is n_g + n_b − n_r + 1 in sixths of a turn,
-    [0, 3], and g − b has its sign. A channel whose primary is d sixths from the hue is m − C + C·clamp(| |d| − 3 |, 1,
-    2)."""
+    """Turn the hue of (…, 3, P) by `shift`, (…, 1, 1) or a number, in sixths of a turn, |shift| ≤ 1.
+
+    With m the least channel, C the chroma and n = (rgb − m)/C, the hue's distance from red is n_g + n_b − n_r + 1 in
+    sixths of a turn, [0, 3], and g − b has its sign. A channel whose primary is d sixths from the hue is
+    m − C + C·clamp(| |d| − 3 |, 1, 2).
+    """
     red, green, blue = x.split(1, -2)  # 3 × (…, 1, P)
     least, chroma = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
     chroma.sub_(least)
@@ -128,9 +134,11 @@ def shift_hue(x: Tensor, shift: Tensor | float) -> Tensor:
 
 
 def blur_kernels(sigma: np.ndarray) -> np.ndarray:
-    """The taps of Pillow's GaussianBlur: (N,) standard deviations → (N, taps), float64, rows sum to 1. Pillow runs
-    three extended boxes whose width gives the variance (Gwosdek et al., "Theoretical foundations of Gaussian
-    convolution by extended box filtering", 2011). Together they are one kernel of 6·⌊radius⌋ + 7 taps."""
+    """The taps of Pillow's GaussianBlur: (N,) standard deviations → (N, taps), float64, rows sum to 1.
+
+    Pillow runs three extended boxes whose width gives the variance (Gwosdek et al., "Theoretical foundations of
+    Gaussian convolution by extended box filtering", 2011). Together they are one kernel of 6·⌊radius⌋ + 7 taps.
+    """
     variance = sigma**2 / BLUR_PASSES
     whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)  # whole pixels each side that a box covers fully
     edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))

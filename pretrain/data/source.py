@@ -62,9 +62,11 @@ class Request:
 
 
 class Images:
-    """Images by number, in a fixed order; those of more than `max_pixels` are unreadable. `remarks` are sentences for
-    the user. `order` is the SHA-256 over the relative names in their order: with equal ones every number means the same
-    image. None where there are no names."""
+    """Images by number, in a fixed order; those of more than `max_pixels` are unreadable.
+
+    `remarks` are sentences for the user. `order` is the SHA-256 over the relative names in their order: with equal ones
+    every number means the same image. None where there are no names.
+    """
 
     max_pixels = MAX_PIXELS
     remarks: Sequence[str] = ()
@@ -167,9 +169,11 @@ def replacements(images: int, *, seed: int, epoch: int, index: int) -> Iterator[
 
 
 class ImageFiles(Images):
-    """Image files by their paths relative to `root`. Their names are in one numpy array: a forked worker that reads a
-    Python string writes its reference count, so its memory page is copied into every worker; of a million strings that
-    is gigabytes."""
+    """Image files by their paths relative to `root`.
+
+    Their names are in one numpy array: a forked worker that reads a Python string writes its reference count, so its
+    memory page is copied into every worker; of a million strings that is gigabytes.
+    """
 
     def __init__(self, root: Path, names: Sequence[str], remarks: Sequence[str] = ()) -> None:
         encoded = [os.fsencode(name) for name in names]

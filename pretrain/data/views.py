@@ -190,9 +190,11 @@ def _between(bounds: np.ndarray, u: np.ndarray) -> np.ndarray:
 def crop_box(
     areas: list[float], root_aspects: list[float], corner: list[float], *, height: int, width: int
 ) -> tuple[int, int, int, int]:
-    """torchvision's RandomResizedCrop: top, left, height, width. Of ten tries of an area share and an aspect,
-    log-uniform in (3/4, 4/3), the first that fits into the image, anywhere in it; when none fits, the largest central
-    crop whose aspect is within the bounds."""
+    """torchvision's RandomResizedCrop: top, left, height, width.
+
+    Of ten tries of an area share and an aspect, log-uniform in (3/4, 4/3), the first that fits into the image, anywhere
+    in it; when none fits, the largest central crop whose aspect is within the bounds.
+    """
     for area, root_aspect in zip(areas, root_aspects):
         side = math.sqrt(area * (height * width))
         box_height, box_width = round(side / root_aspect), round(side * root_aspect)
@@ -208,10 +210,12 @@ def crop_box(
 
 
 def cut(image: Tensor, box: Sequence[int], *, out: Tensor) -> Tensor:
-    """The crop `box` of `image` uint8 (3, H, W), resized bicubically with antialiasing into `out` (3, S, S). Differs
-    from Pillow's resize by at most two levels (fixed-point weights of another width), mostly by none. torch's resize is
-    vectorised for channels that are last in memory, as torchvision decodes them and as `out` should have them.
-    `F.interpolate` computes the same, but its result would have to be copied."""
+    """The crop `box` of `image` uint8 (3, H, W), resized bicubically with antialiasing into `out` (3, S, S).
+
+    Differs from Pillow's resize by at most two levels (fixed-point weights of another width), mostly by none. torch's
+    resize is vectorised for channels that are last in memory, as torchvision decodes them and as `out` should have
+    them. `F.interpolate` computes the same, but its result would have to be copied.
+    """
     top, left, height, width = box
     crop = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
     torch.ops.aten._upsample_bicubic2d_aa.out(crop, out.shape[1:], False, None, None, out=out[None])
