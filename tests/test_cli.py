@@ -186,12 +186,11 @@ def started(command: str, folder: Path, **options: Any) -> subprocess.Popen[str]
     return subprocess.Popen(words, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, **options)
 
 
-@pytest.mark.slow  # three processes that import torch
+@pytest.mark.slow  # processes that import torch
 @pytest.mark.parametrize(
     ("command", "begun"),
     [
         ("convert network.safetensors --to timm --output out", ".out.*"),
-        ("transfer sample-knn --weights random --data tree --output out", "out/run.json"),
         ("suite suite.toml --data tree --output out", "out/*/*/log-1.txt"),
     ],
 )
