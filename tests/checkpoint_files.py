@@ -19,6 +19,7 @@ from twist.contracts import rename
 from twist.contracts.networks import network_of
 from twist.contracts.shapes import shapes_of
 from twist.contracts.weights import Backbone, Vit, write_backbone
+from twist.converters.convert import Conversion
 from twist.converters.sources import Branch, Layout, matches
 from twist.converters.tables import CAFFE2, HAIKU
 
@@ -109,6 +110,34 @@ def write_stored_source(path: Path) -> Path:
         tensors[name] = values.reshape(empty.shape).to(empty.dtype).contiguous()
     save_file(tensors, path)
     return path
+
+
+def printed_network(done: Conversion) -> Any:
+    """The network that the printed lines of a conversion load, or that the config which they leave behind builds."""
+    text, names = done.target.usage(done.output, done.backbone), {}
+    if "your_config.py" in text:
+        import mmseg
+
+        yours = Path(mmseg.__file__).parent / ".mim/configs/fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py"
+        text = text.replace("your_config.py", str(yours))
+    exec(compile(text, "<printed>", "exec"), names)
+    if "cfg" in names:
+        from detectron2.checkpoint import DetectionCheckpointer
+        from detectron2.modeling import build_model
+
+        names["cfg"].MODEL.DEVICE = "cpu"
+        model = build_model(names["cfg"])
+        DetectionCheckpointer(model).load(names["cfg"].MODEL.WEIGHTS)
+        return model.backbone.bottom_up
+    if "config" in names:
+        from mmengine.registry import DefaultScope
+        from mmseg.registry import MODELS
+
+        with DefaultScope.overwrite_default_scope("mmseg"):
+            network = MODELS.build(names["config"].model.backbone)
+            network.init_weights()
+        return network
+    return names.get("backbone") or names["network"]
 
 
 def renamed_back(table: rename.Table, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import random_tensors, saved
+from checkpoint_files import printed_network, random_tensors, saved
 from torch import nn
 
 from twist.contracts.errors import UserError
@@ -271,27 +271,6 @@ def test_check_config_of_mmseg(written: dict[str, Path], tmp_path: Path) -> None
 # --- the lines that are printed ---------------------------------------------------------------------------------------
 
 
-def network_of_lines(names: dict[str, Any]) -> nn.Module:
-    """The network in what the printed lines leave behind: itself, or what a config of the frameworks builds."""
-    if "cfg" in names:
-        from detectron2.checkpoint import DetectionCheckpointer
-        from detectron2.modeling import build_model
-
-        names["cfg"].MODEL.DEVICE = "cpu"
-        model = build_model(names["cfg"])
-        DetectionCheckpointer(model).load(names["cfg"].MODEL.WEIGHTS)
-        return model.backbone.bottom_up
-    if "config" in names:
-        from mmengine.registry import DefaultScope
-        from mmseg.registry import MODELS
-
-        with DefaultScope.overwrite_default_scope("mmseg"):
-            network = MODELS.build(names["config"].model.backbone)
-            network.init_weights()
-        return network
-    return names.get("backbone") or names["network"]
-
-
 @pytest.mark.parametrize(
     ("target", "header"),
     [
@@ -309,16 +288,8 @@ def test_the_printed_lines_load_every_tensor(
     tensors = random_tensors(header.architecture, image_size=header.image_size)
     file = write_backbone(tmp_path / "backbone.safetensors", tensors, header)
     done = convert(file, to=target, output=Path('my "weights"'), verify=False)
-    text = TARGETS[target].usage(done.output, header)
-    assert text.splitlines()[-1] in conversion_text(done)
-    if target == "mmseg":
-        import mmseg
-
-        base = Path(mmseg.__file__).parent / ".mim/configs/fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py"
-        Path("your_config.py").write_text(f"_base_ = [{str(base)!r}]\n")
-    names: dict[str, Any] = {}
-    exec(compile(text, "<printed>", "exec"), names)
-    network = network_of_lines(names)
+    assert TARGETS[target].usage(done.output, header).splitlines()[-1] in conversion_text(done)
+    network = printed_network(done)
     written = proof.written_tensors(done.weights)
     wanted = {name.removeprefix("backbone.").removeprefix("network."): tensor for name, tensor in written.items()}
     # Our ViT for Detectron2 has its parameters in `network`.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import saved, tiny_vit, write_drawn
+from checkpoint_files import printed_network, saved, tiny_vit, write_drawn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -205,39 +205,14 @@ def of_timm(prefix: str, count: int, rule: str, **reading: Any) -> Callable[[Pat
     return make
 
 
-def built(target: str, folder: Path, backbone: Backbone) -> Callable[[Tensor], Tensor]:
-    """The framework's network with the converted weights; the last block's patches after the last norm."""
+def patches(target: str, network: Any, images: Tensor) -> Tensor:
+    """(1, N, D): the last block's patches after the last norm, as the framework's network gives them."""
     if target == "timm":
-        import timm
-
-        network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, dynamic_img_size=True)
-        return lambda images: network.eval().forward_intermediates(images, norm=True, intermediates_only=True)[-1]
-    if target == "mmseg":
-        from mmengine.config import Config
-        from mmengine.registry import DefaultScope
-        from mmseg.registry import MODELS
-
-        settings = Config.fromfile(str(folder / "overlay.py")).model.backbone
-        with DefaultScope.overwrite_default_scope("mmseg"):
-            network = MODELS.build({key: value for key, value in settings.items() if key != "_delete_"})
-            network.init_weights()
-            network.eval()  # returns nothing there
-        return lambda images: network(images)[-1]
-    from detectron2.checkpoint import DetectionCheckpointer
-    from detectron2.config import get_cfg
-    from detectron2.modeling import build_backbone
-
-    from twist.integrations.detectron2 import add_vit_config
-
-    cfg = get_cfg()
-    add_vit_config(cfg)
-    cfg.MODEL.BACKBONE.NAME = "build_twist_vit_backbone"
-    keys = cfg.MODEL.TWIST_VIT
-    keys.ARCHITECTURE, keys.IMAGE_SIZE = backbone.architecture, backbone.image_size
-    keys.VIT = backbone.transformer.model_dump_json()
-    network = build_backbone(cfg).eval()
-    DetectionCheckpointer(network.network).load(str(folder / "weights.pth"))
-    return lambda images: next(iter(network(images).values()))
+        network.set_input_size(img_size=tuple(images.shape[2:]))
+        maps = network.forward_intermediates(images, norm=True, intermediates_only=True)[-1]
+    else:
+        maps = network(images)[-1] if target == "mmseg" else next(iter(network(images).values()))
+    return maps.flatten(2).transpose(1, 2)
 
 
 PEERS: dict[str, Callable[[Path], Peer]] = {
@@ -257,12 +232,13 @@ def test_a_peers_network_is_the_frameworks(peer: str, target: str, tmp_path: Pat
     torch.manual_seed(0)
     file, tokens, reading = PEERS[peer](tmp_path)
     done = convert(file, to=target, output=tmp_path / "out", verify=False, **reading)
-    network, patch = built(target, done.output, done.backbone), done.backbone.patch_size
+    network, patch = printed_network(done), done.backbone.patch_size
+    network.eval()
     own_rule = done.backbone.transformer.resize != "antialias"
     for grid in ((4, 4),) if target == "timm" and own_rule else ((4, 4), (20, 12)):
         images = torch.randn(1, 3, grid[0] * patch, grid[1] * patch)
         with torch.inference_mode():
-            ours, theirs = network(images).flatten(2).transpose(1, 2), tokens(images)
+            ours, theirs = patches(target, network, images), tokens(images)
         assert ours.shape == theirs.shape
         # timm's names have no epsilon as small as Hugging Face's 1e-12; with 1e-6 small features differ by 1.4e-5.
         limit = 3e-5 if (peer, target) == ("HF ViT", "timm") else 1e-5
