@@ -1,14 +1,14 @@
 """What the peers' own save routines write, and the way back out of a trained detector or segmentor."""
 
 import argparse
-import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import printed_network, saved, tiny_vit, write_drawn
+from checkpoint_files import printed_network, saved, tiny_vit, under, write_drawn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -19,6 +19,7 @@ from twist.contracts.weights import Backbone
 from twist.converters.convert import convert
 from twist.converters.open import read_contents
 from twist.converters.read import load_source
+from twist.converters.targets import TARGETS
 
 pytestmark = pytest.mark.slow
 SMALL = Backbone(architecture="resnet18", method="twist", stride_in="3x3")
@@ -248,68 +249,41 @@ def test_a_peers_network_is_the_frameworks(peer: str, target: str, tmp_path: Pat
 # ---- Back again ------------------------------------------------------------------------------------------------------
 
 
-def check_tensors(found: dict[str, Tensor], file: Path) -> None:
-    """The same values; MMSegmentation and Detectron2 drop the counters of batches."""
-    expected = load_source(file).tensors
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items() if "num_batches" not in name)
-
-
 REGISTERS = tiny_vit(patch=14, registers=4, prefix_positions=False, layer_scale=True, norm_eps=1e-5, resize="offset")
+HEADS = {"mmseg": "decode_head.conv_seg.weight", "detectron2": "roi_heads.box_head.fc1.weight"}
 
 
-@pytest.mark.parametrize("backbone", [SMALL, REGISTERS], ids=lambda row: row.display_name)
-def test_out_of_an_mmsegmentation_run(backbone: Backbone, tmp_path: Path) -> None:
-    """A segmentor built by MMSegmentation from the overlay, saved with its config as mmengine does."""
+@pytest.mark.parametrize(
+    ("target", "backbone", "outer", "inner", "back"),
+    [
+        ("mmseg", SMALL, "backbone.", "", "huggingface"),
+        ("mmseg", REGISTERS, "backbone.", "network.", "torchvision"),
+        ("detectron2", SMALL, "backbone.bottom_up.", "", "timm"),
+        ("detectron2", REGISTERS, "backbone.net.", "network.", "torchvision"),
+    ],
+)
+def test_out_of_a_frameworks_run(
+    target: str, backbone: Backbone, outer: str, inner: str, back: str, tmp_path: Path
+) -> None:
+    """MMSegmentation saves its config with its network; of Detectron2 the run's folder says what no tensor does."""
     from mmengine.config import Config
-    from mmengine.registry import DefaultScope
-    from mmseg.registry import MODELS
 
-    done = convert(write_drawn(tmp_path, backbone), to="mmseg", output=tmp_path / "mm", verify=False)
-    config = Config.fromfile(str(done.overlay))
-    settings = {key: value for key, value in config.model.backbone.items() if key != "_delete_"}
-    with DefaultScope.overwrite_default_scope("mmseg"):
-        network = MODELS.build(settings)
-        network.init_weights()
-    state = {f"backbone.{name}": tensor for name, tensor in network.state_dict().items()}
-    state["decode_head.conv_seg.weight"] = torch.ones(2, 8, 1, 1)
-    torch.save({"meta": {"cfg": config.pretty_text}, "state_dict": state}, tmp_path / "iter_9.pth")
-    with pytest.raises(UserError, match=r"trained MMSegmentation segmentor.*--prefix"):
-        load_source(tmp_path / "iter_9.pth")
-    prefix = "backbone.network." if backbone is REGISTERS else "backbone."
-    source = load_source(tmp_path / "iter_9.pth", prefix=prefix, method="mine")
-    assert (source.backbone.vit, source.backbone.method) == (backbone.vit, "mine")
-    check_tensors(source.tensors, tmp_path / "backbone.safetensors")
-    to = "torchvision" if backbone is REGISTERS else "huggingface"
-    back = convert(tmp_path / "iter_9.pth", to=to, prefix=prefix, output=tmp_path / "back")
-    assert back.proof.kind == "framework" or backbone is REGISTERS
-
-
-@pytest.mark.parametrize("backbone", [SMALL, REGISTERS], ids=lambda row: row.display_name)
-def test_out_of_a_detectron2_run(backbone: Backbone, tmp_path: Path) -> None:
-    """model_final.pth in the folder of a `twist transfer` run, whose weights say what no tensor does."""
-    from detectron2.checkpoint import DetectionCheckpointer
-    from detectron2.config import LazyConfig, instantiate
-
-    run = tmp_path / "run"
-    file = write_drawn(tmp_path, backbone)
-    done = convert(file, to="detectron2", output=run / "weights" / "detectron2", verify=False)
-    (run / "run.json").write_text("{}")
-    assert done.overlay is not None
-    if backbone.is_vit:
-        network = instantiate(LazyConfig.load(str(done.overlay)).backbone)
-        DetectionCheckpointer(network.network).load(str(done.weights))
-        state = {f"backbone.net.{name}": tensor for name, tensor in network.state_dict().items()}
+    run, file = tmp_path / "run", write_drawn(tmp_path, backbone)
+    done = convert(file, to=target, output=run / "weights" / target, verify=False)
+    value: dict[str, Any] = under(outer, printed_network(done).state_dict()) | {HEADS[target]: torch.ones(2, 8, 1, 1)}
+    if target == "mmseg":
+        value = {"meta": {"cfg": Config.fromfile(str(done.overlay)).pretty_text}, "state_dict": value}
+        shutil.rmtree(run / "weights")
+        with pytest.raises(UserError, match=r"trained MMSegmentation segmentor.*--prefix"):
+            load_source(saved(run / "final.pth", value))
     else:
-        written = torch.load(done.weights, weights_only=True)["model"]
-        state = {f"backbone.bottom_up.{name}": tensor for name, tensor in written.items()}
-    state["roi_heads.box_head.fc1.weight"] = torch.ones(2, 2)
-    torch.save({"model": state, "iteration": 9}, run / "model_final.pth")
-    prefix = "backbone.net.network" if backbone.is_vit else "backbone.bottom_up"
-    source = load_source(run / "model_final.pth", prefix=prefix)
+        value = {"model": value, "iteration": 9}
+        (run / "run.json").write_text("{}")
+    trained, prefix = saved(run / "final.pth", value), outer + inner
+    source = load_source(trained, prefix=prefix)
     assert source.backbone.vit == backbone.vit
-    assert (source.backbone.method, source.backbone.source_layout) == (backbone.method, "anywhere")
-    check_tensors(source.tensors, file)
-    to = "timm" if backbone is SMALL else "torchvision"
-    convert(run / "model_final.pth", to=to, prefix=prefix, output=tmp_path / "back")
-    report = json.loads((tmp_path / "back" / "report.json").read_text())
-    assert any("trained Detectron2 model" in note for note in report["notes"])
+    assert any(f"trained {TARGETS[target].title}" in note for note in source.notes)
+    expected = load_source(file).tensors
+    assert all(torch.equal(t, expected[name]) for name, t in source.tensors.items() if "num_batches" not in name)
+    proof = convert(trained, to=back, prefix=prefix, output=tmp_path / "back").proof
+    assert proof.kind == "framework" or backbone is REGISTERS
