@@ -29,8 +29,7 @@ class Case:
     """One file and the command that reads it, in a folder of its own.
 
     `file` is where it lies; an error must name it, or one of `named`. With `refused` success is a fault too: the file
-    says what cannot be true. `check` looks at what was written and printed, and says what is wrong with it. `entry` and
-    `setup` are those of `forked.Command`.
+    says what cannot be true. `setup` is that of `forked.Command`.
     """
 
     name: str
@@ -38,12 +37,10 @@ class Case:
     file: str
     command: tuple[str, ...]
     tree: str | None = None
-    entry: str = "twist.cli:main"
     setup: str | None = None
     named: tuple[str, ...] = ()
     refused: bool = False
     others: tuple[tuple[str, Content], ...] = ()
-    check: Callable[[Path, str], str | None] | None = None
 
     def write(self, folder: Path) -> None:
         for name, content in ((self.file, self.content), *self.others):
