@@ -91,53 +91,6 @@ def test_folders_that_cannot_be_read_say_what_to_do(tmp_path: Path) -> None:
 
 # ---- transformers' own networks --------------------------------------------------------------------------------------
 
-SIZES = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 384}
-GATED = {"num_register_tokens": 4, "use_gated_mlp": True, "hidden_act": "silu", "rope_theta": 50.0}
-# Class of transformers, arguments of its config → method and architecture that are read.
-OWN: dict[str, tuple[str, dict[str, Any], str, str]] = {
-    "ViT": ("ViTModel", {}, "unknown", "vit_tiny_patch16"),
-    "classifier": ("ViTForImageClassification", {"qkv_bias": False}, "supervised", "vit_tiny_patch16"),
-    "DeiT": ("DeiTModel", {}, "supervised", "vit_tiny_patch16_reg1"),
-    "MAE": ("ViTMAEForPreTraining", {"mask_ratio": 0.0}, "mae", "vit_tiny_patch16"),
-    "MSN": ("ViTMSNModel", {}, "msn", "vit_tiny_patch16"),
-    "I-JEPA": ("IJepaModel", {}, "ijepa", "vit_tiny_patch16"),
-    "DINOv2": ("Dinov2Model", {"patch_size": 14, "image_size": 56}, "dinov2", "vit_tiny_patch14"),
-    "SwiGLU": ("Dinov2Model", {"use_swiglu_ffn": True}, "dinov2", "vit_tiny_patch16"),
-    "registers": ("Dinov2WithRegistersModel", {}, "dinov2", "vit_tiny_patch16_reg4"),
-    "DINOv3": ("DINOv3ViTModel", {"num_register_tokens": 4}, "dinov3", "vit_tiny_patch16_rope_reg4"),
-    "DINOv3+": ("DINOv3ViTModel", GATED, "dinov3", "vit_tiny_patch16_rope_reg4"),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", OWN)
-def test_transformers_own_vit_computes_what_is_read_of_it(case: str, tmp_path: Path) -> None:
-    """At the table's size, and at 20 × 12 patches."""
-    import transformers
-
-    kind, settings, method, name = OWN[case]
-    model = getattr(transformers, kind)
-    torch.manual_seed(0)
-    network = model(model.config_class(**{"image_size": 64, "patch_size": 16, **SIZES, **settings})).eval()
-    for parameter in network.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
-    network.save_pretrained(tmp_path / "hf", max_shard_size="2MB")
-    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
-    source = load_source(tmp_path / "hf")
-    assert (source.backbone.method, source.backbone.display_name) == (method, name)
-    base, patch = getattr(network, network.base_model_prefix, network), source.backbone.patch_size
-    if "DINOv3" in kind:
-        base = network
-    for grid in ((network.config.image_size // patch,) * 2, (20, 12)):
-        images = torch.randn(1, 3, grid[0] * patch, grid[1] * patch)
-        more: dict[str, Any] = {} if "Din" in kind or "DIN" in kind else {"interpolate_pos_encoding": True}
-        if case == "MAE":  # in the order of the noise
-            more["noise"] = torch.arange(grid[0] * grid[1])[None].float()
-        with torch.inference_mode():
-            theirs = base(images, **more).last_hidden_state
-            ours = network_of(source.backbone, source.tensors).forward_features(images)  # type: ignore[operator]
-        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
