@@ -81,11 +81,7 @@ def give_weights(norm: nn.Module, channels: int) -> None:
 
 
 # Of a row the shape, whether the norm has weights, and whether a gradient of its input is wanted.
-CASES = {
-    "head's last": ((3,), False, True),
-    "images": ((4, 2, 3), True, True),
-    "first layer": ((3, 2, 2), True, False),
-}
+CASES = {"head's last": ((3,), False, True), "images": ((4, 2, 3), True, True), "first layer": ((3, 2, 2), True, False)}
 
 
 def on_rank(rank: int) -> dict[str, dict[str, Tensor]]:

@@ -45,11 +45,7 @@ def run_demo(output: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(("fast", "here"), [(True, "repository"), (False, "elsewhere")])
 def test_what_the_demo_prints_is_what_it_does(
-    fast: bool,
-    here: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    fast: bool, here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every printed line, pasted into a shell in the same folder, makes the call that the demo made, value by value."""
     pytest.importorskip("torch")

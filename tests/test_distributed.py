@@ -289,8 +289,7 @@ def fail_on_one(rank: int, folder: str, kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "sentence"),
-    [("gloo", "29 images cannot be read."), ("nccl", "The disk is full"), ("stop", "saved")],
+    ("kind", "sentence"), [("gloo", "29 images cannot be read."), ("nccl", "The disk is full"), ("stop", "saved")]
 )
 def test_what_fails_on_one_rank_is_said_on_all_of_them_at_once(kind: str, sentence: str, tmp_path: Path) -> None:
     ranks = torch.multiprocessing.start_processes(

@@ -55,11 +55,7 @@ def inside(apart: Tensor) -> Tensor:
 @pytest.mark.parametrize("factor", [0.6, 1.4])
 def test_brightness_contrast_and_saturation_are_pillows(kind: int, factor: float) -> None:
     image = picture(kind)
-    for operation, shares in (
-        (BRIGHTNESS, (0.0, 0.0)),
-        (CONTRAST, (0.0, 1 - factor)),
-        (SATURATION, (1 - factor, 0.0)),
-    ):
+    for operation, shares in ((BRIGHTNESS, (0.0, 0.0)), (CONTRAST, (0.0, 1 - factor)), (SATURATION, (1 - factor, 0.0))):
         ours = fast.mix(levels(image), one(factor), one(shares[0]), one(shares[1]))
         assert difference(ours, pil.jitter(image, operation, factor)).max() <= 1.5, operation
     if (kind, factor) == (PHOTOGRAPH, 0.6):  # the bound tells one from the other
@@ -75,10 +71,7 @@ def test_hue_is_pillows_to_its_whole_levels(factor: float) -> None:
         assert apart.max() <= most
 
 
-@given(
-    rgb=st.tuples(*[st.integers(0, 255)] * 3),
-    shift=st.floats(-1, 1, allow_nan=False, width=32),
-)
+@given(rgb=st.tuples(*[st.integers(0, 255)] * 3), shift=st.floats(-1, 1, allow_nan=False, width=32))
 @settings(max_examples=200, deadline=None)
 def test_hue_equals_the_textbook_conversion(rgb: tuple[int, int, int], shift: float) -> None:
     import colorsys

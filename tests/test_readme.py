@@ -62,12 +62,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "home").mkdir()
     torch.save(build_backbone("resnet18").state_dict(), tmp_path / "CHECKPOINT")
     moco = next(layout for layout in LAYOUTS if layout.name == "moco")
-    write_checkpoint(
-        tmp_path / "moco_v2_800ep.pth.tar",
-        moco,
-        moco.branches[0],
-        random_tensors("resnet50"),
-    )
+    write_checkpoint(tmp_path / "moco_v2_800ep.pth.tar", moco, moco.branches[0], random_tensors("resnet50"))
     (tmp_path / "runs" / "r50_multicrop_100ep").mkdir(parents=True)
     header = Backbone(architecture="resnet50", method="twist", epochs=100)
     write_backbone(

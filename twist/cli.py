@@ -283,11 +283,7 @@ def predict(
 
 
 @data_app.command("sample")
-def data_sample(
-    root: Path,
-    size: Literal["tiny", "small", "medium"] = "small",
-    seed: Seed = 0,
-) -> None:
+def data_sample(root: Path, size: Literal["tiny", "small", "medium"] = "small", seed: Seed = 0) -> None:
     """Write a small world in the real layouts: images, COCO, VOC, Cityscapes, ImageNet-like."""
     require("transfer", "PIL")
     from twist.catalog.sample.make import make_sample
@@ -297,11 +293,7 @@ def data_sample(
 
 
 @data_app.command("prepare")
-def data_prepare(
-    dataset: str,
-    root: DataRoot = None,
-    overrides: Overrides = None,
-) -> None:
+def data_prepare(dataset: str, root: DataRoot = None, overrides: Overrides = None) -> None:
     """Build what derives from the originals. Never downloads, never touches them.
 
     voc: trainaug (sbd=FOLDER). cityscapes: the trainIds. imagenet: the 1 % and 10 % lists (lists=FOLDER). coco, ade20k:
@@ -324,8 +316,7 @@ def data_prepare(
 
 @data_app.command("card")
 def data_card(
-    folder: Path,
-    output: Annotated[Path | None, Option(help="The card's file; default FOLDER/card.toml.")] = None,
+    folder: Path, output: Annotated[Path | None, Option(help="The card's file; default FOLDER/card.toml.")] = None
 ) -> None:
     """Write the data card that a folder suggests.
 
