@@ -120,6 +120,15 @@ def test_a_slow_step_is_never_silent(capsys: pytest.CaptureFixture[str]) -> None
     assert demo.Display(steps, scale=1.0).every_s <= 60
 
 
+def test_what_an_earlier_demo_did_says_nothing_of_the_pace(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = [demo.Step("done before", ("data",), 100.0), demo.Step("other", ("data",), 90.0)]
+    display = demo.Display(steps, scale=1.0)
+    for step in steps:
+        with display.step(step, "1/2"):
+            pass
+    assert "other   (about 1 min 30 s left)" in capsys.readouterr().err
+
+
 @pytest.mark.readme
 def test_demo_end_to_end(tmp_path: Path) -> None:
     output = tmp_path / "demo"
