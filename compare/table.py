@@ -319,13 +319,8 @@ def long_rows(table: Table) -> Iterator[dict[str, Any]]:
     baseline = None if table.baseline is None else table.rows[table.baseline].label
     for (r, c), cell in sorted(table.cells.items()):
         row, column = table.rows[r], table.columns[c]
-        where = {
-            "method": row.method,
-            "row": row.label,
-            "architecture": row.architecture,
-            "pretrain_epochs": row.epochs,
-        }
-        where |= {"protocol": column.protocol, "metric": column.metric}
+        place = (row.method, row.label, row.architecture, row.epochs, column.protocol, column.metric)
+        where = dict(zip(FIELDS, place))  # the first six
         if runs := cell.measured:
             line = {name: getattr(column, name) for name in ("scale", "recipe_hash", "mixed")} | {"kind": "measured"}
             line |= {"value": runs.mean, "sd": runs.sd, "n": runs.n, "runs": len(runs.records)}
@@ -337,10 +332,5 @@ def long_rows(table: Table) -> Iterator[dict[str, Any]]:
         for value in cell.published:
             # Its recipe is not known, whatever column it is shown in.
             line = {"scale": PUBLISHED, "kind": PUBLISHED, "value": value.value, "sd": value.sd, "n": value.trials}
-            yield {
-                **where,
-                **line,
-                "source": table.sources[value.source].text,
-                "read": table.sources[value.source].read,
-                "note": value.note,
-            }
+            source = table.sources[value.source]
+            yield {**where, **line, "source": source.text, "read": source.read, "note": value.note}

@@ -54,13 +54,10 @@ def process_group(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[t
             store, number, ranks = next(dist.rendezvous("env://", timeout=JOINING))
             store = of_this_start(store, number, ranks)
         except (dist.DistNetworkError, dist.DistStoreError) as error:
-            me, time_limit = (
-                f"Rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}",
-                duration(JOINING.total_seconds()),
-            )
             raise UserError(
-                f"{me} waited {time_limit} for the others ({str(error).splitlines()[0]}): start them all with one "
-                "MASTER_ADDR and MASTER_PORT, as torchrun does."
+                f"Rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} waited {duration(JOINING.total_seconds())} "
+                f"for the others ({str(error).splitlines()[0]}): start them all with one MASTER_ADDR and MASTER_PORT, "
+                "as torchrun does."
             ) from error
         dist.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=JOINING, device_id=on)
         dist.distributed_c10d._set_pg_timeout(TIMEOUT)
