@@ -36,7 +36,7 @@ def prepare(
 
     `UsageError`: no such data set or option. `UserError`: originals are missing or not what they should be.
     """
-    if dataset in ("ade20k", "coco"):
+    if dataset in {row.group for row in DATA_SETS.values()} - PREPARATIONS.keys():
         print(f"{dataset} needs no preparation; `twist data check {dataset}` checks it.", file=sys.stderr)
         return []
     if dataset not in PREPARATIONS:
