@@ -179,6 +179,7 @@ def find_card(data: Path | None, *, root: str | None = None) -> Card | None:
     """The card that `data` is or, as a folder, holds; None where `data` is a data root. `root` overrides the card's.
 
     A name alone, as `camvid`, may stand for one of ours.
+
     `UsageError`: the file is no TOML or no card. `UserError`: there is no such file.
     """
     if data is None:
