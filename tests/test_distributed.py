@@ -320,9 +320,9 @@ def start_of_a_rank(rank: int, port: int, file: str) -> None:
 
 
 @pytest.mark.slow
-def test_starts_after_a_kill_meet_in_the_store_that_torchrun_keeps(tmp_path: Path) -> None:
+def test_ten_starts_after_a_kill_meet_in_the_store_that_torchrun_keeps(tmp_path: Path) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for number in range(4):
+    for number in range(11):
         ranks = torch.multiprocessing.start_processes(
             start_of_a_rank,
             args=(store.port, str(tmp_path / str(number))),
