@@ -6,6 +6,7 @@ import errno
 import fcntl
 import io
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -683,6 +685,36 @@ def test_slurm_jobs_outlive_their_suite(
     assert len(world.run(executor="slurm")) == 2
     assert list(cluster.jobs) == ["101", "102"]
     assert world.starts() == 2
+
+
+def test_a_second_interruption_leaves_no_local_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two runs ignores TERM; Ctrl-C while it is waited for ends both."""
+    launcher, running = launch.LocalLauncher([["0"], ["1"]]), []
+    for slot in (0, 1):
+        folder = tmp_path / str(slot)
+        script = shell("trap '' TERM; echo ready; while :; do sleep 0.05; done")
+        folder.mkdir()
+        running.append(launcher.start(script, log=folder / "log", slot=slot))
+        until(lambda folder=folder: (folder / "log").exists() and (folder / "log").read_text())
+    processes = multiprocessing.active_children()
+    join = BaseProcess.join
+
+    def interrupted(process: BaseProcess, timeout: float | None = None) -> None:
+        if timeout is not None:
+            raise KeyboardInterrupt
+        join(process)
+
+    monkeypatch.setattr(BaseProcess, "join", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            suite_module.leave(running)
+        monkeypatch.undo()
+        for process in processes:
+            process.join(10)
+        assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_a_run_that_is_starting_when_the_suite_is_told_to_end_is_stopped(
