@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from twist.contracts.files import write_text
-from twist.contracts.weights import ARCHITECTURES, Backbone, is_vit, stem_of
+from twist.contracts.weights import ARCHITECTURES, TIMM, Backbone, is_vit, stem_of
 from twist.converters.proof import TOLERANCE
 from twist.converters.sources import ANYWHERE, LAYOUTS, Layout
 from twist.converters.tables import VIT_TABLES
@@ -51,7 +51,8 @@ def _usage() -> str:
 
 def _networks() -> list[Backbone]:
     wide = [_backbone("resnet18", 2), _backbone("resnet50", 2), _backbone("resnet50", 4)]
-    return sorted([*map(_backbone, ARCHITECTURES), *wide], key=lambda net: ARCHITECTURES.index(net.architecture))
+    known = sorted([*map(_backbone, ARCHITECTURES), *wide], key=lambda net: ARCHITECTURES.index(net.architecture))
+    return [*known, Backbone(architecture=f"{TIMM}any_other_name", stem="own", method="any")]
 
 
 def _network_row(backbone: Backbone) -> list[str]:

@@ -1,8 +1,8 @@
 """The networks that an artefact can describe, built once for every stage.
 
-ResNets are torchvision's (width multipliers by subclass), ViTs are timm's; none has a classifier. This is the one
-place that knows them: the pretrainer trains them, the converters' proof runs them as the reference, the ImageNet
-protocols read their features. `B` images, `D` features.
+ResNets are torchvision's (width multipliers by subclass), ViTs and all others timm's; none has a classifier. This is
+the one place that knows them: the pretrainer trains them, the converters' proof runs them as the reference, the
+ImageNet protocols read their features. `B` images, `D` features.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torchvision.models import resnet as tv
 from twist.contracts import rename
 from twist.contracts.errors import UserError, check_names
 from twist.contracts.rename import Table
-from twist.contracts.weights import ARCHITECTURES, RESNETS, Backbone, Vit, difference, is_vit
+from twist.contracts.weights import ARCHITECTURES, RESNETS, TIMM, Backbone, Vit, difference, is_vit
 
 
 class ResNet(tv.ResNet):
@@ -90,38 +90,63 @@ class SameMaxPool2d(nn.Module):
 
 
 def build_backbone(
-    architecture: str, *, width: int = 1, image_size: int | None = None, drop_path: float = 0.0, vit: Vit | None = None
+    architecture: str,
+    *,
+    width: int = 1,
+    image_size: int | None = None,
+    drop_path: float = 0.0,
+    vit: Vit | None = None,
+    output_stride: int = 32,
 ) -> nn.Module:
     """A randomly initialised backbone; `forward(images (B, 3, H, W))` gives (B, `num_features`).
 
     Of a ViT, `image_size` is the side of the images of its position table (default 224), and `vit` describes it where
-    it is not the usual one of its name.
+    it is not the usual one of its name. `output_stride` 16 dilates a last stage instead of halving its map.
 
     Raises:
         UserError: the architecture is unknown.
     """
     if architecture in RESNETS:
-        return ResNet(architecture, width)
+        resnet = ResNet(architecture, width)
+        if output_stride == 16:
+            _dilate_last_stage(resnet)
+        return resnet
     if architecture in ARCHITECTURES and is_vit(architecture):
         from twist.contracts.vit import build_vit  # timm: two seconds that a ResNet need not pay
 
         whole = vit.model_dump() if vit else None
         network: nn.Module = build_vit(architecture, image_size=image_size or 224, vit=whole, drop_path=drop_path)
         return network
-    raise UserError(f"Unknown architecture {architecture}: known are {', '.join(ARCHITECTURES)}.")
+    if architecture.startswith(TIMM):
+        from twist.contracts.timm_networks import TimmNetwork
+
+        return TimmNetwork(architecture, output_stride=output_stride)
+    raise UserError(f"Unknown architecture {architecture}: known are {', '.join(ARCHITECTURES)} and {TIMM}NAME.")
 
 
-def network_of(header: Backbone, tensors: Mapping[str, Tensor] | None = None, *, share: bool = False) -> nn.Module:
+def network_of(
+    header: Backbone, tensors: Mapping[str, Tensor] | None = None, *, share: bool = False, output_stride: int = 32
+) -> nn.Module:
     """The network an artefact describes, strides and padding included, in eval mode, with `tensors` when given.
 
-    With `share` the network holds these very tensors, and neither draws nor copies any.
+    With `share` the network holds these very tensors, and neither draws nor copies any; `output_stride` as above.
 
     Raises:
-        UserError: `tensors` are not exactly this architecture's (every missing, extra or misshapen name is counted).
+        UserError: `tensors` are not exactly this architecture's (every missing, extra or misshapen name is counted), or
+            the network cannot be dilated.
     """
-    rotary = header.is_vit and header.transformer.rope_base is not None  # whose periods are in no state dict
-    with torch.device("meta") if share and not rotary else contextlib.nullcontext():
-        network = build_backbone(header.architecture, width=header.width, image_size=header.image_size, vit=header.vit)
+    if header.padding == "same" and output_stride == 16:
+        raise UserError("output_stride = 16 is not known for networks with TensorFlow's padding: use 32.")
+    # What some networks compute when they are built (rotary periods, relative positions) is in no state dict.
+    computed = header.timm_name or (header.is_vit and header.transformer.rope_base is not None)
+    with torch.device("meta") if share and not computed else contextlib.nullcontext():
+        network = build_backbone(
+            header.architecture,
+            width=header.width,
+            image_size=header.image_size,
+            vit=header.vit,
+            output_stride=output_stride,
+        )
         if header.stride_in == "1x1":
             _move_strides_to_1x1(network)
         if header.padding == "same":
@@ -142,9 +167,11 @@ def load_exactly(network: nn.Module, tensors: Mapping[str, Tensor], *, name: str
 
 
 def stage_features(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """What a proof compares: res2 … res5 of a ResNet, the tokens after every block of a ViT (before the last norm)."""
-    if isinstance(network, ResNet):
-        return network.stages(images)
+    """What a proof compares: res2 … res5 of a ResNet, the tokens after every block of a ViT (before the last norm), of
+    timm's other networks their maps and the pooled output."""
+    if hasattr(network, "stages"):
+        stages: dict[str, Tensor] = network.stages(images)  # type: ignore[operator]
+        return stages
     tokens = network.forward_intermediates(  # type: ignore[operator]
         images, norm=False, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True
     )
@@ -167,6 +194,16 @@ def _move_strides_to_1x1(network: nn.Module) -> None:
     for block in network.modules():
         if isinstance(block, tv.Bottleneck):
             block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+
+
+def _dilate_last_stage(network: ResNet) -> None:
+    """Stride 1 in the last stage, its 3×3 convolutions dilated by 2 after the first block, as torchvision builds it."""
+    for number, block in enumerate(network.layer4):
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+                if module.kernel_size == (3, 3) and number > 0:
+                    module.dilation = module.padding = (2, 2)
 
 
 def _pad_as_tensorflow(network: nn.Module) -> None:

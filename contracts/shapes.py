@@ -1,7 +1,7 @@
 """Names, shapes and types of the tensors of every architecture, by formula, in the state dict's order.
 
-Looking into a checkpoint needs no more, and then neither torch nor the libraries that build networks, which take
-seconds to import. A test compares each formula with the network itself.
+Looking into a checkpoint of a ResNet or ViT needs no more, and then neither torch nor the libraries that build
+networks, which take seconds to import. A test compares each formula with the network itself.
 """
 
 import functools
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from twist.contracts.weights import RESNETS, Backbone, Vit, stem_of, usual_vit
+from twist.contracts.weights import RESNETS, TIMM, Backbone, Vit, stem_of, usual_vit
 
 Named = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -22,6 +22,10 @@ def shapes_of(
     """A backbone's state dict as arrays of zeros that take no memory."""
     if architecture in RESNETS:
         named = _resnet(architecture, width)
+    elif architecture.startswith(TIMM):
+        from twist.contracts.timm_networks import outline  # timm itself knows
+
+        named = ((name, tuple(tensor.shape)) for name, tensor in outline(architecture).state_dict().items())
     else:
         patch = int(stem_of(architecture).removeprefix("patch"))
         named = _vit(vit or usual_vit(architecture), patch, (image_size or 224) // patch)

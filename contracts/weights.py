@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
@@ -32,6 +32,9 @@ Architecture = Literal[
     "vit_huge_patch8", "vit_huge_patch14", "vit_huge_patch16", "vit_huge_patch32",
     "vit_giant_patch8", "vit_giant_patch14", "vit_giant_patch16", "vit_giant_patch32",
 ]  # fmt: skip
+# A network that timm builds by its name: `timm:convnext_tiny`, tensors under timm's names.
+TIMM: Final = "timm:"
+NetworkName = Architecture | Annotated[str, Field(pattern=rf"^{TIMM}[a-z0-9_]+$")]
 # Blocks a stage, and whether a block is a bottleneck (He et al. 2015, table 1; 200: He et al. 2016, with the same
 # bottleneck and not the identity mappings).
 RESNETS: Final[dict[str, tuple[tuple[int, int, int, int], bool]]] = {
@@ -146,7 +149,9 @@ def usual_vit(architecture: str) -> Vit:
 
 
 def stem_of(architecture: str) -> Any:
-    """`patch16` of `vit_small_patch16`, `conv7x7` of a ResNet."""
+    """`patch16` of `vit_small_patch16`, `conv7x7` of a ResNet, `own` of what timm builds by name."""
+    if architecture.startswith(TIMM):
+        return "own"
     return architecture.split("_")[2] if is_vit(architecture) else "conv7x7"
 
 
@@ -171,16 +176,16 @@ class Backbone(Config):
     """
 
     format_version: Literal[1] = FORMAT_VERSION
-    architecture: Architecture
+    architecture: NetworkName
     # Every width of a ResNet times this (TWIST's and SimCLR's "w2"; not torchvision's wide_resnet50_2).
     width: Literal[1, 2, 4] = 1
     # The 7×7 stem of the original ResNet; a ViT's patch embedding. Deep stems (ResNet-D, V1c) are not representable.
-    stem: Literal["conv7x7", "patch8", "patch14", "patch16", "patch32"] = "conv7x7"
+    stem: Literal["conv7x7", "patch8", "patch14", "patch16", "patch32", "own"] = "conv7x7"
     # Which convolution of a bottleneck has the stride: "3x3" is torchvision's, "1x1" is MSRA's (Caffe style).
     stride_in: Literal["3x3", "1x1"] = "3x3"
     # "same" pads as TensorFlow does (bottom and right first): DeepMind's BYOL.
     padding: Literal["symmetric", "same"] = "symmetric"
-    # Side of the images whose position table a ViT holds.
+    # Side of the images whose position table a ViT holds; of timm's other networks, where theirs are made for one size.
     image_size: int | None = None
     # What the ViT is where it is not the usual one of its name (`usual_vit`); `transformer` gives either.
     vit: Vit | None = None
@@ -219,6 +224,11 @@ class Backbone(Config):
     @property
     def is_vit(self) -> bool:
         return is_vit(self.architecture)
+
+    @property
+    def timm_name(self) -> str | None:
+        """What timm calls the network, where its name is all that the header says of it."""
+        return self.architecture.removeprefix(TIMM) if self.architecture.startswith(TIMM) else None
 
     @property
     def transformer(self) -> Vit:
@@ -339,10 +349,10 @@ def read_header(path: str | os.PathLike[str]) -> Backbone:
 
 
 def weights_file(path: str | os.PathLike[str]) -> Path:
-    """`path`, or the result in it where it is a pretraining run's folder: of a run with a teacher, the teacher's."""
+    """`path`, or the weights in it where it is a pretraining run's folder (a teacher's, if any) or a hub's."""
     path = Path(path)
     if path.is_dir():
-        for name in ("teacher_backbone.safetensors", "backbone.safetensors"):
+        for name in ("teacher_backbone.safetensors", "backbone.safetensors", "model.safetensors", "pytorch_model.bin"):
             if (path / name).is_file():
                 return path / name
     return path

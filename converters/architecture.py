@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from twist.contracts import rename
 from twist.contracts.errors import UserError
 from twist.contracts.shapes import shapes_of
-from twist.contracts.weights import RESNETS, VIT_SIZES, Vit, difference, usual_vit
+from twist.contracts.weights import RESNETS, TIMM, VIT_SIZES, Vit, difference, usual_vit
 from twist.converters import sources
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -37,6 +38,21 @@ class Network:
         return " and ".join(sorted({kind_of(a) for name, a in self.arrays.items() if not _is_counter(name)}))
 
 
+@functools.cache
+def timm_table(architecture: str) -> rename.Table:
+    """The names of a network `timm:NAME`, which are the artefact's. `UserError` where timm has no such network."""
+    rows = tuple(("tensor", name, name) for name in shapes_of(architecture))
+    return rename.Table(architecture, rows, absent=(".num_batches_tracked",))  # type: ignore[arg-type]
+
+
+def timm_heads(table: rename.Table) -> tuple[str, ...]:
+    """Patterns of what timm calls the network's classifiers."""
+    from twist.contracts.timm_networks import outline
+
+    named = outline(table.name).settings.get("classifier") or ()
+    return tuple(f"{name}.*" for name in ((named,) if isinstance(named, str) else named))
+
+
 def assemble(inside: Arrays, table: rename.Table, where: str) -> Network:
     """The network that `inside` is under the table's names.
 
@@ -52,17 +68,16 @@ def assemble(inside: Arrays, table: rename.Table, where: str) -> Network:
                 f"{where} holds weights as {' and '.join(kinds)}: {', '.join(DTYPES)} are converted; take the plain "
                 "checkpoint that was trained."
             )
-        shape = architecture_of(arrays, where)
+        named = table.name.startswith(TIMM)
+        shape = _timm_shape(table.name) if named else architecture_of(arrays, where)
         expected = shapes_of(**{key: value for key, value in shape.items() if key != "stem"})
         filled = fill(arrays, expected, table)
         reason = difference(expected, arrays, values=False)
         if reason is not None:
-            raise UserError(
-                f"{where}: not a plain {shape['architecture']}: {reason}. ResNeXt (grouped convolutions) and "
-                "wide_resnet have its names and other shapes; only plain ResNets and ViTs are converted."
-            )
+            why = "" if named else ". ResNeXt (grouped convolutions) and wide_resnet have its names and other shapes"
+            raise UserError(f"{where}: not a plain {shape['architecture']}: {reason}{why}.")
     except UserError as error:
-        known = known_network(inside)
+        known = None if table.name.startswith(TIMM) else known_network(inside)
         text = f" cannot be converted: {known}" if known else f": {str(error).removeprefix(f'{where}: ').rstrip('.')}"
         raise UserError(f"{where}{text}.") from None
     return Network({name: arrays[name] for name in expected}, shape, steps, tuple(filled))
@@ -121,6 +136,14 @@ def architecture_of(arrays: Arrays, where: str) -> dict[str, Any]:
             return {"architecture": name, "width": stem[0] // 64, "stem": "conv7x7", "image_size": None, "vit": None}
     kind = "bottleneck" if bottleneck else "basic"
     raise UserError(f"{where}: a ResNet with {blocks} {kind} blocks is none of {', '.join(RESNETS)}.")
+
+
+def _timm_shape(architecture: str) -> dict[str, Any]:
+    from twist.contracts.timm_networks import outline
+
+    settings = outline(architecture).settings
+    side = settings["input_size"][1] if settings.get("fixed_input_size") else None
+    return {"architecture": architecture, "width": 1, "stem": "own", "image_size": side, "vit": None}
 
 
 def _blocks(arrays: Arrays, prefix: str) -> int:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from twist.contracts import files
 from twist.contracts.errors import UserError
-from twist.contracts.weights import VITS, Vit, depth_of, usual_vit
+from twist.contracts.weights import ARCHITECTURES, METADATA_KEY, TIMM, VITS, Vit, depth_of, usual_vit
 from twist.converters import sources
 from twist.converters.architecture import UNSEEN, Arrays, sincos
 from twist.converters.open import Contents, Opaque
@@ -66,8 +66,8 @@ def settings_in(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
         yield from settings_in(item, (*path, str(key)))
 
 
-def contradiction(contents: Contents, architecture: str, *, dense: bool = False) -> str | None:
-    """Why the file's own words say that it is another network than `architecture`; None when they do not."""
+def _names_said(contents: Contents) -> Iterator[tuple[str, str]]:
+    """Where the file or what lies beside it names a network, and the name."""
     for path, text in settings_in({**contents.beside, "file": contents.value}):
         if path == ("config.json", "model_type"):  # `huggingface` knows these
             continue
@@ -76,9 +76,40 @@ def contradiction(contents: Contents, architecture: str, *, dense: bool = False)
         named = {f"{place} (backbone)": match[1] for match in _CONFIG_TEXT.finditer(text)}
         if _KEYS.fullmatch(key) or (key in _INNER and outer and _KEYS.fullmatch(outer[0])):
             named[place] = text
-        for place, name in named.items():
-            if _FAMILIES.search(name.lower()) and not agrees(name, architecture, dense=dense):
-                return f"{place} calls it {name}, which is not the {architecture} that its tensors look like"
+        yield from ((place, name) for place, name in named.items() if _FAMILIES.search(name.lower()))
+
+
+def contradiction(contents: Contents, architecture: str, *, dense: bool = False) -> str | None:
+    """Why the file's own words say that it is another network than `architecture`; None when they do not."""
+    for place, name in _names_said(contents):
+        if not agrees(name, architecture, dense=dense):
+            return f"{place} calls it {name}, which is not the {architecture} that its tensors look like"
+    said = contents.hub.get("model_args") if architecture.startswith(TIMM) else None
+    if isinstance(said, dict):
+        from timm.models import get_model_args  # of the release that began to write them always
+
+        from twist.contracts.timm_networks import outline
+
+        usual = json.loads(json.dumps(get_model_args(outline(architecture).network)))
+        changed = {key: value for key, value in said.items() if key != "num_classes" and value != usual.get(key)}
+        return f"model_args in its config.json changes that network ({changed})" if changed else None
+    return None
+
+
+def timm_architecture(contents: Contents) -> str | None:
+    """`timm:NAME` where an earlier conversion or the file's own words name a network of timm's that is no plain ResNet
+    or ViT."""
+    value = contents.value if isinstance(contents.value, dict) else {}
+    headers = (contents.metadata.get(METADATA_KEY), value.get(METADATA_KEY), contents.hub.get(METADATA_KEY))
+    if header := next(filter(None, headers), None):
+        return next(iter(re.findall(rf"architecture\W+({TIMM}\w+)", str(header))), None)
+    for name in (contents.hub.get("architecture"), *(name for _, name in _names_said(contents))):
+        bare = re.split(r"[/:]", name or "")[-1].split(".")[0]
+        if bare and not any(agrees(bare, plain, dense=True) for plain in ARCHITECTURES):
+            import timm  # after the names that need it not
+
+            if timm.is_model(bare):
+                return TIMM + bare
     return None
 
 
@@ -89,6 +120,8 @@ def agrees(name: str, architecture: str, *, dense: bool = False) -> bool:
     """
     *outer, last = re.split(r"[/:]", name.lower().strip())
     parts = last.split(".")
+    if architecture.startswith(TIMM):
+        return parts[0] == architecture.removeprefix(TIMM)
     # Of timm's `resnet50.a1_in1k` the first part, of a path in Python (`torchvision.models.resnet50`) the last.
     last = parts[-1] if {"models", "backbones", "resnet"} & set(parts[:-1]) or outer[-1:] == ["models"] else parts[0]
     vit = architecture.startswith("vit_")

@@ -15,10 +15,10 @@ import numpy as np
 
 from twist.contracts.errors import UserError
 from twist.contracts.rename import Table
-from twist.contracts.weights import METADATA_KEY
+from twist.contracts.weights import METADATA_KEY, TIMM
 from twist.converters import sources
-from twist.converters.architecture import Arrays, Network, assemble, known_network
-from twist.converters.evidence import hub_pixels, trained_for
+from twist.converters.architecture import Arrays, Network, assemble, known_network, timm_heads, timm_table
+from twist.converters.evidence import hub_pixels, timm_architecture, trained_for
 from twist.converters.open import Contents
 from twist.converters.sources import ANYWHERE, Branch, Layout, matches
 from twist.converters.tables import DETECTRON2, MMSEG_VIT, TABLES, TIMM_ROPE, TIMM_VIT, TORCHVISION, VIT_TABLES
@@ -79,21 +79,24 @@ def locate(
     branch: str | None = None,
     entry: str | None = None,
     prefix: str | None = None,
+    architecture: str | None = None,
 ) -> Found:
     """The backbone to read: where a layout has it, or wherever in the file it is; `UserError` where that is not sure.
 
     `entry` (`a/b`: path of entries) and `prefix` say where it is; a layout then says its method and pixels only.
+    `architecture`: the `timm:NAME` that it is.
     """
     value, where = contents.value, str(contents.path)
     if not isinstance(value, dict):
         raise UserError(f"{where} holds a {type(value).__name__}, not a dictionary of tensors: save the state dict.")
     asked = entry is not None or prefix is not None
+    table = own_table(contents, architecture)
     if not asked and layout != ANYWHERE.name:
-        found = _by_layout(contents, layout, branch)
+        found = _by_layout(contents, layout, branch, table)
         if found is not None:
             return found
     place = None if prefix is None else f"{prefix.strip('.')}.".lstrip(".").removeprefix("module.")
-    seen = list(networks(value))
+    seen = list(networks(value, table))
     there = [net for net in seen if place in (None, net.prefix) and entry in (None, "/".join(net.entry))]
     chosen = [net for net in there if not net.reason]
     if not chosen:
@@ -105,9 +108,16 @@ def locate(
     row = sources.BY_NAME[layout] if layout is not None else _row_of(net)
     if not asked:
         _check_not_dense(net.state, ANYWHERE if layout is None else row, where, net.prefix)
-    row = row.model_copy(update={"heads": (*row.heads, *ANYWHERE.heads, *net.others)})
+    heads = timm_heads(table) if table else (*row.heads, *ANYWHERE.heads)
+    row = row.model_copy(update={"heads": (*heads, *net.others), "drop": ()})
     note = f"{net.text} was found by its names" + ("" if layout else "; nothing names the method (--from LAYOUT does)")
     return Found(row, Branch(name, net.entry, net.prefix), net.table, net.state, present, asked=asked, notes=(note,))
+
+
+def own_table(contents: Contents, architecture: str | None = None) -> Table | None:
+    """The names of the one network that the file can hold, where it or `architecture` names one of timm's."""
+    named = TIMM + architecture.removeprefix(TIMM) if architecture else timm_architecture(contents)
+    return timm_table(named) if named else None
 
 
 def is_converted(contents: Contents) -> bool:
@@ -168,8 +178,11 @@ def _holds(state: Mapping[str, Any], evidence: tuple[str, ...]) -> bool:
 # ---- By layout -------------------------------------------------------------------------------------------------------
 
 
-def _by_layout(contents: Contents, layout: str | None, branch: str | None) -> Found | None:
-    """The first layout whose evidence is in the file, and the branch to take; None where none fits."""
+def _by_layout(contents: Contents, layout: str | None, branch: str | None, table: Table | None) -> Found | None:
+    """The first layout whose evidence is in the file, and the branch to take; None where none fits.
+
+    `table` has the names of the network that it is known to be.
+    """
     value, where = _join_haiku(contents.value), str(contents.path)
     at = functools.cache(functools.partial(state_at, value))
     if layout is not None:
@@ -178,6 +191,8 @@ def _by_layout(contents: Contents, layout: str | None, branch: str | None) -> Fo
         candidates = (CONVERTED,)
     elif hub_pixels(contents) is not None:
         candidates = (sources.BY_NAME["timm"],)
+    elif table is not None:
+        candidates = (sources.BY_NAME["timm-training"],)
     else:
         for case in sources.AMBIGUOUS:
             state = at(case.entry)
@@ -186,6 +201,9 @@ def _by_layout(contents: Contents, layout: str | None, branch: str | None) -> Fo
                 choices = " or ".join(f"--from {choice}" for choice in case.choices)
                 raise UserError(f"{where} does not say what it is ({case.why}): say {choices}.")
         candidates = (row for row in sources.LAYOUTS if row.detect)
+    if table is not None:
+        known: dict[str, Any] = {"tables": (table,), "heads": timm_heads(table), "drop": (), "evidence": ()}
+        candidates = [row.model_copy(update=known) for row in candidates]
     for row in candidates:
         places = list(_places(row, value, at, forced=layout is not None))
         if not places:
@@ -322,23 +340,23 @@ class Candidate:
         return f"{name} under {self.place}" + (f" ({len(self.arrays)} tensors)" if self.network else "")
 
 
-def networks(value: Any) -> Iterator[Candidate]:
-    """Each place in a file where a network begins, under its longest prefix first."""
+def networks(value: Any, only: Table | None = None) -> Iterator[Candidate]:
+    """Each place in a file where a network (with the names of `only`) begins, under its longest prefix first."""
     for path, _ in state_dicts(value):
         if path and matches(path[0], sources.TRAINING_ENTRIES):
             continue
         state = state_at(value, path)
         found: list[str] = []
-        for prefix, table in sorted(_beginnings(state), key=lambda place: -len(place[0])):
+        for prefix, table in sorted(_beginnings(state, only), key=lambda place: -len(place[0])):
             candidate = _candidate(path, prefix, table, state, found)
             if candidate.reason is None or prefix not in found:
                 yield candidate
             found.append(prefix)
 
 
-def _beginnings(state: Arrays) -> Iterator[tuple[str, Table]]:
+def _beginnings(state: Arrays, only: Table | None) -> Iterator[tuple[str, Table]]:
     """Prefix and table wherever the first and the third row of a table have a tensor."""
-    for table in TABLES.values():
+    for table in TABLES.values() if only is None else (only,):
         third, anchor = table.leaves_of(2), table.anchors[0]
         for name in state:
             prefix = name.removesuffix(anchor)
@@ -350,10 +368,11 @@ def _beginnings(state: Arrays) -> Iterator[tuple[str, Table]]:
 def _candidate(entry: Entry, prefix: str, table: Table, state: Arrays, deeper: list[str]) -> Candidate:
     """The network that begins at `prefix`; networks under longer prefixes are no part of it."""
     own = {path.partition(".")[0] for _, path, _ in table.rows}
+    heads = ANYWHERE.heads if table.name in TABLES else timm_heads(table)
     inside, others = {}, set()
     for name, tensor in state.items():
         tail = name.removeprefix(prefix)
-        if not name.startswith(prefix) or matches(tail, ANYWHERE.heads):
+        if not name.startswith(prefix) or matches(tail, heads):
             continue
         module, dot, _ = tail.partition(".")
         elsewhere = any(name.startswith(other) for other in deeper if other != prefix)

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 
 from twist.contracts.errors import UsageError, UserError, printable
 from twist.converters.evidence import HeadsUnknownError
-from twist.converters.find import Candidate, networks, state_dicts
+from twist.converters.find import Candidate, networks, own_table, state_dicts
 from twist.converters.open import Contents, read_contents
 from twist.converters.read import Source, assumed, check_values, counts_by_module, read_source
 from twist.converters.sources import Reading
@@ -74,7 +74,8 @@ def inspect(checkpoint: str | os.PathLike[str], **reading: Unpack[Reading]) -> I
     """
     file, how = located(checkpoint, **reading)
     contents = read_contents(file)
-    found = tuple(net for net in networks(contents.value) if not net.reason)
+    table = own_table(contents, how.get("architecture"))
+    found = tuple(net for net in networks(contents.value, table) if not net.reason)
     problems, targets = [], list(TARGETS.values())
     try:
         source = read_source(contents, allow_nan=True, **how)

@@ -105,9 +105,10 @@ def prove(target: Target, folder: Path, backbone: Backbone, tensors: Mapping[str
 
     kind, run, by = runner(target, backbone)
     sizes: tuple[tuple[int, int], ...] = SIZES
-    if backbone.image_size is not None:  # of a ViT, those of its position table and another
-        sizes = ((backbone.image_size,) * 2, (GRID[0] * backbone.patch_size, GRID[1] * backbone.patch_size))
-        sizes = sizes[: 1 if target.fixed_size else 2]
+    if backbone.image_size is not None:  # that of its tables, and of a ViT another
+        sizes = ((backbone.image_size,) * 2,)
+    if backbone.is_vit and not target.fixed_size:
+        sizes += ((GRID[0] * backbone.patch_size, GRID[1] * backbone.patch_size),)
     computed, notes = _computed(target, backbone)
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         images = write_images(Path(scratch), sizes)

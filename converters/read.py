@@ -106,6 +106,7 @@ def read_source(
     entry: str | None = None,
     prefix: str | None = None,
     heads: int | None = None,
+    architecture: str | None = None,
     method: str | None = None,
     allow_nan: bool = False,
 ) -> Source:
@@ -126,7 +127,7 @@ def read_source(
                 raise UserError(f"{where} was made from {is_}: leave --{option} away, or convert the original file.")
         layout = branch = None  # the header says more than any layout
     said = huggingface(contents)
-    found = locate(contents, layout=layout, branch=branch, entry=entry, prefix=prefix)
+    found = locate(contents, layout=layout, branch=branch, entry=entry, prefix=prefix, architecture=architecture)
     inside, dropped = found.parts
     network = assemble(inside, found.table, where)
     header = _header(contents, found, network, heads, said)
@@ -275,6 +276,8 @@ def _notes(found: Found, network: Network, arrays: Arrays) -> tuple[str, ...]:
 
 def assumed(backbone: Backbone) -> tuple[str, ...]:
     """What no tensor of a file says, and how it was read: a proof compares the target with this reading."""
+    if backbone.timm_name:
+        return (f"what timm's own code computes for {backbone.timm_name}",)
     if backbone.is_vit:
         vit = backbone.transformer
         return (

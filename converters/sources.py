@@ -21,7 +21,7 @@ class Place(TypedDict, total=False):
     """What is to be read of a checkpoint, where its contents do not say it; None is as good as absent.
 
     `entry` (`a/b`, a path of entries) and `prefix` choose among the networks of a file, wherever they are; `heads` are
-    a ViT's.
+    a ViT's; `architecture` is `timm:NAME` for a network that timm builds by name.
     """
 
     layout: str | None
@@ -29,6 +29,7 @@ class Place(TypedDict, total=False):
     entry: str | None
     prefix: str | None
     heads: int | None
+    architecture: str | None
 
 
 class Reading(Place, total=False):
@@ -113,7 +114,7 @@ class Foreign(NamedTuple):
     has: tuple[str, ...]
     says: str
     lacks: str | None = None
-    do: str = "ResNets and plain ViTs are converted"
+    do: str = "ResNets and plain ViTs are converted, and what timm builds where it is named: --architecture timm:NAME"
 
 
 class Named(NamedTuple):

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from twist.contracts.config import Config
 from twist.contracts.errors import UserError
 from twist.contracts.files import sha256_json
-from twist.contracts.networks import ResNet, network_of, normalise
+from twist.contracts.networks import normalise
 from twist.contracts.weights import Backbone
 from twist.measure.features import RowFile, autocast, state_digest
 
 
 class Layers(Config):
-    """Which features of a network are meant: `stages` and `output_stride` of a ResNet, the others of a ViT.
+    """Which features of a network are meant: `stages` and `output_stride` where it has stages, the others of a ViT.
 
     Several stages lie side by side, the coarser ones enlarged (bilinear) to the map of the finest.
     """
@@ -41,26 +41,6 @@ class Layers(Config):
     tokens: Literal["patches", "keys"] = "patches"
 
 
-def dense_network(header: Backbone, tensors: dict[str, Tensor], layers: Layers) -> nn.Module:
-    """The network that `header` describes with its weights, dilated where `layers` ask for it."""
-    network = network_of(header, tensors)
-    if layers.output_stride == 16 and isinstance(network, ResNet):
-        if header.padding == "same":
-            raise UserError("output_stride = 16 is not known for networks with TensorFlow's padding: use 32.")
-        _dilate_last_stage(network)
-    return network
-
-
-def _dilate_last_stage(network: ResNet) -> None:
-    """Stride 1 in the last stage, its 3×3 convolutions dilated by 2 after the first block, as torchvision builds it."""
-    for number, block in enumerate(network.layer4):
-        for module in block.modules():
-            if isinstance(module, nn.Conv2d):
-                module.stride = (1, 1)
-                if module.kernel_size == (3, 3) and number > 0:
-                    module.dilation = module.padding = (2, 2)
-
-
 @dataclass(frozen=True)
 class DenseExtractor:
     """A network in eval mode on `device` and which of its features are read; `header` says how it wants its pixels."""
@@ -72,20 +52,23 @@ class DenseExtractor:
     precision: str = "fp32"
 
     @property
-    def is_resnet(self) -> bool:
-        return isinstance(self.network, ResNet)
+    def has_stages(self) -> bool:
+        """As ResNets; a ViT's maps all have one stride."""
+        return not self.header.is_vit and getattr(self.network, "patch_size", None) is None
 
     @property
     def stride(self) -> int:
         """Pixels of the input that one place of the map stands for."""
-        if self.is_resnet:
+        if self.has_stages:
             return min(4 * 2 ** (min(self.layers.stages) - 1), self.layers.output_stride)
-        return int(self.network.patch_embed.patch_size[0])  # type: ignore[union-attr,index]
+        return self.header.patch_size if self.header.is_vit else int(self.network.patch_size)  # type: ignore[arg-type]
 
     @property
     def multiple(self) -> int:
-        """The sides of an input must be a multiple of this: a ViT has whole patches only."""
-        return 1 if self.is_resnet else self.stride
+        """The sides of an input must be a multiple of this: a ViT has whole patches only, Swin and its like too."""
+        if self.has_stages:
+            return 32 if self.header.timm_name else 1
+        return self.stride
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> Tensor:
@@ -104,9 +87,12 @@ class DenseExtractor:
 
     def _parts(self, inputs: Tensor) -> list[Tensor]:
         network: Any = self.network
-        if self.is_resnet:
-            stages = network.stages(inputs)
-            return [stages[f"res{number + 1}"] for number in sorted(self.layers.stages)]
+        if self.has_stages:
+            names = [f"res{number + 1}" for number in sorted(self.layers.stages)]
+            maps = network.features(inputs, names)
+            return [maps[name] for name in names]
+        if self.layers.tokens == "keys" and self.header.timm_name:
+            raise UserError(f"The keys of {self.header.display_name} are not known: say layers.tokens=patches.")
         if self.layers.tokens == "keys":
             return [self._keys(inputs)]
         return list(

@@ -10,9 +10,9 @@ from torch import Tensor
 from torchvision.models import resnet as tv
 
 from twist.contracts.errors import UserError
-from twist.contracts.networks import build_backbone, normalise
+from twist.contracts.networks import build_backbone, network_of, normalise
 from twist.contracts.weights import Backbone
-from twist.measure.dense import DenseExtractor, Layers, dense_network
+from twist.measure.dense import DenseExtractor, Layers
 
 CPU = torch.device("cpu")
 VIT = {"stem": "patch16", "image_size": 224}
@@ -23,7 +23,7 @@ def extractor(architecture: str, **layers: Any) -> DenseExtractor:
     header = Backbone(architecture=architecture, method="random", **(VIT if architecture.startswith("vit") else {}))
     tensors = build_backbone(architecture).state_dict()
     chosen = Layers(**layers)
-    network = dense_network(header, tensors, chosen).eval().requires_grad_(False)
+    network = network_of(header, tensors, output_stride=chosen.output_stride).eval().requires_grad_(False)
     return DenseExtractor(network, header, CPU, chosen)
 
 

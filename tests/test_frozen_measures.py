@@ -10,9 +10,9 @@ import torch
 from sklearn.metrics import jaccard_score
 from torch import Tensor
 
-from twist.contracts.networks import build_backbone
+from twist.contracts.networks import build_backbone, network_of
 from twist.contracts.weights import Backbone
-from twist.measure.dense import DenseExtractor, DenseFile, Layers, dense_network
+from twist.measure.dense import DenseExtractor, DenseFile, Layers
 from twist.measure.knn import Blocks, nearest
 from twist.measure.segmentation import (
     VOID,
@@ -159,7 +159,7 @@ def coloured(images: int, seed: int) -> tuple[Tensor, Tensor]:
     pixels = (colours[masks] + generator.normal(0, 25, (images, 64, 64, 3))).clip(0, 255).astype(np.uint8)
     torch.manual_seed(7)
     header, layers = Backbone(architecture="resnet18", method="random"), Layers(stages=(2,))
-    network = dense_network(header, build_backbone("resnet18").state_dict(), layers)
+    network = network_of(header, build_backbone("resnet18").state_dict(), output_stride=layers.output_stride)
     maps = DenseExtractor(network, header, CPU, layers).maps(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     return maps.flatten(2).transpose(1, 2).contiguous(), torch.tensor(masks)
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.images import image_names, read_image
+from twist.contracts.networks import network_of
 from twist.contracts.weights import weights_file
 from twist.converters.read import load_artefact
-from twist.measure.dense import DenseExtractor, Layers, dense_network
+from twist.measure.dense import DenseExtractor, Layers
 from twist.transfer.pictures import sheet
 
 SIZE = 448  # pixels of the longer side
@@ -42,10 +43,12 @@ def features(weights: str | Path, images: Sequence[str | Path], *, size: int = S
 
 def _extractor(weights: Path) -> DenseExtractor:
     tensors, header = load_artefact(weights_file(weights))
-    dilated = not header.is_vit and header.padding != "same"  # dilation is not known for the latter
+    dilated = header.stem == "conv7x7" and header.padding != "same"  # dilation is not known for the latter
     layers = Layers(output_stride=16 if dilated else 32)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return DenseExtractor(dense_network(header, tensors, layers).to(device).eval(), header, device, layers)
+    return DenseExtractor(
+        network_of(header, tensors, output_stride=layers.output_stride).to(device).eval(), header, device, layers
+    )
 
 
 def _input(image: Tensor, size: int, extractor: DenseExtractor) -> Tensor:

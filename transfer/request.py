@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from twist.catalog.card_data import CardData
 from twist.contracts.config import Config, parse_override, validate
 from twist.contracts.trackers import Logger
-from twist.contracts.weights import Architecture, Backbone
+from twist.contracts.weights import Backbone, NetworkName
 from twist.converters.sources import Place
 from twist.transfer.protocols import Protocol
 
@@ -27,7 +27,7 @@ class Controls(Config):
     """Ours, not the framework's: `architecture=resnet18`, `keep_batch=true`, `nodes=2 node_rank=0 master=host:port`."""
 
     # Of the network that `--weights random` initialises; a checkpoint has its own.
-    architecture: Architecture | None = None
+    architecture: NetworkName | None = None
     width: Literal[1, 2, 4] | None = None
     # On another number of GPUs than the recipe's: keep its batch, lr and iterations (needs the memory) instead of
     # scaling them by the linear rule.

@@ -27,7 +27,7 @@ from twist.contracts.machine import git_commit, hardware, software
 from twist.contracts.networks import build_backbone
 from twist.contracts.progress import is_quiet
 from twist.contracts.record import RunRecord, WeightsProvenance, check_label, read_record
-from twist.contracts.weights import Backbone, read_header, stem_of, write_backbone
+from twist.contracts.weights import RESNETS, Backbone, is_vit, read_header, stem_of, write_backbone
 from twist.converters.convert import convert, name_of
 from twist.converters.read import load_artefact
 from twist.converters.sources import Place
@@ -225,10 +225,10 @@ def find_weights(
                 "--from, --branch, --entry, --prefix and --heads read a checkpoint; --weights random reads none."
             )
         architecture = controls.architecture or row.network
-        vit = architecture.startswith("vit_")
-        if vit and controls.width not in (None, 1):
+        if architecture not in RESNETS and controls.width not in (None, 1):
             raise UsageError(f"width={controls.width} is for ResNets: leave it out with architecture={architecture}.")
-        form = {"stem": stem_of(architecture), "image_size": 224} if vit else {"width": controls.width or 1}
+        form = {"stem": stem_of(architecture), "width": controls.width or 1}
+        form |= {"image_size": 224} if is_vit(architecture) else {}
         network = Backbone(architecture=architecture, method=RANDOM, seed=seed, **form)
         return {"name": RANDOM, "random": network, "method": method or RANDOM}
     if controls.architecture or controls.width:

@@ -44,6 +44,10 @@ DataRoot = Annotated[Path | None, Argument(show_default=False, help="Default: $D
 Overrides = Annotated[list[str] | None, Argument(metavar="[key=value …]", show_default=False)]
 Data = Annotated[Path | None, Option(help="Folder with the data sets, or a data card; default $DETECTRON2_DATASETS.")]
 Seed = Annotated[int, Option(min=0, max=MOST_SEED)]
+TimmName = Annotated[
+    str | None,
+    Option(metavar="timm:NAME", help="The network that timm builds by this name, where the file does not say."),
+]
 Heads = Annotated[int | None, Option(min=1, help="Attention heads of a ViT whose file does not say them.")]
 Layout = Annotated[str | None, Option("--from", help="Source layout, when it should not be detected.")]
 Branch = Annotated[str | None, Option(help="Branch of the source, for example momentum or teacher.")]
@@ -127,6 +131,7 @@ def inspect(
     entry: Entry = None,
     prefix: Prefix = None,
     heads: Heads = None,
+    architecture: TimmName = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what is in a checkpoint.
@@ -136,7 +141,8 @@ def inspect(
     require("convert")
     from twist.converters import inspect as inspection
 
-    found = inspection.inspect(checkpoint, layout=layout, entry=entry, prefix=prefix, heads=heads)
+    how = {"layout": layout, "entry": entry, "prefix": prefix, "heads": heads, "architecture": architecture}
+    found = inspection.inspect(checkpoint, **how)  # type: ignore[arg-type]
     print(json_text(found.to_json()) if as_json else inspection.inspection_text(found))
 
 
@@ -170,6 +176,7 @@ def convert(
     entry: Entry = None,
     prefix: Prefix = None,
     heads: Heads = None,
+    architecture: TimmName = None,
     method: Method = None,
     output: Annotated[Path | None, Option(help="Folder to write.")] = None,
     no_verify: Annotated[bool, Option("--no-verify", help="Skip the proof.")] = False,
@@ -185,7 +192,9 @@ def convert(
     require("convert")
     from twist.converters.sources import Reading
 
-    reading = Reading(layout=layout, branch=branch, entry=entry, prefix=prefix, heads=heads, method=method)
+    reading = Reading(
+        layout=layout, branch=branch, entry=entry, prefix=prefix, heads=heads, architecture=architecture, method=method
+    )  # fmt: skip
     if check_config is not None:
         from twist.converters import check_config as own
 

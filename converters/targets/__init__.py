@@ -26,6 +26,10 @@ Stages = dict[str, "Tensor"]
 ProofRun = Callable[[Path, Backbone, list[Path]], list[Stages]]
 
 
+# Why a target that is no timm and no file of ours refuses a network that timm builds by name.
+TIMM_ALONE = "only timm builds it; the frozen protocols (`twist transfer --list frozen`) run on it"
+
+
 def own_names(backbone: Backbone) -> dict[str, str]:
     """The artefact's names as they are, in the order of the network's state dict."""
     return {name: name for name in tensors_of(backbone)}

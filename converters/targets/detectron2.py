@@ -20,7 +20,7 @@ from twist.contracts.files import atomic_path
 from twist.contracts.weights import METADATA_KEY, Backbone, check_written, depth_of
 from twist.converters import tables
 from twist.converters.proof import block_outputs, check_loaded, written_tensors
-from twist.converters.targets import Stages, Target, own_names, quoted, write_torch
+from twist.converters.targets import TIMM_ALONE, Stages, Target, own_names, quoted, write_torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +43,8 @@ def config_file(name: str) -> str:
 
 
 def _refuse(backbone: Backbone) -> str | None:
+    if backbone.timm_name:
+        return TIMM_ALONE
     if backbone.architecture == "resnet200":
         return "Detectron2 builds ResNets of depth 18, 34, 50, 101 and 152, not 200"
     if backbone.width > 1 and backbone.architecture in ("resnet18", "resnet34"):

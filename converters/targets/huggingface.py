@@ -17,7 +17,7 @@ from twist.contracts.weights import METADATA_KEY, RESNETS, Backbone, write_safet
 from twist.converters import tables
 from twist.converters.architecture import joined_names, split
 from twist.converters.proof import ProofError
-from twist.converters.targets import Stages, Target, quoted
+from twist.converters.targets import TIMM_ALONE, Stages, Target, quoted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +62,8 @@ def _ratio(backbone: Backbone) -> int:
 
 
 def _refuse(backbone: Backbone) -> str | None:
+    if backbone.timm_name:
+        return TIMM_ALONE
     if backbone.channel_order == "BGR":
         return "its image processors give RGB"
     if backbone.padding == "same":

@@ -15,7 +15,7 @@ from twist.contracts import rename
 from twist.contracts.weights import METADATA_KEY, Backbone, Vit, depth_of
 from twist.converters import tables
 from twist.converters.proof import block_outputs, check_loaded, written_tensors
-from twist.converters.targets import Stages, Target, own_names, quoted, write_torch
+from twist.converters.targets import TIMM_ALONE, Stages, Target, own_names, quoted, write_torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,8 @@ OURS = "TwistVisionTransformer"  # twist.integrations.mmseg
 
 
 def _refuse(backbone: Backbone) -> str | None:
+    if backbone.timm_name:
+        return TIMM_ALONE
     if backbone.architecture == "resnet200":
         return "MMSegmentation builds ResNets of depth 18, 34, 50, 101 and 152, not 200"
     return None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twist.contracts.weights import METADATA_KEY, Backbone
-from twist.converters.targets import Stages, Target, pixel_text, quoted
+from twist.converters.targets import TIMM_ALONE, Stages, Target, pixel_text, quoted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,6 +56,12 @@ def _write(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> Non
     program.save(path, external_data=sum(tensor.nbytes for tensor in tensors.values()) > _MOST_BYTES)
 
 
+def _refuse(backbone: Backbone) -> str | None:
+    if backbone.timm_name:
+        return TIMM_ALONE
+    return "padding that depends on the image's size is not exported" if backbone.padding == "same" else None
+
+
 def _usage(folder: Path, backbone: Backbone) -> str:
     size = f"{backbone.image_size}, {backbone.image_size}" if backbone.is_vit else "H, W"
     return f"""\
@@ -91,7 +97,7 @@ TARGET = Target(
     write=_write,
     framework=lambda _: (_run, "onnxruntime"),
     usage=_usage,
-    refuse=lambda net: "padding that depends on the image's size is not exported" if net.padding == "same" else None,
+    refuse=_refuse,
     stages=_stages,
     fixed_size=True,
 )

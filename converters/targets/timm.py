@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,24 +58,30 @@ def _vit_arguments(backbone: Backbone) -> tuple[str, dict[str, Any]]:
 
 def _config(backbone: Backbone) -> dict[str, Any]:
     """timm's hub layout with architecture and pixels, and our header for the way back."""
-    architecture, arguments = _vit_arguments(backbone) if backbone.is_vit else (backbone.architecture, {})
+    name, arguments = _vit_arguments(backbone) if backbone.is_vit else (backbone.timm_name or backbone.architecture, {})
     side = backbone.image_size or 224
     mean, std = backbone.pixels(1)
-    bottleneck = RESNETS.get(backbone.architecture, ((), False))[1]
+    settings: dict[str, Any] = {
+        "input_size": [3, side, side],
+        "first_conv": "patch_embed.proj" if backbone.is_vit else "conv1",
+        "classifier": "head" if backbone.is_vit else "fc",
+    }
+    if backbone.timm_name:
+        from twist.contracts.timm_networks import outline
+
+        network = outline(backbone.architecture)
+        keys = (*settings, "fixed_input_size")
+        features, settings = network.num_features, {key: network.settings.get(key) for key in keys}
+    elif backbone.is_vit:
+        features = backbone.transformer.embed_dim
+    else:
+        features = 2048 if RESNETS[backbone.architecture][1] else 512
     return {
-        "architecture": architecture,
+        "architecture": name,
         **({"model_args": arguments} if arguments else {}),
         "num_classes": 0,
-        "num_features": backbone.transformer.embed_dim if backbone.is_vit else 2048 if bottleneck else 512,
-        "pretrained_cfg": {
-            "input_size": [3, side, side],
-            "mean": mean,
-            "std": std,
-            "num_classes": 0,
-            "first_conv": "patch_embed.proj" if backbone.is_vit else "conv1",
-            "classifier": "head" if backbone.is_vit else "fc",
-            "license": "as the source",
-        },
+        "num_features": features,
+        "pretrained_cfg": {**settings, "mean": mean, "std": std, "num_classes": 0, "license": "as the source"},
         METADATA_KEY: json.loads(backbone.model_dump_json()),
     }
 
@@ -100,12 +107,14 @@ def run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
     from safetensors.torch import load_file
 
     from twist.contracts.networks import stage_features
+    from twist.contracts.timm_networks import outline
 
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text()) if config_file.exists() else _config(backbone)
     options = {**config.get("model_args", {}), **({"dynamic_img_size": True} if backbone.is_vit else {})}
-    rotary = backbone.is_vit and backbone.transformer.rope_base  # its periods are in no file
-    with torch.device("cpu" if rotary else "meta"):  # no random initialisation
+    # What some compute when they are built (rotary periods, relative positions) is in no file.
+    computed = backbone.timm_name or (backbone.is_vit and backbone.transformer.rope_base)
+    with torch.device("cpu" if computed else "meta"):  # no random initialisation
         network: Any = timm.create_model(config["architecture"], pretrained=False, num_classes=0, **options)
     network.load_state_dict(load_file(next(folder.glob("*.safetensors"))), strict=True, assign=True)
     network.eval()
@@ -113,8 +122,15 @@ def run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
     images = [pil_input(file, mean, std) for file in files]
     if backbone.is_vit:
         return [stage_features(network, image) for image in images]
+    if backbone.timm_name:
+        return [_maps(network, outline(backbone.architecture).maps, image) for image in images]
     maps = [network.forward_intermediates(image, intermediates_only=True) for image in images]
     return [{f"res{index + 1}": maps_[index] for index in (1, 2, 3, 4)} for maps_ in maps]
+
+
+def _maps(network: Any, places: Mapping[str, int], image: Tensor) -> Stages:
+    maps, pooled = network.forward_intermediates(image), network(image)
+    return {**{name: maps[1][place] for name, place in places.items()}, "pooled": pooled}
 
 
 def pil_input(file: Path, mean: list[float], std: list[float]) -> Tensor:

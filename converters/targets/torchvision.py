@@ -11,7 +11,9 @@ WEIGHTS = "backbone.safetensors"
 def _is_torchvisions(backbone: Backbone) -> bool:
     """Whether torchvision itself builds this network, and not only one with the same names."""
     changed = backbone.width > 1 or backbone.stride_in == "1x1" or backbone.padding == "same"
-    return not (backbone.is_vit or changed or backbone.channel_order == "BGR" or backbone.architecture == "resnet200")
+    return not (
+        backbone.stem != "conv7x7" or changed or backbone.channel_order == "BGR" or backbone.architecture == "resnet200"
+    )
 
 
 def _usage(folder: Path, backbone: Backbone) -> str:
@@ -37,6 +39,8 @@ network.load_state_dict(tensors)
 
 
 def _framework(backbone: Backbone) -> tuple[ProofRun, str] | str:
+    if backbone.timm_name:
+        return timm.run, "timm"
     if backbone.is_vit:
         vit = backbone.transformer
         same = vit == vit.model_copy(update=timm.TARGET.changes(backbone))

@@ -22,7 +22,7 @@ from twist.contracts.failures import explained
 from twist.contracts.networks import network_of
 from twist.contracts.progress import Progress
 from twist.measure import segmentation
-from twist.measure.dense import DenseExtractor, DenseFile, dense_network
+from twist.measure.dense import DenseExtractor, DenseFile
 from twist.measure.features import Extractor, frozen
 from twist.measure.segmentation import (
     VOID,
@@ -127,7 +127,7 @@ def run(request: Request, weights: Weights, setup: Setup) -> Result:
             train, val = (extract(extractor, one, config, **where) for one in (setup.train, setup.val))
             result = {"fewshot": classify.few_shot, "svm": classify.svm}[config.kind](setup, train, val)
         else:
-            network = dense_network(header, tensors, config.layers).to(device)
+            network = network_of(header, tensors, output_stride=config.layers.output_stride).to(device)
             digest = stack.enter_context(frozen(network))
             dense = DenseExtractor(network, header, device, config.layers, config.precision)
             measure = {"knn-seg": _knn, "linear-seg": _linear, "cluster-seg": _clusters, "corloc": _corloc}
@@ -314,7 +314,7 @@ def lost_of(extractor: DenseExtractor, image: Tensor, config: recipes.DiscoveryR
     padded = mean.round().to(torch.uint8)[:, None, None].repeat(1, height + down, width + right)
     padded[:, :height, :width] = image
     features = extractor.maps(padded[None])[0]
-    if extractor.is_resnet:
+    if extractor.has_stages:
         features = layer_normalised(features)
     places = (padded.shape[1] / features.shape[1], padded.shape[2] / features.shape[2])
     box = lost_box(features, image_size=(height, width), scale=places, candidates=config.candidates)
