@@ -17,7 +17,7 @@ from twist.contracts.errors import UserError, check_names, did_you_mean
 from twist.contracts.weights import TIMM
 
 # By which some families take images of other sizes than those of their tables: ViTs, Swin.
-_FREE_SIZES: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+_FREE_SIZES: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 
 
 class TimmNetwork(nn.Module):
@@ -33,7 +33,7 @@ class TimmNetwork(nn.Module):
     def __init__(self, architecture: str, *, output_stride: int = 32) -> None:
         super().__init__()
         plain = self if output_stride == 32 else outline(architecture)
-        dilated = {} if plain is self or plain.patch_size else {"output_stride": output_stride}
+        dilated: dict[str, Any] = {} if plain is self or plain.patch_size else {"output_stride": output_stride}
         self.network: Any = _build(architecture.removeprefix(TIMM), dilated)
         self.num_features: int = self.network.head_hidden_size  # of `forward`: some have a layer after the pool
         strides = [row["reduction"] for row in self.network.feature_info]
@@ -89,7 +89,7 @@ def outline(architecture: str) -> TimmNetwork:
         return TimmNetwork(architecture)
 
 
-def _build(name: str, dilated: dict[str, int]) -> Any:
+def _build(name: str, dilated: dict[str, Any]) -> Any:
     if not timm.is_model(name):
         near = did_you_mean(name, timm.list_models(f"{name[:4]}*"))
         raise UserError(f"timm {timm.__version__} has no network {name}.{near}")
