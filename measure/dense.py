@@ -104,13 +104,16 @@ class DenseExtractor:
 
     def _keys(self, inputs: Tensor) -> Tensor:
         network: Any = self.network
-        found: list[Tensor] = []
-        hook = network.blocks[-1].attn.qkv.register_forward_hook(lambda *call: found.append(call[2]))
+        attention, found = network.blocks[-1].attn, []
+        hook = attention.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
         try:
             network.forward_features(inputs)
         finally:
             hook.remove()
-        _, keys, _ = found[0].chunk(3, dim=2)  # (B, tokens, D) each, timm's order q, k, v
+        # The middle third of timm's q, k, v; of a rotary network before its positions, and there without a bias.
+        size = len(attention.qkv.weight) // 3
+        bias = None if attention.qkv.bias is None else attention.qkv.bias[size : 2 * size]
+        keys = F.linear(found[0], attention.qkv.weight[size : 2 * size], bias)  # (B, tokens, D)
         patches = keys[:, network.num_prefix_tokens :]
         height, width = (side // self.stride for side in inputs.shape[2:])
         return patches.transpose(1, 2).reshape(len(patches), -1, height, width)

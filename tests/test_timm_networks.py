@@ -13,7 +13,7 @@ from tiny_sample import tiny_sample
 from twist.contracts.errors import UserError
 from twist.contracts.networks import network_of, normalise
 from twist.contracts.timm_networks import TimmNetwork
-from twist.contracts.weights import Backbone
+from twist.contracts.weights import Backbone, Vit
 from twist.converters.convert import convert
 from twist.converters.read import load_backbone, load_source
 from twist.measure.dense import DenseExtractor, Layers
@@ -162,3 +162,16 @@ def test_frozen_protocols(protocol: str, overrides: list[str], tmp_path: Path) -
     record = transfer(protocol, overrides=overrides, weights="random", **where)
     assert record.recipe["architecture"] == f"timm:{CONVNEXT}"
     assert record.metrics
+
+
+def test_keys_of_a_rotary_vit() -> None:
+    """DINOv3's biases lie apart from timm's matrix of queries, keys and values, which is then no module that runs."""
+    vit = Vit(embed_dim=192, depth=1, heads=3, mlp_features=192, rope_base=100, registers=4, prefix_positions=False)
+    header = Backbone(architecture="vit_tiny_patch16", stem="patch16", image_size=32, vit=vit, method="any")
+    built = network_of(header)
+    extractor = DenseExtractor(built, header, torch.device("cpu"), Layers(tokens="keys"))
+    with torch.no_grad():
+        first = extractor.maps(images := torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8))
+        built.blocks[0].attn.qkv.weight[192:384] *= 2  # type: ignore[index, union-attr, operator]
+    assert first.shape == (1, 192, 2, 4)
+    torch.testing.assert_close(extractor.maps(images), 2 * first)
