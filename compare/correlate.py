@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from twist.compare.grouping import architecture_of, device_hours
+from twist.compare.grouping import architecture_of, device_hours, recipe_without_network
 from twist.contracts import files
 from twist.contracts.errors import UserError
 from twist.contracts.files import sha256_json
@@ -50,7 +50,7 @@ def correlate(records: Iterable[RunRecord]) -> tuple[list[Correlation], dict[str
 
     rows = []
     for record in records:
-        recipe = {key: value for key, value in record.recipe.items() if key != "architecture"}
+        recipe = recipe_without_network(record)
         column = f"{record.protocol} ({sha256_json([recipe, record.data])[:8]})"
         # A protocol's main metric is the first of its metrics in the table's order; records are in the alphabet's.
         value = next(record.metrics[name] for name in METRICS if name in record.metrics)

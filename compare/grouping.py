@@ -96,6 +96,20 @@ def find_copies(records: Sequence[RunRecord], paths: Sequence[Path] = ()) -> fro
     return frozenset(copies)
 
 
+def recipe_without_network(record: RunRecord) -> dict[str, Any]:
+    return {name: value for name, value in record.recipe.items() if name != "architecture"}
+
+
+def shared_recipes(records: Sequence[RunRecord]) -> list[str]:
+    """The hash of each record's recipe; where those of one protocol differ in the architecture alone, which rows name,
+    of the recipe without it: a ResNet and a ViT under one frozen protocol stand in one column."""
+    shared = [(record.protocol, sha256_json(recipe_without_network(record))) for record in records]
+    own: dict[Key, set[str]] = defaultdict(set)
+    for key, record in zip(shared, records, strict=True):
+        own[key].add(record.recipe_hash)
+    return [record.recipe_hash if len(own[key]) == 1 else key[1] for key, record in zip(shared, records, strict=True)]
+
+
 def recipe_differences(records: Sequence[RunRecord], *, strict: bool = False) -> list[str]:
     """How the recipe, scale or data of each record differ from the others of its protocol; empty where they agree.
 
@@ -106,15 +120,16 @@ def recipe_differences(records: Sequence[RunRecord], *, strict: bool = False) ->
     """
     # Older records do not name their data: they join those of one data set, and stand apart from those of two.
     known: dict[Key, set[str | None]] = defaultdict(set)
-    for record in records:
-        known[record.protocol, record.recipe_hash, record.scale].add(record.data)
+    recipes = shared_recipes(records)
+    for recipe, record in zip(recipes, records, strict=True):
+        known[record.protocol, recipe, record.scale].add(record.data)
     places: dict[Key, dict[Key, dict[str, Any]]] = defaultdict(dict)
     keys = []
-    for record in records:
-        several = len(known[record.protocol, record.recipe_hash, record.scale] - {None}) > 1
-        condition = (record.recipe_hash, record.scale, (record.data or "not said") if several else None)
+    for recipe, record in zip(recipes, records, strict=True):
+        several = len(known[record.protocol, recipe, record.scale] - {None}) > 1
+        condition = (recipe, record.scale, (record.data or "not said") if several else None)
         keys.append(((record.protocol, record.data if record.scale == "own" else None), condition))
-        places[keys[-1][0]].setdefault(condition, record.recipe)
+        places[keys[-1][0]].setdefault(condition, recipe_without_network(record))
     mixed = {place: _described(groups) for place, groups in places.items() if len(groups) > 1}
     if mixed and strict:
         (protocol, _), groups = min(mixed.items(), key=lambda item: item[0][0])

@@ -17,6 +17,7 @@ from twist.compare.grouping import (
     find_copies,
     pretraining,
     recipe_differences,
+    shared_recipes,
     variant_names,
     weights_key,
 )
@@ -176,11 +177,12 @@ def build_table(
 
     runs: dict[tuple[Row, Column], list[RunRecord]] = defaultdict(list)
     variants = variant_names(records)
-    for record, mixed in zip(records, recipe_differences(records, strict=strict), strict=True):
+    differences = recipe_differences(records, strict=strict)
+    for record, recipe, mixed in zip(records, shared_recipes(records), differences, strict=True):
         row = Row(record.method, "", architecture_of(record), record.weights.epochs, variants[weights_key(record)])
         data = (record.data or "") if record.scale == "own" else ""
         for metric in record.metrics.keys() & wanted:
-            column = Column(record.protocol, metric, record.task, record.recipe_hash, record.scale, mixed, data)
+            column = Column(record.protocol, metric, record.task, recipe, record.scale, mixed, data)
             runs[row, column].append(record)
 
     # (protocol, metric, architecture) → the measured column that a published value of these may stand in.

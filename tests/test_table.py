@@ -169,6 +169,22 @@ def test_a_record_that_does_not_name_its_data_joins_those_of_one_set_alone() -> 
 KEYS = st.tuples(st.sampled_from("abc"), st.integers(0, 3), st.integers(0, 2), st.sampled_from(["full", "sample"]))
 
 
+def test_networks_of_one_recipe_share_a_column_which_says_the_recipe_without_them() -> None:
+    def record(network: str, **recipe: Any) -> RunRecord:
+        return make_record(
+            recipe={"architecture": network, "k": 30, **recipe}, weights={"architecture": network, "name": network}
+        )
+
+    resnet, vit = record("resnet50"), record("vit_small_patch16")
+    (column,) = build_table([resnet]).columns
+    assert column.recipe_hash == resnet.recipe_hash, "one network: as the record says"
+    table = build_table([resnet, vit])
+    (column,) = table.columns
+    assert (column.mixed, [row.label for row in table.rows]) == ("", ["TWIST · R50", "TWIST · ViT-S/16"])
+    assert column.recipe_hash not in (resnet.recipe_hash, vit.recipe_hash)
+    assert len(build_table([resnet, record("vit_small_patch16", k=20)]).columns) == 2
+
+
 @given(st.lists(KEYS, unique_by=lambda key: key[:3], max_size=10), st.randoms(use_true_random=False))
 @settings(max_examples=40, deadline=None)
 def test_a_column_never_holds_two_recipes_and_order_is_nothing(
