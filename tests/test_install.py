@@ -129,13 +129,23 @@ def test_the_command_for_detectron2_installs_it(installed: Path, tmp_path: Path)
 
 
 @install
-def test_a_checkpoint_is_inspected_and_converted(wheel: Path, tmp_path: Path) -> None:
-    bin_folder = new_environment(tmp_path, f"{wheel}[convert]")
-    make = "import torch, torchvision; torch.save(torchvision.models.resnet18().state_dict(), 'r18.pth')"
+def test_a_checkpoint_is_inspected_converted_and_measured(wheel: Path, tmp_path: Path) -> None:
+    """From the command line, and then all of the README's "In Python"."""
+    bin_folder = new_environment(tmp_path, f"{wheel}[transfer]")
+    make = "import torch, torchvision; torch.save(torchvision.models.resnet18().state_dict(), 'CHECKPOINT')"
     run(bin_folder / "python", "-c", make, cwd=tmp_path)
-    assert "resnet18" in run(bin_folder / "twist", "inspect", "r18.pth", cwd=tmp_path).stdout
-    run(bin_folder / "twist", "convert", "r18.pth", "--to", "timm", "--output", "out", cwd=tmp_path)
+    assert "resnet18" in run(bin_folder / "twist", "inspect", "CHECKPOINT", cwd=tmp_path).stdout
+    run(bin_folder / "twist", "convert", "CHECKPOINT", "--to", "timm", "--output", "out", cwd=tmp_path)
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+    run(bin_folder / "twist", "data", "sample", "sample", "--size", "tiny", cwd=tmp_path)
+    (block,) = re.findall(r"## In Python\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    before = "import torch; from PIL import Image; Image.new('RGB', (96, 64)).save('picture.jpg')\n"
+    before += "images = torch.zeros(2, 3, 64, 64)\n"
+    after = "\nassert record.metrics['miou_percent'] in list(frame.value), frame"
+    after += "\nassert maps[0].shape[0] == 512 and header.architecture == 'resnet18'"
+    # Detectron2, which is in no extra, proves its own conversion.
+    run(bin_folder / "python", "-c", before + block.replace('to="detectron2"', 'to="timm"') + after, cwd=tmp_path)
 
 
 @install
