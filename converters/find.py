@@ -267,7 +267,7 @@ def _check_not_dense(state: Arrays, layout: Layout, where: str, prefix: str) -> 
     """`UserError` for the state dict of a trained detector or segmentor, whose backbone has to be asked for."""
     # A pretraining with detection heads of its own names them in its row; `*head.*` names no such thing.
     named = tuple(pattern for pattern in layout.drop if pattern[0] != "*")
-    dense = trained_for(state, named) if layout is not CONVERTED else None
+    dense = trained_for(state, named) if layout.name != CONVERTED.name else None
     if dense is not None:
         ask = f"--prefix {prefix}" if prefix else f"--from {layout.name}"
         raise UserError(

@@ -181,7 +181,8 @@ def _header(contents: Contents, found: Found, network: Network, heads: int | Non
     """
     layout, shape, where = found.layout, network.shape, str(contents.path)
     in_config = contents.beside.get("config.json", {}).get(METADATA_KEY)
-    if layout is not CONVERTED and in_config is None:
+    converted = layout.name == CONVERTED.name  # it may be a copy, with one of timm's networks as its table
+    if not converted and in_config is None:
         reason = contradiction(contents, shape["architecture"], dense=found.asked)
         if reason is not None:
             raise UserError(
@@ -191,7 +192,7 @@ def _header(contents: Contents, found: Found, network: Network, heads: int | Non
     if heads is not None and shape["vit"] is None:
         raise UserError(f"{where} is a {shape['architecture']}, which has no attention heads: leave --heads away.")
     text = None
-    if layout is CONVERTED:
+    if converted:
         text = contents.metadata.get(METADATA_KEY) or contents.value[METADATA_KEY]
     elif in_config is not None and layout.of_hub:
         text = json.dumps(in_config)
@@ -206,7 +207,7 @@ def _header(contents: Contents, found: Found, network: Network, heads: int | Non
         header = _earlier_header(text, shape, where)
         if heads is not None and heads != header.transformer.heads:
             raise UserError(f"{where} says that it has {header.transformer.heads} heads: leave --heads away.")
-        own = layout is CONVERTED or in_config is not None
+        own = converted or in_config is not None
         return header if own else header.model_copy(update=place)
     vit = shape["vit"] and described(shape, heads, contents, layout, network.arrays.get("pos_embed"))
     pixels = (hub_pixels(contents) if layout.name == "timm" else None) or layout.pixels

@@ -60,13 +60,19 @@ def test_maps_and_output_are_timms_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", [CONVNEXT, EFFICIENTNET, RELPOS])
 def test_timms_folder_there_and_back(name: str, tmp_path: Path) -> None:
-    done = convert(folder(name, tmp_path / "hub"), to="timm", output=tmp_path / "there")
+    hub = folder(name, tmp_path / "hub")
+    config = json.loads((hub / "config.json").read_text())
+    config["pretrained_cfg"] |= {"mean": [0.4, 0.5, 0.6], "tag": "dino"}
+    (hub / "config.json").write_text(json.dumps(config))
+    done = convert(hub, to="timm", output=tmp_path / "there")
+    assert (done.backbone.mean, done.backbone.method) == ((0.4, 0.5, 0.6), "dino")
     assert (done.proof.kind, done.backbone.architecture) == ("framework", f"timm:{name}")
     assert done.proof.max_difference is not None
     assert done.proof.max_difference < 1e-5
     artefact = convert(done.output, to="torchvision", output=tmp_path / "artefact")
     assert artefact.backbone == done.backbone
     again, header = load_backbone(artefact.weights)
+    assert header == done.backbone, "pixels and method, too"
     loaded = timm.create_model(f"local-dir:{done.output}", pretrained=True, num_classes=0).eval()
     pixels = torch.randint(0, 256, (1, 3, 160, 160), dtype=torch.uint8)
     with torch.no_grad():
