@@ -32,7 +32,7 @@ from twist.contracts.record import find_records, read_record
 from twist.contracts.weights import Backbone, write_backbone
 
 # Of the dense part: what the laptop's recipe changes, and the rates of the grid.
-SIZE, SHORT = ("size=224",), ("size=224", "iterations=200")
+SIZE, SHORT = ("size=224", "memory_size=10240"), ("size=224", "loss_size=56", "iterations=200")
 RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
 GRID = f"learning_rates=[{','.join(RATES)}]"
 SUITE = """
@@ -47,6 +47,7 @@ file = "random"
 """
 DENSE = f"""
 protocols = ["cityscapes-knn-seg", "cityscapes-linear-seg", "voc07-corloc"]
+seeds = [0]
 [data]
 cityscapes-knn-seg = "camvid"
 cityscapes-linear-seg = "camvid"
