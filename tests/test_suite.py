@@ -352,6 +352,7 @@ def test_what_was_measured_on_other_data_is_never_shown_for_these(world: World) 
         ("configs/suites/photos.toml", "photos", 0),
         ("benchmarks/fashion_mnist/suite.toml", "fashion-mnist", None),
         ("configs/suites/real.toml", "real", None),
+        ("configs/suites/real-frozen.toml", "real-frozen", None),
     ],
 )
 def test_committed_records_are_those_of_their_suites(
