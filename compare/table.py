@@ -4,6 +4,7 @@ What may stand in one column is decided here: the same protocol, metric, recipe 
 has no recipe hash; it joins the measured column of its protocol only at full scale and of the same architecture.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from twist.contracts.record import RunRecord, Task
 
 TASKS: tuple[str, ...] = get_args(Task)
 PUBLISHED = "published"
-_ARCHITECTURES = {"vit_small_patch16": "ViT-S/16", "vit_base_patch16": "ViT-B/16"}
+_VIT_SIZES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H", "giant": "g"}
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,8 @@ def _row_order(row: Row) -> tuple[Any, ...]:
 def _label(row: Row, *, architecture: bool) -> str:
     """`TWIST · R50w2 · 100 ep · variant`, the architecture where it is asked for."""
     network = row.architecture if architecture and row.architecture else ""
-    network = _ARCHITECTURES.get(network, network.replace("resnet", "R"))  # as papers write them
+    network = network.removeprefix("timm:").replace("resnet", "R")  # as papers write them: R50, ViT-S/16
+    network = re.sub(r"^vit_([a-z]+)_patch(\d+)", lambda m: f"ViT-{_VIT_SIZES.get(m[1], m[1])}/{m[2]}", network)
     epochs = f"{row.epochs} ep" if row.epochs else ""
     label = " · ".join(part for part in (display_name(row.method), network, epochs, row.variant) if part)
     # A record may come from anybody: no line break or terminal code gets into a table.
