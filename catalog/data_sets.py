@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from twist.contracts import files
-from twist.contracts.config import MOST_SEED, Config, read_toml, validate
-from twist.contracts.errors import UsageError, UserError, did_you_mean
+from twist.contracts.config import Config, read_toml, validate
+from twist.contracts.errors import MOST_SEED, UsageError, UserError, did_you_mean
 from twist.contracts.images import file_entries
 
 SAMPLE_JSON = "sample.json"

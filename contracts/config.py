@@ -8,7 +8,7 @@ import os
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,7 +17,6 @@ from twist.contracts.errors import UsageError, UserError, did_you_mean
 
 # Our own configs, in a clone and in an installed package alike: `configs` stands where `contracts` does.
 SHIPPED = Path(__file__).resolve().parent.parent / "configs"
-MOST_SEED: Final = 2**32 - 1
 # Of values in values in TOML, and of a number that somebody means.
 _MOST_DEPTH, _MOST_BITS = 64, 1024
 _ADDED = "added"

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, Strict, ValidationError, model_validator
 
 from twist.contracts import files
-from twist.contracts.config import MOST_SEED, Config
-from twist.contracts.errors import UNSAFE, UsageError, UserError
+from twist.contracts.config import Config
+from twist.contracts.errors import MOST_SEED, UNSAFE, UsageError, UserError
 from twist.contracts.files import sha256_json
 from twist.contracts.metrics import check_metrics, check_values
 

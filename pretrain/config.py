@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from twist.contracts.config import MOST_SEED, Config, added
+from twist.contracts.config import Config, added
+from twist.contracts.errors import MOST_SEED
 from twist.contracts.images import MAX_PIXELS
 from twist.contracts.trackers import Logger
 from twist.contracts.weights import Architecture, Resize, Vit, is_vit, stem_of, usual_vit

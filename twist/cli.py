@@ -22,8 +22,7 @@ import typer
 from typer import Argument, Option
 
 from twist import converters
-from twist.contracts.config import MOST_SEED
-from twist.contracts.errors import UsageError, missing_package, printable, require
+from twist.contracts.errors import MOST_SEED, UsageError, missing_package, printable, require
 from twist.contracts.failures import describe
 
 app = typer.Typer(
