@@ -3,7 +3,7 @@
 #   make install        .venv with everything locked in requirements.lock, Detectron2 and this project
 #   make demo           the whole chain on the built-in sample (FAST=1: a quarter of the time)
 #   make check          format, lint, types, fast tests, tables that are not stale (100 seconds on two cores)
-#   make test           every test of a clone, with an end-to-end run through both frameworks (twelve minutes)
+#   make test           the tests of a clone, with an end-to-end run through both frameworks (ten minutes)
 #   make test-all       what needs more: the wheel in empty environments, 2,000 hostile files, the README played (half an hour)
 #   make docs           the documentation site, in build/docs
 #   make bench          the programs behind every performance figure

@@ -221,7 +221,7 @@ FIGURES = (
     Figure("a ResNet-50's first number: `inspect`, `convert` with proof, k-NN on the sample", "≤ 25 s", "first_numbers",
            _first, headline=True),
     Figure("a suite of twelve runs on the sample", "≤ 80 s", "first_numbers", _suite),
-    Figure("k-NN and linear segmentation of CamVid and object discovery on 200 COCO pictures, of a ResNet-50, over "
+    Figure("k-NN and linear segmentation of CamVid and object discovery on 100 COCO pictures, of a ResNet-50, over "
            "features anew for each protocol and rate", "", "first_numbers", _dense, headline=True),
     Figure("`twist --help`", "< 0.3 s", "command_line", _help),
     Figure("`twist inspect`, a 100 MB file", "≤ 0.6 s", "command_line", _inspect),

@@ -137,9 +137,7 @@ def network_of(
     """
     if header.padding == "same" and output_stride == 16:
         raise UserError("output_stride = 16 is not known for networks with TensorFlow's padding: use 32.")
-    # What some networks compute when they are built (rotary periods, relative positions) is in no state dict.
-    computed = header.timm_name or (header.is_vit and header.transformer.rope_base is not None)
-    with torch.device("meta") if share and not computed else contextlib.nullcontext():
+    with torch.device("meta") if share and not header.computes_when_built else contextlib.nullcontext():
         network = build_backbone(
             header.architecture,
             width=header.width,

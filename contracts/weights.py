@@ -231,6 +231,11 @@ class Backbone(Config):
         return self.architecture.removeprefix(TIMM) if self.architecture.startswith(TIMM) else None
 
     @property
+    def computes_when_built(self) -> bool:
+        """Whether building the network computes what is in no state dict: rotary periods, relative positions."""
+        return self.timm_name is not None or (self.is_vit and self.transformer.rope_base is not None)
+
+    @property
     def transformer(self) -> Vit:
         """All of a ViT's description."""
         return self.vit or usual_vit(self.architecture)

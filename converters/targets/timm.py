@@ -112,9 +112,7 @@ def run(folder: Path, backbone: Backbone, files: list[Path]) -> list[Stages]:
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text()) if config_file.exists() else _config(backbone)
     options = {**config.get("model_args", {}), **({"dynamic_img_size": True} if backbone.is_vit else {})}
-    # What some compute when they are built (rotary periods, relative positions) is in no file.
-    computed = backbone.timm_name or (backbone.is_vit and backbone.transformer.rope_base)
-    with torch.device("cpu" if computed else "meta"):  # no random initialisation
+    with torch.device("cpu" if backbone.computes_when_built else "meta"):  # no random initialisation
         network: Any = timm.create_model(config["architecture"], pretrained=False, num_classes=0, **options)
     network.load_state_dict(load_file(next(folder.glob("*.safetensors"))), strict=True, assign=True)
     network.eval()

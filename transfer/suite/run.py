@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -294,9 +293,6 @@ class _Runs:
 @contextlib.contextmanager
 def _signals_wait() -> Iterator[None]:
     """Ctrl-C and SIGTERM that arrive inside take effect at the end."""
-    if threading.current_thread() is not threading.main_thread():  # only the main one has handlers
-        yield
-        return
     arrived: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda sent, _: arrived.append(sent)) for number in numbers]
